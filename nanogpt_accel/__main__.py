@@ -1,0 +1,38 @@
+"""`nanogpt-accel COMMAND ...`: the table of commands. A command is imported only when it runs."""
+
+import sys
+from importlib import import_module
+
+from . import __version__, cli
+
+COMMANDS = {
+    "prepare": "turn a recipe's corpus into token files (train does it when needed)",
+    "train": "train a recipe, or continue a run folder",
+    "sample": "write text with a model: a run folder, a checkpoint folder or a Hub id",
+    "evaluate": "loss, perplexity and bits per byte of a model on a validation set",
+}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return cli.run(_dispatch, argv)
+
+
+def _dispatch(argv):
+    if argv[:1] == ["--version"]:
+        print(f"nanogpt-accel {__version__}")
+    elif not argv or argv[0] in ("-h", "--help", "help"):
+        print("usage: nanogpt-accel COMMAND [TARGET] [key=value ...]\n")
+        for name, meaning in COMMANDS.items():
+            print(f"  {name:<10}{meaning}")
+        print("\n`nanogpt-accel COMMAND --help` lists a command's options. Start with:")
+        print("  nanogpt-accel train recipes/quickstart.yaml")
+    elif argv[0] not in COMMANDS:
+        raise ValueError(f"unknown command {argv[0]!r}{cli.nearest(argv[0], COMMANDS)}; "
+                         f"there are: {', '.join(COMMANDS)}")
+    else:
+        import_module(f".{argv[0]}", __package__).main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Checkpoint folders: written whole or not at all, found again, verified, and pruned.
+
+    runs/NAME/
+      checkpoint-000500/     a Hub repository: config.json, model.safetensors, tokenizer, model card, model.py
+        state/               what only resuming needs: trainer.json and optimizer.safetensors
+      model.safetensors ...  links to the files of the best checkpoint, so that runs/NAME loads as a model
+
+Everything read back is JSON or safetensors; nothing is unpickled.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+_NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+def checkpoint_path(run, step):
+    return Path(run) / f"checkpoint-{step:06d}"
+
+
+def checkpoints(run):
+    """The checkpoint folders of a run, oldest first; whole or not."""
+    found = [path for path in Path(run).glob("checkpoint-*") if _NAME.match(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(_NAME.match(path.name)[1]))
+
+
+def save(run, trainer, *, model, tokenizer, card, optimizer, keep_last):
+    """Write checkpoint-STEP beside its place, flush it to disk, rename it, and only then prune older ones.
+
+    Args:
+        run: the run folder.
+        trainer: what trainer.json holds; `step` (steps done) and `best_step` are used here.
+        model: the unwrapped GPT. tokenizer: has save(folder, max_length). card: text of README.md.
+        optimizer: the torch optimizer of the model's parameters.
+        keep_last: how many of the newest checkpoints stay; the best one stays besides.
+
+    Returns:
+        The checkpoint's path.
+
+    Raises:
+        OSError: disk full and the like; what was there before is untouched.
+    """
+    from safetensors.torch import save_file
+
+    run = Path(run)
+    for leftover in run.glob(".checkpoint-*"):  # of a process that was killed while it saved or pruned
+        shutil.rmtree(leftover)
+    final = checkpoint_path(run, trainer["step"])
+    temporary = run / f".{final.name}.tmp"
+    (temporary / "state").mkdir(parents=True)
+
+    model.save_pretrained(temporary)
+    tokenizer.save(temporary, max_length=model.config.block_size)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    save_file(_optimizer_tensors(model, optimizer), temporary / "state" / "optimizer.safetensors")
+    (temporary / "state" / "trainer.json").write_text(json.dumps(trainer, indent=2), encoding="utf-8")
+
+    _flush(temporary)
+    if final.exists():  # a damaged one, which the run went back behind
+        _remove(final)
+    os.rename(temporary, final)
+    _flush_folder(run)
+    trouble = damage(final)
+    if trouble:
+        raise OSError(f"{final}: the checkpoint did not reach the disk whole: {trouble}; the older ones were kept")
+
+    best = checkpoint_path(run, trainer["best_step"]) if trainer["best_step"] is not None else final
+    _publish(run, best if best.exists() else final)
+    for old in checkpoints(run)[:-keep_last]:
+        if old != best:
+            _remove(old)
+    return final
+
+
+def damage(path, resumable=True):
+    """What is missing or broken in a checkpoint folder, as text; None where it is whole.
+
+    Checked: that the JSON files parse and that the safetensors files have the length that their header says.
+    resumable: also look at state/.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    names = ["config.json", "model.safetensors", "tokenizer.json"]
+    names += ["state/trainer.json", "state/optimizer.safetensors"] if resumable else []
+    for name in names:
+        try:
+            if name.endswith(".json"):
+                json.loads((path / name).read_text(encoding="utf-8"))
+            else:
+                with safe_open(path / name, framework="np"):
+                    pass
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (SafetensorError, ValueError, OSError):
+            return f"{name} is damaged"
+    return None
+
+
+def newest_whole(run, warn=print):
+    """The newest whole checkpoint of a run, or None where there is none. `warn` gets a line for each damaged one."""
+    for path in reversed(checkpoints(run)):
+        trouble = damage(path)
+        if trouble is None:
+            return path
+        warn(f"warning: {path}: {trouble}; taking the checkpoint before it")
+    return None
+
+
+def read_trainer(path):
+    """The trainer.json of a checkpoint."""
+    return json.loads((Path(path) / "state" / "trainer.json").read_text(encoding="utf-8"))
+
+
+def read_config(path):
+    """The config.json of a checkpoint or model folder."""
+    return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+
+
+def shape_differences(path, shape):
+    """Where a model's shape, {key: value}, differs from that of the checkpoint at `path`: a list of problems."""
+    config = read_config(path)
+    return [f"model.{key}={value}: the checkpoint {path} has {key}={config[key]}, and a run goes on with the shape "
+            "that it began with" for key, value in shape.items() if value != config[key]]
+
+
+def check_writable(folder):
+    """Whether a folder can be made and written to, as a list of problems; the nearest one that exists is asked."""
+    place = Path(folder)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        return [f"out_dir={folder}: {place} is a file; take another out_dir"]
+    if not os.access(place, os.W_OK | os.X_OK):
+        return [f"out_dir={folder}: no right to write in {place}; take another out_dir"]
+    return []
+
+
+def load_optimizer(path, model, optimizer):
+    """Put the saved optimizer state of a checkpoint into a fresh optimizer of the same model."""
+    from safetensors.torch import load_file
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    index_of = {id(p): i for i, p in enumerate(parameters)}
+    index_of = {name: index_of[id(p)] for name, p in model.named_parameters()}
+    state = {}
+    for key, tensor in load_file(Path(path) / "state" / "optimizer.safetensors").items():
+        name, _, field = key.rpartition("/")
+        state.setdefault(index_of[name], {})[field] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def find_model(target, warn=print):
+    """The local folder of a model: of a run folder its best checkpoint, a checkpoint folder, or a Hub id.
+
+    Raises:
+        ValueError: nothing there that can be loaded; the message says what was looked for.
+    """
+    path = Path(target)
+    if path.is_dir():
+        if checkpoints(path):
+            newest = newest_whole(path, warn)
+            if newest is None:
+                raise ValueError(f"{target}: no whole checkpoint in this run folder")
+            best_step = read_trainer(newest)["best_step"]
+            best = newest if best_step is None else checkpoint_path(path, best_step)
+            return best if damage(best, resumable=False) is None else newest
+        trouble = damage(path, resumable=False)
+        if trouble:
+            raise ValueError(f"{target}: neither a run nor a checkpoint folder: {trouble}")
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(target)) or str(target).startswith("."):
+        raise FileNotFoundError(f"{target}: no such folder")
+    return _download(str(target))
+
+
+def _download(repo_id):
+    """The local copy of a Hub repository's model files."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "model.py"],
+                                   ignore_patterns=["state/*"])
+    except GatedRepoError:
+        raise ValueError(f"{repo_id}: this model is gated: accept its terms on the Hub and run `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise ValueError(f"{repo_id}: no such folder here, and no such model on the Hub; if it is private, "
+                         "run `hf auth login`") from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{repo_id}: no such folder here, and the Hub cannot be reached: {reason}") from None
+    trouble = damage(folder, resumable=False)
+    if trouble:
+        raise ValueError(f"{repo_id}: not a model of this toolkit: {trouble}")
+    return Path(folder)
+
+
+def _optimizer_tensors(model, optimizer):
+    """The optimizer's state by parameter name: {"transformer.wte.weight/exp_avg": tensor, ...}."""
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    return {f"{name_of[id(p)]}/{field}": tensor.detach().contiguous().cpu()
+            for p, fields in optimizer.state.items() for field, tensor in fields.items()}
+
+
+def _publish(run, checkpoint):
+    """Let the run folder itself load as this checkpoint: a link for each file, replaced one by one."""
+    for file in checkpoint.iterdir():
+        if file.is_file():
+            temporary = run / f".{file.name}.link"
+            temporary.unlink(missing_ok=True)
+            try:
+                temporary.symlink_to(Path(checkpoint.name) / file.name)
+            except OSError:  # Windows without the right to link
+                shutil.copyfile(file, temporary)
+            os.replace(temporary, run / file.name)
+
+
+def _remove(folder):
+    """Delete a checkpoint; under a hidden name first, so that a half-deleted one is never taken for a whole."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+def _flush(folder):
+    """fsync every file and folder below."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with open(os.path.join(place, name), "rb") as file:
+                os.fsync(file.fileno())
+        _flush_folder(place)
+
+
+def _flush_folder(folder):
+    if os.name == "posix":  # Windows cannot open folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

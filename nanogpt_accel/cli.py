@@ -1,0 +1,198 @@
+"""The one grammar of every command, and how a command ends.
+
+    nanogpt-accel COMMAND [TARGET] [key=value | --key=value | --key value ...]
+
+`parse` splits the words, `show_help` prints a command's keys from its pydantic fields, and
+`run` turns a mistake of the user into one line and exit status 2.
+"""
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from typing import Annotated
+
+from pydantic import BeforeValidator, ValidationError
+
+# `key=value` is an option; a path such as runs/a=b or ./a=b is not, because a key has no slash
+_ASSIGNMENT = re.compile(r"^(?:--)?([A-Za-z][\w.-]*)=(.*)$", re.DOTALL)
+
+
+def parse(argv, fields):
+    """Split a command line into its target and its options.
+
+    Args:
+        argv: the words after the command's name.
+        fields: {key: pydantic FieldInfo}, the keys that the command knows, dotted or leaf.
+
+    Returns:
+        (target, options): the positional word or None, and {key as typed: text}. Values stay text;
+        the model they are meant for converts them by its declared types. A later word wins.
+
+    Raises:
+        ValueError: more than one positional word, or an option without its value.
+    """
+    targets, options, problems = [], {}, []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if match := _ASSIGNMENT.match(word):
+            options[match[1].replace("-", "_")] = match[2]
+        elif word.startswith("--") and len(word) > 2:
+            key = word[2:].replace("-", "_")
+            field = fields.get(key)
+            is_flag = field is not None and field.annotation is bool
+            # a switch may stand alone: `--eval_only`
+            if is_flag and (not words or words[0].lower() not in {"true", "false", "yes", "no", "on", "off"}):
+                options[key] = "true"
+            elif words:
+                options[key] = words.pop(0)
+            else:
+                problems.append(f"--{key} needs a value: --{key}=VALUE")
+        else:
+            targets.append(word)
+    if len(targets) > 1:
+        problems.append(f"one target is taken, got {len(targets)}: {' '.join(targets)} (quote a value that holds spaces)")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return (targets[0] if targets else None), options
+
+
+def _whole_number(value):
+    """Read 1e3, "1e3" and "1_000" as whole numbers (YAML hands 6e5 over as text), and refuse true and false."""
+    if isinstance(value, bool):
+        raise ValueError("must be a whole number, not true or false")
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            try:
+                value = float(value)
+            except ValueError:
+                raise ValueError("must be a whole number") from None
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError("must be a whole number")
+    return value
+
+
+def _number(value):
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_whole_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+
+
+def validate(section, values, where=""):
+    """Build a pydantic `section` from `values`, and say everything that is wrong with them.
+
+    Args:
+        section: a pydantic model class. values: {leaf key: value or text}. where: prefix for the keys
+            in messages, such as "model.".
+
+    Returns:
+        (object, problems, wrong): the section with its defaults in place of what was refused, one line for
+        each problem, and the set of the refused keys.
+    """
+    problems, wrong = [], set()
+    try:
+        return section(**values), problems, wrong
+    except ValidationError as error:
+        for item in error.errors():
+            key = str(item["loc"][0])
+            if key in wrong:
+                continue  # a union reports once for each of its members
+            wrong.add(key)
+            if item["type"] == "extra_forbidden":
+                problems.append(f"unknown key {where}{key}{nearest(key, section.model_fields)}")
+                continue
+            message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            message = message.split(", unable to parse")[0]
+            value = show_value(values[key]) if key in values else "(missing)"
+            problems.append(f"{where}{key}={value}: {message}")
+    return section(**{k: v for k, v in values.items() if k not in wrong}), problems, wrong
+
+
+def wants_help(argv):
+    """True where the words ask for the help page."""
+    return any(word in ("-h", "--help", "help") for word in argv[:1]) or "--help" in argv
+
+
+def show_help(usage, text, sections):
+    """Print a command's help from the fields themselves.
+
+    Args:
+        usage: the usage line. text: what the command does.
+        sections: {title: pydantic model class} in the order in which to show them.
+    """
+    print(f"usage: {usage}\n\n{text.strip()}\n")
+    print("Options are key=value, --key=value or --key value.")
+    for title, section in sections.items():
+        print(f"\n{title}:")
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+                continue  # a nested section has its own heading
+            name = field.alias or name
+            default = "" if field.is_required() else f" [{show_value(field.get_default(call_default_factory=True))}]"
+            print(f"  {name}={type_name(field.annotation)}{default}\n      {field.description}")
+
+
+def type_name(annotation):
+    """A field's type as a user would write it: int, float, `a|b`, list."""
+    arguments = getattr(annotation, "__args__", None)
+    if arguments is None:
+        return {type(None): "none", str: "TEXT", bool: "true|false"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    if getattr(annotation, "__origin__", None) in (list, tuple):
+        return "A,B,..."
+    parts = [a if isinstance(a, str) else type_name(a) for a in arguments if a is not Ellipsis]
+    return "|".join(dict.fromkeys(parts))
+
+
+def show_value(value):
+    """A default as a user would type it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) or "none"
+    return str(value)
+
+
+def nearest(name, names):
+    """The closest of `names` as ` (did you mean X?)`, or nothing."""
+    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def run(command, argv):
+    """Run `command(argv)` and return the process's exit status.
+
+    A ValueError or OSError that this package raised is a message for the user: it is printed without a
+    traceback, a line for each mistake, and the status is 2. One that comes out of a library is a defect of
+    ours and keeps its traceback; NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
+    """
+    try:
+        command(argv)
+        return 0
+    except BrokenPipeError:  # `nanogpt-accel sample ... | head` is no mistake
+        return 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("NANOGPT_ACCEL_DEBUG") == "1" or not _raised_here(error):
+            raise
+        rank = int(os.environ.get("RANK", 0))
+        for line in str(error).splitlines() or [type(error).__name__]:
+            print(f"{f'rank {rank}: ' if rank else ''}error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def _raised_here(error):
+    """True where the innermost frame of the traceback is a file of this package."""
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+    return os.path.dirname(os.path.abspath(innermost)) == os.path.dirname(os.path.abspath(__file__))

@@ -1,0 +1,67 @@
+"""What a run shows while it works: a live line in a terminal, plain nanoGPT-style lines in a log file."""
+
+import sys
+import time
+
+
+class Console:
+    """Prints for the main process and is silent on the others.
+
+    In a terminal `step` moves one live progress line, and `say` prints above it; elsewhere both print lines.
+    """
+
+    def __init__(self, enabled=True):
+        self.enabled = enabled
+        self.progress = None
+
+    def start(self, first_step, last_step):
+        """Begin the progress of steps first_step to last_step."""
+        self.last_step = last_step
+        self.began, self.began_at = time.perf_counter(), first_step
+        if self.enabled and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.progress = Progress(
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24),
+                TextColumn("{task.description}"), TimeRemainingColumn(), TextColumn("left"))
+            self.task = self.progress.add_task("", total=last_step, completed=first_step)
+            self.progress.start()
+
+    def say(self, text=""):
+        """A line that stays."""
+        if self.progress is not None:
+            self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif self.enabled:
+            print(text, flush=True)
+
+    def write(self, text):
+        """A piece of text without a line end, for samples that come word by word."""
+        if self.enabled:
+            print(text, end="", flush=True)
+
+    def step(self, step, loss, seconds, tokens_per_second, mfu):
+        """Report a step that is done. loss: nats a token; seconds: of one step; mfu: share of the peak or None."""
+        mfu = f", mfu {mfu:.2%}" if mfu is not None else ""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step + 1,
+                                 description=f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s{mfu}")
+        elif self.enabled:
+            done = step + 1 - self.began_at
+            left = (time.perf_counter() - self.began) / max(done, 1) * (self.last_step - step - 1)
+            print(f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {tokens_per_second:,.0f} tokens/s{mfu}, "
+                  f"{duration(left)} left", flush=True)
+
+    def stop(self):
+        """End the live line; what follows is printed below it."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def duration(seconds):
+    """Seconds as 2:05, 1:02:05 or 3d 1:02:05."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    text = f"{hours}:{minutes:02}:{seconds:02}" if hours or days else f"{minutes}:{seconds:02}"
+    return f"{days}d {text}" if days else text

@@ -1,0 +1,91 @@
+"""Loss, perplexity and bits per byte of a model on a validation split.
+
+    nanogpt-accel evaluate runs/shakespeare_char                     # on the data that the run was trained with
+    nanogpt-accel evaluate runs/a --recipe recipes/shakespeare_char.yaml eval_iters=200 --json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from . import checkpoint, cli, dataset, launch
+from .recipe import FIELDS, SECTIONS, Recipe, load_recipe
+
+
+class EvaluateOptions(BaseModel):
+    """The options of `evaluate` itself; every key of a recipe can be given too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: str | None = Field(None, description="whose data to use; none: the run's own, from its run.yaml")
+    json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
+
+
+def main(argv):
+    if cli.wants_help(argv):
+        return cli.show_help(
+            "nanogpt-accel evaluate MODEL [--recipe RECIPE.yaml] [--json] [key=value ...]",
+            "Loss (nats a token), perplexity and bits per byte of a model on a validation split: the whole of it "
+            "unless eval_iters is given.\nMODEL is a run folder (its best checkpoint), a checkpoint folder or a Hub "
+            "id.", {"options": EvaluateOptions, "data": SECTIONS["data"], "train": SECTIONS["train"]})
+    fields = EvaluateOptions.model_fields
+    target, given = cli.parse(argv, {**FIELDS, "recipe": fields["recipe"], "json": fields["json_output"]})
+    options, problems, _ = cli.validate(EvaluateOptions, {key: given.pop(key) for key in ("recipe", "json") if key in given})
+    if target is None:
+        problems.append("which model? nanogpt-accel evaluate runs/NAME")
+    if problems:
+        raise ValueError("\n".join(problems))
+    path = recipe_path(target, options.recipe)
+    recipe = load_recipe(path, {"eval_iters": "all", **given}, check=lambda r: dataset.check(r.data, 1))
+    evaluate(target, recipe, as_json=options.json_output)
+
+
+def recipe_path(target, recipe):
+    """The recipe to take the data from: the one that is named, or the run.yaml of the model's run."""
+    if recipe is not None:
+        return recipe
+    for folder in (Path(target), Path(target).parent):
+        if (folder / "run.yaml").is_file():
+            return folder / "run.yaml"
+    raise ValueError(f"{target}: there is no run.yaml beside it to say which data to use; add --recipe RECIPE.yaml")
+
+
+def evaluate(target, recipe, as_json=False):
+    """Print the scores of the model `target` on the validation split of a recipe's data, and return them."""
+    warn = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    folder = checkpoint.find_model(target, warn)
+    block_size = checkpoint.read_config(folder)["block_size"]
+    data = dataset.ready(recipe.data, recipe.seed, launch.is_main(), report=warn)
+    dataset.require_tokenizer(data, folder, key="MODEL")
+    problems = dataset.require_block(data, block_size)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from . import metrics
+    from .batches import evaluation_batches
+    from .model import GPT
+
+    transformers_logging.disable_progress_bar()
+    accelerator = launch.make_accelerator(recipe.train.device, recipe.train.mixed_precision, recipe.train.compile)
+    model = GPT.from_pretrained(folder, dtype=torch.float32).to(accelerator.device)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    batches = evaluation_batches(len(data.val), block_size, recipe.train.batch_size, recipe.train.eval_iters)
+    val_loss = metrics.mean_loss(model, data.val, batches, accelerator)
+    scores = metrics.scores(val_loss, len(data.val), data.val_bytes)
+    scores["tokens"] = sum(len(starts) * length for starts, length in batches)
+    if accelerator.is_main_process:
+        if as_json:
+            print(json.dumps({"model": str(folder), "data": str(data.folder), **scores}))
+        else:
+            print(f"{folder} on {data.folder}, {scores.pop('tokens'):,} tokens: {metrics.describe(scores)}")
+    accelerator.end_training()
+    return scores
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, sys.argv[1:]))

@@ -1,0 +1,168 @@
+"""What a run measures: throughput, MFU, memory, the file metrics.jsonl, and the plot of it."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+# Dense bf16 (fp16 on the older two) tensor-core peak in FLOP/s, from the makers' data sheets. The first name
+# that is part of the device's name counts, so the more special ones stand first.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "GH200": 989e12, "H100": 989e12,
+    "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "A10G": 70e12, "A10": 125e12, "A40": 150e12, "RTX 6000 Ada": 364e12, "RTX A6000": 155e12,
+    "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12, "MI250X": 383e12,
+    "V100": 125e12, "T4": 65e12,
+}
+
+
+def peak_flops(device_name):
+    """Peak FLOP/s of a device by its name, or None for one that is not in the table."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def device_name(device):
+    """A torch.device's name: the GPU's, or the processor's kind."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return device.type.upper()
+
+
+def flops_per_token(n_params, n_layer, n_embd, block_size):
+    """FLOPs of forward and backward for one token: 6 N + 12 L C T (PaLM, appendix B), as nanoGPT counts.
+
+    n_params: parameters that multiply, that is, all but the position embedding.
+    """
+    return 6 * n_params + 12 * n_layer * n_embd * block_size
+
+
+def peak_memory(device):
+    """Bytes: the largest amount allocated on a CUDA device so far, elsewhere the process's largest resident size."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def perplexity(loss):
+    """exp(loss), inf where that overflows. loss: nats a token."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def bits_per_byte(loss, tokens, text_bytes):
+    """Bits a byte of text, comparable between tokenizers; None where the size of the text is not known."""
+    return loss / math.log(2) * tokens / text_bytes if text_bytes else None
+
+
+def scores(val_loss, tokens, text_bytes, train_loss=None):
+    """What an evaluation reports, by name. tokens and text_bytes: of the whole validation split."""
+    found = {"train_loss": train_loss, "val_loss": val_loss, "perplexity": perplexity(val_loss),
+             "bits_per_byte": bits_per_byte(val_loss, tokens, text_bytes)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def describe(scores):
+    """Scores in nanoGPT's words: train loss 1.2345, val loss 1.2345, perplexity 3.44, ..."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.{2 if name == 'perplexity' else 4}f}"
+                     for name, value in scores.items())
+
+
+def mean_loss(model, tokens, batches, accelerator):
+    """Mean loss in nats a token over fixed batches, shared by all processes; the same number on each of them.
+
+    Args:
+        model: the prepared model; it is put into eval mode for the time being.
+        tokens: the token file, with rows(starts, length).
+        batches: a list of (starts, length), as batches.evaluation_batches makes it.
+        accelerator: gathers the losses.
+    """
+    import torch
+
+    was_training = model.training
+    model.eval()
+    world, rank = accelerator.num_processes, accelerator.process_index
+    losses = []
+    with torch.no_grad():
+        # every process makes the same number of calls, as sharded models need; what is too many is not counted
+        for i in range(-(-len(batches) // world)):
+            starts, length = batches[min(i * world + rank, len(batches) - 1)]
+            rows = torch.from_numpy(tokens.rows(starts, length + 1)).to(accelerator.device)
+            losses.append(model(input_ids=rows[:, :-1], shift_labels=rows[:, 1:]).loss.float())
+    model.train(was_training)
+    gathered = accelerator.gather(torch.stack(losses)).view(world, -1).T.flatten().tolist()  # in order of batches
+    weights = [len(starts) * length for starts, length in batches]
+    return math.fsum(loss * weight for loss, weight in zip(gathered, weights, strict=False)) / sum(weights)
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, each with its `step`; evaluations carry `val_loss`.
+
+    The line of training step s is written after step s is done; an evaluation at step s comes before it.
+    """
+
+    def __init__(self, path, resume_step=None):
+        """Open for appending. resume_step: the step of the checkpoint that goes on; lines that a later, lost part
+        of the run wrote are cut, so that each step stands once."""
+        self.path = Path(path)
+        if resume_step is not None:
+            self._cut(resume_step)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+
+    def _cut(self, step):
+        kept = [line for line in read_metrics(self.path)
+                if line["step"] < step or (line["step"] == step and "val_loss" in line)]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def write(self, **values):
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+    def close(self):
+        self.file.close()
+
+
+def read_metrics(path):
+    """The objects of a metrics.jsonl; a last line that a crash cut short is left out."""
+    lines = []
+    if os.path.exists(path):
+        for text in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break  # nothing whole follows a torn line
+    return lines
+
+
+def plot_losses(metrics_path, image_path):
+    """Draw training and validation loss against the step into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = read_metrics(metrics_path)
+    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    if train:
+        axes.plot(*zip(*train, strict=True), label="train", linewidth=0.8, color="tab:blue", alpha=0.7)
+    if val:
+        axes.plot(*zip(*val, strict=True), label=f"validation, last {val[-1][1]:.4f}", marker="o", markersize=3,
+                  color="tab:orange")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(image_path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,37 @@
+"""`nanogpt-accel prepare RECIPE`: turn a recipe's corpus into token files, which train does too when needed.
+
+The folder it prints holds train.bin and val.bin as nanoGPT has them, the tokenizer, and a manifest.json. It is
+made once; what changes the tokens changes the folder's name.
+"""
+
+import sys
+
+from . import cli, dataset
+from .recipe import FIELDS, SECTIONS, Recipe, load_recipe
+
+
+def main(argv):
+    if cli.wants_help(argv):
+        return cli.show_help("nanogpt-accel prepare RECIPE [key=value ...]", __doc__,
+                             {"data": SECTIONS["data"], "top": Recipe})
+    target, options = cli.parse(argv, FIELDS)
+    if target is None:
+        raise ValueError("prepare needs a recipe: nanogpt-accel prepare recipes/shakespeare_char.yaml")
+    recipe = load_recipe(target, options, check=lambda recipe: dataset.check(recipe.data))
+    if dataset.is_prepared(recipe.data, recipe.seed):
+        print(f"{dataset.data_folder(recipe.data, recipe.seed)}: prepared already")
+    else:
+        dataset.prepare(recipe.data, recipe.seed)
+    prepared = dataset.open_dataset(recipe.data, recipe.seed)
+    tokenizer = prepared.tokenizer
+    print(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} symbols")
+    for split, counts in prepared.manifest["splits"].items():
+        line = f"{split}: {counts['tokens']:,} tokens"
+        if counts["bytes"] is not None:  # a nanoGPT folder does not say
+            line += (f", {counts['documents']:,} document{'s' * (counts['documents'] != 1)}, "
+                     f"{counts['bytes'] / counts['tokens']:.3f} bytes a token")
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, sys.argv[1:]))

@@ -1,0 +1,308 @@
+"""A recipe: one YAML file that says WHAT a run is (configs/ say WHERE it happens).
+
+The sections below are the whole list of keys; their defaults are nanoGPT's train_gpt2 unless the comment
+says otherwise. Nothing heavy is imported here, so that a mistake in a recipe is answered at once.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from .cli import Float, Int, nearest, validate
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _words(value):
+    """`wandb,tensorboard` or `[wandb, tensorboard]` on a command line, none or empty for nothing."""
+    if isinstance(value, str):
+        value = [word.strip() for word in value.strip("[]").split(",")]
+        return [word for word in value if word and word != "none"]
+    return [] if value is None else value
+
+
+def _none(value):
+    return None if isinstance(value, str) and value.lower() in ("none", "null", "") else value
+
+
+def _no(value):
+    return "no" if value is False else value  # YAML reads a bare `no` as false
+
+
+def _switch(value):
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    return value
+
+
+class Data(Section):
+    corpus: str = Field("openwebtext", description="what to learn from: python, shakespeare, openwebtext, "
+                        "or a local text file, folder or glob")
+    tokenizer: str = Field("gpt2", description="gpt2, char, bpe (a byte-level BPE trained on the corpus), "
+                           "or a folder that holds a tokenizer.json")
+    vocab_size: Int = Field(4096, ge=257, description="symbols of `tokenizer: bpe`; the others bring their own")
+    data_dir: Annotated[str | None, BeforeValidator(_none)] = Field(
+        None, description="folder of train.bin and val.bin, nanoGPT's too; none: data/ and a name made of the "
+        "corpus and the tokenizer")
+    val_fraction: Float = Field(0.0005, gt=0, lt=1, description="share of the text kept for validation: the end "
+                                "of a single text, or whole documents where there are several")
+    sampling: Literal["shuffle", "random"] = Field(
+        "shuffle", description="shuffle: every block once an epoch, in a new order each; "
+        "random: nanoGPT's random crops, with replacement")
+
+
+class Model(Section):
+    init_from: str = Field("scratch", description="scratch, resume (go on in out_dir), a run or checkpoint folder, "
+                           "or a Hub id of such a model; only the weights of the last two are taken")
+    n_layer: Int = Field(12, ge=1, description="number of blocks")
+    n_head: Int = Field(12, ge=1, description="attention heads of a block")
+    n_embd: Int = Field(768, ge=1, description="width of the residual stream")
+    block_size: Int = Field(1024, ge=2, description="context length in tokens")
+    dropout: Float = Field(0.0, ge=0, lt=1, description="0 is good for pretraining, 0.1 and more for finetuning")
+    bias: bool = Field(False, description="biases in the linear and norm layers, as GPT-2 has; false is a bit "
+                       "better and faster")
+    activation: Literal["gelu", "gelu_new"] = Field(
+        "gelu", description="gelu: the exact form, nanoGPT's; gelu_new: the tanh form of OpenAI's weights")
+    pad_vocab_to_multiple_of: Int = Field(64, ge=1, description="round the rows of the embedding up for faster "
+                                          "kernels (GPT-2's 50,257 become 50,304); 1 leaves them")
+
+
+class Optimizer(Section):
+    algorithm: Literal["adamw"] = Field("adamw", description="the optimizer")
+    learning_rate: Float = Field(6e-4, gt=0, description="the highest learning rate")
+    weight_decay: Float = Field(0.1, ge=0, description="on every parameter of two or more dimensions")
+    beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean")
+    beta2: Float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the variance")
+    grad_clip: Float = Field(1.0, ge=0, description="clip the norm of the gradient to this; 0 does not clip")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="what follows the warm-up")
+    warmup_iters: Int = Field(2000, ge=0, description="steps of linear warm-up")
+    lr_decay_iters: Annotated[Int | None, BeforeValidator(_none)] = Field(
+        None, ge=1, description="step at which min_lr is reached; none: max_iters")
+    min_lr: Annotated[Float | None, BeforeValidator(_none)] = Field(
+        None, ge=0, description="lowest learning rate of the cosine; none: learning_rate / 10")
+
+
+class Train(Section):
+    batch_size: Int = Field(12, ge=1, description="sequences of a micro-batch of one process")
+    gradient_accumulation_steps: Int = Field(40, ge=1, description="micro-batches of a step over ALL processes, "
+                                             "so that tokens a step do not depend on how many run")
+    max_iters: Int = Field(600_000, ge=0, description="optimizer steps of the run")
+    eval_interval: Int = Field(2000, ge=1, description="steps between evaluations")
+    eval_iters: Literal["all"] | Int = Field(
+        200, description="batches of an evaluation, the same ones every time; all: the whole validation set")
+    eval_only: bool = Field(False, description="evaluate and stop")
+    log_interval: Int = Field(1, ge=1, description="steps between lines of the log")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+                        description="auto, cpu, cuda, cuda:N or mps; auto: what the launcher says, else the best")
+    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_no)] = Field(
+        "auto", description="auto: what the launcher says, else bf16 where the hardware has it, fp16 on other "
+        "CUDA devices, no elsewhere")
+    compile: Annotated[Literal["auto"] | bool, BeforeValidator(_switch)] = Field(
+        "auto", description="torch.compile the model; auto: on CUDA")
+    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less "
+                                           "memory, about a third more time")
+    sample_tokens: Int = Field(0, ge=0, description="tokens of the sample printed at the end; 0: none")
+    sample_prompt: str = Field("\n", description="what that sample begins with")
+
+
+class Checkpoint(Section):
+    save_interval: Annotated[Int | None, BeforeValidator(_none)] = Field(
+        None, ge=1, description="steps between checkpoints; none: eval_interval. The best and the last one are "
+        "always saved")
+    keep_last: Int = Field(2, ge=1, description="newest checkpoints that stay; the best one stays besides")
+
+
+class Tracking(Section):
+    trackers: Annotated[list[str], BeforeValidator(_words)] = Field(
+        [], description="wandb, tensorboard and whatever else Accelerate logs to")
+    project: str = Field("nanogpt_accel", description="the trackers' project")
+    run_name: Annotated[str | None, BeforeValidator(_none)] = Field(
+        None, description="the run's name there; none: the name of out_dir")
+
+
+class Recipe(Section):
+    """A whole run. Every leaf name is unique over the sections, so `n_layer=6` and `model.n_layer=6` both work."""
+
+    seed: Int = Field(1337, ge=0, description="the batches, the initial weights and the dropout follow from it")
+    out_dir: str = Field("", description="folder of the run [runs/ and the recipe's name]")
+    overwrite: bool = Field(False, description="replace the run that out_dir holds")
+    data: Data = Data()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+
+    @property
+    def min_lr(self):
+        return self.optimizer.learning_rate / 10 if self.optimizer.min_lr is None else self.optimizer.min_lr
+
+    @property
+    def lr_decay_iters(self):
+        return self.optimizer.lr_decay_iters or max(self.train.max_iters, 1)
+
+    @property
+    def save_interval(self):
+        return self.checkpoint.save_interval or self.train.eval_interval
+
+    def to_yaml(self):
+        """The recipe as a file that load_recipe reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+SECTIONS = {name: field.annotation for name, field in Recipe.model_fields.items()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section)}
+# leaf key -> its section's name, "" for the keys at the top
+SECTION_OF = {key: "" for key in Recipe.model_fields if key not in SECTIONS}
+SECTION_OF |= {key: name for name, section in SECTIONS.items() for key in section.model_fields}
+FIELDS = {key: (SECTIONS[name] if name else Recipe).model_fields[key] for key, name in SECTION_OF.items()}
+FIELDS |= {f"{name}.{key}": FIELDS[key] for key, name in SECTION_OF.items() if name}
+
+# nanoGPT's keys that have another name here, each with what to write instead
+NANOGPT_KEYS = {
+    "dataset": "corpus=NAME, or data_dir=FOLDER for a folder of .bin files",
+    "dtype": "mixed_precision=bf16, fp16 or no",
+    "decay_lr": "schedule=constant",
+    "wandb_log": "trackers=wandb",
+    "wandb_project": "project=NAME",
+    "wandb_run_name": "run_name=NAME",
+    "always_save_checkpoint": "save_interval and keep_last; the best and the last checkpoint are kept apart",
+    "backend": "the launcher's choice, see `accelerate config`",
+}
+
+# (keys, is it right?, what is wrong and what helps). A check is made where its keys are right by themselves.
+CROSS_CHECKS = [
+    (("n_embd", "n_head"), lambda r: r.model.n_embd % r.model.n_head == 0,
+     lambda r: f"model.n_embd={r.model.n_embd} is not divisible by model.n_head={r.model.n_head}: "
+               f"take n_embd={-(-r.model.n_embd // r.model.n_head) * r.model.n_head}, or another n_head"),
+    (("eval_iters",), lambda r: r.train.eval_iters == "all" or r.train.eval_iters >= 1,
+     lambda r: f"train.eval_iters={r.train.eval_iters}: must be 1 or more, or all"),
+    (("min_lr", "learning_rate"), lambda r: r.min_lr <= r.optimizer.learning_rate,
+     lambda r: f"optimizer.min_lr={r.min_lr} is above optimizer.learning_rate={r.optimizer.learning_rate}"),
+    (("warmup_iters", "lr_decay_iters", "max_iters", "schedule"),
+     lambda r: r.optimizer.schedule != "cosine" or r.optimizer.warmup_iters <= r.lr_decay_iters,
+     lambda r: f"optimizer.warmup_iters={r.optimizer.warmup_iters} is above lr_decay_iters={r.lr_decay_iters}: "
+               f"set warmup_iters to {r.lr_decay_iters // 20} or so"),
+]
+
+
+def load_recipe(path, overrides=None, check=None):
+    """Read a recipe file, apply overrides, and report everything that is wrong at once.
+
+    Args:
+        path: the YAML file.
+        overrides: {key: value or text}; a key is a leaf name or section.leaf. They win over the file.
+        check: an optional function recipe -> list of problems, for what only a command can know. It sees
+            defaults in place of values that were refused.
+
+    Returns:
+        The frozen Recipe; out_dir is runs/ and the file's name unless it is given.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: one line for each problem.
+    """
+    path = Path(path)
+    given = {name: {} for name in ("", *SECTIONS)}  # section -> {leaf: value}
+    problems = []
+
+    # 1) what the file says
+    for key, value in _read_yaml(path).items():
+        if key in SECTIONS and not isinstance(value, (dict, type(None))):
+            problems.append(f"{path}: {key}={value}: a section holds keys, one a line, indented")
+        elif key in SECTIONS:
+            for leaf in value or {}:
+                if leaf in SECTIONS[key].model_fields:
+                    given[key][leaf] = value[leaf]
+                else:
+                    problems.append(_misplaced(path, f"{key}.{leaf}", leaf))
+        elif SECTION_OF.get(key) == "":
+            given[""][key] = value
+        else:
+            problems.append(_misplaced(path, key, key))
+
+    # 2) what the command line says wins
+    for key, value in (overrides or {}).items():
+        section, dot, leaf = key.rpartition(".")
+        home = SECTION_OF.get(leaf)
+        if home is None or (dot and section != home):
+            problems.append(_unknown(key))
+        else:
+            given[home][leaf] = value
+
+    # 3) every section is checked by itself, then what spans several
+    built, wrong = {}, set()
+    for name, section in SECTIONS.items():
+        built[name], found, refused = validate(section, given[name], f"{name}.")
+        problems += found
+        wrong |= refused
+    top, found, refused = validate(Recipe, given[""])
+    problems += found
+    wrong |= refused
+    recipe = top.model_copy(update=built | {"out_dir": top.out_dir or os.path.join("runs", path.stem)})
+    for keys, is_right, message in CROSS_CHECKS:
+        if wrong.isdisjoint(keys) and not is_right(recipe):
+            problems.append(message(recipe))
+    if check is not None:
+        problems += check(recipe)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return recipe
+
+
+def _misplaced(path, key, leaf):
+    """The message for a key of a file that does not stand where it was found."""
+    if leaf not in SECTION_OF:
+        return f"{path}: {_unknown(key)}"
+    home = SECTION_OF[leaf]
+    return f"{path}: {key}: {leaf} stands {f'under {home}:' if home else 'at the top, outside the sections'}"
+
+
+def _unknown(key):
+    leaf = key.rpartition(".")[2]
+    if leaf in NANOGPT_KEYS:
+        return f"unknown key {key}: nanoGPT's {leaf} is here {NANOGPT_KEYS[leaf]}"
+    return f"unknown key {key}{nearest(leaf, SECTION_OF)}"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key that stands twice is a mistake rather than a silent last word."""
+
+
+def _mapping(loader, node):
+    seen = set()
+    for key_node, _ in node.value:
+        if key_node.value in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key_node.value} stands twice", key_node.start_mark)
+        seen.add(key_node.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _read_yaml(path):
+    """The file's top mapping."""
+    if not path.is_file():
+        names = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = nearest(path.stem, names) or (f"; there are: {', '.join(names)}" if names else "")
+        raise FileNotFoundError(f"{path}: no such recipe{hint}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{path}: not YAML: {line}{getattr(error, 'problem', None) or error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a recipe is sections with keys, this is a {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}

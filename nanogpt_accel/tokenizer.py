@@ -1,0 +1,287 @@
+"""Text to token ids and back: GPT-2's BPE, single characters, a BPE trained on the corpus, or any tokenizer.json.
+
+Whatever the kind, a tokenizer is its tokenizer.json, so `save` writes what transformers' AutoTokenizer loads
+with no code of ours. Two kinds are encoded by faster means than the tokenizers library: single characters by a
+table, and a GPT-2-like BPE by tiktoken, which gives the same ids some ten times as fast.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+import numpy as np
+
+EOT = "<|endoftext|>"  # stands between documents
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_SHA256 = {"encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+               "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"}
+# SHA-256 of GPT-2's symbols in the order of their ids, a line each
+GPT2_SYMBOLS = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
+BPE_TEXT_LIMIT = 200_000_000  # characters a BPE is trained on: more costs memory and changes few merges
+
+
+class Tokenizer:
+    """A tokenizer.json and fast ways through it.
+
+    Args:
+        text: the content of a tokenizer.json. eot: the symbol that ends a document, if it has that one.
+
+    Attributes:
+        kind: "gpt2", "char", "bpe" (another byte-level BPE), or the tokenizers library's name of the model.
+        vocab_size: number of ids. eot_id: id of the end-of-text symbol, or None.
+        dtype: np.uint16, or np.uint32 where that is too small for the ids.
+
+    Raises:
+        ValueError: not a tokenizer.json.
+    """
+
+    def __init__(self, text, eot=EOT):
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self._backend = Backend.from_str(text)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"not a tokenizer.json: {str(error).splitlines()[0]}") from None
+        self._backend.encode_special_tokens = True  # a corpus is plain text, whatever it happens to spell
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.text = text
+        self.vocab = self._backend.get_vocab(with_added_tokens=True)  # symbol -> id
+        self.vocab_size = max(self.vocab.values()) + 1
+        self.eot = eot if eot in self.vocab else None
+        self.eot_id = self.vocab.get(eot)
+        self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        self.kind, self._table, self._bpe = self._fast_path(json.loads(text))
+
+    def _fast_path(self, spec):
+        """(kind, table of ids by code point or None, tiktoken Encoding or None) for a parsed tokenizer.json."""
+        model = spec["model"]["type"]
+        symbols = {s: i for s, i in self.vocab.items() if s != self.eot}
+        splitter = spec.get("pre_tokenizer") or {}
+        if model == "WordLevel" and splitter.get("type") == "Split" and all(len(s) == 1 for s in symbols):
+            table = np.full(max(map(ord, symbols), default=0) + 2, -1, dtype=np.int32)  # the last row: no such symbol
+            table[[ord(s) for s in symbols]] = list(symbols.values())
+            return "char", table, None
+        if model != "BPE" or splitter.get("type") != "ByteLevel":
+            return model.lower(), None, None
+        lines = "\n".join(sorted(self.vocab, key=self.vocab.get))
+        kind = "gpt2" if hashlib.sha256(lines.encode()).hexdigest() == GPT2_SYMBOLS else "bpe"
+        plain = (not splitter["add_prefix_space"] and splitter.get("use_regex", True) and not spec.get("normalizer")
+                 and not spec["model"].get("ignore_merges") and set(self.vocab) - {self.eot} <= set(spec["model"]["vocab"]))
+        return kind, None, _tiktoken(symbols, spec["model"]["merges"]) if plain else None
+
+    @classmethod
+    def gpt2(cls):
+        """GPT-2's own, from the two files that tiktoken keeps, with the ids of tiktoken and transformers.
+
+        Raises:
+            ValueError: they are not there and cannot be downloaded.
+        """
+        from tiktoken.load import read_file_cached
+        from tokenizers import models, processors
+
+        files = {}
+        for name, sha256 in GPT2_SHA256.items():
+            try:
+                files[name] = read_file_cached(GPT2_URL + name, sha256).decode("utf-8")
+            except Exception as error:  # requests' errors, a wrong hash, a cache that cannot be written
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"tokenizer=gpt2: cannot read {GPT2_URL}{name} ({reason}): load it once with a network "
+                                 "(tiktoken.get_encoding('gpt2')) and set TIKTOKEN_CACHE_DIR to a copy of "
+                                 "tiktoken's cache folder") from None
+        vocab = json.loads(files["encoder.json"])
+        merges = [tuple(line.split()) for line in files["vocab.bpe"].split("\n")[1:-1]]  # the first line is a version
+        return cls(_byte_level(models.BPE(vocab, merges), processors.ByteLevel(trim_offsets=False)))
+
+    @classmethod
+    def char(cls, documents, add_eot=None):
+        """One id for each character that occurs, in nanoGPT's order: sorted by code point.
+
+        add_eot: make the end-of-text symbol the last id; None: where there are several documents.
+        """
+        symbols, count = set(), 0
+        for count, text in enumerate(documents, 1):  # noqa: B007 (the count is read below)
+            symbols.update(text)
+        return cls(_char_json({s: i for i, s in enumerate(sorted(symbols))}, add_eot=count > 1 if add_eot is None else add_eot))
+
+    @classmethod
+    def char_from_meta(cls, stoi):
+        """The characters of a nanoGPT meta.pkl: stoi is {character: id}.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if not (isinstance(stoi, dict) and stoi and all(isinstance(s, str) and len(s) == 1 for s in stoi)
+                and sorted(map(repr, stoi.values())) == sorted(map(repr, range(len(stoi))))):
+            raise ValueError("meta.pkl: its stoi does not map each character to an id of its own, 0 to n - 1")
+        return cls(_char_json(stoi, add_eot=False))
+
+    @classmethod
+    def train_bpe(cls, documents, vocab_size):
+        """A byte-level BPE with up to `vocab_size` symbols (fewer where the text has too few pairs).
+
+        It is trained on all the documents, validation too, up to BPE_TEXT_LIMIT characters: 200 million. The
+        256 bytes are always in it, so that nothing is ever unknown; the last id is the end-of-text symbol. The
+        same documents give the same tokenizer.
+        """
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import models, pre_tokenizers, trainers
+
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
+                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+        backend.train_from_iterator(_capped(documents, BPE_TEXT_LIMIT), trainer)
+        return cls(_byte_level(backend.model))
+
+    @classmethod
+    def load(cls, folder):
+        """The tokenizer of a folder that holds a tokenizer.json, ours or another's.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: the file is not what its name says.
+        """
+        path = os.path.join(folder, "tokenizer.json")
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: no such file, so {folder} holds no tokenizer")
+        config = {}
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+            if os.path.isfile(beside := os.path.join(folder, "tokenizer_config.json")):
+                with open(beside, encoding="utf-8") as file:
+                    config = json.load(file)
+            eot = config.get("eos_token") or EOT
+            return cls(text, eot["content"] if isinstance(eot, dict) else eot)
+        except ValueError as error:  # of JSON, UTF-8 and our own
+            raise ValueError(f"{path}: {error}") from None
+
+    @cached_property
+    def fingerprint(self):
+        """SHA-256 of the tokenizer.json in a canonical form: the same ids for the same text have the same one."""
+        spec = json.loads(self.text) | {"truncation": None, "padding": None}
+        return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text):
+        """The ids of plain text, (n,) of self.dtype. A special symbol that the text spells is text like any other.
+
+        Raises:
+            ValueError: the text has symbols that the tokenizer lacks; they are named.
+        """
+        if self._table is not None:
+            points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+            ids = self._table[np.minimum(points, len(self._table) - 1)]
+            if ids.size and ids.min() < 0:
+                raise ValueError(f"the tokenizer has no {_show(set(text) - set(self.vocab))}")
+        elif self._bpe is not None:
+            ids = self._bpe.encode_to_numpy(text, disallowed_special=())
+        else:
+            ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        return ids.astype(self.dtype)
+
+    def encode_batch(self, texts):
+        """encode() of each text, by several threads where the library lets go of Python's lock."""
+        if self._bpe is not None:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(pool.map(self.encode, texts))
+        if self._table is not None:
+            return [self.encode(text) for text in texts]
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def encode_prompt(self, text):
+        """The ids of a prompt as list[int]; <|endoftext|> (or what this tokenizer has for it) is one symbol here.
+
+        Raises:
+            ValueError: the tokenizer lacks a symbol of the prompt.
+        """
+        if self.eot is None and EOT in text:
+            raise ValueError(f"the tokenizer has no {EOT}")
+        ids = []
+        for i, part in enumerate(text.split(self.eot) if self.eot else [text]):
+            ids += [self.eot_id] * (i > 0) + self.encode(part).tolist()
+        return ids
+
+    def decode(self, ids):
+        """The text of ids; special symbols are shown, and bytes that are no whole character become U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def save(self, folder, max_length=None):
+        """Write tokenizer.json and tokenizer_config.json. max_length: the model's context in tokens."""
+        # this class name works in transformers 4 and 5; without the second key a decode drops spaces before commas
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if self.eot:
+            config |= {"bos_token": self.eot, "eos_token": self.eot}
+        if max_length:
+            config["model_max_length"] = max_length
+        for name, text in (("tokenizer.json", self.text), ("tokenizer_config.json", json.dumps(config, indent=2) + "\n")):
+            with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+
+
+def _show(symbols):
+    """A few symbols as a message names them."""
+    names = [f"{s!r} (U+{ord(s):04X})" for s in sorted(symbols)]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _capped(documents, limit):
+    """The documents up to `limit` characters in all."""
+    for text in documents:
+        yield text[:limit]
+        limit -= len(text)
+        if limit <= 0:
+            return
+
+
+def _char_json(vocab, add_eot):
+    """The tokenizer.json of single characters. vocab: {character: id}."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    # no such symbol as <unk> is in the vocabulary: an unknown character is an error, as in nanoGPT, and never
+    # a silent something else
+    backend = Backend(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    if add_eot:
+        backend.add_special_tokens([AddedToken(EOT, normalized=False)])
+    return backend.to_str()
+
+
+def _byte_level(model, post_processor=None):
+    """The tokenizer.json of a byte-level BPE as GPT-2 has it, with the end-of-text symbol last."""
+    from tokenizers import AddedToken, decoders, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if post_processor:
+        backend.post_processor = post_processor
+    backend.add_special_tokens([AddedToken(EOT, normalized=False)])
+    return backend.to_str()
+
+
+def _tiktoken(symbols, merges):
+    """The same byte-level BPE as a tiktoken Encoding, or None where its ids are not in the order of its merges.
+
+    tiktoken joins the pair whose symbol has the lowest id, the tokenizers library the pair that comes first
+    among the merges: the same thing where the ids ascend with the merges.
+    """
+    # GPT-2 writes a byte as a character: itself where that can be seen, else the next one from U+0100 on
+    visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    byte_of = {chr(b): b for b in visible}
+    byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in visible)}
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    made = [symbols.get(left + right, -1) for left, right in pairs]
+    single = [symbols.get(c, -1) for c in byte_of]
+    if min(single) < 0 or sorted(set(single + made)) != sorted(single) + made or len(symbols) != 256 + len(made):
+        return None
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    ranks = {bytes(byte_of[c] for c in symbol): i for symbol, i in symbols.items()}
+    return tiktoken.Encoding("byte-level BPE", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})

@@ -1,0 +1,403 @@
+"""Train a GPT from a recipe.
+
+    nanogpt-accel train recipes/quickstart.yaml
+    accelerate launch -m nanogpt_accel.train recipes/gpt2.yaml learning_rate=3e-4
+    nanogpt-accel train runs/gpt2                # goes on from the newest checkpoint of that run
+
+`main` does what is cheap, so that a mistake is answered before torch is imported: it reads the recipe, checks
+it, and prepares the data. `train` is the loop, top to bottom in the order in which things happen.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from . import checkpoint, cli, dataset, launch
+from .recipe import FIELDS, SECTIONS, Recipe, load_recipe
+
+def main(argv):
+    if cli.wants_help(argv):
+        return cli.show_help("nanogpt-accel train RECIPE.yaml | RUN_FOLDER [key=value ...]",
+                             "Train a recipe, or continue a run folder from its newest checkpoint.",
+                             {"run": Recipe, **SECTIONS})
+    target, options = cli.parse(argv, FIELDS)
+    if target is None:
+        raise ValueError("what to train? nanogpt-accel train RECIPE.yaml, such as recipes/quickstart.yaml")
+    if (Path(target) / "run.yaml").is_file():
+        options = {"init_from": "resume", **options, "out_dir": target}
+        target = Path(target) / "run.yaml"
+    recipe = load_recipe(target, options, check=check)
+    train(recipe)
+
+
+def check(recipe):
+    """Everything that can be known to be wrong before anything slow: a list of problems."""
+    problems = dataset.check(recipe.data, recipe.model.block_size)
+    problems += launch.check_launch(recipe.train.gradient_accumulation_steps, recipe.tracking.trackers)
+    out_dir, init_from = Path(recipe.out_dir), recipe.model.init_from
+    saved = checkpoint.checkpoints(out_dir)
+    if init_from == "resume":
+        newest = checkpoint.newest_whole(out_dir, warn=lambda line: None)
+        if newest is None:
+            what = "no whole checkpoint" if saved else "no checkpoint"
+            problems.append(f"model.init_from=resume: nothing to resume, {what} in out_dir={out_dir}; "
+                            "start the run with init_from=scratch")
+        else:
+            problems += checkpoint.shape_differences(newest, shape_of(recipe))
+    elif saved and not recipe.overwrite and not recipe.train.eval_only:
+        problems.append(f"out_dir={out_dir} already holds a run ({saved[-1].name}): go on with `nanogpt-accel train "
+                        f"{out_dir}`, replace it with overwrite=true, or take another out_dir")
+    if init_from not in ("scratch", "resume") and not Path(init_from).is_dir() and ("/" not in init_from
+                                                                                    or init_from.startswith((".", "/"))):
+        problems.append(f"model.init_from={init_from}: neither scratch, resume, a folder that exists, nor a Hub id")
+    if not recipe.train.eval_only:
+        problems += checkpoint.check_writable(out_dir)
+    return problems
+
+
+def shape_of(recipe):
+    """The model keys of a recipe that are the config's too; a run goes on only where they stay the same."""
+    return {key: getattr(recipe.model, key)
+            for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation")}
+
+
+def open_data(recipe):
+    """The recipe's token files, prepared where they are missing, after the checks that need the tokens."""
+    data = dataset.ready(recipe.data, recipe.seed, launch.is_main())
+    problems = dataset.require_block(data, recipe.model.block_size)
+    if recipe.train.sample_tokens:
+        prompt = data.tokenizer.encode_prompt(recipe.train.sample_prompt)
+        if not 0 < len(prompt) <= recipe.model.block_size:
+            problems.append(f"train.sample_prompt={recipe.train.sample_prompt!r}: {len(prompt)} tokens, it must be "
+                            f"1 to block_size={recipe.model.block_size}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return data
+
+
+def train(recipe):
+    """Run a recipe to its end.
+
+    Returns:
+        The trained GPT.
+
+    Raises:
+        ValueError: something in the recipe cannot be done here.
+        FloatingPointError: the loss is no longer a number; the message names the step and the last checkpoint.
+    """
+    data = open_data(recipe)
+    out_dir = Path(recipe.out_dir)
+
+    # torch and transformers take seconds to import, so they wait until everything else is known to be right
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from . import metrics
+    from .batches import Batches, evaluation_batches, seed_of
+    from .console import Console
+    from .optim import learning_rate, make_optimizer
+
+    transformers_logging.disable_progress_bar()
+    accelerator = launch.make_accelerator(recipe.train.device, recipe.train.mixed_precision, recipe.train.compile,
+                                          recipe.tracking.trackers, logging_dir=recipe.out_dir)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    console = Console(enabled=is_main)
+
+    # model: scratch, resume, or the weights of another run
+    torch.manual_seed(recipe.seed)
+    resumed = None
+    if recipe.model.init_from == "resume":
+        resumed = checkpoint.newest_whole(out_dir, warn=console.say)
+        console.say(f"resuming from {resumed}")
+    model = make_model(recipe, data, resumed)
+    if recipe.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.to(device)
+
+    # batch arithmetic: gradient_accumulation_steps counts micro-batches over all processes
+    batch_size, block_size = recipe.train.batch_size, recipe.model.block_size
+    micro_batches = recipe.train.gradient_accumulation_steps
+    micro_steps = micro_batches // accelerator.num_processes
+    accelerator.gradient_accumulation_steps = micro_steps
+    tokens_per_step = micro_batches * batch_size * block_size
+    max_iters = recipe.train.max_iters
+
+    # data: the training stream, and the fixed batches of the evaluations
+    batches = Batches(data.train, block_size, batch_size, micro_batches, recipe.seed, recipe.data.sampling)
+    val_batches = evaluation_batches(len(data.val), block_size, batch_size, recipe.train.eval_iters)
+    train_batches = evaluation_batches(len(data.train), block_size, batch_size, len(val_batches))
+
+    # optimizer, and everything into Accelerate's hands
+    optimizer = make_optimizer(model, learning_rate=recipe.optimizer.learning_rate,
+                               weight_decay=recipe.optimizer.weight_decay,
+                               beta1=recipe.optimizer.beta1, beta2=recipe.optimizer.beta2)
+    n_params = model.num_parameters()
+    flops_per_token = metrics.flops_per_token(n_params - model.transformer.wpe.weight.numel(), model.config.n_layer,
+                                              model.config.n_embd, block_size)
+    peak_flops = metrics.peak_flops(metrics.device_name(device))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    raw_model = accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    # where the run stands
+    first_step, best_val_loss, best_step, val_loss = 0, math.inf, None, None
+    if resumed is not None:
+        trainer = checkpoint.read_trainer(resumed)
+        if trainer["data"] != data.identity:
+            raise ValueError(f"{resumed} was trained on other data than {data.folder} holds "
+                             f"({trainer['data']} there, {data.identity} here): set data_dir to the folder it began "
+                             "with, or start a new run with init_from={out_dir} and another out_dir")
+        checkpoint.load_optimizer(resumed, raw_model, optimizer)
+        if accelerator.scaler is not None and trainer["scaler"] is not None:
+            accelerator.scaler.load_state_dict(trainer["scaler"])
+        first_step, val_loss, best_step = trainer["step"], trainer["val_loss"], trainer["best_step"]
+        best_val_loss = trainer["best_val_loss"] if best_step is not None else math.inf
+
+    # the run folder
+    log = None
+    if not recipe.train.eval_only:
+        if is_main:
+            begin_folder(recipe, out_dir, fresh=resumed is None)
+            log = metrics.MetricsLog(out_dir / "metrics.jsonl", resume_step=first_step if resumed else None)
+        accelerator.wait_for_everyone()
+        accelerator.init_trackers(
+            recipe.tracking.project, config=flat_config(recipe),
+            init_kwargs={"wandb": {"name": recipe.tracking.run_name or out_dir.name, "dir": str(out_dir)}})
+
+    console.say(f"model: {model_summary(raw_model)}")
+    console.say(f"data: {data.folder}, {len(data.train):,} training and {len(data.val):,} validation tokens, "
+                f"{data.tokenizer.vocab_size:,} symbols")
+    console.say(f"batch: {batch_size} sequences x {block_size} tokens x {micro_batches} micro-batches "
+                f"({accelerator.num_processes} processes x {micro_steps}) = {tokens_per_step:,} tokens a step; "
+                f"{max_iters:,} steps are {max_iters * tokens_per_step:,} tokens, "
+                f"{max_iters * tokens_per_step / len(data.train):.2f} epochs")
+    console.say(f"device: {metrics.device_name(device)}, mixed precision {accelerator.mixed_precision}, "
+                f"attention {raw_model.config._attn_implementation}"
+                + ("" if peak_flops else "; no MFU: the peak FLOP/s of this device are not in the table"))
+
+    def fetch(step, micro_step):
+        """Inputs and targets of this process's micro-batch, on their way to the device: (B, T) each."""
+        rows = torch.from_numpy(batches(step, micro_step * accelerator.num_processes + accelerator.process_index))
+        if device.type == "cuda":
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        else:
+            rows = rows.to(device)
+        return rows[:, :-1], rows[:, 1:]
+
+    def save(step):
+        """A checkpoint after `step` steps; the main process writes, the others wait."""
+        if is_main:
+            trainer = {
+                "step": step, "val_loss": val_loss, "best_step": best_step,
+                "best_val_loss": None if best_step is None else best_val_loss, "data": data.identity,
+                "seed": recipe.seed, "processes": accelerator.num_processes,
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
+            path = checkpoint.save(out_dir, trainer, model=raw_model, tokenizer=data.tokenizer, optimizer=optimizer,
+                                   card=model_card(recipe, data, trainer), keep_last=recipe.checkpoint.keep_last)
+            console.say(f"saved {path}")
+        accelerator.wait_for_everyone()
+
+    console.start(first_step, max_iters)
+    model.train()
+    x, y = fetch(first_step, 0)
+    losses, interval_start = [], time.perf_counter()
+    for step in range(first_step, max_iters + 1):
+        is_end = step == max_iters
+
+        # evaluate, and save checkpoints: the best one and the last ones (a resumed step has done both)
+        if recipe.train.eval_only or not (resumed and step == first_step):
+            evaluates = step % recipe.train.eval_interval == 0 or is_end or recipe.train.eval_only
+            is_best = False
+            if evaluates:
+                train_loss = metrics.mean_loss(model, data.train, train_batches, accelerator)
+                val_loss = metrics.mean_loss(model, data.val, val_batches, accelerator)
+                scores = metrics.scores(val_loss, len(data.val), data.val_bytes, train_loss)
+                console.say(f"step {step}: " + metrics.describe(scores))
+                if recipe.train.eval_only:
+                    break
+                if log is not None:
+                    log.write(step=step, **scores)
+                accelerator.log(scores, step=step)
+                is_best = val_loss < best_val_loss
+                if is_best:
+                    best_val_loss, best_step = val_loss, step
+            if step > 0 and (is_best or is_end or step % recipe.save_interval == 0):
+                save(step)
+            interval_start = time.perf_counter()
+        if is_end:
+            break
+
+        # the learning rate of this step
+        lr = learning_rate(step, schedule=recipe.optimizer.schedule, learning_rate=recipe.optimizer.learning_rate,
+                           warmup_iters=recipe.optimizer.warmup_iters, lr_decay_iters=recipe.lr_decay_iters,
+                           min_lr=recipe.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # forward and backward over the micro-batches; gradients are exchanged with the last one
+        loss = torch.zeros((), device=device)
+        for micro_step in range(micro_steps):
+            with accelerator.accumulate(model):
+                # dropout follows from the micro-batch, not from the process that happens to compute it
+                torch.manual_seed(seed_of(recipe.seed, 0, step,
+                                          micro_step * accelerator.num_processes + accelerator.process_index))
+                micro_loss = model(input_ids=x, shift_labels=y).loss
+                # fetch the next batch while the device is at work on this one
+                x, y = fetch(step, micro_step + 1) if micro_step + 1 < micro_steps else fetch(step + 1, 0)
+                accelerator.backward(micro_loss)  # divides by the number of micro-steps
+                loss += micro_loss.detach() / micro_steps
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss)
+
+        # log; the only place where the processor waits for the device
+        is_before_evaluation = (step + 1) % recipe.train.eval_interval == 0 or (step + 1) % recipe.save_interval == 0
+        if step % recipe.train.log_interval == 0 or is_before_evaluation or step + 1 == max_iters:
+            losses = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
+            for back, value in enumerate(reversed(losses)):
+                if not math.isfinite(value):
+                    bad_step = step - back
+                    console.stop()
+                    raise FloatingPointError(non_finite(out_dir, bad_step, value))
+            seconds = (time.perf_counter() - interval_start) / len(losses)
+            tokens_per_second = tokens_per_step / seconds
+            mfu = None
+            if peak_flops:
+                mfu = flops_per_token * tokens_per_second / (peak_flops * accelerator.num_processes)
+            values = {"loss": losses[-1], "learning_rate": lr, "grad_norm": grad_norm.item(),
+                      "tokens_per_second": tokens_per_second, "mfu": mfu, "peak_memory": metrics.peak_memory(device)}
+            if log is not None:
+                log.write(step=step, **values)
+            accelerator.log(values, step=step)
+            console.step(step, losses[-1], seconds, tokens_per_second, mfu)
+            losses, interval_start = [], time.perf_counter()
+
+    console.stop()
+    if is_main and not recipe.train.eval_only:
+        log.close()
+        finish(recipe, data, raw_model, console)
+    accelerator.end_training()
+    return raw_model
+
+
+def make_model(recipe, data, resumed):
+    """A GPT in float32 on the CPU: new, the checkpoint `resumed`, or the weights that init_from names."""
+    import torch
+
+    from .model import GPT, GPTConfig
+
+    if resumed is None and recipe.model.init_from == "scratch":
+        multiple = recipe.model.pad_vocab_to_multiple_of
+        model = GPT(GPTConfig(
+            vocab_size=-(-data.tokenizer.vocab_size // multiple) * multiple, dropout=recipe.model.dropout,
+            bos_token_id=data.tokenizer.eot_id, eos_token_id=data.tokenizer.eot_id,
+            **shape_of(recipe)))
+    else:
+        source = resumed or checkpoint.find_model(recipe.model.init_from)
+        model = GPT.from_pretrained(source, dtype=torch.float32, dropout=recipe.model.dropout)
+        dataset.require_tokenizer(data, source, key="model.init_from")
+        if recipe.model.block_size > model.config.block_size:
+            raise ValueError(f"model.block_size={recipe.model.block_size}: {source} reads at most "
+                             f"{model.config.block_size} tokens; set block_size={model.config.block_size} or less")
+        model.crop_block_size(recipe.model.block_size)
+    # rows of the embedding that only round it up are no tokens: no `generate` may draw them
+    padding = list(range(data.tokenizer.vocab_size, model.config.vocab_size))
+    model.generation_config.suppress_tokens = padding or None
+    return model
+
+
+def begin_folder(recipe, out_dir, fresh):
+    """Make the run folder and write run.yaml into it; a fresh run under overwrite=true removes the old one's files."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        for path in checkpoint.checkpoints(out_dir):
+            shutil.rmtree(path)
+        for path in out_dir.iterdir():
+            if path.is_symlink() or path.name in ("metrics.jsonl", "loss.png"):
+                path.unlink()
+    temporary = out_dir / "run.yaml.tmp"
+    temporary.write_text(recipe.to_yaml(), encoding="utf-8")
+    os.replace(temporary, out_dir / "run.yaml")
+
+
+def flat_config(recipe):
+    """The recipe as one flat dictionary of plain values, which every tracker can take."""
+    values = recipe.model_dump()
+    flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    for section in SECTIONS:
+        flat |= values[section]
+    return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in flat.items()}
+
+
+def model_summary(model):
+    config = model.config
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    return (f"{model.num_parameters():,} parameters, {config.n_layer} layers of {config.n_head} heads, {config.n_embd} "
+            f"wide, {config.vocab_size:,} rows of vocabulary; weight decay on {len(decayed)} tensors with "
+            f"{sum(p.numel() for p in decayed):,}, none on {len(others)} with {sum(p.numel() for p in others):,}")
+
+
+def non_finite(out_dir, step, value):
+    saved = checkpoint.newest_whole(out_dir)
+    remedy = (f"the last good checkpoint is {saved}; go on from it with a lower rate: nanogpt-accel train {out_dir} "
+              "learning_rate=..." if saved else "no checkpoint was saved yet; try a lower learning_rate")
+    return f"the loss of step {step} is {value}: {remedy}"
+
+
+def model_card(recipe, data, trainer):
+    """README.md of a checkpoint, in the Hub's form."""
+    name = Path(recipe.out_dir).name
+    loss = "not evaluated" if trainer["val_loss"] is None else f"{trainer['val_loss']:.4f} nats a token"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [nanogpt_accel]
+---
+# {name}
+
+A GPT trained with nanogpt_accel on the corpus `{recipe.data.corpus}` with the tokenizer `{data.tokenizer.kind}`.
+Checkpoint after {trainer['step']:,} steps; validation loss {loss}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+The recipe:
+
+```yaml
+{recipe.to_yaml()}```
+"""
+
+
+def finish(recipe, data, model, console):
+    """What a finished run shows: the plot, a sample, and what to try next."""
+    from . import metrics
+
+    out_dir = Path(recipe.out_dir)
+    metrics.plot_losses(out_dir / "metrics.jsonl", out_dir / "loss.png")
+    if recipe.train.sample_tokens:
+        from .generation import generate
+
+        console.say(f"\nA sample of {recipe.train.sample_tokens} tokens:\n{'-' * 60}")
+        console.write(recipe.train.sample_prompt)
+        model.eval()
+        generate(model, data.tokenizer.encode_prompt(recipe.train.sample_prompt), data.tokenizer.decode, console.write,
+                 vocab_size=data.tokenizer.vocab_size, max_new_tokens=recipe.train.sample_tokens, temperature=0.8,
+                 top_k=200, seed=recipe.seed)
+        console.say(f"\n{'-' * 60}")
+    prompt = json.dumps(recipe.train.sample_prompt.strip() or "The", ensure_ascii=False)
+    console.say(f"\nThe run is in {out_dir}: metrics.jsonl, loss.png and checkpoints. To try next:\n"
+                f"  nanogpt-accel sample {out_dir} --prompt {prompt}\n"
+                f"  nanogpt-accel evaluate {out_dir}\n"
+                f"  nanogpt-accel train {out_dir} max_iters={2 * recipe.train.max_iters}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, sys.argv[1:]))
