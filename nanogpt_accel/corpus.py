@@ -33,13 +33,13 @@ HUB = {
 BUILTIN = ("python", *URLS, *HUB)
 
 # what a folder is searched for; a glob or a file takes any suffix
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu",
-                 ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql", ".r", ".jl")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cc", ".cpp", ".hpp",
+                 ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql", ".r", ".jl")
 
 # Folders of the standard library that teach a model little: tests (half of all the bytes), and tables that a
 # program wrote: encodings/ is a hundred code pages, pydoc_data/ the manual as one literal, config-*/ and
-# _sysconfigdata* hold the build paths of one machine. Not ours: site-packages.
-PYTHON_SKIPPED = re.compile(r"^(test|tests|idle_test|encodings|pydoc_data|config-.*|.*-packages|__pycache__)$")
+# _sysconfigdata* hold the build paths of one machine. And site-packages, which is not the library.
+PYTHON_SKIPPED = re.compile(r"(test|tests|idle_test|encodings|pydoc_data|config-.*|.*-packages|__pycache__)")
 
 TIMEOUT = 30  # seconds without an answer after which a download is given up
 
@@ -68,7 +68,7 @@ class Corpus:
                 empty = False
                 yield text
         if empty:
-            raise ValueError(f"corpus={self.source['name']}: there is no text in it: give another file, folder or glob")
+            raise ValueError(f"corpus={self.source['name']}: there is no text in it: give another path")
 
 
 def find_corpus(spec):
@@ -105,8 +105,8 @@ def _local(spec):
     elif os.path.isdir(path):
         root, files = path, [f for f in _walk(path) if f.lower().endswith(TEXT_SUFFIXES)]
         if not files:
-            raise ValueError(f"corpus={spec}: no text file below this folder: name the files by a glob, such as "
-                             f"'{os.path.join(spec, '*.log')}' (it looks for {' '.join(TEXT_SUFFIXES)})")
+            raise ValueError(f"corpus={spec}: no text file ({' '.join(TEXT_SUFFIXES)}) below this folder: "
+                             f"name the files by a glob, such as '{os.path.join(spec, '*.log')}'")
     elif glob.has_magic(path):
         root, files = ".", [f for f in glob.glob(path, recursive=True) if os.path.isfile(f)]
         if not files:
@@ -114,8 +114,8 @@ def _local(spec):
     else:
         close = difflib.get_close_matches(spec, BUILTIN, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        raise FileNotFoundError(f"corpus={spec}: no such corpus{hint}; there are {', '.join(BUILTIN)}, and any text "
-                                "file, folder or glob that exists")
+        raise FileNotFoundError(f"corpus={spec}: no such corpus{hint}; there are {', '.join(BUILTIN)}, "
+                                "and any text file, folder or glob that exists")
     files = sorted((Path(os.path.relpath(f, root or ".")).as_posix(), f) for f in files)
     listing = hashlib.sha256()
     size = 0
@@ -124,7 +124,8 @@ def _local(spec):
         size += stat.st_size
         listing.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     name = source_name(spec)
-    source = {"kind": "files", "name": name, "files": len(files), "bytes": size, "listing": listing.hexdigest()}
+    source = {"kind": "files", "name": name, "files": len(files), "bytes": size,
+              "listing": listing.hexdigest()}
     stem = os.path.splitext(name)[0] if len(files) == 1 else name
     short = re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "text"
 
@@ -139,8 +140,8 @@ def _python():
     """The source of the running interpreter's standard library: real text with no network, some 10 MB."""
     root = sysconfig.get_path("stdlib")
     if not os.path.isfile(os.path.join(root, "os.py")):
-        raise ValueError(f"corpus=python: this Python has no library sources in {root}: take corpus=shakespeare or "
-                         "the path of some text")
+        raise ValueError(f"corpus=python: this Python has no library sources in {root}: take "
+                         "corpus=shakespeare or the path of some text")
 
     def read():
         for file in _walk(root, PYTHON_SKIPPED):
@@ -158,7 +159,7 @@ def _walk(root, skipped=None):
     """The files below `root` that are not hidden, in one order on every machine."""
     found = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if not f.startswith(".") and not (skipped and skipped.match(f))]
+        folders[:] = [f for f in folders if not f.startswith(".") and not (skipped and skipped.fullmatch(f))]
         found += [os.path.join(folder, f) for f in files if not f.startswith(".")]
     return sorted(found, key=lambda f: Path(f).parts)
 
@@ -174,8 +175,8 @@ def _decode(spec, raw, path=None):
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         where = f"{path}: " if path else ""
-        raise ValueError(f"corpus={spec}: {where}not UTF-8 text at byte {error.start}: convert it (iconv -t utf-8) or "
-                         "leave that file out") from None
+        raise ValueError(f"corpus={spec}: {where}not UTF-8 text at byte {error.start}: convert it "
+                         "(iconv -t utf-8), or leave that file out") from None
 
 
 def _fetch(name, url, sha256):
@@ -196,8 +197,8 @@ def _fetch(name, url, sha256):
                          "give its path as corpus=PATH") from None
     got = hashlib.sha256(raw).hexdigest()
     if got != sha256:
-        raise ValueError(f"corpus={name}: {url} has changed: its SHA-256 is {got}, expected {sha256}: with a copy of "
-                         "the right file, give its path as corpus=PATH")
+        raise ValueError(f"corpus={name}: {url} has changed: its SHA-256 is {got}, expected {sha256}: with a "
+                         "copy of the right file, give its path as corpus=PATH")
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         os.makedirs(cache, exist_ok=True)
@@ -220,5 +221,5 @@ def _hub_rows(name, repository, revision, column):
     except Exception as error:  # the Hub's clients raise errors of five libraries here
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(f"corpus={name}: cannot read {repository} ({revision}) from the Hugging Face Hub "
-                         f"({type(error).__name__}: {reason}): look at the network, HF_HUB_OFFLINE and HF_ENDPOINT, or "
-                         "give a path as corpus=PATH") from error
+                         f"({type(error).__name__}: {reason}): look at the network, HF_HUB_OFFLINE and "
+                         "HF_ENDPOINT, or give a path as corpus=PATH") from error

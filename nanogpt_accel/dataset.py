@@ -36,8 +36,8 @@ class Dataset:
     @property
     def identity(self):
         """What makes the tokens these: a checkpoint keeps it, and a run goes on with the same only."""
-        splits = self.manifest["splits"]
-        return {"tokenizer": self.tokenizer.fingerprint} | {split: splits[split]["sha256"] for split in splits}
+        hashes = {split: counts["sha256"] for split, counts in self.manifest["splits"].items()}
+        return {"tokenizer": self.tokenizer.fingerprint} | hashes
 
     @property
     def val_bytes(self):
@@ -59,8 +59,8 @@ def data_folder(data, seed):
     corpus = find_corpus(data.corpus)
     identity = json.dumps(_facts(data, corpus, seed), sort_keys=True)
     name = os.path.basename(os.path.abspath(data.tokenizer))
-    if data.tokenizer in TOKENIZERS:
-        name = _asked(data)
+    if data.tokenizer == "bpe":
+        name = f"bpe{data.vocab_size}"
     name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
     return Path("data") / f"{corpus.name}_{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
@@ -74,7 +74,8 @@ def check(data, block_size=None, seed=None):
     """What is wrong with the data section as far as that can be known without tokenizing or a download.
 
     Args:
-        data: the section. block_size, seed: where given and the data are prepared, their length is checked too.
+        data: the section. seed: of the recipe, to find data that are prepared already. block_size: where
+            given, the length of such data is checked too.
 
     Returns:
         A list of problems, one line each.
@@ -90,7 +91,7 @@ def check(data, block_size=None, seed=None):
         return problems
     folder = data_folder(data, seed)
     if folder.exists() and not folder.is_dir():
-        return [f"data_dir={folder}: not a folder: give one that holds train.bin and val.bin, or shall hold them"]
+        return [f"data_dir={folder}: not a folder: give one that holds train.bin and val.bin, or will"]
     if is_data_folder(folder):
         try:
             manifest = read_manifest(folder)
@@ -127,8 +128,8 @@ def prepare(data, seed, report=print):
     start = time.perf_counter()
     tokenizer = _make_tokenizer(data, corpus, report)
     if not corpus.is_single and tokenizer.eot_id is None:
-        raise ValueError(f"tokenizer={data.tokenizer}: has no end-of-text symbol to set between the documents of "
-                         f"corpus={data.corpus}: take gpt2, char or bpe, or a corpus of one text")
+        raise ValueError(f"tokenizer={data.tokenizer}: has no end-of-text symbol to set between the "
+                         f"documents of corpus={data.corpus}: take gpt2, char or bpe, or a single text")
     forced = {}  # document -> split, where the hash left one split empty
     while True:
         with Writer(folder, tokenizer.dtype) as writer:
@@ -190,9 +191,10 @@ def require_tokenizer(dataset, folder, key):
     """
     held = Tokenizer.load(folder)
     if held.fingerprint != dataset.tokenizer.fingerprint:
-        raise ValueError(f"{key}: {folder} reads {held.kind} tokens ({held.vocab_size:,} symbols), but {dataset.folder} "
-                         f"holds {dataset.tokenizer.kind} ones ({dataset.tokenizer.vocab_size:,}): "
-                         f"prepare the data with tokenizer={folder}")
+        own = dataset.tokenizer
+        raise ValueError(f"{key}: {folder} reads {held.kind} tokens ({held.vocab_size:,} symbols), but "
+                         f"{dataset.folder} holds {own.kind} ones ({own.vocab_size:,}): prepare "
+                         f"the data with tokenizer={folder}")
 
 
 def require_block(dataset, block_size):
@@ -201,9 +203,9 @@ def require_block(dataset, block_size):
 
 
 def _too_short(counts, folder, block_size):
-    return [f"block_size={block_size}: a sample takes {block_size + 1:,} tokens, but {folder}/{split}.bin has "
-            f"{count:,}: take a smaller block_size, a larger corpus"
-            + (" or a larger val_fraction" if split == "val" else " or a smaller val_fraction")
+    other = {"train": "smaller", "val": "larger"}
+    return [f"block_size={block_size}: a sample takes {block_size + 1:,} tokens, but {folder / split}.bin "
+            f"has {count:,}: take a smaller block_size, a larger corpus or a {other[split]} val_fraction"
             for split, count in counts.items() if count < block_size + 1]
 
 
@@ -214,9 +216,9 @@ def _facts(data, corpus, seed):
 
 
 def _asked(data):
-    """The tokenizer that the section asks for, as one word: of a folder, its content counts and not its name."""
+    """The tokenizer that the section asks for, as text: of a folder, its content counts and not its name."""
     if data.tokenizer in TOKENIZERS:
-        return f"bpe{data.vocab_size}" if data.tokenizer == "bpe" else data.tokenizer
+        return f"bpe vocab_size={data.vocab_size}" if data.tokenizer == "bpe" else data.tokenizer
     if not os.path.isdir(os.path.expanduser(data.tokenizer)):
         close = difflib.get_close_matches(data.tokenizer, TOKENIZERS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -259,8 +261,9 @@ def _write_single(writer, tokenizer, corpus, val_fraction):
     cut = int(len(text) * (1 - val_fraction))  # nanoGPT's int(n*0.9)
     for split, part in (("train", text[:cut]), ("val", text[cut:])):
         if not part:
-            raise ValueError(f"corpus={corpus.source['name']}: {len(text):,} characters leave nothing for {split} at "
-                             f"val_fraction={val_fraction}: take a larger corpus, or a val_fraction nearer to 0.5")
+            raise ValueError(f"corpus={corpus.source['name']}: {len(text):,} characters leave nothing for "
+                             f"{split} at val_fraction={val_fraction}: take a larger corpus or another "
+                             "val_fraction")
         writer.write(split, tokenizer.encode(part), len(part.encode()))
 
 
@@ -271,7 +274,8 @@ def _write_documents(writer, tokenizer, corpus, val_fraction, seed, forced, repo
     start = shown = time.perf_counter()
 
     def flush():
-        for (split, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+        encoded = tokenizer.encode_batch([text for _, text in batch])
+        for (split, text), ids in zip(batch, encoded, strict=True):
             writer.write(split, np.append(ids, np.array(tokenizer.eot_id, ids.dtype)), len(text.encode()))
         batch.clear()
 
@@ -290,8 +294,8 @@ def _write_documents(writer, tokenizer, corpus, val_fraction, seed, forced, repo
                 shown = time.perf_counter()
                 report(f"{count:,} documents, {size / 1e6:,.0f} MB, {size / 1e6 / (shown - start):,.1f} MB/s")
     if count < 2:
-        raise ValueError(f"corpus={corpus.source['name']}: one document cannot be both train and val: take more documents, or "
-                         "the file itself as corpus, whose end then is val")
+        raise ValueError(f"corpus={corpus.source['name']}: one document cannot be both train and val: take "
+                         "more documents, or the file itself as corpus, whose end is val then")
     flush()
     # another try with the nearest document moved is cheap: only a small corpus leaves a split empty
     return {draws[split][1]: split for split in SPLITS if not writer.counts[split]["documents"]}

@@ -1,8 +1,8 @@
-"""Text to token ids and back: GPT-2's BPE, single characters, a BPE trained on the corpus, or any tokenizer.json.
+"""Text to token ids and back: GPT-2's BPE, characters, a BPE trained on the corpus, or any tokenizer.json.
 
 Whatever the kind, a tokenizer is its tokenizer.json, so `save` writes what transformers' AutoTokenizer loads
-with no code of ours. Two kinds are encoded by faster means than the tokenizers library: single characters by a
-table, and a GPT-2-like BPE by tiktoken, which gives the same ids some ten times as fast.
+with no code of ours. Two kinds are encoded by faster means than the tokenizers library: characters by a
+table, and a BPE of GPT-2's form by tiktoken, which gives the same ids some ten times as fast.
 """
 
 import hashlib
@@ -53,24 +53,32 @@ class Tokenizer:
         self.eot = eot if eot in self.vocab else None
         self.eot_id = self.vocab.get(eot)
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-        self.kind, self._table, self._bpe = self._fast_path(json.loads(text))
+        self.kind = self._kind(json.loads(text))
 
-    def _fast_path(self, spec):
-        """(kind, table of ids by code point or None, tiktoken Encoding or None) for a parsed tokenizer.json."""
-        model = spec["model"]["type"]
-        symbols = {s: i for s, i in self.vocab.items() if s != self.eot}
-        splitter = spec.get("pre_tokenizer") or {}
-        if model == "WordLevel" and splitter.get("type") == "Split" and all(len(s) == 1 for s in symbols):
-            table = np.full(max(map(ord, symbols), default=0) + 2, -1, dtype=np.int32)  # the last row: no such symbol
-            table[[ord(s) for s in symbols]] = list(symbols.values())
-            return "char", table, None
-        if model != "BPE" or splitter.get("type") != "ByteLevel":
-            return model.lower(), None, None
-        lines = "\n".join(sorted(self.vocab, key=self.vocab.get))
-        kind = "gpt2" if hashlib.sha256(lines.encode()).hexdigest() == GPT2_SYMBOLS else "bpe"
-        plain = (not splitter["add_prefix_space"] and splitter.get("use_regex", True) and not spec.get("normalizer")
-                 and not spec["model"].get("ignore_merges") and set(self.vocab) - {self.eot} <= set(spec["model"]["vocab"]))
-        return kind, None, _tiktoken(symbols, spec["model"]["merges"]) if plain else None
+    def _kind(self, spec):
+        model, splitter = spec["model"]["type"], (spec.get("pre_tokenizer") or {}).get("type")
+        if (model, splitter) == ("WordLevel", "Split") and not spec.get("normalizer"):
+            if all(len(symbol) == 1 or symbol == self.eot for symbol in self.vocab):
+                return "char"
+        if (model, splitter) == ("BPE", "ByteLevel"):
+            lines = "\n".join(sorted(self.vocab, key=self.vocab.get))
+            return "gpt2" if hashlib.sha256(lines.encode()).hexdigest() == GPT2_SYMBOLS else "bpe"
+        return model.lower()
+
+    @cached_property
+    def _table(self):
+        """Of characters: the ids by code point, -1 where there is none; the last row is for all above."""
+        if self.kind != "char":
+            return None
+        symbols = {ord(s): i for s, i in self.vocab.items() if s != self.eot}
+        table = np.full(max(symbols, default=0) + 2, -1, dtype=np.int32)
+        table[list(symbols)] = list(symbols.values())
+        return table
+
+    @cached_property
+    def _bpe(self):
+        """Of a byte-level BPE: the same as a tiktoken Encoding, if it can be one; made for the first text."""
+        return _tiktoken(json.loads(self.text), self.eot) if self.kind in ("gpt2", "bpe") else None
 
     @classmethod
     def gpt2(cls):
@@ -87,12 +95,13 @@ class Tokenizer:
             try:
                 files[name] = read_file_cached(GPT2_URL + name, sha256).decode("utf-8")
             except Exception as error:  # requests' errors, a wrong hash, a cache that cannot be written
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"tokenizer=gpt2: cannot read {GPT2_URL}{name} ({reason}): load it once with a network "
-                                 "(tiktoken.get_encoding('gpt2')) and set TIKTOKEN_CACHE_DIR to a copy of "
-                                 "tiktoken's cache folder") from None
+                reason = type(error).__name__ + (f": {error}" if len(str(error)) < 100 else "")
+                raise ValueError(f"tokenizer=gpt2: cannot read {GPT2_URL}{name} ({reason}): run "
+                                 "tiktoken.get_encoding('gpt2') where there is a network, and set "
+                                 "TIKTOKEN_CACHE_DIR to a copy of the folder that keeps its files") from None
         vocab = json.loads(files["encoder.json"])
-        merges = [tuple(line.split()) for line in files["vocab.bpe"].split("\n")[1:-1]]  # the first line is a version
+        lines = files["vocab.bpe"].split("\n")[1:-1]  # the first one is a version
+        merges = [tuple(line.split()) for line in lines]
         return cls(_byte_level(models.BPE(vocab, merges), processors.ByteLevel(trim_offsets=False)))
 
     @classmethod
@@ -104,7 +113,9 @@ class Tokenizer:
         symbols, count = set(), 0
         for count, text in enumerate(documents, 1):  # noqa: B007 (the count is read below)
             symbols.update(text)
-        return cls(_char_json({s: i for i, s in enumerate(sorted(symbols))}, add_eot=count > 1 if add_eot is None else add_eot))
+        if add_eot is None:
+            add_eot = count > 1
+        return cls(_char_json({s: i for i, s in enumerate(sorted(symbols))}, add_eot))
 
     @classmethod
     def char_from_meta(cls, stoi):
@@ -123,8 +134,8 @@ class Tokenizer:
         """A byte-level BPE with up to `vocab_size` symbols (fewer where the text has too few pairs).
 
         It is trained on all the documents, validation too, up to BPE_TEXT_LIMIT characters: 200 million. The
-        256 bytes are always in it, so that nothing is ever unknown; the last id is the end-of-text symbol. The
-        same documents give the same tokenizer.
+        256 bytes are always in it, so that nothing is ever unknown; the last id is the end-of-text symbol.
+        The same documents give the same tokenizer.
         """
         from tokenizers import Tokenizer as Backend
         from tokenizers import models, pre_tokenizers, trainers
@@ -160,12 +171,12 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self):
-        """SHA-256 of the tokenizer.json in a canonical form: the same ids for the same text have the same one."""
+        """SHA-256 of the tokenizer.json in a canonical form: layout, padding and truncation do not count."""
         spec = json.loads(self.text) | {"truncation": None, "padding": None}
         return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text):
-        """The ids of plain text, (n,) of self.dtype. A special symbol that the text spells is text like any other.
+        """The ids of plain text, (n,) of self.dtype. Where it spells a special symbol, that is text like any.
 
         Raises:
             ValueError: the text has symbols that the tokenizer lacks; they are named.
@@ -192,7 +203,7 @@ class Tokenizer:
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def encode_prompt(self, text):
-        """The ids of a prompt as list[int]; <|endoftext|> (or what this tokenizer has for it) is one symbol here.
+        """The ids of a prompt as list[int]; <|endoftext|>, or what this tokenizer has for it, is one symbol.
 
         Raises:
             ValueError: the tokenizer lacks a symbol of the prompt.
@@ -210,13 +221,14 @@ class Tokenizer:
 
     def save(self, folder, max_length=None):
         """Write tokenizer.json and tokenizer_config.json. max_length: the model's context in tokens."""
-        # this class name works in transformers 4 and 5; without the second key a decode drops spaces before commas
+        # the class name works in transformers 4 and 5; a "clean-up" would drop spaces before commas in decode
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.eot:
             config |= {"bos_token": self.eot, "eos_token": self.eot}
         if max_length:
             config["model_max_length"] = max_length
-        for name, text in (("tokenizer.json", self.text), ("tokenizer_config.json", json.dumps(config, indent=2) + "\n")):
+        files = {"tokenizer.json": self.text, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
+        for name, text in files.items():
             with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as file:
                 file.write(text)
 
@@ -265,23 +277,29 @@ def _byte_level(model, post_processor=None):
     return backend.to_str()
 
 
-def _tiktoken(symbols, merges):
-    """The same byte-level BPE as a tiktoken Encoding, or None where its ids are not in the order of its merges.
+def _tiktoken(spec, eot):
+    """A tokenizer.json's byte-level BPE as a tiktoken Encoding, or None where that would encode otherwise.
 
     tiktoken joins the pair whose symbol has the lowest id, the tokenizers library the pair that comes first
-    among the merges: the same thing where the ids ascend with the merges.
+    among the merges; so the order of the two has to be one.
     """
+    splitter, model = spec["pre_tokenizer"], spec["model"]
+    if splitter["add_prefix_space"] or not splitter.get("use_regex", True) or spec.get("normalizer"):
+        return None
+    if model.get("ignore_merges") or any(a["content"] != eot for a in spec["added_tokens"]):
+        return None
     # GPT-2 writes a byte as a character: itself where that can be seen, else the next one from U+0100 on
     visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     byte_of = {chr(b): b for b in visible}
     byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in visible)}
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    made = [symbols.get(left + right, -1) for left, right in pairs]
-    single = [symbols.get(c, -1) for c in byte_of]
-    if min(single) < 0 or sorted(set(single + made)) != sorted(single) + made or len(symbols) != 256 + len(made):
+    symbols = {symbol: i for symbol, i in model["vocab"].items() if symbol != eot}
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    ids = sorted(symbols.get(c, -1) for c in byte_of)
+    ids += [symbols.get(left + right, -1) for left, right in pairs]
+    if ids[0] < 0 or ids != sorted(set(ids)) or len(ids) != len(symbols):
         return None
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    ranks = {bytes(byte_of[c] for c in symbol): i for symbol, i in symbols.items()}
+    ranks = {bytes([byte_of[c] for c in symbol]): i for symbol, i in symbols.items()}
     return tiktoken.Encoding("byte-level BPE", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})

@@ -1,4 +1,4 @@
-"""Token files on disk, in nanoGPT's form: train.bin and val.bin, plus a manifest.json that says what they are.
+"""Token files on disk in nanoGPT's form, train.bin and val.bin, and a manifest.json that says what they are.
 
     with Writer(folder, np.uint16) as writer:
         writer.write("train", ids, len(raw_bytes))
@@ -15,15 +15,17 @@ import os
 import pickle
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 VERSION = 1
 SPLITS = ("train", "val")
+FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
 SAMPLED_ABOVE = 2**30  # bytes of a nanoGPT file above which only its head, tail and size are hashed
 _AGAIN = "delete the folder and prepare it again"
+_AGAIN_NANOGPT = "make it again with nanoGPT's prepare.py"
 
 
 class TokenFile:
@@ -46,9 +48,9 @@ class TokenFile:
         starts = np.asarray(starts, dtype=np.int64)
         out = np.empty((len(starts), length), dtype=np.int64)
         if len(starts):
-            assert starts.min() >= 0 and starts.max() + length <= len(self), f"{self.path}: a row beyond its end"
-            # a new map each time, as nanoGPT does: the pages of a map that stays open add up in resident memory,
-            # https://stackoverflow.com/questions/45132940/numpy-memmap-memory-usage-want-to-iterate-once/61472122
+            assert 0 <= starts.min() and starts.max() + length <= len(self), f"a row beyond {self.path}"
+            # a new map each time, as in nanoGPT: the pages of one that stays open add up in resident memory,
+            # https://stackoverflow.com/questions/45132940/numpy-memmap-memory-usage-want-to-iterate-once
             data = np.memmap(self.path, dtype=self.dtype, mode="r")
             for row, start in zip(out, starts, strict=True):
                 row[:] = data[start : start + length]
@@ -58,25 +60,25 @@ class TokenFile:
 class Writer:
     """Writes a data folder as the tokens come, out of sight until all of it is there.
 
-    The files grow in a folder beside the real one, named FOLDER.tmp-*. finish() moves them, the manifest last;
-    leaving the `with` block without it removes them.
+    The files grow in FOLDER/.tmp-*, on the same disk whatever is mounted where. finish() moves them to their
+    places, the manifest last; leaving the `with` block without it removes them.
 
     Args:
-        folder: the data folder; made when it is finished. dtype: np.uint16 or np.uint32.
+        folder: the data folder. dtype: np.uint16 or np.uint32.
 
     Raises:
-        ValueError: the folder holds token files already.
+        ValueError: the folder holds such files already. OSError: it cannot be written.
     """
 
     def __init__(self, folder, dtype):
         self.folder, self.dtype = Path(folder), np.dtype(dtype)
         self._refuse_to_overwrite()
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.temporary = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.tmp-", dir=self.folder.parent))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.folder))
         except OSError as error:
-            raise OSError(f"data_dir={folder}: cannot write here ({error.strerror}): set data_dir to a folder "
-                          "that can be written") from None
+            raise OSError(f"data_dir={folder}: cannot be written ({error.strerror}): set data_dir to a "
+                          "folder that can") from None
         self._files = {split: open(self.temporary / f"{split}.bin", "wb") for split in SPLITS}
         self._hashes = {split: hashlib.sha256() for split in SPLITS}
         self.counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
@@ -86,11 +88,11 @@ class Writer:
 
     def __exit__(self, *error):
         for file in self._files.values():
-            try:
+            with suppress(OSError):  # a full disk is reported by the write that failed
                 file.close()
-            except OSError:  # a full disk is reported by the write that failed
-                pass
         shutil.rmtree(self.temporary, ignore_errors=True)
+        with suppress(OSError):  # goes only where it is empty
+            self.folder.rmdir()
 
     def write(self, split, ids, n_bytes, documents=1):
         """Append ids, (n,) whole numbers, to a split. n_bytes: the size of their text as UTF-8."""
@@ -125,17 +127,15 @@ class Writer:
             if (self.folder / "manifest.json").exists() and read_manifest(self.folder) == manifest:
                 return manifest  # another process prepared the same meanwhile
             self._refuse_to_overwrite()
-            self.folder.mkdir(exist_ok=True)
-            # the tokenizer first: .bin files without a manifest are nanoGPT's, but not beside a tokenizer.json
+            # the tokenizer first: .bin files without a manifest pass for nanoGPT's, but not beside its file
             names = sorted(f.name for f in self.temporary.iterdir())
             for name in sorted(names, key=lambda n: (n == "manifest.json", n.endswith(".bin"), n)):
                 os.replace(self.temporary / name, self.folder / name)
         return manifest
 
     def _refuse_to_overwrite(self):
-        found = [name for name in ("manifest.json", "train.bin", "val.bin", "tokenizer.json") if (self.folder / name).exists()]
-        if found:
-            raise ValueError(f"data_dir={self.folder}: holds {', '.join(found)} already, and data files are never "
+        if found := [name for name in FILES if (self.folder / name).exists()]:
+            raise ValueError(f"data_dir={self.folder}: holds {', '.join(found)} already, and nothing is "
                              "overwritten: take another data_dir, or delete that folder")
 
 
@@ -145,14 +145,15 @@ def _naming(folder):
     try:
         yield
     except OSError as error:
-        raise OSError(f"{folder}: cannot write the token files ({error.strerror or error}): nothing was kept; make "
-                      "room or set data_dir to another disk") from None
+        raise OSError(f"data_dir={folder}: cannot write the token files ({error.strerror or error}), nothing "
+                      "was kept: make room, or set data_dir to another disk") from None
 
 
 def is_data_folder(folder):
-    """True where read_manifest would find a data folder, ours or nanoGPT's, whole or damaged."""
-    folder = Path(folder)
-    return (folder / "manifest.json").is_file() or all((folder / f"{split}.bin").is_file() for split in SPLITS)
+    """True where there is a data folder: ours, which has a manifest, or nanoGPT's, which has none."""
+    has = {name: (Path(folder) / name).is_file() for name in FILES}
+    # .bin files beside a tokenizer.json are ours, amid the moves of finish() or after a crash between them
+    return has["manifest.json"] or (has["train.bin"] and has["val.bin"] and not has["tokenizer.json"])
 
 
 def read_manifest(folder):
@@ -173,8 +174,11 @@ def read_manifest(folder):
     folder = Path(folder)
     path = folder / "manifest.json"
     if not is_data_folder(folder):
-        what = "no such folder" if not folder.is_dir() else "no manifest.json, and no train.bin and val.bin"
-        raise FileNotFoundError(f"data_dir={folder}: {what}: prepare it first, or give the right data_dir")
+        if any((folder / name).exists() for name in FILES):
+            raise ValueError(f"data_dir={folder}: token files without a manifest.json, maybe not whole: take "
+                             f"another data_dir, or {_AGAIN}")
+        raise FileNotFoundError(f"data_dir={folder}: no train.bin and val.bin there: prepare them first, or "
+                                "give the right data_dir")
     if not path.is_file():
         return _nanogpt_manifest(folder)
     try:
@@ -209,28 +213,27 @@ def differences(manifest, folder, corpus=None, tokenizer=None, val_fraction=None
     held = {"corpus": manifest["corpus"].get("name"), "tokenizer": manifest["tokenizer"].get("asked"),
             "val_fraction": manifest["val_fraction"]}
     wanted = {"corpus": corpus, "tokenizer": tokenizer, "val_fraction": val_fraction}
-    return [f"{key}={wanted[key]}, but data_dir={folder} was prepared with {key}={held[key]}: set {key} to that, "
-            "or take another data_dir"
+    return [f"{key}={wanted[key]}, but data_dir={folder} was prepared with {key}={held[key]}: leave {key} "
+            "out to take that, or set another data_dir"
             for key in wanted if wanted[key] is not None and wanted[key] != held[key]]
 
 
 def _nanogpt_manifest(folder):
-    if (folder / "tokenizer.json").is_file():  # a crash between finish's moves; nanoGPT writes no such file
-        raise ValueError(f"data_dir={folder}: token files without their manifest.json, so maybe not whole: {_AGAIN}")
     splits = {}
     for split in SPLITS:
         file = folder / f"{split}.bin"
         size = file.stat().st_size
         if size % 2:
-            raise ValueError(f"{file}: {size:,} bytes, an odd number, is no file of 16-bit ids: make it again with "
-                             "nanoGPT's prepare.py")
-        splits[split] = {"tokens": size // 2, "bytes": None, "documents": None, "sha256": _sha256(file, size)}
+            raise ValueError(f"{file}: {size:,} bytes, an odd number, is no file of 16-bit ids: "
+                             f"{_AGAIN_NANOGPT}")
+        splits[split] = {"tokens": size // 2, "bytes": None, "documents": None,
+                         "sha256": _sha256(file, size)}
     meta = folder / "meta.pkl"
     stoi = read_meta(meta) if meta.is_file() else None
-    tokenizer = {"asked": None, "kind": "char" if stoi else "gpt2", "vocab_size": len(stoi) if stoi else 50257,
-                 "fingerprint": None, "eot_id": None if stoi else 50256}
     if stoi:
-        tokenizer["stoi"] = stoi
+        tokenizer = {"kind": "char", "vocab_size": len(stoi), "eot_id": None, "stoi": stoi}
+    else:
+        tokenizer = {"kind": "gpt2", "vocab_size": 50257, "eot_id": 50256}
     return {"version": VERSION, "nanogpt": True, "corpus": {"kind": "nanogpt", "name": folder.resolve().name},
             "tokenizer": tokenizer, "val_fraction": None, "seed": None, "dtype": "uint16", "splits": splits}
 
@@ -252,7 +255,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads dicts, lists, tuples, text and numbers. Whatever else a pickle names is refused, not imported."""
 
     def find_class(self, module, name):
-        raise ValueError(f"asks for {module}.{name}, and a pickle that asks for code is not read: nothing was run")
+        raise ValueError(f"asks for {module}.{name}, and a pickle that asks for code is not read")
 
 
 def read_meta(path):
@@ -267,11 +270,11 @@ def read_meta(path):
         except OSError:
             raise
         except ValueError as error:
-            raise ValueError(f"{path}: {error}: delete it, or make it again with nanoGPT's prepare.py") from None
+            raise ValueError(f"{path}: {error}: {_AGAIN_NANOGPT}") from None
         except Exception as error:  # a damaged pickle raises almost anything
-            raise ValueError(f"{path}: not a pickle of plain values ({type(error).__name__}): make it again with "
-                             "nanoGPT's prepare.py") from None
+            raise ValueError(f"{path}: not a pickle of plain values ({type(error).__name__}): "
+                             f"{_AGAIN_NANOGPT}") from None
     stoi = meta.get("stoi") if isinstance(meta, dict) else None
     if not isinstance(stoi, dict) or not stoi:
-        raise ValueError(f"{path}: has no stoi, the ids of its characters: make it again with nanoGPT's prepare.py")
+        raise ValueError(f"{path}: has no stoi, the ids of its characters: {_AGAIN_NANOGPT}")
     return stoi

@@ -96,7 +96,7 @@ def train(recipe):
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from . import metrics
+    from . import cpu, metrics
     from .batches import Batches, evaluation_batches, seed_of
     from .console import Console
     from .optim import learning_rate, make_optimizer
@@ -117,6 +117,9 @@ def train(recipe):
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(device)
+    tuned = ""
+    if device.type == "cpu" and accelerator.mixed_precision == "no" and recipe.train.compile is not True:
+        tuned = cpu.tune(model)
 
     # batch arithmetic: gradient_accumulation_steps counts micro-batches over all processes
     batch_size, block_size = recipe.train.batch_size, recipe.model.block_size
@@ -176,7 +179,7 @@ def train(recipe):
                 f"{max_iters * tokens_per_step / len(data.train):.2f} epochs")
     console.say(f"device: {metrics.device_name(device)}, mixed precision {accelerator.mixed_precision}, "
                 f"attention {raw_model.config._attn_implementation}"
-                + ("" if peak_flops else "; no MFU: the peak FLOP/s of this device are not in the table"))
+                + (f", {tuned}" if tuned else "") + ("" if peak_flops else "; no MFU: the peak FLOP/s of this device are not in the table"))
 
     def fetch(step, micro_step):
         """Inputs and targets of this process's micro-batch, on their way to the device: (B, T) each."""
