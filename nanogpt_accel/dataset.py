@@ -19,6 +19,7 @@ from .corpus import find_corpus, source_name
 from .tokenizer import Tokenizer
 from .tokens import SPLITS, TokenFile, Writer, differences, is_data_folder, read_manifest
 
+SPLIT_SEED = 2357  # nanoGPT's; fixed, so that validation losses of runs with other seeds can be compared
 TOKENIZERS = ("gpt2", "char", "bpe")
 BATCH = 2**23  # characters that are tokenized together; the result does not depend on it
 
@@ -45,7 +46,7 @@ class Dataset:
         return self.manifest["splits"]["val"]["bytes"]
 
 
-def data_folder(data, seed):
+def data_folder(data):
     """Where the token files are or will be.
 
     data_dir if it is given; else data/CORPUS_TOKENIZER-HASH, whose hash is over all that decides the tokens:
@@ -57,7 +58,7 @@ def data_folder(data, seed):
     if data.data_dir:
         return Path(os.path.expanduser(data.data_dir))
     corpus = find_corpus(data.corpus)
-    identity = json.dumps(_facts(data, corpus, seed), sort_keys=True)
+    identity = json.dumps(_facts(data, corpus), sort_keys=True)
     name = os.path.basename(os.path.abspath(data.tokenizer))
     if data.tokenizer == "bpe":
         name = f"bpe{data.vocab_size}"
@@ -65,23 +66,22 @@ def data_folder(data, seed):
     return Path("data") / f"{corpus.name}_{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
-def is_prepared(data, seed):
+def is_prepared(data):
     """True where the token files are there: open_dataset opens them or says what is wrong with them."""
-    return is_data_folder(data_folder(data, seed))
+    return is_data_folder(data_folder(data))
 
 
-def check(data, block_size=None, seed=None):
+def check(data, block_size=None):
     """What is wrong with the data section as far as that can be known without tokenizing or a download.
 
     Args:
-        data: the section. seed: of the recipe, to find data that are prepared already. block_size: where
-            given, the length of such data is checked too.
+        data: the section. block_size: where given, the length of data that are prepared already is checked too.
 
     Returns:
         A list of problems, one line each.
     """
     problems = []
-    if not (data.data_dir and is_prepared(data, seed)):  # else the corpus is not needed
+    if not (data.data_dir and is_prepared(data)):  # else the corpus is not needed
         for look in (lambda: find_corpus(data.corpus), lambda: _asked(data)):
             try:
                 look()
@@ -89,7 +89,7 @@ def check(data, block_size=None, seed=None):
                 problems.append(str(error))
     if problems:
         return problems
-    folder = data_folder(data, seed)
+    folder = data_folder(data)
     if folder.exists() and not folder.is_dir():
         return [f"data_dir={folder}: not a folder: give one that holds train.bin and val.bin, or will"]
     if is_data_folder(folder):
@@ -104,15 +104,15 @@ def check(data, block_size=None, seed=None):
     return problems
 
 
-def prepare(data, seed, report=print):
+def prepare(data, report=print):
     """Tokenize the corpus, unless that has been done.
 
     A single text is cut as nanoGPT cuts it: the first 1 - val_fraction of its characters train, the rest
-    validate, and no symbol is added. Of several documents each goes to one of the two by a hash of the seed
-    and its number, and is followed by the end-of-text symbol. Each side gets at least one document.
+    validate, and no symbol is added. Of several documents each goes to one of the two by a hash of its
+    number, and is followed by the end-of-text symbol. Each side gets at least one document.
 
     Args:
-        data, seed: of the recipe; the seed only deals out documents. report: called with a line now and then.
+        data: the section. report: called with a line now and then.
 
     Returns:
         The folder.
@@ -120,11 +120,11 @@ def prepare(data, seed, report=print):
     Raises:
         ValueError, OSError: what stands in the way, in one line.
     """
-    folder = data_folder(data, seed)
+    folder = data_folder(data)
     if is_data_folder(folder):
         return folder
     corpus = find_corpus(data.corpus)
-    facts = _facts(data, corpus, seed)
+    facts = _facts(data, corpus)
     start = time.perf_counter()
     tokenizer = _make_tokenizer(data, corpus, report)
     if not corpus.is_single and tokenizer.eot_id is None:
@@ -136,7 +136,7 @@ def prepare(data, seed, report=print):
             if corpus.is_single:
                 _write_single(writer, tokenizer, corpus, data.val_fraction)
             else:
-                forced = _write_documents(writer, tokenizer, corpus, data.val_fraction, seed, forced, report)
+                forced = _write_documents(writer, tokenizer, corpus, data.val_fraction, forced, report)
             if not forced:
                 facts["tokenizer"] |= {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
                                        "fingerprint": tokenizer.fingerprint, "eot_id": tokenizer.eot_id}
@@ -148,7 +148,7 @@ def prepare(data, seed, report=print):
     return folder
 
 
-def open_dataset(data, seed):
+def open_dataset(data):
     """The Dataset of a prepared folder.
 
     Where data_dir is given, the corpus need not be there any more; where its manifest contradicts what the
@@ -157,7 +157,7 @@ def open_dataset(data, seed):
     Raises:
         FileNotFoundError: not prepared. ValueError: damaged, or not what the recipe asks for.
     """
-    folder = data_folder(data, seed)
+    folder = data_folder(data)
     manifest = read_manifest(folder)
     if problems := _differences(data, manifest):
         raise ValueError("\n".join(problems))
@@ -174,13 +174,13 @@ def open_dataset(data, seed):
     return Dataset(folder, manifest, tokenizer, *files)
 
 
-def ready(data, seed, is_main, report=print):
+def ready(data, is_main, report=print):
     """The Dataset, prepared first where it is missing: by the main process, while the others wait for it."""
     if is_main:
-        prepare(data, seed, report)
-    while not is_prepared(data, seed):
+        prepare(data, report)
+    while not is_prepared(data):
         time.sleep(0.5)
-    return open_dataset(data, seed)
+    return open_dataset(data)
 
 
 def require_tokenizer(dataset, folder, key):
@@ -209,10 +209,10 @@ def _too_short(counts, folder, block_size):
             for split, count in counts.items() if count < block_size + 1]
 
 
-def _facts(data, corpus, seed):
-    """What decides the tokens, as plain values. A single text is cut without chance, so its seed is None."""
+def _facts(data, corpus):
+    """What decides the tokens, as plain values. A single text is cut without chance, so it has no seed."""
     return {"corpus": corpus.source, "tokenizer": {"asked": _asked(data)}, "val_fraction": data.val_fraction,
-            "seed": None if corpus.is_single else seed}
+            "split_seed": None if corpus.is_single else SPLIT_SEED}
 
 
 def _asked(data):
@@ -267,7 +267,7 @@ def _write_single(writer, tokenizer, corpus, val_fraction):
         writer.write(split, tokenizer.encode(part), len(part.encode()))
 
 
-def _write_documents(writer, tokenizer, corpus, val_fraction, seed, forced, report):
+def _write_documents(writer, tokenizer, corpus, val_fraction, forced, report):
     """Write all documents; if one split stays empty, return {document: split} to force in another try."""
     draws = {}  # split -> (draw, number) of the document nearest to it
     count, size, batch = 0, 0, []
@@ -281,7 +281,7 @@ def _write_documents(writer, tokenizer, corpus, val_fraction, seed, forced, repo
 
     waiting = 0  # characters in the batch
     for count, text in enumerate(corpus.documents(), 1):
-        draw = _draw(seed, count - 1)
+        draw = _draw(count - 1)
         draws["val"] = min(draws.get("val", (2, 0)), (draw, count - 1))
         draws["train"] = max(draws.get("train", (-1, 0)), (draw, count - 1))
         batch.append((forced.get(count - 1, "val" if draw < val_fraction else "train"), text))
@@ -301,7 +301,7 @@ def _write_documents(writer, tokenizer, corpus, val_fraction, seed, forced, repo
     return {draws[split][1]: split for split in SPLITS if not writer.counts[split]["documents"]}
 
 
-def _draw(seed, index):
+def _draw(index):
     """A number in [0, 1) for a document, the same whatever came before it."""
-    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{SPLIT_SEED} {index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

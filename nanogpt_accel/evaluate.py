@@ -57,7 +57,7 @@ def evaluate(target, recipe, as_json=False):
     warn = lambda line: print(line, file=sys.stderr)  # noqa: E731
     folder = checkpoint.find_model(target, warn)
     block_size = checkpoint.read_config(folder)["block_size"]
-    data = dataset.ready(recipe.data, recipe.seed, launch.is_main(), report=warn)
+    data = dataset.ready(recipe.data, launch.is_main(), report=warn)
     dataset.require_tokenizer(data, folder, key="MODEL")
     problems = dataset.require_block(data, block_size)
     if problems:

@@ -18,11 +18,11 @@ def main(argv):
     if target is None:
         raise ValueError("prepare needs a recipe: nanogpt-accel prepare recipes/shakespeare_char.yaml")
     recipe = load_recipe(target, options, check=lambda recipe: dataset.check(recipe.data))
-    if dataset.is_prepared(recipe.data, recipe.seed):
-        print(f"{dataset.data_folder(recipe.data, recipe.seed)}: prepared already")
+    if dataset.is_prepared(recipe.data):
+        print(f"{dataset.data_folder(recipe.data)}: prepared already")
     else:
-        dataset.prepare(recipe.data, recipe.seed)
-    prepared = dataset.open_dataset(recipe.data, recipe.seed)
+        dataset.prepare(recipe.data)
+    prepared = dataset.open_dataset(recipe.data)
     tokenizer = prepared.tokenizer
     print(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} symbols")
     for split, counts in prepared.manifest["splits"].items():

@@ -109,7 +109,7 @@ class Writer:
 
         Args:
             facts: {"corpus": {"name", ...}, "tokenizer": {"asked", "kind", "vocab_size", "fingerprint",
-                "eot_id"}, "val_fraction", "seed"}: plain values for the manifest.
+                "eot_id"}, "val_fraction", "split_seed"}: plain values for the manifest.
             save_tokenizer: a function that writes the tokenizer's files into the folder it is given.
         """
         manifest = {"version": VERSION, **facts, "dtype": self.dtype.name, "splits": {
@@ -165,7 +165,7 @@ def read_manifest(folder):
     MiB and its size, so that a run's start does not read 17 GB.
 
     Returns:
-        {"version", "corpus", "tokenizer", "val_fraction", "seed", "dtype", "splits": {"train" and "val":
+        {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "dtype", "splits": {"train" and "val":
         {"tokens", "bytes", "documents", "sha256"}}}
 
     Raises:
@@ -235,7 +235,7 @@ def _nanogpt_manifest(folder):
     else:
         tokenizer = {"kind": "gpt2", "vocab_size": 50257, "eot_id": 50256}
     return {"version": VERSION, "nanogpt": True, "corpus": {"kind": "nanogpt", "name": folder.resolve().name},
-            "tokenizer": tokenizer, "val_fraction": None, "seed": None, "dtype": "uint16", "splits": splits}
+            "tokenizer": tokenizer, "val_fraction": None, "split_seed": None, "dtype": "uint16", "splits": splits}
 
 
 def _sha256(path, size):

@@ -67,7 +67,7 @@ def shape_of(recipe):
 
 def open_data(recipe):
     """The recipe's token files, prepared where they are missing, after the checks that need the tokens."""
-    data = dataset.ready(recipe.data, recipe.seed, launch.is_main())
+    data = dataset.ready(recipe.data, launch.is_main())
     problems = dataset.require_block(data, recipe.model.block_size)
     if recipe.train.sample_tokens:
         prompt = data.tokenizer.encode_prompt(recipe.train.sample_prompt)

@@ -41,9 +41,9 @@ def ids(file):
     return np.fromfile(file.path, dtype=file.dtype).tolist()
 
 
-def prepared(data, seed=1, report=lambda line: None):
-    dataset.prepare(data, seed, report)
-    return open_dataset(data, seed)
+def prepared(data, report=lambda line: None):
+    dataset.prepare(data, report)
+    return open_dataset(data)
 
 
 # ---- a single text
@@ -65,7 +65,7 @@ def test_shakespeare_char_is_nanogpts(shakespeare):
     splits = ours.manifest["splits"]
     assert [splits[s]["bytes"] for s in splits] == [1_003_854, 111_540]
     assert splits["val"]["sha256"] == hashlib.sha256(val_ids.tobytes()).hexdigest()
-    assert ours.manifest["corpus"]["bytes"] == 1_115_394 and ours.manifest["seed"] is None
+    assert ours.manifest["corpus"]["bytes"] == 1_115_394 and ours.manifest["split_seed"] is None
 
 
 def test_shakespeare_gpt2_is_nanogpts(shakespeare, gpt2_files):
@@ -97,16 +97,16 @@ def test_a_text_too_short_to_cut(refused, work, text, val_fraction, split):
     (work / "x.txt").write_text(text)
     data = Data(corpus="x.txt", tokenizer="char", val_fraction=val_fraction)
     with refused(ValueError, "corpus=x.txt", f"nothing for {split}", f"val_fraction={val_fraction}"):
-        dataset.prepare(data, 1)
-    assert not data_folder(data, 1).exists()
+        dataset.prepare(data)
+    assert not data_folder(data).exists()
 
 
 # ---- documents
 
 
-def dealt(texts, val_fraction, seed):
+def dealt(texts, val_fraction):
     """The rule in words: blake2b of "SEED INDEX" as a fraction of 2**64, below val_fraction is val."""
-    share = [int.from_bytes(hashlib.blake2b(f"{seed} {i}".encode(), digest_size=8).digest(), "big") / 2**64
+    share = [int.from_bytes(hashlib.blake2b(f"2357 {i}".encode(), digest_size=8).digest(), "big") / 2**64
              for i in range(len(texts))]
     val = {i for i in range(len(texts)) if share[i] < val_fraction}
     if not val:
@@ -120,23 +120,21 @@ def dealt(texts, val_fraction, seed):
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
 def test_documents_are_dealt_out_whole_and_end_with_eot(notes, tokenizer, val_fraction):
     texts = [f.read_text() for f in sorted(notes.iterdir())]
-    for seed in (1, 2):
-        data = Data(corpus="notes", tokenizer=tokenizer, vocab_size=300, val_fraction=val_fraction)
-        ours = prepared(data, seed)
-        eot, encode = ours.tokenizer.eot_id, ours.tokenizer.encode
-        assert eot == ours.tokenizer.vocab_size - 1
-        for file, part in zip((ours.train, ours.val), dealt(texts, val_fraction, seed), strict=True):
-            assert part
-            assert ids(file) == [i for text in part for i in [*encode(text).tolist(), eot]]
-            counts = ours.manifest["splits"][file.path.stem]
-            assert counts["documents"] == len(part) and counts["bytes"] == sum(len(t.encode()) for t in part)
+    ours = prepared(Data(corpus="notes", tokenizer=tokenizer, vocab_size=300, val_fraction=val_fraction))
+    eot, encode = ours.tokenizer.eot_id, ours.tokenizer.encode
+    assert eot == ours.tokenizer.vocab_size - 1
+    for file, part in zip((ours.train, ours.val), dealt(texts, val_fraction), strict=True):
+        assert part
+        assert ids(file) == [i for text in part for i in [*encode(text).tolist(), eot]]
+        counts = ours.manifest["splits"][file.path.stem]
+        assert counts["documents"] == len(part) and counts["bytes"] == sum(len(t.encode()) for t in part)
 
 
 def test_documents_of_gpt2(notes, gpt2_files):
     import tiktoken
 
     enc = tiktoken.get_encoding("gpt2")
-    train, val = dealt([f.read_text() for f in sorted(notes.iterdir())], 0.3, seed=1)
+    train, val = dealt([f.read_text() for f in sorted(notes.iterdir())], 0.3)
     ours = prepared(Data(corpus="notes", tokenizer="gpt2", val_fraction=0.3))
     for file, part in ((ours.train, train), (ours.val, val)):  # data/openwebtext/prepare.py
         assert ids(file) == [i for text in part for i in [*enc.encode_ordinary(text), enc.eot_token]]
@@ -166,8 +164,8 @@ def test_one_document_cannot_be_split(refused, notes):
     for tokenizer in ("char", "bpe"):
         data = Data(corpus="notes", tokenizer=tokenizer)
         with refused(ValueError, "corpus=notes", "one document"):
-            dataset.prepare(data, 1, print)
-        assert not data_folder(data, 1).exists()
+            dataset.prepare(data, print)
+        assert not data_folder(data).exists()
 
 
 def test_python_corpus_offline():
@@ -183,32 +181,30 @@ def test_every_key_that_decides_the_tokens_has_its_folder(notes):
     base = {"corpus": "notes", "tokenizer": "bpe", "vocab_size": 300, "val_fraction": 0.1}
     changes = [{}, {"vocab_size": 301}, {"val_fraction": 0.2}, {"tokenizer": "char"},
                {"corpus": "notes/01.txt"}]
-    folders = [data_folder(Data(**base | change), 1) for change in changes] + [data_folder(Data(**base), 2)]
+    folders = [data_folder(Data(**base | change)) for change in changes]
     assert len(set(folders)) == len(folders)
     assert folders[0].parent == Path("data") and folders[0].name.startswith("notes_bpe300-")
-    # not what leaves the tokens as they are: the sampling, vocab_size without a bpe, the seed of one text
-    assert data_folder(Data(**base, sampling="random"), 1) == folders[0]
+    # not what leaves the tokens as they are: the sampling, vocab_size without a bpe
+    assert data_folder(Data(**base, sampling="random")) == folders[0]
     char = base | {"tokenizer": "char"}
-    assert data_folder(Data(**char | {"vocab_size": 999}), 1) == folders[3]
-    single = Data(**base | {"corpus": "notes/01.txt"})
-    assert data_folder(single, 1) == data_folder(single, 2) == folders[4]
+    assert data_folder(Data(**char | {"vocab_size": 999})) == folders[3]
 
 
 def test_a_changed_corpus_gets_a_new_folder(notes):
     data = Data(corpus="notes", tokenizer="char", val_fraction=0.3)
     before = prepared(data)
-    assert is_prepared(data, 1)
+    assert is_prepared(data)
     (notes / "00.txt").write_text("something else")
-    assert not is_prepared(data, 1)
+    assert not is_prepared(data)
     assert prepared(data).folder != before.folder and before.folder.is_dir()
 
 
 def test_prepare_twice_writes_once(notes):
     data, lines = Data(corpus="notes", tokenizer="char", val_fraction=0.3), []
-    folder = dataset.prepare(data, 1, lines.append)
+    folder = dataset.prepare(data, lines.append)
     assert len(lines) == 1 and str(folder) in lines[0] and "MB/s" in lines[0]
     times = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
-    assert dataset.prepare(data, 1, lines.append) == folder and len(lines) == 1
+    assert dataset.prepare(data, lines.append) == folder and len(lines) == 1
     assert times == {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
 
 
@@ -239,7 +235,7 @@ def test_a_tokenizer_folder(refused, notes):
     # the same content in another place is the same tokenizer
     shutil.copytree(first.folder, "elsewhere")
     elsewhere = data.model_copy(update={"tokenizer": "elsewhere"})
-    assert data_folder(elsewhere, 1).name.split("-")[-1] == data_folder(data, 1).name.split("-")[-1]
+    assert data_folder(elsewhere).name.split("-")[-1] == data_folder(data).name.split("-")[-1]
     # one without an end-of-text cannot keep documents apart, and one without a symbol cannot read them
     Path("single").mkdir()
     Tokenizer.char([(notes / "01.txt").read_text()]).save("single")
@@ -265,9 +261,9 @@ def mine(notes):
 def test_data_dir_does_not_need_its_corpus(mine, monkeypatch):
     monkeypatch.setattr(dataset, "find_corpus", lambda spec: pytest.fail("the corpus was touched"))
     for data in (mine, Data(data_dir="mine"), Data(data_dir="mine", corpus="somewhere/else/notes/")):
-        assert check(data, block_size=8) == [] and is_prepared(data, 1)
-        assert dataset.prepare(data, 1) == Path("mine")
-        assert open_dataset(data, 1).folder == Path("mine")
+        assert check(data, block_size=8) == [] and is_prepared(data)
+        assert dataset.prepare(data) == Path("mine")
+        assert open_dataset(data).folder == Path("mine")
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -281,13 +277,13 @@ def test_data_dir_that_holds_something_else(refused, mine, change, words):
     (problem,) = check(data)
     assert all(word in problem for word in words) and "data_dir=mine" in problem
     with refused(ValueError, *words, "data_dir=mine"):
-        open_dataset(data, 1)
+        open_dataset(data)
 
 
 def test_a_changed_tokenizer_in_the_data_folder(refused, mine):
     Tokenizer.char(["abc"]).save("mine")
     with refused(ValueError, Path("mine/tokenizer.json"), "prepare it again"):
-        open_dataset(mine, 1)
+        open_dataset(mine)
 
 
 def test_a_truncated_data_folder(refused, mine):
@@ -296,12 +292,12 @@ def test_a_truncated_data_folder(refused, mine):
     (problem,) = check(mine)
     assert "mine/train.bin" in problem and "prepare it again" in problem
     with refused(ValueError, "mine/train.bin", "prepare it again"):
-        open_dataset(mine, 1)
+        open_dataset(mine)
 
 
 def test_not_prepared(refused, notes):
     with refused(FileNotFoundError, "data_dir=there", "prepare"):
-        open_dataset(Data(corpus="notes", data_dir="there"), 1)
+        open_dataset(Data(corpus="notes", data_dir="there"))
 
 
 @pytest.mark.parametrize("meta", [True, False])
@@ -321,8 +317,8 @@ def test_a_nanogpt_folder_is_used_as_it_is(request, refused, work, meta):
         (folder / "meta.pkl").write_bytes(pickle.dumps(content))
     before = sorted(f.name for f in folder.iterdir())
     data = Data(corpus="no such corpus", tokenizer="bpe", data_dir=str(folder))
-    assert check(data) == [] and is_prepared(data, 1) and dataset.prepare(data, 1) == folder
-    ours = open_dataset(data, 1)
+    assert check(data) == [] and is_prepared(data) and dataset.prepare(data) == folder
+    ours = open_dataset(data)
     assert ours.tokenizer.kind == ("char" if meta else "gpt2")
     assert ours.tokenizer.decode(ours.train.rows([0], len(rows))[0]) == text
     assert ours.manifest["tokenizer"]["fingerprint"] == ours.tokenizer.fingerprint
@@ -352,12 +348,11 @@ def test_too_short_for_a_block(notes):
     train, val = len(ours.train), len(ours.val)
     assert val < train
     assert require_block(ours, val - 1) == []
-    for problems in (require_block(ours, val), check(data, block_size=val, seed=1)):
+    for problems in (require_block(ours, val), check(data, block_size=val)):
         (problem,) = problems
         assert f"block_size={val}:" in problem and f"{ours.folder}/val.bin has {val}:" in problem
         assert "larger val_fraction" in problem
     assert len(require_block(ours, train)) == 2
-    assert check(data, block_size=train) == [], "without the seed there is no folder to look into"
     assert len(check(data.model_copy(update={"data_dir": str(ours.folder)}), block_size=train)) == 2
 
 
