@@ -75,6 +75,48 @@ def save(run, trainer, *, model, tokenizer, card, optimizer, keep_last):
     return final
 
 
+def begin(run, recipe, is_resumed):
+    """Make the run folder and write run.yaml (the text `recipe`) into it; a run that is not resumed clears away the
+    checkpoints, links and logs of the one before it."""
+    run = Path(run)
+    run.mkdir(parents=True, exist_ok=True)
+    if not is_resumed:
+        for path in checkpoints(run):
+            _remove(path)
+        for path in run.iterdir():
+            if path.is_symlink() or path.name in ("metrics.jsonl", "loss.png"):
+                path.unlink()
+    temporary = run / "run.yaml.tmp"
+    temporary.write_text(recipe, encoding="utf-8")
+    os.replace(temporary, run / "run.yaml")
+
+
+def model_card(name, corpus, tokenizer, trainer, recipe):
+    """README.md of a checkpoint in the Hub's form. trainer: as in trainer.json; the others are plain text."""
+    loss = "not evaluated" if trainer["val_loss"] is None else f"{trainer['val_loss']:.4f} nats a token"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [nanogpt_accel]
+---
+# {name}
+
+A GPT trained with nanogpt_accel on the corpus `{corpus}` with the tokenizer `{tokenizer}`.
+Checkpoint after {trainer["step"]:,} steps; validation loss: {loss}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+The recipe:
+
+```yaml
+{recipe}```
+"""
+
+
 def damage(path, resumable=True):
     """What is missing or broken in a checkpoint folder, as text; None where it is whole.
 
@@ -160,6 +202,8 @@ def find_model(target, warn=print):
         ValueError: nothing there that can be loaded; the message says what was looked for.
     """
     path = Path(target)
+    if not may_be_model(target):
+        raise FileNotFoundError(f"{target}: no such folder")
     if path.is_dir():
         if checkpoints(path):
             newest = newest_whole(path, warn)
@@ -172,9 +216,12 @@ def find_model(target, warn=print):
         if trouble:
             raise ValueError(f"{target}: neither a run nor a checkpoint folder: {trouble}")
         return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(target)) or str(target).startswith("."):
-        raise FileNotFoundError(f"{target}: no such folder")
     return _download(str(target))
+
+
+def may_be_model(target):
+    """True for a folder that exists and for what has the form of a Hub id."""
+    return Path(target).is_dir() or re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(target)) is not None
 
 
 def _download(repo_id):
@@ -186,7 +233,7 @@ def _download(repo_id):
         folder = snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "model.py"],
                                    ignore_patterns=["state/*"])
     except GatedRepoError:
-        raise ValueError(f"{repo_id}: this model is gated: accept its terms on the Hub and run `hf auth login`") from None
+        raise ValueError(f"{repo_id}: a gated model: accept its terms on the Hub and run `hf auth login`") from None
     except RepositoryNotFoundError:
         raise ValueError(f"{repo_id}: no such folder here, and no such model on the Hub; if it is private, "
                          "run `hf auth login`") from None

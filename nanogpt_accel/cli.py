@@ -53,7 +53,7 @@ def parse(argv, fields):
         else:
             targets.append(word)
     if len(targets) > 1:
-        problems.append(f"one target is taken, got {len(targets)}: {' '.join(targets)} (quote a value that holds spaces)")
+        problems.append(f"one target is taken, got {len(targets)}: {' '.join(targets)} (quote what holds spaces)")
     if problems:
         raise ValueError("\n".join(problems))
     return (targets[0] if targets else None), options
@@ -144,7 +144,8 @@ def type_name(annotation):
     """A field's type as a user would write it: int, float, `a|b`, list."""
     arguments = getattr(annotation, "__args__", None)
     if arguments is None:
-        return {type(None): "none", str: "TEXT", bool: "true|false"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
+        names = {type(None): "none", str: "TEXT", bool: "true|false"}
+        return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
     if getattr(annotation, "__origin__", None) in (list, tuple):
         return "A,B,..."
     parts = [a if isinstance(a, str) else type_name(a) for a in arguments if a is not Ellipsis]
@@ -187,6 +188,9 @@ def run(command, argv):
         for line in str(error).splitlines() or [type(error).__name__]:
             print(f"{f'rank {rank}: ' if rank else ''}error: {line}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:  # the run was asked for rightly and went wrong
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

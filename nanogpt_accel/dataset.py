@@ -184,17 +184,12 @@ def ready(data, is_main, report=print):
 
 
 def require_tokenizer(dataset, folder, key):
-    """Make sure that a model's folder and the data have one tokenizer.
-
-    Raises:
-        ValueError: the ids mean different things. key: what named the folder, for the message.
-    """
+    """A list of problems: whether the model in `folder` reads other ids than the data hold. key: for the message."""
     held = Tokenizer.load(folder)
-    if held.fingerprint != dataset.tokenizer.fingerprint:
-        own = dataset.tokenizer
-        raise ValueError(f"{key}: {folder} reads {held.kind} tokens ({held.vocab_size:,} symbols), but "
-                         f"{dataset.folder} holds {own.kind} ones ({own.vocab_size:,}): prepare "
-                         f"the data with tokenizer={folder}")
+    if held.fingerprint == dataset.tokenizer.fingerprint:
+        return []
+    return [f"{key}: {folder} reads {held.kind} tokens ({held.vocab_size:,} symbols), but {dataset.folder} holds "
+            f"{dataset.tokenizer.kind} ones ({dataset.tokenizer.vocab_size:,}): prepare with tokenizer={folder}"]
 
 
 def require_block(dataset, block_size):

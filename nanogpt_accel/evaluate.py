@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from . import checkpoint, cli, dataset, launch
-from .recipe import FIELDS, SECTIONS, Recipe, load_recipe
+from .recipe import FIELDS, SECTIONS, load_recipe
 
 
 class EvaluateOptions(BaseModel):
@@ -32,7 +32,8 @@ def main(argv):
             "id.", {"options": EvaluateOptions, "data": SECTIONS["data"], "train": SECTIONS["train"]})
     fields = EvaluateOptions.model_fields
     target, given = cli.parse(argv, {**FIELDS, "recipe": fields["recipe"], "json": fields["json_output"]})
-    options, problems, _ = cli.validate(EvaluateOptions, {key: given.pop(key) for key in ("recipe", "json") if key in given})
+    own = {key: given.pop(key) for key in ("recipe", "json") if key in given}
+    options, problems, _ = cli.validate(EvaluateOptions, own)
     if target is None:
         problems.append("which model? nanogpt-accel evaluate runs/NAME")
     if problems:
@@ -58,21 +59,21 @@ def evaluate(target, recipe, as_json=False):
     folder = checkpoint.find_model(target, warn)
     block_size = checkpoint.read_config(folder)["block_size"]
     data = dataset.ready(recipe.data, launch.is_main(), report=warn)
-    dataset.require_tokenizer(data, folder, key="MODEL")
-    problems = dataset.require_block(data, block_size)
+    problems = dataset.require_tokenizer(data, folder, key=target) + dataset.require_block(data, block_size)
     if problems:
         raise ValueError("\n".join(problems))
 
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from . import metrics
+    from . import cpu, metrics
     from .batches import evaluation_batches
     from .model import GPT
 
     transformers_logging.disable_progress_bar()
     accelerator = launch.make_accelerator(recipe.train.device, recipe.train.mixed_precision, recipe.train.compile)
     model = GPT.from_pretrained(folder, dtype=torch.float32).to(accelerator.device)
+    cpu.tune(model, accelerator)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     batches = evaluation_batches(len(data.val), block_size, recipe.train.batch_size, recipe.train.eval_iters)
     val_loss = metrics.mean_loss(model, data.val, batches, accelerator)

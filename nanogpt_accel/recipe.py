@@ -150,6 +150,13 @@ class Recipe(Section):
     def save_interval(self):
         return self.checkpoint.save_interval or self.train.eval_interval
 
+    def flat(self):
+        """One flat dictionary of plain values, which every tracker can take."""
+        values = self.model_dump()
+        leaves = {key: values[section][key] if section else values[key] for key, section in SECTION_OF.items()}
+        return {key: value if isinstance(value, (bool, int, float, str)) else str(value)
+                for key, value in leaves.items()}
+
     def to_yaml(self):
         """The recipe as a file that load_recipe reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False)

@@ -57,7 +57,7 @@ def main(argv):
     if not prompt_ids:
         raise ValueError("prompt: it is empty; give at least one token, such as --prompt='\\n'")
     if len(prompt_ids) > block_size:
-        raise ValueError(f"prompt: {len(prompt_ids)} tokens, the model reads at most block_size={block_size}; shorten it")
+        raise ValueError(f"prompt: {len(prompt_ids)} tokens, but the model reads block_size={block_size}: shorten it")
 
     from transformers.utils import logging as transformers_logging
 

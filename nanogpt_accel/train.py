@@ -10,14 +10,13 @@ it, and prepares the data. `train` is the loop, top to bottom in the order in wh
 
 import json
 import math
-import os
-import shutil
 import sys
 import time
 from pathlib import Path
 
 from . import checkpoint, cli, dataset, launch
 from .recipe import FIELDS, SECTIONS, Recipe, load_recipe
+
 
 def main(argv):
     if cli.wants_help(argv):
@@ -27,7 +26,9 @@ def main(argv):
     target, options = cli.parse(argv, FIELDS)
     if target is None:
         raise ValueError("what to train? nanogpt-accel train RECIPE.yaml, such as recipes/quickstart.yaml")
-    if (Path(target) / "run.yaml").is_file():
+    if Path(target).is_dir():
+        if not (Path(target) / "run.yaml").is_file():
+            raise ValueError(f"{target}: no run.yaml in this folder, so it is no run; give a recipe or a run folder")
         options = {"init_from": "resume", **options, "out_dir": target}
         target = Path(target) / "run.yaml"
     recipe = load_recipe(target, options, check=check)
@@ -51,8 +52,7 @@ def check(recipe):
     elif saved and not recipe.overwrite and not recipe.train.eval_only:
         problems.append(f"out_dir={out_dir} already holds a run ({saved[-1].name}): go on with `nanogpt-accel train "
                         f"{out_dir}`, replace it with overwrite=true, or take another out_dir")
-    if init_from not in ("scratch", "resume") and not Path(init_from).is_dir() and ("/" not in init_from
-                                                                                    or init_from.startswith((".", "/"))):
+    if init_from not in ("scratch", "resume") and not checkpoint.may_be_model(init_from):
         problems.append(f"model.init_from={init_from}: neither scratch, resume, a folder that exists, nor a Hub id")
     if not recipe.train.eval_only:
         problems += checkpoint.check_writable(out_dir)
@@ -66,17 +66,35 @@ def shape_of(recipe):
 
 
 def open_data(recipe):
-    """The recipe's token files, prepared where they are missing, after the checks that need the tokens."""
+    """The recipe's token files, prepared where they are missing, after the checks that need the tokens.
+
+    Returns:
+        (dataset, source): source is the folder whose weights the run begins with, None for a new model.
+    """
     data = dataset.ready(recipe.data, launch.is_main())
-    problems = dataset.require_block(data, recipe.model.block_size)
+    block_size, init_from = recipe.model.block_size, recipe.model.init_from
+    problems = dataset.require_block(data, block_size)
     if recipe.train.sample_tokens:
         prompt = data.tokenizer.encode_prompt(recipe.train.sample_prompt)
-        if not 0 < len(prompt) <= recipe.model.block_size:
+        if not 0 < len(prompt) <= block_size:
             problems.append(f"train.sample_prompt={recipe.train.sample_prompt!r}: {len(prompt)} tokens, it must be "
-                            f"1 to block_size={recipe.model.block_size}")
+                            f"1 to block_size={block_size}")
+    source = None
+    if init_from == "resume":
+        source = checkpoint.newest_whole(recipe.out_dir, warn=print if launch.is_main() else lambda line: None)
+        if checkpoint.read_trainer(source)["data"] != data.identity:
+            problems.append(f"{source} was trained on other data than {data.folder} holds now: set data_dir to the folder "
+                            f"that it began with, or begin a new run with init_from={source} and another out_dir")
+    elif init_from != "scratch":
+        source = checkpoint.find_model(init_from)
+        problems += dataset.require_tokenizer(data, source, key=f"model.init_from={init_from}")
+        longest = checkpoint.read_config(source)["block_size"]
+        if block_size > longest:
+            problems.append(f"model.block_size={block_size}: {source} reads at most {longest} tokens; "
+                            f"set block_size={longest} or less")
     if problems:
         raise ValueError("\n".join(problems))
-    return data
+    return data, source
 
 
 def train(recipe):
@@ -89,8 +107,8 @@ def train(recipe):
         ValueError: something in the recipe cannot be done here.
         FloatingPointError: the loss is no longer a number; the message names the step and the last checkpoint.
     """
-    data = open_data(recipe)
-    out_dir = Path(recipe.out_dir)
+    data, source = open_data(recipe)
+    out_dir, is_resumed = Path(recipe.out_dir), recipe.model.init_from == "resume"
 
     # torch and transformers take seconds to import, so they wait until everything else is known to be right
     import torch
@@ -107,19 +125,15 @@ def train(recipe):
     device, is_main = accelerator.device, accelerator.is_main_process
     console = Console(enabled=is_main)
 
-    # model: scratch, resume, or the weights of another run
+    # model: new, or with the weights of a checkpoint
     torch.manual_seed(recipe.seed)
-    resumed = None
-    if recipe.model.init_from == "resume":
-        resumed = checkpoint.newest_whole(out_dir, warn=console.say)
-        console.say(f"resuming from {resumed}")
-    model = make_model(recipe, data, resumed)
+    model = make_model(recipe, data.tokenizer, source)
+    console.say(f"resuming {out_dir} from {source.name}" if is_resumed else
+                f"beginning with the weights of {source}" if source else "beginning with new weights")
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(device)
-    tuned = ""
-    if device.type == "cpu" and accelerator.mixed_precision == "no" and recipe.train.compile is not True:
-        tuned = cpu.tune(model)
+    tuned = cpu.tune(model, accelerator, recipe.train.compile)
 
     # batch arithmetic: gradient_accumulation_steps counts micro-batches over all processes
     batch_size, block_size = recipe.train.batch_size, recipe.model.block_size
@@ -147,27 +161,23 @@ def train(recipe):
 
     # where the run stands
     first_step, best_val_loss, best_step, val_loss = 0, math.inf, None, None
-    if resumed is not None:
-        trainer = checkpoint.read_trainer(resumed)
-        if trainer["data"] != data.identity:
-            raise ValueError(f"{resumed} was trained on other data than {data.folder} holds "
-                             f"({trainer['data']} there, {data.identity} here): set data_dir to the folder it began "
-                             "with, or start a new run with init_from={out_dir} and another out_dir")
-        checkpoint.load_optimizer(resumed, raw_model, optimizer)
+    if is_resumed:
+        checkpoint.load_optimizer(source, raw_model, optimizer)
+        trainer = checkpoint.read_trainer(source)
+        first_step, val_loss, best_step = trainer["step"], trainer["val_loss"], trainer["best_step"]
+        best_val_loss = math.inf if best_step is None else trainer["best_val_loss"]
         if accelerator.scaler is not None and trainer["scaler"] is not None:
             accelerator.scaler.load_state_dict(trainer["scaler"])
-        first_step, val_loss, best_step = trainer["step"], trainer["val_loss"], trainer["best_step"]
-        best_val_loss = trainer["best_val_loss"] if best_step is not None else math.inf
 
     # the run folder
     log = None
     if not recipe.train.eval_only:
         if is_main:
-            begin_folder(recipe, out_dir, fresh=resumed is None)
-            log = metrics.MetricsLog(out_dir / "metrics.jsonl", resume_step=first_step if resumed else None)
+            checkpoint.begin(out_dir, recipe.to_yaml(), is_resumed)
+            log = metrics.MetricsLog(out_dir / "metrics.jsonl", resume_step=first_step if is_resumed else None)
         accelerator.wait_for_everyone()
         accelerator.init_trackers(
-            recipe.tracking.project, config=flat_config(recipe),
+            recipe.tracking.project, config=recipe.flat(),
             init_kwargs={"wandb": {"name": recipe.tracking.run_name or out_dir.name, "dir": str(out_dir)}})
 
     console.say(f"model: {model_summary(raw_model)}")
@@ -177,9 +187,10 @@ def train(recipe):
                 f"({accelerator.num_processes} processes x {micro_steps}) = {tokens_per_step:,} tokens a step; "
                 f"{max_iters:,} steps are {max_iters * tokens_per_step:,} tokens, "
                 f"{max_iters * tokens_per_step / len(data.train):.2f} epochs")
-    console.say(f"device: {metrics.device_name(device)}, mixed precision {accelerator.mixed_precision}, "
-                f"attention {raw_model.config._attn_implementation}"
-                + (f", {tuned}" if tuned else "") + ("" if peak_flops else "; no MFU: the peak FLOP/s of this device are not in the table"))
+    console.say(", ".join(filter(None, (
+        f"device: {metrics.device_name(device)}", f"mixed precision {accelerator.mixed_precision}",
+        f"attention {raw_model.config._attn_implementation}", tuned,
+        None if peak_flops else "no MFU, for the table has no peak FLOP/s of this device"))))
 
     def fetch(step, micro_step):
         """Inputs and targets of this process's micro-batch, on their way to the device: (B, T) each."""
@@ -198,8 +209,9 @@ def train(recipe):
                 "best_val_loss": None if best_step is None else best_val_loss, "data": data.identity,
                 "seed": recipe.seed, "processes": accelerator.num_processes,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
-            path = checkpoint.save(out_dir, trainer, model=raw_model, tokenizer=data.tokenizer, optimizer=optimizer,
-                                   card=model_card(recipe, data, trainer), keep_last=recipe.checkpoint.keep_last)
+            card = checkpoint.model_card(out_dir.name, recipe.data.corpus, data.tokenizer.kind, trainer, recipe.to_yaml())
+            path = checkpoint.save(out_dir, trainer, model=raw_model, tokenizer=data.tokenizer, card=card,
+                                   optimizer=optimizer, keep_last=recipe.checkpoint.keep_last)
             console.say(f"saved {path}")
         accelerator.wait_for_everyone()
 
@@ -211,7 +223,7 @@ def train(recipe):
         is_end = step == max_iters
 
         # evaluate, and save checkpoints: the best one and the last ones (a resumed step has done both)
-        if recipe.train.eval_only or not (resumed and step == first_step):
+        if recipe.train.eval_only or not (is_resumed and step == first_step):
             evaluates = step % recipe.train.eval_interval == 0 or is_end or recipe.train.eval_only
             is_best = False
             if evaluates:
@@ -287,53 +299,23 @@ def train(recipe):
     return raw_model
 
 
-def make_model(recipe, data, resumed):
-    """A GPT in float32 on the CPU: new, the checkpoint `resumed`, or the weights that init_from names."""
+def make_model(recipe, tokenizer, source):
+    """A GPT in float32 on the CPU: a new one, or the one whose weights the folder `source` holds."""
     import torch
 
     from .model import GPT, GPTConfig
 
-    if resumed is None and recipe.model.init_from == "scratch":
+    if source is None:
         multiple = recipe.model.pad_vocab_to_multiple_of
         model = GPT(GPTConfig(
-            vocab_size=-(-data.tokenizer.vocab_size // multiple) * multiple, dropout=recipe.model.dropout,
-            bos_token_id=data.tokenizer.eot_id, eos_token_id=data.tokenizer.eot_id,
-            **shape_of(recipe)))
+            vocab_size=-(-tokenizer.vocab_size // multiple) * multiple, dropout=recipe.model.dropout,
+            bos_token_id=tokenizer.eot_id, eos_token_id=tokenizer.eot_id, **shape_of(recipe)))
     else:
-        source = resumed or checkpoint.find_model(recipe.model.init_from)
         model = GPT.from_pretrained(source, dtype=torch.float32, dropout=recipe.model.dropout)
-        dataset.require_tokenizer(data, source, key="model.init_from")
-        if recipe.model.block_size > model.config.block_size:
-            raise ValueError(f"model.block_size={recipe.model.block_size}: {source} reads at most "
-                             f"{model.config.block_size} tokens; set block_size={model.config.block_size} or less")
         model.crop_block_size(recipe.model.block_size)
     # rows of the embedding that only round it up are no tokens: no `generate` may draw them
-    padding = list(range(data.tokenizer.vocab_size, model.config.vocab_size))
-    model.generation_config.suppress_tokens = padding or None
+    model.generation_config.suppress_tokens = list(range(tokenizer.vocab_size, model.config.vocab_size)) or None
     return model
-
-
-def begin_folder(recipe, out_dir, fresh):
-    """Make the run folder and write run.yaml into it; a fresh run under overwrite=true removes the old one's files."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        for path in checkpoint.checkpoints(out_dir):
-            shutil.rmtree(path)
-        for path in out_dir.iterdir():
-            if path.is_symlink() or path.name in ("metrics.jsonl", "loss.png"):
-                path.unlink()
-    temporary = out_dir / "run.yaml.tmp"
-    temporary.write_text(recipe.to_yaml(), encoding="utf-8")
-    os.replace(temporary, out_dir / "run.yaml")
-
-
-def flat_config(recipe):
-    """The recipe as one flat dictionary of plain values, which every tracker can take."""
-    values = recipe.model_dump()
-    flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    for section in SECTIONS:
-        flat |= values[section]
-    return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in flat.items()}
 
 
 def model_summary(model):
@@ -350,33 +332,6 @@ def non_finite(out_dir, step, value):
     remedy = (f"the last good checkpoint is {saved}; go on from it with a lower rate: nanogpt-accel train {out_dir} "
               "learning_rate=..." if saved else "no checkpoint was saved yet; try a lower learning_rate")
     return f"the loss of step {step} is {value}: {remedy}"
-
-
-def model_card(recipe, data, trainer):
-    """README.md of a checkpoint, in the Hub's form."""
-    name = Path(recipe.out_dir).name
-    loss = "not evaluated" if trainer["val_loss"] is None else f"{trainer['val_loss']:.4f} nats a token"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [nanogpt_accel]
----
-# {name}
-
-A GPT trained with nanogpt_accel on the corpus `{recipe.data.corpus}` with the tokenizer `{data.tokenizer.kind}`.
-Checkpoint after {trainer['step']:,} steps; validation loss {loss}.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-The recipe:
-
-```yaml
-{recipe.to_yaml()}```
-"""
 
 
 def finish(recipe, data, model, console):

@@ -213,7 +213,7 @@ def test_long_work_reports_its_progress(notes, monkeypatch):
     clock = iter(range(0, 10_000, 3))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     lines = []
-    dataset.prepare(Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3), 1, lines.append)
+    dataset.prepare(Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3), lines.append)
     assert lines[0] == "training a BPE of 300 symbols on notes"
     assert len(lines) > 3 and all("documents" in line and "MB/s" in line for line in lines[1:-1])
 
