@@ -83,8 +83,8 @@ def open_data(recipe):
     if init_from == "resume":
         source = checkpoint.newest_whole(recipe.out_dir, warn=print if launch.is_main() else lambda line: None)
         if checkpoint.read_trainer(source)["data"] != data.identity:
-            problems.append(f"{source} was trained on other data than {data.folder} holds now: set data_dir to the folder "
-                            f"that it began with, or begin a new run with init_from={source} and another out_dir")
+            problems.append(f"{source} was trained on other data than {data.folder} holds now: set data_dir to the "
+                            f"folder it began with, or begin a new run with init_from={source} and another out_dir")
     elif init_from != "scratch":
         source = checkpoint.find_model(init_from)
         problems += dataset.require_tokenizer(data, source, key=f"model.init_from={init_from}")
@@ -209,7 +209,8 @@ def train(recipe):
                 "best_val_loss": None if best_step is None else best_val_loss, "data": data.identity,
                 "seed": recipe.seed, "processes": accelerator.num_processes,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
-            card = checkpoint.model_card(out_dir.name, recipe.data.corpus, data.tokenizer.kind, trainer, recipe.to_yaml())
+            card = checkpoint.model_card(
+                out_dir.name, recipe.data.corpus, data.tokenizer.kind, trainer, recipe.to_yaml())
             path = checkpoint.save(out_dir, trainer, model=raw_model, tokenizer=data.tokenizer, card=card,
                                    optimizer=optimizer, keep_last=recipe.checkpoint.keep_last)
             console.say(f"saved {path}")
