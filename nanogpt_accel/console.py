@@ -1,5 +1,6 @@
 """What a run shows while it works: a live line in a terminal, plain nanoGPT-style lines in a log file."""
 
+import atexit
 import sys
 import time
 
@@ -26,6 +27,7 @@ class Console:
                 TextColumn("{task.description}"), TimeRemainingColumn(), TextColumn("left"))
             self.task = self.progress.add_task("", total=last_step, completed=first_step)
             self.progress.start()
+            atexit.register(self.stop)  # an error must not leave the terminal without its cursor
 
     def say(self, text=""):
         """A line that stays."""

@@ -216,6 +216,8 @@ def train(recipe):
             console.say(f"saved {path}")
         accelerator.wait_for_everyone()
 
+    if first_step >= max_iters and not recipe.train.eval_only:
+        console.say(f"the run has done its max_iters={max_iters} steps; a higher max_iters goes on")
     console.start(first_step, max_iters)
     model.train()
     x, y = fetch(first_step, 0)
@@ -224,25 +226,26 @@ def train(recipe):
         is_end = step == max_iters
 
         # evaluate, and save checkpoints: the best one and the last ones (a resumed step has done both)
-        if recipe.train.eval_only or not (is_resumed and step == first_step):
-            evaluates = step % recipe.train.eval_interval == 0 or is_end or recipe.train.eval_only
-            is_best = False
-            if evaluates:
-                train_loss = metrics.mean_loss(model, data.train, train_batches, accelerator)
-                val_loss = metrics.mean_loss(model, data.val, val_batches, accelerator)
-                scores = metrics.scores(val_loss, len(data.val), data.val_bytes, train_loss)
-                console.say(f"step {step}: " + metrics.describe(scores))
-                if recipe.train.eval_only:
-                    break
-                if log is not None:
-                    log.write(step=step, **scores)
-                accelerator.log(scores, step=step)
-                is_best = val_loss < best_val_loss
-                if is_best:
-                    best_val_loss, best_step = val_loss, step
-            if step > 0 and (is_best or is_end or step % recipe.save_interval == 0):
-                save(step)
-            interval_start = time.perf_counter()
+        is_done = is_resumed and step == first_step and not recipe.train.eval_only
+        evaluates = (step % recipe.train.eval_interval == 0 or is_end or recipe.train.eval_only) and not is_done
+        saves = step > 0 and (step % recipe.save_interval == 0 or is_end) and not is_done
+        if evaluates:
+            train_loss = metrics.mean_loss(model, data.train, train_batches, accelerator)
+            val_loss = metrics.mean_loss(model, data.val, val_batches, accelerator)
+            scores = metrics.scores(val_loss, len(data.val), data.val_bytes, train_loss)
+            console.say(f"step {step}: " + metrics.describe(scores))
+            if recipe.train.eval_only:
+                break
+            if log is not None:
+                log.write(step=step, **scores)
+            accelerator.log(scores, step=step)
+            if val_loss < best_val_loss:
+                best_val_loss, best_step = val_loss, step
+                saves = step > 0
+        if saves:
+            save(step)
+        if evaluates or saves:
+            interval_start = time.perf_counter()  # the log tells the speed of training alone
         if is_end:
             break
 
@@ -270,26 +273,28 @@ def train(recipe):
         optimizer.zero_grad()
         losses.append(loss)
 
-        # log; the only place where the processor waits for the device
-        is_before_evaluation = (step + 1) % recipe.train.eval_interval == 0 or (step + 1) % recipe.save_interval == 0
-        if step % recipe.train.log_interval == 0 or is_before_evaluation or step + 1 == max_iters:
+        # log; the only place where the processor waits for the device. The last step before an evaluation or a
+        # checkpoint is always logged, so that no checkpoint is written of a model that has come apart
+        is_before_save = (step + 1) % recipe.train.eval_interval == 0 or (step + 1) % recipe.save_interval == 0
+        if step % recipe.train.log_interval == 0 or is_before_save or step + 1 == max_iters:
             losses = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
-            for back, value in enumerate(reversed(losses)):
-                if not math.isfinite(value):
-                    bad_step = step - back
-                    console.stop()
-                    raise FloatingPointError(non_finite(out_dir, bad_step, value))
+            grad_norm = grad_norm.item()
             seconds = (time.perf_counter() - interval_start) / len(losses)
-            tokens_per_second = tokens_per_step / seconds
-            mfu = None
+            if not all(map(math.isfinite, losses)):
+                first_bad = next(i for i, value in enumerate(losses) if not math.isfinite(value))
+                bad_step = step - len(losses) + 1 + first_bad
+                raise FloatingPointError(stopped_by(f"loss of step {bad_step} is {losses[first_bad]}", out_dir))
+            # (fp16's gradient scaler meets infinities on its way and leaves those steps out by itself)
+            if not math.isfinite(grad_norm) and not accelerator.optimizer_step_was_skipped:
+                raise FloatingPointError(stopped_by(f"gradient norm of step {step} is {grad_norm}", out_dir))
+            values = {"loss": losses[-1], "learning_rate": lr, "grad_norm": grad_norm,
+                      "tokens_per_second": tokens_per_step / seconds, "peak_memory": metrics.peak_memory(device)}
             if peak_flops:
-                mfu = flops_per_token * tokens_per_second / (peak_flops * accelerator.num_processes)
-            values = {"loss": losses[-1], "learning_rate": lr, "grad_norm": grad_norm.item(),
-                      "tokens_per_second": tokens_per_second, "mfu": mfu, "peak_memory": metrics.peak_memory(device)}
+                values["mfu"] = flops_per_token * tokens_per_step / seconds / (peak_flops * accelerator.num_processes)
             if log is not None:
                 log.write(step=step, **values)
             accelerator.log(values, step=step)
-            console.step(step, losses[-1], seconds, tokens_per_second, mfu)
+            console.step(step, values["loss"], seconds, values["tokens_per_second"], values.get("mfu"))
             losses, interval_start = [], time.perf_counter()
 
     console.stop()
@@ -328,11 +333,12 @@ def model_summary(model):
             f"{sum(p.numel() for p in decayed):,}, none on {len(others)} with {sum(p.numel() for p in others):,}")
 
 
-def non_finite(out_dir, step, value):
+def stopped_by(what, out_dir):
+    """The message of a run whose numbers went wrong."""
     saved = checkpoint.newest_whole(out_dir)
     remedy = (f"the last good checkpoint is {saved}; go on from it with a lower rate: nanogpt-accel train {out_dir} "
-              "learning_rate=..." if saved else "no checkpoint was saved yet; try a lower learning_rate")
-    return f"the loss of step {step} is {value}: {remedy}"
+              "learning_rate=..." if saved else "no checkpoint was saved yet; begin again with a lower learning_rate")
+    return f"the {what}: {remedy}"
 
 
 def finish(recipe, data, model, console):

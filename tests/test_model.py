@@ -1,0 +1,465 @@
+"""model.py: the GPT against transformers' GPT2LMHeadModel with the same weights, and its promises as a Hugging Face
+model."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from nanogpt_accel.model import GPT, GPTConfig
+
+V, T_MAX = 65, 24
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def tiny(**changes):
+    """A GPT with weights large enough that its attention is not uniform."""
+    torch.manual_seed(1)
+    shape = {"vocab_size": V, "block_size": T_MAX, "n_layer": 2, "n_head": 4, "n_embd": 32, "initializer_range": 0.2}
+    return GPT(GPTConfig(**shape | changes)).eval()
+
+
+def pair(bias, activation):
+    """GPT-2 as transformers has it, all its parameters random, and ours with the same weights."""
+    torch.manual_seed(2)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T_MAX, n_layer=2, n_head=4, n_embd=32,
+                                      activation_function=activation, bos_token_id=0, eos_token_id=None)).eval()
+    ours = tiny(bias=bias, activation=activation)
+    weights = {}
+    with torch.no_grad():
+        for name, p in gpt2.named_parameters():
+            p.normal_(std=0.05 if p.dim() == 1 else 0.3).add_(name.endswith("weight") and "ln_" in name)
+            if name.endswith("bias") and not bias:
+                p.zero_()
+            else:
+                weights[name] = p.t() if name.endswith(TRANSPOSED) else p  # Conv1D holds its matrix transposed
+        assert sorted(weights) == sorted(name for name, _ in ours.named_parameters())
+        for name, p in ours.named_parameters():
+            p.copy_(weights[name])
+    return ours, gpt2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """What is this small is faster so, the more where the processors have other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ids():
+    # without 0, which pads in generate
+    return torch.randint(1, V, (3, T_MAX), generator=torch.Generator().manual_seed(3))
+
+
+both_families = pytest.mark.parametrize(("bias", "activation"), [(True, "gelu_new"), (False, "gelu")])
+
+
+# ---- the same function as GPT-2
+
+
+@both_families
+def test_logits_loss_and_gradients_are_gpt2s(ids, bias, activation):
+    ours, gpt2 = pair(bias, activation)
+    labels = ids.clone()
+    labels[0, :7] = -100
+    mine, theirs = ours(ids, labels=labels), gpt2(ids, labels=labels)
+    assert theirs.logits.std() > 1  # not a comparison of zeros
+    torch.testing.assert_close(mine.logits, theirs.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(mine.loss, theirs.loss, rtol=0, atol=1e-5)
+
+    mine.loss.backward()
+    theirs.loss.backward()
+    wanted = dict(gpt2.named_parameters())
+    for name, p in ours.named_parameters():
+        grad = wanted[name].grad
+        torch.testing.assert_close(p.grad, grad.t() if name.endswith(TRANSPOSED) else grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_two_gelus_are_two_functions(ids):
+    exact, tanh = tiny(activation="gelu"), tiny(activation="gelu_new")
+    x = torch.linspace(-4, 4, 101)
+    torch.testing.assert_close(exact.transformer.h[0].mlp.act(x), x / 2 * (1 + torch.erf(x / math.sqrt(2))))
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    torch.testing.assert_close(tanh.transformer.h[0].mlp.act(x), x / 2 * (1 + torch.tanh(inner)))
+    assert (exact(ids).logits - tanh(ids).logits).abs().max() > 1e-4
+
+
+def test_shapes_without_biases():
+    names = [name for name, _ in tiny().named_parameters()]
+    assert len(names) == 2 + 2 * 6 + 1 and all(name.endswith("weight") for name in names)
+
+
+# ---- the loss
+
+
+def test_labels_are_shifted_and_shift_labels_are_not(ids):
+    model = tiny()
+    labels = ids.clone()
+    labels[1, 5:9] = -100
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    output = model(ids, labels=labels)
+    assert torch.equal(output.loss, model(ids, shift_labels=shifted).loss)
+    # by hand: the mean over all that is not ignored of -log p(next)
+    log_p = output.logits.double().log_softmax(-1)
+    terms = [-log_p[b, t, labels[b, t + 1]] for b in range(3) for t in range(T_MAX - 1) if labels[b, t + 1] >= 0]
+    assert len(terms) == 3 * (T_MAX - 1) - 4
+    assert output.loss.item() == pytest.approx(sum(terms).item() / len(terms), abs=1e-5)
+    assert output.loss.dtype == torch.float32 and output.past_key_values is None
+    # the last column has a target too where it is given
+    full = torch.randint(V, ids.shape)
+    assert model(ids, shift_labels=full).loss.item() == pytest.approx(
+        F.nll_loss(log_p.flatten(0, 1), full.flatten()).item(), abs=1e-5)
+
+
+def test_num_items_in_batch_makes_unequal_micro_batches_add_up(ids):
+    model = tiny()
+    labels = ids.clone()
+    labels[0, 3:] = -100  # two targets in the first row, all others in the second and third
+    count = 2 + 2 * (T_MAX - 1)
+    whole = model(ids, labels=labels).loss
+    parts = [model(ids[i:i + 1], labels=labels[i:i + 1], num_items_in_batch=count).loss for i in range(3)]
+    torch.testing.assert_close(sum(parts), whole)
+    plain = [model(ids[i:i + 1], labels=labels[i:i + 1]).loss for i in range(3)]
+    assert abs(sum(plain) / 3 - whole) > 1e-3  # the mean of means is something else
+
+
+# ---- attention, masks and the cache
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("chunks", [[1] * T_MAX, [7, 1, 5, 11], [T_MAX - 1, 1]])
+def test_cached_logits_are_the_full_ones(ids, attention, chunks):
+    model = tiny(bias=True)
+    full = model(ids).logits
+    model.set_attn_implementation(attention)
+    cache, done = None, 0
+    for size in chunks:
+        output = model(ids[:, done:done + size], past_key_values=cache, use_cache=True)
+        torch.testing.assert_close(output.logits, full[:, done:done + size], rtol=0, atol=1e-5)
+        cache, done = output.past_key_values, done + size
+        assert cache.get_seq_length() == done
+
+
+def test_eager_and_sdpa_agree(ids):
+    model = tiny(bias=True)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = mask[2, :1] = 0
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    for kwargs in ({}, {"attention_mask": mask}, {"attention_mask": mask, "position_ids": places}):
+        model.set_attn_implementation("sdpa")
+        sdpa = model(ids, **kwargs).logits
+        model.set_attn_implementation("eager")
+        seen = mask.bool()
+        torch.testing.assert_close(model(ids, **kwargs).logits[seen], sdpa[seen], rtol=0, atol=1e-5)
+
+
+def test_no_position_sees_a_later_one(ids):
+    model = tiny()
+    before = model(ids).logits
+    ids[:, 10] = (ids[:, 10] + 1) % V
+    change = (model(ids).logits - before).abs().amax((0, 2))
+    assert change[:10].max() == 0 and change[10:].min() > 1e-4
+
+
+def test_attentions_are_given_by_eager_and_sum_to_one(ids):
+    model = tiny(attn_implementation="eager")
+    attentions = model(ids, output_attentions=True).attentions
+    assert [a.shape for a in attentions] == [(3, 4, T_MAX, T_MAX)] * 2
+    for a in attentions:
+        torch.testing.assert_close(a.sum(-1), torch.ones(3, 4, T_MAX))
+        assert a.triu(1).abs().max() == 0
+
+
+# ---- generate
+
+
+@both_families
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_generate_is_gpt2s(ids, bias, activation, use_cache):
+    ours, gpt2 = pair(bias, activation)
+    arguments = {"max_new_tokens": T_MAX - 5, "do_sample": False, "pad_token_id": 0, "use_cache": use_cache}
+    mine, theirs = ours.generate(ids[:, :5], **arguments), gpt2.generate(ids[:, :5], **arguments)
+    assert mine.shape == (3, T_MAX) and torch.equal(mine, theirs)
+    assert len(set(mine[:, 5:].flatten().tolist())) > 3  # not one token over and over
+
+
+def test_left_padding_changes_nothing(ids):
+    model = tiny(bias=True)
+    prompts = [ids[0, :9], ids[1, :4], ids[2, :1]]
+    batch = torch.stack([F.pad(p, (9 - len(p), 0), value=7) for p in prompts])
+    mask = torch.stack([F.pad(torch.ones_like(p), (9 - len(p), 0)) for p in prompts])
+    together = model.generate(batch, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert together.shape == (3, 21)
+    for p, row in zip(prompts, together, strict=True):
+        alone = model.generate(p[None], max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert row[9:].tolist() == alone[0, len(p):].tolist()
+
+
+# ---- options of forward
+
+
+def test_logits_to_keep(ids):
+    model = tiny()
+    full = model(ids).logits
+    assert full.shape == (3, T_MAX, V) and torch.equal(model(ids, logits_to_keep=0).logits, full)
+    for keep in (1, 5, T_MAX):
+        kept = model(ids, logits_to_keep=keep).logits
+        assert kept.shape == (3, keep, V)
+        torch.testing.assert_close(kept, full[:, -keep:], rtol=0, atol=1e-5)
+
+
+def test_inputs_embeds_stand_for_input_ids(ids):
+    model = tiny()
+    assert torch.equal(model(inputs_embeds=model.transformer.wte(ids)).logits, model(ids).logits)
+
+
+def test_hidden_states_are_gpt2s(ids):
+    ours, gpt2 = pair(True, "gelu_new")
+    mine = ours(ids, output_hidden_states=True).hidden_states
+    theirs = gpt2(ids, output_hidden_states=True).hidden_states
+    assert len(mine) == len(theirs) == 3
+    for a, b in zip(mine[:-1], theirs[:-1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.lm_head(ours.transformer.ln_f(mine[-1])), gpt2(ids).logits, rtol=0, atol=1e-5)
+    assert ours(ids).hidden_states is None
+
+
+@pytest.mark.xfail(strict=True, reason="ours is what goes into ln_f, transformers' models give what comes out of it")
+def test_the_last_hidden_state_is_normed_as_in_transformers(ids):
+    ours, gpt2 = pair(True, "gelu_new")
+    torch.testing.assert_close(ours(ids, output_hidden_states=True).hidden_states[-1],
+                               gpt2(ids, output_hidden_states=True).hidden_states[-1], rtol=0, atol=1e-5)
+
+
+def test_a_tuple_on_request(ids):
+    model = tiny()
+    loss, logits = model(ids, labels=ids, return_dict=False)
+    assert loss.shape == () and logits.shape == (3, T_MAX, V)
+
+
+def test_no_cache_in_training_or_beside_a_loss(ids):
+    model = tiny()
+    assert model(ids).past_key_values.get_seq_length() == T_MAX
+    assert model(ids, labels=ids).past_key_values is None
+    assert model.train()(ids).past_key_values is None
+
+
+# ---- refusals
+
+
+def test_longer_than_block_size_is_refused(refused, ids):
+    model = tiny()
+    with refused(ValueError, f"sequence of {T_MAX + 1} tokens", f"block_size={T_MAX}"):
+        model(torch.cat([ids, ids[:, :1]], dim=1))
+    cache = model(ids, use_cache=True).past_key_values
+    with refused(ValueError, f"sequence of {T_MAX + 2} tokens", f"block_size={T_MAX}"):
+        model(ids[:, :2], past_key_values=cache)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"n_embd": 30}, "n_embd=30 is not divisible by n_head=4"),
+    ({"activation": "relu"}, "activation='relu': there are gelu, gelu_new"),
+])
+def test_no_such_gpt(change, words):
+    with pytest.raises(StrictDataclassClassValidationError, match=words):
+        tiny(**change)
+
+
+# ---- initialisation
+
+
+@pytest.mark.parametrize("n_layer", [2, 8])
+def test_what_adds_to_the_residual_stream_starts_smaller(n_layer):
+    C = 128
+    model = GPT(GPTConfig(vocab_size=512, block_size=128, n_layer=n_layer, n_head=4, n_embd=C, bias=True))
+    scaled = 0
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any()
+        elif "ln_" in name:
+            assert (p == 1).all()
+        else:
+            is_scaled = name.endswith("c_proj.weight")
+            scaled += is_scaled
+            std = 0.02 / math.sqrt(2 * n_layer) if is_scaled else 0.02
+            # the std of n normal draws is off by std / sqrt(2 n) or so, their mean by std / sqrt(n)
+            n = p.numel()
+            assert abs(p.std().item() / std - 1) < 5 / math.sqrt(2 * n), name
+            assert abs(p.mean().item()) < 5 * std / math.sqrt(n), name
+            # normal, and not only of that width: 4.55 % lie beyond two of it
+            beyond = (p.abs() > 2 * std).float().mean().item()
+            assert abs(beyond - 0.0455) < 5 * math.sqrt(0.0455 * 0.9545 / n), name
+    assert scaled == 2 * n_layer
+
+
+def test_initial_loss_is_that_of_a_guess(ids):
+    loss = tiny(initializer_range=0.02)(ids, labels=ids).loss
+    assert loss.item() == pytest.approx(math.log(V), abs=0.1)
+
+
+# ---- tied weights and size
+
+
+@pytest.mark.parametrize(("vocab_size", "bias", "count"), [
+    (50257, False, 124_337_664),  # nanoGPT's transformer_sizing.ipynb
+    (50257, True, 124_439_808),  # OpenAI's weights as transformers counts them
+    (50304, False, 124_337_664 + 47 * 768),
+])
+def test_the_size_of_gpt2(vocab_size, bias, count):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=vocab_size, bias=bias))
+        if vocab_size == 50257 and bias:
+            assert GPT2LMHeadModel(GPT2Config()).num_parameters() == count
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters()) == count
+    assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+def test_the_head_is_the_embedding(tmp_path, ids):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
+    for m in (model, loaded):
+        assert m.lm_head.weight is m.transformer.wte.weight
+        assert m.num_parameters() == V * 32 + T_MAX * 32 + 2 * (12 * 32 * 32 + 2 * 32) + 32
+    loaded(ids, labels=ids).loss.backward()
+    torch.optim.SGD(loaded.parameters(), lr=1.0).step()
+    assert loaded.lm_head.weight.data_ptr() == loaded.transformer.wte.weight.data_ptr()
+    assert not torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    # the file holds it once
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert sorted(file.keys()) == sorted(name for name, _ in model.named_parameters())
+
+
+# ---- training
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+def test_gradient_checkpointing_changes_no_gradient(ids):
+    def gradients(seed, checkpointing):
+        model = tiny(dropout=0.2, bias=True).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        calls = []
+        model.transformer.h[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
+        torch.manual_seed(seed)
+        model(ids, labels=ids).loss.backward()
+        return [p.grad for p in model.parameters()], len(calls)
+
+    (plain, once), (again, twice) = gradients(5, False), gradients(5, True)
+    assert (once, twice) == (1, 2)  # the block really ran again in the backward pass
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    other, _ = gradients(6, True)
+    assert not torch.equal(plain[0], other[0])  # dropout was on
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_dropout_acts_in_training_only(ids, attention):
+    model = tiny(dropout=0.5, attn_implementation=attention)
+    assert torch.equal(model(ids).logits, tiny(attn_implementation=attention)(ids).logits)
+    model.train()
+    # all but the attention's own dropout off: what is left acts on the weights of the values
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    torch.manual_seed(1)
+    first, second = model(ids).logits, model(ids).logits
+    assert (first - second).abs().max() > 1e-3
+
+
+# ---- folders
+
+
+def test_auto_model_loads_the_folder(tmp_path, ids):
+    model = tiny(bias=True, activation="gelu_new", eos_token_id=3)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is GPT and not loaded.training
+    assert loaded.config.activation == "gelu_new" and loaded.config.bias is True and loaded.config.eos_token_id == 3
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+ELSEWHERE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "nanogpt_accel":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+try:
+    import nanogpt_accel
+    sys.exit("the package is not hidden")
+except ModuleNotFoundError:
+    pass
+
+import json
+import torch
+from transformers import AutoModelForCausalLM
+
+folder, out = sys.argv[1:]
+ids = torch.tensor(json.load(open(f"{out}/ids.json")))
+model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+assert not model.training and model.lm_head.weight is model.transformer.wte.weight
+assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+new = model.generate(ids[:, :5], max_new_tokens=9, do_sample=False, pad_token_id=0)
+torch.save({"logits": model(ids).logits, "new": new}, f"{out}/result.pt")
+json.dump({"module": type(model).__module__, "file": sys.modules[type(model).__module__].__file__},
+          open(f"{out}/where.json", "w"))
+"""
+
+
+def test_a_process_without_the_package_loads_the_folder(tmp_path, ids):
+    model = tiny(bias=True, activation="gelu_new")
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
+    (tmp_path / "script.py").write_text(ELSEWHERE)
+    env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run([sys.executable, "script.py", "saved", "."], cwd=tmp_path, env=env, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    where = json.loads((tmp_path / "where.json").read_text())
+    assert where["module"].startswith("transformers_modules.") and str(tmp_path / "hf") in where["file"]
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert (result["logits"] - model(ids).logits).abs().max().item() == 0.0
+    assert torch.equal(result["new"], model.generate(ids[:, :5], max_new_tokens=9, do_sample=False, pad_token_id=0))
+
+
+# ---- a shorter context
+
+
+def test_crop_block_size(refused, tmp_path, ids):
+    model = tiny(bias=True)
+    full = model(ids).logits
+    whole_size = model.num_parameters()
+    model.crop_block_size(10)
+    assert model.num_parameters() == whole_size - (T_MAX - 10) * 32
+    torch.testing.assert_close(model(ids[:, :10]).logits, full[:, :10], rtol=0, atol=1e-5)
+    with refused(ValueError, "11 tokens", "block_size=10"):
+        model(ids[:, :11])
+    model.save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
+    assert loaded.config.block_size == 10 and loaded.transformer.wpe.weight.shape == (10, 32)
+    assert torch.equal(loaded(ids[:, :10]).logits, model(ids[:, :10]).logits)
+    loaded.train()(ids[:, :10], labels=ids[:, :10]).loss.backward()
+    assert loaded.transformer.wpe.weight.grad.shape == (10, 32)
+
+
+def test_crop_to_the_same_length_changes_nothing(ids):
+    model = tiny()
+    before = model(ids).logits
+    model.crop_block_size(T_MAX)
+    assert torch.equal(model(ids).logits, before)
