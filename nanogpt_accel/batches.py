@@ -59,7 +59,7 @@ def epoch_shape(n_tokens, block_size):
     """(blocks of an epoch, largest shift of their borders); one block is given up to leave room for the shift."""
     whole = (n_tokens - 1) // block_size
     blocks = max(whole - 1, 1)
-    return blocks, min(block_size, n_tokens - 1 - blocks * block_size)
+    return blocks, n_tokens - 1 - blocks * block_size
 
 
 def evaluation_batches(n_tokens, block_size, batch_size, eval_iters, seed=0):
@@ -104,7 +104,9 @@ def shuffled(places, n, key):
     while outside.any():
         left, right = result[outside] >> half, result[outside] & mask
         for i in range(_ROUNDS):
-            left, right = right, left ^ (mix(right, key + i) & mask)
+            # rounds far apart, for mix sees the sum only: with key + i they are shifts of one another, and
+            # permutations of less than 100 places come out far from evenly
+            left, right = right, left ^ (mix(right, key + (i << 40)) & mask)
         result[outside] = left << half | right
         outside = result >= n
     return result

@@ -69,8 +69,10 @@ def save(run, trainer, *, model, tokenizer, card, optimizer, keep_last):
 
     best = checkpoint_path(run, trainer["best_step"]) if trainer["best_step"] is not None else final
     _publish(run, best if best.exists() else final)
-    for old in checkpoints(run)[:-keep_last]:
-        if old != best:
+    found = checkpoints(run)
+    kept = found[:found.index(final) + 1][-keep_last:]  # later ones are damaged, for the run went back behind them
+    for old in found:
+        if old not in kept and old != best:
             _remove(old)
     return final
 
@@ -227,11 +229,18 @@ def may_be_model(target):
 def _download(repo_id):
     """The local copy of a Hub repository's model files."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         folder = snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "model.py"],
                                    ignore_patterns=["state/*"])
+    except HFValidationError:
+        raise ValueError(f"{repo_id}: no such folder here, and not the form of a Hub id") from None
     except GatedRepoError:
         raise ValueError(f"{repo_id}: a gated model: accept its terms on the Hub and run `hf auth login`") from None
     except RepositoryNotFoundError:

@@ -136,7 +136,8 @@ def show_help(usage, text, sections):
             if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
                 continue  # a nested section has its own heading
             name = field.alias or name
-            default = "" if field.is_required() else f" [{show_value(field.get_default(call_default_factory=True))}]"
+            default = show_value(field.get_default(call_default_factory=True)).encode("unicode_escape").decode()
+            default = f" [{default}]" if default else ""
             print(f"  {name}={type_name(field.annotation)}{default}\n      {field.description}")
 
 

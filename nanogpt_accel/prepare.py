@@ -7,13 +7,13 @@ is made once; what changes the tokens changes the folder's name.
 import sys
 
 from . import cli, dataset
-from .recipe import FIELDS, SECTIONS, Recipe, load_recipe
+from .recipe import FIELDS, SECTIONS, load_recipe
 
 
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help("nanogpt-accel prepare RECIPE [key=value ...]", __doc__,
-                             {"data": SECTIONS["data"], "top": Recipe})
+                             {"data": SECTIONS["data"]})
     target, options = cli.parse(argv, FIELDS)
     if target is None:
         raise ValueError("prepare needs a recipe: nanogpt-accel prepare recipes/shakespeare_char.yaml")

@@ -129,7 +129,7 @@ class Recipe(Section):
     """A whole run. Every leaf name is unique over the sections, so `n_layer=6` and `model.n_layer=6` both work."""
 
     seed: Int = Field(1337, ge=0, description="the batches, the initial weights and the dropout follow from it")
-    out_dir: str = Field("", description="folder of the run [runs/ and the recipe's name]")
+    out_dir: str = Field("", description="folder of the run; empty: runs/ and the recipe's name")
     overwrite: bool = Field(False, description="replace the run that out_dir holds")
     data: Data = Data()
     model: Model = Model()

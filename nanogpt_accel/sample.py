@@ -55,7 +55,7 @@ def main(argv):
     prompt_ids = tokenizer.encode_prompt(prompt)
     block_size = checkpoint.read_config(folder)["block_size"]
     if not prompt_ids:
-        raise ValueError("prompt: it is empty; give at least one token, such as --prompt='\\n'")
+        raise ValueError("prompt: it is empty; give at least one token, such as --prompt=The")
     if len(prompt_ids) > block_size:
         raise ValueError(f"prompt: {len(prompt_ids)} tokens, but the model reads block_size={block_size}: shorten it")
 

@@ -183,8 +183,8 @@ def train(recipe):
     console.say(f"model: {model_summary(raw_model)}")
     console.say(f"data: {data.folder}, {len(data.train):,} training and {len(data.val):,} validation tokens, "
                 f"{data.tokenizer.vocab_size:,} symbols")
-    console.say(f"batch: {batch_size} sequences x {block_size} tokens x {micro_batches} micro-batches "
-                f"({accelerator.num_processes} processes x {micro_steps}) = {tokens_per_step:,} tokens a step; "
+    console.say(f"batch: {batch_size} sequences of {block_size} tokens x {micro_batches} micro-batches (processes: "
+                f"{accelerator.num_processes}, of each: {micro_steps}) = {tokens_per_step:,} tokens a step; "
                 f"{max_iters:,} steps are {max_iters * tokens_per_step:,} tokens, "
                 f"{max_iters * tokens_per_step / len(data.train):.2f} epochs")
     console.say(", ".join(filter(None, (

@@ -1,0 +1,285 @@
+"""batches.py: which tokens a step takes, against counting, chi-square and the published SplitMix64."""
+
+import itertools
+import math
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from nanogpt_accel.batches import Batches, epoch_shape, evaluation_batches, mix, seed_of, shuffled
+from nanogpt_accel.tokens import TokenFile
+
+
+class Counting:
+    """Token i is i, so that a batch shows where it was read. Nothing beyond the end may be asked for."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def rows(self, starts, length):
+        starts = np.asarray(starts)
+        assert starts.dtype == np.int64 and starts.min() >= 0 and starts.max() + length <= self.n
+        return starts[:, None] + np.arange(length)
+
+
+def permutation(n, key):
+    return shuffled(np.arange(n, dtype=np.uint64), n, key).tolist()
+
+
+def surplus(counts, expected):
+    """Chi-square of counts, in standard deviations above its mean; about normal, so 5 does not happen by chance."""
+    counts = np.asarray(counts, dtype=float).ravel()
+    freedom = counts.size - 1
+    return (((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)
+
+
+# ---- the hash
+
+
+def test_mix_is_splitmix64():
+    golden = 0x9E3779B97F4A7C15
+    key = 1234567 * pow(golden, -1, 2**64) % 2**64  # mix(i, key) is output i of SplitMix64 seeded with key * golden
+    # https://rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64
+    assert mix(np.arange(5, dtype=np.uint64), key).tolist() == [
+        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+
+
+def test_seeds_are_distinct_and_fit_an_int64():
+    grid = list(itertools.product((0, 1, 1337, 2**40), (0, 1, 2, 3), range(30), (0, 1, 7)))
+    seeds = [seed_of(*numbers) for numbers in grid]
+    assert len(set(seeds)) == len(grid) and min(seeds) >= 0 and max(seeds) < 2**63
+    assert max(seeds) > 2**62 and seed_of(1337, 0, 5, 2) == seed_of(1337, 0, 5, 2)
+    # every bit is used: of n fair bits, half are set, give or take sqrt(n) / 2
+    for bit in range(63):
+        ones = sum(seed >> bit & 1 for seed in seeds)
+        assert abs(ones - len(seeds) / 2) < 5 * math.sqrt(len(seeds)) / 2
+
+
+# ---- the permutation
+
+SIZES = [1, 2, 3, 5, 6, 7, 10, 100, 999, 10_007, *(2**k + d for k in (2, 3, 4, 7, 8, 13) for d in (-1, 0, 1))]
+
+
+@pytest.mark.parametrize("n", sorted(set(SIZES)))
+def test_shuffled_is_a_permutation(n):
+    for key in (0, 1, 1337, 2**63 - 1):
+        assert sorted(permutation(n, key)) == list(range(n))
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 16, 17, 64])
+def test_every_place_is_as_likely(n):
+    """Over many keys each element comes to each place, and each pair to the first two places, as often as any."""
+    keys = 1500
+    orders = np.array([permutation(n, seed_of(7, 2, k)) for k in range(keys)], dtype=np.int64)
+    counts = np.zeros((n, n))
+    np.add.at(counts, (np.arange(n)[None].repeat(keys, 0), orders), 1)
+    assert counts.sum(0).tolist() == [keys] * n
+    assert surplus(counts, keys / n) < 5
+    if n > 2:
+        pairs = np.zeros((n, n))
+        np.add.at(pairs, (orders[:, 0], orders[:, 1]), 1)
+        assert surplus(pairs[~np.eye(n, dtype=bool)], keys / (n * (n - 1))) < 5
+
+
+def test_every_order_of_four_is_as_likely():
+    keys = 2400
+    orders, counts = np.unique([permutation(4, seed_of(3, 2, k)) for k in range(keys)], axis=0, return_counts=True)
+    assert len(orders) == 24 and surplus(counts, 100) < 5
+
+
+@pytest.mark.parametrize("n", [1003, 2**14, 100_003])
+def test_a_long_order_shows_no_pattern(n):
+    first, second = np.array(permutation(n, 5)), np.array(permutation(n, 6))
+    for a, b in ((np.arange(n), first), (first[:-1], first[1:]), (first, second)):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 5 / math.sqrt(n)
+    bins = np.zeros((10, 10))
+    np.add.at(bins, (np.arange(n) * 10 // n, first * 10 // n), 1)
+    assert surplus(bins, n / 100) < 5
+    # the mean distance of two random elements is n / 3; fixed points are Poisson with mean 1
+    assert abs(np.abs(np.diff(first)).mean() / (n / 3) - 1) < 5 / math.sqrt(n)
+    assert (first == np.arange(n)).sum() < 9
+
+
+# ---- epochs
+
+
+@pytest.mark.parametrize(("n_tokens", "block_size", "batch_size", "micro_batches"), [
+    (1000, 8, 4, 3), (1001, 8, 5, 1), (777, 64, 3, 2), (66, 64, 1, 1), (130, 64, 4, 2), (193, 64, 2, 1)])
+def test_an_epoch_holds_every_block_once(n_tokens, block_size, batch_size, micro_batches):
+    batches = Batches(Counting(n_tokens), block_size, batch_size, micro_batches, seed=1337)
+    blocks, _ = epoch_shape(n_tokens, block_size)
+    # no more than one block and a rest is left out, and a text of one block only is not
+    assert blocks == max(1, (n_tokens - 1) // block_size - 1)
+    steps = range(-(-7 * blocks // (batch_size * micro_batches)))
+    stream = [start for step in steps for m in range(micro_batches) for start in batches.starts(step, m).tolist()]
+    shifts = set()
+    for epoch in range(7):
+        starts = sorted(stream[epoch * blocks:(epoch + 1) * blocks])
+        shift = starts[0]
+        assert starts == [shift + i * block_size for i in range(blocks)]
+        shifts.add(shift)
+    assert len(shifts) > 1  # the borders move from epoch to epoch
+
+
+def test_the_borders_move_everywhere():
+    n_tokens, block_size = 100, 8
+    batches = Batches(Counting(n_tokens), block_size, batch_size=11, micro_batches=1, seed=3)
+    assert epoch_shape(n_tokens, block_size) == (11, 11)
+    shifts = [min(batches.starts(step, 0).tolist()) for step in range(1800)]  # one step is one epoch here
+    assert surplus(np.bincount(shifts, minlength=12), 150) < 5
+
+
+@pytest.mark.parametrize(("n_tokens", "block_size"), [(100, 8), (97, 8), (191, 64), (128, 64), (66, 64)])
+@pytest.mark.parametrize("sampling", ["shuffle", "random"])
+def test_in_the_long_run_every_token_is_learned_from(n_tokens, block_size, sampling):
+    batches = Batches(Counting(n_tokens), block_size, batch_size=2000, micro_batches=1, seed=3, sampling=sampling)
+    assert set(batches(0, 0).flatten().tolist()) == set(range(n_tokens))
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "random"])
+def test_epochs_and_seeds_differ(sampling):
+    def stream(seed, first):
+        batches = Batches(Counting(100_001), 10, 50, 4, seed, sampling)
+        return [s for step in range(first, first + 50) for m in range(4) for s in batches.starts(step, m).tolist()]
+
+    one, two, other = stream(1, 0), stream(1, 50), stream(2, 0)
+    assert len(one) == 10_000  # about one epoch
+    for a, b in ((one, two), (one, other), (two, other)):
+        same = sum(x == y for x, y in zip(a, b, strict=True))
+        assert same < 10 and abs(np.corrcoef(a, b)[0, 1]) < 0.05
+
+
+# ---- steps and processes
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "random"])
+def test_a_pure_function_of_step_and_micro_batch(sampling, tmp_path):
+    arguments = {"block_size": 16, "batch_size": 3, "micro_batches": 4, "seed": 11, "sampling": sampling}
+    places = list(itertools.product(range(40), range(4)))
+    batches = Batches(Counting(500), **arguments)
+    forward = {place: batches(*place).tolist() for place in places}
+    again = Batches(Counting(500), **arguments)
+    for place in sorted(places, key=lambda p: seed_of(*p)):
+        assert again(*place).tolist() == forward[place]
+    # and in another process, whose hashes are salted otherwise
+    script = ("import numpy as np; from nanogpt_accel.batches import Batches\n"
+              f"b = Batches(range(500), **{arguments!r})\nprint([b.starts(s, m).tolist() for s, m in {places!r}])")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str([[row[0] for row in forward[place]] for place in places])
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "random"])
+def test_the_samples_of_a_step_do_not_depend_on_the_processes(sampling):
+    def samples(step, world):
+        batches = Batches(Counting(900), block_size=16, batch_size=3, micro_batches=8, seed=5, sampling=sampling)
+        # process r of W takes micro-batch m * W + r
+        return sorted(batches(step, m * world + rank).tolist()
+                      for rank in range(world) for m in range(8 // world))
+
+    for step in (0, 1, 2, 17):
+        one = samples(step, 1)
+        assert len(one) == 8
+        assert one == samples(step, 2) == samples(step, 4) == samples(step, 8)
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "random"])
+@pytest.mark.parametrize("block_size", [1, 7, 64])
+def test_nothing_is_read_beyond_the_file(sampling, block_size):
+    for extra in (*range(1, 5), block_size, block_size + 1, 2 * block_size, 2 * block_size + 2):
+        for seed in range(6):
+            batches = Batches(Counting(block_size + extra), block_size, 9, 2, seed, sampling)
+            for step in range(12):
+                assert batches(step, step % 2).shape == (9, block_size + 1)  # Counting refuses the rest
+
+
+def test_targets_are_the_next_tokens(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 2**16, 3000).astype(np.uint16)
+    ids.tofile(tmp_path / "train.bin")
+    batches = Batches(TokenFile(tmp_path / "train.bin", "uint16"), 32, 6, 2, seed=1)
+    for step, micro_batch in ((0, 0), (0, 1), (40, 1)):
+        rows = batches(step, micro_batch)
+        x, y = rows[:, :-1], rows[:, 1:]
+        assert rows.dtype == np.int64 and x.shape == y.shape == (6, 32)
+        for row, (start, xi, yi) in enumerate(zip(batches.starts(step, micro_batch), x, y, strict=True)):
+            assert xi.tolist() == ids[start:start + 32].tolist(), row
+            assert yi.tolist() == ids[start + 1:start + 33].tolist(), row
+
+
+@pytest.mark.parametrize("n_tokens", [65, 70, 164])
+def test_random_crops_are_uniform(n_tokens):
+    batches = Batches(Counting(n_tokens), 64, batch_size=500, micro_batches=2, seed=1337, sampling="random")
+    starts = np.concatenate([batches.starts(step, m) for step in range(20) for m in range(2)])
+    places = n_tokens - 64  # nanoGPT's torch.randint(len(data) - block_size)
+    assert starts.min() == 0 and starts.max() == places - 1
+    if places > 1:
+        assert surplus(np.bincount(starts), 20_000 / places) < 5
+        pairs = np.zeros((places, places))
+        np.add.at(pairs, (starts[:-1], starts[1:]), 1)
+        assert surplus(pairs, 19_999 / places**2) < 5
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 50])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_all_covers_every_target_once(block_size, batch_size):
+    for n_tokens in (*range(block_size + 1, 3 * block_size + 3), 200, 201, 208, 209):
+        targets = []
+        for starts, length in evaluation_batches(n_tokens, block_size, batch_size, "all"):
+            rows = Counting(n_tokens).rows(starts, length + 1)
+            assert 1 <= len(starts) <= batch_size and 1 <= length <= block_size
+            targets += rows[:, 1:].flatten().tolist()
+        assert sorted(targets) == list(range(1, n_tokens))
+
+
+def test_a_number_of_batches_is_fixed_random_crops():
+    arguments = (5000, 64, 12, 20)
+    fixed = evaluation_batches(*arguments)
+    np.random.seed(1)  # whatever else draws random numbers
+    again = evaluation_batches(*arguments)
+    assert [(s.tolist(), n) for s, n in fixed] == [(s.tolist(), n) for s, n in again]
+    assert [(len(s), n) for s, n in fixed] == [(12, 64)] * 20
+    # more of them begin with the same, and they are no training batches of whatever seed
+    assert np.array_equal(evaluation_batches(5000, 64, 12, 40)[19][0], fixed[19][0])
+    starts = np.concatenate([s for s, _ in fixed])
+    for seed in range(5):
+        training = Batches(Counting(5000), 64, 240, 1, seed, "random").starts(0, 0)
+        assert (training == starts).sum() < 5
+
+
+def test_evaluation_crops_are_uniform_and_inside():
+    for n_tokens in (9, 10, 40):
+        starts = np.concatenate([s for s, _ in evaluation_batches(n_tokens, 8, 10, 1000)])
+        places = n_tokens - 8
+        assert starts.min() == 0 and starts.max() == places - 1
+        assert places == 1 or surplus(np.bincount(starts), 10_000 / places) < 5
+
+
+# ---- the size of the file does not matter
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "random"])
+def test_nine_billion_tokens_cost_nothing(sampling):
+    n_tokens = 9_035_582_198
+    batches = Batches(Counting(n_tokens), 1024, 12, 40, seed=1337, sampling=sampling)
+    batches(0, 0)
+    tracemalloc.start()
+    began = time.process_time()
+    largest = 0
+    for step in (0, 1, 17_999, 599_999, 10**9):
+        for m in (0, 39):
+            largest = max(largest, batches.starts(step, m).max())
+    evaluation_batches(n_tokens, 1024, 12, 20)
+    seconds = time.process_time() - began
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1e6 and seconds < 1
+    assert 0.9 * n_tokens < largest <= n_tokens - 1025  # of 120 draws
