@@ -284,6 +284,8 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader, node):
     seen = set()
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
         if key_node.value in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {key_node.value} stands twice", key_node.start_mark)
@@ -298,7 +300,7 @@ def _read_yaml(path):
     """The file's top mapping."""
     if not path.is_file():
         names = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = nearest(path.stem, names) or (f"; there are: {', '.join(names)}" if names else "")
+        hint = nearest(path.stem, names).replace("?", ".yaml?") or (f"; there are: {', '.join(names)}" if names else "")
         raise FileNotFoundError(f"{path}: no such recipe{hint}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)

@@ -301,6 +301,10 @@ def train(recipe):
     if is_main and not recipe.train.eval_only:
         log.close()
         finish(recipe, data, raw_model, console)
+    # DDP's reducer must not be the last to hold the process group: it joins gloo's threads while it holds Python's
+    # lock, and a thread that still frees the last barrier waits for that lock, for ever in 2 runs of 100
+    del model
+    accelerator.free_memory()
     accelerator.end_training()
     return raw_model
 

@@ -1,0 +1,388 @@
+"""recipe.py: what a recipe may say, which value wins, and that everything wrong is said at once."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from nanogpt_accel import cli
+from nanogpt_accel.recipe import FIELDS, NANOGPT_KEYS, SECTION_OF, SECTIONS, Recipe, load_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+# nanoGPT's config_keys, in the order of its train.py, and their defaults where ours are the same
+NANOGPT_DEFAULTS = {
+    "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False, "init_from": "scratch",
+    "gradient_accumulation_steps": 40, "batch_size": 12, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768,
+    "dropout": 0.0, "bias": False, "learning_rate": 6e-4, "max_iters": 600000, "weight_decay": 1e-1, "beta1": 0.9,
+    "beta2": 0.95, "grad_clip": 1.0, "warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5,
+}
+NANOGPT_OTHERS = ["out_dir", "always_save_checkpoint", "wandb_log", "wandb_project", "wandb_run_name", "dataset",
+                  "decay_lr", "backend", "device", "dtype", "compile"]
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text="", check=None, **overrides):
+    Path("mine.yaml").write_text(text)
+    return load_recipe("mine.yaml", overrides, check)
+
+
+def value(recipe, key):
+    """A key's value, as the run uses it."""
+    if key in ("min_lr", "lr_decay_iters", "save_interval"):
+        return getattr(recipe, key)
+    return getattr(getattr(recipe, SECTION_OF[key]) if SECTION_OF[key] else recipe, key)
+
+
+def problems(text="", **overrides):
+    with pytest.raises(ValueError) as caught:
+        load(text, **overrides)
+    assert type(caught.value) is ValueError and cli._raised_here(caught.value)
+    return str(caught.value).splitlines()
+
+
+# ---- the fields
+
+
+def test_every_leaf_name_is_unique_and_described():
+    leaves = [key for section in SECTIONS.values() for key in section.model_fields]
+    leaves += [key for key in Recipe.model_fields if key not in SECTIONS]
+    assert len(leaves) == len(set(leaves)) == len(SECTION_OF) > 40
+    assert not set(leaves) & set(SECTIONS)  # nor is one a section's name
+    for key in leaves:
+        assert len(FIELDS[key].description or "") > 8, key
+        assert not FIELDS[key].description.endswith("."), key
+    assert set(FIELDS) == set(leaves) | {f"{home}.{key}" for key, home in SECTION_OF.items() if home}
+
+
+def test_a_recipe_is_frozen():
+    recipe = load()
+    for section, key in ((recipe, "seed"), (recipe.model, "n_layer")):
+        with pytest.raises(ValidationError):
+            setattr(section, key, 1)
+
+
+def test_the_defaults_are_nanogpts():
+    recipe = load()
+    assert {key: value(recipe, key) for key in NANOGPT_DEFAULTS} == pytest.approx(NANOGPT_DEFAULTS)
+    # each other key of nanoGPT is a key here too, or explained
+    assert set(NANOGPT_OTHERS) - set(SECTION_OF) == set(NANOGPT_KEYS)
+    assert not set(NANOGPT_KEYS) & set(SECTION_OF)
+
+
+# ---- the recipes of the repository
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_loads(name):
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    assert recipe.out_dir == str(Path("runs") / name)
+    text = (RECIPES / f"{name}.yaml").read_text()
+    # what the file says is what holds, by YAML's own reading of it
+    for section, keys in yaml.safe_load(text).items():
+        for key, said in (keys if section in SECTIONS else {section: keys}).items():
+            held = value(recipe, key)
+            assert held == (float(said) if isinstance(held, float) else type(held)(said)), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_survives_to_yaml(name):
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    Path("run.yaml").write_text(recipe.to_yaml())
+    assert load_recipe("run.yaml") == recipe
+
+
+def test_odd_values_survive_to_yaml():
+    recipe = load(sample_prompt="true", project="1e3", run_name="no: [1]", out_dir="räume/ß", learning_rate="3e-7",
+                  trackers="wandb,tensorboard", min_lr="0", corpus="~", seed=str(2**62), mixed_precision="no",
+                  compile="no", eval_iters="all", lr_decay_iters="none")
+    assert (recipe.train.sample_prompt, recipe.tracking.project, recipe.tracking.run_name, recipe.data.corpus) == (
+        "true", "1e3", "no: [1]", "~")
+    for prompt in ("\n", "", " ", "ROMEO:", "日本\t\n", "null", "- a", "'", "\u2028"):
+        one = recipe.model_copy(update={"train": recipe.train.model_copy(update={"sample_prompt": prompt})})
+        Path("run.yaml").write_text(one.to_yaml(), encoding="utf-8")
+        assert load_recipe("run.yaml") == one
+
+
+SHAKESPEARE_CHAR = {  # nanoGPT's config/train_shakespeare_char.py
+    "eval_interval": 250, "eval_iters": 200, "log_interval": 10, "gradient_accumulation_steps": 1, "batch_size": 64,
+    "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.2, "learning_rate": 1e-3,
+    "max_iters": 5000, "lr_decay_iters": 5000, "min_lr": 1e-4, "beta2": 0.99, "warmup_iters": 100}
+ON_A_CPU = {  # the command line of nanoGPT's README for a computer without a GPU
+    "device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 1, "block_size": 64, "batch_size": 12,
+    "n_layer": 4, "n_head": 4, "n_embd": 128, "max_iters": 2000, "lr_decay_iters": 2000, "dropout": 0.0}
+TRAIN_GPT2 = {  # config/train_gpt2.py
+    "batch_size": 12, "block_size": 1024, "gradient_accumulation_steps": 5 * 8, "max_iters": 600000,
+    "lr_decay_iters": 600000, "eval_interval": 1000, "eval_iters": 200, "log_interval": 10, "weight_decay": 1e-1}
+
+
+@pytest.mark.parametrize(("name", "changes", "corpus", "tokenizer"), [
+    ("shakespeare_char", SHAKESPEARE_CHAR, "shakespeare", "char"),
+    ("shakespeare_char_cpu", SHAKESPEARE_CHAR | ON_A_CPU, "shakespeare", "char"),
+    ("gpt2", TRAIN_GPT2, "openwebtext", "gpt2"),
+])
+def test_the_values_are_nanogpts(name, changes, corpus, tokenizer):
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    wanted = NANOGPT_DEFAULTS | changes
+    wanted.pop("compile", None)
+    assert {key: value(recipe, key) for key in wanted} == wanted
+    assert recipe.train.compile in (False, "auto")  # auto does not compile on a CPU
+    assert (recipe.data.corpus, recipe.data.tokenizer, recipe.data.sampling) == (corpus, tokenizer, "random")
+    assert recipe.model.activation == "gelu" and recipe.optimizer.algorithm == "adamw"
+    # 65 symbols have 65 rows there, and GPT-2's 50,257 have 50,304
+    assert recipe.model.pad_vocab_to_multiple_of == (64 if tokenizer == "gpt2" else 1)
+    assert recipe.optimizer.schedule == "cosine"
+
+
+def test_nanogpts_command_line_works_as_it_is():
+    words = ["--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64",
+             "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000",
+             "--lr_decay_iters=2000", "--dropout=0.0"]
+    target, options = cli.parse([str(RECIPES / "shakespeare_char.yaml"), *words], FIELDS)
+    recipe = load_recipe(target, options)
+    assert {key: value(recipe, key) for key in ON_A_CPU} == ON_A_CPU
+    assert value(recipe, "learning_rate") == 1e-3
+
+
+# ---- which value wins
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults():
+    text = "model:\n  n_layer: 3\n  n_embd: 96\nseed: 5\n"
+    assert (load(text).model.n_layer, load(text).model.n_head, load(text).seed) == (3, 12, 5)
+    recipe = load(text, n_layer="4", seed="6")
+    assert (recipe.model.n_layer, recipe.model.n_embd, recipe.seed) == (4, 96, 6)
+
+
+@pytest.mark.parametrize("words", [["n_layer=6"], ["model.n_layer=6"], ["--n_layer", "6"], ["--n-layer=6"],
+                                   ["--n-layer", "6"], ["--model.n_layer=6"], ["n_layer=3", "--n_layer=6"],
+                                   ["model.n_layer=3", "n_layer=6"]])
+def test_one_key_in_all_spellings(words):
+    Path("mine.yaml").touch()
+    target, options = cli.parse(["mine.yaml", *words], FIELDS)
+    assert target == "mine.yaml" and load_recipe(target, options).model.n_layer == 6
+
+
+def test_what_is_not_given_follows_from_what_is():
+    assert load().out_dir == str(Path("runs/mine")) and load(out_dir="x").out_dir == "x"
+    recipe = load(learning_rate="1e-3", max_iters="9000")
+    assert recipe.min_lr == pytest.approx(1e-4) and recipe.lr_decay_iters == 9000
+    assert load(eval_interval="7").save_interval == 7 and load(eval_interval="7", save_interval="3").save_interval == 3
+    assert load(min_lr="0").min_lr == 0  # zero is a value, none is not
+    assert load(max_iters="0", warmup_iters="0").lr_decay_iters >= 1
+
+
+# ---- types
+
+
+@pytest.mark.parametrize(("key", "text", "expected"), [
+    ("learning_rate", "3e-4", 3e-4), ("learning_rate", "1", 1.0), ("weight_decay", ".5", 0.5),
+    ("max_iters", "1e4", 10_000), ("max_iters", "6e5", 600_000), ("max_iters", "20_000", 20_000),
+    ("max_iters", "2000.0", 2000), ("n_layer", "007", 7),
+    ("bias", "true", True), ("bias", "True", True), ("bias", "yes", True), ("bias", "on", True), ("bias", "1", True),
+    ("bias", "no", False), ("bias", "False", False), ("bias", "off", False), ("bias", "0", False),
+    ("compile", "auto", "auto"), ("compile", "False", False), ("compile", "true", True), ("compile", "no", False),
+    ("mixed_precision", "no", "no"), ("mixed_precision", "bf16", "bf16"),
+    ("eval_iters", "all", "all"), ("eval_iters", "1e2", 100), ("eval_iters", "20", 20),
+    ("min_lr", "none", None), ("min_lr", "None", None), ("min_lr", "null", None), ("lr_decay_iters", "none", None),
+    ("data_dir", "none", None), ("run_name", "none", None), ("save_interval", "none", None),
+    ("data_dir", "nonesuch", "nonesuch"),
+    ("trackers", "none", []), ("trackers", "", []), ("trackers", "[]", []), ("trackers", "wandb", ["wandb"]),
+    ("trackers", "wandb,tensorboard", ["wandb", "tensorboard"]),
+    ("trackers", "[wandb, tensorboard]", ["wandb", "tensorboard"]),
+    ("device", "cuda:3", "cuda:3"), ("sample_prompt", "true", "true"), ("corpus", "none", "none"),
+])
+def test_text_is_read_by_the_declared_type(key, text, expected):
+    held = getattr(getattr(load(**{key: text}), SECTION_OF[key]), key)
+    assert held == expected and type(held) is type(expected)
+
+
+@pytest.mark.parametrize(("line", "key", "expected"), [
+    ("max_iters: 6e5", "max_iters", 600_000),  # text to PyYAML
+    ("max_iters: 5.0e+4", "max_iters", 50_000), ("max_iters: 20_000", "max_iters", 20_000),
+    ("mixed_precision: no", "mixed_precision", "no"),  # false to PyYAML
+    ("compile: no", "compile", False), ("compile: auto", "compile", "auto"), ("compile: 'false'", "compile", False),
+    ("eval_iters: all", "eval_iters", "all"), ("eval_only: yes", "eval_only", True),
+])
+def test_yaml_is_read_by_the_declared_type(line, key, expected):
+    held = getattr(load(f"train:\n  {line}\n").train, key)
+    assert held == expected and type(held) is type(expected)
+
+
+def test_yaml_lists_numbers_and_nothing():
+    assert load("tracking:\n  trackers: [wandb, tensorboard]").tracking.trackers == ["wandb", "tensorboard"]
+    assert load("tracking:\n  trackers: wandb, tensorboard").tracking.trackers == ["wandb", "tensorboard"]
+    assert load("tracking:\n  trackers:\n").tracking.trackers == []
+    assert load("optimizer:\n  learning_rate: 3e-4\n  min_lr: null").optimizer.learning_rate == 3e-4
+    assert load("") == load("model:\n") == load("# nothing\n")
+
+
+@pytest.mark.parametrize(("key", "text", "words"), [
+    ("n_layer", "six", "model.n_layer=six: must be a whole number"),
+    ("n_layer", "1.5", "model.n_layer=1.5: must be a whole number"),
+    ("n_layer", "", "model.n_layer=: must be a whole number"),
+    ("n_layer", "0", "model.n_layer=0: must be greater than or equal to 1"),
+    ("n_layer", True, "model.n_layer=true: must be a whole number, not true or false"),
+    ("learning_rate", "fast", "optimizer.learning_rate=fast: must be a valid number"),
+    ("learning_rate", True, "optimizer.learning_rate=true: must be a number, not true or false"),
+    ("learning_rate", "nan", "optimizer.learning_rate=nan: must be a finite number"),
+    ("learning_rate", "inf", "optimizer.learning_rate=inf: must be a finite number"),
+    ("learning_rate", "0", "optimizer.learning_rate=0: must be greater than 0"),
+    ("dropout", "1", "model.dropout=1: must be less than 1"),
+    ("bias", "maybe", "model.bias=maybe: must be a valid boolean"),
+    ("mixed_precision", "fp8", "train.mixed_precision=fp8: must be 'auto', 'no', 'fp16' or 'bf16'"),
+    ("sampling", "shufle", "data.sampling=shufle: must be 'shuffle' or 'random'"),
+    ("device", "gpu", "train.device=gpu"), ("device", "cuda:x", "train.device=cuda:x"),
+    ("eval_iters", "0", "train.eval_iters=0: must be 1 or more, or all"),
+    ("eval_iters", "some", "train.eval_iters=some: must be 'all'"),
+    ("compile", "maybe", "train.compile=maybe: must be 'auto'"),
+    ("seed", "-1", "seed=-1: must be greater than or equal to 0"),
+    ("val_fraction", "1", "data.val_fraction=1: must be less than 1"),
+    ("vocab_size", "256", "data.vocab_size=256: must be greater than or equal to 257"),
+])
+def test_a_value_that_is_refused(key, text, words):
+    (line,) = problems(**{key: text})
+    assert line.startswith(words)
+
+
+# ---- unknown and misplaced keys
+
+
+@pytest.mark.parametrize(("key", "words"), [
+    ("n_layr", "unknown key n_layr (did you mean n_layer?)"),
+    ("model.n_layr", "unknown key model.n_layr (did you mean n_layer?)"),
+    ("lerning_rate", "(did you mean learning_rate?)"),
+    ("data.n_layer", "unknown key data.n_layer"),
+    ("zzz", "unknown key zzz"),
+    ("model", "unknown key model"),
+    ("seed.seed", "unknown key seed.seed"),
+])
+def test_unknown_keys_on_the_command_line(key, words):
+    (line,) = problems(**{key: "6"})
+    assert words in line
+    assert ("did you mean" in line) == (key not in ("zzz", "model"))
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("n_layer: 6", "mine.yaml: n_layer: n_layer stands under model:"),
+    ("model:\n  learning_rate: 1", "mine.yaml: model.learning_rate: learning_rate stands under optimizer:"),
+    ("model:\n  seed: 1", "mine.yaml: model.seed: seed stands at the top"),
+    ("model:\n  n_layr: 6", "mine.yaml: unknown key model.n_layr (did you mean n_layer?)"),
+    ("modle:\n  n_layer: 6", "mine.yaml: unknown key modle"),
+    ("zzz: 1", "mine.yaml: unknown key zzz"),
+    ("model: 6", "mine.yaml: model=6: a section holds keys"),
+    ("model: [n_layer]", "a section holds keys"),
+    ("train:\n  dtype: bfloat16", "mine.yaml: unknown key train.dtype: nanoGPT's dtype is here mixed_precision"),
+])
+def test_keys_of_a_file_that_do_not_belong_there(text, words):
+    (line,) = problems(text)
+    assert words in line
+
+
+@pytest.mark.parametrize("key", sorted(NANOGPT_KEYS))
+def test_nanogpts_other_keys_are_explained(key):
+    for lines in (problems(**{key: "x"}), problems(f"{key}: x")):
+        (line,) = lines
+        assert f"unknown key {key}: nanoGPT's {key} is here" in line
+    # what the remedy names is a key
+    named = re.findall(r"\b([a-z_]+)=", NANOGPT_KEYS[key])
+    assert all(name in SECTION_OF for name in named) and (named or key in ("backend", "always_save_checkpoint"))
+
+
+# ---- everything at once
+
+
+def test_all_problems_come_at_once():
+    text = """
+foo: 1
+seed: x
+model: {n_embd: ten, n_head: 5, n_layr: 2, learning_rate: 1}
+optimizer: {min_lr: 1, learning_rate: x}
+train: {eval_iters: -1, batch_size: 0}
+"""
+    Path("mine.yaml").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load_recipe("mine.yaml", {"dropot": "1", "beta1": "2"}, check=lambda recipe: ["corpus=x: not there"])
+    lines = str(caught.value).splitlines()
+    for words in ("unknown key foo", "unknown key model.n_layr", "learning_rate stands under optimizer",
+                  "unknown key dropot (did you mean dropout?)", "optimizer.beta1=2", "model.n_embd=ten",
+                  "optimizer.learning_rate=x", "seed=x", "train.batch_size=0", "train.eval_iters=-1",
+                  "corpus=x: not there"):
+        assert sum(words in line for line in lines) == 1, words
+    assert len(lines) == 11  # nothing about n_head or min_lr, whose partners are wrong by themselves
+
+
+def test_checks_that_span_sections():
+    assert problems(n_embd="100")[0].startswith("model.n_embd=100 is not divisible by model.n_head=12")
+    assert "take n_embd=108" in problems(n_embd="100")[0]
+    assert load(n_embd="108").model.n_embd == 108  # the remedy is one
+    (line,) = problems(min_lr="0.1", learning_rate="0.01")
+    assert "optimizer.min_lr=0.1 is above optimizer.learning_rate=0.01" in line
+    (line,) = problems(warmup_iters="500", max_iters="100")
+    assert "warmup_iters=500 is above lr_decay_iters=100" in line and "set warmup_iters to 5 " in line
+    load(warmup_iters="500", max_iters="100", schedule="constant")
+    load(warmup_iters="5", max_iters="100")
+    assert len(problems(n_embd="100", min_lr="1", warmup_iters="1e9")) == 3
+
+
+def test_a_commands_own_check_sees_the_recipe():
+    seen = []
+    load(n_layer="5", check=lambda recipe: seen.append(recipe.model.n_layer) or [])
+    assert seen == [5]
+
+
+# ---- files that are none
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("seed: 1\nseed: 2\n", ["line 2", "the key seed stands twice"]),
+    ("model:\n  n_layer: 1\n  bias: no\n  n_layer: 2\n", ["line 4", "the key n_layer stands twice"]),
+    ("model:\n  bias: [1\n", ["not YAML", "line 3"]),
+    ("model:\n\tn_layer: 6\n", ["not YAML", "line 2", r"'\t'"]),
+    ("seed: 1\nx: !!python/object/apply:os.mkdir ['hacked']\n", ["not YAML", "line 2"]),
+    ("seed: {[a, b]: 1}\n", ["not YAML", "line 1"]),
+    ("- a\n- b\n", ["a recipe is sections with keys, this is a list"]),
+    ("just text", ["this is a str"]),
+])
+def test_what_is_no_recipe(refused, text, words):
+    with refused(ValueError, "mine.yaml", *words):
+        load(text)
+    assert not Path("hacked").exists()
+
+
+def test_binary_files_are_no_recipes(refused):
+    Path("mine.yaml").write_bytes(b"seed: \xff")
+    with refused(ValueError, "mine.yaml: not a UTF-8 text file (byte 6)"):
+        load_recipe("mine.yaml")
+
+
+def test_a_recipe_that_is_not_there(refused):
+    Path("recipes").mkdir()
+    for name in ("quickstart", "gpt2"):
+        Path(f"recipes/{name}.yaml").touch()
+    with refused(FileNotFoundError, "recipes/quikstart.yaml: no such recipe", "did you mean quickstart"):
+        load_recipe("recipes/quikstart.yaml")
+    with refused(FileNotFoundError, "recipes/zzzzz.yaml: no such recipe", "there are: gpt2", "quickstart"):
+        load_recipe("recipes/zzzzz.yaml")
+    with refused(FileNotFoundError, "recipes/gpt2: no such recipe", "did you mean gpt2.yaml?"):
+        load_recipe("recipes/gpt2")  # without the ending
+    with refused(FileNotFoundError, "nowhere/x.yaml: no such recipe"):
+        load_recipe("nowhere/x.yaml")
+    with refused(FileNotFoundError, "recipes: no such recipe"):
+        load_recipe("recipes")
+
+
+# ---- for trackers
+
+
+def test_flat_is_plain_values():
+    flat = load(trackers="wandb", n_layer="3").flat()
+    assert set(flat) == set(SECTION_OF) and flat["n_layer"] == 3 and flat["learning_rate"] == 6e-4
+    assert all(isinstance(value, (bool, int, float, str)) for value in flat.values())
