@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
@@ -178,9 +179,11 @@ def check_writable(folder):
         place = place.parent
     if not place.is_dir():
         return [f"out_dir={folder}: {place} is a file; take another out_dir"]
-    if not os.access(place, os.W_OK | os.X_OK):
-        return [f"out_dir={folder}: no right to write in {place}; take another out_dir"]
-    return []
+    try:
+        with tempfile.TemporaryFile(dir=place):  # os.access says yes to root, even for /proc and /sys
+            return []
+    except OSError as error:
+        return [f"out_dir={folder}: cannot write in {place} ({error.strerror}); take another out_dir"]
 
 
 def load_optimizer(path, model, optimizer):

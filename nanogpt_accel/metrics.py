@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,7 +20,8 @@ PEAK_FLOPS = {
 
 def peak_flops(device_name):
     """Peak FLOP/s of a device by its name, or None for one that is not in the table."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+    # as words of their own: an RTX A4000 is no A40
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def device_name(device):

@@ -52,12 +52,10 @@ def main(argv):
 
     folder = checkpoint.find_model(target, warn=lambda line: print(line, file=sys.stderr))
     tokenizer = Tokenizer.load(folder)
+    problems = tokenizer.check_prompt(prompt, checkpoint.read_config(folder)["block_size"], "prompt")
+    if problems:
+        raise ValueError("\n".join(problems))
     prompt_ids = tokenizer.encode_prompt(prompt)
-    block_size = checkpoint.read_config(folder)["block_size"]
-    if not prompt_ids:
-        raise ValueError("prompt: it is empty; give at least one token, such as --prompt=The")
-    if len(prompt_ids) > block_size:
-        raise ValueError(f"prompt: {len(prompt_ids)} tokens, but the model reads block_size={block_size}: shorten it")
 
     from transformers.utils import logging as transformers_logging
 

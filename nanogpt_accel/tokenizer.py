@@ -215,6 +215,17 @@ class Tokenizer:
             ids += [self.eot_id] * (i > 0) + self.encode(part).tolist()
         return ids
 
+    def check_prompt(self, text, block_size, key):
+        """What keeps a model of this context length from going on with a prompt: a list of problems. key: its name."""
+        try:
+            length = len(self.encode_prompt(text))
+        except ValueError as error:
+            return [f"{key}={text!r}: {error}: take another prompt"]
+        if 0 < length <= block_size:
+            return []
+        return [f"{key}={text[:40]!r}: {length} tokens, and it must be 1 to block_size={block_size}: "
+                f"{'shorten it' if length else 'give at least one'}"]
+
     def decode(self, ids):
         """The text of ids; special symbols are shown, and bytes that are no whole character become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)

@@ -75,10 +75,7 @@ def open_data(recipe):
     block_size, init_from = recipe.model.block_size, recipe.model.init_from
     problems = dataset.require_block(data, block_size)
     if recipe.train.sample_tokens:
-        prompt = data.tokenizer.encode_prompt(recipe.train.sample_prompt)
-        if not 0 < len(prompt) <= block_size:
-            problems.append(f"train.sample_prompt={recipe.train.sample_prompt!r}: {len(prompt)} tokens, it must be "
-                            f"1 to block_size={block_size}")
+        problems += data.tokenizer.check_prompt(recipe.train.sample_prompt, block_size, "train.sample_prompt")
     source = None
     if init_from == "resume":
         source = checkpoint.newest_whole(recipe.out_dir, warn=print if launch.is_main() else lambda line: None)
@@ -109,6 +106,10 @@ def train(recipe):
     """
     data, source = open_data(recipe)
     out_dir, is_resumed = Path(recipe.out_dir), recipe.model.init_from == "resume"
+    if source is not None and not is_resumed:  # the shape is the source's; run.yaml has to say so, or nothing resumes
+        config = checkpoint.read_config(source)
+        shape = {key: config[key] for key in shape_of(recipe) if key != "block_size"}
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=shape)})
 
     # torch and transformers take seconds to import, so they wait until everything else is known to be right
     import torch
@@ -236,6 +237,8 @@ def train(recipe):
             console.say(f"step {step}: " + metrics.describe(scores))
             if recipe.train.eval_only:
                 break
+            if not math.isfinite(val_loss):
+                raise FloatingPointError(stopped_by(f"validation loss after {step} steps is {val_loss}", out_dir))
             if log is not None:
                 log.write(step=step, **scores)
             accelerator.log(scores, step=step)

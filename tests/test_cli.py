@@ -15,6 +15,12 @@ from nanogpt_accel import __main__ as table
 from nanogpt_accel import cli, evaluate, sample
 from nanogpt_accel.recipe import FIELDS, SECTION_OF, SECTIONS, Recipe, load_recipe
 
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 # ---- the grammar
 
 
@@ -112,11 +118,6 @@ def test_help_shows_types_and_defaults_as_they_are_typed(capsys):
     assert len(typed) > 35
     Path("empty.yaml").touch()
     assert load_recipe("empty.yaml", typed) == load_recipe("empty.yaml")
-
-
-@pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 # ---- the table of commands
