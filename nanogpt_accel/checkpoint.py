@@ -87,7 +87,8 @@ def begin(run, recipe, is_resumed):
         for path in checkpoints(run):
             _remove(path)
         for path in run.iterdir():
-            if path.is_symlink() or path.name in ("metrics.jsonl", "loss.png"):
+            is_link = path.is_symlink() and _NAME.match(os.path.dirname(os.readlink(path)))  # ours, made by _publish
+            if is_link or path.name in ("metrics.jsonl", "loss.png"):
                 path.unlink()
     temporary = run / "run.yaml.tmp"
     temporary.write_text(recipe, encoding="utf-8")
@@ -220,8 +221,12 @@ def find_model(target, warn=print):
         trouble = damage(path, resumable=False)
         if trouble:
             raise ValueError(f"{target}: neither a run nor a checkpoint folder: {trouble}")
-        return path
-    return _download(str(target))
+    else:
+        path = _download(str(target))
+    kind = read_config(path).get("model_type")
+    if kind != "nanogpt_accel":
+        raise ValueError(f"{target}: a model of type {kind}, and only those of this toolkit can be taken")
+    return path
 
 
 def may_be_model(target):

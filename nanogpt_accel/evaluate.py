@@ -39,7 +39,8 @@ def main(argv):
     if problems:
         raise ValueError("\n".join(problems))
     path = recipe_path(target, options.recipe)
-    recipe = load_recipe(path, {"eval_iters": "all", **given}, check=lambda r: dataset.check(r.data, 1))
+    recipe = load_recipe(path, {"eval_iters": "all", **given},
+                         check=lambda r: dataset.check(r.data, 1) + launch.check_launcher())
     evaluate(target, recipe, as_json=options.json_output)
 
 

@@ -20,16 +20,22 @@ def check_launch(gradient_accumulation_steps, trackers=()):
                         f"{processes} processes: set it to {fitting}, or run "
                         f"{' or '.join(str(n) for n in range(1, processes) if gradient_accumulation_steps % n == 0)}"
                         " processes")
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if processes > 1 and missing:
-        problems.append(f"WORLD_SIZE={processes} is set, but not {', '.join(missing)}: launch with `accelerate launch` "
-                        "or torchrun, or unset WORLD_SIZE")
+    problems += check_launcher()
     for name in trackers:
         if name not in TRACKERS:
             problems.append(f"tracking.trackers={name}: there are {', '.join(TRACKERS)}")
         elif find_spec(TRACKERS[name]) is None:
             problems.append(f"tracking.trackers={name}: not installed here, pip install {TRACKERS[name]}")
     return problems
+
+
+def check_launcher():
+    """Whether WORLD_SIZE was set by a launcher, which sets more than that, as a list of problems."""
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world_size() == 1 or not missing:
+        return []
+    return [f"WORLD_SIZE={world_size()} is set, but not {', '.join(missing)}: launch with `accelerate launch` or "
+            "torchrun, or unset WORLD_SIZE"]
 
 
 def world_size():

@@ -9,6 +9,7 @@ import pytest
 DATA = Path(os.environ.get("NANOGPT_ACCEL_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 # before any test imports the libraries that read them once
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and threads that wait for each other cost more
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 if (DATA / "tiktoken").is_dir():

@@ -40,6 +40,8 @@ def workplace(tmp_path_factory):
         patch.chdir(folder)
         assert main(["train", "tiny.yaml"]) == 0
     (folder / "nothing").mkdir()
+    shutil.copytree(folder / "runs" / "tiny" / "checkpoint-000006", folder / "stock")
+    (folder / "stock" / "config.json").write_text('{"model_type": "gpt2", "n_positions": 16}')
     (folder / "empty.txt").touch()
     (folder / "latin.txt").write_bytes("Übung ".encode("latin-1") * 99)
     (folder / "short.txt").write_text("abc")
@@ -157,6 +159,9 @@ EARLY = [
     (["sample"], ["which model?", "runs/NAME"]),
     (["sample", "./gone"], ["./gone", "no such folder"]),
     (["sample", "nothing"], ["nothing", "config.json is missing"]),
+    (["sample", "stock"], ["stock", "type gpt2"]),
+    (["evaluate", "stock", "--recipe", "tiny.yaml"], ["stock", "type gpt2"]),
+    ([*TINY, "init_from=stock"], ["stock", "type gpt2"]),
     (["evaluate", "nothing"], ["nothing", "no run.yaml", "--recipe"]),
     # trackers
     ([*TINY, "trackers=wandbb"], ["trackers=wandbb", "wandb"]),
@@ -313,9 +318,10 @@ def test_accumulation_that_cannot_be_shared(capsys, monkeypatch, processes, fits
     assert holds(line, ["gradient_accumulation_steps=4", f"{processes} processes", *fits])
 
 
-def test_world_size_without_a_launcher(capsys, monkeypatch):
+@pytest.mark.parametrize("argv", [TINY, ["evaluate", "runs/tiny"]])
+def test_world_size_without_a_launcher(capsys, monkeypatch, argv):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    (line,) = refusal(capsys, *TINY)
+    (line,) = refusal(capsys, *argv)
     assert holds(line, ["WORLD_SIZE=2", "MASTER_ADDR", "accelerate launch"])
 
 

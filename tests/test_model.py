@@ -365,17 +365,33 @@ def test_gradient_checkpointing_changes_no_gradient(ids):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_dropout_acts_in_training_only(ids, attention):
-    model = tiny(dropout=0.5, attn_implementation=attention)
-    assert torch.equal(model(ids).logits, tiny(attn_implementation=attention)(ids).logits)
-    model.train()
-    # all but the attention's own dropout off: what is left acts on the weights of the values
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    torch.manual_seed(1)
-    first, second = model(ids).logits, model(ids).logits
-    assert (first - second).abs().max() > 1e-3
+def test_dropout_is_where_gpt2_has_it(ids, attention):
+    """In training, and drawing the same numbers in the same order, the two compute the same."""
+    ours, gpt2 = pair(True, "gelu_new")
+    for model in (ours, gpt2):
+        model.set_attn_implementation(attention)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+        model.train()
+    ours.config.dropout = 0.3  # of the attention's weights
+    for block in gpt2.transformer.h:
+        block.attn.attn_dropout.p = 0.3
+    logits = []
+    for model in (ours, gpt2):
+        torch.manual_seed(4)
+        logits.append(model(ids).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.equal(ours(ids).logits, logits[0])
+        # out of training it is off, and the weights are not scaled
+        torch.testing.assert_close(ours.eval()(ids).logits, gpt2.eval()(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_dropout_is_the_configs():
+    model = tiny(dropout=0.25)
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
+    assert sum(isinstance(m, torch.nn.Dropout) for m in model.modules()) == 1 + 2 * 2
 
 
 # ---- folders
@@ -424,6 +440,8 @@ json.dump({"module": type(model).__module__, "file": sys.modules[type(model).__m
 def test_a_process_without_the_package_loads_the_folder(tmp_path, ids):
     model = tiny(bias=True, activation="gelu_new")
     model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "model.GPTConfig", "AutoModelForCausalLM": "model.GPT"}
     (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
     (tmp_path / "script.py").write_text(ELSEWHERE)
     env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}

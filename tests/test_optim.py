@@ -8,6 +8,7 @@ import torch
 from nanogpt_accel.model import GPT, GPTConfig
 from nanogpt_accel.optim import learning_rate, make_optimizer, parameter_groups
 
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     threads = torch.get_num_threads()

@@ -1,0 +1,543 @@
+"""train from end to end, and what sample and evaluate make of its runs."""
+
+import contextlib
+import http.server
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import nanogpt_accel
+from nanogpt_accel import metrics
+from nanogpt_accel.__main__ import main
+from nanogpt_accel.metrics import read_metrics
+from nanogpt_accel.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+STEPS, EVERY, BLOCK = 24, 8, 32
+SYMBOLS = "\n adehilnorstuw"
+RECIPE = f"""
+data: {{corpus: text.txt, tokenizer: char, val_fraction: 0.1}}
+model: {{n_layer: 2, n_embd: 32, n_head: 2, block_size: {BLOCK}, dropout: 0.2}}
+optimizer: {{learning_rate: 1e-2, warmup_iters: 5, beta2: 0.99}}
+train: {{batch_size: 4, gradient_accumulation_steps: 4, max_iters: {STEPS}, eval_interval: {EVERY}, eval_iters: 3,
+         device: cpu}}
+checkpoint: {{keep_last: 1}}
+"""
+TINY = ["warmup_iters=0", "max_iters=2", "eval_interval=2", "gradient_accumulation_steps=1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """So small a model is slowed down by a second thread, and very much so where the machine has other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, one_thread):
+    """A folder with a text, tiny.yaml, and runs/tiny: that recipe's run."""
+    folder = tmp_path_factory.mktemp("train")
+    draw = random.Random(5)
+    words = ["".join(draw.choice(SYMBOLS[2:]) for _ in range(draw.randint(2, 7))) for _ in range(150)]
+    text = " ".join(draw.choice(words) for _ in range(5000)).replace(" a", "\na")
+    assert sorted(set(text)) == sorted(SYMBOLS)
+    (folder / "text.txt").write_text(text)
+    (folder / "tiny.yaml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.chdir(folder)
+        assert main(["train", "tiny.yaml"]) == 0
+    (folder / "output.txt").write_text(out.getvalue())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+
+
+@pytest.fixture
+def run(workplace):
+    return workplace / "runs" / "tiny"
+
+
+@pytest.fixture
+def call(capsys):
+    """call("sample", ...) -> what that command printed; it has to end well."""
+    def call(*words, status=0):
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == status, capsys.readouterr().err
+        captured = capsys.readouterr()
+        return captured.out if status == 0 else captured.err
+
+    return call
+
+
+def last(run):
+    return sorted(path for path in run.glob("checkpoint-*"))[-1]
+
+
+def logits(folder, ids):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]
+
+
+def losses(run, key="loss"):
+    return [line[key] for line in read_metrics(run / "metrics.jsonl") if key in line]
+
+
+# ---- the run folder
+
+
+def test_the_files_of_a_run(workplace, run):
+    names = {path.name for path in run.iterdir()}
+    assert {"run.yaml", "metrics.jsonl", "loss.png", "config.json", "model.safetensors", "tokenizer.json"} < names
+    assert not [name for name in names if name.startswith(".")]
+    assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    saved, asked = load_recipe(run / "run.yaml"), load_recipe("tiny.yaml")
+    assert saved == asked
+    newest = last(run)
+    assert newest.name == f"checkpoint-{STEPS:06d}"
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+            "README.md", "model.py"} <= {path.name for path in newest.iterdir()}
+    assert {path.name for path in (newest / "state").iterdir()} == {"trainer.json", "optimizer.safetensors"}
+    for path in run.iterdir():
+        if path.is_symlink():
+            assert not os.path.isabs(os.readlink(path)) and path.exists()
+    assert "runs/tiny" in (workplace / "output.txt").read_text().split("To try next")[1]
+
+
+def test_the_lines_of_the_log(run):
+    lines = read_metrics(run / "metrics.jsonl")
+    steps, evaluations = [li for li in lines if "loss" in li], [li for li in lines if "val_loss" in li]
+    assert len(steps) + len(evaluations) == len(lines)
+    assert [line["step"] for line in steps] == list(range(STEPS))
+    assert [line["step"] for line in evaluations] == list(range(0, STEPS + 1, EVERY))
+    for line in steps:
+        assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(line)
+        assert all(math.isfinite(value) and value >= 0 for value in line.values())
+    for line in evaluations:
+        assert {"train_loss", "val_loss", "perplexity", "bits_per_byte"} <= set(line)
+        assert line["perplexity"] == pytest.approx(math.exp(line["val_loss"]))
+        assert line["bits_per_byte"] == pytest.approx(line["val_loss"] / math.log(2))  # a byte a token here
+    assert evaluations[0]["val_loss"] == pytest.approx(math.log(64), abs=0.1)  # it begins knowing nothing ...
+    assert evaluations[-1]["val_loss"] < math.log(len(SYMBOLS)) + 0.1  # ... and learns at least the symbols
+
+
+def test_the_learning_rates_are_nanogpts(run):
+    def get_lr(it, learning_rate=1e-2, warmup_iters=5, lr_decay_iters=STEPS, min_lr=1e-3):  # nanoGPT's train.py
+        if it < warmup_iters:
+            return learning_rate * (it + 1) / (warmup_iters + 1)
+        if it > lr_decay_iters:
+            return min_lr
+        decay_ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+        assert 0 <= decay_ratio <= 1
+        coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
+        return min_lr + coeff * (learning_rate - min_lr)
+
+    assert losses(run, "learning_rate") == pytest.approx([get_lr(it) for it in range(STEPS)], rel=1e-12)
+
+
+def test_the_run_loads_as_a_model_and_a_tokenizer(workplace, run):
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    text = (workplace / "text.txt").read_text()[:BLOCK]
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == BLOCK and tokenizer.decode(ids) == text
+    assert torch.equal(logits(run, ids), logits(last(run), ids))
+    model = AutoModelForCausalLM.from_pretrained(run)
+    assert model.dtype == torch.float32 and model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_best_and_last_are_kept_apart(call):
+    """The validation losses are dictated: the best is that of step 2."""
+    dictated = {0: 4.0, 1: 3.0, 2: 2.0, 3: 2.5, 4: 2.5, 5: 2.1}
+    calls = itertools.count()  # two an evaluation: train, val
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "mean_loss", lambda *args: dictated[next(calls) // 2])
+        call("train", "tiny.yaml", *TINY, "out_dir=runs/best", "max_iters=5", "eval_interval=1")
+    run = Path("runs/best")
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000005"]
+    trainer = json.loads((last(run) / "state/trainer.json").read_text())
+    assert (trainer["best_step"], trainer["best_val_loss"], trainer["val_loss"]) == (2, 2.0, 2.1)
+    ids = list(range(10))
+    assert torch.equal(logits(run, ids), logits(run / "checkpoint-000002", ids))
+    assert not torch.equal(logits(run, ids), logits(last(run), ids))
+    assert '"runs/best/checkpoint-000002"' in call("evaluate", "runs/best", "--json", "eval_iters=1")
+
+
+# ---- how a run begins
+
+
+def test_another_run_from_its_weights(call, run):
+    score = json.loads(call("evaluate", run, "--json", "eval_iters=3"))
+    # the shape comes with the weights, whatever the recipe says
+    out = call("train", "tiny.yaml", *TINY, f"init_from={run}", "out_dir=runs/next", "n_layer=3", "bias=true")
+    first, *_, end = read_metrics("runs/next/metrics.jsonl")
+    assert (first["step"], end["step"]) == (0, 2)
+    assert first["val_loss"] == score["val_loss"]
+    assert f"beginning with the weights of {last(run)}" in out
+    # and it can go on
+    call("train", "runs/next", "max_iters=3")
+    assert losses("runs/next" / Path(), "step")[-1] == 3
+
+
+def test_weights_with_another_tokenizer(call, run):
+    err = call("train", "tiny.yaml", *TINY, f"init_from={run}", "out_dir=runs/no", "tokenizer=bpe", "vocab_size=300",
+               status=2)
+    assert err.startswith(f"error: model.init_from={run}: ") and err.count("\n") == 1
+    assert "char tokens (15 symbols)" in err and "bpe ones (300)" in err and "tokenizer=" in err
+    assert not Path("runs/no").exists()
+
+
+def test_a_block_size_other_than_the_weights(call, run):
+    err = call("train", "tiny.yaml", *TINY, f"init_from={run}", "out_dir=runs/no", f"block_size={BLOCK + 1}", status=2)
+    assert err.count("\n") == 1 and f"block_size={BLOCK + 1}" in err and f"block_size={BLOCK} or less" in err
+    call("train", "tiny.yaml", *TINY, f"init_from={run}", "out_dir=runs/cropped", "block_size=8")
+    model = AutoModelForCausalLM.from_pretrained("runs/cropped")
+    assert model.config.block_size == 8 and model.transformer.wpe.weight.shape == (8, 32)
+    with pytest.raises(ValueError, match="block_size=8"):
+        model(torch.zeros(1, 9, dtype=torch.long))
+    # on the first 8 positions it began as the model that it comes from
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "mean_loss", lambda model, *args: found.append(model.state_dict()) or 1.0)
+        found = []
+        call("train", "tiny.yaml", f"init_from={run}", "out_dir=runs/no", "block_size=8", "eval_only=true")
+    before = load_file(run / "model.safetensors")
+    assert torch.equal(found[0]["transformer.wpe.weight"], before["transformer.wpe.weight"][:8])
+    assert torch.equal(found[0]["transformer.wte.weight"], before["transformer.wte.weight"])
+
+
+def stamps(folder):
+    return {path: path.lstat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+
+@pytest.mark.parametrize("target", ["runs/tiny", "tiny.yaml"])
+def test_eval_only_writes_nothing(call, workplace, target):
+    before = stamps(workplace)
+    out = call("train", target, "eval_only=true", *([] if target == "runs/tiny" else ["out_dir=runs/new"]))
+    (line,) = [line for line in out.splitlines() if line.startswith("step ")]
+    assert line.startswith(f"step {STEPS if target == 'runs/tiny' else 0}: train loss ")
+    assert stamps(workplace) == before
+
+
+def test_overwrite_replaces(call):
+    call("train", "tiny.yaml", *TINY, "out_dir=runs/over", "max_iters=4")
+    Path("runs/over/mine").symlink_to("..")  # what others have put there stays
+    Path("runs/over/notes.txt").touch()
+    call("train", "tiny.yaml", *TINY, "out_dir=runs/over", "overwrite=true", "seed=2", "eval_interval=1")
+    run = Path("runs/over")
+    assert (run / "mine").is_symlink() and (run / "notes.txt").exists()
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-000002"]
+    assert losses(run, "step") == [0, 0, 1, 1, 2]
+    call("train", "tiny.yaml", *TINY, "out_dir=runs/fresh", "seed=2", "eval_interval=1")
+    assert losses(run) == losses(Path("runs/fresh"))
+
+
+def test_a_finished_run_goes_on(call, run, tmp_path):
+    shutil.copytree(run, tmp_path / "tiny", symlinks=True)
+    before = read_metrics(run / "metrics.jsonl")
+    out = call("train", tmp_path / "tiny", f"max_iters={STEPS + 4}")
+    assert f"from checkpoint-{STEPS:06d}" in out and f"iter {STEPS}:" in out and f"iter {STEPS - 1}:" not in out
+    after = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
+    assert after[: len(before)] == before
+    assert [line["step"] for line in after[len(before):]] == [*range(STEPS, STEPS + 4), STEPS + 4]
+    assert last(tmp_path / "tiny").name == f"checkpoint-{STEPS + 4:06d}"
+    # once more, with nothing left to do
+    assert "iter " not in call("train", tmp_path / "tiny")
+    assert read_metrics(tmp_path / "tiny" / "metrics.jsonl") == after
+
+
+def test_an_existing_nanogpt_folder(call, workplace):
+    """train.bin, val.bin and meta.pkl as nanoGPT's data/shakespeare_char/prepare.py writes them."""
+    folder = workplace / "shakespeare_char"
+    folder.mkdir()
+    data = (workplace / "text.txt").read_text()
+    chars = sorted(list(set(data)))
+    stoi = {ch: i for i, ch in enumerate(chars)}
+    n = len(data)
+    np.array([stoi[c] for c in data[:int(n * 0.9)]], dtype=np.uint16).tofile(folder / "train.bin")
+    np.array([stoi[c] for c in data[int(n * 0.9):]], dtype=np.uint16).tofile(folder / "val.bin")
+    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    call("train", "tiny.yaml", *TINY, f"data_dir={folder}", "out_dir=runs/theirs")
+    call("train", "tiny.yaml", *TINY, "out_dir=runs/ours")
+    assert losses(Path("runs/theirs")) == losses(Path("runs/ours"))
+    assert losses(Path("runs/theirs"), "val_loss") == losses(Path("runs/ours"), "val_loss")
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.pkl", "train.bin", "val.bin"]
+
+
+def test_the_recipe_of_gpt2(call, gpt2_files):
+    """nanoGPT's train_gpt2, made small enough for a few steps here."""
+    recipe = load_recipe(RECIPES / "gpt2.yaml")
+    assert recipe.train.batch_size * recipe.train.gradient_accumulation_steps * recipe.model.block_size == 491_520
+    assert (recipe.train.max_iters, recipe.data.corpus, recipe.min_lr) == (600_000, "openwebtext", 6e-5)
+    call("train", RECIPES / "gpt2.yaml", "corpus=text.txt", "val_fraction=0.1", "n_layer=2", "n_embd=32", "n_head=2",
+         f"block_size={BLOCK}", "gradient_accumulation_steps=2", "max_iters=2", "eval_iters=2", "device=cpu",
+         "out_dir=runs/gpt2")
+    lines = [line for line in read_metrics("runs/gpt2/metrics.jsonl") if "val_loss" in line]
+    assert [line["step"] for line in lines] == [0, 2]
+    assert lines[0]["val_loss"] == pytest.approx(math.log(50304), abs=0.2) and lines[1]["val_loss"] < 11.1
+    assert losses(Path("runs/gpt2"), "learning_rate")[0] == pytest.approx(6e-4 / 2001)
+    tokenizer = AutoTokenizer.from_pretrained("runs/gpt2")
+    assert tokenizer("Hello world")["input_ids"] == [15496, 995] and len(tokenizer) == 50257
+
+
+def test_activation_checkpointing_changes_no_number(call):
+    for name, switch in (("plain", "false"), ("again", "true")):
+        call("train", "tiny.yaml", *TINY, "max_iters=4", f"out_dir=runs/{name}", f"activation_checkpointing={switch}")
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert losses(Path("runs/plain"), key) == losses(Path("runs/again"), key)
+
+
+def test_trackers_leave_their_files(call, monkeypatch):
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    call("train", "tiny.yaml", *TINY, "out_dir=runs/tracked", "trackers=tensorboard,wandb", "project=tests")
+    run = Path("runs/tracked")
+    (events,) = run.glob("tests/events.out.tfevents.*")
+    (offline,) = run.rglob("*.wandb")
+    end = time.monotonic() + 20
+    while b"val_loss" not in offline.read_bytes() and time.monotonic() < end:
+        time.sleep(0.1)  # wandb's own process writes it
+    assert b"val_loss" in offline.read_bytes() and b"grad_norm" in offline.read_bytes()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged = EventAccumulator(str(events.parent)).Reload()
+    assert [scalar.step for scalar in logged.Scalars("loss")] == [0, 1]
+    assert [scalar.value for scalar in logged.Scalars("loss")] == pytest.approx(losses(run))
+
+
+# ---- numbers that are none
+
+
+def finite(folder):
+    return all(torch.isfinite(tensor).all() for tensor in load_file(folder / "model.safetensors").values())
+
+
+def test_a_loss_that_is_no_number(call):
+    err = call("train", "tiny.yaml", *TINY, "max_iters=9", "out_dir=runs/high", "learning_rate=1e9", "save_interval=1",
+               "eval_interval=9", status=1)
+    assert err.startswith("error: the loss of step ") and err.count("\n") == 1
+    step, newest = int(err.split("loss of step ")[1].split()[0]), last(Path("runs/high"))
+    assert f"last good checkpoint is {newest}" in err and "nanogpt-accel train runs/high learning_rate=" in err
+    assert newest.name == f"checkpoint-{step:06d}" and all(map(finite, Path("runs/high").glob("checkpoint-*")))
+    assert all("NaN" not in line for line in Path("runs/high/metrics.jsonl").read_text().splitlines())
+
+
+def test_a_loss_that_is_no_number_at_once(call, monkeypatch):
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, *args, **kwargs: logits.sum() * math.inf)
+    monkeypatch.setattr(metrics, "mean_loss", lambda *args: 4.0)
+    err = call("train", "tiny.yaml", *TINY, "out_dir=runs/at_once", status=1)
+    assert "the loss of step 0 is" in err and "no checkpoint was saved yet" in err
+    assert not list(Path("runs/at_once").glob("checkpoint-*"))
+
+
+def test_a_gradient_that_is_no_number(call, monkeypatch):
+    from accelerate import Accelerator
+
+    clip, calls = Accelerator.clip_grad_norm_, itertools.count()
+
+    def clip_grad_norm_(self, parameters, max_norm):
+        parameters = list(parameters)
+        if next(calls) == 3:
+            parameters[0].grad[0, 0] = math.inf
+        return clip(self, parameters, max_norm)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip_grad_norm_)
+    err = call("train", "tiny.yaml", *TINY, "max_iters=9", "out_dir=runs/inf", "save_interval=2", "eval_interval=9",
+               status=1)
+    assert "gradient norm of step 3" in err and "runs/inf/checkpoint-000002" in err
+    assert finite(last(Path("runs/inf"))) and last(Path("runs/inf")).name == "checkpoint-000002"
+
+
+def test_an_evaluation_that_is_no_number(call, monkeypatch):
+    values = iter([4.0, 4.0, 3.9, 3.9, math.nan, math.nan])
+    monkeypatch.setattr(metrics, "mean_loss", lambda *args: next(values))
+    err = call("train", "tiny.yaml", *TINY, "max_iters=9", "out_dir=runs/nan", "eval_interval=2", status=1)
+    assert "validation loss" in err and "4 steps" in err and "runs/nan/checkpoint-000002" in err
+    assert [path.name for path in Path("runs/nan").glob("checkpoint-*")] == ["checkpoint-000002"]
+
+
+# ---- sample
+
+
+def samples(out):
+    assert out.endswith("\n---------------\n")
+    return out.removesuffix("\n---------------\n").split("\n---------------\n")
+
+
+def test_seeds_can_be_repeated(call, run):
+    options = ["sample", run, "prompt=the", "max_new_tokens=20"]
+    two = samples(call(*options, "num_samples=2", "seed=7"))
+    assert len(two) == 2 and two[0] != two[1] and all(len(text) == 23 and text.startswith("the") for text in two)
+    assert samples(call(*options, "num_samples=2", "seed=7")) == two
+    assert samples(call(*options, "num_samples=1", "seed=8")) == two[1:]
+
+
+def test_temperature_0_is_the_likeliest(call, run):
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    ids = tokenizer("the ")["input_ids"]
+    while len(ids) < BLOCK:
+        ids.append(logits(run, ids)[-1, : len(SYMBOLS)].argmax().item())
+    assert samples(call("sample", run, "--prompt", "the ", "temperature=0", "num_samples=2",
+                        f"max_new_tokens={BLOCK - 4}")) == [tokenizer.decode(ids)] * 2
+
+
+def test_padded_rows_are_never_drawn(call, run, tmp_path):
+    """A model that likes nothing better than the rows that only round up its vocabulary."""
+    shutil.copytree(last(run), tmp_path / "padded")
+    weights = load_file(tmp_path / "padded" / "model.safetensors")
+    wte = weights["transformer.wte.weight"]
+    assert wte.shape == (64, 32)
+    wte[len(SYMBOLS):] = 100 * torch.randn(64 - len(SYMBOLS), 32, generator=torch.Generator().manual_seed(1))
+    save_file(weights, tmp_path / "padded" / "model.safetensors", metadata={"format": "pt"})
+    assert logits(tmp_path / "padded", [0, 1, 2])[-1].argmax() >= len(SYMBOLS)
+    for options in (["temperature=0"], ["temperature=1.5", "top_k=0"], ["top_k=3"], ["top_p=0.5"]):
+        (text,) = samples(call("sample", tmp_path / "padded", "prompt=a", "num_samples=1", "max_new_tokens=60",
+                               *options))
+        assert len(text) == 61 and set(text) <= set(SYMBOLS)
+    # the same for those who generate with transformers alone
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
+    ids = model.generate(torch.tensor([[0]]), max_new_tokens=25, do_sample=True)
+    assert ids.max() < len(SYMBOLS)
+
+
+def test_longer_than_the_context(call, run):
+    (text,) = samples(call("sample", run, "prompt=a", "num_samples=1", f"max_new_tokens={3 * BLOCK}"))
+    assert len(text) == 1 + 3 * BLOCK
+    full = "the sun and " * 4  # as long as the context allows
+    (text,) = samples(call("sample", run, f"prompt={full[:BLOCK]}", "num_samples=1", "max_new_tokens=5"))
+    assert text.startswith(full[:BLOCK]) and len(text) == BLOCK + 5
+
+
+def test_a_prompt_from_a_file(call, run, tmp_path):
+    (tmp_path / "prompt.txt").write_text("the sun\nand ")
+    for key in ("--start", "--prompt"):
+        (text,) = samples(call("sample", run, f"{key}=FILE:{tmp_path / 'prompt.txt'}", "num_samples=1",
+                               "max_new_tokens=3"))
+        assert text.startswith("the sun\nand ") and len(text) == 15
+
+
+# ---- evaluate
+
+
+def test_evaluate_by_hand(call, workplace, run):
+    (val,) = (workplace / "data").glob("text_char-*/val.bin")
+    ids = torch.from_numpy(np.fromfile(val, dtype=np.uint16).astype(np.int64))
+    model = AutoModelForCausalLM.from_pretrained(run).eval()
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, BLOCK):  # every token but the first is predicted once
+            x, y = ids[start : start + BLOCK], ids[start + 1 : start + BLOCK + 1]
+            total += F.cross_entropy(model(x[None, : len(y)]).logits[0].double(), y, reduction="sum").item()
+    by_hand = total / (len(ids) - 1)
+
+    score = json.loads(call("evaluate", run, "--json"))  # one object and nothing else
+    assert score["tokens"] == len(ids) - 1
+    assert score["val_loss"] == pytest.approx(by_hand, abs=1e-6)
+    assert score["perplexity"] == pytest.approx(math.exp(by_hand), rel=1e-5)
+    assert score["bits_per_byte"] == pytest.approx(by_hand / math.log(2), rel=1e-5)
+    assert score["model"] == str(last(run)) and Path(score["data"]).resolve() == val.parent
+    # the same of the checkpoint, with the recipe named, and in words; the batch size makes no difference
+    same = json.loads(call("evaluate", last(run), "--recipe", "tiny.yaml", "batch_size=7", "--json"))
+    assert same["val_loss"] == pytest.approx(by_hand, abs=1e-6)
+    assert f"val loss {by_hand:.4f}" in call("evaluate", run)
+
+
+def test_json_is_all_that_evaluate_prints(capfd, monkeypatch, workplace, run, tmp_path):
+    """Though the data are not prepared yet, which has something to say."""
+    shutil.copy(workplace / "text.txt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(run), "--json", "eval_iters=2"]) == 0
+    captured = capfd.readouterr()
+    assert captured.out.count("\n") == 1 and "val_loss" in json.loads(captured.out)
+    assert "MB of text" in captured.err
+
+
+# ---- the Hub
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as a download needs. models: {repository: folder}."""
+
+    models, asked, sha = {}, [], "0123456789abcdef" * 2 + "01234567"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        path = self.path.split("?")[0].strip("/")
+        for name, folder in self.models.items():
+            files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+            if path in (f"api/models/{name}", f"api/models/{name}/revision/main"):
+                return self.answer(json.dumps({"id": name, "modelId": name, "sha": self.sha, "private": False,
+                                               "tags": [], "siblings": [{"rfilename": f} for f in files]}).encode())
+            if path == f"api/models/{name}/tree/{self.sha}":
+                return self.answer(json.dumps([{"type": "file", "path": f, "oid": self.sha, "size": os.path.getsize(
+                    folder / f)} for f in files]).encode())
+            for file in files:
+                if path in (f"{name}/resolve/{self.sha}/{file}", f"{name}/resolve/main/{file}"):
+                    return self.answer((folder / file).read_bytes())
+        self.answer(b"", status=404, headers={"X-Error-Code": "RepoNotFound"})
+
+    def answer(self, content, status=200, headers=None):
+        self.send_response(status)
+        for key, value in {"Content-Length": len(content), "ETag": f'"{hash(content):x}"', "X-Repo-Commit": self.sha,
+                           **(headers or {})}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+def test_models_from_the_hub(call, run, tmp_path):
+    """Every command takes a Hub id. huggingface_hub reads its settings once, so this is a process of its own."""
+    script = f"""
+from nanogpt_accel.__main__ import main
+assert main(["evaluate", "me/tiny", "--recipe", "tiny.yaml", "--json", "eval_iters=3"]) == 0
+assert main(["sample", "me/tiny", "prompt=the", "max_new_tokens=9", "num_samples=1"]) == 0
+assert main(["train", "tiny.yaml", "init_from=me/tiny", "out_dir={tmp_path}/new", *{TINY}]) == 0
+assert main(["sample", "me/nothing"]) == 2
+"""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        Hub.models["me/tiny"] = last(run)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+                "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"),
+                "PYTHONPATH": str(Path(nanogpt_accel.__file__).parents[1])}
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    here = call("sample", run, "prompt=the", "max_new_tokens=9", "num_samples=1")
+    score, _, rest = done.stdout.partition("\n")
+    assert json.loads(score)["val_loss"] == pytest.approx(losses(run, "val_loss")[-1], abs=1e-6)
+    assert rest.startswith(here)
+    assert losses(tmp_path / "new", "val_loss")[0] == pytest.approx(losses(run, "val_loss")[-1], abs=1e-6)
+    assert "error: me/nothing: no such folder here, and no such model on the Hub" in done.stderr
+    assert not [path for path in Hub.asked if "optimizer" in path]  # only what a model needs
