@@ -146,10 +146,13 @@ def damage(path, resumable=True):
     return None
 
 
-def newest_whole(run, warn=print):
-    """The newest whole checkpoint of a run, or None where there is none. `warn` gets a line for each damaged one."""
+def newest_whole(run, warn=print, resumable=True):
+    """The newest whole checkpoint of a run, or None where there is none. `warn` gets a line for each damaged one.
+
+    resumable: as in `damage`.
+    """
     for path in reversed(checkpoints(run)):
-        trouble = damage(path)
+        trouble = damage(path, resumable)
         if trouble is None:
             return path
         warn(f"warning: {path}: {trouble}; taking the checkpoint before it")
@@ -212,10 +215,10 @@ def find_model(target, warn=print):
         raise FileNotFoundError(f"{target}: no such folder")
     if path.is_dir():
         if checkpoints(path):
-            newest = newest_whole(path, warn)
+            newest = newest_whole(path, warn, resumable=False)
             if newest is None:
                 raise ValueError(f"{target}: no whole checkpoint in this run folder")
-            best_step = read_trainer(newest)["best_step"]
+            best_step = read_trainer(newest)["best_step"] if damage(newest) is None else None
             best = newest if best_step is None else checkpoint_path(path, best_step)
             return best if damage(best, resumable=False) is None else newest
         trouble = damage(path, resumable=False)

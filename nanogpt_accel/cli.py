@@ -13,7 +13,7 @@ import sys
 import traceback
 from typing import Annotated
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ValidationError
 
 # `key=value` is an option; a path such as runs/a=b or ./a=b is not, because a key has no slash
 _ASSIGNMENT = re.compile(r"^(?:--)?([A-Za-z][\w.-]*)=(.*)$", re.DOTALL)
@@ -44,7 +44,7 @@ def parse(argv, fields):
             field = fields.get(key)
             is_flag = field is not None and field.annotation is bool
             # a switch may stand alone: `--eval_only`
-            if is_flag and (not words or words[0].lower() not in {"true", "false", "yes", "no", "on", "off"}):
+            if is_flag and (not words or words[0].lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}):
                 options[key] = "true"
             elif words:
                 options[key] = words.pop(0)
@@ -82,6 +82,13 @@ def _number(value):
     return value
 
 
+def _device_name(value):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise ValueError("must be auto, cpu, cuda, cuda:N or mps")
+    return value
+
+
+Device = Annotated[str, AfterValidator(_device_name)]
 Int = Annotated[int, BeforeValidator(_whole_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 
@@ -101,18 +108,17 @@ def validate(section, values, where=""):
     try:
         return section(**values), problems, wrong
     except ValidationError as error:
+        messages = {}  # key -> what is wrong; a union reports once for each of its members
         for item in error.errors():
-            key = str(item["loc"][0])
-            if key in wrong:
-                continue  # a union reports once for each of its members
-            wrong.add(key)
-            if item["type"] == "extra_forbidden":
-                problems.append(f"unknown key {where}{key}{nearest(key, section.model_fields)}")
-                continue
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             message = message.split(", unable to parse")[0]
-            value = show_value(values[key]) if key in values else "(missing)"
-            problems.append(f"{where}{key}={value}: {message}")
+            messages.setdefault(str(item["loc"][0]), []).append("" if item["type"] == "extra_forbidden" else message)
+        for key, found in messages.items():
+            wrong.add(key)
+            if "" in found:
+                problems.append(f"unknown key {where}{key}{nearest(key, section.model_fields)}")
+            else:
+                problems.append(f"{where}{key}={show_value(values[key])}: {' or '.join(dict.fromkeys(found))}")
     return section(**{k: v for k, v in values.items() if k not in wrong}), problems, wrong
 
 
@@ -180,8 +186,8 @@ def run(command, argv):
     try:
         command(argv)
         return 0
-    except BrokenPipeError:  # `nanogpt-accel sample ... | head` is no mistake
-        return 0
+    except BrokenPipeError:  # `nanogpt-accel sample ... | head` is no mistake and needs no words
+        return 1
     except (ValueError, OSError) as error:
         if os.environ.get("NANOGPT_ACCEL_DEBUG") == "1" or not _raised_here(error):
             raise
@@ -190,7 +196,8 @@ def run(command, argv):
             print(f"{f'rank {rank}: ' if rank else ''}error: {line}", file=sys.stderr)
         return 2
     except FloatingPointError as error:  # the run was asked for rightly and went wrong
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:  # every process met it
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

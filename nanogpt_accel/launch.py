@@ -40,7 +40,10 @@ def check_launcher():
 
 def world_size():
     """Number of processes that the launcher started, by its environment variable."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    value = os.environ.get("WORLD_SIZE", "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"WORLD_SIZE={value}: this variable is the launcher's number of processes; unset it")
+    return int(value)
 
 
 def is_main():

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from .cli import Float, Int, nearest, validate
+from .cli import Device, Float, Int, nearest, validate
 
 
 class Section(BaseModel):
@@ -97,8 +97,7 @@ class Train(Section):
         200, description="batches of an evaluation, the same ones every time; all: the whole validation set")
     eval_only: bool = Field(False, description="evaluate and stop")
     log_interval: Int = Field(1, ge=1, description="steps between lines of the log")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-                        description="auto, cpu, cuda, cuda:N or mps; auto: what the launcher says, else the best")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps; auto: the launcher's, else the best one")
     mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_no)] = Field(
         "auto", description="auto: what the launcher says, else bf16 where the hardware has it, fp16 on other "
         "CUDA devices, no elsewhere")
@@ -128,7 +127,7 @@ class Tracking(Section):
 class Recipe(Section):
     """A whole run. Every leaf name is unique over the sections, so `n_layer=6` and `model.n_layer=6` both work."""
 
-    seed: Int = Field(1337, ge=0, description="the batches, the initial weights and the dropout follow from it")
+    seed: Int = Field(1337, ge=0, lt=2**63, description="batches, initial weights and dropout follow from it")
     out_dir: str = Field("", description="folder of the run; empty: runs/ and the recipe's name")
     overwrite: bool = Field(False, description="replace the run that out_dir holds")
     data: Data = Data()

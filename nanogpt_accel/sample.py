@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from . import checkpoint, cli
-from .cli import Float, Int
+from .cli import Device, Float, Int
 
 
 class SampleOptions(BaseModel):
@@ -25,8 +25,8 @@ class SampleOptions(BaseModel):
     temperature: Float = Field(0.8, ge=0, description="below 1 less random, above 1 more; 0 takes the likeliest token")
     top_k: Int = Field(200, ge=0, description="draw from this many of the likeliest tokens; 0: from all")
     top_p: Float = Field(1.0, gt=0, le=1, description="draw from the likeliest tokens that make up this share")
-    seed: Int = Field(1337, ge=0, description="of the draws; sample number i uses seed + i")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps")
+    seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="of the draws; sample number i uses seed + i")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
 
 
 def main(argv):

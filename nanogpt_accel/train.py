@@ -29,6 +29,9 @@ def main(argv):
     if Path(target).is_dir():
         if not (Path(target) / "run.yaml").is_file():
             raise ValueError(f"{target}: no run.yaml in this folder, so it is no run; give a recipe or a run folder")
+        if "out_dir" in options:
+            raise ValueError(f"out_dir={options['out_dir']}: the run goes on in {target}; for another folder begin a "
+                             f"new run with init_from={target}")
         options = {"init_from": "resume", **options, "out_dir": target}
         target = Path(target) / "run.yaml"
     recipe = load_recipe(target, options, check=check)
@@ -132,7 +135,7 @@ def train(recipe):
     console.say(f"resuming {out_dir} from {source.name}" if is_resumed else
                 f"beginning with the weights of {source}" if source else "beginning with new weights")
     if recipe.train.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.to(device)
     tuned = cpu.tune(model, accelerator, recipe.train.compile)
 
@@ -174,7 +177,7 @@ def train(recipe):
     log = None
     if not recipe.train.eval_only:
         if is_main:
-            checkpoint.begin(out_dir, recipe.to_yaml(), is_resumed)
+            checkpoint.begin(out_dir, recipe.model_copy(update={"overwrite": False}).to_yaml(), is_resumed)
             log = metrics.MetricsLog(out_dir / "metrics.jsonl", resume_step=first_step if is_resumed else None)
         accelerator.wait_for_everyone()
         accelerator.init_trackers(

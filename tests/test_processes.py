@@ -1,5 +1,7 @@
 """The three doors lead to one function, and two processes are two: launched as a user launches them."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -8,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import nanogpt_accel
+from nanogpt_accel.__main__ import main
 from nanogpt_accel.metrics import read_metrics
 
 LIMIT = 120  # seconds for one launch
@@ -18,16 +22,30 @@ RECIPE = f"""
 data: {{corpus: text.txt, tokenizer: char, val_fraction: 0.1}}
 model: {{n_layer: 2, n_embd: 32, n_head: 2, block_size: 32, dropout: 0.2}}
 optimizer: {{learning_rate: 1e-2, warmup_iters: 2}}
-train: {{batch_size: 4, gradient_accumulation_steps: 4, max_iters: {STEPS}, eval_interval: 2, eval_iters: 3}}
+train: {{batch_size: 4, gradient_accumulation_steps: 4, max_iters: {STEPS}, eval_interval: 2, eval_iters: 3,
+         device: cpu}}
 """
 DOORS = {
-    "command": ["-m", "nanogpt_accel", "train"],
+    "command": None,  # nanogpt-accel, whose entry point is called in this process
     "module": ["-m", "nanogpt_accel.train"],
     "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "nanogpt_accel.train"],
     # two processes on a CPU, FACTS.md: with --cpu alone it would silently be one
     "two": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0",
             "-m", "nanogpt_accel.train"],
 }
+
+
+def here(folder, argv):
+    """main(argv) in that folder, with one thread, as the launched ones have."""
+    threads, out = torch.get_num_threads(), io.StringIO()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+            patch.chdir(folder)
+            status = main(argv)
+    finally:
+        torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), "")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +57,8 @@ def launched(tmp_path_factory):
         (folder / "text.txt").write_text("".join(draw.choice("abcdefgh ") for _ in range(20_000)))
         (folder / "latin.txt").write_bytes("Übung ".encode("latin-1") * 99)
         (folder / "tiny.yaml").write_text(RECIPE)
+        if door == "command":
+            return folder, here(folder, ["train", "tiny.yaml", *options])
         env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
         env |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "no accelerate config"),
                 "PYTHONPATH": str(Path(nanogpt_accel.__file__).parents[1])}
