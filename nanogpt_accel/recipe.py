@@ -97,7 +97,7 @@ class Train(Section):
         200, description="batches of an evaluation, the same ones every time; all: the whole validation set")
     eval_only: bool = Field(False, description="evaluate and stop")
     log_interval: Int = Field(1, ge=1, description="steps between lines of the log")
-    device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps; auto: the launcher's, else the best one")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps; auto: the launcher's, else the best")
     mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_no)] = Field(
         "auto", description="auto: what the launcher says, else bf16 where the hardware has it, fp16 on other "
         "CUDA devices, no elsewhere")

@@ -176,7 +176,7 @@ def test_status_and_messages(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: the loss is nan\n"
     assert ends(monkeypatch, KeyboardInterrupt()) == 130
     assert "interrupted" in capsys.readouterr().err
-    assert ends(monkeypatch, BrokenPipeError()) == 0 and capsys.readouterr() == ("", "")
+    assert ends(monkeypatch, BrokenPipeError()) == 1 and capsys.readouterr() == ("", "")
     assert cli.run(lambda argv: print(argv), ["x"]) == 0 and capsys.readouterr().out == "['x']\n"
     monkeypatch.setenv("RANK", "3")
     assert ends(monkeypatch, ValueError("first\nsecond")) == 2
