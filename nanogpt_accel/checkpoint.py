@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+_TRAINER_KEYS = {"step", "best_step"}  # what this file itself reads
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -44,6 +45,7 @@ def save(run, trainer, *, model, tokenizer, card, optimizer, keep_last):
     Raises:
         OSError: disk full and the like; what was there before is untouched.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     run = Path(run)
@@ -51,15 +53,18 @@ def save(run, trainer, *, model, tokenizer, card, optimizer, keep_last):
         shutil.rmtree(leftover)
     final = checkpoint_path(run, trainer["step"])
     temporary = run / f".{final.name}.tmp"
-    (temporary / "state").mkdir(parents=True)
-
-    model.save_pretrained(temporary)
-    tokenizer.save(temporary, max_length=model.config.block_size)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    save_file(_optimizer_tensors(model, optimizer), temporary / "state" / "optimizer.safetensors")
-    (temporary / "state" / "trainer.json").write_text(json.dumps(trainer, indent=2), encoding="utf-8")
-
-    _flush(temporary)
+    try:
+        (temporary / "state").mkdir(parents=True)
+        model.save_pretrained(temporary)
+        tokenizer.save(temporary, max_length=model.config.block_size)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        save_file(_optimizer_tensors(model, optimizer), temporary / "state" / "optimizer.safetensors")
+        (temporary / "state" / "trainer.json").write_text(json.dumps(trainer, indent=2), encoding="utf-8")
+        _flush(temporary)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not kept full by half a checkpoint
+        raise OSError(f"{final}: cannot be written ({error}); the checkpoints before it are untouched: make room and "
+                      f"go on with nanogpt-accel train {run}") from None
     if final.exists():  # a damaged one, which the run went back behind
         _remove(final)
     os.rename(temporary, final)
@@ -71,9 +76,11 @@ def save(run, trainer, *, model, tokenizer, card, optimizer, keep_last):
     best = checkpoint_path(run, trainer["best_step"]) if trainer["best_step"] is not None else final
     _publish(run, best if best.exists() else final)
     found = checkpoints(run)
-    kept = found[:found.index(final) + 1][-keep_last:]  # later ones are damaged, for the run went back behind them
+    kept = found[:found.index(final) + 1][-keep_last:]
     for old in found:
-        if old not in kept and old != best:
+        # later ones are damaged, for the run went back behind them; or another training's, and not ours to delete
+        is_ours = old < final or damage(old) is not None
+        if old not in kept and old != best and is_ours:
             _remove(old)
     return final
 
@@ -87,8 +94,7 @@ def begin(run, recipe, is_resumed):
         for path in checkpoints(run):
             _remove(path)
         for path in run.iterdir():
-            is_link = path.is_symlink() and _NAME.match(os.path.dirname(os.readlink(path)))  # ours, made by _publish
-            if is_link or path.name in ("metrics.jsonl", "loss.png"):
+            if is_link(path) or path.name in ("metrics.jsonl", "loss.png"):
                 path.unlink()
     temporary = run / "run.yaml.tmp"
     temporary.write_text(recipe, encoding="utf-8")
@@ -110,8 +116,9 @@ Checkpoint after {trainer["step"]:,} steps; validation loss: {loss}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+path = "."  # this folder, or its id on the Hub
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(path)
 ```
 
 The recipe:
@@ -135,7 +142,10 @@ def damage(path, resumable=True):
     for name in names:
         try:
             if name.endswith(".json"):
-                json.loads((path / name).read_text(encoding="utf-8"))
+                values = json.loads((path / name).read_text(encoding="utf-8"))
+                needed = _TRAINER_KEYS if name == "state/trainer.json" else set()
+                if not isinstance(values, dict) or not needed <= values.keys():
+                    return f"{name} is damaged"
             else:
                 with safe_open(path / name, framework="np"):
                     pass
@@ -174,6 +184,17 @@ def shape_differences(path, shape):
     config = read_config(path)
     return [f"model.{key}={value}: the checkpoint {path} has {key}={config[key]}, and a run goes on with the shape "
             "that it began with" for key, value in shape.items() if value != config[key]]
+
+
+def check_folder(folder):
+    """Whether a new run may begin in a folder, as a list of problems: files of the user's own are not touched."""
+    folder = Path(folder)
+    names = ("metrics.jsonl", "loss.png", "README.md", "model.py", "config.json", "generation_config.json",
+             "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    own = [name for name in names if (folder / name).exists() and not is_link(folder / name)]
+    if own and not (folder / "run.yaml").exists():  # a run that was begun has one
+        return [f"out_dir={folder}: holds {', '.join(own)}, but no run; take another out_dir"]
+    return []
 
 
 def check_writable(folder):
@@ -284,6 +305,11 @@ def _publish(run, checkpoint):
             except OSError:  # Windows without the right to link
                 shutil.copyfile(file, temporary)
             os.replace(temporary, run / file.name)
+
+
+def is_link(path):
+    """True for one of the links that _publish makes."""
+    return path.is_symlink() and _NAME.match(os.path.dirname(os.readlink(path))) is not None
 
 
 def _remove(folder):

@@ -183,6 +183,9 @@ def run(command, argv):
     traceback, a line for each mistake, and the status is 2. One that comes out of a library is a defect of
     ours and keeps its traceback; NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal of another encoding shows ? rather than a traceback
     try:
         command(argv)
         return 0
@@ -191,17 +194,23 @@ def run(command, argv):
     except (ValueError, OSError) as error:
         if os.environ.get("NANOGPT_ACCEL_DEBUG") == "1" or not _raised_here(error):
             raise
-        rank = int(os.environ.get("RANK", 0))
+        where = "" if _is_first() else f"rank {os.environ['RANK']}: "
         for line in str(error).splitlines() or [type(error).__name__]:
-            print(f"{f'rank {rank}: ' if rank else ''}error: {line}", file=sys.stderr)
+            print(f"{where}error: {line}", file=sys.stderr)
         return 2
     except FloatingPointError as error:  # the run was asked for rightly and went wrong
-        if int(os.environ.get("RANK", 0)) == 0:  # every process met it
+        if _is_first():  # every process met it
             print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        if _is_first():
+            print("\n" + ": ".join(filter(None, ("interrupted", str(interrupt)))), file=sys.stderr)
         return 130
+
+
+def _is_first():
+    """True on the process that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _raised_here(error):

@@ -112,7 +112,7 @@ def _local(spec):
         if not files:
             raise FileNotFoundError(f"corpus={spec}: no file matches this glob")
     else:
-        close = difflib.get_close_matches(spec, BUILTIN, n=1)
+        close = [] if os.sep in spec else difflib.get_close_matches(spec, BUILTIN, n=1)  # a path is no misspelt name
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise FileNotFoundError(f"corpus={spec}: no such corpus{hint}; there are {', '.join(BUILTIN)}, "
                                 "and any text file, folder or glob that exists")

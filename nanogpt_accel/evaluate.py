@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def main(argv):
             "nanogpt-accel evaluate MODEL [--recipe RECIPE.yaml] [--json] [key=value ...]",
             "Loss (nats a token), perplexity and bits per byte of a model on a validation split: the whole of it "
             "unless eval_iters is given.\nMODEL is a run folder (its best checkpoint), a checkpoint folder or a Hub "
-            "id.", {"options": EvaluateOptions, "data": SECTIONS["data"], "train": SECTIONS["train"]})
+            "id. Of the train section, batch_size, eval_iters, device, mixed_precision and compile count.",
+            {"options": EvaluateOptions, "data": SECTIONS["data"], "train": SECTIONS["train"]})
     fields = EvaluateOptions.model_fields
     target, given = cli.parse(argv, {**FIELDS, "recipe": fields["recipe"], "json": fields["json_output"]})
     own = {key: given.pop(key) for key in ("recipe", "json") if key in given}
@@ -48,6 +50,9 @@ def recipe_path(target, recipe):
     """The recipe to take the data from: the one that is named, or the run.yaml of the model's run."""
     if recipe is not None:
         return recipe
+    if not checkpoint.may_be_model(target) or (Path(target).parent.is_dir() and os.sep in target
+                                               and not Path(target).exists()):
+        raise FileNotFoundError(f"{target}: no such folder")
     for folder in (Path(target), Path(target).parent):
         if (folder / "run.yaml").is_file():
             return folder / "run.yaml"

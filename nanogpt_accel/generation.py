@@ -49,7 +49,9 @@ def generate(model, prompt_ids, decode, on_text, *, vocab_size, max_new_tokens, 
     block_size = model.config.block_size
     torch.manual_seed(seed)
     settings = GenerationConfig(
-        do_sample=temperature > 0, temperature=temperature or None, top_k=top_k, top_p=top_p, use_cache=True,
+        use_cache=True, do_sample=temperature > 0,
+        # (what only drawing uses is not handed over where nothing is drawn, or transformers warns)
+        **(dict(temperature=temperature, top_k=top_k, top_p=top_p) if temperature > 0 else {}),
         suppress_tokens=list(range(vocab_size, model.config.vocab_size)) or None, pad_token_id=0)
     context, new_ids = list(prompt_ids), []
     while len(new_ids) < max_new_tokens:

@@ -16,10 +16,10 @@ def check_launch(gradient_accumulation_steps, trackers=()):
     if gradient_accumulation_steps % processes:
         low = gradient_accumulation_steps // processes * processes
         fitting = " or ".join(str(n) for n in (low, low + processes) if n)
+        fewer = " or ".join(str(n) for n in range(1, processes) if gradient_accumulation_steps % n == 0)
         problems.append(f"train.gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared by "
-                        f"{processes} processes: set it to {fitting}, or run "
-                        f"{' or '.join(str(n) for n in range(1, processes) if gradient_accumulation_steps % n == 0)}"
-                        " processes")
+                        f"{processes} processes (its product with batch_size makes the step): set it to {fitting}, or "
+                        f"run {fewer} processes")
     problems += check_launcher()
     for name in trackers:
         if name not in TRACKERS:
@@ -48,7 +48,7 @@ def world_size():
 
 def is_main():
     """True on the process that prepares, logs and saves."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return world_size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def pick_device(device):
@@ -107,6 +107,20 @@ def make_accelerator(device="auto", mixed_precision="auto", compile=False, track
                          f"{accelerator.num_processes}: on CPU set ACCELERATE_USE_CPU=true, on GPUs launch with "
                          "--multi_gpu or torchrun")
     return accelerator
+
+
+def start_trackers(accelerator, project, config, name, folder):
+    """Start the Accelerator's trackers. config: flat; name: of the run; folder: where wandb puts its files.
+
+    Raises:
+        ValueError: a tracker does not start; the message holds its own reason.
+    """
+    try:
+        accelerator.init_trackers(project, config=config, init_kwargs={"wandb": {"name": name, "dir": str(folder)}})
+    except Exception as error:  # every tracker has errors of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"tracking.trackers: one does not start: {reason} (without a network or an account: "
+                         "WANDB_MODE=offline, or trackers=tensorboard)") from None
 
 
 def pick_precision(mixed_precision, device_type):

@@ -138,11 +138,14 @@ def read_metrics(path):
     """The objects of a metrics.jsonl; a last line that a crash cut short is left out."""
     lines = []
     if os.path.exists(path):
-        for text in Path(path).read_text(encoding="utf-8").splitlines():
+        for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except json.JSONDecodeError:
                 break  # nothing whole follows a torn line
+            if not isinstance(line, dict) or "step" not in line:
+                break
+            lines.append(line)
     return lines
 
 

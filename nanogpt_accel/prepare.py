@@ -1,4 +1,4 @@
-"""`nanogpt-accel prepare RECIPE`: turn a recipe's corpus into token files, which train does too when needed.
+"""Turn a recipe's corpus into token files, which train does too when needed.
 
 The folder it prints holds train.bin and val.bin as nanoGPT has them, the tokenizer, and a manifest.json. It
 is made once; what changes the tokens changes the folder's name.

@@ -250,7 +250,8 @@ def load_recipe(path, overrides=None, check=None):
     top, found, refused = validate(Recipe, given[""])
     problems += found
     wrong |= refused
-    recipe = top.model_copy(update=built | {"out_dir": top.out_dir or os.path.join("runs", path.stem)})
+    recipe = top.model_copy(
+        update=built | {"out_dir": os.path.expanduser(top.out_dir or os.path.join("runs", path.stem))})
     for keys, is_right, message in CROSS_CHECKS:
         if wrong.isdisjoint(keys) and not is_right(recipe):
             problems.append(message(recipe))
@@ -300,11 +301,13 @@ def _read_yaml(path):
     if not path.is_file():
         names = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = nearest(path.stem, names).replace("?", ".yaml?") or (f"; there are: {', '.join(names)}" if names else "")
-        raise FileNotFoundError(f"{path}: no such recipe{hint}")
+        raise FileNotFoundError(f"{path}: no such recipe or run folder{hint}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a UTF-8 text file (byte {error.start})") from None
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # PyYAML's answer to 2024-99-99 or !!int x
+        raise ValueError(f"{path}: not YAML: a value that cannot be read ({error})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

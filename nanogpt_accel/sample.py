@@ -66,7 +66,7 @@ def main(argv):
     transformers_logging.disable_progress_bar()
     model = GPT.from_pretrained(folder).to(launch.pick_device(options.device)).eval()
     for i in range(options.num_samples):
-        sys.stdout.write(prompt)
+        print(prompt, end="")
         generate(model, prompt_ids, tokenizer.decode, lambda text: print(text, end="", flush=True),
                  vocab_size=tokenizer.vocab_size, max_new_tokens=options.max_new_tokens,
                  temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed + i)

@@ -35,7 +35,12 @@ def main(argv):
         options = {"init_from": "resume", **options, "out_dir": target}
         target = Path(target) / "run.yaml"
     recipe = load_recipe(target, options, check=check)
-    train(recipe)
+    try:
+        train(recipe)
+    except KeyboardInterrupt:
+        saved = checkpoint.newest_whole(recipe.out_dir)
+        raise KeyboardInterrupt(f"go on from {saved.name} with: nanogpt-accel train {recipe.out_dir}" if saved else
+                                "no checkpoint was saved yet") from None
 
 
 def check(recipe):
@@ -48,8 +53,8 @@ def check(recipe):
         newest = checkpoint.newest_whole(out_dir, warn=lambda line: None)
         if newest is None:
             what = "no whole checkpoint" if saved else "no checkpoint"
-            problems.append(f"model.init_from=resume: nothing to resume, {what} in out_dir={out_dir}; "
-                            "start the run with init_from=scratch")
+            problems.append(f"nothing to resume: {what} in out_dir={out_dir}; to start over: nanogpt-accel train "
+                            f"{out_dir} init_from=scratch")
         else:
             problems += checkpoint.shape_differences(newest, shape_of(recipe))
     elif saved and not recipe.overwrite and not recipe.train.eval_only:
@@ -57,6 +62,11 @@ def check(recipe):
                         f"{out_dir}`, replace it with overwrite=true, or take another out_dir")
     if init_from not in ("scratch", "resume") and not checkpoint.may_be_model(init_from):
         problems.append(f"model.init_from={init_from}: neither scratch, resume, a folder that exists, nor a Hub id")
+    elif not recipe.train.eval_only:
+        problems += checkpoint.check_folder(out_dir)
+    if recipe.overwrite and out_dir.resolve() in (Path(init_from).resolve(), Path(init_from).resolve().parent):
+        problems.append(f"model.init_from={init_from}: lies in out_dir={out_dir}, which overwrite=true clears; take "
+                        "another out_dir")
     if not recipe.train.eval_only:
         problems += checkpoint.check_writable(out_dir)
     return problems
@@ -177,12 +187,11 @@ def train(recipe):
     log = None
     if not recipe.train.eval_only:
         if is_main:
-            checkpoint.begin(out_dir, recipe.model_copy(update={"overwrite": False}).to_yaml(), is_resumed)
+            checkpoint.begin(out_dir, as_it_ran(recipe, data).to_yaml(), is_resumed)
             log = metrics.MetricsLog(out_dir / "metrics.jsonl", resume_step=first_step if is_resumed else None)
         accelerator.wait_for_everyone()
-        accelerator.init_trackers(
-            recipe.tracking.project, config=recipe.flat(),
-            init_kwargs={"wandb": {"name": recipe.tracking.run_name or out_dir.name, "dir": str(out_dir)}})
+        launch.start_trackers(accelerator, recipe.tracking.project, recipe.flat(),
+                              name=recipe.tracking.run_name or out_dir.name, folder=out_dir)
 
     console.say(f"model: {model_summary(raw_model)}")
     console.say(f"data: {data.folder}, {len(data.train):,} training and {len(data.val):,} validation tokens, "
@@ -194,7 +203,7 @@ def train(recipe):
     console.say(", ".join(filter(None, (
         f"device: {metrics.device_name(device)}", f"mixed precision {accelerator.mixed_precision}",
         f"attention {raw_model.config._attn_implementation}", tuned,
-        None if peak_flops else "no MFU, for the table has no peak FLOP/s of this device"))))
+        None if peak_flops or device.type == "cpu" else "no MFU: the table has no peak FLOP/s of this device"))))
 
     def fetch(step, micro_step):
         """Inputs and targets of this process's micro-batch, on their way to the device: (B, T) each."""
@@ -211,10 +220,10 @@ def train(recipe):
             trainer = {
                 "step": step, "val_loss": val_loss, "best_step": best_step,
                 "best_val_loss": None if best_step is None else best_val_loss, "data": data.identity,
-                "seed": recipe.seed, "processes": accelerator.num_processes,
+                "learning_rate": lr, "seed": recipe.seed, "processes": accelerator.num_processes,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
             card = checkpoint.model_card(
-                out_dir.name, recipe.data.corpus, data.tokenizer.kind, trainer, recipe.to_yaml())
+                out_dir.name, data.manifest["corpus"]["name"], data.tokenizer.kind, trainer, recipe.to_yaml())
             path = checkpoint.save(out_dir, trainer, model=raw_model, tokenizer=data.tokenizer, card=card,
                                    optimizer=optimizer, keep_last=recipe.checkpoint.keep_last)
             console.say(f"saved {path}")
@@ -261,6 +270,9 @@ def train(recipe):
                            min_lr=recipe.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        if is_resumed and step == first_step and not 0.8 < lr / trainer["learning_rate"] < 1.25:
+            console.say(f"the learning rate goes on with {lr:.2e} after {trainer['learning_rate']:.2e}: the schedule "
+                        "is another one now (max_iters, lr_decay_iters, learning_rate)")
 
         # forward and backward over the micro-batches; gradients are exchanged with the last one
         loss = torch.zeros((), device=device)
@@ -332,6 +344,13 @@ def make_model(recipe, tokenizer, source):
     # rows of the embedding that only round it up are no tokens: no `generate` may draw them
     model.generation_config.suppress_tokens = list(range(tokenizer.vocab_size, model.config.vocab_size)) or None
     return model
+
+
+def as_it_ran(recipe, data):
+    """The recipe for run.yaml: it names the folder of the tokens, so that the run goes on with these whatever becomes
+    of the text, and it does not ask to overwrite the run that it stands in."""
+    section = recipe.data.model_copy(update={"data_dir": str(data.folder)})
+    return recipe.model_copy(update={"data": section, "overwrite": False})
 
 
 def model_summary(model):

@@ -138,15 +138,15 @@ EARLY = [
     (["train", "tiny.yaml"], ["out_dir=runs/tiny already holds a run", "`nanogpt-accel train runs/tiny`",
                               "overwrite=true"]),
     # nothing to resume
-    ([*TINY, "init_from=resume"], ["init_from=resume", "nothing to resume", "out_dir=new", "init_from=scratch"]),
+    ([*TINY, "init_from=resume"], ["nothing to resume", "out_dir=new", "train new init_from=scratch"]),
     (["train", "nothing"], ["nothing", "no run.yaml"]),
     # resume with another shape
     (["train", "runs/tiny", "n_layer=2", "n_embd=32"],
      ["model.n_layer=2", "checkpoint-000006", "n_layer=1"], ["model.n_embd=32", "n_embd=16"]),
     (["train", "runs/tiny", "block_size=8"], ["model.block_size=8", "block_size=16"]),
     # resume with other data
-    (["train", "runs/tiny", "val_fraction=0.2"], ["checkpoint-000006", "other data", "data_dir", "new run"]),
-    (["train", "runs/tiny", "tokenizer=bpe", "vocab_size=258"], ["checkpoint-000006", "other data"]),
+    (["train", "runs/tiny", "val_fraction=0.2"], ["val_fraction=0.2", "prepared with val_fraction=0.1", "data_dir"]),
+    (["train", "runs/tiny", "tokenizer=bpe", "vocab_size=258"], ["vocab_size=258", "prepared with tokenizer=char"]),
     # prompts
     (["sample", "runs/tiny", "--prompt", "Bäd"], ["prompt", "'B' (U+0042), 'ä' (U+00E4)"]),
     (["sample", "runs/tiny", "--prompt", "abcde" * 4], ["prompt", "20 tokens", "block_size=16"]),
@@ -255,14 +255,32 @@ def test_the_hub_out_of_reach(capsys):
 
 
 def test_resume_with_a_changed_text(capsys, workplace):
-    """The same words on the command line, but the file behind them is another."""
+    """The same recipe, but the file behind its words is another; the run's own run.yaml goes on with the old tokens."""
     text = (workplace / "text.txt").read_text()
     try:
         (workplace / "text.txt").write_text(text[::-1])
-        (line,) = refusal(capsys, "train", "runs/tiny", "max_iters=8")
+        (line,) = refusal(capsys, "train", "tiny.yaml", "init_from=resume", "out_dir=runs/tiny", "max_iters=8")
+        before = (workplace / "runs" / "tiny" / "run.yaml").read_text()
+        assert main(["train", "runs/tiny"]) == 0  # all its steps are done: nothing is trained
+        assert (workplace / "runs" / "tiny" / "run.yaml").read_text() == before.replace("scratch", "resume")
     finally:
         (workplace / "text.txt").write_text(text)
-    assert holds(line, ["checkpoint-000006", "other data", "data_dir"])
+    assert holds(line, ["checkpoint-000006", "other data", "data_dir", "new run"])
+
+
+def test_files_of_the_users_own_are_not_overwritten(capsys, workplace):
+    (workplace / "nothing" / "README.md").write_text("mine")
+    try:
+        (line,) = refusal(capsys, "train", "tiny.yaml", "out_dir=nothing")
+        assert (workplace / "nothing" / "README.md").read_text() == "mine"
+    finally:
+        (workplace / "nothing" / "README.md").unlink()
+    assert holds(line, ["out_dir=nothing", "README.md", "another out_dir"])
+
+
+def test_overwriting_what_the_run_begins_with(capsys):
+    (line,) = refusal(capsys, "train", "tiny.yaml", "out_dir=runs/tiny", "init_from=runs/tiny", "overwrite=true")
+    assert holds(line, ["init_from=runs/tiny", "overwrite=true", "another out_dir"])
 
 
 @pytest.fixture
