@@ -212,7 +212,11 @@ def check_writable(folder):
 
 
 def load_optimizer(path, model, optimizer):
-    """Put the saved optimizer state of a checkpoint into a fresh optimizer of the same model."""
+    """Put the saved optimizer state of a checkpoint into a fresh optimizer of the same model.
+
+    Raises:
+        ValueError: the state is that of another model.
+    """
     from safetensors.torch import load_file
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -221,6 +225,9 @@ def load_optimizer(path, model, optimizer):
     state = {}
     for key, tensor in load_file(Path(path) / "state" / "optimizer.safetensors").items():
         name, _, field = key.rpartition("/")
+        if name not in index_of or (tensor.dim() and tensor.shape != parameters[index_of[name]].shape):
+            raise ValueError(f"{path}/state/optimizer.safetensors: {name} is no parameter of this model, or of another "
+                             f"shape: the file is of another run; take the weights alone with init_from={path}")
         state.setdefault(index_of[name], {})[field] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

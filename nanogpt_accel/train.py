@@ -239,9 +239,9 @@ def train(recipe):
         is_end = step == max_iters
 
         # evaluate, and save checkpoints: the best one and the last ones (a resumed step has done both)
-        is_done = is_resumed and step == first_step and not recipe.train.eval_only
-        evaluates = (step % recipe.train.eval_interval == 0 or is_end or recipe.train.eval_only) and not is_done
-        saves = step > 0 and (step % recipe.save_interval == 0 or is_end) and not is_done
+        is_resumed_step = is_resumed and step == first_step and not recipe.train.eval_only
+        evaluates = (step % recipe.train.eval_interval == 0 or is_end or recipe.train.eval_only) and not is_resumed_step
+        saves = step > 0 and (step % recipe.save_interval == 0 or is_end) and not is_resumed_step
         if evaluates:
             train_loss = metrics.mean_loss(model, data.train, train_batches, accelerator)
             val_loss = metrics.mean_loss(model, data.val, val_batches, accelerator)
@@ -256,7 +256,7 @@ def train(recipe):
             accelerator.log(scores, step=step)
             if val_loss < best_val_loss:
                 best_val_loss, best_step = val_loss, step
-                saves = step > 0
+                saves = step > 0  # the best one is saved whatever save_interval says
         if saves:
             save(step)
         if evaluates or saves:
@@ -270,7 +270,8 @@ def train(recipe):
                            min_lr=recipe.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if is_resumed and step == first_step and not 0.8 < lr / trainer["learning_rate"] < 1.25:
+        if is_resumed and step == first_step and not math.isclose(
+                lr, trainer["learning_rate"], rel_tol=0.2, abs_tol=0.05 * recipe.optimizer.learning_rate):
             console.say(f"the learning rate goes on with {lr:.2e} after {trainer['learning_rate']:.2e}: the schedule "
                         "is another one now (max_iters, lr_decay_iters, learning_rate)")
 
@@ -278,7 +279,8 @@ def train(recipe):
         loss = torch.zeros((), device=device)
         for micro_step in range(micro_steps):
             with accelerator.accumulate(model):
-                # dropout follows from the micro-batch, not from the process that happens to compute it
+                # dropout follows from the micro-batch, not from the process that happens to compute it, nor from what
+                # was drawn before: so a resumed run repeats it to the last bit, on any number of processes
                 torch.manual_seed(seed_of(recipe.seed, 0, step,
                                           micro_step * accelerator.num_processes + accelerator.process_index))
                 micro_loss = model(input_ids=x, shift_labels=y).loss

@@ -310,6 +310,15 @@ def test_a_truncated_checkpoint_falls_back(capsys, workplace, copy, name, size):
         assert (again / file).read_bytes() == (first / file).read_bytes()
 
 
+def test_the_optimizer_of_another_run(capsys, workplace, copy, tmp_path):
+    assert main(["train", "tiny.yaml", "n_embd=8", f"out_dir={tmp_path / 'other'}"]) == 0
+    state = Path("checkpoint-000006") / "state" / "optimizer.safetensors"
+    shutil.copyfile(tmp_path / "other" / state, copy / state)
+    capsys.readouterr()
+    (line,) = refusal(capsys, "train", copy, "max_iters=8")
+    assert holds(line, [str(state), "another run", "init_from="])
+
+
 def test_a_truncated_checkpoint_and_sample(capsys, copy):
     cut(copy / "checkpoint-000006" / "model.safetensors", 900)
     assert main(["sample", str(copy), "num_samples=1", "max_new_tokens=2", "prompt=a"]) == 0
