@@ -25,14 +25,6 @@ TOKENIZER = Tokenizer.char([TEXT])
 CARD = "---\nlibrary_name: transformers\n---\n# a card\n"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Run:
     """A tiny training run that saves where it is told to."""
 

@@ -46,15 +46,6 @@ def pair(bias, activation):
     return ours, gpt2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """What is this small is faster so, the more where the processors have other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def ids():
     # without 0, which pads in generate

@@ -8,15 +8,6 @@ import torch
 from nanogpt_accel.model import GPT, GPTConfig
 from nanogpt_accel.optim import learning_rate, make_optimizer, parameter_groups
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---- the learning rate
 
 

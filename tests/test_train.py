@@ -43,17 +43,8 @@ checkpoint: {{keep_last: 1}}
 TINY = ["warmup_iters=0", "max_iters=2", "eval_interval=2", "gradient_accumulation_steps=1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a model is slowed down by a second thread, and very much so where the machine has other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory, one_thread):
+def workplace(tmp_path_factory):
     """A folder with a text, tiny.yaml, and runs/tiny: that recipe's run."""
     folder = tmp_path_factory.mktemp("train")
     draw = random.Random(5)
