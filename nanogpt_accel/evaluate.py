@@ -5,7 +5,6 @@
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -50,13 +49,12 @@ def recipe_path(target, recipe):
     """The recipe to take the data from: the one that is named, or the run.yaml of the model's run."""
     if recipe is not None:
         return recipe
-    if not checkpoint.may_be_model(target) or (Path(target).parent.is_dir() and os.sep in target
-                                               and not Path(target).exists()):
-        raise FileNotFoundError(f"{target}: no such folder")
     for folder in (Path(target), Path(target).parent):
         if (folder / "run.yaml").is_file():
             return folder / "run.yaml"
-    raise ValueError(f"{target}: there is no run.yaml beside it to say which data to use; add --recipe RECIPE.yaml")
+    hint = "" if Path(target).exists() else ", or correct the path: no such folder here"
+    raise ValueError(f"{target}: there is no run.yaml beside it to say which data to use; add --recipe RECIPE.yaml"
+                     f"{hint}")
 
 
 def evaluate(target, recipe, as_json=False):

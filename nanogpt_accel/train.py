@@ -60,10 +60,10 @@ def check(recipe):
     elif saved and not recipe.overwrite and not recipe.train.eval_only:
         problems.append(f"out_dir={out_dir} already holds a run ({saved[-1].name}): go on with `nanogpt-accel train "
                         f"{out_dir}`, replace it with overwrite=true, or take another out_dir")
+    elif not saved and not recipe.train.eval_only:
+        problems += checkpoint.check_folder(out_dir)
     if init_from not in ("scratch", "resume") and not checkpoint.may_be_model(init_from):
         problems.append(f"model.init_from={init_from}: neither scratch, resume, a folder that exists, nor a Hub id")
-    elif not recipe.train.eval_only:
-        problems += checkpoint.check_folder(out_dir)
     if recipe.overwrite and out_dir.resolve() in (Path(init_from).resolve(), Path(init_from).resolve().parent):
         problems.append(f"model.init_from={init_from}: lies in out_dir={out_dir}, which overwrite=true clears; take "
                         "another out_dir")
