@@ -10,6 +10,9 @@ COMMANDS = {
     "train": "train a recipe, or continue a run folder",
     "sample": "write text with a model: a run folder, a checkpoint folder or a Hub id",
     "evaluate": "loss, perplexity and bits per byte of a model on a validation set",
+    "export": "write a model as a stock architecture that any tool loads",
+    "import": "read a checkpoint of nanoGPT",
+    "push": "push a model to the Hugging Face Hub",
 }
 
 

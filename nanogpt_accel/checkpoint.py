@@ -15,6 +15,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from . import hub
+
 _TRAINER_KEYS = {"step", "best_step"}  # what this file itself reads
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
@@ -101,58 +103,33 @@ def begin(run, recipe, is_resumed):
     os.replace(temporary, run / "run.yaml")
 
 
-def model_card(name, corpus, tokenizer, trainer, recipe):
-    """README.md of a checkpoint in the Hub's form. trainer: as in trainer.json; the others are plain text."""
-    loss = "not evaluated" if trainer["val_loss"] is None else f"{trainer['val_loss']:.4f} nats a token"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [nanogpt_accel]
----
-# {name}
-
-A GPT trained with nanogpt_accel on the corpus `{corpus}` with the tokenizer `{tokenizer}`.
-Checkpoint after {trainer["step"]:,} steps; validation loss: {loss}.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-path = "."  # this folder, or its id on the Hub
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(path)
-```
-
-The recipe:
-
-```yaml
-{recipe}```
-"""
-
-
 def damage(path, resumable=True):
     """What is missing or broken in a checkpoint folder, as text; None where it is whole.
 
     Checked: that the JSON files parse and that the safetensors files have the length that their header says.
     resumable: also look at state/.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
     names = ["config.json", "model.safetensors", "tokenizer.json"]
     names += ["state/trainer.json", "state/optimizer.safetensors"] if resumable else []
-    for name in names:
-        try:
-            if name.endswith(".json"):
-                values = json.loads((path / name).read_text(encoding="utf-8"))
-                needed = _TRAINER_KEYS if name == "state/trainer.json" else set()
-                if not isinstance(values, dict) or not needed <= values.keys():
-                    return f"{name} is damaged"
-            else:
-                with safe_open(path / name, framework="np"):
-                    pass
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except (SafetensorError, ValueError, OSError):
-            return f"{name} is damaged"
+    return next(filter(None, (_file_damage(Path(path), name) for name in names)), None)
+
+
+def _file_damage(path, name):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if name.endswith(".json"):
+            values = json.loads((path / name).read_text(encoding="utf-8"))
+            needed = _TRAINER_KEYS if name == "state/trainer.json" else set()
+            if not isinstance(values, dict) or not needed <= values.keys():
+                return f"{name} is damaged"
+        else:
+            with safe_open(path / name, framework="np"):
+                pass
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (SafetensorError, ValueError, OSError):
+        return f"{name} is damaged"
     return None
 
 
@@ -174,16 +151,14 @@ def read_trainer(path):
     return json.loads((Path(path) / "state" / "trainer.json").read_text(encoding="utf-8"))
 
 
-def read_config(path):
-    """The config.json of a checkpoint or model folder."""
-    return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-
-
-def shape_differences(path, shape):
-    """Where a model's shape, {key: value}, differs from that of the checkpoint at `path`: a list of problems."""
-    config = read_config(path)
-    return [f"model.{key}={value}: the checkpoint {path} has {key}={config[key]}, and a run goes on with the shape "
-            "that it began with" for key, value in shape.items() if value != config[key]]
+def shape_differences(path, config, shape):
+    """Where a model's shape, {key: value}, differs from the `config` of the checkpoint at `path`: a list of
+    problems."""
+    differing = [key for key in shape if shape[key] != config[key]]
+    # these follow from n_head and n_embd unless they are given, and are no second mistake
+    own = [key for key in differing if key not in ("n_kv_head", "head_dim", "n_inner")]
+    return [f"model.{key}={shape[key]}: the checkpoint {path} has {key}={config[key]}, and a run goes on with the "
+            "shape that it began with" for key in own or differing]
 
 
 def check_folder(folder):
@@ -197,18 +172,26 @@ def check_folder(folder):
     return []
 
 
-def check_writable(folder):
+def check_empty(folder, key):
+    """Whether a folder can be made and written to, and holds nothing yet: a list of problems. key: for the message."""
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        return [f"{key}={folder}: holds something already; give a folder that does not exist yet, or is empty"]
+    return check_writable(folder, key)
+
+
+def check_writable(folder, key="out_dir"):
     """Whether a folder can be made and written to, as a list of problems; the nearest one that exists is asked."""
     place = Path(folder)
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        return [f"out_dir={folder}: {place} is a file; take another out_dir"]
+        return [f"{key}={folder}: {place} is a file; take another folder"]
     try:
         with tempfile.TemporaryFile(dir=place):  # os.access says yes to root, even for /proc and /sys
             return []
     except OSError as error:
-        return [f"out_dir={folder}: cannot write in {place} ({error.strerror}); take another out_dir"]
+        return [f"{key}={folder}: cannot write in {place} ({error.strerror}); take another folder"]
 
 
 def load_optimizer(path, model, optimizer):
@@ -233,65 +216,48 @@ def load_optimizer(path, model, optimizer):
 
 
 def find_model(target, warn=print):
-    """The local folder of a model: of a run folder its best checkpoint, a checkpoint folder, or a Hub id.
+    """The local folder of a model: of a run folder its best checkpoint, a checkpoint folder, another model's folder,
+    or what a Hub id stands for.
 
     Raises:
-        ValueError: nothing there that can be loaded; the message says what was looked for.
+        ValueError, FileNotFoundError: nothing there that can be loaded; the message says what was looked for.
     """
     path = Path(target)
     if not may_be_model(target):
         raise FileNotFoundError(f"{target}: no such folder")
-    if path.is_dir():
-        if checkpoints(path):
-            newest = newest_whole(path, warn, resumable=False)
-            if newest is None:
-                raise ValueError(f"{target}: no whole checkpoint in this run folder")
-            best_step = read_trainer(newest)["best_step"] if damage(newest) is None else None
-            best = newest if best_step is None else checkpoint_path(path, best_step)
-            return best if damage(best, resumable=False) is None else newest
-        trouble = damage(path, resumable=False)
-        if trouble:
-            raise ValueError(f"{target}: neither a run nor a checkpoint folder: {trouble}")
-    else:
-        path = _download(str(target))
-    kind = read_config(path).get("model_type")
-    if kind != "nanogpt_accel":
-        raise ValueError(f"{target}: a model of type {kind}, and only those of this toolkit can be taken")
+    if not path.is_dir():
+        path = hub.download(str(target))
+    elif checkpoints(path):
+        newest = newest_whole(path, warn, resumable=False)
+        if newest is None:
+            raise ValueError(f"{target}: no whole checkpoint in this run folder")
+        best_step = read_trainer(newest)["best_step"] if damage(newest) is None else None
+        best = newest if best_step is None else checkpoint_path(path, best_step)
+        return best if damage(best, resumable=False) is None else newest
+    trouble = _model_damage(path)
+    if trouble:
+        raise ValueError(f"{target}: {'neither a run nor' if Path(target).is_dir() else 'not'} a model folder: "
+                         f"{trouble}")
     return path
 
 
 def may_be_model(target):
     """True for a folder that exists and for what has the form of a Hub id."""
-    return Path(target).is_dir() or re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(target)) is not None
+    return Path(target).is_dir() or hub.is_model_id(target)
 
 
-def _download(repo_id):
-    """The local copy of a Hub repository's model files."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        folder = snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "model.py"],
-                                   ignore_patterns=["state/*"])
-    except HFValidationError:
-        raise ValueError(f"{repo_id}: no such folder here, and not the form of a Hub id") from None
-    except GatedRepoError:
-        raise ValueError(f"{repo_id}: a gated model: accept its terms on the Hub and run `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise ValueError(f"{repo_id}: no such folder here, and no such model on the Hub; if it is private, "
-                         "run `hf auth login`") from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{repo_id}: no such folder here, and the Hub cannot be reached: {reason}") from None
-    trouble = damage(folder, resumable=False)
-    if trouble:
-        raise ValueError(f"{repo_id}: not a model of this toolkit: {trouble}")
-    return Path(folder)
+def _model_damage(path):
+    """What is missing or broken in a model folder of any origin, as text; None where it is whole."""
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights and list(path.glob("pytorch_model*.bin")):
+        return _file_damage(path, "config.json")
+    names = ["config.json"] + [file.name for file in weights or [path / "model.safetensors"]]
+    if (path / "model.safetensors.index.json").is_file():
+        names.append("model.safetensors.index.json")
+        if _file_damage(path, names[-1]) is None:
+            index = json.loads((path / names[-1]).read_text(encoding="utf-8"))
+            names += sorted(set(index.get("weight_map", {}).values()) - set(names))
+    return next(filter(None, (_file_damage(path, name) for name in names)), None)
 
 
 def _optimizer_tensors(model, optimizer):

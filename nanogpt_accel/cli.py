@@ -19,19 +19,21 @@ from pydantic import AfterValidator, BeforeValidator, ValidationError
 _ASSIGNMENT = re.compile(r"^(?:--)?([A-Za-z][\w.-]*)=(.*)$", re.DOTALL)
 
 
-def parse(argv, fields):
+def parse(argv, fields, n_targets=1):
     """Split a command line into its target and its options.
 
     Args:
         argv: the words after the command's name.
         fields: {key: pydantic FieldInfo}, the keys that the command knows, dotted or leaf.
+        n_targets: how many positional words the command takes.
 
     Returns:
-        (target, options): the positional word or None, and {key as typed: text}. Values stay text;
-        the model they are meant for converts them by its declared types. A later word wins.
+        (target, options): the positional word or None, or a list of those that are there where n_targets is more
+        than one; and {key as typed: text}. Values stay text; the model they are meant for converts them by its
+        declared types. A later word wins.
 
     Raises:
-        ValueError: more than one positional word, or an option without its value.
+        ValueError: too many positional words, or an option without its value.
     """
     targets, options, problems = [], {}, []
     words = list(argv)
@@ -52,10 +54,13 @@ def parse(argv, fields):
                 problems.append(f"--{key} needs a value: --{key}=VALUE")
         else:
             targets.append(word)
-    if len(targets) > 1:
-        problems.append(f"one target is taken, got {len(targets)}: {' '.join(targets)} (quote what holds spaces)")
+    if len(targets) > n_targets:
+        taken = "one target is" if n_targets == 1 else f"{n_targets} targets are"
+        problems.append(f"{taken} taken, got {len(targets)}: {' '.join(targets)} (quote what holds spaces)")
     if problems:
         raise ValueError("\n".join(problems))
+    if n_targets > 1:
+        return targets, options
     return (targets[0] if targets else None), options
 
 

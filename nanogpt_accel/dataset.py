@@ -186,7 +186,7 @@ def ready(data, is_main, report=print):
 def require_tokenizer(dataset, folder, key):
     """A list of problems: whether the model in `folder` reads other ids than the data hold. key: for the message."""
     held = Tokenizer.load(folder)
-    if held.fingerprint == dataset.tokenizer.fingerprint:
+    if held.is_same(dataset.tokenizer):
         return []
     return [f"{key}: {folder} reads {held.kind} tokens ({held.vocab_size:,} symbols), but {dataset.folder} holds "
             f"{dataset.tokenizer.kind} ones ({dataset.tokenizer.vocab_size:,}): prepare with tokenizer={folder}"]

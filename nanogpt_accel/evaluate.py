@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from . import checkpoint, cli, dataset, launch
+from . import checkpoint, cli, dataset, interop, launch
 from .recipe import FIELDS, SECTIONS, load_recipe
 
 
@@ -28,8 +28,10 @@ def main(argv):
         return cli.show_help(
             "nanogpt-accel evaluate MODEL [--recipe RECIPE.yaml] [--json] [key=value ...]",
             "Loss (nats a token), perplexity and bits per byte of a model on a validation split: the whole of it "
-            "unless eval_iters is given.\nMODEL is a run folder (its best checkpoint), a checkpoint folder or a Hub "
-            "id. Of the train section, batch_size, eval_iters, device, mixed_precision and compile count.",
+            "unless eval_iters is given.\nMODEL is a run folder (its best checkpoint), a checkpoint folder, gpt2 to "
+            "gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.\nblock_size=N takes "
+            "shorter samples than the longest that the model reads. Of the train section, batch_size, eval_iters, "
+            "device, mixed_precision and compile count.",
             {"options": EvaluateOptions, "data": SECTIONS["data"], "train": SECTIONS["train"]})
     fields = EvaluateOptions.model_fields
     target, given = cli.parse(argv, {**FIELDS, "recipe": fields["recipe"], "json": fields["json_output"]})
@@ -42,7 +44,8 @@ def main(argv):
     path = recipe_path(target, options.recipe)
     recipe = load_recipe(path, {"eval_iters": "all", **given},
                          check=lambda r: dataset.check(r.data, 1) + launch.check_launcher())
-    evaluate(target, recipe, as_json=options.json_output)
+    is_given = not {"block_size", "model.block_size"}.isdisjoint(given)
+    evaluate(target, recipe, recipe.model.block_size if is_given else None, as_json=options.json_output)
 
 
 def recipe_path(target, recipe):
@@ -57,26 +60,30 @@ def recipe_path(target, recipe):
                      f"{hint}")
 
 
-def evaluate(target, recipe, as_json=False):
-    """Print the scores of the model `target` on the validation split of a recipe's data, and return them."""
+def evaluate(target, recipe, block_size=None, as_json=False):
+    """Print the scores of the model `target` on the validation split of a recipe's data, and return them.
+
+    block_size: length of the samples in tokens; None: the longest that the model reads.
+    """
     warn = lambda line: print(line, file=sys.stderr)  # noqa: E731
     folder = checkpoint.find_model(target, warn)
-    block_size = checkpoint.read_config(folder)["block_size"]
+    config = interop.read_config(folder)
+    block_size = block_size or config["block_size"]
     data = dataset.ready(recipe.data, launch.is_main(), report=warn)
     problems = dataset.require_tokenizer(data, folder, key=target) + dataset.require_block(data, block_size)
+    if config["position"] == "learned" and block_size > config["block_size"]:
+        problems.append(f"block_size={block_size}: {folder} reads at most {config['block_size']} tokens")
     if problems:
         raise ValueError("\n".join(problems))
 
-    import torch
     from transformers.utils import logging as transformers_logging
 
     from . import cpu, metrics
     from .batches import evaluation_batches
-    from .model import GPT
 
     transformers_logging.disable_progress_bar()
     accelerator = launch.make_accelerator(recipe.train.device, recipe.train.mixed_precision, recipe.train.compile)
-    model = GPT.from_pretrained(folder, dtype=torch.float32).to(accelerator.device)
+    model = interop.load_model(folder).to(accelerator.device)
     cpu.tune(model, accelerator)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     batches = evaluation_batches(len(data.val), block_size, recipe.train.batch_size, recipe.train.eval_iters)

@@ -1,7 +1,7 @@
 """Text from a model, piece by piece as it comes."""
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -10,13 +10,12 @@ class _Pieces(BaseStreamer):
 
     def __init__(self, decode, on_text):
         self.decode, self.on_text = decode, on_text
-        self.is_prompt, self.held, self.ids = True, [], []
+        self.is_prompt, self.held = True, []
 
     def put(self, value):
         if self.is_prompt:  # generate hands over the prompt first
             self.is_prompt = False
             return
-        self.ids += value.flatten().tolist()
         self.held += value.flatten().tolist()
         text = self.decode(self.held)
         if not text.endswith("\ufffd") or len(self.held) > 4:
@@ -28,40 +27,62 @@ class _Pieces(BaseStreamer):
             self.on_text(self.decode(self.held))
 
 
-def generate(model, prompt_ids, decode, on_text, *, vocab_size, max_new_tokens, temperature=1.0, top_k=0,
-             top_p=1.0, seed=1337):
-    """Write max_new_tokens tokens after a prompt, with transformers' generate and its KV cache.
+class _NoPadding(LogitsProcessor):
+    """Rows of the embedding that only round it up are never drawn."""
 
-    Past block_size the text goes on with the last half of the window as its new context: learned positions
-    have no place for more, and keeping half is far cheaper than nanoGPT's new window for every token.
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids, scores):
+        scores[:, self.vocab_size:] = -torch.inf  # (B, V)
+        return scores
+
+
+def generate(model, prompts, *, vocab_size, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=1337,
+             overflow="slide", decode=None, on_text=None):
+    """Write up to max_new_tokens tokens after each prompt, with transformers' generate and its KV cache.
+
     An end-of-text token is a token like others, as in nanoGPT.
 
     Args:
-        model: a GPT in eval mode. prompt_ids: list of ids, 1 to block_size of them.
-        decode: list of ids -> text. on_text: called with each new piece of text.
+        model: a GPT in eval mode. prompts: lists of ids, 1 to block_size of them each.
         vocab_size: ids from here on are padding rows of the embedding and are never drawn.
         temperature: 0 takes the likeliest token. top_k: 0 keeps all. top_p: 1 keeps all (Holtzman et al. 2020).
-        seed: of the draws.
+        seed: of the draws; a text depends on it and on the prompts beside it.
+        overflow: what happens where the longest text reaches block_size. "slide": the last half of the window is
+            the new context, far cheaper than nanoGPT's new window for every token; "stop"; or "extend", for rotary
+            positions only: go on with positions that were not trained.
+        on_text: of a single prompt, called with each new piece of text as it comes. decode: list of ids -> text.
 
     Returns:
-        The list of new ids.
+        A list of new ids for each prompt, all of one length.
     """
+    assert overflow != "extend" or model.config.position == "rotary"
     block_size = model.config.block_size
     torch.manual_seed(seed)
     settings = GenerationConfig(
         use_cache=True, do_sample=temperature > 0,
         # (what only drawing uses is not handed over where nothing is drawn, or transformers warns)
         **(dict(temperature=temperature, top_k=top_k, top_p=top_p) if temperature > 0 else {}),
-        suppress_tokens=list(range(vocab_size, model.config.vocab_size)) or None, pad_token_id=0)
-    context, new_ids = list(prompt_ids), []
-    while len(new_ids) < max_new_tokens:
-        if len(context) >= block_size:
-            context = context[-(block_size // 2):]
-        settings.max_new_tokens = min(block_size - len(context), max_new_tokens - len(new_ids))
-        pieces = _Pieces(decode, on_text)
-        input_ids = torch.tensor([context], device=model.device)  # (1, T)
-        model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=settings,
-                       streamer=pieces)
-        context += pieces.ids
-        new_ids += pieces.ids
+        # what the model's generation_config says of these two must not hold here: no token ends a text (this one is
+        # never drawn), and padding rows are left out by faster means
+        eos_token_id=model.config.vocab_size, suppress_tokens=[], pad_token_id=0)
+    contexts, new_ids = [list(prompt) for prompt in prompts], [[] for _ in prompts]
+    while (missing := max_new_tokens - len(new_ids[0])) > 0:
+        if max(map(len, contexts)) >= block_size and overflow != "extend":
+            if overflow == "stop":
+                break
+            contexts = [context[-(block_size // 2):] for context in contexts]
+        longest = max(map(len, contexts))
+        settings.max_new_tokens = missing if overflow == "extend" else min(block_size - longest, missing)
+        # shorter prompts are padded on the left, where the mask hides it
+        padded = [[0] * (longest - len(context)) + context for context in contexts]
+        mask = [[0] * (longest - len(context)) + [1] * len(context) for context in contexts]
+        ids = model.generate(
+            torch.tensor(padded, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=settings, logits_processor=[_NoPadding(vocab_size)],
+            streamer=_Pieces(decode, on_text) if on_text else None)
+        for context, new, row in zip(contexts, new_ids, ids[:, longest:].tolist(), strict=True):
+            context += row
+            new += row
     return new_ids

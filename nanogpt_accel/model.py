@@ -1,17 +1,20 @@
 """The GPT, whole in this file. It travels with every checkpoint, so it imports torch and transformers only.
 
 Names follow nanoGPT's model.py, the interface follows transformers: GPT is a PreTrainedModel with a KV cache,
-`generate`, and interchangeable attention back ends.
+`generate`, and interchangeable attention back ends. The defaults are GPT-2 as nanoGPT trains it; the switches of
+GPTConfig lead from there to Llama, Qwen3 and nanochat.
 
 References:
 1) GPT-2, OpenAI: https://github.com/openai/gpt-2/blob/master/src/model.py
 2) nanoGPT, Andrej Karpathy: https://github.com/karpathy/nanoGPT/blob/master/model.py
-3) transformers: https://github.com/huggingface/transformers/blob/main/src/transformers/models/gpt2/modeling_gpt2.py
+3) transformers: https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen3/modeling_qwen3.py
+4) nanochat, Andrej Karpathy: https://github.com/karpathy/nanochat/blob/master/nanochat/gpt.py
 
-Shapes at line ends: B batch, T positions, C = n_embd, nh = n_head, hs = C / nh, V = vocab_size.
+Shapes at line ends: B batch, T positions, C = n_embd, nh = n_head, nkv = n_kv_head, hs = head_dim, V = vocab_size.
 """
 
 import math
+from functools import partial
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -30,17 +33,22 @@ from transformers.utils.output_capturing import capture_outputs
 
 @strict
 class GPTConfig(PreTrainedConfig):
-    """Shape of a GPT, under nanoGPT's names. Biases, GELU form and the rest default to nanoGPT's GPT-2.
+    """Shape of a GPT, under nanoGPT's names. The defaults are nanoGPT's GPT-2; the switches below `bias` lead away
+    from it one by one.
 
-    activation is "gelu" (the exact form, nanoGPT's) or "gelu_new" (the tanh form that OpenAI's weights use).
+    References: RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), QK-norm (Henry et al. 2020,
+    Dehghani et al. 2023), grouped KV heads (Ainslie et al. 2023), SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021),
+    logit soft-cap (Gemma 2, 2024).
     """
 
     model_type = "nanogpt_accel"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
         "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
         "num_hidden_layers": "n_layer",
         "num_attention_heads": "n_head",
+        "num_key_value_heads": "n_kv_head",
         "max_position_embeddings": "block_size",
     }
 
@@ -50,15 +58,31 @@ class GPTConfig(PreTrainedConfig):
     n_head: int = 12
     n_embd: int = 768
     dropout: float | int = 0.0
-    bias: bool = False
-    activation: str = "gelu"
-    layer_norm_epsilon: float = 1e-5
+    bias: bool = False  # in the linear layers, and in the norms where these are LayerNorm
+    n_kv_head: int | None = None  # heads of keys and values, each shared by n_head / n_kv_head queries; None: n_head
+    head_dim: int | None = None  # None: n_embd / n_head
+    n_inner: int | None = None  # width inside the MLP; None: 4 * n_embd
+    norm: str = "layernorm"  # or "rmsnorm"
+    norm_weight: bool = True  # whether norms have a learned gain
+    norm_eps: float = 1e-5
+    embd_norm: bool = False  # a norm between the embedding and the first block
+    qk_norm: bool = False  # an RMSNorm on the queries and keys of each head
+    position: str = "learned"  # or "rotary"
+    rope_theta: float | int = 10000.0  # base of the rotary wavelengths
+    activation: str = "gelu"  # exact, nanoGPT's; "gelu_new" (tanh form, OpenAI's weights), "relu2", "swiglu"
+    logit_softcap: float | int | None = None  # keep logits within +-this by tanh; None: leave them
+    tie_word_embeddings: bool = True  # the head is the embedding's matrix
     initializer_range: float = 0.02
     use_cache: bool = True
-    tie_word_embeddings: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_inner = self.n_inner or 4 * self.n_embd
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Called by transformers when the config is made.
@@ -66,17 +90,63 @@ class GPTConfig(PreTrainedConfig):
         Raises:
             ValueError: a shape that no GPT can have.
         """
-        if self.n_embd % self.n_head != 0:
+        if self.n_head * self.head_dim != self.n_embd and self.head_dim == self.n_embd // self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r}: there are {', '.join(ACTIVATIONS)}")
+        if self.n_head % self.n_kv_head != 0:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if self.position == "rotary" and self.head_dim % 2 != 0:
+            raise ValueError(f"head_dim={self.head_dim} is odd, and rotary positions turn pairs")
+        for key, known in {"activation": (*ACTIVATIONS, "swiglu"), "norm": ("layernorm", "rmsnorm"),
+                           "position": ("learned", "rotary")}.items():
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key}={getattr(self, key)!r}: there are {', '.join(known)}")
 
 
-ACTIVATIONS = {"gelu": lambda: nn.GELU(), "gelu_new": lambda: nn.GELU(approximate="tanh")}
+def relu2(x):
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu2": relu2}
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        if self.weight is None:
+            return super().forward(x)
+        # autocast leaves the weight in float32 beside queries in bfloat16; the kernel wants one type
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def make_norm(config):
+    """The norm of the residual stream."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_weight)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_weight,
+                        bias=config.bias and config.norm_weight)
+
+
+def rotary_tables(config, position_ids):
+    """Cosines and sines of the angles by which positions turn queries and keys, (B, 1, T, hs) each, in float32.
+
+    They are computed for every batch: cheap beside the rest, and there is no table that could be stale or too short.
+    """
+    pairs = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim  # (hs / 2,)
+    # (a product of elements and not a matmul, which autocast would do in bfloat16)
+    angles = position_ids[:, None, :, None].float() * (1.0 / config.rope_theta**pairs)  # (B, 1, T, hs / 2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_i, x_{i + hs/2}) of a head by its angle. x: (B, heads, T, hs)."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """Attention written out: softmax(q k^T / sqrt(hs) + mask) v. SDPA computes the same without storing (T, T)."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, nh, T, hs)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     att = query @ key.transpose(-2, -1) * scaling  # (B, nh, T, T)
     if attention_mask is not None:
         att = att + attention_mask
@@ -88,57 +158,74 @@ def eager_attention_forward(module, query, key, value, attention_mask, dropout=0
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
-        # key, query, value projections for all heads, but in a batch
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.split_sizes = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        # query, key, value projections for all heads, but in a batch
+        self.c_attn = nn.Linear(config.n_embd, sum(self.split_sizes), bias=config.bias)
+        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.c_proj.adds_to_residual = True
         self.resid_dropout = nn.Dropout(config.dropout)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps, elementwise_affine=config.norm_weight)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps, elementwise_affine=config.norm_weight)
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.n_embd // config.n_head
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True  # asked for by transformers' attention functions
+        # these three are asked for by transformers' attention functions
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        self.num_key_value_groups = config.n_head // config.n_kv_head
 
-    def forward(self, x, attention_mask=None, past_key_values=None, **kwargs):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
-        v = v.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
+    def forward(self, x, attention_mask=None, past_key_values=None, rotary=None, **kwargs):
+        B, T, _ = x.shape
+        q, k, v = self.c_attn(x).split(self.split_sizes, dim=2)  # (B, T, nh * hs), twice (B, T, nkv * hs)
+        q = q.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, nkv, T, hs)
+        v = v.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, nkv, T, hs)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, nh, T_past + T, hs)
+            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, nkv, T_past + T, hs)
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.dropout if self.training else 0.0
         y, weights = attention(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
-        y = y.reshape(B, T, C)  # all heads side by side
+        y = y.reshape(B, T, -1)  # (B, T, nh * hs), all heads side by side
         return self.resid_dropout(self.c_proj(y)), weights
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.act = ACTIVATIONS[config.activation]()
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        # SwiGLU has a gate beside what it gates, in a batch: rows 0 to n_inner - 1 are the gate's
+        self.is_gated = config.activation == "swiglu"
+        self.c_fc = nn.Linear(config.n_embd, (2 if self.is_gated else 1) * config.n_inner, bias=config.bias)
+        self.act = F.silu if self.is_gated else ACTIVATIONS[config.activation]
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.c_proj.adds_to_residual = True
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))  # (B, T, C)
+        x = self.c_fc(x)  # (B, T, n_inner), twice as wide with a gate
+        if self.is_gated:
+            gate, x = x.chunk(2, dim=-1)
+            x = self.act(gate) * x
+        else:
+            x = self.act(x)
+        return self.dropout(self.c_proj(x))  # (B, T, C)
 
 
 class Block(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer_idx)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, attention_mask=None, past_key_values=None, **kwargs):
-        x = x + self.attn(self.ln_1(x), attention_mask, past_key_values, **kwargs)[0]
+    def forward(self, x, attention_mask=None, past_key_values=None, rotary=None, **kwargs):
+        x = x + self.attn(self.ln_1(x), attention_mask, past_key_values, rotary, **kwargs)[0]
         x = x + self.mlp(self.ln_2(x))
         return x  # (B, T, C)
 
@@ -154,16 +241,17 @@ class GPT(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": Block, "attentions": CausalSelfAttention}
+    _can_record_outputs = {"attentions": CausalSelfAttention}
 
     def __init__(self, config):
         super().__init__(config)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None,
+            ln_embd=make_norm(config) if config.embd_norm else None,
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
-            ln_f=nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias),
+            ln_f=make_norm(config),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()  # draws the weights with _init_weights and ties lm_head to wte
@@ -179,17 +267,20 @@ class GPT(PreTrainedModel, GenerationMixin):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
             init.ones_(module.weight)
-            if module.bias is not None:
+            if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
 
-    def crop_block_size(self, block_size):
-        """Shorten the context, by model surgery: positions from block_size on are dropped, as nanoGPT does."""
-        assert block_size <= self.config.block_size
+    def set_block_size(self, block_size):
+        """Change the context length. Learned positions from block_size on are dropped, as nanoGPT does, and none can
+        be added; rotary ones have no end, so there it only says what the model is to be used for."""
         self.config.block_size = block_size
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
-        self.transformer.wpe.num_embeddings = block_size
+        if self.config.position == "learned":
+            wpe = self.transformer.wpe
+            assert block_size <= wpe.num_embeddings
+            wpe.weight = nn.Parameter(wpe.weight[:block_size])
+            wpe.num_embeddings = block_size
 
     def get_input_embeddings(self):
         return self.transformer.wte
@@ -217,6 +308,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         use_cache=None,
         logits_to_keep=0,
         num_items_in_batch=None,
+        output_hidden_states=None,
         **kwargs,
     ):
         """Next-token logits, and the loss where targets are given.
@@ -229,26 +321,30 @@ class GPT(PreTrainedModel, GenerationMixin):
             labels: (B, T), as everywhere in transformers: the model shifts them; -100 is ignored.
             shift_labels: (B, T), already shifted: shift_labels[:, t] is the token after input_ids[:, t].
             use_cache: return a KV cache; None: as the config says, but never in training or beside a loss.
-            logits_to_keep: compute logits for this many last positions only, 0 for all.
+            logits_to_keep: compute logits for this many last positions only, 0 for all; or a tensor of positions.
             num_items_in_batch: divide the summed loss by this instead of the number of targets (Trainer's
                 way of accumulating).
+            output_hidden_states: also return what goes into each block, and what comes out of the last norm.
 
         Returns:
-            CausalLMOutputWithPast: loss (nats a token, float32 scalar), logits (B, T, V), past_key_values.
+            CausalLMOutputWithPast: loss (nats a token, float32 scalar), logits (B, T, V), past_key_values,
+            hidden_states (n_layer + 1 of (B, T, C)).
 
         Raises:
-            ValueError: a sequence that is longer than block_size.
+            ValueError: a sequence that is longer than block_size, where positions are learned.
         """
         has_targets = labels is not None or shift_labels is not None
         if use_cache is None:
             use_cache = self.config.use_cache and not (self.training or has_targets)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
 
         tok_emb = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         T = tok_emb.shape[1]
         T_past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if T_past + T > self.config.block_size:
+        if self.config.position == "learned" and T_past + T > self.config.block_size:
             raise ValueError(f"a sequence of {T_past + T} tokens is longer than block_size={self.config.block_size}")
         # a plain training batch needs no mask under SDPA, which is causal by itself
         is_plain = attention_mask is None and position_ids is None and past_key_values is None
@@ -259,12 +355,26 @@ class GPT(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(T_past, T_past + T, device=tok_emb.device).unsqueeze(0)  # (1, T)
 
-        x = self.transformer.drop(tok_emb + self.transformer.wpe(position_ids))  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x, attention_mask, past_key_values, **kwargs)
-        x = self.transformer.ln_f(x)
+        x, rotary = tok_emb, None
+        if self.config.position == "learned":
+            x = x + self.transformer.wpe(position_ids)  # (B, T, C)
+        else:
+            rotary = rotary_tables(self.config, position_ids)
+        if self.config.embd_norm:
+            x = self.transformer.ln_embd(x)
+        x = self.transformer.drop(x)
 
-        logits = self.lm_head(x[:, -logits_to_keep:] if logits_to_keep else x)  # (B, T, V)
+        hidden_states = () if output_hidden_states else None
+        for block in self.transformer.h:
+            hidden_states = hidden_states + (x,) if output_hidden_states else None
+            x = block(x, attention_mask, past_key_values, rotary, **kwargs)
+        x = self.transformer.ln_f(x)
+        hidden_states = hidden_states + (x,) if output_hidden_states else None
+
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x[:, keep])  # (B, T, V)
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         loss = None
         if has_targets:
             if shift_labels is None:
@@ -273,7 +383,8 @@ class GPT(PreTrainedModel, GenerationMixin):
                                    reduction="mean" if num_items_in_batch is None else "sum")
             if num_items_in_batch is not None:
                 loss = loss / num_items_in_batch
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values,
+                                      hidden_states=hidden_states)
 
 
 # `AutoModelForCausalLM.from_pretrained` knows the class where this file is imported, and finds the copy of this

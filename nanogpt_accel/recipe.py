@@ -57,17 +57,38 @@ class Data(Section):
 
 
 class Model(Section):
-    init_from: str = Field("scratch", description="scratch, resume (go on in out_dir), a run or checkpoint folder, "
-                           "or a Hub id of such a model; only the weights of the last two are taken")
+    init_from: str = Field("scratch", description="scratch, resume (go on in out_dir), or where the weights come "
+                           "from: a run or checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or another "
+                           "folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model. The shape is then its own, "
+                           "but for block_size and dropout")
     n_layer: Int = Field(12, ge=1, description="number of blocks")
     n_head: Int = Field(12, ge=1, description="attention heads of a block")
     n_embd: Int = Field(768, ge=1, description="width of the residual stream")
+    n_kv_head: Annotated[Int | None, BeforeValidator(_none)] = Field(
+        None, ge=1, description="heads of keys and values, each shared by n_head / n_kv_head heads of queries; "
+        "none: n_head")
+    head_dim: Annotated[Int | None, BeforeValidator(_none)] = Field(
+        None, ge=1, description="width of a head; none: n_embd / n_head")
+    n_inner: Annotated[Int | None, BeforeValidator(_none)] = Field(
+        None, ge=1, description="width inside the MLP; none: 4 * n_embd (8/3 of n_embd gives swiglu as many weights)")
     block_size: Int = Field(1024, ge=2, description="context length in tokens")
     dropout: Float = Field(0.0, ge=0, lt=1, description="0 is good for pretraining, 0.1 and more for finetuning")
-    bias: bool = Field(False, description="biases in the linear and norm layers, as GPT-2 has; false is a bit "
+    bias: bool = Field(False, description="biases in the linear and LayerNorm layers, as GPT-2 has; false is a bit "
                        "better and faster")
-    activation: Literal["gelu", "gelu_new"] = Field(
-        "gelu", description="gelu: the exact form, nanoGPT's; gelu_new: the tanh form of OpenAI's weights")
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="layernorm: GPT-2's; rmsnorm: Llama's")
+    norm_weight: bool = Field(True, description="whether norms have a learned gain; nanochat's have none")
+    norm_eps: Float = Field(1e-5, gt=0, lt=1, description="what norms add to the variance")
+    embd_norm: bool = Field(False, description="a norm between the embedding and the first block, as nanochat has")
+    qk_norm: bool = Field(False, description="an RMSNorm on the queries and keys of each head, as Qwen3 has")
+    position: Literal["learned", "rotary"] = Field(
+        "learned", description="learned: GPT-2's embedding of block_size positions; rotary: Llama's")
+    rope_theta: Float = Field(10_000.0, gt=0, description="base of the rotary wavelengths; longer contexts take more")
+    activation: Literal["gelu", "gelu_new", "relu2", "swiglu"] = Field(
+        "gelu", description="gelu: the exact form, nanoGPT's; gelu_new: the tanh form of OpenAI's weights; relu2: "
+        "squared ReLU, nanochat's; swiglu: Llama's, with a gate as wide as n_inner")
+    logit_softcap: Annotated[Float | None, BeforeValidator(_none)] = Field(
+        None, gt=0, description="keep logits within this bound by tanh, as nanochat does (15); none: leave them")
+    tie_word_embeddings: bool = Field(True, description="the head is the embedding's matrix; false: its own")
     pad_vocab_to_multiple_of: Int = Field(64, ge=1, description="round the rows of the embedding up for faster "
                                           "kernels (GPT-2's 50,257 become 50,304); 1 leaves them")
 
@@ -124,6 +145,15 @@ class Tracking(Section):
         None, description="the run's name there; none: the name of out_dir")
 
 
+class Hub(Section):
+    push_to_hub: bool = Field(False, description="push every checkpoint to the Hugging Face Hub while the run goes on")
+    hub_model_id: Annotated[str | None, BeforeValidator(_none)] = Field(
+        None, description="USER/NAME there; none: the name of out_dir, under the token's user")
+    hub_private: bool = Field(False, description="a repository that is made is private")
+    hub_branch: Annotated[str | None, BeforeValidator(_none)] = Field(
+        None, description="branch to push to; none: main")
+
+
 class Recipe(Section):
     """A whole run. Every leaf name is unique over the sections, so `n_layer=6` and `model.n_layer=6` both work."""
 
@@ -136,6 +166,15 @@ class Recipe(Section):
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
+    hub: Hub = Hub()
+
+    @property
+    def shape(self):
+        """What GPTConfig takes of the model section, every None resolved as it does; a run keeps its shape for life."""
+        model = self.model
+        return model.model_dump(exclude={"init_from", "dropout", "pad_vocab_to_multiple_of"}) | {
+            "n_kv_head": model.n_kv_head or model.n_head, "head_dim": model.head_dim or model.n_embd // model.n_head,
+            "n_inner": model.n_inner or 4 * model.n_embd}
 
     @property
     def min_lr(self):
@@ -183,9 +222,16 @@ NANOGPT_KEYS = {
 
 # (keys, is it right?, what is wrong and what helps). A check is made where its keys are right by themselves.
 CROSS_CHECKS = [
-    (("n_embd", "n_head"), lambda r: r.model.n_embd % r.model.n_head == 0,
+    (("n_embd", "n_head", "head_dim"), lambda r: r.model.head_dim or r.model.n_embd % r.model.n_head == 0,
      lambda r: f"model.n_embd={r.model.n_embd} is not divisible by model.n_head={r.model.n_head}: "
                f"take n_embd={-(-r.model.n_embd // r.model.n_head) * r.model.n_head}, or another n_head"),
+    (("n_head", "n_kv_head"), lambda r: r.model.n_head % (r.model.n_kv_head or 1) == 0,
+     lambda r: f"model.n_head={r.model.n_head} is not divisible by model.n_kv_head={r.model.n_kv_head}: take n_kv_head="
+               + " or ".join(str(n) for n in range(1, r.model.n_head + 1) if r.model.n_head % n == 0)),
+    (("n_embd", "n_head", "head_dim", "position"),
+     lambda r: r.model.position != "rotary" or r.shape["head_dim"] % 2 == 0,
+     lambda r: f"model.head_dim={r.shape['head_dim']}: position=rotary turns pairs, so heads have an even width"
+               + ("" if r.model.head_dim else " (n_embd / n_head)")),
     (("eval_iters",), lambda r: r.train.eval_iters == "all" or r.train.eval_iters >= 1,
      lambda r: f"train.eval_iters={r.train.eval_iters}: must be 1 or more, or all"),
     (("min_lr", "learning_rate"), lambda r: r.min_lr <= r.optimizer.learning_rate,

@@ -1,11 +1,13 @@
 """Write text with a trained model.
 
     nanogpt-accel sample runs/shakespeare_char --prompt "ROMEO:"
-    nanogpt-accel sample runs/shakespeare_char --start=FILE:prompt.txt num_samples=3 temperature=1.0
+    nanogpt-accel sample gpt2-xl --start=FILE:prompt.txt num_samples=3 temperature=1.0
+    nanogpt-accel sample runs/gpt2 prompts=questions.txt batch_size=16 num_samples=1
 """
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
@@ -20,57 +22,100 @@ class SampleOptions(BaseModel):
 
     prompt: str = Field("\n", validation_alias=AliasChoices("prompt", "start"),
                         description='what the text begins with, or FILE:path; nanoGPT\'s name, start, works too')
-    num_samples: Int = Field(10, ge=1, description="number of texts")
+    prompts: str | None = Field(None, description="a text file with a prompt a line, instead of the one prompt")
+    num_samples: Int = Field(10, ge=1, description="number of texts for each prompt")
+    batch_size: Int = Field(1, ge=1, description="texts that are written at once: much faster together, but shown "
+                            "when they are done rather than as they come")
     max_new_tokens: Int = Field(500, ge=1, description="tokens of each text after the prompt")
     temperature: Float = Field(0.8, ge=0, description="below 1 less random, above 1 more; 0 takes the likeliest token")
     top_k: Int = Field(200, ge=0, description="draw from this many of the likeliest tokens; 0: from all")
     top_p: Float = Field(1.0, gt=0, le=1, description="draw from the likeliest tokens that make up this share")
-    seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="of the draws; sample number i uses seed + i")
+    overflow: Literal["slide", "stop", "extend"] = Field(
+        "slide", description="what happens at block_size. slide: go on with the last half of the text as context; "
+        "stop: end the text there; extend: go on with positions that were not trained (rotary positions only)")
+    seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="of the draws; batch number i uses seed + i")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
 
 
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help("nanogpt-accel sample MODEL [key=value ...]",
-                             "Write text with a model: a run folder (its best checkpoint), a checkpoint folder or a "
-                             "Hub id.", {"options": SampleOptions})
+                             "Write text with a model: a run folder (its best checkpoint), a checkpoint folder, gpt2 "
+                             "to gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.",
+                             {"options": SampleOptions})
     target, given = cli.parse(argv, {**SampleOptions.model_fields, "start": SampleOptions.model_fields["prompt"]})
     options, problems, _ = cli.validate(SampleOptions, given)
     if target is None:
         problems.append("which model? nanogpt-accel sample runs/NAME")
-    prompt = options.prompt
-    if prompt.startswith("FILE:"):
-        try:
-            prompt = Path(prompt[5:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"prompt={options.prompt}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
+    prompts = []
+    try:
+        prompts = read_prompts(options)
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
 
     # what the tokenizer and the config say is checked before torch is imported
+    from . import interop
     from .tokenizer import Tokenizer
 
     folder = checkpoint.find_model(target, warn=lambda line: print(line, file=sys.stderr))
-    tokenizer = Tokenizer.load(folder)
-    problems = tokenizer.check_prompt(prompt, checkpoint.read_config(folder)["block_size"], "prompt")
+    tokenizer, config = Tokenizer.load(folder), interop.read_config(folder)
+    key = "prompts" if options.prompts else "prompt"
+    for prompt in prompts:
+        problems += tokenizer.check_prompt(prompt, config["block_size"], key)
+    if options.overflow == "extend" and config["position"] != "rotary":
+        problems.append(f"overflow=extend: {folder} has learned positions, which end at block_size="
+                        f"{config['block_size']}: take slide or stop")
     if problems:
         raise ValueError("\n".join(problems))
-    prompt_ids = tokenizer.encode_prompt(prompt)
 
     from transformers.utils import logging as transformers_logging
 
     from . import launch
     from .generation import generate
-    from .model import GPT
 
     transformers_logging.disable_progress_bar()
-    model = GPT.from_pretrained(folder).to(launch.pick_device(options.device)).eval()
-    for i in range(options.num_samples):
-        print(prompt, end="")
-        generate(model, prompt_ids, tokenizer.decode, lambda text: print(text, end="", flush=True),
-                 vocab_size=tokenizer.vocab_size, max_new_tokens=options.max_new_tokens,
-                 temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed + i)
-        print("\n---------------", flush=True)
+    device = launch.pick_device(options.device)
+    model = interop.load_model(folder).to(device)
+    # the same text is written num_samples times, then the next prompt's
+    texts = [prompt for prompt in prompts for _ in range(options.num_samples)]
+    for i in range(0, len(texts), options.batch_size):
+        batch = texts[i:i + options.batch_size]
+        is_streamed = len(batch) == 1
+        if is_streamed:
+            print(batch[0], end="")
+        new_ids = generate(
+            model, [tokenizer.encode_prompt(text) for text in batch], vocab_size=tokenizer.vocab_size,
+            max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
+            top_p=options.top_p, seed=options.seed + i // options.batch_size, overflow=options.overflow,
+            decode=tokenizer.decode, on_text=(lambda text: print(text, end="", flush=True)) if is_streamed else None)
+        for text, ids in zip(batch, new_ids, strict=True):
+            if not is_streamed:
+                print(text + tokenizer.decode(ids), end="")
+            print("\n---------------", flush=True)
+
+
+def read_prompts(options):
+    """The texts to begin with.
+
+    Raises:
+        ValueError: a file that cannot be read, or holds nothing.
+    """
+    file = options.prompts or (options.prompt[5:] if options.prompt.startswith("FILE:") else None)
+    if file is None:
+        return [options.prompt]
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        key = f"prompts={file}" if options.prompts else f"prompt=FILE:{file}"
+        raise ValueError(f"{key}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    if not options.prompts:
+        return [text]
+    lines = [line for line in text.splitlines() if line]
+    if not lines:
+        raise ValueError(f"prompts={file}: no line with a prompt in it")
+    return lines
 
 
 if __name__ == "__main__":

@@ -149,12 +149,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder):
-        """The tokenizer of a folder that holds a tokenizer.json, ours or another's.
+        """The tokenizer of a folder that holds a tokenizer.json, ours or another's; or GPT-2's older two files.
 
         Raises:
             FileNotFoundError: no such file. ValueError: the file is not what its name says.
         """
         path = os.path.join(folder, "tokenizer.json")
+        files = [os.path.join(folder, name) for name in ("vocab.json", "merges.txt")]
+        if not os.path.isfile(path) and all(map(os.path.isfile, files)):
+            return cls._from_gpt2_files(*files)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file, so {folder} holds no tokenizer")
         config = {}
@@ -168,6 +171,19 @@ class Tokenizer:
             return cls(text, eot["content"] if isinstance(eot, dict) else eot)
         except ValueError as error:  # of JSON, UTF-8 and our own
             raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def _from_gpt2_files(cls, vocab, merges):
+        from tokenizers import models, processors
+
+        try:
+            return cls(_byte_level(models.BPE.from_file(vocab, merges), processors.ByteLevel(trim_offsets=False)))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{vocab}, {merges}: not the two files of GPT-2's BPE: {error}") from None
+
+    def is_same(self, other):
+        """Whether both give every text the same ids. (GPT-2's own is published with unlike trimmings.)"""
+        return self.fingerprint == other.fingerprint or self.kind == other.kind == "gpt2"
 
     @cached_property
     def fingerprint(self):

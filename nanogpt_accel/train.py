@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import checkpoint, cli, dataset, launch
+from . import checkpoint, cli, dataset, hub, interop, launch
 from .recipe import FIELDS, SECTIONS, Recipe, load_recipe
 
 
@@ -56,7 +56,7 @@ def check(recipe):
             problems.append(f"nothing to resume: {what} in out_dir={out_dir}; to start over: nanogpt-accel train "
                             f"{out_dir} init_from=scratch")
         else:
-            problems += checkpoint.shape_differences(newest, shape_of(recipe))
+            problems += checkpoint.shape_differences(newest, interop.read_config(newest), recipe.shape)
     elif saved and not recipe.overwrite and not recipe.train.eval_only:
         problems.append(f"out_dir={out_dir} already holds a run ({saved[-1].name}): go on with `nanogpt-accel train "
                         f"{out_dir}`, replace it with overwrite=true, or take another out_dir")
@@ -69,13 +69,9 @@ def check(recipe):
                         "another out_dir")
     if not recipe.train.eval_only:
         problems += checkpoint.check_writable(out_dir)
+    if recipe.hub.push_to_hub:
+        problems += hub.check_push(recipe.hub.hub_model_id or out_dir.name, "hub.hub_model_id")
     return problems
-
-
-def shape_of(recipe):
-    """The model keys of a recipe that are the config's too; a run goes on only where they stay the same."""
-    return {key: getattr(recipe.model, key)
-            for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation")}
 
 
 def open_data(recipe):
@@ -98,8 +94,9 @@ def open_data(recipe):
     elif init_from != "scratch":
         source = checkpoint.find_model(init_from)
         problems += dataset.require_tokenizer(data, source, key=f"model.init_from={init_from}")
-        longest = checkpoint.read_config(source)["block_size"]
-        if block_size > longest:
+        config = interop.read_config(source)
+        longest = config["block_size"]
+        if config["position"] == "learned" and block_size > longest:
             problems.append(f"model.block_size={block_size}: {source} reads at most {longest} tokens; "
                             f"set block_size={longest} or less")
     if problems:
@@ -119,10 +116,6 @@ def train(recipe):
     """
     data, source = open_data(recipe)
     out_dir, is_resumed = Path(recipe.out_dir), recipe.model.init_from == "resume"
-    if source is not None and not is_resumed:  # the shape is the source's; run.yaml has to say so, or nothing resumes
-        config = checkpoint.read_config(source)
-        shape = {key: config[key] for key in shape_of(recipe) if key != "block_size"}
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=shape)})
 
     # torch and transformers take seconds to import, so they wait until everything else is known to be right
     import torch
@@ -144,6 +137,13 @@ def train(recipe):
     model = make_model(recipe, data.tokenizer, source)
     console.say(f"resuming {out_dir} from {source.name}" if is_resumed else
                 f"beginning with the weights of {source}" if source else "beginning with new weights")
+    if source is not None and not is_resumed:  # the shape is the source's; run.yaml has to say so, or nothing resumes
+        shape = {key: getattr(model.config, key) for key in recipe.shape}
+        unheeded = [f"{key}={recipe.shape[key]}" for key in recipe.model.model_fields_set & shape.keys()
+                    if recipe.shape[key] != shape[key]]
+        if unheeded:
+            console.say(f"their shape holds, and not the recipe's {', '.join(sorted(unheeded))}")
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=shape)})
     if recipe.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.to(device)
@@ -166,9 +166,8 @@ def train(recipe):
     optimizer = make_optimizer(model, learning_rate=recipe.optimizer.learning_rate,
                                weight_decay=recipe.optimizer.weight_decay,
                                beta1=recipe.optimizer.beta1, beta2=recipe.optimizer.beta2)
-    n_params = model.num_parameters()
-    flops_per_token = metrics.flops_per_token(n_params - model.transformer.wpe.weight.numel(), model.config.n_layer,
-                                              model.config.n_embd, block_size)
+    flops_per_token = metrics.flops_per_token(n_multiplying(model), model.config.n_layer,
+                                              model.config.n_head * model.config.head_dim, block_size)
     peak_flops = metrics.peak_flops(metrics.device_name(device))
     model, optimizer = accelerator.prepare(model, optimizer)
     raw_model = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -184,11 +183,12 @@ def train(recipe):
             accelerator.scaler.load_state_dict(trainer["scaler"])
 
     # the run folder
-    log = None
+    log = pusher = None
     if not recipe.train.eval_only:
         if is_main:
             checkpoint.begin(out_dir, as_it_ran(recipe, data).to_yaml(), is_resumed)
             log = metrics.MetricsLog(out_dir / "metrics.jsonl", resume_step=first_step if is_resumed else None)
+            pusher = start_pushing(recipe, out_dir, console)
         accelerator.wait_for_everyone()
         launch.start_trackers(accelerator, recipe.tracking.project, recipe.flat(),
                               name=recipe.tracking.run_name or out_dir.name, folder=out_dir)
@@ -222,11 +222,17 @@ def train(recipe):
                 "best_val_loss": None if best_step is None else best_val_loss, "data": data.identity,
                 "learning_rate": lr, "seed": recipe.seed, "processes": accelerator.num_processes,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
-            card = checkpoint.model_card(
-                out_dir.name, data.manifest["corpus"]["name"], data.tokenizer.kind, trainer, recipe.to_yaml())
+            loss = "not evaluated" if val_loss is None else f"{val_loss:.4f} nats a token"
+            card = hub.model_card(
+                out_dir.name,
+                f"A GPT trained with nanogpt_accel on the corpus `{data.manifest['corpus']['name']}`, tokenizer "
+                f"`{data.tokenizer.kind}`.\nCheckpoint after {step:,} steps; validation loss: {loss}. The recipe:\n\n"
+                f"```yaml\n{recipe.to_yaml()}```", needs_code=True)
             path = checkpoint.save(out_dir, trainer, model=raw_model, tokenizer=data.tokenizer, card=card,
                                    optimizer=optimizer, keep_last=recipe.checkpoint.keep_last)
             console.say(f"saved {path}")
+            if pusher is not None:
+                pusher.push(path, f"{out_dir.name}, step {step}, validation loss {loss}")
         accelerator.wait_for_everyone()
 
     if first_step >= max_iters and not recipe.train.eval_only:
@@ -321,6 +327,8 @@ def train(recipe):
     if is_main and not recipe.train.eval_only:
         log.close()
         finish(recipe, data, raw_model, console)
+        if pusher is not None:
+            finish_pushing(pusher, out_dir, best_step, console)
     # DDP's reducer must not be the last to hold the process group: it joins gloo's threads while it holds Python's
     # lock, and a thread that still frees the last barrier waits for that lock, for ever in 2 runs of 100
     del model
@@ -331,18 +339,16 @@ def train(recipe):
 
 def make_model(recipe, tokenizer, source):
     """A GPT in float32 on the CPU: a new one, or the one whose weights the folder `source` holds."""
-    import torch
-
     from .model import GPT, GPTConfig
 
     if source is None:
         multiple = recipe.model.pad_vocab_to_multiple_of
         model = GPT(GPTConfig(
             vocab_size=-(-tokenizer.vocab_size // multiple) * multiple, dropout=recipe.model.dropout,
-            bos_token_id=tokenizer.eot_id, eos_token_id=tokenizer.eot_id, **shape_of(recipe)))
+            bos_token_id=tokenizer.eot_id, eos_token_id=tokenizer.eot_id, **recipe.shape))
     else:
-        model = GPT.from_pretrained(source, dtype=torch.float32, dropout=recipe.model.dropout)
-        model.crop_block_size(recipe.model.block_size)
+        model = interop.load_model(source, dropout=recipe.model.dropout)
+        model.set_block_size(recipe.model.block_size)
     # rows of the embedding that only round it up are no tokens: no `generate` may draw them
     model.generation_config.suppress_tokens = list(range(tokenizer.vocab_size, model.config.vocab_size)) or None
     return model
@@ -353,6 +359,12 @@ def as_it_ran(recipe, data):
     of the text, and it does not ask to overwrite the run that it stands in."""
     section = recipe.data.model_copy(update={"data_dir": str(data.folder)})
     return recipe.model_copy(update={"data": section, "overwrite": False})
+
+
+def n_multiplying(model):
+    """Number of parameters that multiply something for each token: all but those of embeddings that are only read."""
+    read = [model.transformer.wpe] + ([] if model.config.tie_word_embeddings else [model.transformer.wte])
+    return model.num_parameters() - sum(table.weight.numel() for table in read if table is not None)
 
 
 def model_summary(model):
@@ -393,6 +405,34 @@ def finish(recipe, data, model, console):
                 f"  nanogpt-accel sample {out_dir} --prompt {prompt}\n"
                 f"  nanogpt-accel evaluate {out_dir}\n"
                 f"  nanogpt-accel train {out_dir} max_iters={2 * recipe.train.max_iters}")
+
+
+def start_pushing(recipe, out_dir, console):
+    """What pushes the checkpoints of this run to the Hub, or None where the recipe does not ask for it.
+
+    Raises:
+        PermissionError: the Hub does not let this token push there.
+    """
+    if not recipe.hub.push_to_hub:
+        return None
+    repo = recipe.hub.hub_model_id or out_dir.name
+    try:
+        repo = hub.create(repo, recipe.hub.hub_private, recipe.hub.hub_branch)
+    except ConnectionError as error:
+        console.say(f"warning: {error}; the run goes on, and every checkpoint tries again")
+    return hub.BackgroundPush(repo, out_dir, console.say, recipe.hub.hub_private, recipe.hub.hub_branch)
+
+
+def finish_pushing(pusher, out_dir, best_step, console):
+    """Wait for what is on its way; the best checkpoint is what stays on top."""
+    console.say(f"waiting for the Hub to take {out_dir.name}")
+    best = None if best_step is None else checkpoint.checkpoint_path(out_dir, best_step)
+    if best is not None and best.exists() and best != checkpoint.checkpoints(out_dir)[-1]:
+        pusher.wait()
+        pusher.push(best, f"{out_dir.name}, step {best_step}, the best one")
+    pusher.wait()
+    console.say(f"not everything is on the Hub: nanogpt-accel push {out_dir} {pusher.repo}" if pusher.has_failed else
+                f"the Hub has it: {pusher.repo}")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ EARLY = [
     ([*TINY, "corpus=few.txt"], ["val.bin", "block_size=16", "has 12", "larger val_fraction"]),
     # out_dir not writable, or holding a run
     (["train", "tiny.yaml", "out_dir=text.txt/run"], ["out_dir=text.txt/run", "text.txt is a file"]),
-    (["train", "tiny.yaml", "out_dir=/proc/run"], ["out_dir=/proc/run", "cannot write", "another out_dir"]),
+    (["train", "tiny.yaml", "out_dir=/proc/run"], ["out_dir=/proc/run", "cannot write", "another folder"]),
     (["train", "tiny.yaml"], ["out_dir=runs/tiny already holds a run", "`nanogpt-accel train runs/tiny`",
                               "overwrite=true"]),
     # nothing to resume

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nanogpt_accel
-from nanogpt_accel import checkpoint
+from nanogpt_accel import checkpoint, interop
 from nanogpt_accel.checkpoint import checkpoints, damage, find_model, newest_whole, read_trainer
 from nanogpt_accel.model import GPT, GPTConfig
 from nanogpt_accel.optim import make_optimizer
@@ -107,15 +106,6 @@ def test_a_checkpoint_is_a_hub_repository(run):
         "AutoConfig": "model.GPTConfig", "AutoModelForCausalLM": "model.GPT"}
     # floats come back as they were
     assert read_trainer(path) == {"step": 500, "best_step": 500, "val_loss": 1 / 3, "best_val_loss": 0.1 + 0.2}
-
-
-def test_the_card_is_what_the_hub_reads():
-    trainer = {"step": 12_000, "val_loss": 1.23456}
-    card = checkpoint.model_card("my run", "shakespeare", "char", trainer, "seed: 1\n")
-    _, front, text = card.split("---\n", 2)
-    assert yaml.safe_load(front)["library_name"] == "transformers"
-    assert all(word in text for word in ("# my run", "shakespeare", "char", "12,000 steps", "1.2346", "seed: 1"))
-    assert "not evaluated" in checkpoint.model_card("x", "y", "z", {"step": 1, "val_loss": None}, "")
 
 
 def test_resuming_is_exact_to_the_bit(run, tmp_path):
@@ -394,10 +384,12 @@ def test_a_file_in_the_place_of_out_dir(tmp_path):
 def test_shape_differences(folder):
     path = checkpoints(folder)[0]
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 8, "bias": True, "activation": "gelu"}
-    assert checkpoint.shape_differences(path, shape) == []
-    problems = checkpoint.shape_differences(path, shape | {"n_layer": 2, "bias": False})
+    config = interop.read_config(path)
+    assert checkpoint.shape_differences(path, config, shape) == []
+    problems = checkpoint.shape_differences(path, config, shape | {"n_layer": 2, "bias": False, "n_inner": 7})
     assert len(problems) == 2
     assert "model.n_layer=2" in problems[0] and "n_layer=1" in problems[0] and "model.bias=False" in problems[1]
+    assert "model.n_inner=7" in checkpoint.shape_differences(path, config, shape | {"n_inner": 7})[0]
 
 
 # ---- finding a model
@@ -429,9 +421,9 @@ def test_find_model_takes_an_exported_folder(folder, tmp_path):
     ("./nowhere", FileNotFoundError, ["./nowhere", "no such folder"]),
     ("a/b/c", FileNotFoundError, ["a/b/c", "no such folder"]),
     ("/no/such/place", FileNotFoundError, ["/no/such/place", "no such folder"]),
-    ("runs/no--such", ValueError, ["runs/no--such: no such folder here", "not the form of a Hub id"]),
+    ("runs/no--such", ValueError, ["runs/no--such: no such folder here", "no model can have this name"]),
     ("runs/..", ValueError, ["runs/..: no such folder here"]),
-    ("empty", ValueError, ["empty", "neither a run nor a checkpoint folder", "config.json is missing"]),
+    ("empty", ValueError, ["empty", "neither a run nor a model folder", "config.json is missing"]),
     ("nobody/no-such-model", ValueError, ["nobody/no-such-model: no such folder here", "the Hub cannot be reached"]),
     ("no-such-model", ValueError, ["no-such-model: no such folder here", "the Hub cannot be reached"]),
 ])
@@ -446,8 +438,8 @@ def test_nothing_to_find(refused, tmp_path, monkeypatch, target, kind, words):
 
 
 def test_nothing_is_unpickled():
-    """Only tokens.py names pickle, and that once, as the base of an unpickler that refuses whatever is no plain
-    value; nothing reads a file by a function that unpickles."""
+    """Only two files name pickle: tokens.py, as the base of an unpickler that refuses whatever is no plain value, and
+    interop.py, which reads nanoGPT's ckpt.pt with weights_only, for the name of the error that this raises."""
     loaders = {"torch", "pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "np", "numpy"}
     uses = []
     for file in sorted(Path(nanogpt_accel.__file__).parent.glob("*.py")):
@@ -472,4 +464,7 @@ def test_nothing_is_unpickled():
                     node.arg == "weights_only" and not getattr(node.value, "value", False))
                 if allows:
                     uses.append((file.name, node.arg))
-    assert sorted(uses) == [("tokens.py", "import pickle"), ("tokens.py", "pickle.Unpickler")]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert [ast.unparse(k.value) for k in node.keywords if k.arg == "weights_only"] == ["True"]
+    assert sorted(uses) == [("interop.py", "import pickle"), ("interop.py", "torch.load"),
+                            ("tokens.py", "import pickle"), ("tokens.py", "pickle.Unpickler")]

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 
 import nanogpt_accel
 from nanogpt_accel import __main__ as table
-from nanogpt_accel import cli, evaluate, sample
+from nanogpt_accel import cli, evaluate, export, push, sample
 from nanogpt_accel.recipe import FIELDS, SECTION_OF, SECTIONS, Recipe, load_recipe
 
 
@@ -72,11 +73,13 @@ def test_nearest():
 
 # ---- the help pages
 
+OWN = {"sample": sample.SampleOptions, "evaluate": evaluate.EvaluateOptions, "export": export.ExportOptions,
+       "import": import_module("nanogpt_accel.import").ImportOptions, "push": push.PushOptions}
 TAKEN = {
     "train": list(SECTION_OF),
     "prepare": list(SECTIONS["data"].model_fields),
-    "sample": list(sample.SampleOptions.model_fields),
     "evaluate": ["recipe", "json", *SECTIONS["data"].model_fields, *SECTIONS["train"].model_fields],
+    **{command: list(options.model_fields) for command, options in OWN.items() if command != "evaluate"},
 }
 
 
@@ -91,7 +94,7 @@ def test_help_shows_every_key(capsys, command, word):
     assert table.main([command, word]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: nanogpt-accel {command}")
-    own = {"sample": sample.SampleOptions, "evaluate": evaluate.EvaluateOptions}.get(command)
+    own = OWN.get(command)
     fields = FIELDS | ({field.alias or key: field for key, field in own.model_fields.items()} if own else {})
     for key in TAKEN[command]:
         assert re.search(rf"^ *{key}=", out, re.MULTILINE), key

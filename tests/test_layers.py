@@ -13,16 +13,17 @@ from nanogpt_accel.__main__ import COMMANDS
 PACKAGE = Path(nanogpt_accel.__file__).parent
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py")}
 
-PARTS = {"model", "tokenizer", "corpus", "tokens", "batches", "optim", "checkpoint", "metrics", "console", "generation",
-         "launch", "cpu"}
+PARTS = {"model", "tokenizer", "corpus", "tokens", "batches", "optim", "metrics", "console", "generation", "launch",
+         "cpu", "hub"}
+GLUED = {"dataset": {"corpus", "tokenizer", "tokens"}, "checkpoint": {"hub"}, "interop": {"model", "tokenizer", "hub"}}
 MAY_IMPORT = {
     "__init__": set(),  # loads its public names when they are asked for
     "__main__": {"cli"},  # and a command by its name, when it runs
     "cli": set(),
     "recipe": {"cli"},
-    "dataset": {"corpus", "tokenizer", "tokens"},
     **{part: set() for part in PARTS},
-    **{command: PARTS | {"cli", "recipe", "dataset"} for command in COMMANDS},
+    **GLUED,  # of a few parts
+    **{command: PARTS | GLUED.keys() | {"cli", "recipe"} for command in COMMANDS},
 }
 
 

@@ -218,18 +218,10 @@ def test_hidden_states_are_gpt2s(ids):
     ours, gpt2 = pair(True, "gelu_new")
     mine = ours(ids, output_hidden_states=True).hidden_states
     theirs = gpt2(ids, output_hidden_states=True).hidden_states
-    assert len(mine) == len(theirs) == 3
-    for a, b in zip(mine[:-1], theirs[:-1], strict=True):
+    assert len(mine) == len(theirs) == 3  # what goes into each block, and what comes out of the last norm
+    for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-    torch.testing.assert_close(ours.lm_head(ours.transformer.ln_f(mine[-1])), gpt2(ids).logits, rtol=0, atol=1e-5)
     assert ours(ids).hidden_states is None
-
-
-@pytest.mark.xfail(strict=True, reason="ours is what goes into ln_f, transformers' models give what comes out of it")
-def test_the_last_hidden_state_is_normed_as_in_transformers(ids):
-    ours, gpt2 = pair(True, "gelu_new")
-    torch.testing.assert_close(ours(ids, output_hidden_states=True).hidden_states[-1],
-                               gpt2(ids, output_hidden_states=True).hidden_states[-1], rtol=0, atol=1e-5)
 
 
 def test_a_tuple_on_request(ids):
@@ -450,11 +442,11 @@ def test_a_process_without_the_package_loads_the_folder(tmp_path, ids):
 # ---- a shorter context
 
 
-def test_crop_block_size(refused, tmp_path, ids):
+def test_set_block_size(refused, tmp_path, ids):
     model = tiny(bias=True)
     full = model(ids).logits
     whole_size = model.num_parameters()
-    model.crop_block_size(10)
+    model.set_block_size(10)
     assert model.num_parameters() == whole_size - (T_MAX - 10) * 32
     torch.testing.assert_close(model(ids[:, :10]).logits, full[:, :10], rtol=0, atol=1e-5)
     with refused(ValueError, "11 tokens", "block_size=10"):
@@ -470,5 +462,5 @@ def test_crop_block_size(refused, tmp_path, ids):
 def test_crop_to_the_same_length_changes_nothing(ids):
     model = tiny()
     before = model(ids).logits
-    model.crop_block_size(T_MAX)
+    model.set_block_size(T_MAX)
     assert torch.equal(model(ids).logits, before)

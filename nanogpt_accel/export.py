@@ -1,0 +1,54 @@
+"""Write a model as a folder of a stock architecture, which any tool loads with no code of ours.
+
+    nanogpt-accel export runs/gpt2 --to my-gpt
+    nanogpt-accel export runs/odd --to my-gpt form=custom
+"""
+
+import sys
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from . import checkpoint, cli, interop
+
+
+class ExportOptions(BaseModel):
+    """The options of `export`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    to: str = Field("", description="the folder to write; it must not exist yet, or be empty")
+    form: Literal["stock", "custom"] = Field(
+        "stock", description="stock: GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM or NanoChatForCausalLM, "
+        "whichever computes exactly the same; custom: GPT with its model.py, for trust_remote_code=True")
+    vocab: Literal["cut", "keep"] = Field(
+        "cut", description="the rows of the vocabulary that only round it up: most tools want as many rows as the "
+        "tokenizer has symbols")
+
+
+def main(argv):
+    if cli.wants_help(argv):
+        return cli.show_help("nanogpt-accel export MODEL --to FOLDER [key=value ...]",
+                             "Write a model in a form that vLLM, llama.cpp, PEFT, TRL, lm-eval and `transformers "
+                             "serve` load. Its logits on a text are compared with the source's before it is done.\n"
+                             "MODEL is a run folder (its best checkpoint), a checkpoint folder, or any other model "
+                             "that `sample` takes.", {"options": ExportOptions})
+    target, given = cli.parse(argv, ExportOptions.model_fields)
+    options, problems, _ = cli.validate(ExportOptions, given)
+    if target is None:
+        problems.append("which model? nanogpt-accel export runs/NAME --to FOLDER")
+    if not options.to:
+        problems.append("where to? nanogpt-accel export runs/NAME --to FOLDER")
+    else:
+        problems += checkpoint.check_empty(options.to, "to")
+    if problems:
+        raise ValueError("\n".join(problems))
+    source = checkpoint.find_model(target, warn=lambda line: print(line, file=sys.stderr))
+    name, difference, tokens = interop.export(source, options.to, options.form, options.vocab == "keep",
+                                              report=lambda line: print(line, file=sys.stderr))
+    print(f"{options.to}: {name}, largest difference of a logit from {source} over {tokens:,} tokens: "
+          f"{difference:.1e}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, sys.argv[1:]))
