@@ -1,7 +1,8 @@
-"""Two things that torch leaves undone on CPUs, and that together make a small GPT's step a third shorter.
+"""What torch leaves undone on CPUs.
 
-Measured on 2 cores of an AMD EPYC with AVX-512, nanoGPT's CPU setting: 36 ms a step without them, 24 with.
-Neither changes what is computed, only in which order floats are summed.
+`tune`, for training, makes a small GPT's step a third shorter: 36 ms without it, 24 with, for nanoGPT's CPU setting
+on 2 cores of an AMD EPYC with AVX-512. `tune_generation` is for sampling.
+Nothing here changes what is computed, only in which order floats are summed.
 """
 
 import ctypes
@@ -29,6 +30,20 @@ def tune(model, accelerator, compile=False):
                 module.__class__ = OneDNNLinear  # the same parameters under the same names, another forward
         done.append("linear layers by oneDNN")
     return ", ".join(done)
+
+
+def tune_generation(model):
+    """Make a model on the CPU faster at one token at a time, in place; elsewhere leave it as it is. Not for training.
+
+    Then a linear layer is a matrix times a vector, which takes as long as it takes to read the matrix. MKL reads one
+    that widens 1.4 times as fast, and the head twice as fast, where the input dimension comes first in memory.
+    (Measured on 2 cores: 13 and 19 GB/s for 768 x 3072, float32.)
+    """
+    if model.device.type != "cpu":
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and module.out_features > module.in_features:
+            module.weight.data = module.weight.data.t().contiguous().t()  # the same matrix, laid out by columns
 
 
 def keep_memory():

@@ -49,6 +49,7 @@ def main(argv):
     model, info = interop.read_nanogpt(target, options.activation)
     dataset = (info["config"] or {}).get("dataset", "")
     tokenizer = find_tokenizer(options.tokenizer, Path(target), dataset, model.config.vocab_size)
+    interop.fit_to_tokenizer(model, tokenizer)
     loss = "unknown" if info["best_val_loss"] is None else f"{float(info['best_val_loss']):.4f} nats a token"
     facts = f"{info['iter_num']} steps, best validation loss {loss}"
     card = hub.model_card(Path(options.to).name, f"A GPT trained with nanoGPT on its data set `{dataset}`: {facts}.",

@@ -70,6 +70,7 @@ def load_model(folder, **changes):
 
     from .model import GPT, GPTConfig
 
+    _hush()
     config = read_config(folder)
     if config.get("model_type") == "nanogpt_accel":
         return GPT.from_pretrained(folder, dtype=torch.float32, **changes)
@@ -124,6 +125,13 @@ def read_nanogpt(path, activation="gelu"):
     return model, {key: content.get(key) for key in ("iter_num", "best_val_loss", "config")}
 
 
+def _hush():
+    """Keep transformers' progress bars from standing among our lines."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
 def _assemble(model_class, config, weights):
     """A model with these weights, without the time that it takes to draw others first.
 
@@ -138,6 +146,15 @@ def _assemble(model_class, config, weights):
     model.load_state_dict(weights | tied, assign=True)
     model.tie_weights()
     return model.requires_grad_().eval()
+
+
+def fit_to_tokenizer(model, tokenizer):
+    """Tell a model what its ids mean, in place: which one ends a text, where that is not known yet, and that rows of
+    the embedding which only round it up are no tokens, so that no `generate` draws them."""
+    for config in (model.config, model.generation_config):
+        if config.eos_token_id is None:
+            config.bos_token_id = config.eos_token_id = tokenizer.eot_id
+    model.generation_config.suppress_tokens = list(range(tokenizer.vocab_size, model.config.vocab_size)) or None
 
 
 # ---- folders for others
@@ -190,9 +207,8 @@ def write(model, to, form, *, tokenizer, card, rows=None):
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    _hush()
     to = Path(to)
     temporary = to.with_name(f".{to.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -241,6 +257,8 @@ def _save_stock(model, folder, form, rows, n_tokens):
             assert parameter.dim() == 1, name
             weights[name] = torch.full(parameter.shape, float(name.endswith("weight")))
     stock.config.dtype = torch.float32
+    if form != "gpt2":
+        stock.config.rope_theta = float(config["rope_theta"])  # transformers 4 reads it here, or silently takes 10,000
     stock.generation_config = GenerationConfig(
         bos_token_id=config["bos_token_id"], eos_token_id=config["eos_token_id"],
         suppress_tokens=list(range(n_tokens, rows)) or None)
@@ -353,7 +371,7 @@ def _stock_settings(form, config):
             common, n_positions=config["block_size"], n_layer=config["n_layer"], n_head=config["n_head"],
             n_embd=config["n_embd"], n_inner=config["n_inner"], activation_function=config["activation"],
             layer_norm_epsilon=config["norm_eps"], resid_pdrop=config["dropout"], embd_pdrop=config["dropout"],
-            attn_pdrop=config["dropout"])
+            attn_pdrop=config["dropout"], n_ctx=config["block_size"])  # n_ctx: llama.cpp's converter reads this name
     common |= dict(
         max_position_embeddings=config["block_size"], num_hidden_layers=config["n_layer"],
         num_attention_heads=config["n_head"], num_key_value_heads=config["n_kv_head"], head_dim=config["head_dim"],

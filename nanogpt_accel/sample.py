@@ -33,7 +33,7 @@ class SampleOptions(BaseModel):
     overflow: Literal["slide", "stop", "extend"] = Field(
         "slide", description="what happens at block_size. slide: go on with the last half of the text as context; "
         "stop: end the text there; extend: go on with positions that were not trained (rotary positions only)")
-    seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="of the draws; batch number i uses seed + i")
+    seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="of the draws; text number i uses seed + i")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
 
 
@@ -72,26 +72,28 @@ def main(argv):
 
     from transformers.utils import logging as transformers_logging
 
-    from . import launch
+    from . import cpu, launch
     from .generation import generate
 
     transformers_logging.disable_progress_bar()
     device = launch.pick_device(options.device)
     model = interop.load_model(folder).to(device)
+    cpu.tune_generation(model)
     # the same text is written num_samples times, then the next prompt's
     texts = [prompt for prompt in prompts for _ in range(options.num_samples)]
     for i in range(0, len(texts), options.batch_size):
         batch = texts[i:i + options.batch_size]
-        is_streamed = len(batch) == 1
-        if is_streamed:
-            print(batch[0], end="")
+        on_text = None
+        if len(batch) == 1:
+            on_text = lambda text: print(text, end="", flush=True)  # noqa: E731
+            on_text(batch[0])
         new_ids = generate(
-            model, [tokenizer.encode_prompt(text) for text in batch], vocab_size=tokenizer.vocab_size,
+            model, [tokenizer.encode_prompt(text) for text in batch],
+            seeds=range(options.seed + i, options.seed + i + len(batch)), vocab_size=tokenizer.vocab_size,
             max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
-            top_p=options.top_p, seed=options.seed + i // options.batch_size, overflow=options.overflow,
-            decode=tokenizer.decode, on_text=(lambda text: print(text, end="", flush=True)) if is_streamed else None)
+            top_p=options.top_p, overflow=options.overflow, decode=tokenizer.decode, on_text=on_text)
         for text, ids in zip(batch, new_ids, strict=True):
-            if not is_streamed:
+            if on_text is None:
                 print(text + tokenizer.decode(ids), end="")
             print("\n---------------", flush=True)
 

@@ -249,9 +249,13 @@ class Tokenizer:
     def save(self, folder, max_length=None):
         """Write tokenizer.json and tokenizer_config.json. max_length: the model's context in tokens."""
         # the class name works in transformers 4 and 5; a "clean-up" would drop spaces before commas in decode
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        # and transformers 4 would also give token_type_ids, which its GPT-2 adds to the embedding
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                  "model_input_names": ["input_ids", "attention_mask"]}
         if self.eot:
             config |= {"bos_token": self.eot, "eos_token": self.eot}
+        if self.eot and self.kind in ("gpt2", "bpe"):
+            config["unk_token"] = self.eot  # as OpenAI's has, though no byte is unknown; ctranslate2 asks for one
         if max_length:
             config["model_max_length"] = max_length
         files = {"tokenizer.json": self.text, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}

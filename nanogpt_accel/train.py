@@ -196,10 +196,11 @@ def train(recipe):
     console.say(f"model: {model_summary(raw_model)}")
     console.say(f"data: {data.folder}, {len(data.train):,} training and {len(data.val):,} validation tokens, "
                 f"{data.tokenizer.vocab_size:,} symbols")
-    console.say(f"batch: {batch_size} sequences of {block_size} tokens x {micro_batches} micro-batches (processes: "
-                f"{accelerator.num_processes}, of each: {micro_steps}) = {tokens_per_step:,} tokens a step; "
-                f"{max_iters:,} steps are {max_iters * tokens_per_step:,} tokens, "
-                f"{max_iters * tokens_per_step / len(data.train):.2f} epochs")
+    if not recipe.train.eval_only:
+        console.say(f"batch: {batch_size} sequences of {block_size} tokens x {micro_batches} micro-batches (processes: "
+                    f"{accelerator.num_processes}, of each: {micro_steps}) = {tokens_per_step:,} tokens a step; "
+                    f"{max_iters:,} steps are {max_iters * tokens_per_step:,} tokens, "
+                    f"{max_iters * tokens_per_step / len(data.train):.2f} epochs")
     console.say(", ".join(filter(None, (
         f"device: {metrics.device_name(device)}", f"mixed precision {accelerator.mixed_precision}",
         f"attention {raw_model.config._attn_implementation}", tuned,
@@ -343,14 +344,12 @@ def make_model(recipe, tokenizer, source):
 
     if source is None:
         multiple = recipe.model.pad_vocab_to_multiple_of
-        model = GPT(GPTConfig(
-            vocab_size=-(-tokenizer.vocab_size // multiple) * multiple, dropout=recipe.model.dropout,
-            bos_token_id=tokenizer.eot_id, eos_token_id=tokenizer.eot_id, **recipe.shape))
+        model = GPT(GPTConfig(vocab_size=-(-tokenizer.vocab_size // multiple) * multiple,
+                              dropout=recipe.model.dropout, **recipe.shape))
     else:
         model = interop.load_model(source, dropout=recipe.model.dropout)
         model.set_block_size(recipe.model.block_size)
-    # rows of the embedding that only round it up are no tokens: no `generate` may draw them
-    model.generation_config.suppress_tokens = list(range(tokenizer.vocab_size, model.config.vocab_size)) or None
+    interop.fit_to_tokenizer(model, tokenizer)
     return model
 
 
@@ -396,9 +395,9 @@ def finish(recipe, data, model, console):
         console.say(f"\nA sample of {recipe.train.sample_tokens} tokens:\n{'-' * 60}")
         console.write(recipe.train.sample_prompt)
         model.eval()
-        generate(model, data.tokenizer.encode_prompt(recipe.train.sample_prompt), data.tokenizer.decode, console.write,
+        generate(model, [data.tokenizer.encode_prompt(recipe.train.sample_prompt)], seeds=[recipe.seed],
                  vocab_size=data.tokenizer.vocab_size, max_new_tokens=recipe.train.sample_tokens, temperature=0.8,
-                 top_k=200, seed=recipe.seed)
+                 top_k=200, decode=data.tokenizer.decode, on_text=console.write)
         console.say(f"\n{'-' * 60}")
     prompt = json.dumps(recipe.train.sample_prompt.strip() or "The", ensure_ascii=False)
     console.say(f"\nThe run is in {out_dir}: metrics.jsonl, loss.png and checkpoints. To try next:\n"
