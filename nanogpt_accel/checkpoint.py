@@ -175,7 +175,7 @@ def check_folder(folder):
 def check_empty(folder, key):
     """Whether a folder can be made and written to, and holds nothing yet: a list of problems. key: for the message."""
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(file.name != ".tmp" for file in folder.iterdir()):  # (of an export that was killed)
         return [f"{key}={folder}: holds something already; give a folder that does not exist yet, or is empty"]
     return check_writable(folder, key)
 

@@ -70,7 +70,9 @@ def evaluate(target, recipe, block_size=None, as_json=False):
     config = interop.read_config(folder)
     block_size = block_size or config["block_size"]
     data = dataset.ready(recipe.data, launch.is_main(), report=warn)
-    problems = dataset.require_tokenizer(data, folder, key=target) + dataset.require_block(data, block_size)
+    problems = (dataset.require_tokenizer(data, folder, key=target)
+                or interop.check_tokenizer(data.tokenizer, config, folder))
+    problems += dataset.require_block(data, block_size)
     if config["position"] == "learned" and block_size > config["block_size"]:
         problems.append(f"block_size={block_size}: {folder} reads at most {config['block_size']} tokens")
     if problems:

@@ -7,8 +7,8 @@ A model is named USER/NAME, or USER/NAME@REVISION for a branch, a tag or a commi
 import os
 import re
 import shutil
-import tempfile
 import threading
+import time
 from pathlib import Path
 
 _MODEL_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
@@ -29,7 +29,9 @@ def download(model_id):
         ValueError: it cannot be had; the message says why and what helps.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # what it warns of is either no trouble or an error below
     match = _MODEL_ID.fullmatch(model_id)
     fetch = {"repo_id": match["repo"], "revision": match["revision"], "ignore_patterns": ["*/*"]}
     try:
@@ -43,7 +45,7 @@ def download(model_id):
 
 def check_push(model_id, key):
     """What is wrong with a push as far as that is known without a network: a list of problems. key: for the message."""
-    from huggingface_hub import get_token
+    from huggingface_hub import get_token, is_offline_mode
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     problems = []
@@ -53,8 +55,9 @@ def check_push(model_id, key):
         problems.append(f"{key}={model_id}: not a name that the Hub takes, which is USER/NAME ({error})")
     if get_token() is None:
         problems.append(f"{key}={model_id}: there is no token to push with: run `hf auth login`, or set HF_TOKEN")
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-        problems.append(f"{key}={model_id}: HF_HUB_OFFLINE is set, so nothing can be pushed; unset it")
+    if is_offline_mode():
+        problems.append(f"{key}={model_id}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing can be pushed; "
+                        "unset it")
     return problems
 
 
@@ -69,8 +72,8 @@ def create(model_id, private=False, branch=None):
     try:
         api = HfApi()
         repo = api.create_repo(model_id, private=private, exist_ok=True).repo_id
-        if branch:
-            api.create_branch(repo, branch=branch, exist_ok=True)
+        # create_repo is content with a repository that this token may only read; this is not, for main too
+        api.create_branch(repo, branch=branch or "main", exist_ok=True)
         return repo
     except Exception as error:
         kind = PermissionError if _is_refusal(error) else ConnectionError
@@ -79,8 +82,6 @@ def create(model_id, private=False, branch=None):
 
 def upload(folder, repo, message, branch=None):
     """Push a model folder as one commit; files that the Hub holds already are not sent again.
-
-    state/, which only resuming needs, stays here.
 
     Returns:
         The commit's address.
@@ -91,8 +92,8 @@ def upload(folder, repo, message, branch=None):
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().upload_folder(repo_id=repo, folder_path=folder, revision=branch, commit_message=message,
-                                     ignore_patterns=["state/*", ".*"]).commit_url
+        commit = HfApi().upload_folder(repo_id=repo, folder_path=folder, revision=branch, commit_message=message)
+        return commit.commit_url
     except Exception as error:
         kind = PermissionError if _is_refusal(error) else ConnectionError
         raise kind(f"{repo}: {_reason(error)}") from None
@@ -124,13 +125,13 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 """
 
 
-def converted_card(source, needs_code):
-    """The card of a model that was converted: the source folder's where this toolkit wrote it, else a short one."""
+def converted_card(source, name, needs_code):
+    """The card of a model that was converted: the source folder's where this toolkit wrote it, else a short one with
+    `name` as its title."""
     own = Path(source) / "README.md"
     text = own.read_text(encoding="utf-8") if own.is_file() else ""
     if "tags: [nanogpt_accel]" not in text:
-        name = Path(source).name
-        return model_card(name, f"The weights of `{name}`, written by nanogpt_accel.", needs_code)
+        return model_card(name, "Weights that nanogpt_accel converted from another form.", needs_code)
     plain, with_code = "ForCausalLM.from_pretrained(path)", "ForCausalLM.from_pretrained(path, trust_remote_code=True)"
     return text.replace(plain, with_code) if needs_code else text.replace(with_code, plain)
 
@@ -145,28 +146,30 @@ class BackgroundPush:
     def __init__(self, repo, folder, warn, private=False, branch=None):
         """repo: on the Hub, made where it is missing. folder: of the run; the links stand in it. warn: takes a line."""
         self.repo, self.private, self.branch, self.warn = repo, private, branch, warn
-        self.has_failed = False  # whether the last push did
+        self.pushed = None  # the checkpoint that the Hub holds now, as far as this process knows
         self._folder = Path(folder)
         self._lock = threading.Lock()
-        self._waiting = None  # (folder of links, message)
+        self._waiting = None  # (folder of links, checkpoint, message)
         self._worker = None
         for leftover in self._folder.glob(".push-*"):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
 
     def push(self, checkpoint, message):
         """Push a checkpoint folder as soon as the one before it is through; returns at once."""
+        links = self._folder / f".push-{Path(checkpoint).name}-{time.monotonic_ns()}"
         try:
-            links = Path(tempfile.mkdtemp(prefix=".push-", dir=self._folder))
+            links.mkdir()
             for file in Path(checkpoint).iterdir():
                 if file.is_file():
                     _link(file, links / file.name)
         except OSError as error:
+            shutil.rmtree(links, ignore_errors=True)
             self._fail(message, error)
             return
         with self._lock:
             if self._waiting is not None:
                 shutil.rmtree(self._waiting[0], ignore_errors=True)
-            self._waiting = (links, message)
+            self._waiting = (links, Path(checkpoint), message)
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, daemon=True)
                 self._worker.start()
@@ -176,7 +179,6 @@ class BackgroundPush:
         worker = self._worker
         if worker is not None:
             worker.join(PATIENCE)
-            self.has_failed |= worker.is_alive()
 
     def _work(self):
         while True:
@@ -184,18 +186,17 @@ class BackgroundPush:
                 if self._waiting is None:
                     self._worker = None
                     return
-                (links, message), self._waiting = self._waiting, None
+                (links, checkpoint, message), self._waiting = self._waiting, None
             try:
                 self.repo = create(self.repo, self.private, self.branch)
                 upload(links, self.repo, message, self.branch)
-                self.has_failed = False
+                self.pushed = checkpoint
             except OSError as error:
                 self._fail(message, error)
             finally:
                 shutil.rmtree(links, ignore_errors=True)
 
     def _fail(self, message, error):
-        self.has_failed = True
         self.warn(f"warning: not pushed, the next checkpoint tries again: {message}: {error}")
 
 

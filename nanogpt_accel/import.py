@@ -24,7 +24,7 @@ class ImportOptions(BaseModel):
     tokenizer: str = Field("auto", description="gpt2, a nanoGPT meta.pkl, or a folder that holds a tokenizer.json; "
                            "auto: nanoGPT's data/DATASET/meta.pkl beside the checkpoint's folder, else gpt2")
     activation: Literal["gelu", "gelu_new"] = Field(
-        "gelu", description="gelu: nanoGPT since June 2023; gelu_new: checkpoints of older versions")
+        "gelu", description="gelu: nanoGPT since May 2023; gelu_new: checkpoints of older versions")
 
 
 def main(argv):
@@ -47,10 +47,13 @@ def main(argv):
         raise ValueError("\n".join(problems))
 
     model, info = interop.read_nanogpt(target, options.activation)
-    dataset = (info["config"] or {}).get("dataset", "")
+    dataset = str(info["config"].get("dataset", "")) if isinstance(info["config"], dict) else ""
     tokenizer = find_tokenizer(options.tokenizer, Path(target), dataset, model.config.vocab_size)
     interop.fit_to_tokenizer(model, tokenizer)
-    loss = "unknown" if info["best_val_loss"] is None else f"{float(info['best_val_loss']):.4f} nats a token"
+    try:
+        loss = f"{float(info['best_val_loss']):.4f} nats a token"
+    except (TypeError, ValueError, RuntimeError):  # the file holds none, or not a number
+        loss = "unknown"
     facts = f"{info['iter_num']} steps, best validation loss {loss}"
     card = hub.model_card(Path(options.to).name, f"A GPT trained with nanoGPT on its data set `{dataset}`: {facts}.",
                           needs_code=True)

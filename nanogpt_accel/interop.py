@@ -7,6 +7,7 @@ A `config` here is a dictionary with the fields of GPTConfig. A form is transfor
 
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -50,6 +51,11 @@ def read_config(folder):
         config["n_kv_head"] = config["n_kv_head"] or config["n_head"]
         config["head_dim"] = config["head_dim"] or config["n_embd"] // config["n_head"]
         config["n_inner"] = config["n_inner"] or 4 * config["n_embd"]
+        for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"):
+            if not isinstance(config[key], int) or config[key] < 1:
+                raise ValueError(f"{key}={config[key]!r} is no shape of a model")
+    except TypeError:
+        raise ValueError(f"{folder}: config.json of type {kind} holds a shape that is no number") from None
     except KeyError as error:
         raise ValueError(f"{folder}: config.json of type {kind} lacks {error.args[0]}") from None
     except ValueError as error:
@@ -64,21 +70,17 @@ def load_model(folder, **changes):
     changes: fields of the config to set, such as dropout.
 
     Raises:
-        ValueError: a family or a switch that GPT does not cover.
+        ValueError: a family or a switch that GPT does not cover, or weights that do not fit the config.
     """
-    import torch
+    from transformers import AutoModelForCausalLM
 
     from .model import GPT, GPTConfig
 
-    _hush()
     config = read_config(folder)
     if config.get("model_type") == "nanogpt_accel":
-        return GPT.from_pretrained(folder, dtype=torch.float32, **changes)
-
-    from transformers import AutoModelForCausalLM
-
+        return _load_whole(GPT, folder, **changes)
     # transformers knows the shards, the old names and the old files of its own models
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    stock = _load_whole(AutoModelForCausalLM, folder)
     weights = {name: parameter.detach() for name, parameter in stock.named_parameters()}
     # zero biases are how `export` writes that there are none
     config["bias"] = any(tensor.any() for name, tensor in weights.items() if name.endswith(".bias"))
@@ -96,8 +98,6 @@ def read_nanogpt(path, activation="gelu"):
     Raises:
         ValueError: no such checkpoint. What a pickle could do besides holding tensors and plain values is refused.
     """
-    import pickle
-
     import torch
 
     from .model import GPT, GPTConfig
@@ -105,11 +105,10 @@ def read_nanogpt(path, activation="gelu"):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error: ")[-1].splitlines()[0]
-        raise ValueError(f"{path}: refused, for more than tensors and plain values is in it ({reason})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: not a file that torch.save wrote ({reason})") from None
+        raise ValueError(f"{path}: refused, for more than tensors and plain values is in it "
+                         f"({_first_line(error)})") from None
+    except Exception as error:  # torch raises almost anything for a file that is not what it should be
+        raise ValueError(f"{path}: not a file that torch.save wrote ({_first_line(error)})") from error
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ValueError(f"{path}: not a checkpoint of nanoGPT's train.py: no `model` and `model_args` in it")
     try:
@@ -119,17 +118,40 @@ def read_nanogpt(path, activation="gelu"):
         for name in [name for name in weights if name.endswith(".attn.bias")] + ["lm_head.weight"]:
             weights.pop(name, None)  # the causal mask of older versions; and the head, which is the embedding
         model = _assemble(GPT, config, weights)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: its weights do not fit its model_args ({reason})") from None
+    except Exception as error:  # in such a file anything may stand under these names
+        raise ValueError(f"{path}: its weights do not fit its model_args ({_first_line(error)})") from error
     return model, {key: content.get(key) for key in ("iter_num", "best_val_loss", "config")}
 
 
-def _hush():
-    """Keep transformers' progress bars from standing among our lines."""
-    from transformers.utils import logging as transformers_logging
+def _first_line(error):
+    """The reason that an error gives, in one line of bearable length."""
+    text = str(error).split("WeightsUnpickler error: ")[-1].split("Re-running `torch.load`")[0]
+    return " ".join(text.split())[:200] or type(error).__name__
 
-    transformers_logging.disable_progress_bar()
+
+def _load_whole(model_class, folder, **changes):
+    """from_pretrained in float32, but weights that do not fit are an error; by itself it draws random ones in the place
+    of what is missing, and leaves out what is too many."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it would stand among our lines
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # and its table of what is missing is said in our words
+    try:
+        model, info = model_class.from_pretrained(folder, dtype=torch.float32, local_files_only=True,
+                                                  ignore_mismatched_sizes=True, output_loading_info=True, **changes)
+    except Exception as error:  # transformers raises almost anything for files that are not what they should be
+        raise ValueError(f"{folder}: cannot be loaded: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    wrong = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if model.config.model_type == "nanogpt_accel":  # others' files may hold tables that are of no use any more
+        wrong |= set(info["unexpected_keys"])
+    if wrong:
+        raise ValueError(f"{folder}: model.safetensors does not fit config.json, for what is missing, too many or of "
+                         f"another shape there: {', '.join(sorted(wrong)[:3])}{', ...' if len(wrong) > 3 else ''}")
+    return model.eval()
 
 
 def _assemble(model_class, config, weights):
@@ -145,7 +167,15 @@ def _assemble(model_class, config, weights):
     tied = {"lm_head.weight": weights["transformer.wte.weight"]} if config.tie_word_embeddings else {}
     model.load_state_dict(weights | tied, assign=True)
     model.tie_weights()
-    return model.requires_grad_().eval()
+    return model.eval()
+
+
+def check_tokenizer(tokenizer, config, folder):
+    """Whether the model of a folder has a row for each symbol, as a list of problems."""
+    if tokenizer.vocab_size <= config["vocab_size"]:
+        return []
+    return [f"{folder}: its tokenizer has {tokenizer.vocab_size:,} symbols, but the model only "
+            f"{config['vocab_size']:,} rows for them: one of the two belongs to another model"]
 
 
 def fit_to_tokenizer(model, tokenizer):
@@ -175,6 +205,8 @@ def export(source, to, form, keep_padding=False, report=print):
         ValueError: no stock architecture computes what the model does; the message names the switches in the way.
     """
     source, config, tokenizer = Path(source), read_config(source), Tokenizer.load(source)
+    if problems := check_tokenizer(tokenizer, config, source):
+        raise ValueError(problems[0])
     if form == "stock":
         form, obstacles = stock_form(config)
         if obstacles:
@@ -182,7 +214,7 @@ def export(source, to, form, keep_padding=False, report=print):
                              f"{', '.join(obstacles)}: form=custom writes the model with its own model.py, for "
                              "trust_remote_code=True")
     report(f"{source}: {config['n_layer']} layers, written as {FORMS.get(form, 'GPT')}")
-    card = hub.converted_card(source, needs_code=form == "custom")
+    card = hub.converted_card(source, Path(to).name, needs_code=form == "custom")
     difference, tokens = write(load_model(source), to, form, tokenizer=tokenizer, card=card,
                                rows=None if keep_padding else tokenizer.vocab_size)
     return FORMS.get(form, "GPT"), difference, tokens
@@ -207,12 +239,13 @@ def write(model, to, form, *, tokenizer, card, rows=None):
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    _hush()
-    to = Path(to)
-    temporary = to.with_name(f".{to.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    logging.disable_progress_bar()
+    to, existed = Path(to), Path(to).exists()
+    temporary = to / ".tmp"
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
         temporary.mkdir(parents=True)
         if form == "custom":
             rows = model.config.vocab_size
@@ -223,20 +256,24 @@ def write(model, to, form, *, tokenizer, card, rows=None):
         tokenizer.save(temporary, max_length=model.config.block_size)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
-        loaded = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32, local_files_only=True).eval()
+        loaded = _load_whole(AutoModelForCausalLM, temporary)
         ids = torch.from_numpy(_probe(tokenizer, min(model.config.block_size, 1024)))[None]  # (1, T)
         with torch.no_grad():
             ours, theirs = model(ids).logits[..., :rows], loaded(ids).logits
+        if not ours.isfinite().all():
+            raise ValueError(f"{to}: nothing was written, for the source's own logits are no numbers (nan or inf)")
         difference = (ours - theirs).abs().max().item()
-        if not difference <= 1e-5 * max(1.0, ours.abs().max().item()):  # nan counts as different
+        if not difference <= 1e-5 * max(1.0, ours.abs().max().item()):
             raise RuntimeError(f"{to}: the model as written differs from its source by {difference}; it was not kept")
-        if to.exists():
-            to.rmdir()
-        os.rename(temporary, to)
+        # config.json last: without it a folder is no model yet
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, to / file.name)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{to}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not existed and to.exists() and not any(to.iterdir()):
+            to.rmdir()
     return difference, ids.numel()
 
 

@@ -79,8 +79,9 @@ class GPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        if self.head_dim is None and self.n_embd % self.n_head == 0:
+            self.head_dim = self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
-        self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_inner = self.n_inner or 4 * self.n_embd
         super().__post_init__(**kwargs)
 
@@ -90,7 +91,7 @@ class GPTConfig(PreTrainedConfig):
         Raises:
             ValueError: a shape that no GPT can have.
         """
-        if self.n_head * self.head_dim != self.n_embd and self.head_dim == self.n_embd // self.n_head:
+        if self.head_dim is None:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.n_head % self.n_kv_head != 0:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")

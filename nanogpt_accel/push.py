@@ -51,7 +51,9 @@ def main(argv):
         repo = hub.create(targets[1], options.private, options.branch)
         name, difference, _ = interop.export(source, to, options.form, keep_padding=False, report=report)
         report(f"{name}, largest difference of a logit from {source}: {difference:.1e}")
-        print(hub.upload(to, repo, f"{Path(targets[0]).name}, {source.name}", options.branch))
+        local = Path(targets[0])
+        title = f"{local.resolve().name}, {source.name}" if local.is_dir() else f"the model of {targets[0]}"
+        print(hub.upload(to, repo, title, options.branch))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def main(argv):
 
     folder = checkpoint.find_model(target, warn=lambda line: print(line, file=sys.stderr))
     tokenizer, config = Tokenizer.load(folder), interop.read_config(folder)
+    problems += interop.check_tokenizer(tokenizer, config, folder)
     key = "prompts" if options.prompts else "prompt"
     for prompt in prompts:
         problems += tokenizer.check_prompt(prompt, config["block_size"], key)

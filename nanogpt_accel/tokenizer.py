@@ -78,7 +78,14 @@ class Tokenizer:
     @cached_property
     def _bpe(self):
         """Of a byte-level BPE: the same as a tiktoken Encoding, if it can be one; made for the first text."""
-        return _tiktoken(json.loads(self.text), self.eot) if self.kind in ("gpt2", "bpe") else None
+        if self.kind not in ("gpt2", "bpe"):
+            return None
+        # tiktoken joins any two that make a symbol, the tokenizers library only what its merges name. That is the same
+        # where the merges make every symbol out of its own bytes; GPT-2's two implementations are known to agree
+        makes = self._backend.model.tokenize
+        if self.kind == "bpe" and any(len(makes(symbol)) != 1 for symbol in self.vocab if symbol != self.eot):
+            return None
+        return _tiktoken(json.loads(self.text), self.eot)
 
     @classmethod
     def gpt2(cls):

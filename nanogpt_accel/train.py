@@ -93,8 +93,9 @@ def open_data(recipe):
                             f"folder it began with, or begin a new run with init_from={source} and another out_dir")
     elif init_from != "scratch":
         source = checkpoint.find_model(init_from)
-        problems += dataset.require_tokenizer(data, source, key=f"model.init_from={init_from}")
         config = interop.read_config(source)
+        problems += (dataset.require_tokenizer(data, source, key=f"model.init_from={init_from}")
+                     or interop.check_tokenizer(data.tokenizer, config, source))
         longest = config["block_size"]
         if config["position"] == "learned" and block_size > longest:
             problems.append(f"model.block_size={block_size}: {source} reads at most {longest} tokens; "
@@ -114,6 +115,7 @@ def train(recipe):
         ValueError: something in the recipe cannot be done here.
         FloatingPointError: the loss is no longer a number; the message names the step and the last checkpoint.
     """
+    repository = ask_hub(recipe)
     data, source = open_data(recipe)
     out_dir, is_resumed = Path(recipe.out_dir), recipe.model.init_from == "resume"
 
@@ -188,7 +190,9 @@ def train(recipe):
         if is_main:
             checkpoint.begin(out_dir, as_it_ran(recipe, data).to_yaml(), is_resumed)
             log = metrics.MetricsLog(out_dir / "metrics.jsonl", resume_step=first_step if is_resumed else None)
-            pusher = start_pushing(recipe, out_dir, console)
+            if repository is not None:
+                pusher = hub.BackgroundPush(repository, out_dir, console.say, recipe.hub.hub_private,
+                                            recipe.hub.hub_branch)
         accelerator.wait_for_everyone()
         launch.start_trackers(accelerator, recipe.tracking.project, recipe.flat(),
                               name=recipe.tracking.run_name or out_dir.name, folder=out_dir)
@@ -406,32 +410,37 @@ def finish(recipe, data, model, console):
                 f"  nanogpt-accel train {out_dir} max_iters={2 * recipe.train.max_iters}")
 
 
-def start_pushing(recipe, out_dir, console):
-    """What pushes the checkpoints of this run to the Hub, or None where the recipe does not ask for it.
+def ask_hub(recipe):
+    """The repository that the checkpoints go to, made where it is missing; None where the recipe asks for no push, and
+    on all processes but the main one.
 
     Raises:
         PermissionError: the Hub does not let this token push there.
     """
-    if not recipe.hub.push_to_hub:
+    wanted = recipe.hub
+    if not wanted.push_to_hub or recipe.train.eval_only or not launch.is_main():
         return None
-    repo = recipe.hub.hub_model_id or out_dir.name
+    repository = wanted.hub_model_id or Path(recipe.out_dir).name
     try:
-        repo = hub.create(repo, recipe.hub.hub_private, recipe.hub.hub_branch)
+        return hub.create(repository, wanted.hub_private, wanted.hub_branch)
     except ConnectionError as error:
-        console.say(f"warning: {error}; the run goes on, and every checkpoint tries again")
-    return hub.BackgroundPush(repo, out_dir, console.say, recipe.hub.hub_private, recipe.hub.hub_branch)
+        print(f"warning: {error}; the run goes on, and every checkpoint tries again")
+        return repository
 
 
 def finish_pushing(pusher, out_dir, best_step, console):
     """Wait for what is on its way; the best checkpoint is what stays on top."""
     console.say(f"waiting for the Hub to take {out_dir.name}")
-    best = None if best_step is None else checkpoint.checkpoint_path(out_dir, best_step)
-    if best is not None and best.exists() and best != checkpoint.checkpoints(out_dir)[-1]:
-        pusher.wait()
-        pusher.push(best, f"{out_dir.name}, step {best_step}, the best one")
     pusher.wait()
-    console.say(f"not everything is on the Hub: nanogpt-accel push {out_dir} {pusher.repo}" if pusher.has_failed else
-                f"the Hub has it: {pusher.repo}")
+    best = None if best_step is None else checkpoint.checkpoint_path(out_dir, best_step)
+    top = best if best is not None and best.exists() else checkpoint.checkpoints(out_dir)[-1]
+    if pusher.pushed != top:
+        step = checkpoint.read_trainer(top)["step"]
+        pusher.push(top, f"{out_dir.name}, step {step}{', the best one' if top == best else ''}")
+        pusher.wait()
+    command = (f"nanogpt-accel push {out_dir} {pusher.repo} form=custom" + " private=true" * pusher.private
+               + (f" branch={pusher.branch}" if pusher.branch else ""))
+    console.say(f"the Hub has it: {pusher.repo}" if pusher.pushed == top else f"the Hub has not got it: {command}")
 
 
 if __name__ == "__main__":

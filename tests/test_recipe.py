@@ -1,10 +1,13 @@
 """recipe.py: what a recipe may say, which value wins, and that everything wrong is said at once."""
 
+import dataclasses
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from pydantic import ValidationError
 
 from nanogpt_accel import cli
@@ -75,6 +78,88 @@ def test_the_defaults_are_nanogpts():
     # each other key of nanoGPT is a key here too, or explained
     assert set(NANOGPT_OTHERS) - set(SECTION_OF) == set(NANOGPT_KEYS)
     assert not set(NANOGPT_KEYS) & set(SECTION_OF)
+
+
+# ---- the shape of the model
+
+
+def test_the_models_defaults_are_gpt_configs():
+    """The two lists of defaults are written down in two files, so that a recipe is read without torch."""
+    from nanogpt_accel.model import GPTConfig
+
+    config, model = GPTConfig(), load().model
+    fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
+    shared = fields.keys() & SECTIONS["model"].model_fields.keys()
+    assert len(shared) == 19 and shared >= load().shape.keys()  # what goes into a GPTConfig is a field of it
+    assert {key: getattr(model, key) for key in shared} == {key: fields[key] for key in shared}
+    assert {key: getattr(config, key) for key in load().shape} == load().shape
+
+
+def test_the_shape_is_resolved_as_gpt_config_does_it():
+    from nanogpt_accel.model import GPTConfig
+
+    given = {"n_layer": "3", "n_head": "6", "n_embd": "96", "position": "rotary", "norm": "rmsnorm"}
+    shape = load(**given).shape
+    assert (shape["n_kv_head"], shape["head_dim"], shape["n_inner"]) == (6, 16, 384)
+    set_ones = {"n_kv_head": "2", "head_dim": "20", "n_inner": "256", "qk_norm": "true", "logit_softcap": "15"}
+    other = load(**given, **set_ones).shape
+    assert (other["n_kv_head"], other["head_dim"], other["n_inner"]) == (2, 20, 256)
+    for resolved in (shape, other):
+        config = GPTConfig(vocab_size=100, **resolved)
+        assert {key: getattr(config, key) for key in resolved} == resolved
+    # what is not of the shape, and may change from run to run
+    assert not {"init_from", "dropout", "pad_vocab_to_multiple_of"} & shape.keys()
+    assert load(**given, n_kv_head="none", head_dim="none", n_inner="none").shape == load(**given).shape
+
+
+def test_yaml_says_none_of_the_widths():
+    for nothing in ("none", "null", "~", "", "None"):
+        model = load(f"model:\n  n_kv_head: {nothing}\n  head_dim: {nothing}\n  n_inner: {nothing}\n"
+                     f"  logit_softcap: {nothing}\n").model
+        assert (model.n_kv_head, model.head_dim, model.n_inner, model.logit_softcap) == (None,) * 4
+
+
+@pytest.mark.parametrize(("given", "words", "remedies"), [
+    ({"n_head": 12, "n_kv_head": 5}, ["model.n_head=12", "model.n_kv_head=5", "take n_kv_head=1 or 2 or 3 or 4 or 6"],
+     [{"n_kv_head": n} for n in (1, 2, 3, 4, 6, 12)]),
+    ({"n_head": 4, "n_kv_head": 8}, ["model.n_head=4", "model.n_kv_head=8", "n_kv_head=1 or 2 or 4"],
+     [{"n_kv_head": n} for n in (1, 2, 4)]),
+    ({"n_embd": 36, "position": "rotary"}, ["model.head_dim=3:", "position=rotary", "even", "(n_embd / n_head)"],
+     [{"n_embd": 48}, {"position": "learned"}, {"head_dim": 4}]),
+    ({"head_dim": 63, "position": "rotary"}, ["model.head_dim=63:", "position=rotary", "even"], [{"head_dim": 64}]),
+    ({"n_embd": 100}, ["model.n_embd=100", "model.n_head=12", "take n_embd=108", "another n_head"],
+     [{"n_embd": 108}, {"n_head": 10}, {"head_dim": 16}]),
+])
+def test_shapes_that_no_gpt_has(given, words, remedies):
+    """One message, and what it says helps."""
+    from nanogpt_accel.model import GPTConfig
+
+    (line,) = problems(**{key: str(number) for key, number in given.items()})
+    assert all(word in line for word in words) and ("(n_embd / n_head)" in line) == ("(n_embd / n_head)" in words)
+    with pytest.raises(StrictDataclassClassValidationError):
+        GPTConfig(**given)
+    for remedy in remedies:
+        GPTConfig(**load(**{key: str(number) for key, number in (given | remedy).items()}).shape)
+
+
+@pytest.mark.parametrize("n_embd", [12, 14, 30])
+def test_what_a_recipe_takes_a_gpt_has(n_embd):
+    from nanogpt_accel.model import GPTConfig
+
+    unlike = []
+    for n_head, n_kv_head, head_dim, position in itertools.product(
+            (2, 4), (None, 1, 2, 3), (None, 4, 7), ("learned", "rotary")):
+        shape = {"n_embd": n_embd, "n_head": n_head, "n_kv_head": n_kv_head, "head_dim": head_dim, "position": position}
+        taken = []
+        for make in (lambda: load(**shape), lambda: GPTConfig(**shape)):  # noqa: B023 (called at once)
+            try:
+                make()
+                taken.append(True)
+            except (ValueError, StrictDataclassClassValidationError):
+                taken.append(False)
+        if taken[0] != taken[1]:
+            unlike.append(shape)
+    assert unlike == []
 
 
 # ---- the recipes of the repository
@@ -197,6 +282,11 @@ def test_what_is_not_given_follows_from_what_is():
     ("trackers", "none", []), ("trackers", "", []), ("trackers", "[]", []), ("trackers", "wandb", ["wandb"]),
     ("trackers", "wandb,tensorboard", ["wandb", "tensorboard"]),
     ("trackers", "[wandb, tensorboard]", ["wandb", "tensorboard"]),
+    ("n_kv_head", "none", None), ("head_dim", "null", None), ("n_inner", "None", None), ("logit_softcap", "none", None),
+    ("n_kv_head", "4", 4), ("head_dim", "64", 64), ("n_inner", "2_048", 2048), ("logit_softcap", "15", 15.0),
+    ("rope_theta", "1e6", 1e6), ("norm_eps", "1e-6", 1e-6), ("norm", "rmsnorm", "rmsnorm"), ("qk_norm", "yes", True),
+    ("position", "rotary", "rotary"), ("activation", "swiglu", "swiglu"), ("tie_word_embeddings", "false", False),
+    ("norm_weight", "no", False), ("embd_norm", "true", True),
     ("device", "cuda:3", "cuda:3"), ("sample_prompt", "true", "true"), ("corpus", "none", "none"),
 ])
 def test_text_is_read_by_the_declared_type(key, text, expected):
@@ -245,6 +335,15 @@ def test_yaml_lists_numbers_and_nothing():
     ("compile", "maybe", "train.compile=maybe: must be 'auto'"),
     ("seed", "-1", "seed=-1: must be greater than or equal to 0"),
     ("val_fraction", "1", "data.val_fraction=1: must be less than 1"),
+    ("n_kv_head", "0", "model.n_kv_head=0: must be greater than or equal to 1"),
+    ("n_inner", "wide", "model.n_inner=wide: must be a whole number"),
+    ("norm", "batchnorm", "model.norm=batchnorm: must be 'layernorm' or 'rmsnorm'"),
+    ("position", "alibi", "model.position=alibi: must be 'learned' or 'rotary'"),
+    ("activation", "silu", "model.activation=silu: must be 'gelu', 'gelu_new', 'relu2' or 'swiglu'"),
+    ("logit_softcap", "0", "model.logit_softcap=0: must be greater than 0"),
+    ("rope_theta", "0", "model.rope_theta=0: must be greater than 0"),
+    ("norm_eps", "0", "model.norm_eps=0: must be greater than 0"),
+    ("qk_norm", "maybe", "model.qk_norm=maybe: must be a valid boolean"),
     ("vocab_size", "256", "data.vocab_size=256: must be greater than or equal to 257"),
 ])
 def test_a_value_that_is_refused(key, text, words):

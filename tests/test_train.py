@@ -1,7 +1,6 @@
 """train from end to end, and what sample and evaluate make of its runs."""
 
 import contextlib
-import http.server
 import io
 import itertools
 import json
@@ -10,9 +9,6 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
@@ -23,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import nanogpt_accel
 from nanogpt_accel import metrics
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.metrics import read_metrics
@@ -468,71 +463,3 @@ def test_json_is_all_that_evaluate_prints(capfd, monkeypatch, workplace, run, tm
     captured = capfd.readouterr()
     assert captured.out.count("\n") == 1 and "val_loss" in json.loads(captured.out)
     assert "MB of text" in captured.err
-
-
-# ---- the Hub
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as a download needs. models: {repository: folder}."""
-
-    models, asked, sha = {}, [], "0123456789abcdef" * 2 + "01234567"
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        self.asked.append(self.path)
-        path = self.path.split("?")[0].strip("/")
-        for name, folder in self.models.items():
-            files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-            if path in (f"api/models/{name}", f"api/models/{name}/revision/main"):
-                return self.answer(json.dumps({"id": name, "modelId": name, "sha": self.sha, "private": False,
-                                               "tags": [], "siblings": [{"rfilename": f} for f in files]}).encode())
-            if path == f"api/models/{name}/tree/{self.sha}":
-                return self.answer(json.dumps([{"type": "file", "path": f, "oid": self.sha, "size": os.path.getsize(
-                    folder / f)} for f in files]).encode())
-            for file in files:
-                if path in (f"{name}/resolve/{self.sha}/{file}", f"{name}/resolve/main/{file}"):
-                    return self.answer((folder / file).read_bytes())
-        self.answer(b"", status=404, headers={"X-Error-Code": "RepoNotFound"})
-
-    def answer(self, content, status=200, headers=None):
-        self.send_response(status)
-        for key, value in {"Content-Length": len(content), "ETag": f'"{hash(content):x}"', "X-Repo-Commit": self.sha,
-                           **(headers or {})}.items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-
-def test_models_from_the_hub(call, run, tmp_path):
-    """Every command takes a Hub id. huggingface_hub reads its settings once, so this is a process of its own."""
-    script = f"""
-from nanogpt_accel.__main__ import main
-assert main(["evaluate", "me/tiny", "--recipe", "tiny.yaml", "--json", "eval_iters=3"]) == 0
-assert main(["sample", "me/tiny", "prompt=the", "max_new_tokens=9", "num_samples=1"]) == 0
-assert main(["train", "tiny.yaml", "init_from=me/tiny", "out_dir={tmp_path}/new", *{TINY}]) == 0
-assert main(["sample", "me/nothing"]) == 2
-"""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        Hub.models["me/tiny"] = last(run)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
-                "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"),
-                "PYTHONPATH": str(Path(nanogpt_accel.__file__).parents[1])}
-        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
-        server.shutdown()
-    assert done.returncode == 0, done.stderr
-    here = call("sample", run, "prompt=the", "max_new_tokens=9", "num_samples=1")
-    score, _, rest = done.stdout.partition("\n")
-    assert json.loads(score)["val_loss"] == pytest.approx(losses(run, "val_loss")[-1], abs=1e-6)
-    assert rest.startswith(here)
-    assert losses(tmp_path / "new", "val_loss")[0] == pytest.approx(losses(run, "val_loss")[-1], abs=1e-6)
-    assert "error: me/nothing: no such folder here, and no such model on the Hub" in done.stderr
-    assert not [path for path in Hub.asked if "optimizer" in path]  # only what a model needs
