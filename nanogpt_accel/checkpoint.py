@@ -92,6 +92,8 @@ def begin(run, recipe, is_resumed):
     checkpoints, links and logs of the one before it."""
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
+    for leftover in run.glob(".push-*"):  # links of a process that was killed while it pushed
+        shutil.rmtree(leftover, ignore_errors=True)
     if not is_resumed:
         for path in checkpoints(run):
             _remove(path)
@@ -173,11 +175,22 @@ def check_folder(folder):
 
 
 def check_empty(folder, key):
-    """Whether a folder can be made and written to, and holds nothing yet: a list of problems. key: for the message."""
+    """Whether a model folder can be made at a place: that it can be written to, holds nothing yet, and is no part of a
+    run, which prunes what it does not know. A list of problems. key: for the message."""
     folder = Path(folder)
+    if folder.is_symlink() and not folder.exists():
+        return [f"{key}={folder}: a link to nothing; give another folder"]
     if folder.is_dir() and any(file.name != ".tmp" for file in folder.iterdir()):  # (of an export that was killed)
         return [f"{key}={folder}: holds something already; give a folder that does not exist yet, or is empty"]
+    for parent in folder.absolute().resolve().parents:
+        if _NAME.match(parent.name) or (parent / "run.yaml").is_file():
+            return [f"{key}={folder}: lies in the run {parent}; give a folder outside"]
     return check_writable(folder, key)
+
+
+def check_model(target):
+    """Whether a target names a model, as far as that is known without a look into it: a list of problems."""
+    return [] if may_be_model(target) else [f"{target}: {nanogpt_hint(target) or 'no such folder'}"]
 
 
 def check_writable(folder, key="out_dir"):
@@ -223,8 +236,8 @@ def find_model(target, warn=print):
         ValueError, FileNotFoundError: nothing there that can be loaded; the message says what was looked for.
     """
     path = Path(target)
-    if not may_be_model(target):
-        raise FileNotFoundError(f"{target}: no such folder")
+    for problem in check_model(target):
+        raise FileNotFoundError(problem)
     if not path.is_dir():
         path = hub.download(str(target))
     elif checkpoints(path):
@@ -235,10 +248,19 @@ def find_model(target, warn=print):
         best = newest if best_step is None else checkpoint_path(path, best_step)
         return best if damage(best, resumable=False) is None else newest
     trouble = _model_damage(path)
+    if trouble and (hint := nanogpt_hint(target)):
+        raise ValueError(f"{target}: {hint}")
     if trouble:
         raise ValueError(f"{target}: {'neither a run nor' if Path(target).is_dir() else 'not'} a model folder: "
                          f"{trouble}")
     return path
+
+
+def nanogpt_hint(target):
+    """What to do with a ckpt.pt of nanoGPT, or a folder that holds one; empty for anything else."""
+    path = Path(target)
+    file = path if path.suffix == ".pt" else path / "ckpt.pt"
+    return f"nanoGPT's: nanogpt-accel import {file} --to FOLDER makes it a model" if file.is_file() else ""
 
 
 def may_be_model(target):

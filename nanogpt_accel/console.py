@@ -60,6 +60,53 @@ class Console:
             self.progress = None
 
 
+class TextProgress:
+    """How far a text is tokenized: a live line in a terminal, elsewhere a line every few seconds.
+
+    Args:
+        what: its name. all_bytes: about the size of the whole text; None where that is not known. report: takes a line.
+    """
+
+    INTERVAL = 5  # seconds between lines
+
+    def __init__(self, what, all_bytes, report):
+        self.what, self.all_bytes, self.report = what, all_bytes, report
+        self.began = self.shown = time.perf_counter()
+        self.first_bytes, self.live = None, None
+
+    def __enter__(self):
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.live = Progress(TextColumn(self.what), BarColumn(bar_width=24), TextColumn("{task.description}"),
+                                 TimeRemainingColumn(), TextColumn("left"), transient=True)
+            self.task = self.live.add_task("", total=self.all_bytes)
+            self.live.start()
+        return self
+
+    def __exit__(self, *error):
+        if self.live is not None:
+            self.live.stop()
+
+    def __call__(self, documents, bytes, tokens):
+        """Report what is written so far, by earlier attempts too."""
+        if self.first_bytes is None:
+            self.first_bytes, self.first_documents = bytes, documents
+        now = time.perf_counter()
+        if now - self.shown < (0.2 if self.live else self.INTERVAL):
+            return
+        self.shown, seconds = now, now - self.began
+        rate = (bytes - self.first_bytes) / seconds
+        text = (f"{documents:,} documents ({(documents - self.first_documents) / seconds:,.0f}/s), "
+                f"{bytes / 1e6:,.0f} MB ({rate / 1e6:,.1f} MB/s), {tokens:,} tokens")
+        if self.live is not None:
+            self.live.update(self.task, completed=bytes, description=text)
+        else:
+            if self.all_bytes and rate:
+                text += f", about {duration(max(self.all_bytes - bytes, 0) / rate)} left"
+            self.report(f"{self.what}: {text}")
+
+
 def duration(seconds):
     """Seconds as 2:05, 1:02:05 or 3d 1:02:05."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)

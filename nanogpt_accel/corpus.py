@@ -1,23 +1,27 @@
-"""Where text comes from: a builtin name, or a local text file, folder or glob.
+"""Where text comes from: a builtin name, a Hub data set, or local files, folders and globs.
 
     corpus = find_corpus("shakespeare")   # cheap, downloads nothing
-    for text in corpus.documents():       # one str a file or row, read when it is asked for
+    for text in corpus.documents():       # one str a file, line or row, read when it is asked for
         ...
 
 A builtin is an entry of a table below; a new one is a line there.
 """
 
+import csv
 import difflib
 import glob
 import hashlib
 import http.client
+import io
+import json
 import os
 import platform
 import re
 import sysconfig
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # name -> (URL, SHA-256) of one UTF-8 text
@@ -25,16 +29,50 @@ URLS = {
     "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
 }
-# name -> (Hub id, revision, text column). datasets >= 4 runs no scripts, so where the main branch holds a
-# script the revision is the Hub's own parquet conversion of it.
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set on the Hub. splits: ours -> the Hub's; without "val", validation documents are dealt out of train.
+    grouped: how rows make documents, a name of GROUPED, where a row is not one."""
+
+    id: str
+    revision: str
+    config: str | None = None
+    splits: dict = field(default_factory=lambda: {"train": "train"})
+    column: str = "text"
+    grouped: str | None = None
+    about: str = ""
+
+
+# Pinned, so that the same recipe means the same text. datasets >= 4 runs no scripts, so where the main branch holds
+# nothing else the revision is the Hub's own parquet conversion of it.
 HUB = {
-    "openwebtext": ("Skylion007/openwebtext", "refs/convert/parquet", "text"),
+    "openwebtext": HubSet(
+        "Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c", "plain_text",
+        about="8,013,769 web pages that Reddit linked, 40 GB, CC0"),
+    "bookcorpus": HubSet(
+        "bookcorpus/bookcorpus", "refs/convert/parquet", "plain_text", grouped="sentences",
+        about="74 million sentences of novels, 4.9 GB, license unknown"),
+    "wikitext2": HubSet(
+        "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-2-raw-v1",
+        {"train": "train", "val": "validation", "test": "test"}, grouped="articles",
+        about="720 Wikipedia articles, 13 MB, CC BY-SA 4.0"),
+    "fineweb_edu": HubSet(
+        "HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample-10BT",
+        about="9,672,101 educational web pages, 50 GB, 10 billion tokens, ODC-By"),
+    "tinystories": HubSet(
+        "roneneldan/TinyStories", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64", None,
+        {"train": "train", "val": "validation"},
+        about="2.1 million stories in words of small children, 2 GB, CDLA-Sharing 1.0"),
 }
 BUILTIN = ("python", *URLS, *HUB)
 
 # what a folder is searched for; a glob or a file takes any suffix
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cc", ".cpp", ".hpp",
                  ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql", ".r", ".jl")
+# files of many documents each, by the suffix before .gz or .zst
+TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 # Folders of the standard library that teach a model little: tests (half of all the bytes), and tables that a
 # program wrote: encodings/ is a hundred code pages, pydoc_data/ the manual as one literal, config-*/ and
@@ -50,20 +88,30 @@ class Corpus:
 
     name: short and fit for a file name. source: plain values that identify the content, for the manifest.
     is_single: true where it is one text, to be cut in two; else it is documents, to be dealt out whole.
+    read: (split, bad) -> documents. splits: those that the corpus itself has, or a function that asks for them.
+    bytes: about the size of the text, None where that is not known.
     """
 
     name: str
     source: dict
     is_single: bool
-    read: Callable[[], Iterator[str]]
+    read: Callable
+    splits: tuple | Callable = ("train",)
+    bytes: int | None = None
 
-    def documents(self):
+    def own_splits(self):
+        """The splits that the corpus has by itself, "train" first; of a Hub data set it may be asked for them."""
+        return self.splits() if callable(self.splits) else self.splits
+
+    def documents(self, split="train", bad=None):
         """Yield the documents that are not empty, each as one str; may be called again.
+
+        bad: called with a line for each document that cannot be read, which is then left out; None: it is an error.
 
         Raises ValueError for text that is not UTF-8, cannot be fetched, or is not there at all.
         """
         empty = True
-        for text in self.read():
+        for text in self.read(split, bad or _refuse):
             if text:
                 empty = False
                 yield text
@@ -71,10 +119,18 @@ class Corpus:
             raise ValueError(f"corpus={self.source['name']}: there is no text in it: give another path")
 
 
-def find_corpus(spec):
-    """The Corpus that `spec` names: python, shakespeare, openwebtext, or a local text file, folder or glob.
+def _refuse(problem):
+    raise ValueError(f"{problem}: mend it, or go on without it by skip_bad_documents=true")
+
+
+def find_corpus(spec, *, text_column="text", lines=False, dataset_config=None, dataset_split="train", revision=None):
+    """The Corpus that `spec` names: a builtin, hub:USER/SET, or a local file, folder or glob.
 
     A builtin name wins over a path; write ./python for a folder of that name.
+
+    Args:
+        text_column: what holds the text in .jsonl, .csv, .parquet and on the Hub. lines: whether each line of a plain
+            text file is a document. dataset_config, dataset_split, revision: of hub:USER/SET.
 
     Raises:
         FileNotFoundError: no such name or path. ValueError: nothing to read there.
@@ -83,30 +139,33 @@ def find_corpus(spec):
         return _python()
     if spec in URLS:
         source = {"kind": "url", "name": spec, "sha256": URLS[spec][1]}
-        return Corpus(spec, source, True, lambda: iter([_decode(spec, _fetch(spec, *URLS[spec]))]))
+        return Corpus(spec, source, True, lambda split, bad: iter([_decode(spec, _fetch(spec, *URLS[spec]))]))
     if spec in HUB:
-        source = {"kind": "hub", "name": spec, "id": HUB[spec][0], "revision": HUB[spec][1]}
-        return Corpus(spec, source, False, lambda: _hub_rows(spec, *HUB[spec]))
-    return _local(spec)
+        return _hub(spec, HUB[spec])
+    if spec.startswith("hub:"):
+        if not re.fullmatch(r"hub:[\w-][\w.-]*(/[\w.-]+)?", spec):
+            raise ValueError(f"corpus={spec}: a data set of the Hub is named hub:USER/SET")
+        return _hub(spec, HubSet(spec[4:], revision, dataset_config, {"train": dataset_split}, text_column))
+    return _local(spec, text_column, lines)
 
 
 def source_name(spec):
     """The `name` in the source of find_corpus(spec), without a look at the disk."""
-    if spec in BUILTIN:
+    if spec in BUILTIN or spec.startswith("hub:"):
         return spec
     return os.path.basename(os.path.abspath(os.path.expanduser(spec)))
 
 
-def _local(spec):
-    """The text files that a path or glob means, ordered by their names below it."""
+def _local(spec, column, lines):
+    """The files that a path or glob means, ordered by their names below it."""
     path = os.path.expanduser(spec)
     if os.path.isfile(path):
         root, files = os.path.dirname(path), [path]
     elif os.path.isdir(path):
-        root, files = path, [f for f in _walk(path) if f.lower().endswith(TEXT_SUFFIXES)]
+        root, files = path, [f for f in _walk(path) if _suffix(f) in TEXT_SUFFIXES + TABLE_SUFFIXES]
         if not files:
-            raise ValueError(f"corpus={spec}: no text file ({' '.join(TEXT_SUFFIXES)}) below this folder: "
-                             f"name the files by a glob, such as '{os.path.join(spec, '*.log')}'")
+            raise ValueError(f"corpus={spec}: no file of text ({' '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}) below this "
+                             f"folder: name the files by a glob, such as '{os.path.join(spec, '*.log')}'")
     elif glob.has_magic(path):
         root, files = ".", [f for f in glob.glob(path, recursive=True) if os.path.isfile(f)]
         if not files:
@@ -129,11 +188,139 @@ def _local(spec):
     stem = os.path.splitext(name)[0] if len(files) == 1 else name
     short = re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "text"
 
-    def read():
-        for _, file in files:
-            yield _decode(spec, _read(file), file)
+    has_tables = any(_suffix(file) in TABLE_SUFFIXES for _, file in files)
+    source |= {"column": column} if has_tables else {}
+    source |= {"lines": True} if lines else {}
 
-    return Corpus(short[:40], source, len(files) == 1, read)
+    def read(split, bad):
+        for _, file in files:
+            if _suffix(file) in TABLE_SUFFIXES or lines:
+                yield from _rows(spec, file, column, bad)
+            else:
+                yield from _whole(spec, file, bad)
+
+    is_single = len(files) == 1 and not has_tables and not lines
+    # compressed text is about three times as long as its file
+    size = sum(os.path.getsize(f) * (3 if _is_compressed(f) else 1) for _, f in files)
+    return Corpus(short[:40], source, is_single, read, bytes=size)
+
+
+def _suffix(path):
+    """The suffix that says what is in a file: .jsonl of x.jsonl.gz."""
+    return os.path.splitext(re.sub(r"\.(gz|zst)$", "", path.lower()))[1]
+
+
+def _is_compressed(path):
+    return path.lower().endswith((".gz", ".zst", ".parquet"))
+
+
+def _whole(spec, path, bad):
+    """The one document of a plain text file."""
+    with _open(path) as file:
+        raw = file.read()
+    try:
+        yield _decode(spec, raw, path)
+    except ValueError as error:
+        if bad is _refuse:  # its message has a remedy of its own
+            raise
+        bad(str(error))
+
+
+def _rows(spec, path, column, bad):
+    """The documents of a file that holds many: a row of a table each, or a line of plain text."""
+    suffix = _suffix(path)
+    if suffix == ".parquet":
+        yield from _parquet_rows(spec, path, column, bad)
+    elif suffix in (".csv", ".tsv"):
+        with _open(path) as raw:
+            csv.field_size_limit(2**31 - 1)
+            text = io.TextIOWrapper(raw, "utf-8", newline="")
+            rows = csv.DictReader(text, delimiter="," if suffix == ".csv" else "\t")
+            try:
+                _check_column(spec, path, column, rows.fieldnames or [])
+                for row in rows:
+                    if row[column] is None:
+                        bad(f"corpus={spec}: {path}, line {rows.line_num}: a row without {column}")
+                    else:
+                        yield row[column]
+            except UnicodeDecodeError:
+                raise ValueError(f"corpus={spec}: {path}: not UTF-8 text after line {rows.line_num}: convert it (iconv "
+                                 "-t utf-8)") from None
+            except csv.Error as error:
+                raise ValueError(f"corpus={spec}: {path}, line {rows.line_num}: not CSV ({error})") from None
+    else:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                where = f"corpus={spec}: {path}, line {number}"
+                try:
+                    text = line.decode("utf-8")
+                    if suffix in (".jsonl", ".ndjson"):
+                        if not text.strip():
+                            continue
+                        row = json.loads(text)
+                        if number == 1 and isinstance(row, dict):
+                            _check_column(spec, path, column, list(row))
+                        text = row[column]
+                        if not isinstance(text, str):
+                            raise TypeError(f"{column} is no text")
+                    else:
+                        text = text.rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    bad(f"{where}: not UTF-8 text at byte {error.start} of the line")
+                except json.JSONDecodeError as error:
+                    bad(f"{where}: not JSON ({error.msg})")
+                except (TypeError, KeyError, IndexError):
+                    bad(f"{where}: no object with a text in {column}")
+                else:
+                    yield text
+
+
+def _parquet_rows(spec, path, column, bad):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_column(spec, path, column, file.schema_arrow.names)
+            if not (pa.types.is_string(kind := file.schema_arrow.field(column).type) or pa.types.is_large_string(kind)):
+                raise ValueError(f"corpus={spec}: {path}: {column} holds {kind}, not text: give another text_column")
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    if text is None:
+                        bad(f"corpus={spec}: {path}, row {number}: nothing in {column}")
+                    else:
+                        yield text
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"corpus={spec}: {path}: not a whole parquet file ({_one_line(error)})") from None
+
+
+def _check_column(spec, path, column, columns):
+    if column not in columns:
+        raise ValueError(f"corpus={spec}: {path}: no column {column}; there are {', '.join(map(str, columns))}: give "
+                         "text_column")
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextmanager
+def _open(path):
+    """A file as bytes, decompressed where its name ends in .gz or .zst."""
+    if not path.lower().endswith((".gz", ".zst")):
+        with open(path, "rb") as file:
+            yield file
+        return
+    import pyarrow as pa
+
+    compression = "gzip" if path.lower().endswith(".gz") else "zstd"
+    try:
+        with pa.CompressedInputStream(pa.OSFile(path), compression) as stream:
+            yield io.BufferedReader(stream)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a whole {compression} file ({_one_line(error)})") from None
 
 
 def _python():
@@ -143,7 +330,7 @@ def _python():
         raise ValueError(f"corpus=python: this Python has no library sources in {root}: take "
                          "corpus=shakespeare or the path of some text")
 
-    def read():
+    def read(split, bad):
         for file in _walk(root, PYTHON_SKIPPED):
             if file.endswith(".py") and not os.path.basename(file).startswith("_sysconfigdata"):
                 try:
@@ -211,15 +398,90 @@ def _fetch(name, url, sha256):
     return raw
 
 
-def _hub_rows(name, repository, revision, column):
-    """The text column of a Hub data set's train split, streamed."""
-    try:
+def _hub(spec, found):
+    """The Corpus of a Hub data set. Nothing is asked of the Hub before the text or the splits are."""
+    source = {"kind": "hub", "name": spec, "id": found.id, "config": found.config, "revision": found.revision,
+              "column": found.column, "splits": dict(found.splits)}
+
+    def splits():
+        if "val" in found.splits or spec in HUB:
+            return tuple(found.splits)
+        from datasets import get_dataset_split_names
+
+        with _hub_errors(spec, found):
+            names = get_dataset_split_names(found.id, found.config, revision=found.revision)
+        ours = {"val": ("validation", "val", "valid", "dev"), "test": ("test",)}
+        for split, candidates in ours.items():
+            if theirs := [name for name in candidates if name in names and name != found.splits["train"]]:
+                found.splits[split] = theirs[0]
+        return tuple(found.splits)
+
+    def read(split, bad):
         from datasets import load_dataset
 
-        for row in load_dataset(repository, split="train", revision=revision, streaming=True):
-            yield row[column]
-    except Exception as error:  # the Hub's clients raise errors of five libraries here
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(f"corpus={name}: cannot read {repository} ({revision}) from the Hugging Face Hub "
-                         f"({type(error).__name__}: {reason}): look at the network, HF_HUB_OFFLINE and "
-                         "HF_ENDPOINT, or give a path as corpus=PATH") from error
+        with _hub_errors(spec, found):
+            rows = load_dataset(found.id, found.config, split=found.splits[split], revision=found.revision,
+                                streaming=True)
+            columns = rows.column_names or list(next(iter(rows), {}))
+            if found.column in columns:
+                rows = rows.select_columns([found.column]).with_format("arrow")
+        _check_column(spec, found.id, found.column, columns)
+        texts = _hub_texts(spec, found, rows, bad)
+        return GROUPED[found.grouped](texts) if found.grouped else texts
+
+    short = re.sub(r"[^\w.-]+", "-", spec.removeprefix("hub:"), flags=re.ASCII)
+    short += f"-{found.config}" if spec.startswith("hub:") and found.config else ""
+    return Corpus(short[:60], source, False, read, splits)
+
+
+def _hub_texts(spec, found, rows, bad):
+    with _hub_errors(spec, found):
+        number = 0
+        for table in rows.iter(batch_size=1000):  # as Arrow tables, ten times as fast as row by row
+            for text in table.column(found.column).to_pylist():
+                number += 1
+                if isinstance(text, str):
+                    yield text
+                else:
+                    bad(f"corpus={spec}: row {number}: no text in {found.column}")
+
+
+@contextmanager
+def _hub_errors(spec, found):
+    """Turn what the Hub's clients raise, errors of five libraries, into one line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith("corpus="):
+            raise
+        where = found.id + (f" ({found.config})" if found.config else "") + (
+            f" at {found.revision}" if found.revision else "")
+        raise ValueError(f"corpus={spec}: cannot read {where} from the Hugging Face Hub "
+                         f"({type(error).__name__}: {_one_line(error)}): look at its name, dataset_config, "
+                         "dataset_split, the network, HF_HUB_OFFLINE and HF_ENDPOINT (a gated set wants `hf auth "
+                         "login`), or give a path as corpus=PATH") from error
+
+
+def _articles(rows):
+    """Of WikiText, whose rows are lines: the articles, each from a heading of the first level (` = Title = `) on."""
+    lines = []
+    for row in rows:
+        if re.fullmatch(r" = [^=].*[^=] = \n?| = [^=] = \n?", row) and lines:
+            yield "".join(lines)
+            lines = []
+        lines.append(row)
+    yield "".join(lines)
+
+
+def _sentences(rows, count=1024):
+    """Of BookCorpus, whose rows are sentences in order, but without a sign where a book ends: pieces of so many."""
+    lines = []
+    for row in rows:
+        lines.append(row)
+        if len(lines) == count:
+            yield "\n".join(lines)
+            lines = []
+    yield "\n".join(lines)
+
+
+GROUPED = {"articles": _articles, "sentences": _sentences}

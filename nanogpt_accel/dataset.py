@@ -1,27 +1,33 @@
 """From a recipe's data section to a folder of token files, and back as something to train on.
 
-`data` is a recipe's data section; only its attributes are used: corpus, tokenizer, vocab_size, data_dir and
-val_fraction.
+`data` is a recipe's data section; only its attributes are used.
 """
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import re
+import shutil
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from .console import TextProgress
 from .corpus import find_corpus, source_name
 from .tokenizer import Tokenizer
-from .tokens import SPLITS, TokenFile, Writer, differences, is_data_folder, read_manifest
+from .tokens import SPLITS, TokenFile, Writer, differences, is_data_folder, read_manifest, token_paths
 
 SPLIT_SEED = 2357  # nanoGPT's; fixed, so that validation losses of runs with other seeds can be compared
 TOKENIZERS = ("gpt2", "char", "bpe")
-BATCH = 2**23  # characters that are tokenized together; the result does not depend on it
+COUNTED = ("documents", "bytes", "tokens")
+CHUNK = 2**19  # characters that one worker tokenizes at a time; what is written does not depend on the workers
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,25 @@ class Dataset:
     folder: Path
     manifest: dict
     tokenizer: Tokenizer
-    train: TokenFile
-    val: TokenFile
+    splits: dict  # "train", "val" and maybe "test" -> TokenFile
+
+    @property
+    def train(self):
+        return self.splits["train"]
+
+    @property
+    def val(self):
+        return self.splits["val"]
 
     @property
     def identity(self):
         """What makes the tokens these: a checkpoint keeps it, and a run goes on with the same only."""
-        hashes = {split: counts["sha256"] for split, counts in self.manifest["splits"].items()}
+        hashes = {split: self.manifest["splits"][split]["sha256"] for split in SPLITS}
         return {"tokenizer": self.tokenizer.fingerprint} | hashes
 
-    @property
-    def val_bytes(self):
-        """Size of the validation text as UTF-8; None where the folder does not say."""
-        return self.manifest["splits"]["val"]["bytes"]
+    def text_bytes(self, split):
+        """Size of the text of a split as UTF-8; None where the folder does not say."""
+        return self.manifest["splits"][split]["bytes"]
 
 
 def data_folder(data):
@@ -57,7 +69,7 @@ def data_folder(data):
     """
     if data.data_dir:
         return Path(os.path.expanduser(data.data_dir))
-    corpus = find_corpus(data.corpus)
+    corpus = _corpus(data)
     identity = json.dumps(_facts(data, corpus), sort_keys=True)
     name = os.path.basename(os.path.abspath(data.tokenizer))
     if data.tokenizer == "bpe":
@@ -82,7 +94,7 @@ def check(data, block_size=None):
     """
     problems = []
     if not (data.data_dir and is_prepared(data)):  # else the corpus is not needed
-        for look in (lambda: find_corpus(data.corpus), lambda: _asked(data)):
+        for look in (lambda: _corpus(data), lambda: _asked(data)):
             try:
                 look()
             except (ValueError, OSError) as error:
@@ -104,15 +116,17 @@ def check(data, block_size=None):
     return problems
 
 
-def prepare(data, report=print):
-    """Tokenize the corpus, unless that has been done.
+def prepare(data, report=print, workers=None):
+    """Tokenize the corpus, unless that has been done; go on where an interrupted preparation stopped.
 
     A single text is cut as nanoGPT cuts it: the first 1 - val_fraction of its characters train, the rest
-    validate, and no symbol is added. Of several documents each goes to one of the two by a hash of its
-    number, and is followed by the end-of-text symbol. Each side gets at least one document.
+    validate, and no symbol is added. Documents are followed by the end-of-text symbol. Where the corpus has a
+    validation split of its own, that is it; else each document goes to one of the two by a hash of its number, and
+    each side gets at least one document.
 
     Args:
         data: the section. report: called with a line now and then.
+        workers: threads that tokenize; None: one for each processor. The result does not depend on it.
 
     Returns:
         The folder.
@@ -123,29 +137,77 @@ def prepare(data, report=print):
     folder = data_folder(data)
     if is_data_folder(folder):
         return folder
-    corpus = find_corpus(data.corpus)
+    corpus = _corpus(data)
     facts = _facts(data, corpus)
     start = time.perf_counter()
+    _check_space(folder, corpus, data, report)
     tokenizer = _make_tokenizer(data, corpus, report)
     if not corpus.is_single and tokenizer.eot_id is None:
         raise ValueError(f"tokenizer={data.tokenizer}: has no end-of-text symbol to set between the "
                          f"documents of corpus={data.corpus}: take gpt2, char or bpe, or a single text")
     forced = {}  # document -> split, where the hash left one split empty
     while True:
-        with Writer(folder, tokenizer.dtype) as writer:
+        decides = facts | {"fingerprint": tokenizer.fingerprint, "forced": forced}
+        with _writer(folder, tokenizer.dtype, decides, data.shard_tokens, report) as writer:
+            if writer is None or writer.is_finished:  # by another process, or by an earlier one
+                return folder
             if corpus.is_single:
                 _write_single(writer, tokenizer, corpus, data.val_fraction)
             else:
-                forced = _write_documents(writer, tokenizer, corpus, data.val_fraction, forced, report)
+                forced = _write_documents(writer, tokenizer, corpus, data, forced, report, workers)
             if not forced:
                 facts["tokenizer"] |= {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
                                        "fingerprint": tokenizer.fingerprint, "eot_id": tokenizer.eot_id}
                 writer.finish(facts, tokenizer.save)
                 break
+            writer.discard()
     size = sum(counts["bytes"] for counts in writer.counts.values()) / 1e6
     seconds = time.perf_counter() - start
     report(f"{folder}: {size:,.1f} MB of text in {seconds:,.1f} s ({size / seconds:,.1f} MB/s)")
     return folder
+
+
+@contextmanager
+def _writer(folder, dtype, facts, shard_tokens, report):
+    """A Writer, as soon as no other process is at work in the folder; None where that one has finished the work."""
+    waited = False
+    while True:
+        if is_data_folder(folder):
+            yield None
+            return
+        try:
+            writer = Writer(folder, dtype, facts, shard_tokens)
+            break
+        except BlockingIOError as error:
+            if not waited:
+                report(f"{error}; waiting for it")
+            waited = True
+            time.sleep(1)
+    with writer:
+        if writer.position:
+            report(f"{folder}: going on where an earlier attempt stopped")
+        yield writer
+
+
+def _check_space(folder, corpus, data, report):
+    """Say what the token files will need on the disk, where the size of the text is known.
+
+    Raises:
+        OSError: there is not as much.
+    """
+    if corpus.bytes is None:
+        return
+    # ids of 2 bytes; a BPE makes a token of some 4 bytes of text, and of 3 where it knows little of it
+    need = corpus.bytes * 2 if data.tokenizer == "char" else corpus.bytes * 2 / 3
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if need > 2**30:
+        report(f"{folder}: about {need / 1e9:,.1f} GB on the disk, of which {free / 1e9:,.1f} GB are free")
+    if need > free and not (data.limit_documents or data.limit_tokens):
+        raise OSError(f"data_dir={folder}: the token files need about {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} are "
+                      "free: set data_dir to another disk, or limit_tokens")
 
 
 def open_dataset(data):
@@ -170,8 +232,8 @@ def open_dataset(data):
         stoi = manifest["tokenizer"].get("stoi")
         tokenizer = Tokenizer.char_from_meta(stoi) if stoi else Tokenizer.gpt2()
         manifest["tokenizer"]["fingerprint"] = tokenizer.fingerprint
-    files = [TokenFile(folder / f"{split}.bin", manifest["dtype"]) for split in SPLITS]
-    return Dataset(folder, manifest, tokenizer, *files)
+    splits = {split: TokenFile(token_paths(folder, manifest, split), manifest["dtype"]) for split in manifest["splits"]}
+    return Dataset(folder, manifest, tokenizer, splits)
 
 
 def ready(data, is_main, report=print):
@@ -204,10 +266,17 @@ def _too_short(counts, folder, block_size):
             for split, count in counts.items() if count < block_size + 1]
 
 
+def _corpus(data):
+    return find_corpus(data.corpus, text_column=data.text_column, lines=data.lines, dataset_config=data.dataset_config,
+                       dataset_split=data.dataset_split, revision=data.revision)
+
+
 def _facts(data, corpus):
     """What decides the tokens, as plain values. A single text is cut without chance, so it has no seed."""
+    limits = {key: getattr(data, key) for key in ("limit_documents", "limit_tokens", "skip_bad_documents")
+              if getattr(data, key)}
     return {"corpus": corpus.source, "tokenizer": {"asked": _asked(data)}, "val_fraction": data.val_fraction,
-            "split_seed": None if corpus.is_single else SPLIT_SEED}
+            "split_seed": None if corpus.is_single else SPLIT_SEED, **limits}
 
 
 def _asked(data):
@@ -244,14 +313,23 @@ def _make_tokenizer(data, corpus, report):
     if data.tokenizer == "gpt2":
         return Tokenizer.gpt2()
     if data.tokenizer == "char":
-        return Tokenizer.char(corpus.documents(), add_eot=not corpus.is_single)
+        return Tokenizer.char(_all_documents(data, corpus), add_eot=not corpus.is_single)
     if data.tokenizer == "bpe":
         report(f"training a BPE of {data.vocab_size:,} symbols on {corpus.name}")
-        return Tokenizer.train_bpe(corpus.documents(), data.vocab_size)
+        return Tokenizer.train_bpe(_all_documents(data, corpus), data.vocab_size)
     return Tokenizer.load(os.path.expanduser(data.tokenizer))
 
 
+def _all_documents(data, corpus):
+    """The documents of every split, for a tokenizer that is made of them."""
+    bad = (lambda problem: None) if data.skip_bad_documents else None
+    for split in corpus.own_splits():
+        yield from itertools.islice(corpus.documents(split, bad), data.limit_documents)
+
+
 def _write_single(writer, tokenizer, corpus, val_fraction):
+    if writer.position:  # killed when all was written
+        return
     text = next(corpus.documents())
     cut = int(len(text) * (1 - val_fraction))  # nanoGPT's int(n*0.9)
     for split, part in (("train", text[:cut]), ("val", text[cut:])):
@@ -262,38 +340,100 @@ def _write_single(writer, tokenizer, corpus, val_fraction):
         writer.write(split, tokenizer.encode(part), len(part.encode()))
 
 
-def _write_documents(writer, tokenizer, corpus, val_fraction, forced, report):
+def _write_documents(writer, tokenizer, corpus, data, forced, report, workers):
     """Write all documents; if one split stays empty, return {document: split} to force in another try."""
-    draws = {}  # split -> (draw, number) of the document nearest to it
-    count, size, batch = 0, 0, []
-    start = shown = time.perf_counter()
+    splits = corpus.own_splits()
+    deals = "val" not in splits  # validation documents are dealt out of train
+    position = writer.position or {"split": 0, "documents": 0, "bad": 0, "draws": {}}
+    if position == "all":
+        return {}
+    draws = position["draws"]  # split -> [draw, number] of the document nearest to it
+    bad = _Bad(position["bad"], report) if data.skip_bad_documents else None
+    for at in range(position["split"], len(splits)):
+        done = position["documents"] if at == position["split"] else 0  # documents of this split that are written
+        documents = itertools.islice(corpus.documents(splits[at], bad), done, data.limit_documents)
 
-    def flush():
-        encoded = tokenizer.encode_batch([text for _, text in batch])
-        for (split, text), ids in zip(batch, encoded, strict=True):
-            writer.write(split, np.append(ids, np.array(tokenizer.eot_id, ids.dtype)), len(text.encode()))
-        batch.clear()
+        def deal(number, at=at):
+            if not deals:
+                return splits[at]
+            draw = _draw(number)
+            draws["val"] = min(draws.get("val", [2, 0]), [draw, number])
+            draws["train"] = max(draws.get("train", [-1, 0]), [draw, number])
+            return forced.get(number, "val" if draw < data.val_fraction else "train")
 
-    waiting = 0  # characters in the batch
-    for count, text in enumerate(corpus.documents(), 1):
-        draw = _draw(count - 1)
-        draws["val"] = min(draws.get("val", (2, 0)), (draw, count - 1))
-        draws["train"] = max(draws.get("train", (-1, 0)), (draw, count - 1))
-        batch.append((forced.get(count - 1, "val" if draw < val_fraction else "train"), text))
-        waiting += len(text)
-        size += len(text)
-        if waiting >= BATCH:
-            flush()
-            waiting = 0
-            if time.perf_counter() - shown > 5:
-                shown = time.perf_counter()
-                report(f"{count:,} documents, {size / 1e6:,.0f} MB, {size / 1e6 / (shown - start):,.1f} MB/s")
-    if count < 2:
+        with closing(_tokenized(documents, done, deal, tokenizer, workers)) as chunks, \
+                TextProgress(splits[at], corpus.bytes, report) as progress:
+            for runs in chunks:
+                for split, ids, n_bytes, count in runs:
+                    writer.write(split, ids, n_bytes, count)
+                    done += count
+                # (a draw of a chunk that is not written yet may stand in it: the next attempt draws the same)
+                writer.commit({"split": at, "documents": done, "bad": bad.count if bad else 0, "draws": draws})
+                written = {key: sum(counts[key] for counts in writer.counts.values()) for key in COUNTED}
+                progress(**written)
+                if data.limit_tokens and written["tokens"] >= data.limit_tokens:
+                    break
+    if deals and done < 2:
         raise ValueError(f"corpus={corpus.source['name']}: one document cannot be both train and val: take "
                          "more documents, or the file itself as corpus, whose end is val then")
-    flush()
+    if bad is not None and bad.count:
+        report(f"{bad.count:,} bad documents were left out")
     # another try with the nearest document moved is cheap: only a small corpus leaves a split empty
-    return {draws[split][1]: split for split in SPLITS if not writer.counts[split]["documents"]}
+    return {draws[split][1]: split for split in SPLITS if deals and split not in writer.counts}
+
+
+class _Bad:
+    """Counts documents that cannot be read, and shows the first ones."""
+
+    def __init__(self, count, report):
+        self.count, self.report = count, report
+
+    def __call__(self, problem):
+        self.count += 1
+        if self.count <= 3:
+            self.report(f"left out: {problem}")
+
+
+def _tokenized(documents, number, deal, tokenizer, workers):
+    """Yield, chunk by chunk in order, runs of documents that go to the same split: (split, ids, bytes, documents).
+
+    number: of the first document. deal: number -> split. A chunk ends with the document that fills it, so the chunks
+    depend on the documents alone. A few are on their way at a time, which bounds the memory.
+    """
+    workers = workers or os.cpu_count()
+    # threads, for tiktoken and tokenizers let go of Python's lock while they are at work
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque()
+        for chunk in _chunks(documents, number, deal):
+            pending.append(pool.submit(_encode, tokenizer, chunk))
+            if len(pending) > workers + 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _chunks(documents, number, deal):
+    """Lists of (split, text), of about CHUNK characters each."""
+    chunk, size = [], 0
+    for number, text in enumerate(documents, number):  # noqa: B020 (goes on from the number given)
+        chunk.append((deal(number), text))
+        size += len(text)
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encode(tokenizer, chunk):
+    """The runs of a chunk: (split, ids with the end-of-text symbol after each document, bytes, documents)."""
+    runs = []
+    for split, group in itertools.groupby(chunk, key=lambda document: document[0]):
+        texts = [text for _, text in group]
+        eot = np.array([tokenizer.eot_id], tokenizer.dtype)
+        ids = [part for ids in tokenizer.encode_batch(texts) for part in (ids, eot)]
+        runs.append((split, np.concatenate(ids), sum(len(text.encode()) for text in texts), len(texts)))
+    return runs
 
 
 def _draw(index):

@@ -4,6 +4,7 @@
     nanogpt-accel export runs/odd --to my-gpt form=custom
 """
 
+import os
 import sys
 from typing import Literal
 
@@ -21,6 +22,7 @@ class ExportOptions(BaseModel):
     form: Literal["stock", "custom"] = Field(
         "stock", description="stock: GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM or NanoChatForCausalLM, "
         "whichever computes exactly the same; custom: GPT with its model.py, for trust_remote_code=True")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the weights, rounded to it")
     vocab: Literal["cut", "keep"] = Field(
         "cut", description="the rows of the vocabulary that only round it up: most tools want as many rows as the "
         "tokenizer has symbols")
@@ -35,19 +37,21 @@ def main(argv):
                              "that `sample` takes.", {"options": ExportOptions})
     target, given = cli.parse(argv, ExportOptions.model_fields)
     options, problems, _ = cli.validate(ExportOptions, given)
+    to = os.path.expanduser(options.to)
     if target is None:
         problems.append("which model? nanogpt-accel export runs/NAME --to FOLDER")
+    else:
+        problems += checkpoint.check_model(target)
     if not options.to:
         problems.append("where to? nanogpt-accel export runs/NAME --to FOLDER")
     else:
-        problems += checkpoint.check_empty(options.to, "to")
+        problems += checkpoint.check_empty(to, "to")
     if problems:
         raise ValueError("\n".join(problems))
-    source = checkpoint.find_model(target, warn=lambda line: print(line, file=sys.stderr))
-    name, difference, tokens = interop.export(source, options.to, options.form, options.vocab == "keep",
-                                              report=lambda line: print(line, file=sys.stderr))
-    print(f"{options.to}: {name}, largest difference of a logit from {source} over {tokens:,} tokens: "
-          f"{difference:.1e}")
+    report = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    source = checkpoint.find_model(target, warn=report)
+    name, difference, tokens = interop.export(source, to, options.form, options.vocab == "keep", options.dtype, report)
+    print(f"{to}: {name}, largest difference of a logit from {source} over {tokens:,} tokens: {difference:.1e}")
 
 
 if __name__ == "__main__":

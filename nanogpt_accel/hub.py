@@ -99,11 +99,11 @@ def upload(folder, repo, message, branch=None):
         raise kind(f"{repo}: {_reason(error)}") from None
 
 
-def model_card(name, text, needs_code):
+def model_card(name, text, needs_code, more=""):
     """README.md of a model folder in the Hub's form.
 
     Args:
-        name: its title. text: what the model is, in Markdown.
+        name: its title. text: what the model is, in Markdown; more: what comes after how to load it.
         needs_code: whether it loads with the model.py beside it only.
     """
     remote = ", trust_remote_code=True" if needs_code else ""
@@ -121,15 +121,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 path = "."  # this folder, or its id on the Hub
 model = AutoModelForCausalLM.from_pretrained(path{remote})
 tokenizer = AutoTokenizer.from_pretrained(path)
+print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=20)[0]))
 ```
-"""
+
+{more}"""
 
 
 def converted_card(source, name, needs_code):
     """The card of a model that was converted: the source folder's where this toolkit wrote it, else a short one with
     `name` as its title."""
     own = Path(source) / "README.md"
-    text = own.read_text(encoding="utf-8") if own.is_file() else ""
+    text = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else ""
     if "tags: [nanogpt_accel]" not in text:
         return model_card(name, "Weights that nanogpt_accel converted from another form.", needs_code)
     plain, with_code = "ForCausalLM.from_pretrained(path)", "ForCausalLM.from_pretrained(path, trust_remote_code=True)"
@@ -151,8 +153,6 @@ class BackgroundPush:
         self._lock = threading.Lock()
         self._waiting = None  # (folder of links, checkpoint, message)
         self._worker = None
-        for leftover in self._folder.glob(".push-*"):  # of a run that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
 
     def push(self, checkpoint, message):
         """Push a checkpoint folder as soon as the one before it is through; returns at once."""
@@ -222,7 +222,7 @@ def _reason(error):
     from huggingface_hub import errors
 
     status = _status(error)
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("Got: ")
     login = "run `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
         return f"on the Hub it is gated: accept its terms there, and {login}"

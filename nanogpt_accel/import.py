@@ -4,6 +4,7 @@
     nanogpt-accel train recipes/shakespeare_char.yaml init_from=imported out_dir=runs/more
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,9 @@ def main(argv):
                              {"options": ImportOptions})
     target, given = cli.parse(argv, ImportOptions.model_fields)
     options, problems, _ = cli.validate(ImportOptions, given)
+    to = os.path.expanduser(options.to)
+    if target is not None and (Path(target) / "ckpt.pt").is_file():
+        target = str(Path(target) / "ckpt.pt")
     if target is None:
         problems.append("which checkpoint? nanogpt-accel import CKPT.pt --to FOLDER")
     elif not Path(target).is_file():
@@ -42,7 +46,7 @@ def main(argv):
     if not options.to:
         problems.append("where to? nanogpt-accel import CKPT.pt --to FOLDER")
     else:
-        problems += checkpoint.check_empty(options.to, "to")
+        problems += checkpoint.check_empty(to, "to")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -55,10 +59,10 @@ def main(argv):
     except (TypeError, ValueError, RuntimeError):  # the file holds none, or not a number
         loss = "unknown"
     facts = f"{info['iter_num']} steps, best validation loss {loss}"
-    card = hub.model_card(Path(options.to).name, f"A GPT trained with nanoGPT on its data set `{dataset}`: {facts}.",
+    card = hub.model_card(Path(to).name, f"A GPT trained with nanoGPT on its data set `{dataset}`: {facts}.",
                           needs_code=True)
-    difference, tokens = interop.write(model, options.to, "custom", tokenizer=tokenizer, card=card)
-    print(f"{options.to}: {model.num_parameters():,} parameters, {tokenizer.kind} tokens, {facts}; largest difference "
+    difference, tokens = interop.write(model, to, "custom", tokenizer=tokenizer, card=card)
+    print(f"{to}: {model.num_parameters():,} parameters, {tokenizer.kind} tokens, {facts}; largest difference "
           f"of a logit over {tokens:,} tokens: {difference:.1e}")
 
 
@@ -68,12 +72,13 @@ def find_tokenizer(asked, checkpoint_file, dataset, vocab_size):
     Raises:
         ValueError: it cannot be found, or has more symbols than the model.
     """
-    meta = checkpoint_file.resolve().parents[1] / "data" / dataset / "meta.pkl"
-    if asked == "auto" and not (dataset and meta.is_file()) and vocab_size not in (50257, 50304):
+    meta = checkpoint_file.resolve().parent.parent / "data" / dataset / "meta.pkl"
+    has_meta = bool(dataset) and os.path.isfile(meta)  # (a name can be too long for a file; then it is none)
+    if asked == "auto" and not has_meta and vocab_size not in (50257, 50304):
         raise ValueError(f"{checkpoint_file}: a vocabulary of {vocab_size} symbols, and no {meta} to say which they "
                          "are: give tokenizer=PATH of that file")
     if asked == "auto":
-        asked = str(meta) if dataset and meta.is_file() else "gpt2"
+        asked = str(meta) if has_meta else "gpt2"
     if asked == "gpt2":
         tokenizer = Tokenizer.gpt2()
     elif asked.endswith(".pkl"):

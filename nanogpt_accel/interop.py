@@ -39,7 +39,11 @@ def read_config(folder):
     Raises:
         ValueError: a family or a switch that GPT does not cover; the message names it.
     """
-    stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    try:
+        stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: gone while it was read; a run that is training prunes its older checkpoints: try "
+                         "again") from None
     kind = stored.get("model_type")
     try:
         if kind == "nanogpt_accel":
@@ -54,7 +58,7 @@ def read_config(folder):
         for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"):
             if not isinstance(config[key], int) or config[key] < 1:
                 raise ValueError(f"{key}={config[key]!r} is no shape of a model")
-    except TypeError:
+    except (TypeError, AttributeError, ZeroDivisionError):
         raise ValueError(f"{folder}: config.json of type {kind} holds a shape that is no number") from None
     except KeyError as error:
         raise ValueError(f"{folder}: config.json of type {kind} lacks {error.args[0]}") from None
@@ -112,6 +116,9 @@ def read_nanogpt(path, activation="gelu"):
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ValueError(f"{path}: not a checkpoint of nanoGPT's train.py: no `model` and `model_args` in it")
     try:
+        layers = {name.partition(".h.")[2].partition(".")[0] for name in content["model"] if ".h." in name}
+        if len(layers) != content["model_args"]["n_layer"]:
+            raise ValueError(f"n_layer={content['model_args']['n_layer']}, and {len(layers)} are there")
         config = GPTConfig(**{"bias": True, **content["model_args"]}, activation=activation)
         weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor.float()
                    for name, tensor in content["model"].items()}
@@ -190,12 +197,13 @@ def fit_to_tokenizer(model, tokenizer):
 # ---- folders for others
 
 
-def export(source, to, form, keep_padding=False, report=print):
+def export(source, to, form, keep_padding=False, dtype="float32", report=print):
     """Write the model of a folder as another folder.
 
     Args:
         source: a model folder of any form. to: as in `write`. form: "stock" or "custom".
-        keep_padding: whether a stock form keeps the rows of the vocabulary that only round it up.
+        dtype: of the weights, "float32", "bfloat16" or "float16"; they are rounded to it first, so that the comparison
+            stays exact. keep_padding: whether a stock form keeps the rows of the vocabulary that only round it up.
         report: called with a line that says which form it is.
 
     Returns:
@@ -215,12 +223,12 @@ def export(source, to, form, keep_padding=False, report=print):
                              "trust_remote_code=True")
     report(f"{source}: {config['n_layer']} layers, written as {FORMS.get(form, 'GPT')}")
     card = hub.converted_card(source, Path(to).name, needs_code=form == "custom")
-    difference, tokens = write(load_model(source), to, form, tokenizer=tokenizer, card=card,
+    difference, tokens = write(load_model(source), to, form, tokenizer=tokenizer, card=card, dtype=dtype,
                                rows=None if keep_padding else tokenizer.vocab_size)
     return FORMS.get(form, "GPT"), difference, tokens
 
 
-def write(model, to, form, *, tokenizer, card, rows=None):
+def write(model, to, form, *, tokenizer, card, rows=None, dtype="float32"):
     """Write a GPT as a folder that transformers loads, and load it again to compare the logits on a text.
 
     Args:
@@ -228,6 +236,7 @@ def write(model, to, form, *, tokenizer, card, rows=None):
         form: a key of FORMS that stock_form() gave, or "custom" for GPT itself with its model.py.
         tokenizer: of the model. card: text of README.md.
         rows: of a stock form's vocabulary, where they are to be fewer than the model's.
+        dtype: of the weights that are written; the model's own are rounded to it too.
 
     Returns:
         (difference, tokens): the largest difference of a logit, and the number of tokens compared.
@@ -247,6 +256,8 @@ def write(model, to, form, *, tokenizer, card, rows=None):
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
         temporary.mkdir(parents=True)
+        dtype = getattr(torch, dtype)
+        model.to(dtype)
         if form == "custom":
             rows = model.config.vocab_size
             model.save_pretrained(temporary)
@@ -256,6 +267,7 @@ def write(model, to, form, *, tokenizer, card, rows=None):
         tokenizer.save(temporary, max_length=model.config.block_size)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
+        model.float()
         loaded = _load_whole(AutoModelForCausalLM, temporary)
         ids = torch.from_numpy(_probe(tokenizer, min(model.config.block_size, 1024)))[None]  # (1, T)
         with torch.no_grad():
@@ -292,8 +304,8 @@ def _save_stock(model, folder, form, rows, n_tokens):
     for name, parameter in stock.named_parameters():
         if name not in weights:  # a bias that GPT has not is zero there, the gain of a norm one
             assert parameter.dim() == 1, name
-            weights[name] = torch.full(parameter.shape, float(name.endswith("weight")))
-    stock.config.dtype = torch.float32
+            weights[name] = torch.full(parameter.shape, float(name.endswith("weight")), dtype=model.dtype)
+    stock.config.dtype = model.dtype
     if form != "gpt2":
         stock.config.rope_theta = float(config["rope_theta"])  # transformers 4 reads it here, or silently takes 10,000
     stock.generation_config = GenerationConfig(

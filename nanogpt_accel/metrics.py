@@ -65,10 +65,10 @@ def bits_per_byte(loss, tokens, text_bytes):
     return loss / math.log(2) * tokens / text_bytes if text_bytes else None
 
 
-def scores(val_loss, tokens, text_bytes, train_loss=None):
-    """What an evaluation reports, by name. tokens and text_bytes: of the whole validation split."""
-    found = {"train_loss": train_loss, "val_loss": val_loss, "perplexity": perplexity(val_loss),
-             "bits_per_byte": bits_per_byte(val_loss, tokens, text_bytes)}
+def scores(loss, tokens, text_bytes, train_loss=None, split="val"):
+    """What an evaluation reports, by name. loss, tokens and text_bytes: of the whole split."""
+    found = {"train_loss": train_loss, f"{split}_loss": loss, "perplexity": perplexity(loss),
+             "bits_per_byte": bits_per_byte(loss, tokens, text_bytes)}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -8,6 +8,7 @@ import sys
 
 from . import cli, dataset
 from .recipe import FIELDS, SECTIONS, load_recipe
+from .tokens import read_manifest
 
 
 def main(argv):
@@ -22,10 +23,9 @@ def main(argv):
         print(f"{dataset.data_folder(recipe.data)}: prepared already")
     else:
         dataset.prepare(recipe.data)
-    prepared = dataset.open_dataset(recipe.data)
-    tokenizer = prepared.tokenizer
-    print(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} symbols")
-    for split, counts in prepared.manifest["splits"].items():
+    manifest = read_manifest(dataset.data_folder(recipe.data))
+    print(f"tokenizer: {manifest['tokenizer']['kind']}, {manifest['tokenizer']['vocab_size']:,} symbols")
+    for split, counts in manifest["splits"].items():
         line = f"{split}: {counts['tokens']:,} tokens"
         if counts["bytes"] is not None:  # a nanoGPT folder does not say
             line += (f", {counts['documents']:,} document{'s' * (counts['documents'] != 1)}, "

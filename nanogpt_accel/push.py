@@ -22,6 +22,7 @@ class PushOptions(BaseModel):
     form: Literal["stock", "custom"] = Field(
         "stock", description="stock: exported first, so that any tool loads it with no code of ours; custom: GPT with "
         "its model.py, for trust_remote_code=True")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the weights, rounded to it")
     private: bool = Field(False, description="a repository that is made is private")
     branch: str | None = Field(None, description="branch to push to, made where it is missing; none: main")
 
@@ -30,7 +31,8 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help("nanogpt-accel push MODEL USER/NAME [key=value ...]",
                              "Push a model to the Hugging Face Hub: a run folder (its best checkpoint), a checkpoint "
-                             "folder, or any other model that `sample` takes. What the Hub holds already is not sent "
+                             "folder, or any other model that `sample` takes. NAME alone is one of the token's "
+                             "user. What the Hub holds already is not sent "
                              "again, so a push that broke off goes on when it is repeated.\nThe token is that of "
                              "`hf auth login`, or HF_TOKEN.", {"options": PushOptions})
     targets, given = cli.parse(argv, PushOptions.model_fields, n_targets=2)
@@ -39,8 +41,7 @@ def main(argv):
         problems.append("what, and where to? nanogpt-accel push runs/NAME USER/NAME")
     else:
         problems += hub.check_push(targets[1], "push")
-        if not checkpoint.may_be_model(targets[0]):
-            problems.append(f"{targets[0]}: no such folder")
+        problems += checkpoint.check_model(targets[0])
     if problems:
         raise ValueError("\n".join(problems))
     report = lambda line: print(line, file=sys.stderr)  # noqa: E731
@@ -49,7 +50,7 @@ def main(argv):
         to = Path(folder) / targets[1].rpartition("/")[2]
         # the Hub is asked first, for an export of a large model takes a while
         repo = hub.create(targets[1], options.private, options.branch)
-        name, difference, _ = interop.export(source, to, options.form, keep_padding=False, report=report)
+        name, difference, _ = interop.export(source, to, options.form, dtype=options.dtype, report=report)
         report(f"{name}, largest difference of a logit from {source}: {difference:.1e}")
         local = Path(targets[0])
         title = f"{local.resolve().name}, {source.name}" if local.is_dir() else f"the model of {targets[0]}"

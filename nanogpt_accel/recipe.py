@@ -41,8 +41,24 @@ def _switch(value):
 
 
 class Data(Section):
-    corpus: str = Field("openwebtext", description="what to learn from: python, shakespeare, openwebtext, "
-                        "or a local text file, folder or glob")
+    corpus: str = Field("openwebtext", description="what to learn from: python, shakespeare, openwebtext, bookcorpus, "
+                        "wikitext2, fineweb_edu, tinystories, hub:USER/SET, or a local file, folder or glob of text, "
+                        ".jsonl, .csv or .parquet, also with .gz or .zst")
+    text_column: str = Field("text", description="what holds the text in .jsonl, .csv and .parquet, and on the Hub")
+    lines: bool = Field(False, description="each line of a plain text file is a document, rather than each file")
+    dataset_config: Annotated[str | None, BeforeValidator(_none)] = Field(
+        None, description="configuration of hub:USER/SET; none: its default")
+    dataset_split: str = Field("train", description="split of hub:USER/SET to train on; a validation and a test split "
+                               "of its own are taken as they are")
+    revision: Annotated[str | None, BeforeValidator(_none)] = Field(
+        None, description="branch, tag or commit of hub:USER/SET; none: main")
+    skip_bad_documents: bool = Field(False, description="leave out what cannot be read, count it and go on; else it "
+                                     "is an error")
+    limit_documents: Annotated[Int | None, BeforeValidator(_none)] = Field(
+        None, ge=2, description="for a taste: take so many documents of a split; none: all")
+    limit_tokens: Annotated[Int | None, BeforeValidator(_none)] = Field(
+        None, ge=1, description="for a taste: stop when there are about so many tokens; none: all")
+    shard_tokens: Int = Field(100_000_000, ge=1000, description="tokens of a file; more lie in several, read as one")
     tokenizer: str = Field("gpt2", description="gpt2, char, bpe (a byte-level BPE trained on the corpus), "
                            "or a folder that holds a tokenizer.json")
     vocab_size: Int = Field(4096, ge=257, description="symbols of `tokenizer: bpe`; the others bring their own")
@@ -61,33 +77,34 @@ class Model(Section):
                            "from: a run or checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or another "
                            "folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model. The shape is then its own, "
                            "but for block_size and dropout")
-    n_layer: Int = Field(12, ge=1, description="number of blocks")
-    n_head: Int = Field(12, ge=1, description="attention heads of a block")
-    n_embd: Int = Field(768, ge=1, description="width of the residual stream")
+    n_layer: Int = Field(12, ge=1, le=10_000, description="number of blocks")
+    n_head: Int = Field(12, ge=1, le=10_000, description="attention heads of a block")
+    n_embd: Int = Field(768, ge=1, le=1_000_000, description="width of the residual stream")
     n_kv_head: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=1, description="heads of keys and values, each shared by n_head / n_kv_head heads of queries; "
-        "none: n_head")
+        None, ge=1, le=10_000, description="heads of keys and values, each shared by n_head / n_kv_head heads of "
+        "queries; none: n_head")
     head_dim: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=1, description="width of a head; none: n_embd / n_head")
+        None, ge=1, le=100_000, description="width of a head; none: n_embd / n_head")
     n_inner: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=1, description="width inside the MLP; none: 4 * n_embd (8/3 of n_embd gives swiglu as many weights)")
+        None, ge=1, le=10_000_000, description="width inside the MLP; none: 4 * n_embd (8/3 of n_embd gives swiglu "
+        "as many weights)")
     block_size: Int = Field(1024, ge=2, description="context length in tokens")
     dropout: Float = Field(0.0, ge=0, lt=1, description="0 is good for pretraining, 0.1 and more for finetuning")
     bias: bool = Field(False, description="biases in the linear and LayerNorm layers, as GPT-2 has; false is a bit "
                        "better and faster")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="layernorm: GPT-2's; rmsnorm: Llama's")
     norm_weight: bool = Field(True, description="whether norms have a learned gain; nanochat's have none")
-    norm_eps: Float = Field(1e-5, gt=0, lt=1, description="what norms add to the variance")
+    norm_eps: Float = Field(1e-5, ge=0, lt=1, description="what norms add to the variance")
     embd_norm: bool = Field(False, description="a norm between the embedding and the first block, as nanochat has")
     qk_norm: bool = Field(False, description="an RMSNorm on the queries and keys of each head, as Qwen3 has")
     position: Literal["learned", "rotary"] = Field(
         "learned", description="learned: GPT-2's embedding of block_size positions; rotary: Llama's")
-    rope_theta: Float = Field(10_000.0, gt=0, description="base of the rotary wavelengths; longer contexts take more")
+    rope_theta: Float = Field(10_000.0, ge=1, description="base of the rotary wavelengths; longer contexts take more")
     activation: Literal["gelu", "gelu_new", "relu2", "swiglu"] = Field(
         "gelu", description="gelu: the exact form, nanoGPT's; gelu_new: the tanh form of OpenAI's weights; relu2: "
         "squared ReLU, nanochat's; swiglu: Llama's, with a gate as wide as n_inner")
     logit_softcap: Annotated[Float | None, BeforeValidator(_none)] = Field(
-        None, gt=0, description="keep logits within this bound by tanh, as nanochat does (15); none: leave them")
+        None, ge=1, description="keep logits within this bound by tanh, as nanochat does (15); none: leave them")
     tie_word_embeddings: bool = Field(True, description="the head is the embedding's matrix; false: its own")
     pad_vocab_to_multiple_of: Int = Field(64, ge=1, description="round the rows of the embedding up for faster "
                                           "kernels (GPT-2's 50,257 become 50,304); 1 leaves them")
@@ -195,9 +212,15 @@ class Recipe(Section):
         return {key: value if isinstance(value, (bool, int, float, str)) else str(value)
                 for key, value in leaves.items()}
 
-    def to_yaml(self):
-        """The recipe as a file that load_recipe reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+    def to_yaml(self, brief=False):
+        """The recipe as a file that load_recipe reads back to an equal recipe; brief: without defaults, and without
+        the places where it ran, for others to read."""
+        if not brief:
+            return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        values = self.model_dump(exclude_defaults=True, exclude={"out_dir": True, "data": {"data_dir"}})
+        if "corpus" in values.get("data", {}):
+            values["data"]["corpus"] = os.path.basename(values["data"]["corpus"]) or values["data"]["corpus"]
+        return yaml.safe_dump(values, sort_keys=False)
 
 
 SECTIONS = {name: field.annotation for name, field in Recipe.model_fields.items()
@@ -247,7 +270,7 @@ def load_recipe(path, overrides=None, check=None):
     """Read a recipe file, apply overrides, and report everything that is wrong at once.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; None: all defaults.
         overrides: {key: value or text}; a key is a leaf name or section.leaf. They win over the file.
         check: an optional function recipe -> list of problems, for what only a command can know. It sees
             defaults in place of values that were refused.
@@ -259,12 +282,12 @@ def load_recipe(path, overrides=None, check=None):
         FileNotFoundError: no such file.
         ValueError: one line for each problem.
     """
-    path = Path(path)
+    path = Path(path) if path else None
     given = {name: {} for name in ("", *SECTIONS)}  # section -> {leaf: value}
     problems = []
 
     # 1) what the file says
-    for key, value in _read_yaml(path).items():
+    for key, value in (_read_yaml(path) if path else {}).items():
         if key in SECTIONS and not isinstance(value, (dict, type(None))):
             problems.append(f"{path}: {key}={value}: a section holds keys, one a line, indented")
         elif key in SECTIONS:
@@ -296,8 +319,8 @@ def load_recipe(path, overrides=None, check=None):
     top, found, refused = validate(Recipe, given[""])
     problems += found
     wrong |= refused
-    recipe = top.model_copy(
-        update=built | {"out_dir": os.path.expanduser(top.out_dir or os.path.join("runs", path.stem))})
+    out_dir = top.out_dir or os.path.join("runs", path.stem if path else "default")
+    recipe = top.model_copy(update=built | {"out_dir": os.path.expanduser(out_dir)})
     for keys, is_right, message in CROSS_CHECKS:
         if wrong.isdisjoint(keys) and not is_right(recipe):
             problems.append(message(recipe))

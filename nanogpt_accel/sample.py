@@ -5,6 +5,7 @@
     nanogpt-accel sample runs/gpt2 prompts=questions.txt batch_size=16 num_samples=1
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,8 @@ class SampleOptions(BaseModel):
         "stop: end the text there; extend: go on with positions that were not trained (rotary positions only)")
     seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="of the draws; text number i uses seed + i")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    json_output: bool = Field(False, alias="json", description="print each text as a line with a JSON object: prompt, "
+                              "text (what follows it) and seed")
 
 
 def main(argv):
@@ -43,10 +46,15 @@ def main(argv):
                              "Write text with a model: a run folder (its best checkpoint), a checkpoint folder, gpt2 "
                              "to gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.",
                              {"options": SampleOptions})
-    target, given = cli.parse(argv, {**SampleOptions.model_fields, "start": SampleOptions.model_fields["prompt"]})
+    fields = SampleOptions.model_fields
+    target, given = cli.parse(argv, {**fields, "start": fields["prompt"], "json": fields["json_output"]})
     options, problems, _ = cli.validate(SampleOptions, given)
+    if "prompts" in given and not {"prompt", "start"}.isdisjoint(given):
+        problems.append(f"prompts={options.prompts}: prompt is given too; one of the two")
     if target is None:
         problems.append("which model? nanogpt-accel sample runs/NAME")
+    else:
+        problems += checkpoint.check_model(target)
     prompts = []
     try:
         prompts = read_prompts(options)
@@ -64,7 +72,8 @@ def main(argv):
     problems += interop.check_tokenizer(tokenizer, config, folder)
     key = "prompts" if options.prompts else "prompt"
     for prompt in prompts:
-        problems += tokenizer.check_prompt(prompt, config["block_size"], key)
+        # a longer one slides, as everything that is longer does
+        problems += tokenizer.check_prompt(prompt, config["block_size"] if options.overflow == "stop" else None, key)
     if options.overflow == "extend" and config["position"] != "rotary":
         problems.append(f"overflow=extend: {folder} has learned positions, which end at block_size="
                         f"{config['block_size']}: take slide or stop")
@@ -74,9 +83,9 @@ def main(argv):
     from transformers.utils import logging as transformers_logging
 
     from . import cpu, launch
-    from .generation import generate
+    from .generation import generate, text_after
 
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # it warns of what the options ask for
     device = launch.pick_device(options.device)
     model = interop.load_model(folder).to(device)
     cpu.tune_generation(model)
@@ -85,7 +94,7 @@ def main(argv):
     for i in range(0, len(texts), options.batch_size):
         batch = texts[i:i + options.batch_size]
         on_text = None
-        if len(batch) == 1:
+        if len(batch) == 1 and not options.json_output:
             on_text = lambda text: print(text, end="", flush=True)  # noqa: E731
             on_text(batch[0])
         new_ids = generate(
@@ -93,9 +102,14 @@ def main(argv):
             seeds=range(options.seed + i, options.seed + i + len(batch)), vocab_size=tokenizer.vocab_size,
             max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
             top_p=options.top_p, overflow=options.overflow, decode=tokenizer.decode, on_text=on_text)
-        for text, ids in zip(batch, new_ids, strict=True):
+        for number, (text, ids) in enumerate(zip(batch, new_ids, strict=True), i):
+            after = text_after(tokenizer.decode, tokenizer.encode_prompt(text), ids)
+            if options.json_output:
+                print(json.dumps({"prompt": text, "text": after, "seed": options.seed + number}),
+                      flush=True)
+                continue
             if on_text is None:
-                print(text + tokenizer.decode(ids), end="")
+                print(text + after, end="")
             print("\n---------------", flush=True)
 
 
@@ -105,9 +119,10 @@ def read_prompts(options):
     Raises:
         ValueError: a file that cannot be read, or holds nothing.
     """
-    file = options.prompts or (options.prompt[5:] if options.prompt.startswith("FILE:") else None)
+    file = options.prompts or (options.prompt if options.prompt.startswith("FILE:") else None)
     if file is None:
         return [options.prompt]
+    file = file.removeprefix("FILE:")
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -8,7 +8,6 @@ table, and a BPE of GPT-2's form by tiktoken, which gives the same ids some ten 
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -166,7 +165,10 @@ class Tokenizer:
         if not os.path.isfile(path) and all(map(os.path.isfile, files)):
             return cls._from_gpt2_files(*files)
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: no such file, so {folder} holds no tokenizer")
+            if _is_bare_gpt2(folder):
+                return cls.gpt2()
+            raise FileNotFoundError(f"{path}: no such file, so {folder} holds no tokenizer: put in the one that the "
+                                    "model was trained with")
         config = {}
         try:
             with open(path, encoding="utf-8") as file:
@@ -174,8 +176,9 @@ class Tokenizer:
             if os.path.isfile(beside := os.path.join(folder, "tokenizer_config.json")):
                 with open(beside, encoding="utf-8") as file:
                     config = json.load(file)
-            eot = config.get("eos_token") or EOT
-            return cls(text, eot["content"] if isinstance(eot, dict) else eot)
+            eot = config.get("eos_token") if isinstance(config, dict) else None
+            eot = eot.get("content") if isinstance(eot, dict) else eot
+            return cls(text, eot if isinstance(eot, str) else EOT)
         except ValueError as error:  # of JSON, UTF-8 and our own
             raise ValueError(f"{path}: {error}") from None
 
@@ -216,11 +219,8 @@ class Tokenizer:
         return ids.astype(self.dtype)
 
     def encode_batch(self, texts):
-        """encode() of each text, by several threads where the library lets go of Python's lock."""
-        if self._bpe is not None:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return list(pool.map(self.encode, texts))
-        if self._table is not None:
+        """encode() of each text. Callers may run it in threads: what takes the time lets go of Python's lock."""
+        if self._bpe is not None or self._table is not None:
             return [self.encode(text) for text in texts]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
@@ -239,14 +239,18 @@ class Tokenizer:
         return ids
 
     def check_prompt(self, text, block_size, key):
-        """What keeps a model of this context length from going on with a prompt: a list of problems. key: its name."""
+        """What keeps a model from going on with a prompt, as a list of problems.
+
+        block_size: the longest one that it takes; None: any length. key: the prompt's name in the message.
+        """
         try:
             length = len(self.encode_prompt(text))
         except ValueError as error:
             return [f"{key}={text!r}: {error}: take another prompt"]
-        if 0 < length <= block_size:
+        if length and (block_size is None or length <= block_size):
             return []
-        return [f"{key}={text[:40]!r}: {length} tokens, and it must be 1 to block_size={block_size}: "
+        limit = f"1 to block_size={block_size}" if block_size else "1 or more"
+        return [f"{key}={text[:40]!r}: {length} tokens, and it must be {limit}: "
                 f"{'shorten it' if length else 'give at least one'}"]
 
     def decode(self, ids):
@@ -269,6 +273,16 @@ class Tokenizer:
         for name, text in files.items():
             with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as file:
                 file.write(text)
+
+
+def _is_bare_gpt2(folder):
+    """Whether a folder holds a GPT-2 model alone, whose tokenizer is no question."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "gpt2" and config.get("vocab_size") == 50257
 
 
 def _show(symbols):
@@ -321,7 +335,9 @@ def _tiktoken(spec, eot):
     tiktoken joins the pair whose symbol has the lowest id, the tokenizers library the pair that comes first
     among the merges; so the order of the two has to be one.
     """
-    splitter, model = spec["pre_tokenizer"], spec["model"]
+    splitter, model = spec["pre_tokenizer"] or {}, spec["model"]
+    if splitter.get("type") != "ByteLevel":
+        return None
     if splitter["add_prefix_space"] or not splitter.get("use_regex", True) or spec.get("normalizer"):
         return None
     if model.get("ignore_merges") or any(a["content"] != eot for a in spec["added_tokens"]):

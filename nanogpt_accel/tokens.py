@@ -4,9 +4,10 @@
         writer.write("train", ids, len(raw_bytes))
         writer.finish({"corpus": ...}, save_tokenizer)
     manifest = read_manifest(folder)
-    x = TokenFile(folder / "train.bin", manifest["dtype"]).rows([0, 7], 256)
+    x = TokenFile(token_paths(folder, manifest, "train"), manifest["dtype"]).rows([0, 7], 256)
 
-A manifest means complete data: it is the last file to appear. A folder of nanoGPT's own is read as well.
+A split of more than `shard_tokens` lies in several files, train-00000.bin and so on, that are read as one. A manifest
+means complete data: it is the last file to appear. A folder of nanoGPT's own is read as well.
 """
 
 import hashlib
@@ -14,95 +15,179 @@ import json
 import os
 import pickle
 import shutil
-import tempfile
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-VERSION = 1
+VERSION = 2  # 1 had one file for each split, and no list of them
 SPLITS = ("train", "val")
 FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
+SHARD_TOKENS = 100_000_000  # tokens of a file: 200 MB, as much work as a crash can cost at most
+COMMIT_SECONDS = 20  # between two points that an interrupted preparation can go on from
 SAMPLED_ABOVE = 2**30  # bytes of a nanoGPT file above which only its head, tail and size are hashed
 _AGAIN = "delete the folder and prepare it again"
 _AGAIN_NANOGPT = "make it again with nanoGPT's prepare.py"
 
 
 class TokenFile:
-    """A file of token ids, read by the row.
+    """One sequence of token ids in a file, or in several that follow each other, read by the row.
 
     Args:
-        path: the file. dtype: of its ids, "uint16" or "uint32".
+        paths: the file, or a list of files in order. dtype: of the ids, "uint16" or "uint32".
     """
 
-    def __init__(self, path, dtype):
-        self.path = Path(path)
+    def __init__(self, paths, dtype):
+        self.paths = [Path(path) for path in (paths if isinstance(paths, (list, tuple)) else [paths])]
         self.dtype = np.dtype(dtype)
-        self._length = os.stat(path).st_size // self.dtype.itemsize
+        lengths = [os.stat(path).st_size // self.dtype.itemsize for path in self.paths]
+        self._ends = np.cumsum(lengths)  # (files,), index of the first token after each file
 
     def __len__(self):
-        return self._length
+        return int(self._ends[-1])
 
     def rows(self, starts, length):
         """The ids at starts[i] ... starts[i] + length - 1, as int64 of shape (len(starts), length)."""
         starts = np.asarray(starts, dtype=np.int64)
         out = np.empty((len(starts), length), dtype=np.int64)
-        if len(starts):
-            assert 0 <= starts.min() and starts.max() + length <= len(self), f"a row beyond {self.path}"
-            # a new map each time, as in nanoGPT: the pages of one that stays open add up in resident memory,
-            # https://stackoverflow.com/questions/45132940/numpy-memmap-memory-usage-want-to-iterate-once
-            data = np.memmap(self.path, dtype=self.dtype, mode="r")
-            for row, start in zip(out, starts, strict=True):
-                row[:] = data[start : start + length]
+        if not len(starts):
+            return out
+        assert 0 <= starts.min() and starts.max() + length <= len(self), f"a row beyond {self.paths[-1]}"
+        # new maps each time, as in nanoGPT: the pages of one that stays open add up in resident memory,
+        # https://stackoverflow.com/questions/45132940/numpy-memmap-memory-usage-want-to-iterate-once
+        maps = {}
+        for row, start in zip(out, starts.tolist(), strict=True):
+            done = 0
+            while done < length:  # a row may begin in one file and end in another
+                i = int(np.searchsorted(self._ends, start + done, side="right"))
+                if i not in maps:
+                    maps[i] = np.memmap(self.paths[i], dtype=self.dtype, mode="r")
+                first = start + done - (int(self._ends[i - 1]) if i else 0)
+                piece = maps[i][first : first + length - done]
+                row[done : done + len(piece)] = piece
+                done += len(piece)
         return out
 
 
 class Writer:
-    """Writes a data folder as the tokens come, out of sight until all of it is there.
+    """Writes a data folder as the tokens come, out of sight until all of it is there, and goes on where an interrupted
+    one stopped.
 
-    The files grow in FOLDER/.tmp-*, on the same disk whatever is mounted where. finish() moves them to their
-    places, the manifest last; leaving the `with` block without it removes them.
+    The files grow in FOLDER/.partial, on the same disk whatever is mounted where. finish() moves them to their
+    places, the manifest last. What was committed stays for the next attempt; where nothing was, leaving the `with`
+    block without finish() removes all of it.
 
     Args:
         folder: the data folder. dtype: np.uint16 or np.uint32.
+        facts: plain values that decide the tokens. An attempt that was made of others is thrown away.
+        shard_tokens: a file that has so many is closed, and the next one begun.
+
+    Attributes:
+        position: what the last commit() of an earlier attempt was given, 0 where there is none.
+        is_finished: an earlier attempt had only the moves left to do; they are done, and so is all.
 
     Raises:
         ValueError: the folder holds such files already. OSError: it cannot be written.
+        BlockingIOError: another process is at work in it.
     """
 
-    def __init__(self, folder, dtype):
-        self.folder, self.dtype = Path(folder), np.dtype(dtype)
-        self._refuse_to_overwrite()
+    def __init__(self, folder, dtype, facts=None, shard_tokens=SHARD_TOKENS):
+        self.folder, self.dtype, self.shard_tokens = Path(folder), np.dtype(dtype), shard_tokens
+        self.partial = self.folder / ".partial"
+        self._facts = json.loads(json.dumps([facts or {}, self.dtype.name, shard_tokens]))
+        if not (self.partial / "manifest.json").exists():
+            self._refuse_to_overwrite()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.folder))
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.partial / "lock")
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError(f"data_dir={folder}: another process prepares it") from None
         except OSError as error:
             raise OSError(f"data_dir={folder}: cannot be written ({error.strerror}): set data_dir to a "
                           "folder that can") from None
-        self._files = {split: open(self.temporary / f"{split}.bin", "wb") for split in SPLITS}
-        self._hashes = {split: hashlib.sha256() for split in SPLITS}
-        self.counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+        self._open = {}  # split -> the file that grows
+        self._committed_at = time.monotonic()
+        with _naming(self.folder):
+            self._continue()
+
+    def _continue(self):
+        """Take up what an earlier attempt committed, or begin anew."""
+        try:
+            progress = json.loads((self.partial / "progress.json").read_text(encoding="utf-8"))
+            self.position, self.counts, self.files = (progress[key] for key in ("position", "counts", "files"))
+            is_usable = progress["facts"] == self._facts
+            self.is_finished = is_usable and (self.partial / "manifest.json").exists()
+            sizes = {file["name"]: file["tokens"] * self.dtype.itemsize for files in self.files.values()
+                     for file in files}
+            is_usable = is_usable and (self.is_finished or all(
+                (self.partial / name).stat().st_size >= size for name, size in sizes.items()))
+        except (OSError, ValueError, KeyError, TypeError):
+            is_usable = self.is_finished = False
+        self._has_committed = is_usable
+        if self.is_finished:
+            return self._publish()
+        if not is_usable:
+            self._refuse_to_overwrite()
+            self.position, self.counts, self.files, sizes = 0, {}, {}, {}
+        for path in self.partial.iterdir():
+            if path.name in sizes:
+                os.truncate(path, sizes[path.name])  # what came after the commit is made again
+            elif path.name != "lock" and not (is_usable and path.name == "progress.json"):
+                path.unlink()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        for file in self._files.values():
+        for file in self._open.values():
             with suppress(OSError):  # a full disk is reported by the write that failed
                 file.close()
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        if not self.is_finished and not self._has_committed:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self._lock.release()
         with suppress(OSError):  # goes only where it is empty
             self.folder.rmdir()
 
+    def discard(self):
+        """Throw away what was committed: the next attempt begins anew."""
+        self._has_committed = False
+
     def write(self, split, ids, n_bytes, documents=1):
         """Append ids, (n,) whole numbers, to a split. n_bytes: the size of their text as UTF-8."""
-        raw = np.ascontiguousarray(ids, dtype=self.dtype).tobytes()
+        files = self.files.setdefault(split, [])
         with _naming(self.folder):
-            self._files[split].write(raw)
-        self._hashes[split].update(raw)
-        self.counts[split]["tokens"] += len(ids)
-        self.counts[split]["bytes"] += n_bytes
-        self.counts[split]["documents"] += documents
+            if not files or files[-1]["tokens"] >= self.shard_tokens:
+                self._close(split)
+                files.append({"name": f"{split}-{len(files):05d}.bin", "tokens": 0})
+            if split not in self._open:
+                self._open[split] = open(self.partial / files[-1]["name"], "ab")  # noqa: SIM115 (grows on)
+            self._open[split].write(np.ascontiguousarray(ids, dtype=self.dtype).tobytes())
+        files[-1]["tokens"] += len(ids)
+        counts = self.counts.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0})
+        counts["tokens"] += len(ids)
+        counts["bytes"] += n_bytes
+        counts["documents"] += documents
+
+    def commit(self, position):
+        """Say that all up to `position`, a plain value, is written; now and then this is made to last."""
+        if time.monotonic() - self._committed_at >= COMMIT_SECONDS:
+            with _naming(self.folder):
+                self._commit(position)
+
+    def _commit(self, position):
+        for file in self._open.values():
+            _flush(file)
+        text = json.dumps({"facts": self._facts, "position": position, "counts": self.counts, "files": self.files})
+        _write_text(self.partial / "progress.json", text)
+        self._has_committed, self._committed_at = True, time.monotonic()
+
+    def _close(self, split):
+        if split in self._open:
+            _flush(self._open[split])
+            self._open.pop(split).close()
 
     def finish(self, facts, save_tokenizer):
         """Make the folder real and return its manifest.
@@ -112,31 +197,51 @@ class Writer:
                 "eot_id"}, "val_fraction", "split_seed"}: plain values for the manifest.
             save_tokenizer: a function that writes the tokenizer's files into the folder it is given.
         """
-        manifest = {"version": VERSION, **facts, "dtype": self.dtype.name, "splits": {
-            split: self.counts[split] | {"sha256": self._hashes[split].hexdigest()} for split in SPLITS}}
         with _naming(self.folder):
-            for file in self._files.values():
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut could keep the manifest and lose the tokens
-                file.close()
-            save_tokenizer(self.temporary)
-            with open(self.temporary / "manifest.json", "w", encoding="utf-8") as file:
-                file.write(json.dumps(manifest, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            if (self.folder / "manifest.json").exists() and read_manifest(self.folder) == manifest:
-                return manifest  # another process prepared the same meanwhile
-            self._refuse_to_overwrite()
-            # the tokenizer first: .bin files without a manifest pass for nanoGPT's, but not beside its file
-            names = sorted(f.name for f in self.temporary.iterdir())
-            for name in sorted(names, key=lambda n: (n == "manifest.json", n.endswith(".bin"), n)):
-                os.replace(self.temporary / name, self.folder / name)
+            for split in list(self._open):
+                self._close(split)
+            for split, files in self.files.items():
+                if len(files) == 1:  # the name that nanoGPT gives it
+                    os.rename(self.partial / files[0]["name"], self.partial / f"{split}.bin")
+                    files[0]["name"] = f"{split}.bin"
+            splits = {}
+            for split, files in self.files.items():
+                hashes = [_sha256(self.partial / file["name"], whole=True) for file in files]
+                digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+                splits[split] = self.counts[split] | {"sha256": digest, "files": files}
+            manifest = {"version": VERSION, **facts, "dtype": self.dtype.name, "splits": splits}
+            save_tokenizer(self.partial)
+            self._commit("all")
+            _write_text(self.partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            self._publish()
         return manifest
+
+    def _publish(self):
+        """Move the finished files to their places. Done again, it does what is left to do."""
+        names = sorted(f.name for f in self.partial.iterdir() if f.name not in ("lock", "progress.json"))
+        # the tokenizer first: .bin files without a manifest pass for nanoGPT's, but not beside its file
+        for name in sorted(names, key=lambda n: (n == "manifest.json", n.endswith(".bin"), n)):
+            os.replace(self.partial / name, self.folder / name)
+        self.is_finished = True
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def _refuse_to_overwrite(self):
         if found := [name for name in FILES if (self.folder / name).exists()]:
             raise ValueError(f"data_dir={self.folder}: holds {', '.join(found)} already, and nothing is "
                              "overwritten: take another data_dir, or delete that folder")
+
+
+def _flush(file):
+    file.flush()
+    os.fsync(file.fileno())  # or a power cut could keep the manifest and lose the tokens
+
+
+def _write_text(path, text):
+    """Write a file whole or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+        _flush(file)
+    os.replace(f"{path}.tmp", path)
 
 
 @contextmanager
@@ -145,8 +250,8 @@ def _naming(folder):
     try:
         yield
     except OSError as error:
-        raise OSError(f"data_dir={folder}: cannot write the token files ({error.strerror or error}), nothing "
-                      "was kept: make room, or set data_dir to another disk") from None
+        raise OSError(f"data_dir={folder}: cannot write the token files ({error.strerror or error}), and they "
+                      "do not count as done: make room, or set data_dir to another disk") from None
 
 
 def is_data_folder(folder):
@@ -165,8 +270,8 @@ def read_manifest(folder):
     MiB and its size, so that a run's start does not read 17 GB.
 
     Returns:
-        {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "dtype", "splits": {"train" and "val":
-        {"tokens", "bytes", "documents", "sha256"}}}
+        {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "dtype", "splits": {"train" and "val", maybe
+        "test": {"tokens", "bytes", "documents", "sha256", "files": [{"name", "tokens"}, ...]}}}
 
     Raises:
         FileNotFoundError: no token files. ValueError: they are damaged; one line with the remedy.
@@ -186,18 +291,27 @@ def read_manifest(folder):
             manifest = json.load(file)
         version = manifest["version"]
         itemsize = np.dtype(manifest["dtype"]).itemsize
-        sizes = {split: manifest["splits"][split]["tokens"] * itemsize for split in SPLITS}
+        if version == 1:
+            for split, counts in manifest["splits"].items():
+                counts["files"] = [{"name": f"{split}.bin", "tokens": counts["tokens"]}]
+        files = [file for split in SPLITS for file in manifest["splits"][split]["files"]]
+        files += manifest["splits"].get("test", {}).get("files", [])
+        sizes = {folder / file["name"]: file["tokens"] * itemsize for file in files}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): {_AGAIN}") from None
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise ValueError(f"{path}: version {version}, this program reads version {VERSION}: {_AGAIN}")
-    for split, size in sizes.items():
-        file = folder / f"{split}.bin"
+    for file, size in sizes.items():
         found = file.stat().st_size if file.is_file() else 0
         if found != size:
             raise ValueError(f"{file}: {found:,} bytes, but the manifest says {size:,} "
                              f"({size // itemsize:,} tokens of {itemsize} bytes): {_AGAIN}")
     return manifest
+
+
+def token_paths(folder, manifest, split):
+    """The files of a split, in order."""
+    return [Path(folder) / file["name"] for file in manifest["splits"][split]["files"]]
 
 
 def differences(manifest, folder, corpus=None, tokenizer=None, val_fraction=None):
@@ -227,7 +341,7 @@ def _nanogpt_manifest(folder):
             raise ValueError(f"{file}: {size:,} bytes, an odd number, is no file of 16-bit ids: "
                              f"{_AGAIN_NANOGPT}")
         splits[split] = {"tokens": size // 2, "bytes": None, "documents": None,
-                         "sha256": _sha256(file, size)}
+                         "sha256": _sha256(file), "files": [{"name": file.name, "tokens": size // 2}]}
     meta = folder / "meta.pkl"
     stoi = read_meta(meta) if meta.is_file() else None
     if stoi:
@@ -238,10 +352,10 @@ def _nanogpt_manifest(folder):
             "tokenizer": tokenizer, "val_fraction": None, "split_seed": None, "dtype": "uint16", "splits": splits}
 
 
-def _sha256(path, size):
-    digest = hashlib.sha256()
+def _sha256(path, whole=False):
+    digest, size = hashlib.sha256(), os.stat(path).st_size
     with open(path, "rb") as file:
-        if size > SAMPLED_ABOVE:
+        if size > SAMPLED_ABOVE and not whole:
             digest.update(file.read(2**20))
             file.seek(-(2**20), os.SEEK_END)
             digest.update(file.read(2**20) + str(size).encode())

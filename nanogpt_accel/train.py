@@ -63,7 +63,8 @@ def check(recipe):
     elif not saved and not recipe.train.eval_only:
         problems += checkpoint.check_folder(out_dir)
     if init_from not in ("scratch", "resume") and not checkpoint.may_be_model(init_from):
-        problems.append(f"model.init_from={init_from}: neither scratch, resume, a folder that exists, nor a Hub id")
+        problems.append(f"model.init_from={init_from}: " + (
+            checkpoint.nanogpt_hint(init_from) or "neither scratch, resume, a folder that exists, nor a Hub id"))
     if recipe.overwrite and out_dir.resolve() in (Path(init_from).resolve(), Path(init_from).resolve().parent):
         problems.append(f"model.init_from={init_from}: lies in out_dir={out_dir}, which overwrite=true clears; take "
                         "another out_dir")
@@ -145,7 +146,10 @@ def train(recipe):
                     if recipe.shape[key] != shape[key]]
         if unheeded:
             console.say(f"their shape holds, and not the recipe's {', '.join(sorted(unheeded))}")
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=shape)})
+        section, problems, _ = cli.validate(SECTIONS["model"], recipe.model.model_dump() | shape, "model.")
+        if problems:
+            raise ValueError(f"{source}: no run can have its shape: {'; '.join(problems)}")
+        recipe = recipe.model_copy(update={"model": section})
     if recipe.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.to(device)
@@ -231,8 +235,9 @@ def train(recipe):
             card = hub.model_card(
                 out_dir.name,
                 f"A GPT trained with nanogpt_accel on the corpus `{data.manifest['corpus']['name']}`, tokenizer "
-                f"`{data.tokenizer.kind}`.\nCheckpoint after {step:,} steps; validation loss: {loss}. The recipe:\n\n"
-                f"```yaml\n{recipe.to_yaml()}```", needs_code=True)
+                f"`{data.tokenizer.kind}`.\nCheckpoint after {step:,} steps; validation loss: {loss}. It reads "
+                f"{block_size:,} tokens.", needs_code=True,
+                more=f"The recipe, where it differs from the defaults:\n\n```yaml\n{recipe.to_yaml(brief=True)}```\n")
             path = checkpoint.save(out_dir, trainer, model=raw_model, tokenizer=data.tokenizer, card=card,
                                    optimizer=optimizer, keep_last=recipe.checkpoint.keep_last)
             console.say(f"saved {path}")
@@ -256,7 +261,7 @@ def train(recipe):
         if evaluates:
             train_loss = metrics.mean_loss(model, data.train, train_batches, accelerator)
             val_loss = metrics.mean_loss(model, data.val, val_batches, accelerator)
-            scores = metrics.scores(val_loss, len(data.val), data.val_bytes, train_loss)
+            scores = metrics.scores(val_loss, len(data.val), data.text_bytes("val"), train_loss)
             console.say(f"step {step}: " + metrics.describe(scores))
             if recipe.train.eval_only:
                 break

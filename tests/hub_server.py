@@ -1,10 +1,11 @@
-"""A stand-in for the Hugging Face Hub on this machine, as much of it as uploads and downloads of models need.
+"""A stand-in for the Hugging Face Hub on this machine, as much of it as uploads and downloads of models need,
+and reading data sets.
 
     with HubServer(tokens={"hf_test": "me"}) as hub:
         subprocess.run([sys.executable, "-c", script], env=hub.env(tmp_path), check=True)
         assert "model.safetensors" in hub.files("me/tiny")
 
-huggingface_hub reads its settings when it is imported, so its calls belong in a child process. The server speaks to
+A data set is a repository named "datasets/USER/NAME". huggingface_hub reads its settings when it is imported, so its calls belong in a child process. The server speaks to
 huggingface_hub 2.4 with Xet off: Git LFS in one part, and files that are answered without a redirect to another host.
 """
 
@@ -17,7 +18,8 @@ import socket
 import threading
 import time
 from dataclasses import dataclass, field
-from urllib.parse import unquote, urlsplit
+from pathlib import PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz")  # some of what the Hub's own .gitattributes names
 LFS_SIZE = 10 << 20  # a larger file is never a regular one
@@ -225,7 +227,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def repo(self, name, write=False):
         """The repository of this name, if this user may read it, or write to it."""
         user, repo = self.user(), self.hub.repos.get(name)
-        owner = user == name.split("/")[0]
+        owner = user == name.split("/")[-2]
         if user is None and (write or repo is None or repo.private):
             # the Hub leaves the code out, and the client infers it, but only for https
             raise Refusal(401, "Invalid username or password.", "RepoNotFound")
@@ -254,6 +256,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.info(f"{owner}/{name}", revision)
             case "GET", "api", "models", owner, name, "tree", revision, *folder:
                 return self.tree(f"{owner}/{name}", revision, "/".join(folder), "recursive=true" in url.query)
+            case "GET", "api", "datasets", owner, name:
+                return self.info(f"datasets/{owner}/{name}", "main")
+            case "GET", "api", "datasets", owner, name, "revision", revision:
+                return self.info(f"datasets/{owner}/{name}", revision)
+            case "GET", "api", "datasets", owner, name, "tree", revision, *folder:
+                asked = (f"datasets/{owner}/{name}", revision, "/".join(folder))
+                return self.tree(*asked, not {"recursive=true", "recursive=True"}.isdisjoint(url.query.split("&")))
+            case "POST", "api", "datasets", owner, name, "paths-info", revision:
+                return self.paths_info(f"datasets/{owner}/{name}", revision, parse_qs(self.body.decode())["paths"])
+            case "GET" | "HEAD", "datasets", owner, name, "resolve", revision, *path:
+                return self.resolve(f"datasets/{owner}/{name}", revision, "/".join(path))
             case "POST", "api", "models", owner, name, "branch", branch:
                 return self.create_branch(f"{owner}/{name}", branch, json.loads(self.body or b"{}"))
             case "POST", "api", "models", owner, name, "preupload", revision:
@@ -285,7 +298,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "tags": [], "siblings": [{"rfilename": path} for path in files]}
 
     def tree(self, name, revision, folder, recursive):
-        """The files in a folder. The Hub lists its folders too, which no caller here asks for."""
+        """The files in a folder, and of a data set the folders in it, which nobody asks for of a model."""
         sha, files = self.repo(name).at(revision)
         prefix = folder + "/" if folder else ""
         below = {path: content for path, content in files.items() if path.startswith(prefix)}
@@ -297,14 +310,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 found.append({"type": "file", "path": path, "size": len(content), "oid": git_oid(content)})
                 if is_lfs(path, content[:512], len(content)):
                     found[-1]["lfs"] = {"oid": oid(path, content), "size": len(content), "pointerSize": 134}
+        if name.startswith("datasets/"):
+            folders = {parent.as_posix() for path in below for parent in PurePosixPath(path).parents} - {".", folder}
+            found += [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)
+                      if path.startswith(prefix) and (recursive or "/" not in path[len(prefix) :])]
         return found
+
+    def paths_info(self, name, revision, paths):
+        """What tree() says of these files and folders; what is not there is left out."""
+        return [entry for entry in self.tree(name, revision, "", True) if entry["path"] in paths]
 
     def resolve(self, name, revision, path):
         repo = self.repo(name)
         sha, files = repo.at(revision)
         headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
-        if repo.gated and self.user() != name.split("/")[0]:  # only the content: anyone may list the files
-            raise Refusal(403 if self.user() else 401, f"Access to model {name} is restricted.", "GatedRepo")
+        if repo.gated and self.user() != name.split("/")[-2]:  # only the content: anyone may list the files
+            raise Refusal(403 if self.user() else 401, f"Access to {name} is restricted.", "GatedRepo")
         if path not in files:
             refusal = Refusal(404, "Entry not found", "EntryNotFound")
             refusal.headers |= headers

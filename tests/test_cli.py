@@ -13,7 +13,7 @@ import pytest
 
 import nanogpt_accel
 from nanogpt_accel import __main__ as table
-from nanogpt_accel import cli, evaluate, export, push, sample
+from nanogpt_accel import cli, data, evaluate, export, push, sample
 from nanogpt_accel.recipe import FIELDS, SECTION_OF, SECTIONS, Recipe, load_recipe
 
 
@@ -74,12 +74,15 @@ def test_nearest():
 # ---- the help pages
 
 OWN = {"sample": sample.SampleOptions, "evaluate": evaluate.EvaluateOptions, "export": export.ExportOptions,
-       "import": import_module("nanogpt_accel.import").ImportOptions, "push": push.PushOptions}
+       "import": import_module("nanogpt_accel.import").ImportOptions, "push": push.PushOptions,
+       "data": data.DataOptions}
 TAKEN = {
     "train": list(SECTION_OF),
     "prepare": list(SECTIONS["data"].model_fields),
-    "evaluate": ["recipe", "json", *SECTIONS["data"].model_fields, *SECTIONS["train"].model_fields],
-    **{command: list(options.model_fields) for command, options in OWN.items() if command != "evaluate"},
+    **{command: [field.alias or key for key, field in options.model_fields.items()]
+       for command, options in OWN.items()},
+    "evaluate": ["recipe", "split", "json", *SECTIONS["data"].model_fields, "batch_size", "eval_iters", "device",
+                 "mixed_precision", "compile"],
 }
 
 

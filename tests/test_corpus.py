@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def test_what_does_not_exist_is_refused_at_once(refused, spec, words):
 
 def test_a_folder_without_text(refused, tmp_path):
     (tmp_path / "x.png").write_bytes(b"\x89PNG")
-    with refused(ValueError, f"corpus={tmp_path}", "no text file", ".txt", "glob"):
+    with refused(ValueError, f"corpus={tmp_path}", "no file of text", ".txt", ".parquet", "glob"):
         find_corpus(str(tmp_path))
 
 
@@ -256,17 +257,18 @@ def test_a_cache_that_cannot_be_written(server, refused, monkeypatch, tmp_path):
 def test_openwebtext_streams_the_rows_of_the_hub(monkeypatch):
     import datasets
 
-    def load_dataset(path, **options):
-        asked.append((path, options))
-        return iter([{"text": "a"}, {"text": ""}, {"text": "b"}])
+    def load_dataset(path, config=None, **options):
+        asked.append((path, config, options))
+        return datasets.Dataset.from_dict({"n": [1, 2, 3], "text": ["a", "", "b"]}).to_iterable_dataset()
 
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     corpus = find_corpus("openwebtext")
     assert asked == [] and not corpus.is_single
     assert list(corpus.documents()) == ["a", "b"]
-    assert asked == [("Skylion007/openwebtext",
+    assert asked == [("Skylion007/openwebtext", "plain_text",
                       {"split": "train", "revision": corpus.source["revision"], "streaming": True})]
+    assert re.fullmatch("[0-9a-f]{40}", corpus.source["revision"]), "the same recipe means the same text"
 
 
 def test_openwebtext_without_a_network(refused):
@@ -281,7 +283,8 @@ def test_an_error_amid_the_stream(refused, monkeypatch):
         yield {"text": "a"}
         raise ConnectionResetError("reset by peer\nsecond line")
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: rows())
+    stream = datasets.IterableDataset.from_generator(rows, features=datasets.Features({"text": datasets.Value("string")}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config, **options: stream)
     with refused(ValueError, "corpus=openwebtext", "ConnectionResetError: reset by peer"):
         texts("openwebtext")
 
@@ -292,6 +295,6 @@ def test_an_error_amid_the_stream(refused, monkeypatch):
 def test_nothing_heavy_is_imported():
     code = ("import sys; from nanogpt_accel import prepare; from nanogpt_accel.corpus import find_corpus; "
             "find_corpus('openwebtext'); find_corpus('python'); "
-            "print({'torch', 'transformers', 'datasets', 'tokenizers', 'tiktoken'} & set(sys.modules))")
+            "print({'torch', 'transformers', 'datasets', 'pyarrow', 'tokenizers', 'tiktoken'} & set(sys.modules))")
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout == "set()\n"

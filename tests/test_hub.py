@@ -21,6 +21,7 @@ from hub_server import HubServer
 
 import nanogpt_accel
 from nanogpt_accel import hub as ours
+from nanogpt_accel.checkpoint import begin
 from nanogpt_accel.metrics import read_metrics
 
 PACKAGE = str(Path(nanogpt_accel.__file__).parents[1])
@@ -775,7 +776,7 @@ def test_a_silent_hub_does_not_hold_the_end_of_a_run_for_ever(uploads, tmp_path,
 def test_what_a_killed_run_left_is_cleared_away(tmp_path):
     (tmp_path / ".push-abc").mkdir()
     (tmp_path / ".push-abc" / "config.json").touch()
-    ours.BackgroundPush("tiny", tmp_path, pytest.fail)
+    begin(tmp_path, "seed: 1\n", is_resumed=True)
     assert leftovers(tmp_path) == []
 
 

@@ -641,7 +641,7 @@ def test_what_is_no_nanogpt_checkpoint(capsys, write, words):
 @pytest.mark.parametrize(("argv", "words"), [
     ([], ["which checkpoint?", "where to?"]),
     (["nowhere.pt", "to=x"], ["nowhere.pt: no such file"]),
-    ([".", "to=x"], [".: no such file"]),
+    (["full", "to=x"], ["full: no such file"]),
     (["ckpt.pt", "to=full"], ["to=full: holds something already"]),
     (["ckpt.pt", "to=ckpt.pt"], ["to=ckpt.pt: ckpt.pt is a file"]),
     (["ckpt.pt", "to=x", "activation=relu"], ["activation=relu: must be 'gelu' or 'gelu_new'"]),

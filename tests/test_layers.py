@@ -15,7 +15,8 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py")}
 
 PARTS = {"model", "tokenizer", "corpus", "tokens", "batches", "optim", "metrics", "console", "generation", "launch",
          "cpu", "hub"}
-GLUED = {"dataset": {"corpus", "tokenizer", "tokens"}, "checkpoint": {"hub"}, "interop": {"model", "tokenizer", "hub"}}
+GLUED = {"dataset": {"corpus", "tokenizer", "tokens", "console"}, "checkpoint": {"hub"},
+         "interop": {"model", "tokenizer", "hub"}}
 MAY_IMPORT = {
     "__init__": set(),  # loads its public names when they are asked for
     "__main__": {"cli"},  # and a command by its name, when it runs

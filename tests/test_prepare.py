@@ -16,7 +16,7 @@ import pytest
 
 from nanogpt_accel import cli, dataset, prepare
 from nanogpt_accel.dataset import check, data_folder, is_prepared, open_dataset, require_block
-from nanogpt_accel.recipe import Data
+from nanogpt_accel.recipe import SECTIONS, Data
 from nanogpt_accel.tokenizer import Tokenizer
 
 
@@ -37,8 +37,12 @@ def notes(work):
     return folder
 
 
+def raw(file):
+    return b"".join(path.read_bytes() for path in file.paths)
+
+
 def ids(file):
-    return np.fromfile(file.path, dtype=file.dtype).tolist()
+    return np.frombuffer(raw(file), dtype=file.dtype).tolist()
 
 
 def prepared(data, report=lambda line: None):
@@ -59,8 +63,8 @@ def test_shakespeare_char_is_nanogpts(shakespeare):
     val_ids = np.array([stoi[c] for c in data[int(n * 0.9):]], dtype=np.uint16)
 
     ours = prepared(Data(corpus=str(shakespeare), tokenizer="char", val_fraction=0.1))
-    assert ours.train.path.read_bytes() == train_ids.tobytes()
-    assert ours.val.path.read_bytes() == val_ids.tobytes()
+    assert ours.train.paths[0].read_bytes() == train_ids.tobytes()
+    assert ours.val.paths[0].read_bytes() == val_ids.tobytes()
     assert (len(ours.train), len(ours.val), ours.tokenizer.vocab_size) == (1_003_854, 111_540, 65)
     splits = ours.manifest["splits"]
     assert [splits[s]["bytes"] for s in splits] == [1_003_854, 111_540]
@@ -126,7 +130,7 @@ def test_documents_are_dealt_out_whole_and_end_with_eot(notes, tokenizer, val_fr
     for file, part in zip((ours.train, ours.val), dealt(texts, val_fraction), strict=True):
         assert part
         assert ids(file) == [i for text in part for i in [*encode(text).tolist(), eot]]
-        counts = ours.manifest["splits"][file.path.stem]
+        counts = ours.manifest["splits"][file.paths[0].stem]
         assert counts["documents"] == len(part) and counts["bytes"] == sum(len(t.encode()) for t in part)
 
 
@@ -140,11 +144,11 @@ def test_documents_of_gpt2(notes, gpt2_files):
         assert ids(file) == [i for text in part for i in [*enc.encode_ordinary(text), enc.eot_token]]
 
 
-def test_the_result_does_not_depend_on_batches(notes, monkeypatch):
+def test_the_result_does_not_depend_on_chunks(notes, monkeypatch):
     hashes = set()
     for size in (1, 50, 2**20):
-        monkeypatch.setattr(dataset, "BATCH", size)
-        ours = prepared(Data(corpus="notes", tokenizer="bpe", val_fraction=0.3, data_dir=f"batch{size}"))
+        monkeypatch.setattr(dataset, "CHUNK", size)
+        ours = prepared(Data(corpus="notes", tokenizer="bpe", val_fraction=0.3, data_dir=f"chunk{size}"))
         hashes.add(json.dumps([ours.manifest["splits"], ours.tokenizer.fingerprint]))
     assert len(hashes) == 1
 
@@ -209,21 +213,33 @@ def test_prepare_twice_writes_once(notes):
 
 
 def test_long_work_reports_its_progress(notes, monkeypatch):
-    monkeypatch.setattr(dataset, "BATCH", 50)
+    monkeypatch.setattr(dataset, "CHUNK", 50)
     clock = iter(range(0, 10_000, 3))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     lines = []
-    dataset.prepare(Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3), lines.append)
+    data = Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3)
+    assert dataset.ready(data, True, lines.append).folder == data_folder(data)
     assert lines[0] == "training a BPE of 300 symbols on notes"
     assert len(lines) > 3 and all("documents" in line and "MB/s" in line for line in lines[1:-1])
 
 
+@pytest.mark.xfail(strict=True, reason="the command gives prepare() no `progress`, so hours pass without a line")
+def test_the_command_reports_its_progress(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(dataset, "CHUNK", 50)
+    clock = iter(range(0, 10_000, 3))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    prepare.main([recipe])
+    assert capsys.readouterr().out.count(" documents (") > 3
+
+
 def test_plain_attributes_are_enough(notes):
-    data = SimpleNamespace(corpus="notes", tokenizer="char", vocab_size=0, data_dir="here", val_fraction=0.3)
+    section = SECTIONS["data"](corpus="notes", tokenizer="char", data_dir="here", val_fraction=0.3)
+    data = SimpleNamespace(**section.model_dump())
     assert check(data) == []
     assert prepared(data).folder == Path("here")
-    assert check(data) == []
-    assert len(check(SimpleNamespace(**vars(data) | {"tokenizer": "gpt2", "corpus": "python"}))) == 2
+    assert check(data) == check(section) == []
+    other = {"tokenizer": "gpt2", "corpus": "python"}
+    assert len(check(SimpleNamespace(**vars(data) | other))) == len(check(section.model_copy(update=other))) == 2
 
 
 def test_a_tokenizer_folder(refused, notes):

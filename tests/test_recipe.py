@@ -340,9 +340,9 @@ def test_yaml_lists_numbers_and_nothing():
     ("norm", "batchnorm", "model.norm=batchnorm: must be 'layernorm' or 'rmsnorm'"),
     ("position", "alibi", "model.position=alibi: must be 'learned' or 'rotary'"),
     ("activation", "silu", "model.activation=silu: must be 'gelu', 'gelu_new', 'relu2' or 'swiglu'"),
-    ("logit_softcap", "0", "model.logit_softcap=0: must be greater than 0"),
-    ("rope_theta", "0", "model.rope_theta=0: must be greater than 0"),
-    ("norm_eps", "0", "model.norm_eps=0: must be greater than 0"),
+    ("logit_softcap", "0", "model.logit_softcap=0: must be greater than or equal to 1"),
+    ("rope_theta", "0", "model.rope_theta=0: must be greater than or equal to 1"),
+    ("norm_eps", "-1", "model.norm_eps=-1: must be greater than or equal to 0"),
     ("qk_norm", "maybe", "model.qk_norm=maybe: must be a valid boolean"),
     ("vocab_size", "256", "data.vocab_size=256: must be greater than or equal to 257"),
 ])

@@ -1,5 +1,6 @@
 """tokens.py: files that nanoGPT could read, a manifest that can be believed, and nothing half done."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,7 +12,15 @@ import numpy as np
 import pytest
 
 from nanogpt_accel import tokens as module
-from nanogpt_accel.tokens import TokenFile, Writer, differences, is_data_folder, read_manifest, read_meta
+from nanogpt_accel.tokens import (
+    TokenFile,
+    Writer,
+    differences,
+    is_data_folder,
+    read_manifest,
+    read_meta,
+    token_paths,
+)
 
 FACTS = {"corpus": {"kind": "files", "name": "input.txt"}, "val_fraction": 0.1, "seed": None,
          "tokenizer": {"asked": "char", "kind": "char", "vocab_size": 9, "fingerprint": "f", "eot_id": None}}
@@ -21,11 +30,17 @@ def save_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{}")
 
 
-def write(folder, train=range(1000), val=(7, 8, 9), dtype=np.uint16, facts=FACTS):
-    with Writer(folder, dtype) as writer:
-        for part in np.array_split(np.array(train), 3):
-            writer.write("train", part, len(part) * 2)
-        writer.write("val", np.array(val), 3)
+def write(folder, train=range(1000), val=(7, 8, 9), dtype=np.uint16, facts=FACTS, shard_tokens=10**8):
+    """Write three documents for train and one for val, or what is left of that after an earlier attempt."""
+    documents = [("train", part, len(part) * 2) for part in np.array_split(np.array(train), 3)]
+    documents.append(("val", np.array(val), 3))
+    with Writer(folder, dtype, facts, shard_tokens) as writer:
+        if writer.is_finished:
+            return read_manifest(folder)
+        done = len(documents) if writer.position == "all" else writer.position
+        for number, document in enumerate(documents[done:], done + 1):
+            writer.write(*document)
+            writer.commit(number)
         return writer.finish(facts, save_tokenizer)
 
 
@@ -45,9 +60,11 @@ def test_the_files_are_nanogpts(tmp_path, dtype):
     assert names(folder) == ["manifest.json", "tokenizer.json", "train.bin", "val.bin"]
     assert names(tmp_path) == ["a", "a/b", *[f"a/b/{name}" for name in names(folder)]]
     assert read_manifest(folder) == manifest == FACTS | {
-        "version": 1, "dtype": np.dtype(dtype).name, "splits": {
-            "train": {"tokens": 1000, "bytes": 2000, "documents": 3, "sha256": sha256(folder / "train.bin")},
-            "val": {"tokens": 3, "bytes": 3, "documents": 1, "sha256": sha256(folder / "val.bin")}}}
+        "version": 2, "dtype": np.dtype(dtype).name, "splits": {
+            "train": {"tokens": 1000, "bytes": 2000, "documents": 3, "sha256": sha256(folder / "train.bin"),
+                      "files": [{"name": "train.bin", "tokens": 1000}]},
+            "val": {"tokens": 3, "bytes": 3, "documents": 1, "sha256": sha256(folder / "val.bin"),
+                    "files": [{"name": "val.bin", "tokens": 3}]}}}
 
 
 def sha256(path):
@@ -97,33 +114,120 @@ def test_a_disk_that_fills_up(tmp_path):
         assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("moves", range(4))
-def test_a_crash_between_the_moves_is_never_taken_for_data(refused, monkeypatch, tmp_path, moves):
-    """Whatever the number of files in place when the machine dies, they are not read as data."""
-    class Dead(BaseException):
-        pass
+class Dead(BaseException):
+    """What a machine that dies is here: nothing that comes after it happens."""
 
-    def replace(source, target):
+
+def die(monkeypatch, after):
+    """The process dies at one of the calls that make something last: the one with this number."""
+    def dying(real):
+        def call(*args, **options):
+            if next(left, None) is None:
+                raise Dead
+            return real(*args, **options)
+        return call
+
+    left = iter(range(after))
+    for name in ("replace", "rename", "fsync", "truncate"):
+        monkeypatch.setattr(module.os, name, dying(getattr(os, name)))
+    monkeypatch.setattr(module.shutil, "rmtree", lambda *args, **options: None)  # a dead process cleans nothing up
+
+
+@pytest.mark.parametrize("shard_tokens", [300, 10**8])
+@pytest.mark.parametrize("commit_seconds", [0, 20])
+def test_a_crash_at_any_point_leaves_work_that_can_be_finished(monkeypatch, tmp_path, commit_seconds, shard_tokens):
+    monkeypatch.setattr(module, "COMMIT_SECONDS", commit_seconds)
+    manifest = write(tmp_path / "whole", shard_tokens=shard_tokens)
+    whole = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
+    for point in range(99):
+        folder = tmp_path / f"crash{point}"
+        with monkeypatch.context() as patch:
+            die(patch, after=point)
+            try:
+                write(folder, shard_tokens=shard_tokens)
+            except Dead:
+                assert not is_data_folder(folder), "half of it is never taken for data"
+            else:
+                break
+        with monkeypatch.context() as patch:  # and the second attempt dies too
+            die(patch, after=point % 4)
+            with contextlib.suppress(Dead):
+                write(folder, shard_tokens=shard_tokens)
+        if not is_data_folder(folder):
+            assert write(folder, shard_tokens=shard_tokens) == manifest
+        assert read_manifest(folder) == manifest
+        assert {f.name: f.read_bytes() for f in folder.iterdir() if f.name != ".partial"} == whole
+    assert point > (10 if commit_seconds else 20), "the moves are among the points"
+
+
+@pytest.mark.parametrize("moves", range(6))
+def test_a_crash_between_the_moves_is_never_taken_for_data(refused, monkeypatch, tmp_path, moves):
+    """Whatever the number of files in place when the machine dies, they are not read as data, and another attempt that
+    is made of other facts does not mix its files with them."""
+    left, real = iter(range(moves)), os.replace
+
+    def replace(source, target):  # of progress.json, of manifest.json in .partial, then the four moves
         if next(left, None) is None:
             raise Dead
         real(source, target)
 
-    left, real = iter(range(moves)), os.replace
-    monkeypatch.setattr(os, "replace", replace)
-    # a dead process cleans nothing up
-    monkeypatch.setattr(module.shutil, "rmtree", lambda *args, **options: None)
-    with pytest.raises(Dead):
-        write(tmp_path / "data")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        patch.setattr(module.shutil, "rmtree", lambda *args, **options: None)
+        with pytest.raises(Dead):
+            write(tmp_path / "data")
     assert not is_data_folder(tmp_path / "data")
-    if moves == 0:
-        write(tmp_path / "data")  # the remains of the other attempt are in nobody's way
-        assert is_data_folder(tmp_path / "data")
+    other = FACTS | {"val_fraction": 0.2}
+    if moves <= 2:  # nothing is in its place yet, and the remains are in nobody's way
+        assert write(tmp_path / "data", facts=other)["val_fraction"] == 0.2
     else:
         with refused(ValueError, f"data_dir={tmp_path / 'data'}", "delete"):
             read_manifest(tmp_path / "data")
         with refused(ValueError, f"data_dir={tmp_path / 'data'}", "tokenizer.json", "delete"):
-            write(tmp_path / "data")
+            write(tmp_path / "data", facts=other)
+        assert write(tmp_path / "data")["val_fraction"] == 0.1  # the one that it is made of finds the rest
+
+
+@pytest.mark.xfail(strict=True, reason="finish() renames a split's only file before it hashes, but commits after that: "
+                   "a kill in the minutes of hashing throws all the work away")
+def test_a_crash_while_the_files_are_hashed_costs_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
+
+    def dead(*args, **options):
+        raise Dead
+
+    with monkeypatch.context() as patch, pytest.raises(Dead):
+        patch.setattr(module, "_sha256", dead)
+        write(tmp_path, shard_tokens=300)  # train has three files, val one
+    with Writer(tmp_path, np.uint16, FACTS, 300) as writer:
+        assert writer.position == 4, "all four documents were committed"
+
+
+def test_other_facts_begin_anew(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
+    for facts, dtype, shard_tokens in ((FACTS, np.uint16, 300), (FACTS | {"val_fraction": 0.2}, np.uint16, 300),
+                                       (FACTS, np.uint32, 300), (FACTS, np.uint16, 400)):
+        with Writer(tmp_path, dtype, facts, shard_tokens) as writer:
+            assert (writer.position, writer.counts, writer.files) == (0, {}, {})
+            writer.write("train", np.arange(350), 9)
+            writer.commit(1)
+        with Writer(tmp_path, dtype, facts, shard_tokens) as writer:
+            assert writer.position == 1 and writer.counts["train"]["tokens"] == 350
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", None])
+def test_progress_that_cannot_be_believed_begins_anew(monkeypatch, tmp_path, damage):
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
+    with Writer(tmp_path, np.uint16) as writer:
+        writer.write("train", np.arange(350), 9)
+        writer.commit(1)
+    if damage is None:  # fewer tokens than it says
+        os.truncate(tmp_path / ".partial" / "train-00000.bin", 100)
+    else:
+        (tmp_path / ".partial" / "progress.json").write_text(damage)
+    with Writer(tmp_path, np.uint16) as writer:
+        assert (writer.position, writer.files) == (0, {})
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "train.bin", "val.bin", "tokenizer.json"])
@@ -134,17 +238,19 @@ def test_nothing_is_overwritten(refused, tmp_path, name):
     assert names(tmp_path) == [name] and (tmp_path / name).read_text() == "mine"
 
 
-def test_two_processes_that_prepare_at_once(refused, tmp_path):
-    with Writer(tmp_path, np.uint16) as slow, Writer(tmp_path, np.uint16) as other:
-        manifest = write(tmp_path)
-        for part in np.array_split(np.arange(1000), 3):
-            slow.write("train", part, len(part) * 2)
-        slow.write("val", np.array([7, 8, 9]), 3)
-        assert slow.finish(FACTS, save_tokenizer) == manifest  # the same: no harm
-        other.write("train", np.arange(9), 9)
-        with refused(ValueError, "manifest.json", "another data_dir"):
-            other.finish(FACTS, save_tokenizer)
-    assert read_manifest(tmp_path) == manifest
+def test_two_processes_that_prepare_at_once(tmp_path):
+    """One of them is kept out, by a lock that ends with the process that holds it."""
+    script = ("import sys, numpy as np; from nanogpt_accel.tokens import Writer\n"
+              "writer = Writer(sys.argv[1], np.uint16)\n"
+              "print('held', flush=True); sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match="another process prepares it") as caught:
+            write(tmp_path)
+        assert f"data_dir={tmp_path}" in str(caught.value) and not is_data_folder(tmp_path)
+        other.kill()
+    write(tmp_path)
     assert names(tmp_path) == ["manifest.json", "tokenizer.json", "train.bin", "val.bin"]
 
 
@@ -214,10 +320,20 @@ def test_a_damaged_manifest(refused, tmp_path, content):
 
 
 def test_a_manifest_of_another_version(refused, tmp_path):
-    manifest = write(tmp_path) | {"version": 2}
+    manifest = write(tmp_path) | {"version": 3}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with refused(ValueError, "version 2", "version 1", "prepare it again"):
+    with refused(ValueError, "version 3", "version 2", "prepare it again"):
         read_manifest(tmp_path)
+
+
+def test_a_manifest_of_version_1_is_still_read(tmp_path):
+    manifest = write(tmp_path)
+    old = json.loads(json.dumps(manifest)) | {"version": 1}  # it had one file for each split, and no list of them
+    for counts in old["splits"].values():
+        del counts["files"]
+    (tmp_path / "manifest.json").write_text(json.dumps(old))
+    assert read_manifest(tmp_path)["splits"] == manifest["splits"]
+    assert token_paths(tmp_path, read_manifest(tmp_path), "val") == [tmp_path / "val.bin"]
 
 
 @pytest.mark.parametrize("folder", ["", "missing"])
@@ -256,8 +372,10 @@ def test_a_nanogpt_folder_without_meta_is_gpt2(nanogpt):
     assert manifest["nanogpt"] and manifest["dtype"] == "uint16"
     assert manifest["tokenizer"] == {"kind": "gpt2", "vocab_size": 50257, "eot_id": 50256}
     assert manifest["splits"] == {
-        "train": {"tokens": 100, "bytes": None, "documents": None, "sha256": sha256(nanogpt / "train.bin")},
-        "val": {"tokens": 10, "bytes": None, "documents": None, "sha256": sha256(nanogpt / "val.bin")}}
+        "train": {"tokens": 100, "bytes": None, "documents": None, "sha256": sha256(nanogpt / "train.bin"),
+                  "files": [{"name": "train.bin", "tokens": 100}]},
+        "val": {"tokens": 10, "bytes": None, "documents": None, "sha256": sha256(nanogpt / "val.bin"),
+                "files": [{"name": "val.bin", "tokens": 10}]}}
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
