@@ -265,7 +265,7 @@ def nanogpt_hint(target):
 
 def may_be_model(target):
     """True for a folder that exists and for what has the form of a Hub id."""
-    return Path(target).is_dir() or hub.is_model_id(target)
+    return Path(target).is_dir() or (hub.is_model_id(target) and not Path(target).exists())
 
 
 def _model_damage(path):

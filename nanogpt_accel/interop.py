@@ -301,11 +301,11 @@ def _save_stock(model, folder, form, rows, n_tokens):
     weights = to_stock(form, config, weights)
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(form, **_stock_settings(form, config)))
+    stock.to(model.dtype)
     for name, parameter in stock.named_parameters():
         if name not in weights:  # a bias that GPT has not is zero there, the gain of a norm one
             assert parameter.dim() == 1, name
             weights[name] = torch.full(parameter.shape, float(name.endswith("weight")), dtype=model.dtype)
-    stock.config.dtype = model.dtype
     if form != "gpt2":
         stock.config.rope_theta = float(config["rope_theta"])  # transformers 4 reads it here, or silently takes 10,000
     stock.generation_config = GenerationConfig(

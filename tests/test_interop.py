@@ -823,3 +823,80 @@ def test_transformers_pipeline_writes_what_sample_writes(capsys):
     done = subprocess.run([sys.executable, "script.py", *wanted], env=env, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(Path("texts.json").read_text()) == wanted
+
+
+# ---- places and numbers that others stumbled over
+
+
+@pytest.mark.parametrize(("to", "words"), [
+    ("run/checkpoint-000999", "lies in the run"), ("run/checkpoint-000002/copy", "lies in the run"),
+    ("run/x/y", "lies in the run"), ("dangling", "a link to nothing"),
+])
+def test_an_export_is_no_part_of_a_run(capsys, to, words):
+    """A run takes such a folder for its own checkpoint, and prunes it."""
+    Path("run").mkdir()
+    Path("run/run.yaml").touch()
+    Path("dangling").symlink_to("nowhere")
+    saved(gpt(), "ours")
+    assert main(["export", "ours", f"to={to}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"to={to}" in line and words in line
+    assert os.listdir("run") == ["run.yaml"]
+
+
+def test_a_home_folder_is_meant(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    saved(gpt(), "ours")
+    assert main(["export", "ours", "to=~/out"]) == 0
+    assert (tmp_path / "home" / "out" / "config.json").is_file() and not Path("~").exists()
+
+
+@pytest.mark.parametrize("form", ["stock", "custom"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_rounded_on_request(form, dtype, ids):
+    model = gpt()
+    saved(model, "ours")
+    assert main(["export", "ours", "to=out", f"dtype={dtype}", f"form={form}"]) == 0
+    written = load_file("out/model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {getattr(torch, dtype)}
+    assert json.loads(Path("out/config.json").read_text())["dtype"] == dtype
+    rounded = logits(model.to(getattr(torch, dtype)).float(), ids)[..., :N]
+    loaded = AutoModelForCausalLM.from_pretrained("out", dtype=torch.float32).eval()
+    close(logits(loaded, ids)[..., :N], rounded)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("n_head", 0), ("n_layer", "two"), ("n_embd", -4), ("n_embd", [1]), ("vocab_size", None),
+])
+def test_a_config_that_is_no_shape(capsys, field, value):
+    saved(gpt(), "ours")
+    config = json.loads(Path("ours/config.json").read_text())
+    Path("ours/config.json").write_text(json.dumps(config | {field: value, "head_dim": None}))
+    assert main(["export", "ours", "to=out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ours: ") and not Path("out").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"eos_token": {"a": 1}}', '{"eos_token": ["a"]}', '{"eos_token": 3}'])
+def test_an_odd_tokenizer_config_does_not_matter(content):
+    saved(gpt(), "ours")
+    Path("ours/tokenizer_config.json").write_text(content)
+    Path("ours/README.md").write_bytes(b"caf\xe9")
+    assert main(["export", "ours", "to=out"]) == 0
+
+
+def test_what_a_ckpt_says_cannot_hold_us_up(capsys, refused):
+    write_ckpt("ckpt.pt", nanogpt(), n_layer=10**7)
+    assert main(["import", "ckpt.pt", "to=out"]) == 2
+    assert "n_layer=10000000" in capsys.readouterr().err
+    with refused(ValueError, "vocabulary of 64 symbols"):
+        find_tokenizer("auto", Path("/ckpt.pt"), "x" * 5000, 64)
+
+
+def test_nanogpts_own_folder_is_told_the_way(capsys):
+    Path("out").mkdir()
+    write_ckpt("out/ckpt.pt", nanogpt())
+    for argv in (["sample", "out/ckpt.pt"], ["sample", "out"], ["export", "out", "to=x"],
+                 ["evaluate", "out", "corpus=python"]):
+        assert main(argv) == 2
+        assert "nanogpt-accel import out/ckpt.pt --to FOLDER" in capsys.readouterr().err
