@@ -234,18 +234,18 @@ def _rows(spec, path, column, bad):
     elif suffix in (".csv", ".tsv"):
         with _open(path) as raw:
             csv.field_size_limit(2**31 - 1)
-            text = io.TextIOWrapper(raw, "utf-8", newline="")
+            # (Excel begins with a byte order mark; bytes that are no UTF-8 are found row by row below)
+            text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
             rows = csv.DictReader(text, delimiter="," if suffix == ".csv" else "\t")
             try:
                 _check_column(spec, path, column, rows.fieldnames or [])
                 for row in rows:
                     if row[column] is None:
                         bad(f"corpus={spec}: {path}, line {rows.line_num}: a row without {column}")
+                    elif not _is_unicode(row[column]):
+                        bad(f"corpus={spec}: {path}, line {rows.line_num}: not UTF-8 text")
                     else:
                         yield row[column]
-            except UnicodeDecodeError:
-                raise ValueError(f"corpus={spec}: {path}: not UTF-8 text after line {rows.line_num}: convert it (iconv "
-                                 "-t utf-8)") from None
             except csv.Error as error:
                 raise ValueError(f"corpus={spec}: {path}, line {rows.line_num}: not CSV ({error})") from None
     else:
@@ -261,7 +261,7 @@ def _rows(spec, path, column, bad):
                         if number == 1 and isinstance(row, dict):
                             _check_column(spec, path, column, list(row))
                         text = row[column]
-                        if not isinstance(text, str):
+                        if not isinstance(text, str) or (rb"\u" in line and not _is_unicode(text)):
                             raise TypeError(f"{column} is no text")
                     else:
                         text = text.rstrip("\r\n")
@@ -269,6 +269,8 @@ def _rows(spec, path, column, bad):
                     bad(f"{where}: not UTF-8 text at byte {error.start} of the line")
                 except json.JSONDecodeError as error:
                     bad(f"{where}: not JSON ({error.msg})")
+                except (ValueError, RecursionError) as error:
+                    bad(f"{where}: JSON that cannot be read ({_one_line(error)})")
                 except (TypeError, KeyError, IndexError):
                     bad(f"{where}: no object with a text in {column}")
                 else:
@@ -286,14 +288,39 @@ def _parquet_rows(spec, path, column, bad):
                 raise ValueError(f"corpus={spec}: {path}: {column} holds {kind}, not text: give another text_column")
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
+                for text in _texts(batch.column(0)):
                     number += 1
                     if text is None:
-                        bad(f"corpus={spec}: {path}, row {number}: nothing in {column}")
+                        bad(f"corpus={spec}: {path}, row {number}: nothing in {column}, or not UTF-8 text")
                     else:
                         yield text
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"corpus={spec}: {path}: not a whole parquet file ({_one_line(error)})") from None
+
+
+def _texts(column):
+    """The values of an Arrow column as str; None where there is none or its bytes are no UTF-8."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        pass
+
+    def read(value):
+        try:
+            return value.as_py()
+        except UnicodeDecodeError:
+            return None
+
+    return [read(value) for value in column]
+
+
+def _is_unicode(text):
+    """False where a text holds half of a surrogate pair, which no encoding can write."""
+    try:
+        text.encode("utf-8")
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_column(spec, path, column, columns):
@@ -438,7 +465,7 @@ def _hub_texts(spec, found, rows, bad):
     with _hub_errors(spec, found):
         number = 0
         for table in rows.iter(batch_size=1000):  # as Arrow tables, ten times as fast as row by row
-            for text in table.column(found.column).to_pylist():
+            for text in _texts(table.column(found.column)):
                 number += 1
                 if isinstance(text, str):
                     yield text

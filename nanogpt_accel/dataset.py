@@ -26,7 +26,7 @@ from .tokens import SPLITS, TokenFile, Writer, differences, is_data_folder, read
 
 SPLIT_SEED = 2357  # nanoGPT's; fixed, so that validation losses of runs with other seeds can be compared
 TOKENIZERS = ("gpt2", "char", "bpe")
-COUNTED = ("documents", "bytes", "tokens")
+COUNTED_BELOW = 2**27  # bytes of a corpus whose documents are counted first
 CHUNK = 2**19  # characters that one worker tokenizes at a time; what is written does not depend on the workers
 
 
@@ -145,9 +145,9 @@ def prepare(data, report=print, workers=None):
     if not corpus.is_single and tokenizer.eot_id is None:
         raise ValueError(f"tokenizer={data.tokenizer}: has no end-of-text symbol to set between the "
                          f"documents of corpus={data.corpus}: take gpt2, char or bpe, or a single text")
-    forced = {}  # document -> split, where the hash left one split empty
+    forced = _forced(corpus, data)
     while True:
-        decides = facts | {"fingerprint": tokenizer.fingerprint, "forced": forced}
+        decides = facts | {"fingerprint": tokenizer.fingerprint}
         with _writer(folder, tokenizer.dtype, decides, data.shard_tokens, report) as writer:
             if writer is None or writer.is_finished:  # by another process, or by an earlier one
                 return folder
@@ -202,7 +202,7 @@ def _check_space(folder, corpus, data, report):
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in folder.glob(".partial/*.bin"))
     if need > 2**30:
         report(f"{folder}: about {need / 1e9:,.1f} GB on the disk, of which {free / 1e9:,.1f} GB are free")
     if need > free and not (data.limit_documents or data.limit_tokens):
@@ -300,13 +300,16 @@ def _differences(data, manifest):
     if not data.data_dir or manifest.get("nanogpt"):
         return []
     fields = getattr(type(data), "model_fields", {})  # of a pydantic section; plain attributes all count
-    given = {key for key in ("corpus", "tokenizer", "val_fraction")
-             if key not in fields or getattr(data, key) != fields[key].default}
-    return differences(
-        manifest, data.data_dir,
-        corpus=source_name(data.corpus) if "corpus" in given else None,
-        tokenizer=_asked(data) if "tokenizer" in given else None,
-        val_fraction=data.val_fraction if "val_fraction" in given else None)
+    corpus = manifest["corpus"]
+    held = {"corpus": corpus.get("name"), "tokenizer": manifest["tokenizer"].get("asked"),
+            "val_fraction": manifest["val_fraction"], "text_column": corpus.get("column", "text"),
+            "lines": corpus.get("lines", False), "dataset_config": corpus.get("config"),
+            "dataset_split": corpus.get("splits", {}).get("train", "train"), "revision": corpus.get("revision"),
+            "limit_documents": manifest.get("limit_documents"), "limit_tokens": manifest.get("limit_tokens")}
+    wanted = {key: getattr(data, key) for key in held if key not in fields or getattr(data, key) != fields[key].default}
+    wanted |= {"corpus": source_name(data.corpus)} if "corpus" in wanted else {}
+    wanted |= {"tokenizer": _asked(data)} if "tokenizer" in wanted else {}
+    return differences(held, wanted, data.data_dir)
 
 
 def _make_tokenizer(data, corpus, report):
@@ -327,6 +330,21 @@ def _all_documents(data, corpus):
         yield from itertools.islice(corpus.documents(split, bad), data.limit_documents)
 
 
+def _forced(corpus, data):
+    """{document: split} where the hash would leave a split of a small corpus empty. A large one is not read twice for
+    that; there it shows in the end, if ever, and costs another try."""
+    if corpus.is_single or corpus.bytes is None or corpus.bytes > COUNTED_BELOW or "val" in corpus.own_splits():
+        return {}
+    bad = (lambda problem: None) if data.skip_bad_documents else None
+    count = sum(1 for _ in itertools.islice(corpus.documents(bad=bad), data.limit_documents))
+    draws = sorted((_draw(number), number) for number in range(count))
+    if count < 2:
+        return {}  # which is refused later
+    if draws[0][0] >= data.val_fraction:
+        return {draws[0][1]: "val"}
+    return {} if draws[-1][0] >= data.val_fraction else {draws[-1][1]: "train"}
+
+
 def _write_single(writer, tokenizer, corpus, val_fraction):
     if writer.position:  # killed when all was written
         return
@@ -344,17 +362,21 @@ def _write_documents(writer, tokenizer, corpus, data, forced, report, workers):
     """Write all documents; if one split stays empty, return {document: split} to force in another try."""
     splits = corpus.own_splits()
     deals = "val" not in splits  # validation documents are dealt out of train
-    position = writer.position or {"split": 0, "documents": 0, "bad": 0, "draws": {}}
+    position = writer.position or {"split": 0, "documents": 0, "bad": 0, "draws": {}, "forced": list(forced.items())}
     if position == "all":
         return {}
+    forced = dict(position["forced"])
     draws = position["draws"]  # split -> [draw, number] of the document nearest to it
     bad = _Bad(position["bad"], report) if data.skip_bad_documents else None
     for at in range(position["split"], len(splits)):
         done = position["documents"] if at == position["split"] else 0  # documents of this split that are written
+        bad_before = bad.count if bad else 0  # those of this split are met again
+        if done and data.limit_tokens and _written(writer)["tokens"] >= data.limit_tokens:
+            continue
         documents = itertools.islice(corpus.documents(splits[at], bad), done, data.limit_documents)
 
         def deal(number, at=at):
-            if not deals:
+            if not deals or splits[at] != "train":
                 return splits[at]
             draw = _draw(number)
             draws["val"] = min(draws.get("val", [2, 0]), [draw, number])
@@ -368,18 +390,24 @@ def _write_documents(writer, tokenizer, corpus, data, forced, report, workers):
                     writer.write(split, ids, n_bytes, count)
                     done += count
                 # (a draw of a chunk that is not written yet may stand in it: the next attempt draws the same)
-                writer.commit({"split": at, "documents": done, "bad": bad.count if bad else 0, "draws": draws})
-                written = {key: sum(counts[key] for counts in writer.counts.values()) for key in COUNTED}
+                writer.commit({"split": at, "documents": done, "bad": bad_before, "draws": draws,
+                               "forced": list(forced.items())})
+                written = _written(writer)
                 progress(**written)
                 if data.limit_tokens and written["tokens"] >= data.limit_tokens:
                     break
-    if deals and done < 2:
-        raise ValueError(f"corpus={corpus.source['name']}: one document cannot be both train and val: take "
-                         "more documents, or the file itself as corpus, whose end is val then")
+        if deals and splits[at] == "train" and done < 2:
+            raise ValueError(f"corpus={corpus.source['name']}: one document cannot be both train and val: take "
+                             "more documents, or the file itself as corpus, whose end is val then")
     if bad is not None and bad.count:
         report(f"{bad.count:,} bad documents were left out")
     # another try with the nearest document moved is cheap: only a small corpus leaves a split empty
     return {draws[split][1]: split for split in SPLITS if deals and split not in writer.counts}
+
+
+def _written(writer):
+    """The documents, bytes of text and tokens that are written so far, over all splits."""
+    return {key: sum(counts[key] for counts in writer.counts.values()) for key in ("documents", "bytes", "tokens")}
 
 
 class _Bad:

@@ -200,14 +200,11 @@ class Writer:
         with _naming(self.folder):
             for split in list(self._open):
                 self._close(split)
-            for split, files in self.files.items():
-                if len(files) == 1:  # the name that nanoGPT gives it
-                    os.rename(self.partial / files[0]["name"], self.partial / f"{split}.bin")
-                    files[0]["name"] = f"{split}.bin"
             splits = {}
             for split, files in self.files.items():
                 hashes = [_sha256(self.partial / file["name"], whole=True) for file in files]
                 digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+                files = [{**file, "name": self._final_name(file["name"])} for file in files]
                 splits[split] = self.counts[split] | {"sha256": digest, "files": files}
             manifest = {"version": VERSION, **facts, "dtype": self.dtype.name, "splits": splits}
             save_tokenizer(self.partial)
@@ -221,9 +218,14 @@ class Writer:
         names = sorted(f.name for f in self.partial.iterdir() if f.name not in ("lock", "progress.json"))
         # the tokenizer first: .bin files without a manifest pass for nanoGPT's, but not beside its file
         for name in sorted(names, key=lambda n: (n == "manifest.json", n.endswith(".bin"), n)):
-            os.replace(self.partial / name, self.folder / name)
+            os.replace(self.partial / name, self.folder / self._final_name(name))
         self.is_finished = True
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _final_name(self, name):
+        """The name that nanoGPT gives it, train.bin, for the only file of a split."""
+        split = name.partition("-")[0]
+        return f"{split}.bin" if name.endswith("-00000.bin") and len(self.files[split]) == 1 else name
 
     def _refuse_to_overwrite(self):
         if found := [name for name in FILES if (self.folder / name).exists()]:
@@ -314,22 +316,15 @@ def token_paths(folder, manifest, split):
     return [Path(folder) / file["name"] for file in manifest["splits"][split]["files"]]
 
 
-def differences(manifest, folder, corpus=None, tokenizer=None, val_fraction=None):
-    """What a run wants against what a data folder holds.
-
-    Args:
-        manifest: of read_manifest. folder: for the messages. corpus: the name in the corpus's source.
-        tokenizer: as in the manifest's "asked". val_fraction: a share. None: any will do.
+def differences(held, wanted, folder):
+    """What a run wants against what a data folder holds, both as {key: value}. folder: for the messages.
 
     Returns:
         A list of problems, one line each; empty where the folder fits.
     """
-    held = {"corpus": manifest["corpus"].get("name"), "tokenizer": manifest["tokenizer"].get("asked"),
-            "val_fraction": manifest["val_fraction"]}
-    wanted = {"corpus": corpus, "tokenizer": tokenizer, "val_fraction": val_fraction}
     return [f"{key}={wanted[key]}, but data_dir={folder} was prepared with {key}={held[key]}: leave {key} "
             "out to take that, or set another data_dir"
-            for key in wanted if wanted[key] is not None and wanted[key] != held[key]]
+            for key in wanted if wanted[key] != held[key]]
 
 
 def _nanogpt_manifest(folder):

@@ -5,8 +5,9 @@ and reading data sets.
         subprocess.run([sys.executable, "-c", script], env=hub.env(tmp_path), check=True)
         assert "model.safetensors" in hub.files("me/tiny")
 
-A data set is a repository named "datasets/USER/NAME". huggingface_hub reads its settings when it is imported, so its calls belong in a child process. The server speaks to
-huggingface_hub 2.4 with Xet off: Git LFS in one part, and files that are answered without a redirect to another host.
+A data set is a repository named "datasets/USER/NAME". huggingface_hub reads its settings when it is imported, so its
+calls belong in a child process. The server speaks to huggingface_hub 2.4 with Xet off: Git LFS in one part, and files
+that are answered without a redirect to another host.
 """
 
 import base64

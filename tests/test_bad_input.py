@@ -149,7 +149,7 @@ EARLY = [
     (["train", "runs/tiny", "tokenizer=bpe", "vocab_size=258"], ["vocab_size=258", "prepared with tokenizer=char"]),
     # prompts
     (["sample", "runs/tiny", "--prompt", "Bäd"], ["prompt", "'B' (U+0042), 'ä' (U+00E4)"]),
-    (["sample", "runs/tiny", "--prompt", "abcde" * 4], ["prompt", "20 tokens", "block_size=16"]),
+    (["sample", "runs/tiny", "overflow=stop", "--prompt", "abcde" * 4], ["prompt", "20 tokens", "block_size=16"]),
     (["sample", "runs/tiny", "--prompt="], ["prompt", "give at least one"]),
     (["sample", "runs/tiny", "--start=FILE:gone.txt"], ["prompt=FILE:gone.txt", "No such file"]),
     (["sample", "runs/tiny", "--start=FILE:latin.txt"], ["prompt=FILE:latin.txt", "not UTF-8"]),

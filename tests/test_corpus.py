@@ -283,7 +283,8 @@ def test_an_error_amid_the_stream(refused, monkeypatch):
         yield {"text": "a"}
         raise ConnectionResetError("reset by peer\nsecond line")
 
-    stream = datasets.IterableDataset.from_generator(rows, features=datasets.Features({"text": datasets.Value("string")}))
+    features = datasets.Features({"text": datasets.Value("string")})
+    stream = datasets.IterableDataset.from_generator(rows, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda path, config, **options: stream)
     with refused(ValueError, "corpus=openwebtext", "ConnectionResetError: reset by peer"):
         texts("openwebtext")

@@ -1,6 +1,7 @@
 """tokens.py: files that nanoGPT could read, a manifest that can be believed, and nothing half done."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -157,7 +158,7 @@ def test_a_crash_at_any_point_leaves_work_that_can_be_finished(monkeypatch, tmp_
             assert write(folder, shard_tokens=shard_tokens) == manifest
         assert read_manifest(folder) == manifest
         assert {f.name: f.read_bytes() for f in folder.iterdir() if f.name != ".partial"} == whole
-    assert point > (10 if commit_seconds else 20), "the moves are among the points"
+    assert point >= (10 if commit_seconds else 20), "the moves are among the points"
 
 
 @pytest.mark.parametrize("moves", range(6))
@@ -185,11 +186,10 @@ def test_a_crash_between_the_moves_is_never_taken_for_data(refused, monkeypatch,
             read_manifest(tmp_path / "data")
         with refused(ValueError, f"data_dir={tmp_path / 'data'}", "tokenizer.json", "delete"):
             write(tmp_path / "data", facts=other)
+        gc.collect()  # the Writer that was refused holds its lock as long as there is a trace of it
         assert write(tmp_path / "data")["val_fraction"] == 0.1  # the one that it is made of finds the rest
 
 
-@pytest.mark.xfail(strict=True, reason="finish() renames a split's only file before it hashes, but commits after that: "
-                   "a kill in the minutes of hashing throws all the work away")
 def test_a_crash_while_the_files_are_hashed_costs_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
 
@@ -342,15 +342,14 @@ def test_no_token_files(refused, tmp_path, folder):
         read_manifest(tmp_path / folder)
 
 
-def test_differences_name_the_keys_and_both_values(tmp_path):
-    manifest = write(tmp_path)
-    assert differences(manifest, tmp_path) == []
-    assert differences(manifest, tmp_path, corpus="input.txt", tokenizer="char", val_fraction=0.1) == []
-    problems = differences(manifest, "data/x", corpus="python", tokenizer="gpt2", val_fraction=0.2)
-    assert [p.split(",")[0] for p in problems] == ["corpus=python", "tokenizer=gpt2", "val_fraction=0.2"]
-    values = ("corpus=input.txt", "tokenizer=char", "val_fraction=0.1")
-    for problem, held in zip(problems, values, strict=True):
-        assert f"data_dir=data/x was prepared with {held}: leave" in problem and "another data_dir" in problem
+def test_differences_name_the_keys_and_both_values():
+    held = {"corpus": "input.txt", "tokenizer": "char", "val_fraction": 0.1}
+    assert differences(held, {}, "data/x") == differences(held, held, "data/x") == []
+    problems = differences(held, {"corpus": "python", "tokenizer": "gpt2", "val_fraction": 0.2}, "data/x")
+    assert [problem.split(",")[0] for problem in problems] == ["corpus=python", "tokenizer=gpt2", "val_fraction=0.2"]
+    assert all("data_dir=data/x" in problem and str(value) in problem
+               for problem, value in zip(problems, held.values(), strict=True))
+
 
 
 # ---- nanoGPT's folders

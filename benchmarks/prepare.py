@@ -1,0 +1,114 @@
+"""Speed of `prepare` against nanoGPT's way and against tiktoken alone, on a parquet file of Python source.
+
+    python benchmarks/prepare.py [rounds]
+
+Whole processes in turn: `nanogpt-accel prepare`; data/openwebtext/prepare.py of nanoGPT on the same file, with one
+process for each processor (written out below); and tiktoken alone, in threads and in processes, without reading or
+writing. The file holds 31.5 MB of the Python sources that are installed here. Prints seconds and the ratios' medians.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SIZE = 31_500_000
+RECIPE = "data: {{corpus: {file}, tokenizer: gpt2, val_fraction: 0.0005, data_dir: {out}}}\n"
+NANOGPT = """
+import os, sys
+import numpy as np
+import tiktoken
+from datasets import load_dataset
+file, out = sys.argv[1:]
+enc = tiktoken.get_encoding("gpt2")
+dataset = load_dataset("parquet", data_files=file, cache_dir=out)
+split = dataset["train"].train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+split["val"] = split.pop("test")
+def process(example):
+    ids = enc.encode_ordinary(example["text"]) + [enc.eot_token]
+    return {"ids": ids, "len": len(ids)}
+tokenized = split.map(process, remove_columns=["text"], num_proc=os.cpu_count())
+for name, dset in tokenized.items():
+    length = np.sum(dset["len"], dtype=np.uint64)
+    arr = np.memmap(os.path.join(out, name + ".bin"), dtype=np.uint16, mode="w+", shape=(length,))
+    idx, total = 0, min(1024, len(dset))
+    for i in range(total):
+        batch = dset.shard(num_shards=total, index=i, contiguous=True).with_format("numpy")
+        batch = np.concatenate(batch["ids"])
+        arr[idx : idx + len(batch)] = batch
+        idx += len(batch)
+    arr.flush()
+"""
+TIKTOKEN = """
+import os, sys, time
+import pyarrow.parquet as pq
+import tiktoken
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+texts = pq.read_table(sys.argv[1])["text"].to_pylist()
+enc, n = tiktoken.get_encoding("gpt2"), os.cpu_count()
+def encode(texts):
+    for text in texts:
+        enc.encode_to_numpy(text, disallowed_special=())
+encode(texts[:2])
+start = time.perf_counter()
+with ThreadPoolExecutor(n) as pool:
+    list(pool.map(encode, [texts[i::4 * n] for i in range(4 * n)]))
+threads = time.perf_counter() - start
+start = time.perf_counter()
+workers = [get_context("fork").Process(target=encode, args=(texts[i::n],)) for i in range(n)]
+for worker in workers: worker.start()
+for worker in workers: worker.join()
+print(min(threads, time.perf_counter() - start))
+"""
+
+
+def write_corpus(path):
+    texts, size = [], 0
+    for folder in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
+        for file in sorted(Path(folder).rglob("*.py")):
+            if size < SIZE and (text := file.read_bytes().decode("utf-8", errors="ignore")):
+                texts.append(text)
+                size += len(text.encode())
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=500)
+    print(f"{len(texts):,} documents, {size / 1e6:.1f} MB")
+
+
+def seconds(*command):
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, text=True)
+    return time.perf_counter() - start, done.stdout
+
+
+def main(rounds=3):
+    os.environ["HF_DATASETS_OFFLINE"] = "1"
+    speedups, shares = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        file = folder / "corpus.parquet"
+        write_corpus(file)
+        for i in range(rounds):
+            recipe = folder / "recipe.yaml"
+            recipe.write_text(RECIPE.format(file=file, out=folder / f"ours{i}"))
+            ours, said = seconds("-m", "nanogpt_accel", "prepare", recipe)
+            (folder / f"theirs{i}").mkdir()
+            theirs, _ = seconds("-c", NANOGPT, file, folder / f"theirs{i}")
+            alone = float(seconds("-c", TIKTOKEN, file)[1])
+            tokenizing = float(said.split(" s (")[0].split()[-1])  # what prepare says of itself
+            speedups.append(theirs / ours)
+            shares.append(alone / tokenizing)
+            print(f"prepare {ours:.1f} s, of which {tokenizing:.1f} s for text to files; nanoGPT's way {theirs:.1f} s; "
+                  f"tiktoken alone {alone:.1f} s", flush=True)
+    print(f"medians: {statistics.median(speedups):.2f} times nanoGPT's way; {statistics.median(shares):.0%} of the "
+          "speed of tiktoken alone")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,809 @@
+"""Data preparation from end to end: every format of file, interruptions at any moment, many shards, and bad input."""
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanogpt_accel import corpus, dataset, tokens
+from nanogpt_accel.__main__ import main
+from nanogpt_accel.recipe import SECTIONS
+
+ENV = os.environ | {"PYTHONPATH": str(Path(dataset.__file__).parents[1])}
+
+
+def documents(count, seed=5):
+    """Texts of one line with what formats stumble over: quotes, commas, tabs, backslashes, rare characters."""
+    rng = random.Random(seed)
+    words = ["so", "it", "goes", '"', "''", ",", ";", "\t", "\\n", "\\", "naïve", "Ω≈ç", "你好", "👩‍🚀",
+             "\u2028", "\x85", "\x0b", "<|endoftext|>", "{}", "#", " ", "0.5", "NULL", "nan"]
+    return [f"{i}: " + " ".join(rng.choices(words, k=rng.randrange(40))) for i in range(count)]
+
+
+DOCS = documents(200)
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    """Corpora and data folders lie below the working directory, and a recipe that leaves the corpus open."""
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("data: {tokenizer: char, val_fraction: 0.2, data_dir: out}\n")
+    return tmp_path
+
+
+def section(**given):
+    return SECTIONS["data"](**{"tokenizer": "char", "val_fraction": 0.2, "data_dir": "out"} | given)
+
+
+def prepared(workers=None, **given):
+    lines = []
+    folder = dataset.prepare(section(**given), lines.append, workers=workers)
+    return dataset.open_dataset(SECTIONS["data"](data_dir=str(folder))), lines
+
+
+def ids(file):
+    return np.concatenate([np.fromfile(path, file.dtype) for path in file.paths]).tolist()
+
+
+def content(folder):
+    """{name: bytes}, of subfolders too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def dealt(texts, val_fraction=0.2):
+    """[train, val] by the rule in words: blake2b of "SEED NUMBER" as a fraction of 2**64, below val_fraction is val."""
+    hashes = [hashlib.blake2b(f"2357 {i}".encode(), digest_size=8).digest() for i in range(len(texts))]
+    is_val = [int.from_bytes(digest, "big") < val_fraction * 2**64 for digest in hashes]
+    return [[text for text, val in zip(texts, is_val, strict=True) if val is side] for side in (False, True)]
+
+
+def char_ids(texts, part):
+    """The ids of some documents, where every character of `texts` has one, and then the end of a document."""
+    symbols = {symbol: i for i, symbol in enumerate(sorted(set("".join(texts))))}
+    return [i for text in part for i in [*map(symbols.__getitem__, text), len(symbols)]]
+
+
+# ---- formats
+
+
+def table(path, texts, **options):
+    """A table as pyarrow and the csv module write it."""
+    if path.endswith(".parquet"):
+        pq.write_table(pa.table({"n": list(range(len(texts))), "text": texts}), path, **options)
+    else:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file, delimiter="\t" if path.endswith(".tsv") else ",")
+            rows.writerows([("n", "text"), *enumerate(texts)])
+
+
+def jsonl(path, texts, **options):
+    raw = "".join(json.dumps({"n": i, "text": text}, **options) + "\n" for i, text in enumerate(texts)).encode()
+    Path(path).write_bytes(packed(path, raw))
+
+
+def packed(path, raw):
+    if path.endswith(".gz"):
+        return gzip.compress(raw)
+    return pa.compress(raw, "zstd", asbytes=True) if path.endswith(".zst") else raw
+
+
+def lines(path, texts):
+    Path(path).write_bytes(packed(path, "".join(text + "\n" for text in texts).encode()))
+
+
+FORMATS = {
+    "x.parquet": lambda path, texts: table(path, texts, row_group_size=7),
+    "large.parquet": lambda path, texts: pq.write_table(pa.table({"text": pa.array(texts, pa.large_string())}), path),
+    "x.jsonl": jsonl,
+    "plain.ndjson": lambda path, texts: jsonl(path, texts, ensure_ascii=False),
+    "x.jsonl.gz": jsonl,
+    "x.jsonl.zst": jsonl,
+    "x.csv": table,
+    "x.tsv": table,
+    "x.txt": lines,
+    "x.log.gz": lines,
+}
+
+
+def is_lines(name):
+    return FORMATS[name] is lines
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_same_documents_in_every_format_by_any_workers(monkeypatch, name):
+    FORMATS[name](name, DOCS)
+    for workers, chunk in ((1, 2**19), (2, 2**19), (2, 300), (1, 1), (3, 4000)):
+        monkeypatch.setattr(dataset, "CHUNK", chunk)
+        ours, _ = prepared(workers, corpus=name, lines=is_lines(name), data_dir=f"out {workers} {chunk}")
+        for file, part in zip((ours.train, ours.val), dealt(DOCS), strict=True):
+            assert file.paths[0].read_bytes() == np.array(char_ids(DOCS, part), "<u2").tobytes()
+        counts = ours.manifest["splits"]
+        assert [counts[split]["bytes"] for split in ("train", "val")] == [
+            sum(len(text.encode()) for text in part) for part in dealt(DOCS)]
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.zst", "x.log.gz"])
+def test_the_tokens_are_tiktokens(gpt2_files, monkeypatch, name):
+    import tiktoken
+
+    gpt2 = tiktoken.get_encoding("gpt2")
+    FORMATS[name](name, DOCS)
+    for workers, chunk in ((1, 2**19), (2, 300)):
+        monkeypatch.setattr(dataset, "CHUNK", chunk)
+        ours, _ = prepared(workers, corpus=name, lines=is_lines(name), tokenizer="gpt2", data_dir=f"out {workers}")
+        for file, part in zip((ours.train, ours.val), dealt(DOCS), strict=True):
+            wanted = [i for text in part for i in [*gpt2.encode_ordinary(text), gpt2.eot_token]]
+            assert file.paths[0].read_bytes() == np.array(wanted, "<u2").tobytes()
+
+
+def test_a_bpe_of_our_own_does_not_depend_on_format_workers_or_chunks(monkeypatch):
+    found = []
+    for name in ("x.parquet", "x.jsonl.gz", "x.csv", "x.txt"):
+        for workers, chunk in ((1, 2**19), (2, 300)):
+            monkeypatch.setattr(dataset, "CHUNK", chunk)
+            FORMATS[name](name, DOCS)
+            folder = f"out {name} {workers}"
+            prepared(workers, corpus=name, lines=is_lines(name), tokenizer="bpe", vocab_size=400, data_dir=folder)
+            found.append({file: raw for file, raw in content(folder).items() if file != "manifest.json"})
+    assert len(found[0]) == 4 and found.count(found[0]) == len(found)
+
+
+@pytest.mark.parametrize("chunk", [1, 700, 2**19])
+def test_shards_follow_each_other_for_any_chunk(monkeypatch, chunk):
+    monkeypatch.setattr(dataset, "CHUNK", chunk)
+    jsonl("x.jsonl", DOCS)
+    ours, _ = prepared(2, corpus="x.jsonl", shard_tokens=1000)
+    for split, part in zip(("train", "val"), dealt(DOCS), strict=True):
+        assert ids(ours.splits[split]) == char_ids(DOCS, part)
+        files = ours.manifest["splits"][split]["files"]
+        assert [os.path.getsize(Path("out", file["name"])) for file in files] == [2 * file["tokens"] for file in files]
+        assert all(file["tokens"] >= 1000 for file in files[:-1])
+    if chunk < 2**19:
+        assert [file["name"] for file in ours.manifest["splits"]["train"]["files"]][:2] == [
+            "train-00000.bin", "train-00001.bin"]
+
+
+def test_a_document_keeps_its_line_ends_and_delimiters():
+    texts = ["a\r\nb\n\n", 'say "x, y"\r', "\n", "tab\there ", "  two  spaces  "]
+    for name in ("x.csv", "x.tsv", "x.jsonl", "x.parquet"):
+        FORMATS[name](name, texts)
+        assert list(corpus.find_corpus(name).documents()) == texts, name
+    Path("x.txt").write_bytes(b"a\r\n\r\n b \xe2\x80\xa8c\x0cd\nlast")  # a line ends at \n and nowhere else
+    assert list(corpus.find_corpus("x.txt", lines=True).documents()) == ["a", " b \u2028c\x0cd", "last"]
+
+
+def test_a_folder_of_several_formats_is_read_in_the_order_of_its_names(work):
+    Path("f/sub").mkdir(parents=True)
+    jsonl("f/b.jsonl.gz", ["b0", "b1"])
+    table("f/a.parquet", ["a0", "a1"])
+    lines("f/c.txt.zst", ["c0", "c1"])
+    table("f/sub/d.csv", ["d0"])
+    Path("f/ignored.zip").write_bytes(b"PK")
+    assert list(corpus.find_corpus("f").documents()) == ["a0", "a1", "b0", "b1", "c0\nc1\n", "d0"]
+    assert list(corpus.find_corpus("f", lines=True).documents()) == ["a0", "a1", "b0", "b1", "c0", "c1", "d0"]
+    assert list(corpus.find_corpus("f/*.jsonl.*").documents()) == ["b0", "b1"]
+
+
+def test_compressed_files_of_several_members_are_read_whole():
+    """As pigz, bgzip and `cat a.gz b.gz` make them."""
+    raw = [b'{"text": "a"}\n', b'{"text": "b"}\n{"te', b'xt": "c"}\n']
+    for name in ("x.jsonl.gz", "x.jsonl.zst"):
+        Path(name).write_bytes(b"".join(packed(name, part) for part in raw))
+        assert list(corpus.find_corpus(name).documents()) == ["a", "b", "c"]
+
+
+def test_another_column_is_another_text():
+    Path("x.jsonl").write_text('{"text": "a", "story": "once"}\n{"text": "b", "story": "upon"}\n')
+    folders = [dataset.data_folder(section(corpus="x.jsonl", text_column=column, data_dir=None))
+               for column in ("text", "story")]
+    assert folders[0] != folders[1]
+    assert list(corpus.find_corpus("x.jsonl", text_column="story").documents()) == ["once", "upon"]
+
+
+# ---- interruptions
+
+CHILD = """
+import json, os, signal, sys
+from nanogpt_accel import dataset, tokens
+from nanogpt_accel.recipe import SECTIONS
+given, moves, dataset.COUNTED_BELOW = map(json.loads, sys.argv[1:])
+tokens.COMMIT_SECONDS, dataset.CHUNK = 0, 400
+real = os.replace
+def replace(source, target):
+    global moves
+    if os.path.basename(os.path.dirname(target)) == "out":  # a move to its place
+        if moves == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        moves -= 1
+    real(source, target)
+os.replace = replace
+dataset.prepare(SECTIONS["data"](**given), lambda line: print(line, flush=True), workers=2)
+"""
+
+
+def child(moves=-1, counted_below=2**28, **given):
+    """A process that prepares, commits all the time, and kills itself after so many of the final moves."""
+    command = [sys.executable, "-c", CHILD, json.dumps(section(**given).model_dump()), str(moves),
+               str(counted_below)]
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True)
+
+
+def until(condition, process=None, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition() and (process is None or process.poll() is None):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def stamp_of(path):
+    """Time of the last change; 0 where there is no such file."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def committed(folder):
+    """Files that the last commit calls finished: {name: inode}."""
+    try:
+        files = json.loads(Path(folder, ".partial", "progress.json").read_text())["files"].values()
+    except FileNotFoundError:
+        return {}
+    paths = [Path(folder, ".partial", file["name"]) for of_split in files for file in of_split[:-1]]
+    return {path.name: path.stat().st_ino for path in paths if path.exists()}
+
+
+def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes():
+    jsonl("x.jsonl", documents(3000))
+    given = {"corpus": "x.jsonl", "shard_tokens": 5000}
+    prepared(corpus="x.jsonl", shard_tokens=5000, data_dir="whole/out")  # with other chunks, for one thing
+    process = child(**given, data_dir="straight/out")
+    assert process.wait() == 0
+    whole = content("straight/out")
+    assert len(whole) > 12, "many shards"
+
+    rng, kills, finished, progress = random.Random(), 0, {}, Path("out/.partial/progress.json")
+    while True:
+        stamp = stamp_of(progress)
+        process = child(**given)
+        until(lambda stamp=stamp: stamp_of(progress) not in (0, stamp), process)  # it has got on a bit
+        time.sleep(rng.random() * 0.15)
+        process.kill()
+        status = process.wait()
+        finished |= {name: mark for name, mark in committed("out").items() if name not in finished}
+        if status == 0:
+            break
+        kills += 1
+        if tokens.is_data_folder("out"):  # killed in the very last line
+            break
+        assert kills < 60
+    assert kills >= 3
+    assert content("out") == whole
+    assert {name: Path("out", name).stat().st_ino for name in finished} == finished and len(finished) > 3
+    for split in ("train", "val"):
+        one, other = (dataset.open_dataset(SECTIONS["data"](data_dir=name)) for name in ("out", "whole/out"))
+        assert ids(one.splits[split]) == ids(other.splits[split])
+
+
+def test_a_finished_shard_is_not_written_again():
+    jsonl("x.jsonl", documents(2000))
+    given = {"corpus": "x.jsonl", "shard_tokens": 5000}
+    assert child(**given, data_dir="straight/out").wait() == 0
+    process = child(**given)
+    until(lambda: len(committed("out")) >= 2, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    marked = Path("out/.partial/train-00000.bin")
+    raw = bytearray(marked.read_bytes())
+    raw[100] ^= 255
+    marked.write_bytes(raw)  # what nobody would write: still there in the end if it was left alone
+    assert child(**given).wait() == 0
+    straight, ours = content("straight/out"), content("out")
+    assert ours["train-00000.bin"] == raw and sorted(ours) == sorted(straight)
+    assert {name for name in ours if ours[name] != straight[name]} == {"train-00000.bin", "manifest.json"}
+
+
+@pytest.mark.parametrize("moves", range(5))
+def test_killed_between_the_moves(moves):
+    jsonl("x.jsonl", DOCS)
+    given = {"corpus": "x.jsonl", "shard_tokens": 2000}
+    process = child(moves, **given)
+    assert process.wait() == -signal.SIGKILL
+    assert not tokens.is_data_folder("out") and not dataset.is_prepared(section(**given))
+    ours, said = prepared(**given)
+    assert [line for line in said if "MB/s" in line] == [], "only the moves were left to do"
+    assert child(**given, data_dir="straight/out").wait() == 0
+    assert content("out") == content("straight/out")
+    assert ids(ours.train) == char_ids(DOCS, dealt(DOCS)[0])
+
+
+@pytest.mark.parametrize("counted_below", [2**28, 0])
+def test_killed_between_the_moves_where_the_hash_leaves_val_empty(monkeypatch, counted_below):
+    monkeypatch.setattr(dataset, "COUNTED_BELOW", counted_below)
+    jsonl("x.jsonl", ["one", "two", "three"])
+    given = {"corpus": "x.jsonl", "val_fraction": 1e-9}
+    assert child(1, counted_below, **given).wait() == -signal.SIGKILL
+    ours, _ = prepared(**given)
+    assert ours.manifest["splits"]["val"]["documents"] == 1
+
+
+@pytest.mark.parametrize("change", [{"val_fraction": 0.3}, {"limit_documents": 100}, {"corpus": "y.jsonl"},
+                                    {"tokenizer": "bpe", "vocab_size": 300}, {"shard_tokens": 3000}])
+def test_other_facts_begin_anew(change):
+    for name, texts in (("x.jsonl", documents(2000)), ("y.jsonl", documents(300, seed=6))):
+        jsonl(name, texts)
+    process = child(corpus="x.jsonl", shard_tokens=1000)
+    until(lambda: len(committed("out")) >= 2)
+    process.kill()
+    process.wait()
+    given = {"corpus": "x.jsonl", "shard_tokens": 1000} | change
+    ours, said = prepared(**given)
+    assert not any("going on" in line for line in said)
+    prepared(**given, data_dir="fresh")
+    assert content("out") == content("fresh")
+
+
+def test_a_limit_of_tokens_means_the_same_after_a_kill(monkeypatch):
+    monkeypatch.setattr(dataset, "CHUNK", 400)
+    monkeypatch.setattr(tokens, "COMMIT_SECONDS", 0)
+    jsonl("x.jsonl", DOCS)
+    prepared(corpus="x.jsonl", limit_tokens=3000, data_dir="straight")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokens.Writer, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepared(corpus="x.jsonl", limit_tokens=3000)
+    prepared(corpus="x.jsonl", limit_tokens=3000)
+    assert content("out") == content("straight")
+
+
+def test_bad_documents_are_counted_once_after_a_kill(monkeypatch):
+    monkeypatch.setattr(dataset, "CHUNK", 400)
+    monkeypatch.setattr(tokens, "COMMIT_SECONDS", 0)
+    jsonl("x.jsonl", DOCS)
+    Path("x.jsonl").write_text("{\n[]\n" + Path("x.jsonl").read_text())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokens.Writer, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepared(corpus="x.jsonl", skip_bad_documents=True)
+    _, said = prepared(corpus="x.jsonl", skip_bad_documents=True)
+    assert "2 bad documents were left out" in said
+
+
+def test_two_that_prepare_at_once():
+    """The second waits for the lock, then finds the work done. The first is stopped, to be sure of the order."""
+    jsonl("x.jsonl", documents(2000))
+    first = child(corpus="x.jsonl")
+    until(Path("out/.partial/progress.json").exists, first)
+    first.send_signal(signal.SIGSTOP)
+    second = child(corpus="x.jsonl")
+    try:
+        assert "waiting for it" in second.stdout.readline()
+        assert not tokens.is_data_folder("out")
+    finally:
+        first.send_signal(signal.SIGCONT)
+    said = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert [text.count(" MB/s)\n") for text in said] == [1, 0]
+    files = sorted(content("out"))
+    assert [*files, len(content("out")["train.bin"])] == [
+        "manifest.json", "tokenizer.json", "tokenizer_config.json", "train.bin", "val.bin",
+        2 * len(char_ids(documents(2000), dealt(documents(2000))[0]))]
+
+
+def test_one_that_waits_goes_on_where_the_other_was_killed():
+    jsonl("x.jsonl", documents(2000))
+    first = child(corpus="x.jsonl")
+    until(Path("out/.partial/progress.json").exists, first)
+    first.send_signal(signal.SIGSTOP)
+    second = child(corpus="x.jsonl")
+    assert "waiting for it" in second.stdout.readline()
+    first.kill()
+    first.wait()
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 0 and "going on where an earlier attempt stopped" in said
+    child(corpus="x.jsonl", data_dir="straight/out").wait()
+    assert content("out") == content("straight/out")
+
+
+def test_another_finishes_while_this_one_makes_its_tokenizer(monkeypatch):
+    jsonl("x.jsonl", DOCS)
+    real = dataset._make_tokenizer
+
+    def slow(*args):
+        monkeypatch.setattr(dataset, "_make_tokenizer", real)
+        prepared(corpus="x.jsonl")
+        return real(*args)
+
+    monkeypatch.setattr(dataset, "_make_tokenizer", slow)
+    assert dataset.prepare(section(corpus="x.jsonl"), print) == Path("out")
+
+
+# ---- many shards
+
+
+def test_many_shards_are_read_as_one_sequence():
+    rng = np.random.default_rng(0)
+    sizes = [1000, 1, 37, 0, 2500, 64, 700]
+    parts = [rng.integers(0, 2**16, size).astype(np.uint16) for size in sizes]
+    paths = [Path(f"train-{i:05d}.bin") for i in range(len(parts))]
+    for path, part in zip(paths, parts, strict=True):
+        part.tofile(path)
+    file, whole = tokens.TokenFile(paths, "uint16"), np.concatenate(parts)
+    assert len(file) == len(whole) == sum(sizes)
+    borders = np.cumsum(sizes)
+    for length in (1, 2, 65, 1000, len(whole)):
+        starts = rng.integers(0, len(whole) - length + 1, 200)
+        near = (borders[:, None] + np.arange(-length, 2)).ravel()  # every row that touches a border
+        starts = np.concatenate([starts, near[(near >= 0) & (near + length <= len(whole))]])
+        assert np.array_equal(file.rows(starts, length), whole[starts[:, None] + np.arange(length)])
+    for start, length in ((-1, 5), (len(whole) - 4, 5)):
+        with pytest.raises(AssertionError):
+            file.rows([start], length)
+
+
+def sparse(folder, files, n_bytes):
+    """Files of zeros that take no room on the disk."""
+    folder.mkdir()
+    paths = [folder / f"train-{i:05d}.bin" for i in range(files)]
+    for path in paths:
+        path.touch()
+        os.truncate(path, n_bytes)
+    return paths
+
+
+def test_a_run_on_18_gb_starts_at_once(work):
+    (path,) = sparse(work / "owt", 1, 18 * 10**9)
+    assert path.stat().st_blocks < 1000, "the test itself takes no room"
+    from nanogpt_accel.batches import Batches
+
+    start = time.process_time()
+    batches = Batches(tokens.TokenFile(path, "uint16"), 1024, 12, 40, seed=1)
+    assert batches(0, 0).shape == (12, 1025) and len(batches.tokens) == 9 * 10**9
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_ten_thousand_batches(work):
+    paths = sparse(work / "many", 20, 2 * 10**8)
+    script = ("import resource, sys\n"
+              "from nanogpt_accel.batches import Batches; from nanogpt_accel.tokens import TokenFile\n"
+              "batches = Batches(TokenFile(sys.argv[1:], 'uint16'), 256, 4, 1, seed=1)\n"
+              "peaks = []\n"
+              "for step in range(10_100):\n"
+              "    batches(step, 0)\n"
+              "    if step in (100, 10_099):\n"
+              "        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+              "print(peaks[1] - peaks[0])\n")  # of a process of its own: a peak never comes down
+    done = subprocess.run([sys.executable, "-c", script, *paths], env=ENV, capture_output=True, text=True, check=True)
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(done.stdout) * unit < 4e6
+
+
+# ---- bad input
+
+
+def refusal(capsys, *words):
+    """The one line that the command says, and that nothing is left which counts as done."""
+    assert main(["prepare", "r.yaml", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert not tokens.is_data_folder("out") and not Path("out").exists()
+    return line
+
+
+def parquet(columns):
+    pq.write_table(pa.table(columns), "t.parquet")
+    return Path("t.parquet").read_bytes()
+
+
+LONG = "".join(json.dumps({"text": text}) + "\n" for text in DOCS).encode()
+BAD = [
+    # the column is missing: those that are there are named
+    ("x.jsonl", lambda: b'{"story": "a", "n": 1}\n', ["no column text", "story, n", "text_column"]),
+    ("x.csv", lambda: b"story,n\na,1\n", ["no column text", "story, n", "text_column"]),
+    ("x.tsv", lambda: b"story\tn\na\t1\n", ["no column text", "story, n", "text_column"]),
+    ("x.csv", lambda: b"", ["no column text", "text_column"]),
+    ("x.parquet", lambda: parquet({"story": ["a"], "n": [1]}), ["no column text", "story, n", "text_column"]),
+    # a broken line: the file and its number
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": "b"\n', ["x.jsonl, line 2", "not JSON", "skip_bad_documents=true"]),
+    ("x.jsonl.gz", lambda: gzip.compress(b'{"text": "a"}\n\n{"text": "b"\n'), ["x.jsonl.gz, line 3", "not JSON"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n["b"]\n', ["x.jsonl, line 2", "no object with a text in text"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n"text"\n', ["x.jsonl, line 2", "no object"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"n": 1}\n', ["x.jsonl, line 2", "no object"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": null}\n', ["x.jsonl, line 2", "no object"]),
+    ("x.jsonl", lambda: b'{"text": 3}\n', ["x.jsonl, line 1", "no object with a text in text"]),
+    ("x.csv", lambda: b"n,text\n1,a\n2\n", ["x.csv, line 3", "a row without text"]),
+    # not UTF-8
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": "b\xff"}\n', ["x.jsonl, line 2", "not UTF-8", "byte 11"]),
+    ("x.csv", lambda: b"text\na\nb\xff\n", ["x.csv", "line 3", "not UTF-8"]),
+    # cut off on the way
+    *[(f"x.jsonl{suffix}", lambda suffix=suffix, cut=cut: packed(suffix, LONG)[:cut],
+       [f"x.jsonl{suffix}", f"not a whole {kind} file"])
+      for suffix, kind in ((".gz", "gzip"), (".zst", "zstd")) for cut in (1, 1000, -1)],
+    ("x.jsonl.gz", lambda: LONG, ["x.jsonl.gz", "not a whole gzip file"]),
+    ("x.jsonl.zst", lambda: LONG, ["x.jsonl.zst", "not a whole zstd file"]),
+    ("x.txt.gz", lambda: gzip.compress(LONG)[:-5], ["x.txt.gz", "not a whole gzip file"]),
+    ("x.parquet", lambda: parquet({"text": DOCS})[:-1], ["x.parquet", "not a whole parquet file"]),
+    ("x.parquet", lambda: parquet({"text": DOCS})[:1000], ["x.parquet", "not a whole parquet file"]),
+    ("x.parquet", lambda: b"", ["x.parquet", "not a whole parquet file"]),
+    ("x.parquet", lambda: LONG, ["x.parquet", "not a whole parquet file"]),
+    # no text there
+    ("x.parquet", lambda: parquet({"text": [1, 2]}), ["x.parquet", "text holds int64, not text", "text_column"]),
+    ("x.parquet", lambda: parquet({"text": [["a"]]}), ["x.parquet", "text holds list<", "not text"]),
+    ("x.parquet", lambda: parquet({"text": ["a", None, "b"]}), ["x.parquet, row 2", "nothing in text"]),
+    ("x.parquet", lambda: parquet({"text": ["", ""]}), ["corpus=x.parquet", "no text in it"]),
+    ("x.jsonl", lambda: b"\n\n", ["corpus=x.jsonl", "no text in it"]),
+    ("x.csv", lambda: b"text\n", ["corpus=x.csv", "no text in it"]),
+    ("x.jsonl.gz", lambda: b"", ["corpus=x.jsonl.gz", "no text in it"]),
+    # one document cannot be two
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": ""}\n', ["corpus=x.jsonl", "one document cannot be both"]),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "words"), [
+    pytest.param(*row, id=f"{i}-{row[0]}-{row[2][1]}".replace("/", " ")) for i, row in enumerate(BAD)])
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_one_line_for_bad_input(capsys, name, make, words, tokenizer):
+    Path(name).write_bytes(make())
+    line = refusal(capsys, f"corpus={name}", f"tokenizer={tokenizer}", "vocab_size=300")
+    assert [word for word in words if word not in line] == [], line
+
+
+def test_a_line_of_text_that_is_not_utf8(capsys):
+    Path("x.txt").write_bytes(b"a\nb\xff\nc\n")
+    line = refusal(capsys, "corpus=x.txt", "lines=true")
+    assert "x.txt, line 2: not UTF-8 text at byte 1 of the line" in line
+
+
+@pytest.mark.parametrize("text", [r'"\ud83d x"', '"x", "n": ' + "9" * 5000, '"x", "n": ' + "[" * 200_000], ids=[
+    "half a surrogate pair", "a number of 5000 digits", "200,000 brackets"])
+def test_json_that_python_stumbles_over(capsys, text):
+    Path("x.jsonl").write_text(f'{{"text": "a"}}\n{{"text": {text}}}\n{{"text": "b"}}\n')
+    assert "x.jsonl, line 2" in refusal(capsys, "corpus=x.jsonl")
+    assert main(["prepare", "r.yaml", "corpus=x.jsonl", "skip_bad_documents=true"]) == 0
+
+
+GOOD = ["a text", "b text", "c text", "d text"]
+
+
+@pytest.mark.parametrize(("name", "raw", "bad"), [
+    ("x.jsonl", b'{"text": "a text"}\n{"text": 1}\n{"text": "b text"}\n{"te\n{"text": "\xff"}\n[]\n{"text": "c text"}\n'
+     b'{"text": ""}\n{"text": "d text"}\n', 4),
+    ("x.txt", b"a text\nb text\n\xff\xff\n\nc text\nd\xe4\nd text", 2),
+    ("x.csv", b'n,text\n1,a text\n2\n3,"b text"\n4,\n5,c text\n6\n7,d text\n', 2),
+    ("x.parquet", {"text": ["a text", None, "b text", "", "c text", None, None, "d text"]}, 3),
+])
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_bad_documents_are_left_out_and_counted(capsys, name, raw, bad, tokenizer):
+    Path(name).write_bytes(parquet(raw) if isinstance(raw, dict) else raw)
+    words = [f"corpus={name}", "lines=true", f"tokenizer={tokenizer}", "vocab_size=300", "val_fraction=0.12"]
+    assert all(dealt(GOOD, 0.12)), "no second try, which would say it all again"
+    refusal(capsys, *words)
+    assert main(["prepare", "r.yaml", *words, "skip_bad_documents=true"]) == 0
+    out, err = capsys.readouterr()
+    assert f"\n{bad} bad documents were left out\n" in out and err == ""
+    assert out.count("left out: ") == min(bad, 3) and name in out
+    ours = dataset.open_dataset(section(corpus=name, tokenizer=tokenizer, vocab_size=300, val_fraction=0.12))
+    texts = [text for file in (ours.train, ours.val)
+             for text in ours.tokenizer.decode(ids(file)).split("<|endoftext|>")[:-1]]
+    assert sorted(texts) == GOOD
+    assert sum(counts["documents"] for counts in ours.manifest["splits"].values()) == len(GOOD)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.parquet"])
+def test_a_row_that_is_not_utf8_is_left_out_too(name):
+    if name == "x.csv":
+        Path(name).write_bytes(b"text\na text\nb\xff\nc text\nd text\n")
+    else:
+        offsets, data = pa.array([0, 6, 8, 14], pa.int32()).buffers()[1], pa.py_buffer(b"a textb\xffc text")
+        pq.write_table(pa.table({"text": pa.StringArray.from_buffers(3, offsets, data)}), name)
+    assert main(["prepare", "r.yaml", f"corpus={name}", "skip_bad_documents=true"]) == 0
+
+
+def test_a_csv_with_a_byte_order_mark():
+    Path("x.csv").write_bytes("\ufefftext,n\r\na,1\r\nb,2\r\n".encode())
+    assert list(corpus.find_corpus("x.csv").documents()) == ["a", "b"]
+
+
+# ---- the disk
+
+
+def test_a_disk_that_fills_up_leaves_nothing_that_counts_as_done():
+    jsonl("x.jsonl", documents(3000))
+    script = ("import resource, sys\n"
+              "from nanogpt_accel import dataset, tokens; from nanogpt_accel.__main__ import main\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
+              "tokens.COMMIT_SECONDS, dataset.CHUNK = 0, 400\n"
+              "sys.exit(main(['prepare', 'r.yaml', 'corpus=x.jsonl']))\n")
+    done = subprocess.run([sys.executable, "-c", script], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "data_dir=out" in done.stderr and "File too large" in done.stderr and "make room" in done.stderr
+    assert not tokens.is_data_folder("out") and sorted(os.listdir("out")) == [".partial"]
+    ours, said = prepared(corpus="x.jsonl")
+    assert any("going on where an earlier attempt stopped" in line for line in said)
+    texts = documents(3000)
+    assert [ids(ours.train), ids(ours.val)] == [char_ids(texts, part) for part in dealt(texts)]
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_too_little_room_is_said_before_anything_is_written(capsys, monkeypatch):
+    lines("x.txt", documents(3000))
+    size = os.path.getsize("x.txt")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2 * size, size, size))  # a char takes two bytes
+    line = refusal(capsys, "corpus=x.txt", "lines=true")
+    assert "data_dir=out" in line and "GB" in line and "limit_tokens" in line
+    assert main(["prepare", "r.yaml", "corpus=x.txt", "lines=true", "limit_tokens=1000"]) == 0
+
+
+def test_going_on_needs_room_for_the_rest_only(monkeypatch):
+    lines("x.txt", documents(3000))
+    process = child(corpus="x.txt", lines=True)
+    written = Path("out/.partial/train-00000.bin")
+    need = 2 * os.path.getsize("x.txt")
+    until(lambda: written.exists() and written.stat().st_size > need / 4, process)
+    process.kill()
+    process.wait()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need, need / 5, need * 4 / 5))
+    prepared(corpus="x.txt", lines=True)
+
+
+# ---- a taste
+
+
+def test_a_limit_of_documents_takes_the_first_ones():
+    jsonl("x.jsonl", DOCS)
+    ours, _ = prepared(corpus="x.jsonl", limit_documents=50)
+    assert [ids(ours.train), ids(ours.val)] == [char_ids(DOCS[:50], part) for part in dealt(DOCS[:50])]
+    one, other = (dataset.data_folder(section(corpus="x.jsonl", data_dir=None, limit_documents=n)) for n in (50, None))
+    assert one != other
+
+
+def test_a_limit_of_tokens_stops_soon_after_it(monkeypatch):
+    monkeypatch.setattr(dataset, "CHUNK", 100)
+    jsonl("x.jsonl", DOCS)
+    ours, _ = prepared(corpus="x.jsonl", limit_tokens=3000)
+    counts = ours.manifest["splits"]
+    assert 3000 <= counts["train"]["tokens"] + counts["val"]["tokens"] < 3000 + 100 + max(map(len, DOCS))
+    taken = counts["train"]["documents"] + counts["val"]["documents"]
+    assert [ids(ours.train), ids(ours.val)] == [char_ids(DOCS, part) for part in dealt(DOCS[:taken])]
+
+
+# ---- what is there and what is asked for
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["tokenizer=bpe"], ["tokenizer=bpe vocab_size=4096", "prepared with tokenizer=char"]),
+    (["corpus=y.jsonl"], ["corpus=y.jsonl", "prepared with corpus=x.jsonl"]),
+    (["val_fraction=0.5"], ["val_fraction=0.5", "prepared with val_fraction=0.2"]),
+    (["text_column=story"], ["text_column=story", "prepared with"]),
+])
+def test_a_folder_that_holds_something_else(capsys, words, expected):
+    Path("x.jsonl").write_text("".join(json.dumps({"text": text, "story": text[::-1]}) + "\n" for text in DOCS))
+    jsonl("y.jsonl", DOCS)
+    assert main(["prepare", "r.yaml", "corpus=x.jsonl"]) == 0
+    before = content("out")
+    capsys.readouterr()
+    assert main(["prepare", "r.yaml", "corpus=x.jsonl", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert [word for word in [*expected, "data_dir=out"] if word not in line] == [], line
+    assert content("out") == before
+
+
+def test_a_shard_that_is_missing_or_cut(capsys):
+    jsonl("x.jsonl", documents(1000))
+    assert child(corpus="x.jsonl", shard_tokens=3000).wait() == 0
+    os.truncate("out/train-00001.bin", 10)
+    assert main(["prepare", "r.yaml", "corpus=x.jsonl"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out/train-00001.bin: 10 bytes" in line and "prepare it again" in line
+    os.remove("out/train-00001.bin")
+    assert main(["prepare", "r.yaml", "corpus=x.jsonl"]) == 2
+    assert "out/train-00001.bin: 0 bytes" in capsys.readouterr().err
+
+
+# ---- documents stay documents
+
+
+def corpus_of(monkeypatch, splits):
+    """The recipe's corpus has these splits of its own: {split: documents}."""
+    found = corpus.Corpus("mine", {"kind": "hub", "name": "mine"}, False, lambda split, bad: iter(splits[split]),
+                          tuple(splits))
+    monkeypatch.setattr(dataset, "find_corpus", lambda spec, **options: found)
+
+
+def test_an_end_of_text_follows_each_document_and_val_takes_whole_ones():
+    jsonl("x.jsonl", DOCS)
+    ours, _ = prepared(corpus="x.jsonl", val_fraction=0.1)
+    for file, part in zip((ours.train, ours.val), dealt(DOCS, 0.1), strict=True):
+        found = ids(file)
+        assert found[-1] == ours.tokenizer.eot_id
+        ends = [i for i, token in enumerate(found) if token == ours.tokenizer.eot_id]
+        assert len(ends) == len(part) > 5
+        starts = [0, *(end + 1 for end in ends)]
+        texts = [ours.tokenizer.decode(found[start:end]) for start, end in zip(starts, ends, strict=False)]
+        assert texts == part  # "<|endoftext|>" in a text is text: it has no id of its own
+
+
+def test_splits_of_its_own_are_taken_as_they_are(monkeypatch):
+    splits = {"train": DOCS[:100], "val": DOCS[100:103], "test": ["", *DOCS[150:]]}
+    corpus_of(monkeypatch, splits)
+    for number, chunk in enumerate((1, 2**19)):
+        monkeypatch.setattr(dataset, "CHUNK", chunk)
+        ours, _ = prepared(corpus="mine", data_dir=f"out{number}")
+        used = DOCS[:103] + DOCS[150:]
+        assert list(ours.splits) == ["train", "val", "test"]
+        for split, texts in splits.items():
+            assert ids(ours.splits[split]) == char_ids(used, filter(None, texts))
+            assert ours.manifest["splits"][split]["documents"] == len([*filter(None, texts)])
+
+
+def test_a_test_split_of_its_own_never_gets_into_train(monkeypatch):
+    corpus_of(monkeypatch, {"train": DOCS[:100], "test": DOCS[100:]})
+    ours, _ = prepared(corpus="mine")
+    assert [ids(ours.train), ids(ours.val)] == [char_ids(DOCS, part) for part in dealt(DOCS[:100])]
+    assert ids(ours.splits["test"]) == char_ids(DOCS, DOCS[100:])
+
+
+def test_killed_amid_the_second_of_its_own_splits(monkeypatch):
+    monkeypatch.setattr(dataset, "CHUNK", 300)
+    monkeypatch.setattr(tokens, "COMMIT_SECONDS", 0)
+    corpus_of(monkeypatch, {"train": DOCS[:100], "val": DOCS[100:150], "test": DOCS[150:]})
+    prepared(corpus="mine", data_dir="straight")
+    real, calls = tokens.Writer.write, 0
+
+    def write(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls in (10, 40, 62):
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    monkeypatch.setattr(tokens.Writer, "write", write)
+    stops = 0
+    while not tokens.is_data_folder("out"):
+        try:
+            prepared(corpus="mine")
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops >= 2 and content("out") == content("straight")
+
+
+ROWS = ["", " = Robert <unk> = \n", "", " He is an actor . \n", " Born in 1970 , he = acts = . \n", "",
+        " = = Career = = \n", "", " = = = 2000 – 2005 = = = \n", " A play . \n", "", " = X = \n", "",
+        " One letter . \n", "", " = E = mc2 = \n", " = = Proof = = \n", " None . \n", ""]
+
+
+def test_an_article_begins_at_a_heading_of_the_first_level():
+    """Rows of WikiText: ` = Title = `, ` = = Section = = `, empty ones and lines of text."""
+    articles = [text for text in corpus.GROUPED["articles"](iter(ROWS)) if text]
+    assert articles == ["".join(ROWS[1:11]), "".join(ROWS[11:15]), "".join(ROWS[15:])]
+    assert [text for text in corpus.GROUPED["articles"](iter([])) if text] == []
+
+
+def test_wikitexts_validation_split_is_sixty_articles(shared_data):
+    rows = (shared_data / "wikitext2" / "valid.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = ["" if row == " \n" else row for row in rows]  # as the Hub has an empty line
+    articles = list(corpus.GROUPED["articles"](iter(rows)))
+    assert len([*filter(None, articles)]) == 60, "as its paper says"
+    assert "".join(articles) == "".join(rows) and articles[1].startswith(" = Homarus gammarus = \n")
+
+
+def test_sentences_are_put_together_in_pieces():
+    rows = [f"sentence {i} ." for i in range(2500)]
+    pieces = list(corpus.GROUPED["sentences"](iter(rows)))
+    assert [piece.count("\n") + 1 for piece in pieces] == [1024, 1024, 452]
+    assert "\n".join(pieces).split("\n") == rows
