@@ -12,6 +12,7 @@ means complete data: it is the last file to appear. A folder of nanoGPT's own is
 
 import hashlib
 import json
+import mmap
 import os
 import pickle
 import shutil
@@ -63,12 +64,20 @@ class TokenFile:
             while done < length:  # a row may begin in one file and end in another
                 i = int(np.searchsorted(self._ends, start + done, side="right"))
                 if i not in maps:
-                    maps[i] = np.memmap(self.paths[i], dtype=self.dtype, mode="r")
+                    maps[i] = self._map(i)
                 first = start + done - (int(self._ends[i - 1]) if i else 0)
                 piece = maps[i][first : first + length - done]
                 row[done : done + len(piece)] = piece
                 done += len(piece)
         return out
+
+    def _map(self, i):
+        """File i as an array of ids, (n,), of which only what is read gets into memory."""
+        with open(self.paths[i], "rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):  # else a row of a large file costs a hundred kilobytes of its neighbours
+            pages.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(pages, dtype=self.dtype)
 
 
 class Writer:
