@@ -88,7 +88,7 @@ def load_model(folder, **changes):
     weights = {name: parameter.detach() for name, parameter in stock.named_parameters()}
     # zero biases are how `export` writes that there are none
     config["bias"] = any(tensor.any() for name, tensor in weights.items() if name.endswith(".bias"))
-    return _assemble(GPT, GPTConfig(**{**config, **changes}), from_stock(stock.config.model_type, config, weights))
+    return _assemble(GPTConfig(**{**config, **changes}), from_stock(stock.config.model_type, config, weights))
 
 
 def read_nanogpt(path, activation="gelu"):
@@ -104,7 +104,7 @@ def read_nanogpt(path, activation="gelu"):
     """
     import torch
 
-    from .model import GPT, GPTConfig
+    from .model import GPTConfig
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -124,7 +124,7 @@ def read_nanogpt(path, activation="gelu"):
                    for name, tensor in content["model"].items()}
         for name in [name for name in weights if name.endswith(".attn.bias")] + ["lm_head.weight"]:
             weights.pop(name, None)  # the causal mask of older versions; and the head, which is the embedding
-        model = _assemble(GPT, config, weights)
+        model = _assemble(config, weights)
     except Exception as error:  # in such a file anything may stand under these names
         raise ValueError(f"{path}: its weights do not fit its model_args ({_first_line(error)})") from error
     return model, {key: content.get(key) for key in ("iter_num", "best_val_loss", "config")}
@@ -161,16 +161,18 @@ def _load_whole(model_class, folder, **changes):
     return model.eval()
 
 
-def _assemble(model_class, config, weights):
-    """A model with these weights, without the time that it takes to draw others first.
+def _assemble(config, weights):
+    """A GPT with these weights, without the time that it takes to draw others first.
 
     Raises:
         RuntimeError: a tensor is missing, too many, or of another shape.
     """
     import torch
 
+    from .model import GPT
+
     with torch.device("meta"):
-        model = model_class(config)
+        model = GPT(config)
     tied = {"lm_head.weight": weights["transformer.wte.weight"]} if config.tie_word_embeddings else {}
     model.load_state_dict(weights | tied, assign=True)
     model.tie_weights()

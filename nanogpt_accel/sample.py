@@ -93,24 +93,23 @@ def main(argv):
     texts = [prompt for prompt in prompts for _ in range(options.num_samples)]
     for i in range(0, len(texts), options.batch_size):
         batch = texts[i:i + options.batch_size]
+        prompt_ids = [tokenizer.encode_prompt(text) for text in batch]
         on_text = None
         if len(batch) == 1 and not options.json_output:
             on_text = lambda text: print(text, end="", flush=True)  # noqa: E731
             on_text(batch[0])
         new_ids = generate(
-            model, [tokenizer.encode_prompt(text) for text in batch],
+            model, prompt_ids,
             seeds=range(options.seed + i, options.seed + i + len(batch)), vocab_size=tokenizer.vocab_size,
             max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
             top_p=options.top_p, overflow=options.overflow, decode=tokenizer.decode, on_text=on_text)
-        for number, (text, ids) in enumerate(zip(batch, new_ids, strict=True), i):
-            after = text_after(tokenizer.decode, tokenizer.encode_prompt(text), ids)
-            if options.json_output:
-                print(json.dumps({"prompt": text, "text": after, "seed": options.seed + number}),
-                      flush=True)
+        for number, (text, before, ids) in enumerate(zip(batch, prompt_ids, new_ids, strict=True), i):
+            if on_text is not None:  # it is shown already
+                print("\n---------------", flush=True)
                 continue
-            if on_text is None:
-                print(text + after, end="")
-            print("\n---------------", flush=True)
+            after = text_after(tokenizer.decode, before, ids)
+            print(json.dumps({"prompt": text, "text": after, "seed": options.seed + number}) if options.json_output else
+                  f"{text}{after}\n---------------", flush=True)
 
 
 def read_prompts(options):

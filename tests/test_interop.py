@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import WITHOUT_THE_PACKAGE
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
@@ -783,21 +784,7 @@ def test_export_asked_wrongly(capsys, argv, words):
 
 # ---- elsewhere
 
-PIPELINES = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "nanogpt_accel":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Blocked())
-try:
-    import nanogpt_accel
-    sys.exit("the package is not hidden")
-except ModuleNotFoundError:
-    pass
-
+PIPELINES = WITHOUT_THE_PACKAGE + """
 import json
 from transformers import pipeline
 

@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import WITHOUT_THE_PACKAGE
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch.nn import functional as F
 from transformers import (
@@ -647,21 +648,7 @@ def test_auto_model_loads_the_folder(tmp_path, ids):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-ELSEWHERE = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "nanogpt_accel":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Blocked())
-try:
-    import nanogpt_accel
-    sys.exit("the package is not hidden")
-except ModuleNotFoundError:
-    pass
-
+ELSEWHERE = WITHOUT_THE_PACKAGE + """
 import json
 import torch
 from transformers import AutoModelForCausalLM
