@@ -55,6 +55,26 @@ class Batches:
         return starts
 
 
+def model_inputs(rows, eot_id=None):
+    """What the model is called with, as keyword arguments, for rows of tokens.
+
+    Args:
+        rows: (B, T + 1) int64 tensor, inputs and targets overlapping.
+        eot_id: with this end-of-text token, attention stays inside documents: positions begin again at 0 with each
+            end-of-text, which opens the document after it (as it does in sampling), and transformers' causal mask
+            takes that as a border (Krell et al. 2021, Efficient Sequence Packing). None: all of a row is seen.
+
+    Returns:
+        dict: input_ids and shift_labels, (B, T) each, and position_ids, (B, T), where eot_id is given.
+    """
+    input_ids, shift_labels = rows[:, :-1], rows[:, 1:]
+    if eot_id is None:
+        return {"input_ids": input_ids, "shift_labels": shift_labels}
+    places = rows.new_ones(input_ids.shape).cumsum(1) - 1  # 0, 1, 2, ...
+    starts = (places * (input_ids == eot_id)).cummax(1).values  # of the document that a token stands in
+    return {"input_ids": input_ids, "shift_labels": shift_labels, "position_ids": places - starts}
+
+
 def epoch_shape(n_tokens, block_size):
     """(blocks of an epoch, largest shift of their borders); one block is given up to leave room for the shift."""
     whole = (n_tokens - 1) // block_size

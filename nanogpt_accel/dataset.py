@@ -232,6 +232,8 @@ def open_dataset(data):
         stoi = manifest["tokenizer"].get("stoi")
         tokenizer = Tokenizer.char_from_meta(stoi) if stoi else Tokenizer.gpt2()
         manifest["tokenizer"]["fingerprint"] = tokenizer.fingerprint
+    if data.document_mask and tokenizer.eot_id is None:
+        raise ValueError(f"data.document_mask=true: {folder} is one text without end-of-text tokens; leave it out")
     splits = {split: TokenFile(token_paths(folder, manifest, split), manifest["dtype"]) for split in manifest["splits"]}
     return Dataset(folder, manifest, tokenizer, splits)
 

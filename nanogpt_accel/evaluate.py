@@ -6,6 +6,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,7 +96,7 @@ def evaluate(target, recipe, block_size=None, split="val", as_json=False):
     from transformers.utils import logging as transformers_logging
 
     from . import cpu, metrics
-    from .batches import evaluation_batches
+    from .batches import evaluation_batches, model_inputs
 
     transformers_logging.disable_progress_bar()
     accelerator = launch.make_accelerator(recipe.train.device, recipe.train.mixed_precision, recipe.train.compile)
@@ -104,7 +105,8 @@ def evaluate(target, recipe, block_size=None, split="val", as_json=False):
     model = accelerator.prepare_model(model, evaluation_mode=True)
     tokens = data.splits[split]
     batches = evaluation_batches(len(tokens), block_size, recipe.train.batch_size, recipe.train.eval_iters)
-    loss = metrics.mean_loss(model, tokens, batches, accelerator)
+    to_inputs = partial(model_inputs, eot_id=data.tokenizer.eot_id if recipe.data.document_mask else None)
+    loss = metrics.mean_loss(model, tokens, batches, to_inputs, accelerator)
     scores = metrics.scores(loss, len(tokens), data.text_bytes(split), split=split)
     scores["tokens"] = sum(len(starts) * length for starts, length in batches)
     if accelerator.is_main_process:

@@ -78,13 +78,14 @@ def describe(scores):
                      for name, value in scores.items())
 
 
-def mean_loss(model, tokens, batches, accelerator):
+def mean_loss(model, tokens, batches, to_inputs, accelerator):
     """Mean loss in nats a token over fixed batches, shared by all processes; the same number on each of them.
 
     Args:
         model: the prepared model; it is put into eval mode for the time being.
         tokens: the token file, with rows(starts, length).
         batches: a list of (starts, length), as batches.evaluation_batches makes it.
+        to_inputs: rows of tokens -> the model's keyword arguments, batches.model_inputs.
         accelerator: gathers the losses.
     """
     import torch
@@ -98,7 +99,7 @@ def mean_loss(model, tokens, batches, accelerator):
         for i in range(-(-len(batches) // world)):
             starts, length = batches[min(i * world + rank, len(batches) - 1)]
             rows = torch.from_numpy(tokens.rows(starts, length + 1)).to(accelerator.device)
-            losses.append(model(input_ids=rows[:, :-1], shift_labels=rows[:, 1:]).loss.float())
+            losses.append(model(**to_inputs(rows)).loss.float())
     model.train(was_training)
     gathered = accelerator.gather(torch.stack(losses)).view(world, -1).T.flatten().tolist()  # in order of batches
     weights = [len(starts) * length for starts, length in batches]

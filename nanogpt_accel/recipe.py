@@ -71,6 +71,9 @@ class Data(Section):
         "shuffle", description="shuffle: every block once an epoch, in a new order each; "
         "random: nanoGPT's random crops, with replacement")
 
+    document_mask: bool = Field(False, description="attention stays inside a document: nothing before the last "
+                                "end-of-text is seen. Costs a mask, so it is slower")
+
 
 class Model(Section):
     init_from: str = Field("scratch", description="scratch, resume (go on in out_dir), or where the weights come "

@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from . import checkpoint, cli, dataset, hub, interop, launch
@@ -125,7 +126,7 @@ def train(recipe):
     from transformers.utils import logging as transformers_logging
 
     from . import cpu, metrics
-    from .batches import Batches, evaluation_batches, seed_of
+    from .batches import Batches, evaluation_batches, model_inputs, seed_of
     from .console import Console
     from .optim import learning_rate, make_optimizer
 
@@ -167,6 +168,7 @@ def train(recipe):
     batches = Batches(data.train, block_size, batch_size, micro_batches, recipe.seed, recipe.data.sampling)
     val_batches = evaluation_batches(len(data.val), block_size, batch_size, recipe.train.eval_iters)
     train_batches = evaluation_batches(len(data.train), block_size, batch_size, len(val_batches))
+    to_inputs = partial(model_inputs, eot_id=data.tokenizer.eot_id if recipe.data.document_mask else None)
 
     # optimizer, and everything into Accelerate's hands
     optimizer = make_optimizer(model, learning_rate=recipe.optimizer.learning_rate,
@@ -215,13 +217,13 @@ def train(recipe):
         None if peak_flops or device.type == "cpu" else "no MFU: the table has no peak FLOP/s of this device"))))
 
     def fetch(step, micro_step):
-        """Inputs and targets of this process's micro-batch, on their way to the device: (B, T) each."""
+        """The model's inputs for this process's micro-batch, on their way to the device."""
         rows = torch.from_numpy(batches(step, micro_step * accelerator.num_processes + accelerator.process_index))
         if device.type == "cuda":
             rows = rows.pin_memory().to(device, non_blocking=True)
         else:
             rows = rows.to(device)
-        return rows[:, :-1], rows[:, 1:]
+        return to_inputs(rows)
 
     def save(step):
         """A checkpoint after `step` steps; the main process writes, the others wait."""
@@ -249,7 +251,7 @@ def train(recipe):
         console.say(f"the run has done its max_iters={max_iters} steps; a higher max_iters goes on")
     console.start(first_step, max_iters)
     model.train()
-    x, y = fetch(first_step, 0)
+    inputs = fetch(first_step, 0)
     losses, interval_start = [], time.perf_counter()
     for step in range(first_step, max_iters + 1):
         is_end = step == max_iters
@@ -259,8 +261,8 @@ def train(recipe):
         evaluates = (step % recipe.train.eval_interval == 0 or is_end or recipe.train.eval_only) and not is_resumed_step
         saves = step > 0 and (step % recipe.save_interval == 0 or is_end) and not is_resumed_step
         if evaluates:
-            train_loss = metrics.mean_loss(model, data.train, train_batches, accelerator)
-            val_loss = metrics.mean_loss(model, data.val, val_batches, accelerator)
+            train_loss = metrics.mean_loss(model, data.train, train_batches, to_inputs, accelerator)
+            val_loss = metrics.mean_loss(model, data.val, val_batches, to_inputs, accelerator)
             scores = metrics.scores(val_loss, len(data.val), data.text_bytes("val"), train_loss)
             console.say(f"step {step}: " + metrics.describe(scores))
             if recipe.train.eval_only:
@@ -299,9 +301,9 @@ def train(recipe):
                 # was drawn before: so a resumed run repeats it to the last bit, on any number of processes
                 torch.manual_seed(seed_of(recipe.seed, 0, step,
                                           micro_step * accelerator.num_processes + accelerator.process_index))
-                micro_loss = model(input_ids=x, shift_labels=y).loss
+                micro_loss = model(**inputs).loss
                 # fetch the next batch while the device is at work on this one
-                x, y = fetch(step, micro_step + 1) if micro_step + 1 < micro_steps else fetch(step + 1, 0)
+                inputs = fetch(step, micro_step + 1) if micro_step + 1 < micro_steps else fetch(step + 1, 0)
                 accelerator.backward(micro_loss)  # divides by the number of micro-steps
                 loss += micro_loss.detach() / micro_steps
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip or math.inf)

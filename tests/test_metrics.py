@@ -12,6 +12,7 @@ import torch
 
 from nanogpt_accel import metrics
 from nanogpt_accel.batches import evaluation_batches
+from nanogpt_accel.batches import model_inputs
 from nanogpt_accel.metrics import MetricsLog, mean_loss, read_metrics
 
 # ---- arithmetic
@@ -240,10 +241,10 @@ def test_mean_loss_is_over_tokens(data, block_size, batch_size):
     table, ids, by_hand = data
     model = Bigram(table).train()
     batches = evaluation_batches(len(ids), block_size, batch_size, "all")
-    loss = mean_loss(model, Reading(ids), batches, Processes())
+    loss = mean_loss(model, Reading(ids), batches, model_inputs, Processes())
     assert loss == pytest.approx(by_hand, rel=1e-6) and model.calls == len(batches)
     assert model.training  # as it was
-    mean_loss(model.eval(), Reading(ids), batches, Processes())
+    mean_loss(model.eval(), Reading(ids), batches, model_inputs, Processes())
     assert not model.training
 
 
@@ -251,9 +252,9 @@ def test_batches_of_unequal_size_count_by_their_tokens(data):
     table, ids, by_hand = data
     batches = evaluation_batches(len(ids), 10, 4, "all")  # 40, 40, 20 and a tail of 2 targets
     assert [len(starts) * length for starts, length in batches] == [40, 40, 20, 2]
-    means = [mean_loss(Bigram(table), Reading(ids), [batch], Processes()) for batch in batches]
+    means = [mean_loss(Bigram(table), Reading(ids), [batch], model_inputs, Processes()) for batch in batches]
     assert abs(sum(means) / 4 - by_hand) > 1e-3  # so the mean of means would show
-    assert mean_loss(Bigram(table), Reading(ids), batches, Processes()) == pytest.approx(by_hand, rel=1e-6)
+    assert mean_loss(Bigram(table), Reading(ids), batches, model_inputs, Processes()) == pytest.approx(by_hand, rel=1e-6)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 5, 8])
@@ -263,9 +264,9 @@ def test_mean_loss_is_the_same_on_any_number_of_processes(data, world):
     ranks = [Processes(world, rank, others=[torch.zeros(-(-len(batches) // world))] * world) for rank in range(world)]
     models = [Bigram(table) for _ in ranks]
     for model, rank in zip(models, ranks, strict=True):
-        mean_loss(model, Reading(ids), batches, rank)
+        mean_loss(model, Reading(ids), batches, model_inputs, rank)
     assert len({model.calls for model in models}) == 1  # sharded models need the same number of calls
     shared = [rank.given for rank in ranks]
     for rank in range(world):
-        loss = mean_loss(Bigram(table), Reading(ids), batches, Processes(world, rank, shared))
+        loss = mean_loss(Bigram(table), Reading(ids), batches, model_inputs, Processes(world, rank, shared))
         assert loss == pytest.approx(by_hand, rel=1e-6)
