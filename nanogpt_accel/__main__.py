@@ -8,6 +8,7 @@ from . import __version__, cli
 COMMANDS = {
     "prepare": "turn a recipe's corpus into token files (train does it when needed)",
     "data": "show what is in a data folder",
+    "plan": "what a recipe needs: parameters, memory, time, and which of configs/ fits",
     "train": "train a recipe, or continue a run folder",
     "sample": "write text with a model: a run folder, a checkpoint folder or a Hub id",
     "evaluate": "loss, perplexity and bits per byte of a model on a validation set",

@@ -2,27 +2,37 @@
 
     runs/NAME/
       checkpoint-000500/     a Hub repository: config.json, model.safetensors, tokenizer, model card, model.py
-        state/               what only resuming needs: trainer.json and optimizer.safetensors
+        state/               what only resuming needs: trainer.json, optimizer.safetensors, index.json
       model.safetensors ...  links to the files of the best checkpoint, so that runs/NAME loads as a model
 
-Everything read back is JSON or safetensors; nothing is unpickled.
+state/index.json knows the size and hash of every file. Everything read back is JSON or safetensors; nothing is
+unpickled.
 """
 
+import copy
+import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 from . import hub
 
-_TRAINER_KEYS = {"step", "best_step"}  # what this file itself reads
+INDEX = "state/index.json"  # size and hash of each file of a checkpoint
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")  # without these there is no model
+PATIENCE = 1800  # seconds for a process to write its piece of the optimizer's state
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
 
 def checkpoint_path(run, step):
-    return Path(run) / f"checkpoint-{step:06d}"
+    return Path(run) / _name(step)
 
 
 def checkpoints(run):
@@ -31,52 +41,202 @@ def checkpoints(run):
     return sorted(found, key=lambda path: int(_NAME.match(path.name)[1]))
 
 
-def save(run, trainer, *, model, tokenizer, card, optimizer, keep_last):
-    """Write checkpoint-STEP beside its place, flush it to disk, rename it, and only then prune older ones.
+class Saver:
+    """Saves the checkpoints of a run, one at a time: written beside their place, flushed to disk, renamed, read back,
+    and only then are older ones pruned.
+
+    Every process of the run has one and calls `save` after the same steps. The main process writes the folder; where
+    the optimizer's state lies in pieces, each process writes its own. What cannot be written is said and done with:
+    the checkpoints before it are untouched, and the next one tries again.
 
     Args:
-        run: the run folder.
-        trainer: what trainer.json holds; `step` (steps done) and `best_step` are used here.
-        model: the unwrapped GPT. tokenizer: has save(folder, max_length). card: text of README.md.
-        optimizer: the torch optimizer of the model's parameters.
+        run: the run folder. accelerator: Accelerate's.
+        tokenizer: has save(folder, max_length).
         keep_last: how many of the newest checkpoints stay; the best one stays besides.
-
-    Returns:
-        The checkpoint's path.
-
-    Raises:
-        OSError: disk full and the like; what was there before is untouched.
+        in_background: write in a thread, while the training goes on with the next step.
+        say: takes a line for the user. on_saved: called with the path of each checkpoint, on the main process.
     """
-    from safetensors import SafetensorError
+
+    def __init__(self, run, accelerator, tokenizer, keep_last, in_background=False, say=print, on_saved=None):
+        self.run, self.accelerator, self.tokenizer, self.keep_last = Path(run), accelerator, tokenizer, keep_last
+        self.in_background, self.say, self.on_saved = in_background, say, on_saved
+        self.trouble = None  # why the last checkpoint is not there, as text
+        self._thread = None
+
+    def save(self, trainer, model, optimizer, card):
+        """Save a checkpoint; returns when it is written, or in_background when everything is copied.
+
+        Args:
+            trainer: what trainer.json holds; `step` (steps done) and `best_step` are used here.
+            model: the unwrapped GPT. optimizer: the prepared one of its parameters. card: text of README.md.
+        """
+        from . import sharding
+
+        self.wait()
+        sharding.reshard(model)
+        number, pieces = sharding.piece_number(self.accelerator, model)
+        weights = sharding.whole_weights(self.accelerator, model, copy=self.in_background)
+        tensors, first_rows = sharding.optimizer_piece(self.accelerator, model, optimizer, copy=self.in_background)
+        is_main, temporary = self.accelerator.is_main_process, self.run / f".{_name(trainer['step'])}.tmp"
+        self.trouble = None
+        if is_main:
+            n_bytes = sum(tensor.nbytes for tensor in weights.values())
+            n_bytes += pieces * sum(tensor.nbytes for tensor in tensors.values())
+            self._try(_make_place, temporary, n_bytes)
+        self.accelerator.wait_for_everyone()  # nobody writes into what a killed process left
+
+        def write():
+            if number is not None and (is_main or temporary.is_dir()):
+                self._try(_write_piece, temporary, number, pieces, tensors, first_rows)
+            if is_main:
+                self._try(_write_folder, temporary, model, weights, self.tokenizer, card, trainer)
+                self._try(_complete, temporary, self.run / _name(trainer["step"]), pieces)
+                self._close(temporary, trainer)
+
+        if self.in_background:
+            self._thread = threading.Thread(target=write)
+            self._thread.start()
+        else:
+            write()
+            self.accelerator.wait_for_everyone()
+
+    def wait(self):
+        """Return when nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _try(self, step, *arguments):
+        """One step of a save, if those before it went well."""
+        from safetensors import SafetensorError
+
+        if self.trouble is None:
+            try:
+                step(*arguments)
+            except (OSError, SafetensorError) as error:
+                self.trouble = str(error)
+
+    def _close(self, temporary, trainer):
+        """Make the new checkpoint known and prune, or say what was in the way."""
+        final = self.run / _name(trainer["step"])
+        if self.trouble is not None:
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not kept full by half a checkpoint
+            self.say(f"warning: {final} is NOT SAVED: {self.trouble}; the checkpoints before it are untouched, and the "
+                     "next one tries again: make room")
+            return
+        self.say(f"saved {final}")
+        try:
+            _publish(self.run, trainer["best_step"], final)
+            _prune(self.run, trainer["best_step"], final, self.keep_last)
+        except OSError as error:  # the checkpoint itself is there
+            self.say(f"warning: {self.run}: cleaning up after {final.name} failed: {error}")
+        if self.on_saved is not None:
+            self.on_saved(final)
+
+
+def _name(step):
+    return f"checkpoint-{step:06d}"
+
+
+def _make_place(temporary, n_bytes):
+    """An empty folder to write into, where the disk has room for n_bytes."""
+    for leftover in temporary.parent.glob(".checkpoint-*"):  # of a process that was killed while it saved or pruned
+        shutil.rmtree(leftover)
+    (temporary / "state").mkdir(parents=True)
+    free = shutil.disk_usage(temporary).free
+    if free < n_bytes:
+        raise OSError(errno.ENOSPC, f"it takes {n_bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} are free")
+
+
+def _write_folder(temporary, model, weights, tokenizer, card, trainer):
+    """Everything of a checkpoint but the optimizer's state. model: for its two configs."""
+    import torch
+
+    from .model import GPT
+
+    with torch.device("meta"):
+        shape = GPT(copy.deepcopy(model.config))  # (a wrapped model would be saved as its wrapper's class)
+    shape.generation_config = model.generation_config
+    shape.save_pretrained(temporary, state_dict=dict(weights))
+    tokenizer.save(temporary, max_length=model.config.block_size)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    (temporary / "state" / "trainer.json").write_text(json.dumps(trainer, indent=2), encoding="utf-8")
+
+
+def _write_piece(temporary, number, pieces, tensors, first_rows):
+    """One process's piece of the optimizer's state, and then a receipt for it, which the main process waits for."""
     from safetensors.torch import save_file
 
-    run = Path(run)
-    for leftover in run.glob(".checkpoint-*"):  # of a process that was killed while it saved or pruned
-        shutil.rmtree(leftover)
-    final = checkpoint_path(run, trainer["step"])
-    temporary = run / f".{final.name}.tmp"
+    file = temporary / "state" / _piece(number, pieces)
     try:
-        (temporary / "state").mkdir(parents=True)
-        model.save_pretrained(temporary)
-        tokenizer.save(temporary, max_length=model.config.block_size)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        save_file(_optimizer_tensors(model, optimizer), temporary / "state" / "optimizer.safetensors")
-        (temporary / "state" / "trainer.json").write_text(json.dumps(trainer, indent=2), encoding="utf-8")
-        _flush(temporary)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not kept full by half a checkpoint
-        raise OSError(f"{final}: cannot be written ({error}); the checkpoints before it are untouched: make room and "
-                      f"go on with nanogpt-accel train {run}") from None
+        save_file(tensors, file, {"first_rows": json.dumps(first_rows)})
+        receipt = _facts(file)
+    except Exception as error:
+        receipt = {"error": f"{file.name}: {error}"}
+        raise
+    finally:
+        temporary_receipt = file.with_suffix(".receipt.tmp")
+        temporary_receipt.write_text(json.dumps(receipt), encoding="utf-8")
+        os.replace(temporary_receipt, file.with_suffix(".receipt"))
+
+
+def _complete(temporary, final, pieces):
+    """Wait for all the pieces, write the index of the files, flush them to disk, and give the folder its name."""
+    facts = _receipts(temporary / "state", pieces)
+    for file in sorted(temporary.rglob("*")):
+        name = file.relative_to(temporary).as_posix()
+        if file.is_file() and name != "README.md":  # the card is for people, who may write into it
+            facts.setdefault(name, _facts(file))
+    (temporary / INDEX).write_text(json.dumps({"files": facts}, indent=1), encoding="utf-8")
+    _flush(temporary)
     if final.exists():  # a damaged one, which the run went back behind
         _remove(final)
     os.rename(temporary, final)
-    _flush_folder(run)
-    trouble = damage(final)
+    _flush_folder(final.parent)
+    trouble = damage(final, thorough=False)
     if trouble:
-        raise OSError(f"{final}: the checkpoint did not reach the disk whole: {trouble}; the older ones were kept")
+        raise OSError(f"the checkpoint did not reach the disk whole: {trouble}")
 
-    best = checkpoint_path(run, trainer["best_step"]) if trainer["best_step"] is not None else final
-    _publish(run, best if best.exists() else final)
+
+def _receipts(state, pieces):
+    """{file: facts} of the pieces of the optimizer's state, as soon as all processes have written theirs."""
+    facts = {}
+    give_up = time.monotonic() + PATIENCE
+    for number in range(pieces):
+        name = _piece(number, pieces)
+        receipt = state / Path(name).with_suffix(".receipt")
+        while not receipt.is_file():
+            if time.monotonic() > give_up:
+                raise OSError(f"state/{name} did not come within {PATIENCE} s from its process")
+            time.sleep(0.05)
+        found = json.loads(receipt.read_text(encoding="utf-8"))
+        receipt.unlink()
+        if "error" in found:
+            raise OSError(found["error"])
+        facts[f"state/{name}"] = found
+    return facts
+
+
+def _piece(number, pieces):
+    return "optimizer.safetensors" if pieces == 1 else f"optimizer-{number + 1:05d}-of-{pieces:05d}.safetensors"
+
+
+def _facts(file):
+    """Size and hash of a file, for the index."""
+    return {"size": os.path.getsize(file), "sha256": _sha256(file)}
+
+
+def _sha256(file):
+    digest, buffer = hashlib.sha256(), bytearray(2**20)
+    with open(file, "rb", buffering=0) as opened:
+        while count := opened.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def _prune(run, best_step, final, keep_last):
+    """Delete the checkpoints that are neither among the newest nor the best."""
+    best = checkpoint_path(run, best_step) if best_step is not None else final
     found = checkpoints(run)
     kept = found[:found.index(final) + 1][-keep_last:]
     for old in found:
@@ -84,7 +244,6 @@ def save(run, trainer, *, model, tokenizer, card, optimizer, keep_last):
         is_ours = old < final or damage(old) is not None
         if old not in kept and old != best and is_ours:
             _remove(old)
-    return final
 
 
 def begin(run, recipe, is_resumed):
@@ -105,25 +264,41 @@ def begin(run, recipe, is_resumed):
     os.replace(temporary, run / "run.yaml")
 
 
-def damage(path, resumable=True):
+def damage(path, resumable=True, thorough=True):
     """What is missing or broken in a checkpoint folder, as text; None where it is whole.
 
-    Checked: that the JSON files parse and that the safetensors files have the length that their header says.
-    resumable: also look at state/.
+    resumable: also look at state/, and insist on its index, which knows the size and hash of every file.
+    thorough: compare hashes, not sizes alone. Without an index (a folder that came without its state/), JSON files
+        have to parse and safetensors files to have the length that their header says.
     """
-    names = ["config.json", "model.safetensors", "tokenizer.json"]
-    names += ["state/trainer.json", "state/optimizer.safetensors"] if resumable else []
-    return next(filter(None, (_file_damage(Path(path), name) for name in names)), None)
+    path = Path(path)
+    facts = _read_index(path)
+    if facts is None and resumable:
+        return f"{INDEX} is {'damaged' if (path / INDEX).exists() else 'missing'}"
+    if facts is None:
+        return next(filter(None, (_file_damage(path, name) for name in MODEL_FILES)), None)
+    facts = {name: known for name, known in facts.items() if resumable or not name.startswith("state/")}
+    for name, known in facts.items():  # before anything is read
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if os.path.getsize(path / name) != known["size"]:
+            return f"{name} is damaged"
+    if thorough:
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(_hash_of, [path / name for name in facts])
+            for (name, known), hash_now in zip(facts.items(), found, strict=True):
+                if hash_now != known["sha256"]:
+                    return f"{name} is damaged"
+    return None
 
 
 def _file_damage(path, name):
+    """Whether a JSON file parses and a safetensors file has the length that its header says, as `damage` tells it."""
     from safetensors import SafetensorError, safe_open
 
     try:
         if name.endswith(".json"):
-            values = json.loads((path / name).read_text(encoding="utf-8"))
-            needed = _TRAINER_KEYS if name == "state/trainer.json" else set()
-            if not isinstance(values, dict) or not needed <= values.keys():
+            if not isinstance(json.loads((path / name).read_text(encoding="utf-8")), dict):
                 return f"{name} is damaged"
         else:
             with safe_open(path / name, framework="np"):
@@ -135,13 +310,38 @@ def _file_damage(path, name):
     return None
 
 
-def newest_whole(run, warn=print, resumable=True):
+def _read_index(path):
+    """{file: {"size": bytes, "sha256": hash}} of a checkpoint, or None where there is no whole index."""
+    try:
+        facts = json.loads((path / INDEX).read_text(encoding="utf-8"))["files"]
+        is_whole = (facts.keys() >= {*MODEL_FILES, "state/trainer.json"}
+                    and all(known.keys() == {"size", "sha256"} for known in facts.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return facts if is_whole else None
+
+
+def _hash_of(file):
+    """The hash of a file, read once for as long as the file does not change."""
+    try:
+        facts = os.stat(file)
+        return _hash_once(file, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    except OSError:
+        return None
+
+
+@cache
+def _hash_once(file, size, changed, number):
+    return _sha256(file)
+
+
+def newest_whole(run, warn=print, resumable=True, thorough=True):
     """The newest whole checkpoint of a run, or None where there is none. `warn` gets a line for each damaged one.
 
-    resumable: as in `damage`.
+    resumable, thorough: as in `damage`.
     """
     for path in reversed(checkpoints(run)):
-        trouble = damage(path, resumable)
+        trouble = damage(path, resumable, thorough)
         if trouble is None:
             return path
         warn(f"warning: {path}: {trouble}; taking the checkpoint before it")
@@ -207,25 +407,47 @@ def check_writable(folder, key="out_dir"):
         return [f"{key}={folder}: cannot write in {place} ({error.strerror}); take another folder"]
 
 
-def load_optimizer(path, model, optimizer):
-    """Put the saved optimizer state of a checkpoint into a fresh optimizer of the same model.
+def load_optimizer(path, accelerator, model, optimizer):
+    """Put the saved optimizer state of a checkpoint into a fresh, prepared optimizer of the same model, whatever number
+    of processes saved it.
 
     Raises:
         ValueError: the state is that of another model.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    index_of = {id(p): i for i, p in enumerate(parameters)}
-    index_of = {name: index_of[id(p)] for name, p in model.named_parameters()}
-    state = {}
-    for key, tensor in load_file(Path(path) / "state" / "optimizer.safetensors").items():
-        name, _, field = key.rpartition("/")
-        if name not in index_of or (tensor.dim() and tensor.shape != parameters[index_of[name]].shape):
-            raise ValueError(f"{path}/state/optimizer.safetensors: {name} is no parameter of this model, or of another "
-                             f"shape: the file is of another run; take the weights alone with init_from={path}")
-        state.setdefault(index_of[name], {})[field] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    from . import sharding
+
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+    places = {}  # "PARAMETER/FIELD" -> [(first row, file)], in order of the rows
+    fields = {}  # PARAMETER -> {FIELD: None}, in order
+    for file in sorted((Path(path) / "state").glob("optimizer*.safetensors")):
+        opened = safe_open(file, framework="pt")
+        first_rows = json.loads(opened.metadata()["first_rows"])
+        for key in opened.keys():  # noqa: SIM118 (no dict)
+            name, _, field = key.rpartition("/")
+            shape = tuple(opened.get_slice(key).get_shape())
+            if name not in shapes or (shape and shape[key in first_rows:] != shapes[name][key in first_rows:]):
+                raise ValueError(f"{file}: {name} is no parameter of this model, or of another shape: the file is of "
+                                 f"another run; take the weights alone with init_from={path}")
+            places.setdefault(key, []).append((first_rows.get(key, 0), opened))
+            fields.setdefault(name, {})[field] = None
+
+    def read(name, field, start, stop):
+        """Rows start to stop - 1 of a field, from the files that hold them."""
+        import torch
+
+        key, parts = f"{name}/{field}", []
+        for first, opened in sorted(places[key], key=lambda place: place[0]):
+            part = opened.get_slice(key)
+            if not part.get_shape():
+                return opened.get_tensor(key)
+            low, high = max(start - first, 0), min(stop - first, part.get_shape()[0])
+            if low < high:
+                parts.append(part[low:high])
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    sharding.restore_optimizer(accelerator, model, optimizer, fields, read)
 
 
 def find_model(target, warn=print):
@@ -282,15 +504,10 @@ def _model_damage(path):
     return next(filter(None, (_file_damage(path, name) for name in names)), None)
 
 
-def _optimizer_tensors(model, optimizer):
-    """The optimizer's state by parameter name: {"transformer.wte.weight/exp_avg": tensor, ...}."""
-    name_of = {id(p): name for name, p in model.named_parameters()}
-    return {f"{name_of[id(p)]}/{field}": tensor.detach().contiguous().cpu()
-            for p, fields in optimizer.state.items() for field, tensor in fields.items()}
-
-
-def _publish(run, checkpoint):
-    """Let the run folder itself load as this checkpoint: a link for each file, replaced one by one."""
+def _publish(run, best_step, final):
+    """Let the run folder itself load as its best checkpoint: a link for each file, replaced one by one."""
+    best = checkpoint_path(run, best_step) if best_step is not None else final
+    checkpoint = best if best.exists() else final
     for file in checkpoint.iterdir():
         if file.is_file():
             temporary = run / f".{file.name}.link"

@@ -127,6 +127,10 @@ def validate(section, values, where=""):
     return section(**{k: v for k, v in values.items() if k not in wrong}), problems, wrong
 
 
+class Stopped(Exception):
+    """A run that was told to stop and can be resumed: exit status 75, EX_TEMPFAIL of sysexits.h."""
+
+
 def wants_help(argv):
     """True where the words ask for the help page."""
     return any(word in ("-h", "--help", "help") for word in argv[:1]) or "--help" in argv
@@ -203,6 +207,10 @@ def run(command, argv):
         for line in str(error).splitlines() or [type(error).__name__]:
             print(f"{where}error: {line}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if _is_first():
+            print(stopped, file=sys.stderr)
+        return 75
     except FloatingPointError as error:  # the run was asked for rightly and went wrong
         if _is_first():  # every process met it
             print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,12 @@
-"""One Accelerator, made of what the launcher says and what the recipe asks for; and guards around it."""
+"""One Accelerator, made of what the launcher says and what the recipe asks for; guards around it; and an orderly stop
+on all processes."""
 
 import os
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
 
 # Accelerate's trackers -> the module that each needs
 TRACKERS = {"aim": "aim", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow",
@@ -31,11 +37,31 @@ def check_launch(gradient_accumulation_steps, trackers=()):
 
 def check_launcher():
     """Whether WORLD_SIZE was set by a launcher, which sets more than that, as a list of problems."""
+    problems = []
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if world_size() == 1 or not missing:
-        return []
-    return [f"WORLD_SIZE={world_size()} is set, but not {', '.join(missing)}: launch with `accelerate launch` or "
-            "torchrun, or unset WORLD_SIZE"]
+    if world_size() > 1 and missing:
+        problems.append(f"WORLD_SIZE={world_size()} is set, but not {', '.join(missing)}: launch with `accelerate "
+                        "launch` or torchrun, or unset WORLD_SIZE")
+    # what `accelerate launch --cpu --num_processes 2` and a config of type MULTI_CPU leave behind: they were asked for
+    # several processes and start one
+    is_mpi = any(name in os.environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+    if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ and not is_mpi:
+        problems.append("accelerate launch was asked for several processes and started one, as it does with --cpu and "
+                        "with distributed_type: MULTI_CPU: use --config_file configs/cpu_2proc.yaml, or torchrun")
+    for name, wanted, remedy in (
+            ("FSDP_VERSION", "2", "set fsdp_version: 2 in the config file, as configs/fsdp2.yaml does"),
+            ("FSDP_ACTIVATION_CHECKPOINTING", "false", "leave it to the recipe: activation_checkpointing=true")):
+        value = os.environ.get(name, wanted)
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and value.lower() != wanted:
+            problems.append(f"{name.lower()}={value}: this model does not train right with it: {remedy}")
+    if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "").lower() == "true":
+        problems.append("distributed_type: MEGATRON_LM: not for this model; shard it with configs/fsdp2.yaml")
+    for kind in ("TP", "CP", "SP"):
+        size = os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")
+        if size != "1":
+            problems.append(f"parallelism_config_{kind.lower()}_size={size}: only data-parallel sharding is done here; "
+                            "set it to 1")
+    return problems
 
 
 def world_size():
@@ -72,41 +98,149 @@ def pick_device(device):
     return chosen
 
 
-def make_accelerator(device="auto", mixed_precision="auto", compile=False, trackers=(), logging_dir=None):
+def make_accelerator(device="auto", mixed_precision="auto", compile=False, trackers=(), logging_dir=None,
+                     collective_timeout=600):
     """An Accelerator for the chosen device and precision.
 
     Args:
         device: auto, cpu, cuda, cuda:N or mps.
         mixed_precision: auto, no, fp16 or bf16; see pick_precision.
-        compile: "auto" compiles on CUDA, where it pays; or true or false.
+        compile: "auto" compiles on CUDA, where it pays; true, or false; "regional" compiles a block once for all.
         trackers: names of Accelerate's trackers. logging_dir: where those that write files put them.
+        collective_timeout: seconds that a process waits for the others before the run ends.
 
     Raises:
         ValueError: a device that is not here, or processes that do not see each other.
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import TorchDynamoPlugin
+    from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin
 
     chosen = pick_device(device)
     if chosen.index is not None:
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
         torch.cuda.set_device(chosen)
-    should_compile = chosen.type == "cuda" if compile == "auto" else compile
+    should_compile = chosen.type == "cuda" if compile == "auto" else bool(compile)
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it, as nanoGPT allows
     accelerator = Accelerator(
         # without a GPU, processes do not see each other unless Accelerate is told that the CPU is meant
         cpu=chosen.type == "cpu",
         mixed_precision=pick_precision(mixed_precision, chosen.type),
-        dynamo_plugin=TorchDynamoPlugin(backend="inductor" if should_compile else "no", dynamic=False),
+        dynamo_plugin=TorchDynamoPlugin(backend="inductor" if should_compile else "no", dynamic=False,
+                                        use_regional_compilation=compile == "regional"),
         log_with=list(trackers) or None,
         project_dir=logging_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout))],
     )
     if world_size() != accelerator.num_processes:
         raise ValueError(f"the launcher started WORLD_SIZE={world_size()} processes but Accelerate sees "
                          f"{accelerator.num_processes}: on CPU set ACCELERATE_USE_CPU=true, on GPUs launch with "
                          "--multi_gpu or torchrun")
+    for name, kind in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
+        if os.environ.get(name, "").lower() == "true" and accelerator.distributed_type != kind:
+            raise ValueError(f"the launcher asks for {kind}, and Accelerate does not shard on {chosen.type}: take "
+                             "configs/multi_gpu.yaml, or configs/cpu_2proc.yaml")
     return accelerator
+
+
+def require_same(accelerator, **facts):
+    """Check that all processes are about to do the same.
+
+    facts: dictionaries of plain values, by what they are: the recipe, the data.
+
+    Raises:
+        ValueError: on every process, with what differs and where.
+    """
+    from accelerate.utils import gather_object
+
+    if accelerator.num_processes == 1:
+        return
+    first, *others = gather_object([facts])
+    problems = []
+    for rank, other in enumerate(others, 1):
+        for what, values in first.items():
+            differing = [key for key in values | other[what] if values.get(key) != other[what].get(key)]
+            problems += [f"{what}: {key}={other[what].get(key)} on process {rank}, and {values.get(key)} on process 0: "
+                         "all have to see the same recipe, options and files" for key in differing]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def lost_process(error):
+    """Why a collective operation failed, as one line, where `error` says that another process is gone or silent; else
+    None."""
+    import torch
+
+    words = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "socket")
+    text = str(error)
+    is_lost = isinstance(error, torch.distributed.DistError) or any(word in text.lower() for word in words)
+    return (text.strip().splitlines() or [type(error).__name__])[0] if is_lost and world_size() > 1 else None
+
+
+class StopSignals:
+    """Notes SIGTERM, SIGINT and SIGUSR1, for the loop to stop in order; a second Ctrl-C leaves at once.
+
+    with StopSignals() as signals: ...; `armed` says that there is a loop which looks at `received`. Until then SIGINT
+    and SIGTERM end the process as always.
+    """
+
+    def __init__(self):
+        self.received, self.armed, self._last, self._before = None, False, 0.0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # (Windows has no SIGUSR1)
+                if hasattr(signal, name):
+                    self._before[name] = signal.signal(getattr(signal, name), self._note)
+        return self
+
+    def __exit__(self, *error):
+        for name, handler in self._before.items():
+            signal.signal(getattr(signal, name), handler)
+
+    def _note(self, number, frame):
+        # Ctrl-C reaches the processes of a launcher twice: from the terminal, and from the launcher
+        is_second = number == signal.SIGINT and self.received and time.monotonic() - self._last > 2
+        self._last = time.monotonic()
+        if is_second:
+            os._exit(130)
+        if not self.armed and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.armed and number == signal.SIGTERM:
+            sys.exit(128 + number)
+        self.received = self.received or signal.Signals(number).name
+
+
+class Agreement:
+    """Lets all processes know, step by step, whether one of them wants to stop, without waiting for the device.
+
+    The answer is that of the step before: the exchange, over gloo between the processors, is done by then.
+    """
+
+    def __init__(self, accelerator):
+        import torch
+
+        self.accelerator, self._exchange = accelerator, None
+        if accelerator.num_processes > 1:
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def any(self, wish):
+        """Whether any process wished it at the call before; to be called by all, the same number of times."""
+        import torch
+
+        if self.accelerator.num_processes == 1:
+            return bool(wish)
+        before, flag = self._exchange, torch.tensor([int(bool(wish))])
+        self._exchange = (torch.distributed.all_reduce(flag, group=self._group, async_op=True), flag)
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1].item())
+
+    def close(self):
+        """Wait for the last exchange, so that the processes may part."""
+        if self._exchange is not None:
+            self._exchange[0].wait()
 
 
 def start_trackers(accelerator, project, config, name, folder):

@@ -73,6 +73,7 @@ class GPTConfig(PreTrainedConfig):
     logit_softcap: float | int | None = None  # keep logits within +-this by tanh; None: leave them
     tie_word_embeddings: bool = True  # the head is the embedding's matrix
     initializer_range: float = 0.02
+    zero_init: bool = False  # what adds to the residual stream begins as zeros, so each block as nothing
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -262,7 +263,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         if isinstance(module, nn.Linear):
             # what adds to the residual stream is scaled down, for it is added 2 * n_layer times (GPT-2 paper)
             if hasattr(module, "adds_to_residual"):
-                std = std / math.sqrt(2 * self.config.n_layer)
+                std = 0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)

@@ -1,12 +1,19 @@
-"""The optimizer: parameter groups, AdamW, and the learning rate of a step."""
+"""The optimizer: parameter groups, AdamW and Muon, and the learning rate of a step."""
 
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 
-def learning_rate(step, *, schedule, learning_rate, warmup_iters, lr_decay_iters, min_lr):
-    """Learning rate of a step, nanoGPT's: linear warm-up, then a cosine down to min_lr, or constant."""
+def learning_rate(step, *, schedule, learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_fraction=None):
+    """Learning rate of a step: nanoGPT's linear warm-up, and after it what `schedule` says.
+
+    schedule: "constant"; "cosine" (nanoGPT's), down to min_lr at lr_decay_iters; "warmup_stable_decay" (Hu et al.
+        2024, MiniCPM), which stays up and then falls in a line to min_lr over the last decay_fraction of
+        lr_decay_iters.
+    """
     # 1) linear warm-up
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
@@ -15,25 +22,126 @@ def learning_rate(step, *, schedule, learning_rate, warmup_iters, lr_decay_iters
     # 2) past the decay, the lowest rate
     if step > lr_decay_iters:
         return min_lr
-    # 3) in between, half a cosine
+    # 3) in between, a line or half a cosine
+    if schedule == "warmup_stable_decay":
+        left = (lr_decay_iters - step) / (decay_fraction * lr_decay_iters)
+        return min_lr + min(1.0, left) * (learning_rate - min_lr)
     done = (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (learning_rate - min_lr)
 
 
 def parameter_groups(model, weight_decay):
-    """nanoGPT's two groups: matrices and embeddings decay, biases and norms do not."""
+    """nanoGPT's two groups: matrices and embeddings decay, biases and norms do not.
+
+    lr_scale: what the learning rate of a step is multiplied by for the group.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "lr_scale": 1.0},
     ]
 
 
-def make_optimizer(model, *, learning_rate, weight_decay, beta1, beta2):
-    """AdamW (Loshchilov and Hutter 2019), the fused kernel where the device has one.
+def make_optimizer(model, *, learning_rate, weight_decay, beta1, beta2, algorithm="adamw", muon_learning_rate=None,
+                   muon_momentum=None, muon_weight_decay=None):
+    """AdamW (Loshchilov and Hutter 2019) for all parameters, or "muon": Muon for the matrices inside the blocks and
+    AdamW for the rest.
 
-    Fused works on CUDA, CPU and MPS; it is one pass over the parameters instead of about ten.
+    AdamW is the fused kernel where the device has one (CUDA, CPU and MPS): one pass over the parameters instead of
+    about ten.
     """
-    device_type = next(model.parameters()).device.type
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=(beta1, beta2),
-                             fused=device_type in ("cuda", "cpu", "mps"))
+    fused = next(model.parameters()).device.type in ("cuda", "cpu", "mps")
+    groups = parameter_groups(model, weight_decay)
+    if algorithm == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=fused)
+    hidden = [p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2]
+    is_hidden = {id(p) for p in hidden}
+    for group in groups:
+        group |= {"params": [p for p in group["params"] if id(p) not in is_hidden], "use_muon": False,
+                  "lr": learning_rate, "betas": (beta1, beta2), "fused": fused}
+    muon = {"params": hidden, "use_muon": True, "lr": muon_learning_rate, "momentum": muon_momentum,
+            "weight_decay": muon_weight_decay, "lr_scale": muon_learning_rate / learning_rate}
+    return Muon([*groups, muon])
+
+
+def check_whole(optimizer):
+    """Raises:
+        ValueError: Muon is to orthogonalize what is no matrix but a piece of one.
+    """
+    for group in optimizer.param_groups:
+        if group.get("use_muon") and any(p.dim() != 2 or isinstance(p, DTensor) for p in group["params"]):
+            raise ValueError("optimizer.algorithm=muon: works on whole matrices, and here they lie in pieces on "
+                             "several devices (FSDP, DeepSpeed): take algorithm=adamw, or a config that does not "
+                             "shard, such as configs/multi_gpu.yaml")
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the groups with use_muon, AdamW for the others.
+
+    Muon is Nesterov momentum, of which each matrix is replaced by an orthogonal one near it: then what a matrix learns
+    is not ruled by the few directions in which its gradients are large. The numbers are those of torch.optim.Muon,
+    which takes the matrices one by one; here all of one shape are worked on together.
+    """
+
+    def __init__(self, groups):
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not group["use_muon"]:
+                self._step_adamw(group, params)
+                continue
+            for shape in dict.fromkeys(p.shape for p in params):
+                self._step_muon(group, [p for p in params if p.shape == shape])
+        return loss
+
+    def _step_muon(self, group, params):
+        """One step of matrices of one shape, (rows, columns) each."""
+        rows, columns = params[0].shape
+        grads = [p.grad for p in params]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates = orthogonalize(torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])))  # Nesterov's
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        # an orthogonal matrix that makes a vector longer has larger elements to do it with
+        torch._foreach_add_(params, updates.to(params[0].dtype).unbind(),
+                            alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+    def _step_adamw(self, group, params):
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                     exp_avg_sq=torch.zeros_like(p))
+        states = [self.state[p] for p in params]
+        adamw(params, [p.grad for p in params], [state["exp_avg"] for state in states],
+              [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states], fused=group["fused"],
+              amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+              weight_decay=group["weight_decay"], eps=1e-8, maximize=False)
+
+
+def orthogonalize(matrices):
+    """Matrices with the same singular vectors whose singular values are all near 1 (0.7 to 1.2).
+
+    Five steps of a Newton-Schulz iteration, x <- a x + b (x x^T) x + c (x x^T)^2 x, whose coefficients raise small
+    singular values as fast as can be (Jordan et al. 2024). It bears bfloat16, which GPUs are much faster at.
+
+    matrices: (n, rows, columns). Returns the same shape, in bfloat16 on CUDA and in float32 elsewhere.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    is_tall = x.shape[-2] > x.shape[-1]  # x x^T is then the larger one of the two Gram matrices
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value above 1
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x

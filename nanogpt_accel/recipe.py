@@ -4,6 +4,7 @@ The sections below are the whole list of keys; their defaults are nanoGPT's trai
 says otherwise. Nothing heavy is imported here, so that a mistake in a recipe is answered at once.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -111,21 +112,33 @@ class Model(Section):
     tie_word_embeddings: bool = Field(True, description="the head is the embedding's matrix; false: its own")
     pad_vocab_to_multiple_of: Int = Field(64, ge=1, description="round the rows of the embedding up for faster "
                                           "kernels (GPT-2's 50,257 become 50,304); 1 leaves them")
+    initializer_range: Float = Field(0.02, gt=0, description="standard deviation of a new model's weights")
+    zero_init: bool = Field(False, description="a new model begins with zeros in the matrices that add to the "
+                            "residual stream, so that each block begins as nothing")
 
 
 class Optimizer(Section):
-    algorithm: Literal["adamw"] = Field("adamw", description="the optimizer")
-    learning_rate: Float = Field(6e-4, gt=0, description="the highest learning rate")
-    weight_decay: Float = Field(0.1, ge=0, description="on every parameter of two or more dimensions")
+    algorithm: Literal["adamw", "muon"] = Field(
+        "adamw", description="adamw; or muon: Muon for the matrices inside the blocks, AdamW for the rest")
+    learning_rate: Float = Field(6e-4, gt=0, description="the highest learning rate; AdamW's")
+    weight_decay: Float = Field(0.1, ge=0, description="AdamW's, on every parameter of two or more dimensions")
     beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean")
     beta2: Float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the variance")
     grad_clip: Float = Field(1.0, ge=0, description="clip the norm of the gradient to this; 0 does not clip")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="what follows the warm-up")
+    muon_learning_rate: Float = Field(0.02, gt=0, description="Muon's highest learning rate; it rises and falls as "
+                                      "AdamW's does")
+    muon_momentum: Float = Field(0.95, ge=0, lt=1, description="Muon's decay of the mean")
+    muon_weight_decay: Float = Field(0.0, ge=0, description="Muon's, on the matrices inside the blocks")
+    schedule: Literal["cosine", "constant", "warmup_stable_decay"] = Field(
+        "cosine", description="what follows the warm-up: half a cosine, nothing, or nothing and then a line down to "
+        "min_lr")
     warmup_iters: Int = Field(2000, ge=0, description="steps of linear warm-up")
     lr_decay_iters: Annotated[Int | None, BeforeValidator(_none)] = Field(
         None, ge=1, description="step at which min_lr is reached; none: max_iters")
     min_lr: Annotated[Float | None, BeforeValidator(_none)] = Field(
-        None, ge=0, description="lowest learning rate of the cosine; none: learning_rate / 10")
+        None, ge=0, description="lowest learning rate, at the end of the schedule; none: learning_rate / 10")
+    decay_fraction: Float = Field(0.2, gt=0, le=1, description="warmup_stable_decay: share of lr_decay_iters, its "
+                                  "last steps, over which the rate falls")
 
 
 class Train(Section):
@@ -136,16 +149,22 @@ class Train(Section):
     eval_interval: Int = Field(2000, ge=1, description="steps between evaluations")
     eval_iters: Literal["all"] | Int = Field(
         200, description="batches of an evaluation, the same ones every time; all: the whole validation set")
+    eval_first: bool = Field(True, description="evaluate before the first step too")
+    eval_train: bool = Field(True, description="an evaluation looks at as many batches of the training data too")
     eval_only: bool = Field(False, description="evaluate and stop")
     log_interval: Int = Field(1, ge=1, description="steps between lines of the log")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps; auto: the launcher's, else the best")
     mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_no)] = Field(
         "auto", description="auto: what the launcher says, else bf16 where the hardware has it, fp16 on other "
         "CUDA devices, no elsewhere")
-    compile: Annotated[Literal["auto"] | bool, BeforeValidator(_switch)] = Field(
-        "auto", description="torch.compile the model; auto: on CUDA")
+    compile: Annotated[Literal["auto", "regional"] | bool, BeforeValidator(_switch)] = Field(
+        "auto", description="torch.compile the model; auto: on CUDA; regional: one block for all, which starts sooner")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less "
                                            "memory, about a third more time")
+    max_hours: Annotated[Float | None, BeforeValidator(_none)] = Field(
+        None, gt=0, description="stop after so many hours with a checkpoint to go on from; none: no limit")
+    collective_timeout: Float = Field(600.0, ge=1, description="seconds that a process waits for the others before the "
+                                      "run ends")
     sample_tokens: Int = Field(0, ge=0, description="tokens of the sample printed at the end; 0: none")
     sample_prompt: str = Field("\n", description="what that sample begins with")
 
@@ -155,6 +174,10 @@ class Checkpoint(Section):
         None, ge=1, description="steps between checkpoints; none: eval_interval. The best and the last one are "
         "always saved")
     keep_last: Int = Field(2, ge=1, description="newest checkpoints that stay; the best one stays besides")
+    async_save: bool = Field(False, description="write checkpoints beside the training, which waits for the copy only")
+    resume: Annotated[Literal["no", "auto"], BeforeValidator(_no)] = Field(
+        "no", description="auto: go on from the newest whole checkpoint in out_dir where there is one, else begin; for "
+        "jobs that are requeued")
 
 
 class Tracking(Section):
@@ -192,7 +215,8 @@ class Recipe(Section):
     def shape(self):
         """What GPTConfig takes of the model section, every None resolved as it does; a run keeps its shape for life."""
         model = self.model
-        return model.model_dump(exclude={"init_from", "dropout", "pad_vocab_to_multiple_of"}) | {
+        others = {"init_from", "dropout", "pad_vocab_to_multiple_of", "initializer_range", "zero_init"}
+        return model.model_dump(exclude=others) | {
             "n_kv_head": model.n_kv_head or model.n_head, "head_dim": model.head_dim or model.n_embd // model.n_head,
             "n_inner": model.n_inner or 4 * model.n_embd}
 
@@ -266,6 +290,13 @@ CROSS_CHECKS = [
      lambda r: r.optimizer.schedule != "cosine" or r.optimizer.warmup_iters <= r.lr_decay_iters,
      lambda r: f"optimizer.warmup_iters={r.optimizer.warmup_iters} is above lr_decay_iters={r.lr_decay_iters}: "
                f"set warmup_iters to {r.lr_decay_iters // 20} or so"),
+    (("warmup_iters", "lr_decay_iters", "max_iters", "schedule", "decay_fraction"),
+     lambda r: r.optimizer.schedule != "warmup_stable_decay"
+     or r.optimizer.warmup_iters <= r.lr_decay_iters * (1 - r.optimizer.decay_fraction) + 1e-6,
+     lambda r: f"optimizer.warmup_iters={r.optimizer.warmup_iters} reaches into the last decay_fraction="
+               f"{r.optimizer.decay_fraction} of lr_decay_iters={r.lr_decay_iters}, where the rate falls: set "
+               "warmup_iters to "
+               f"{math.floor(r.lr_decay_iters * (1 - r.optimizer.decay_fraction) + 1e-6)} or less"),
 ]
 
 

@@ -35,23 +35,42 @@ def main(argv):
                              f"new run with init_from={target}")
         options = {"init_from": "resume", **options, "out_dir": target}
         target = Path(target) / "run.yaml"
-    recipe = load_recipe(target, options, check=check)
+    recipe = resolve_resume(load_recipe(target, options, check=check))
     try:
-        train(recipe)
+        with launch.StopSignals() as signals:
+            train(recipe, signals)
     except KeyboardInterrupt:
-        saved = checkpoint.newest_whole(recipe.out_dir)
-        raise KeyboardInterrupt(f"go on from {saved.name} with: nanogpt-accel train {recipe.out_dir}" if saved else
-                                "no checkpoint was saved yet") from None
+        raise KeyboardInterrupt(how_to_go_on(recipe.out_dir)) from None
+    except RuntimeError as error:
+        if reason := launch.lost_process(error):
+            raise ConnectionError(f"another process of this run is gone or did not answer within collective_timeout="
+                                  f"{recipe.train.collective_timeout:g} s ({reason}): "
+                                  f"{how_to_go_on(recipe.out_dir)}") from error
+        raise
+
+
+def resolve_resume(recipe):
+    """The recipe with init_from=resume where resume=auto finds a whole checkpoint."""
+    if recipe.checkpoint.resume == "no" or not checkpoint.newest_whole(recipe.out_dir, lambda line: None,
+                                                                       thorough=False):
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"init_from": "resume"})})
+
+
+def how_to_go_on(out_dir):
+    saved = checkpoint.newest_whole(out_dir, thorough=False)
+    return f"go on from {saved.name} with: nanogpt-accel train {out_dir}" if saved else "no checkpoint was saved yet"
 
 
 def check(recipe):
     """Everything that can be known to be wrong before anything slow: a list of problems."""
+    recipe = resolve_resume(recipe)
     problems = dataset.check(recipe.data, recipe.model.block_size)
     problems += launch.check_launch(recipe.train.gradient_accumulation_steps, recipe.tracking.trackers)
     out_dir, init_from = Path(recipe.out_dir), recipe.model.init_from
     saved = checkpoint.checkpoints(out_dir)
     if init_from == "resume":
-        newest = checkpoint.newest_whole(out_dir, warn=lambda line: None)
+        newest = checkpoint.newest_whole(out_dir, warn=lambda line: None, thorough=False)
         if newest is None:
             what = "no whole checkpoint" if saved else "no checkpoint"
             problems.append(f"nothing to resume: {what} in out_dir={out_dir}; to start over: nanogpt-accel train "
@@ -107,16 +126,22 @@ def open_data(recipe):
     return data, source
 
 
-def train(recipe):
+def train(recipe, signals=None):
     """Run a recipe to its end.
 
+    signals: a launch.StopSignals; None: signals do what they always do.
+
     Returns:
-        The trained GPT.
+        The trained GPT; of a sharded run on the main process alone, from its last checkpoint.
 
     Raises:
         ValueError: something in the recipe cannot be done here.
         FloatingPointError: the loss is no longer a number; the message names the step and the last checkpoint.
+        OSError: the last checkpoint could not be written.
+        cli.Stopped: a signal or max_hours ended it early; the message says how it goes on.
     """
+    began = time.monotonic()
+    signals = signals or launch.StopSignals()
     repository = ask_hub(recipe)
     data, source = open_data(recipe)
     out_dir, is_resumed = Path(recipe.out_dir), recipe.model.init_from == "resume"
@@ -125,20 +150,23 @@ def train(recipe):
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from . import cpu, metrics
+    from . import cpu, metrics, sharding
     from .batches import Batches, evaluation_batches, model_inputs, seed_of
     from .console import Console
-    from .optim import learning_rate, make_optimizer
+    from .optim import check_whole, learning_rate, make_optimizer
 
     transformers_logging.disable_progress_bar()
     accelerator = launch.make_accelerator(recipe.train.device, recipe.train.mixed_precision, recipe.train.compile,
-                                          recipe.tracking.trackers, logging_dir=recipe.out_dir)
+                                          recipe.tracking.trackers, logging_dir=recipe.out_dir,
+                                          collective_timeout=recipe.train.collective_timeout)
+    launch.require_same(accelerator, recipe=recipe.flat(), data=data.identity, beginning={"source": str(source)})
     device, is_main = accelerator.device, accelerator.is_main_process
     console = Console(enabled=is_main)
 
     # model: new, or with the weights of a checkpoint
     torch.manual_seed(recipe.seed)
-    model = make_model(recipe, data.tokenizer, source)
+    sharding.keep_whole(accelerator)
+    model = make_model(recipe, data.tokenizer, source, is_hollow=sharding.is_fsdp(accelerator) and not is_main)
     console.say(f"resuming {out_dir} from {source.name}" if is_resumed else
                 f"beginning with the weights of {source}" if source else "beginning with new weights")
     if source is not None and not is_resumed:  # the shape is the source's; run.yaml has to say so, or nothing resumes
@@ -153,8 +181,11 @@ def train(recipe):
         recipe = recipe.model_copy(update={"model": section})
     if recipe.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model.to(device)
-    tuned = cpu.tune(model, accelerator, recipe.train.compile)
+    is_sharded = sharding.is_fsdp(accelerator) or sharding.is_deepspeed(accelerator)
+    tuned = ""
+    if not is_sharded:  # which moves it piece by piece
+        model.to(device)
+        tuned = cpu.tune(model, accelerator, recipe.train.compile)
 
     # batch arithmetic: gradient_accumulation_steps counts micro-batches over all processes
     batch_size, block_size = recipe.train.batch_size, recipe.model.block_size
@@ -173,17 +204,24 @@ def train(recipe):
     # optimizer, and everything into Accelerate's hands
     optimizer = make_optimizer(model, learning_rate=recipe.optimizer.learning_rate,
                                weight_decay=recipe.optimizer.weight_decay,
-                               beta1=recipe.optimizer.beta1, beta2=recipe.optimizer.beta2)
+                               beta1=recipe.optimizer.beta1, beta2=recipe.optimizer.beta2,
+                               algorithm=recipe.optimizer.algorithm,
+                               muon_learning_rate=recipe.optimizer.muon_learning_rate,
+                               muon_momentum=recipe.optimizer.muon_momentum,
+                               muon_weight_decay=recipe.optimizer.muon_weight_decay)
+    summary = model_summary(model)
     flops_per_token = metrics.flops_per_token(n_multiplying(model), model.config.n_layer,
                                               model.config.n_head * model.config.head_dim, block_size)
     peak_flops = metrics.peak_flops(metrics.device_name(device))
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = sharding.prepare(accelerator, model, optimizer, batch_size=batch_size, micro_steps=micro_steps,
+                                        grad_clip=recipe.optimizer.grad_clip)
+    check_whole(optimizer)
     raw_model = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     # where the run stands
     first_step, best_val_loss, best_step, val_loss = 0, math.inf, None, None
     if is_resumed:
-        checkpoint.load_optimizer(source, raw_model, optimizer)
+        checkpoint.load_optimizer(source, accelerator, raw_model, optimizer)
         trainer = checkpoint.read_trainer(source)
         first_step, val_loss, best_step = trainer["step"], trainer["val_loss"], trainer["best_step"]
         best_val_loss = math.inf if best_step is None else trainer["best_val_loss"]
@@ -200,10 +238,12 @@ def train(recipe):
                 pusher = hub.BackgroundPush(repository, out_dir, console.say, recipe.hub.hub_private,
                                             recipe.hub.hub_branch)
         accelerator.wait_for_everyone()
+        saver = checkpoint.Saver(out_dir, accelerator, data.tokenizer, recipe.checkpoint.keep_last,
+                                 recipe.checkpoint.async_save, console.say, on_saved=partial(push, pusher, out_dir))
         launch.start_trackers(accelerator, recipe.tracking.project, recipe.flat(),
                               name=recipe.tracking.run_name or out_dir.name, folder=out_dir)
 
-    console.say(f"model: {model_summary(raw_model)}")
+    console.say(f"model: {summary}")
     console.say(f"data: {data.folder}, {len(data.train):,} training and {len(data.val):,} validation tokens, "
                 f"{data.tokenizer.vocab_size:,} symbols")
     if not recipe.train.eval_only:
@@ -226,42 +266,46 @@ def train(recipe):
         return to_inputs(rows)
 
     def save(step):
-        """A checkpoint after `step` steps; the main process writes, the others wait."""
-        if is_main:
-            trainer = {
-                "step": step, "val_loss": val_loss, "best_step": best_step,
-                "best_val_loss": None if best_step is None else best_val_loss, "data": data.identity,
-                "learning_rate": lr, "seed": recipe.seed, "processes": accelerator.num_processes,
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
-            loss = "not evaluated" if val_loss is None else f"{val_loss:.4f} nats a token"
-            card = hub.model_card(
-                out_dir.name,
-                f"A GPT trained with nanogpt_accel on the corpus `{data.manifest['corpus']['name']}`, tokenizer "
-                f"`{data.tokenizer.kind}`.\nCheckpoint after {step:,} steps; validation loss: {loss}. It reads "
-                f"{block_size:,} tokens.", needs_code=True,
-                more=f"The recipe, where it differs from the defaults:\n\n```yaml\n{recipe.to_yaml(brief=True)}```\n")
-            path = checkpoint.save(out_dir, trainer, model=raw_model, tokenizer=data.tokenizer, card=card,
-                                   optimizer=optimizer, keep_last=recipe.checkpoint.keep_last)
-            console.say(f"saved {path}")
-            if pusher is not None:
-                pusher.push(path, f"{out_dir.name}, step {step}, validation loss {loss}")
-        accelerator.wait_for_everyone()
+        """A checkpoint after `step` steps; all processes take part."""
+        trainer = {
+            "step": step, "evaluated": evaluates or is_evaluated, "val_loss": val_loss, "best_step": best_step,
+            "best_val_loss": None if best_step is None else best_val_loss, "data": data.identity,
+            "learning_rate": lr, "seed": recipe.seed, "processes": accelerator.num_processes,
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
+        loss = "not evaluated" if val_loss is None else f"{val_loss:.4f} nats a token"
+        card = hub.model_card(
+            out_dir.name,
+            f"A GPT trained with nanogpt_accel on the corpus `{data.manifest['corpus']['name']}`, tokenizer "
+            f"`{data.tokenizer.kind}`.\nCheckpoint after {step:,} steps; validation loss: {loss}. It reads "
+            f"{block_size:,} tokens.", needs_code=True,
+            more=f"The recipe, where it differs from the defaults:\n\n```yaml\n{recipe.to_yaml(brief=True)}```\n")
+        saver.save(trainer, raw_model, optimizer, card)
 
     if first_step >= max_iters and not recipe.train.eval_only:
         console.say(f"the run has done its max_iters={max_iters} steps; a higher max_iters goes on")
     console.start(first_step, max_iters)
+    agreement, signals.armed = launch.Agreement(accelerator), True
     model.train()
     inputs = fetch(first_step, 0)
     losses, interval_start = [], time.perf_counter()
     for step in range(first_step, max_iters + 1):
         is_end = step == max_iters
 
-        # evaluate, and save checkpoints: the best one and the last ones (a resumed step has done both)
-        is_resumed_step = is_resumed and step == first_step and not recipe.train.eval_only
-        evaluates = (step % recipe.train.eval_interval == 0 or is_end or recipe.train.eval_only) and not is_resumed_step
-        saves = step > 0 and (step % recipe.save_interval == 0 or is_end) and not is_resumed_step
+        # a signal or max_hours ends the run on all processes after the same step
+        hours = (time.monotonic() - began) / 3600
+        is_stopped = agreement.any(signals.received or hours > (recipe.train.max_hours or math.inf)) and not is_end
+
+        # evaluate, and save checkpoints: the best one and the last ones. A resumed step has been saved, and evaluated
+        # too unless it was stopped
+        is_first_resumed = is_resumed and step == first_step and not recipe.train.eval_only
+        is_evaluated = is_first_resumed and trainer["evaluated"]
+        is_due = step % recipe.train.eval_interval == 0 and (step > 0 or recipe.train.eval_first)
+        evaluates = (is_due or is_end or recipe.train.eval_only) and not (is_evaluated or is_stopped)
+        saves = step > 0 and (step % recipe.save_interval == 0 or is_end or is_stopped) and not is_first_resumed
         if evaluates:
-            train_loss = metrics.mean_loss(model, data.train, train_batches, to_inputs, accelerator)
+            train_loss = None
+            if recipe.train.eval_train:
+                train_loss = metrics.mean_loss(model, data.train, train_batches, to_inputs, accelerator)
             val_loss = metrics.mean_loss(model, data.val, val_batches, to_inputs, accelerator)
             scores = metrics.scores(val_loss, len(data.val), data.text_bytes("val"), train_loss)
             console.say(f"step {step}: " + metrics.describe(scores))
@@ -279,15 +323,15 @@ def train(recipe):
             save(step)
         if evaluates or saves:
             interval_start = time.perf_counter()  # the log tells the speed of training alone
-        if is_end:
+        if is_end or is_stopped:
             break
 
         # the learning rate of this step
         lr = learning_rate(step, schedule=recipe.optimizer.schedule, learning_rate=recipe.optimizer.learning_rate,
                            warmup_iters=recipe.optimizer.warmup_iters, lr_decay_iters=recipe.lr_decay_iters,
-                           min_lr=recipe.min_lr)
+                           min_lr=recipe.min_lr, decay_fraction=recipe.optimizer.decay_fraction)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         if is_resumed and step == first_step and not math.isclose(
                 lr, trainer["learning_rate"], rel_tol=0.2, abs_tol=0.05 * recipe.optimizer.learning_rate):
             console.say(f"the learning rate goes on with {lr:.2e} after {trainer['learning_rate']:.2e}: the schedule "
@@ -316,7 +360,7 @@ def train(recipe):
         is_before_save = (step + 1) % recipe.train.eval_interval == 0 or (step + 1) % recipe.save_interval == 0
         if step % recipe.train.log_interval == 0 or is_before_save or step + 1 == max_iters:
             losses = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
-            grad_norm = grad_norm.item()
+            grad_norm = sharding.as_float(grad_norm)
             seconds = (time.perf_counter() - interval_start) / len(losses)
             if not all(map(math.isfinite, losses)):
                 first_bad = next(i for i, value in enumerate(losses) if not math.isfinite(value))
@@ -336,27 +380,44 @@ def train(recipe):
             losses, interval_start = [], time.perf_counter()
 
     console.stop()
+    if not recipe.train.eval_only:
+        saver.wait()
+    if is_sharded:  # the model is whole in its checkpoint alone
+        saved = checkpoint.newest_whole(out_dir) if is_main and not recipe.train.eval_only else None
+        raw_model = interop.load_model(saved).to(device) if saved else None
     if is_main and not recipe.train.eval_only:
         log.close()
-        finish(recipe, data, raw_model, console)
+        if not is_stopped:
+            finish(recipe, data, raw_model, console)
         if pusher is not None:
             finish_pushing(pusher, out_dir, best_step, console)
     # DDP's reducer must not be the last to hold the process group: it joins gloo's threads while it holds Python's
     # lock, and a thread that still frees the last barrier waits for that lock, for ever in 2 runs of 100
     del model
     accelerator.free_memory()
+    agreement.close()
     accelerator.end_training()
+    if is_stopped:
+        raise cli.Stopped(f"stopped {f'by {signals.received}' if signals.received else 'as it was asked to'} after "
+                          f"{step:,} of {max_iters:,} steps; {how_to_go_on(out_dir)}")
+    if not recipe.train.eval_only and saver.trouble:
+        raise OSError(f"{out_dir}: all steps are done, but the last checkpoint could not be written ({saver.trouble}); "
+                      f"{how_to_go_on(out_dir)}")
     return raw_model
 
 
-def make_model(recipe, tokenizer, source):
-    """A GPT in float32 on the CPU: a new one, or the one whose weights the folder `source` holds."""
+def make_model(recipe, tokenizer, source, is_hollow=False):
+    """A GPT in float32 on the CPU: a new one, or the one whose weights the folder `source` holds. is_hollow: of a new
+    one the shape alone, for a process that is sent the weights of the main one."""
     from .model import GPT, GPTConfig
+    from .sharding import hollow
 
     if source is None:
         multiple = recipe.model.pad_vocab_to_multiple_of
-        model = GPT(GPTConfig(vocab_size=-(-tokenizer.vocab_size // multiple) * multiple,
-                              dropout=recipe.model.dropout, **recipe.shape))
+        config = GPTConfig(vocab_size=-(-tokenizer.vocab_size // multiple) * multiple,
+                           dropout=recipe.model.dropout, initializer_range=recipe.model.initializer_range,
+                           zero_init=recipe.model.zero_init, **recipe.shape)
+        model = hollow(lambda: GPT(config)) if is_hollow else GPT(config)
     else:
         model = interop.load_model(source, dropout=recipe.model.dropout)
         model.set_block_size(recipe.model.block_size)
@@ -400,7 +461,7 @@ def finish(recipe, data, model, console):
 
     out_dir = Path(recipe.out_dir)
     metrics.plot_losses(out_dir / "metrics.jsonl", out_dir / "loss.png")
-    if recipe.train.sample_tokens:
+    if recipe.train.sample_tokens and model is not None:
         from .generation import generate
 
         console.say(f"\nA sample of {recipe.train.sample_tokens} tokens:\n{'-' * 60}")
@@ -433,6 +494,14 @@ def ask_hub(recipe):
     except ConnectionError as error:
         print(f"warning: {error}; the run goes on, and every checkpoint tries again")
         return repository
+
+
+def push(pusher, out_dir, path):
+    """Send a checkpoint on its way to the Hub, where the recipe asks for it."""
+    if pusher is not None:
+        saved = checkpoint.read_trainer(path)
+        loss = "not evaluated" if saved["val_loss"] is None else f"{saved['val_loss']:.4f} nats a token"
+        pusher.push(path, f"{out_dir.name}, step {saved['step']}, validation loss {loss}")
 
 
 def finish_pushing(pusher, out_dir, best_step, console):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from nanogpt_accel.model import GPT, GPTConfig
 from nanogpt_accel.optim import make_optimizer
 from nanogpt_accel.tokenizer import Tokenizer
 
-FILES = ["config.json", "model.safetensors", "tokenizer.json", "state/trainer.json", "state/optimizer.safetensors"]
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "state/trainer.json", "state/optimizer.safetensors",
+         "state/index.json"]
 TEXT = "it is a text, and ends\n"
 TOKENIZER = Tokenizer.char([TEXT])
+ALONE = SimpleNamespace(distributed_type="NO", is_main_process=True, wait_for_everyone=lambda: None)
 CARD = "---\nlibrary_name: transformers\n---\n# a card\n"
 
 
@@ -29,7 +32,7 @@ class Run:
 
     def __init__(self, folder, seed=0):
         torch.manual_seed(seed)
-        self.folder = Path(folder)
+        self.folder, self.said = Path(folder), []
         self.model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=32,
                                    bias=True))
         self.optimizer = make_optimizer(self.model, learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
@@ -43,8 +46,11 @@ class Run:
     def save(self, step, best_step=None, keep_last=2):
         self.train(step)
         trainer = {"step": step, "best_step": best_step, "val_loss": 1 / 3, "best_val_loss": 0.1 + 0.2}
-        return checkpoint.save(self.folder, trainer, model=self.model, tokenizer=TOKENIZER, card=CARD,
-                               optimizer=self.optimizer, keep_last=keep_last)
+        saver = checkpoint.Saver(self.folder, ALONE, TOKENIZER, keep_last, say=self.said.append)
+        saver.save(trainer, self.model, self.optimizer, CARD)
+        if saver.trouble:
+            raise OSError(saver.trouble)
+        return checkpoint.checkpoint_path(self.folder, step)
 
     def steps(self):
         """The steps of the checkpoints that are there, each of them whole."""
@@ -116,7 +122,7 @@ def test_resuming_is_exact_to_the_bit(run, tmp_path):
     assert not same(weights(run.model), weights(other.model))
     other.model = GPT.from_pretrained(path, dtype=torch.float32)
     other.optimizer = make_optimizer(other.model, learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
-    checkpoint.load_optimizer(path, other.model, other.optimizer)
+    checkpoint.load_optimizer(path, ALONE, other.model, other.optimizer)
 
     by_name = [{name: runs.optimizer.state[p] for name, p in runs.model.named_parameters()} for runs in (run, other)]
     assert len(by_name[0]) == 16
@@ -135,10 +141,18 @@ def test_resuming_is_exact_to_the_bit(run, tmp_path):
 
 def test_the_optimizer_of_an_untrained_model_loads(run):
     trainer = {"step": 0, "best_step": None}
-    path = checkpoint.save(run.folder, trainer, model=run.model, tokenizer=TOKENIZER, card=CARD,
-                           optimizer=run.optimizer, keep_last=1)
-    checkpoint.load_optimizer(path, run.model, run.optimizer)
+    checkpoint.Saver(run.folder, ALONE, TOKENIZER, keep_last=1).save(trainer, run.model, run.optimizer, CARD)
+    path = checkpoint.checkpoint_path(run.folder, 0)
+    checkpoint.load_optimizer(path, ALONE, run.model, run.optimizer)
     assert not run.optimizer.state
+
+
+def test_the_optimizer_of_another_model(run, refused, tmp_path):
+    path = run.save(1)
+    other = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=16, bias=True))
+    optimizer = make_optimizer(other, learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
+    with refused(ValueError, path / "state" / "optimizer.safetensors", "another run", f"init_from={path}"):
+        checkpoint.load_optimizer(path, ALONE, other, optimizer)
 
 
 # ---- which ones stay
@@ -290,10 +304,10 @@ def test_a_save_that_fails_leaves_what_was_there(saved, monkeypatch, where):
     with monkeypatch.context() as patch:
         if where == "model":
             # half of the weights reach the disk, and then it is full
-            def half(folder):
+            def half(model, folder, **kwargs):
                 (folder / "model.safetensors").write_bytes(b"\0" * 100)
                 fail()
-            patch.setattr(saved.model, "save_pretrained", half)
+            patch.setattr(GPT, "save_pretrained", half)
         elif where == "tokenizer":
             patch.setattr(TOKENIZER, "save", fail)
         elif where == "optimizer":
@@ -306,6 +320,7 @@ def test_a_save_that_fails_leaves_what_was_there(saved, monkeypatch, where):
             patch.setattr(os, "rename", fail)
         with pytest.raises(OSError, match="No space left"):
             saved.save(30, best_step=30)
+    assert "checkpoint-000030 is NOT SAVED: " in saved.said[-1] and "No space left" in saved.said[-1]
     assert saved.steps() == [10, 20]
     assert same(weights(AutoModelForCausalLM.from_pretrained(saved.folder)), best)
     assert newest_whole(saved.folder, pytest.fail).name == "checkpoint-000020"
@@ -315,9 +330,9 @@ def test_a_save_that_fails_leaves_what_was_there(saved, monkeypatch, where):
 
 def test_an_error_after_the_rename_loses_nothing(saved, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)  # the links of the run folder
-        with pytest.raises(OSError):
-            saved.save(30, best_step=30)
+        patch.setattr(checkpoint, "_publish", fail)  # the links of the run folder
+        saved.save(30, best_step=30)
+    assert "cleaning up after checkpoint-000030 failed" in saved.said[-1] and "No space left" in saved.said[-1]
     assert saved.steps() == [10, 20, 30]
     saved.save(40, best_step=30)
     assert saved.steps() == [30, 40] and saved.leftovers() == []
@@ -327,8 +342,7 @@ def test_an_error_after_the_rename_loses_nothing(saved, monkeypatch):
 def test_an_interrupted_pruning_is_no_half_checkpoint(saved, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", fail)
-        with pytest.raises(OSError):
-            saved.save(30, best_step=30)
+        saved.save(30, best_step=30)
     assert saved.steps() == [20, 30] and saved.leftovers() == [".checkpoint-000010.old"]
     saved.save(40, best_step=30)
     assert saved.steps() == [30, 40] and saved.leftovers() == []

@@ -13,7 +13,7 @@ import pytest
 
 import nanogpt_accel
 from nanogpt_accel import __main__ as table
-from nanogpt_accel import cli, data, evaluate, export, push, sample
+from nanogpt_accel import cli, data, evaluate, export, plan, push, sample
 from nanogpt_accel.recipe import FIELDS, SECTION_OF, SECTIONS, Recipe, load_recipe
 
 
@@ -75,7 +75,7 @@ def test_nearest():
 
 OWN = {"sample": sample.SampleOptions, "evaluate": evaluate.EvaluateOptions, "export": export.ExportOptions,
        "import": import_module("nanogpt_accel.import").ImportOptions, "push": push.PushOptions,
-       "data": data.DataOptions}
+       "data": data.DataOptions, "plan": plan.PlanOptions}
 TAKEN = {
     "train": list(SECTION_OF),
     "prepare": list(SECTIONS["data"].model_fields),
@@ -116,7 +116,7 @@ def test_help_shows_types_and_defaults_as_they_are_typed(capsys):
     assert set(shown) == set(SECTION_OF)
     for key, words in {"n_layer": ["12"], "bias": ["true|false", "false"], "sampling": ["shuffle|random"],
                        "learning_rate": ["0.0006"], "min_lr": ["none"], "eval_iters": ["all|int", "200"],
-                       "compile": ["auto|true|false"]}.items():
+                       "compile": ["auto|regional|true|false"]}.items():
         assert all(word in shown[key] for word in words), shown[key]
     # and typing a default gives that default
     typed = {key: match[1] for key, line in shown.items() if (match := re.search(r"\[(.*)\]$", line))}

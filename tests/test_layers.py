@@ -14,8 +14,8 @@ PACKAGE = Path(nanogpt_accel.__file__).parent
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py")}
 
 PARTS = {"model", "tokenizer", "corpus", "tokens", "batches", "optim", "metrics", "console", "generation", "launch",
-         "cpu", "hub"}
-GLUED = {"dataset": {"corpus", "tokenizer", "tokens", "console"}, "checkpoint": {"hub"},
+         "cpu", "hub", "sizing", "sharding"}
+GLUED = {"dataset": {"corpus", "tokenizer", "tokens", "console"}, "checkpoint": {"hub", "model", "sharding"},
          "interop": {"model", "tokenizer", "hub"}}
 MAY_IMPORT = {
     "__init__": set(),  # loads its public names when they are asked for

@@ -500,6 +500,16 @@ def test_the_modern_weights_start_as_the_others_do():
     assert not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
 
 
+def test_blocks_that_begin_as_nothing(ids):
+    model = tiny(zero_init=True)
+    hidden = model(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(hidden[0], hidden[1])  # what goes into the first block and into the second
+    for name, p in model.named_parameters():
+        assert p.any() != name.endswith("c_proj.weight"), name
+    model(ids, labels=ids).loss.backward()  # and they can leave it
+    assert all(block.attn.c_proj.weight.grad.any() for block in model.transformer.h)
+
+
 def test_initial_loss_is_that_of_a_guess(ids):
     loss = tiny(initializer_range=0.02)(ids, labels=ids).loss
     assert loss.item() == pytest.approx(math.log(V), abs=0.1)

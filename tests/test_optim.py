@@ -1,12 +1,21 @@
-"""optim.py: nanoGPT's learning rate and groups, and torch's AdamW."""
+"""optim.py: nanoGPT's learning rate and groups, torch's AdamW, and Muon beside torch's."""
 
+import copy
 import math
+import os
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import distributed
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from nanogpt_accel.__main__ import main
+from nanogpt_accel.metrics import read_metrics
 from nanogpt_accel.model import GPT, GPTConfig
-from nanogpt_accel.optim import learning_rate, make_optimizer, parameter_groups
+from nanogpt_accel.optim import check_whole, learning_rate, make_optimizer, orthogonalize, parameter_groups
 
 # ---- the learning rate
 
@@ -55,6 +64,25 @@ def test_constant():
     rates = [learning_rate(step, schedule="constant", learning_rate=0.5, warmup_iters=4, lr_decay_iters=10, min_lr=0.1)
              for step in range(1000)]
     assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4]) and rates[4:] == [0.5] * 996
+
+
+def test_the_trapezoid():
+    """Up, along, and down in a line: in exact fractions, by the corners (-1, 0), (w, 1), (N - d, 1) and (N, low)."""
+    top, low, w, N, fraction = Fraction(3, 2), Fraction(1, 4), 5, 40, Fraction(3, 8)
+    d = N * fraction
+    for step in range(60):
+        wanted = (top * (step + 1) / (w + 1) if step <= w else top if step <= N - d else
+                  top + (low - top) * (step - (N - d)) / d if step <= N else low)
+        found = learning_rate(step, schedule="warmup_stable_decay", learning_rate=1.5, warmup_iters=w,
+                              lr_decay_iters=N, min_lr=0.25, decay_fraction=0.375)
+        assert found == pytest.approx(float(wanted), rel=1e-12), step
+
+
+@pytest.mark.parametrize("warmup_iters", [0, 1])
+def test_a_line_from_the_first_step_to_the_last(warmup_iters):
+    rates = [learning_rate(step, schedule="warmup_stable_decay", learning_rate=1.0, warmup_iters=warmup_iters,
+                           lr_decay_iters=4, min_lr=0.0, decay_fraction=1.0) for step in range(6)]
+    assert rates == pytest.approx([[1.0, 0.5][warmup_iters], 0.75, 0.5, 0.25, 0.0, 0.0])
 
 
 # ---- the groups
@@ -135,3 +163,207 @@ def test_the_optimizer_is_adamw(model):
         for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
             torch.testing.assert_close(p.double(), by_hand[name], rtol=0, atol=1e-6)
+
+
+# ---- Muon
+
+MUON = {"learning_rate": 1e-2, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "algorithm": "muon",
+        "muon_learning_rate": 0.05, "muon_momentum": 0.9, "muon_weight_decay": 0.2}
+
+
+def modern(seed=0):
+    """With matrices that are tall, wide and square, norms with gains, and a head of its own."""
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(vocab_size=17, block_size=8, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=48,
+                         norm="rmsnorm", qk_norm=True, position="rotary", activation="relu2",
+                         tie_word_embeddings=False))
+
+
+def give_gradients(models, seed):
+    """The same random gradients to each model, of a size that differs between the parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    for i, parameters in enumerate(zip(*(model.parameters() for model in models), strict=True)):
+        grad = torch.randn(parameters[0].shape, generator=generator) * 10.0 ** (i % 5 - 3)
+        for p in parameters:
+            p.grad = grad.clone()
+
+
+def beside_torchs(steps):
+    """Two models after so many steps: by our Muon, and by torch's Muon and AdamW."""
+    ours, theirs = modern(), modern()
+    optimizer = make_optimizer(ours, **MUON)
+    named = dict(theirs.named_parameters())
+    hidden = [p for name, p in named.items() if ".h." in name and p.dim() == 2]
+    others = [p for name, p in named.items() if ".h." not in name and p.dim() == 2]
+    vectors = [p for p in named.values() if p.dim() == 1]
+    assert len(hidden) == 3 * 4 and len(others) == 2 and len(vectors) == 3 * 4 + 1
+    muon = torch.optim.Muon(hidden, lr=0.05, momentum=0.9, weight_decay=0.2)
+    adamw = torch.optim.AdamW([{"params": others, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+                              lr=1e-2, betas=(0.8, 0.95), fused=True)
+    for t in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (t + 1) * group["lr_scale"]  # as train does it
+        muon.param_groups[0]["lr"] = 0.05 / (t + 1)
+        for group in adamw.param_groups:
+            group["lr"] = 1e-2 / (t + 1)
+        give_gradients((ours, theirs), t)
+        for one in (optimizer, muon, adamw):
+            one.step()
+    return ours, theirs
+
+
+def test_muon_is_torchs(monkeypatch):
+    # torch's, but for its rounding to bfloat16, which ours does on GPUs alone
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    start = modern()
+    ours, theirs = beside_torchs(5)
+    for (name, p), q, begin in zip(ours.named_parameters(), theirs.parameters(), start.parameters(), strict=True):
+        moved = (q - begin).abs().max()
+        assert moved > 1e-2, name
+        assert (p - q).abs().max() <= 1e-4 * moved, name
+        if ".h." not in name or p.dim() == 1:
+            assert torch.equal(p, q), name  # the very kernel
+
+
+def test_muon_is_torchs_up_to_bfloat16():
+    start = modern()
+    ours, theirs = beside_torchs(1)
+    for (name, p), q, begin in zip(ours.named_parameters(), theirs.parameters(), start.parameters(), strict=True):
+        assert (p - q).norm() <= 0.03 * (q - begin).norm(), name
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (2, 16, 48), (1, 1, 5)])
+def test_orthogonal(shape):
+    """By the singular value decomposition in float64: the vectors stay, the values come near 1."""
+    torch.manual_seed(0)
+    matrices = torch.randn(shape, dtype=torch.float64)
+    found = orthogonalize(matrices * torch.tensor([1e-3, 1.0, 1e3][: shape[0]]).view(-1, 1, 1)).double()
+    assert found.shape == shape
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    values = u.mT @ found @ vh.mT
+    diagonal = values.diagonal(dim1=-2, dim2=-1)
+    assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-4
+    # the polynomial on each singular value by itself
+    x = s / matrices.norm(dim=(-2, -1))[:, None]
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+    torch.testing.assert_close(diagonal, x, rtol=0, atol=1e-4)
+    assert (diagonal[s > 0.1 * s.amax(-1, keepdim=True)] > 0.6).all() and (diagonal < 1.25).all()
+
+
+def test_nothing_comes_of_nothing():
+    # a matrix without gradients, such as zero_init gives the first layers of each block at the first step
+    assert not orthogonalize(torch.zeros(2, 4, 3)).any()
+    model = modern()
+    optimizer = make_optimizer(model, **MUON | {"muon_weight_decay": 0.0})
+    before = copy.deepcopy(model.state_dict())
+    model.transformer.h[0].mlp.c_fc.weight.grad = torch.zeros(48, 32)  # and the others have none at all
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert list(optimizer.state) == [model.transformer.h[0].mlp.c_fc.weight]
+
+
+def test_what_muon_is_for():
+    """The matrices inside the blocks; not the embeddings, the head and the gains."""
+    model = modern()
+    optimizer = make_optimizer(model, **MUON)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    muon, adamw = ([name_of[id(p)] for group in optimizer.param_groups for p in group["params"]
+                    if group["use_muon"] is use] for use in (True, False))
+    assert muon == [f"transformer.h.{i}.{layer}.weight" for i in range(3)
+                    for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    assert sorted(muon + adamw) == sorted(name_of.values())
+    assert not any(p is q for group in optimizer.param_groups if group["use_muon"] for p in group["params"]
+                   for q in (model.transformer.wte.weight, model.lm_head.weight))
+    # frozen ones belong to neither
+    model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
+    left = [p for group in make_optimizer(model, **MUON).param_groups for p in group["params"]]
+    assert len(left) == len(name_of) - 1
+
+
+def test_its_state_goes_away_and_comes_back():
+    """What state_dict holds goes on as if it had never been away."""
+    ours, twin = modern(), modern()
+    optimizer = make_optimizer(ours, **MUON)
+    for t in range(3):
+        give_gradients((ours,), t)
+        optimizer.step()
+    twin.load_state_dict(ours.state_dict())
+    other = make_optimizer(twin, **MUON)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for t in range(3, 6):
+        give_gradients((ours, twin), t)
+        optimizer.step()
+        other.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), twin.parameters(), strict=True))
+    fields = {name: set(optimizer.state[p]) for name, p in ours.named_parameters()}
+    for name, found in fields.items():
+        is_hidden = ".h." in name and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        assert found == ({"momentum_buffer"} if is_hidden else {"step", "exp_avg", "exp_avg_sq"}), name
+
+
+def test_gradients_that_overflowed_leave_the_step_out():
+    """float16's gradient scaler looks at them by itself, for this optimizer is no kernel that would."""
+    model = modern()
+    optimizer = make_optimizer(model, **MUON)
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    (scaler.scale(model(torch.zeros(1, 8, dtype=torch.long), labels=torch.zeros(1, 8, dtype=torch.long)).loss)
+     * math.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert scaler.get_scale() == 1.0
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of this one process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
+def test_a_sharded_matrix(refused, mesh, placement):
+    model = modern()
+    optimizer = make_optimizer(model, **MUON)
+    check_whole(optimizer)
+    hidden = optimizer.param_groups[-1]["params"]
+    hidden[1] = torch.nn.Parameter(distribute_tensor(hidden[1].detach(), mesh, [placement]))
+    with refused(ValueError, "optimizer.algorithm=muon", "FSDP", "algorithm=adamw"):
+        check_whole(optimizer)
+    # DeepSpeed's are cut from one long vector; AdamW takes pieces of any form
+    hidden[1] = torch.nn.Parameter(torch.zeros(100))
+    with refused(ValueError, "optimizer.algorithm=muon", "DeepSpeed", "algorithm=adamw"):
+        check_whole(optimizer)
+    check_whole(make_optimizer(model, **MUON | {"algorithm": "adamw"}))
+
+
+RECIPE = """
+data: {corpus: text.txt, tokenizer: char, val_fraction: 0.1}
+model: {n_layer: 2, n_embd: 32, n_head: 2, block_size: 16, dropout: 0.1, norm: rmsnorm, position: rotary,
+        activation: relu2, qk_norm: true, tie_word_embeddings: false, zero_init: true}
+optimizer: {algorithm: muon, learning_rate: 1e-2, muon_learning_rate: 0.03, muon_weight_decay: 0.1,
+            schedule: warmup_stable_decay, warmup_iters: 2, decay_fraction: 0.5, min_lr: 0, lr_decay_iters: 12}
+train: {batch_size: 4, gradient_accumulation_steps: 2, max_iters: 12, eval_interval: 6, eval_iters: 2, device: cpu}
+"""
+
+
+def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("the sea, the sea; a ship and no sea. " * 60)
+    Path("tiny.yaml").write_text(RECIPE)
+    whole, parts = Path("runs/whole"), Path("runs/parts")
+    assert main(["train", "tiny.yaml", f"out_dir={whole}"]) == 0
+    assert main(["train", "tiny.yaml", f"out_dir={parts}", "max_iters=6"]) == 0
+    assert main(["train", str(parts), "max_iters=12"]) == 0
+    for name in ("model.safetensors", os.path.join("state", "optimizer.safetensors")):
+        files = [load_file(run / "checkpoint-000012" / name) for run in (whole, parts)]
+        assert files[0].keys() == files[1].keys()
+        assert all(torch.equal(files[0][key], files[1][key]) for key in files[0]), name
+    logs = [{line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line}
+            for run in (whole, parts)]
+    assert logs[0] == logs[1] and len(logs[0]) == 12 and logs[0][11] < 0.8 * logs[0][0]
+    rates = {line["step"]: line["learning_rate"] for line in read_metrics(whole / "metrics.jsonl") if "loss" in line}
+    assert rates == pytest.approx({step: 1e-2 * min(1, (step + 1) / 3, (12 - step) / 6) for step in range(12)})

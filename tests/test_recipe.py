@@ -90,7 +90,7 @@ def test_the_models_defaults_are_gpt_configs():
     config, model = GPTConfig(), load().model
     fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
     shared = fields.keys() & SECTIONS["model"].model_fields.keys()
-    assert len(shared) == 19 and shared >= load().shape.keys()  # what goes into a GPTConfig is a field of it
+    assert len(shared) == 21 and shared >= load().shape.keys()  # what goes into a GPTConfig is a field of it
     assert {key: getattr(model, key) for key in shared} == {key: fields[key] for key in shared}
     assert {key: getattr(config, key) for key in load().shape} == load().shape
 
@@ -108,7 +108,7 @@ def test_the_shape_is_resolved_as_gpt_config_does_it():
         config = GPTConfig(vocab_size=100, **resolved)
         assert {key: getattr(config, key) for key in resolved} == resolved
     # what is not of the shape, and may change from run to run
-    assert not {"init_from", "dropout", "pad_vocab_to_multiple_of"} & shape.keys()
+    assert not {"init_from", "dropout", "pad_vocab_to_multiple_of", "initializer_range", "zero_init"} & shape.keys()
     assert load(**given, n_kv_head="none", head_dim="none", n_inner="none").shape == load(**given).shape
 
 
@@ -428,6 +428,11 @@ def test_checks_that_span_sections():
     assert "warmup_iters=500 is above lr_decay_iters=100" in line and "set warmup_iters to 5 " in line
     load(warmup_iters="500", max_iters="100", schedule="constant")
     load(warmup_iters="5", max_iters="100")
+    trapezoid = {"schedule": "warmup_stable_decay", "max_iters": "100", "decay_fraction": "0.9"}
+    (line,) = problems(warmup_iters="11", **trapezoid)
+    assert "warmup_iters=11 reaches into" in line and "decay_fraction=0.9 of lr_decay_iters=100" in line
+    assert "set warmup_iters to 10 or less" in line
+    load(warmup_iters="10", **trapezoid)
     assert len(problems(n_embd="100", min_lr="1", warmup_iters="1e9")) == 3
 
 

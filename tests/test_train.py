@@ -108,7 +108,8 @@ def test_the_files_of_a_run(workplace, run):
     assert newest.name == f"checkpoint-{STEPS:06d}"
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
             "README.md", "model.py"} <= {path.name for path in newest.iterdir()}
-    assert {path.name for path in (newest / "state").iterdir()} == {"trainer.json", "optimizer.safetensors"}
+    assert {path.name for path in (newest / "state").iterdir()} == {
+        "trainer.json", "optimizer.safetensors", "index.json"}
     for path in run.iterdir():
         if path.is_symlink():
             assert not os.path.isabs(os.readlink(path)) and path.exists()
@@ -288,6 +289,16 @@ def test_the_recipe_of_gpt2(call, gpt2_files):
     assert losses(Path("runs/gpt2"), "learning_rate")[0] == pytest.approx(6e-4 / 2001)
     tokenizer = AutoTokenizer.from_pretrained("runs/gpt2")
     assert tokenizer("Hello world")["input_ids"] == [15496, 995] and len(tokenizer) == 50257
+
+
+def test_evaluations_that_are_left_out(call, run):
+    """They cost time and change no number."""
+    call("train", "tiny.yaml", "out_dir=fewer", "eval_first=false", "eval_train=false")
+    fewer, whole = read_metrics("fewer/metrics.jsonl"), read_metrics(run / "metrics.jsonl")
+    assert [line["loss"] for line in fewer if "loss" in line] == [line["loss"] for line in whole if "loss" in line]
+    evaluations = [{line["step"]: line["val_loss"] for line in lines if "val_loss" in line} for lines in (fewer, whole)]
+    assert evaluations[1].pop(0) and evaluations[0] == evaluations[1]
+    assert any("train_loss" in line for line in whole) and not any("train_loss" in line for line in fewer)
 
 
 def test_activation_checkpointing_changes_no_number(call):
