@@ -6,9 +6,11 @@ where G = batch_size * gradient_accumulation_steps, micro-batch by micro-batch.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+WINDOW = 256  # samples whose places are computed at a time
 _ROUNDS = 6  # of the Feistel network; four make a pseudorandom permutation in theory, two more for small domains
 
 
@@ -36,23 +38,30 @@ class Batches:
     def starts(self, step, micro_batch):
         """Where the sequences of one micro-batch begin in the token file: (batch_size,) int64."""
         first = (step * self.micro_batches + micro_batch) * self.batch_size
-        samples = np.arange(first, first + self.batch_size, dtype=np.uint64)
-        if self.sampling == "random":
-            places = np.uint64(len(self.tokens) - self.block_size)
-            return (mix(samples, seed_of(self.seed, 1)) % places).astype(np.int64)
-        return self._shuffled(samples)
+        last = first + self.batch_size - 1
+        windows = [_window(number, len(self.tokens), self.block_size, self.seed, self.sampling)
+                   for number in range(first // WINDOW, last // WINDOW + 1)]
+        begin = first % WINDOW
+        return np.concatenate(windows)[begin : begin + self.batch_size]
 
-    def _shuffled(self, samples):
-        blocks, slack = epoch_shape(len(self.tokens), self.block_size)
-        starts = np.empty(len(samples), dtype=np.int64)
-        epochs, places = samples // np.uint64(blocks), samples % np.uint64(blocks)
-        for epoch in np.unique(epochs):  # a batch can span the end of an epoch
-            chosen = epochs == epoch
-            key = seed_of(self.seed, 2, int(epoch))
-            # a shift of all borders, so that the model does not see the same cuts in every epoch
-            shift = key % (slack + 1)
-            starts[chosen] = shuffled(places[chosen], blocks, key).astype(np.int64) * self.block_size + shift
-        return starts
+
+# numpy takes as long for the dozen samples of a batch as for hundreds; each is still a function of its number alone
+@lru_cache(maxsize=4)
+def _window(number, n_tokens, block_size, seed, sampling):
+    """Where the samples number * WINDOW ... (number + 1) * WINDOW - 1 begin: (WINDOW,) int64."""
+    samples = np.arange(number * WINDOW, (number + 1) * WINDOW, dtype=np.uint64)
+    if sampling == "random":
+        return (mix(samples, seed_of(seed, 1)) % np.uint64(n_tokens - block_size)).astype(np.int64)
+    blocks, slack = epoch_shape(n_tokens, block_size)
+    starts = np.empty(WINDOW, dtype=np.int64)
+    epochs, places = samples // np.uint64(blocks), samples % np.uint64(blocks)
+    for epoch in np.unique(epochs):  # a window can span the end of an epoch
+        chosen = epochs == epoch
+        key = seed_of(seed, 2, int(epoch))
+        # a shift of all borders, so that the model does not see the same cuts in every epoch
+        shift = key % (slack + 1)
+        starts[chosen] = shuffled(places[chosen], blocks, key).astype(np.int64) * block_size + shift
+    return starts
 
 
 def model_inputs(rows, eot_id=None):

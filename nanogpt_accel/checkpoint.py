@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ from . import hub
 
 INDEX = "state/index.json"  # size and hash of each file of a checkpoint
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")  # without these there is no model
+LOCK, HOLDER = ".lock", ".lock.json"  # of a run folder that is being trained in
 PATIENCE = 1800  # seconds for a process to write its piece of the optimizer's state
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
@@ -361,6 +363,46 @@ def shape_differences(path, config, shape):
     own = [key for key in differing if key not in ("n_kv_head", "head_dim", "n_inner")]
     return [f"model.{key}={shape[key]}: the checkpoint {path} has {key}={config[key]}, and a run goes on with the "
             "shape that it began with" for key in own or differing]
+
+
+def lock(run):
+    """Take a run folder for this process, until it ends or releases it: the operating system's lock on a file, which
+    also says who holds it. A process that died holds nothing.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    from filelock import FileLock, Timeout
+
+    run = Path(run)
+    run.mkdir(parents=True, exist_ok=True)
+    held = FileLock(run / LOCK, timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise ValueError(f"out_dir={run}: {_holder(run)} is training in it; wait for its end, stop it, or take another "
+                         "out_dir") from None
+    (run / HOLDER).write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}), encoding="utf-8")
+    return held
+
+
+def check_lock(run):
+    """Whether another process is training in a run folder, as a list of problems."""
+    if not (Path(run) / LOCK).exists():
+        return []
+    try:
+        lock(run).release()
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _holder(run):
+    try:
+        holder = json.loads((run / HOLDER).read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
 
 
 def check_folder(folder):

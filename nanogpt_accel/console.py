@@ -34,24 +34,24 @@ class Console:
         if self.progress is not None:
             self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif self.enabled:
-            print(text, flush=True)
+            _print(text)
 
     def write(self, text):
         """A piece of text without a line end, for samples that come word by word."""
         if self.enabled:
-            print(text, end="", flush=True)
+            _print(text, end="")
 
-    def step(self, step, loss, seconds, tokens_per_second, mfu):
+    def step(self, step, loss, seconds, tokens_per_second, mfu, notes=()):
         """Report a step that is done. loss: nats a token; seconds: of one step; mfu: share of the peak or None."""
-        mfu = f", mfu {mfu:.2%}" if mfu is not None else ""
+        mfu = (f", mfu {mfu:.2%}" if mfu is not None else "") + "".join(f", {note}" for note in notes)
         if self.progress is not None:
             self.progress.update(self.task, completed=step + 1,
                                  description=f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s{mfu}")
         elif self.enabled:
             done = step + 1 - self.began_at
             left = (time.perf_counter() - self.began) / max(done, 1) * (self.last_step - step - 1)
-            print(f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {tokens_per_second:,.0f} tokens/s{mfu}, "
-                  f"{duration(left)} left", flush=True)
+            _print(f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {tokens_per_second:,.0f} tokens/s"
+                   f"{mfu}, {duration(left)} left")
 
     def stop(self):
         """End the live line; what follows is printed below it."""
@@ -114,3 +114,13 @@ def duration(seconds):
     days, hours = divmod(hours, 24)
     text = f"{hours}:{minutes:02}:{seconds:02}" if hours or days else f"{minutes}:{seconds:02}"
     return f"{days}d {text}" if days else text
+
+
+def _print(text, end="\n"):
+    """Print, or do without: a log file on a full disk must not end the run. (A closed pipe does, as everywhere.)"""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass

@@ -21,7 +21,7 @@ import sysconfig
 import urllib.request
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # name -> (URL, SHA-256) of one UTF-8 text
@@ -90,6 +90,8 @@ class Corpus:
     is_single: true where it is one text, to be cut in two; else it is documents, to be dealt out whole.
     read: (split, bad) -> documents. splits: those that the corpus itself has, or a function that asks for them.
     bytes: about the size of the text, None where that is not known.
+    pin: of a Hub data set: commit, None for the newest -> the same Corpus read at it; its source names the commit,
+        unless its revision is one.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Corpus:
     read: Callable
     splits: tuple | Callable = ("train",)
     bytes: int | None = None
+    pin: Callable | None = None
 
     def own_splits(self):
         """The splits that the corpus has by itself, "train" first; of a Hub data set it may be asked for them."""
@@ -163,6 +166,8 @@ def _local(spec, column, lines):
         root, files = os.path.dirname(path), [path]
     elif os.path.isdir(path):
         root, files = path, [f for f in _walk(path) if _suffix(f) in TEXT_SUFFIXES + TABLE_SUFFIXES]
+        if not files and os.path.isfile(os.path.join(path, "train.bin")):
+            raise ValueError(f"corpus={spec}: holds token ids, not text: give data_dir={spec} instead")
         if not files:
             raise ValueError(f"corpus={spec}: no file of text ({' '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}) below this "
                              f"folder: name the files by a glob, such as '{os.path.join(spec, '*.log')}'")
@@ -175,6 +180,10 @@ def _local(spec, column, lines):
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise FileNotFoundError(f"corpus={spec}: no such corpus{hint}; there are {', '.join(BUILTIN)}, "
                                 "and any text file, folder or glob that exists")
+    if tokens := [f for f in files if _suffix(f) == ".bin"]:
+        raise ValueError(f"corpus={spec}: {tokens[0]} holds token ids, not text: put GPT-2's as 16-bit numbers into "
+                         "train.bin and val.bin of a folder (head -c and tail -c cut a file in two), and give it as "
+                         "data_dir=FOLDER")
     files = sorted((Path(os.path.relpath(f, root or ".")).as_posix(), f) for f in files)
     listing = hashlib.sha256()
     size = 0
@@ -430,6 +439,12 @@ def _hub(spec, found):
     source = {"kind": "hub", "name": spec, "id": found.id, "config": found.config, "revision": found.revision,
               "column": found.column, "splits": dict(found.splits)}
 
+    def pin(commit):
+        if re.fullmatch("[0-9a-f]{40}", found.revision or ""):
+            return corpus  # the revision is a commit, and a pinned one asks the Hub nothing
+        commit = commit or _newest_commit(spec, found)
+        return replace(_hub(spec, replace(found, revision=commit)), source=source | {"commit": commit})
+
     def splits():
         if "val" in found.splits or spec in HUB:
             return tuple(found.splits)
@@ -458,7 +473,16 @@ def _hub(spec, found):
 
     short = re.sub(r"[^\w.-]+", "-", spec.removeprefix("hub:"), flags=re.ASCII)
     short += f"-{found.config}" if spec.startswith("hub:") and found.config else ""
-    return Corpus(short[:60], source, False, read, splits)
+    corpus = Corpus(short[:60], source, False, read, splits, pin=pin)
+    return corpus
+
+
+def _newest_commit(spec, found):
+    """The commit that a branch or a tag means now."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(spec, found):
+        return HfApi().dataset_info(found.id, revision=found.revision).sha
 
 
 def _hub_texts(spec, found, rows, bad):

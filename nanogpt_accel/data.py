@@ -43,7 +43,7 @@ def main(argv):
         print(json.dumps({"folder": target, "manifest": found.manifest, "splits": shown}))
         return
     corpus = found.manifest["corpus"]
-    facts = [f"{key} {corpus[key]}" for key in ("id", "config", "revision", "files") if corpus.get(key)]
+    facts = [f"{key} {corpus[key]}" for key in ("id", "config", "revision", "commit", "files") if corpus.get(key)]
     print(f"{target}: {', '.join([corpus['name'], *facts])}; tokenizer {found.tokenizer.kind}, "
           f"{found.tokenizer.vocab_size:,} symbols, end of text "
           f"{'none' if found.tokenizer.eot_id is None else found.tokenizer.eot_id}; {found.manifest['dtype']}")

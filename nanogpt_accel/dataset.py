@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +23,14 @@ import numpy as np
 from .console import TextProgress
 from .corpus import find_corpus, source_name
 from .tokenizer import Tokenizer
-from .tokens import SPLITS, TokenFile, Writer, differences, is_data_folder, read_manifest, token_paths
+from .tokens import SPLITS, TokenFile, Writer, differences, earlier_facts, is_data_folder, read_manifest, token_paths
 
 SPLIT_SEED = 2357  # nanoGPT's; fixed, so that validation losses of runs with other seeds can be compared
 TOKENIZERS = ("gpt2", "char", "bpe")
-COUNTED_BELOW = 2**27  # bytes of a corpus whose documents are counted first
+COUNTED_BELOW = 2**27  # bytes of a corpus whose documents are dealt out on trial first
+LARGE_TEXT = 2**30  # bytes of a single text above which its need of memory, 4 to 11 times as much, is worth a line
 CHUNK = 2**19  # characters that one worker tokenizes at a time; what is written does not depend on the workers
+AHEAD = 16  # chunks that wait for a worker: work for a third of a second of two, while a file is flushed to the disk
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,13 @@ def prepare(data, report=print, workers=None):
     folder = data_folder(data)
     if is_data_folder(folder):
         return folder
-    corpus = _corpus(data)
+    corpus = _pinned(_corpus(data), folder)
     facts = _facts(data, corpus)
     start = time.perf_counter()
     _check_space(folder, corpus, data, report)
+    if corpus.is_single and (corpus.bytes or 0) > LARGE_TEXT:
+        report(f"corpus={data.corpus}: one text of {corpus.bytes / 1e9:,.1f} GB is read whole, which takes "
+               f"{4 * corpus.bytes / 1e9:,.0f} GB of memory or more; lines=true, or several files, are streamed")
     tokenizer = _make_tokenizer(data, corpus, report)
     if not corpus.is_single and tokenizer.eot_id is None:
         raise ValueError(f"tokenizer={data.tokenizer}: has no end-of-text symbol to set between the "
@@ -273,6 +279,15 @@ def _corpus(data):
                        dataset_split=data.dataset_split, revision=data.revision)
 
 
+def _pinned(corpus, folder):
+    """Of a Hub data set: the corpus at one commit, that of an interrupted attempt even where its branch has moved."""
+    if corpus.pin is None:
+        return corpus
+    earlier = earlier_facts(folder).get("corpus", {})
+    commit = earlier.pop("commit", None)
+    return corpus.pin(commit if earlier == corpus.source else None)
+
+
 def _facts(data, corpus):
     """What decides the tokens, as plain values. A single text is cut without chance, so it has no seed."""
     limits = {key: getattr(data, key) for key in ("limit_documents", "limit_tokens", "skip_bad_documents")
@@ -338,13 +353,14 @@ def _forced(corpus, data):
     if corpus.is_single or corpus.bytes is None or corpus.bytes > COUNTED_BELOW or "val" in corpus.own_splits():
         return {}
     bad = (lambda problem: None) if data.skip_bad_documents else None
-    count = sum(1 for _ in itertools.islice(corpus.documents(bad=bad), data.limit_documents))
-    draws = sorted((_draw(number), number) for number in range(count))
-    if count < 2:
-        return {}  # which is refused later
-    if draws[0][0] >= data.val_fraction:
-        return {draws[0][1]: "val"}
-    return {} if draws[-1][0] >= data.val_fraction else {draws[-1][1]: "train"}
+    low, high = (2, 0), (-1, 0)  # draw and number of the two documents that are nearest to val and to train
+    for number, _ in enumerate(itertools.islice(corpus.documents(bad=bad), data.limit_documents)):
+        low, high = min(low, (_draw(number), number)), max(high, (_draw(number), number))
+        if low[0] < data.val_fraction <= high[0]:
+            return {}
+    if low[1] == high[1]:
+        return {}  # one document or none, which is refused later
+    return {low[1]: "val"} if low[0] >= data.val_fraction else {high[1]: "train"}
 
 
 def _write_single(writer, tokenizer, corpus, val_fraction):
@@ -431,12 +447,17 @@ def _tokenized(documents, number, deal, tokenizer, workers):
     depend on the documents alone. A few are on their way at a time, which bounds the memory.
     """
     workers = workers or os.cpu_count()
+    own = threading.local()
+
+    def begin():
+        own.tokenizer = tokenizer.for_thread()
+
     # threads, for tiktoken and tokenizers let go of Python's lock while they are at work
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=begin) as pool:
         pending = deque()
         for chunk in _chunks(documents, number, deal):
-            pending.append(pool.submit(_encode, tokenizer, chunk))
-            if len(pending) > workers + 1:
+            pending.append(pool.submit(lambda chunk: _encode(own.tokenizer, chunk), chunk))
+            if len(pending) > workers + AHEAD:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -2,6 +2,7 @@
 on all processes."""
 
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ from datetime import timedelta
 # Accelerate's trackers -> the module that each needs
 TRACKERS = {"aim": "aim", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow",
             "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
+FP8_BACKENDS = ("torchao", "transformer_engine", "msamp")  # any of these modules will do for Accelerate
 
 
 def check_launch(gradient_accumulation_steps, trackers=()):
@@ -37,6 +39,8 @@ def check_launch(gradient_accumulation_steps, trackers=()):
 
 def check_launcher():
     """Whether WORLD_SIZE was set by a launcher, which sets more than that, as a list of problems."""
+    from importlib.util import find_spec
+
     problems = []
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world_size() > 1 and missing:
@@ -56,6 +60,9 @@ def check_launcher():
             problems.append(f"{name.lower()}={value}: this model does not train right with it: {remedy}")
     if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "").lower() == "true":
         problems.append("distributed_type: MEGATRON_LM: not for this model; shard it with configs/fsdp2.yaml")
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8" and not any(map(find_spec, FP8_BACKENDS)):
+        problems.append("mixed_precision: fp8 of the launcher needs a library that is not installed here: pip install "
+                        "torchao")
     for kind in ("TP", "CP", "SP"):
         size = os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")
         if size != "1":
@@ -78,7 +85,7 @@ def is_main():
 
 
 def pick_device(device):
-    """The torch.device of a recipe's `device`; auto takes CUDA, then MPS, then the CPU.
+    """The torch.device of a recipe's `device`; auto takes the CPU where the launcher says so, else CUDA, MPS, CPU.
 
     Raises:
         ValueError: torch does not see that device here.
@@ -88,7 +95,8 @@ def pick_device(device):
     here = [name for name, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
             if found] + ["cpu"]
     if device == "auto":
-        return torch.device(here[0])
+        is_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+        return torch.device("cpu" if is_cpu else here[0])
     chosen = torch.device(device)
     if chosen.type not in here:
         raise ValueError(f"device={device}: torch {torch.__version__} sees no such device here; device=auto takes "
@@ -243,18 +251,48 @@ class Agreement:
             self._exchange[0].wait()
 
 
-def start_trackers(accelerator, project, config, name, folder):
-    """Start the Accelerator's trackers. config: flat; name: of the run; folder: where wandb puts its files.
+class Trackers:
+    """The Accelerator's trackers of a run, which are left alone where they fail: a run costs more than its plot.
+
+    Args:
+        project: the trackers' project. config: flat. first_step: where the run goes on; a resumed one goes on as the
+            same run of the tracker. folder: the run folder, where those that write files put them. name: of the run.
+        warn: takes a line.
 
     Raises:
         ValueError: a tracker does not start; the message holds its own reason.
     """
-    try:
-        accelerator.init_trackers(project, config=config, init_kwargs={"wandb": {"name": name, "dir": str(folder)}})
-    except Exception as error:  # every tracker has errors of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"tracking.trackers: one does not start: {reason} (without a network or an account: "
-                         "WANDB_MODE=offline, or trackers=tensorboard)") from None
+
+    def __init__(self, accelerator, project, config, first_step, folder, name, warn=print):
+        self.accelerator, self.warn, self._is_warned = accelerator, warn, False
+        options = {"wandb": {"name": name, "dir": str(folder)}}
+        if accelerator.is_main_process and any(str(tracker) == "wandb" for tracker in accelerator.log_with):
+            options["wandb"] |= {"id": self._wandb_id(folder, is_new=first_step == 0), "resume": "allow"}
+        if first_step:
+            options["tensorboard"] = {"purge_step": first_step}  # what a lost part of the run wrote after it
+        try:
+            accelerator.init_trackers(project, config=config, init_kwargs=options)
+        except Exception as error:  # every tracker has errors of its own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"tracking.trackers: one does not start: {reason} (without a network or an account: "
+                             "WANDB_MODE=offline, or trackers=tensorboard)") from None
+
+    def log(self, values, step):
+        try:
+            self.accelerator.log(values, step=step)
+        except Exception as error:
+            if not self._is_warned:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                self.warn(f"warning: a tracker fails ({reason}); the run goes on, and metrics.jsonl has everything")
+            self._is_warned = True
+
+    @staticmethod
+    def _wandb_id(folder, is_new):
+        """The id of the run at wandb, kept in the run folder."""
+        file = folder / ".wandb_id"
+        if is_new or not file.is_file():
+            file.write_text(secrets.token_hex(4), encoding="utf-8")
+        return file.read_text(encoding="utf-8").strip()
 
 
 def pick_precision(mixed_precision, device_type):

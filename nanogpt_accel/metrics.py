@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 # Dense bf16 (fp16 on the older two) tensor-core peak in FLOP/s, from the makers' data sheets. The first name
 # that is part of the device's name counts, so the more special ones stand first.
 PEAK_FLOPS = {
@@ -112,13 +114,14 @@ class MetricsLog:
     The line of training step s is written after step s is done; an evaluation at step s comes before it.
     """
 
-    def __init__(self, path, resume_step=None):
+    def __init__(self, path, resume_step=None, warn=print):
         """Open for appending. resume_step: the step of the checkpoint that goes on; lines that a later, lost part
-        of the run wrote are cut, so that each step stands once."""
-        self.path = Path(path)
+        of the run wrote are cut, so that each step stands once. warn: takes a line."""
+        self.path, self.warn = Path(path), warn
         if resume_step is not None:
             self._cut(resume_step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self._waiting = b""  # lines that a full disk did not take
 
     def _cut(self, step):
         kept = [line for line in read_metrics(self.path)
@@ -128,8 +131,19 @@ class MetricsLog:
         os.replace(temporary, self.path)
 
     def write(self, **values):
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        # JSON has no NaN
+        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in values.items()}
+        is_first_trouble, self._waiting = not self._waiting, self._waiting + json.dumps(values).encode() + b"\n"
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            if self.file.write(self._waiting) < len(self._waiting):
+                raise OSError("the disk is full")
+            self._waiting = b""
+        except OSError as error:
+            os.ftruncate(self.file.fileno(), size)  # no line in part
+            if is_first_trouble:
+                self.warn(f"warning: {self.path} cannot be written ({error}); the run goes on and tries again")
 
     def close(self):
         self.file.close()
@@ -150,6 +164,24 @@ def read_metrics(path):
     return lines
 
 
+class Spikes:
+    """Tells a loss that jumps: more than 7 standard deviations above the mean of the up to 1,000 before it, as OLMo 2
+    counts them (OLMo team 2025). It begins with what metrics.jsonl holds, so a resumed run goes on as it was."""
+
+    LEAST, MOST = 100, 1000  # losses to compare with
+
+    def __init__(self, metrics_path):
+        losses = [line["loss"] for line in read_metrics(metrics_path) if line.get("loss") is not None]
+        self._losses = np.array(losses[-self.MOST:])
+
+    def is_one(self, loss):
+        """Whether this loss, the next one of the log, is a spike."""
+        before = self._losses
+        if math.isfinite(loss):
+            self._losses = np.append(before, loss)[-self.MOST:]
+        return bool(len(before) >= self.LEAST and loss > before.mean() + 7 * before.std())
+
+
 def plot_losses(metrics_path, image_path):
     """Draw training and validation loss against the step into a PNG."""
     import matplotlib
@@ -158,7 +190,7 @@ def plot_losses(metrics_path, image_path):
     from matplotlib import pyplot as plt
 
     lines = read_metrics(metrics_path)
-    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     if train:

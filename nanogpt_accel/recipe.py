@@ -161,6 +161,10 @@ class Train(Section):
         "auto", description="torch.compile the model; auto: on CUDA; regional: one block for all, which starts sooner")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less "
                                            "memory, about a third more time")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="what a loss or gradient that is no number does: stop ends the run; skip leaves the step "
+        "out, and looks at every step, which costs a little speed")
+    max_skips: Int = Field(10, ge=0, description="on_nonfinite=skip: more steps left out in a row end the run")
     max_hours: Annotated[Float | None, BeforeValidator(_none)] = Field(
         None, gt=0, description="stop after so many hours with a checkpoint to go on from; none: no limit")
     collective_timeout: Float = Field(600.0, ge=1, description="seconds that a process waits for the others before the "

@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def check(recipe):
                         f"{out_dir}`, replace it with overwrite=true, or take another out_dir")
     elif not saved and not recipe.train.eval_only:
         problems += checkpoint.check_folder(out_dir)
+    if launch.is_main() and not recipe.train.eval_only:
+        problems += checkpoint.check_lock(out_dir)
     if init_from not in ("scratch", "resume") and not checkpoint.may_be_model(init_from):
         problems.append(f"model.init_from={init_from}: " + (
             checkpoint.nanogpt_hint(init_from) or "neither scratch, resume, a folder that exists, nor a Hub id"))
@@ -229,19 +232,21 @@ def train(recipe, signals=None):
             accelerator.scaler.load_state_dict(trainer["scaler"])
 
     # the run folder
-    log = pusher = None
+    log = pusher = lock = None
     if not recipe.train.eval_only:
         if is_main:
+            lock = checkpoint.lock(out_dir)
             checkpoint.begin(out_dir, as_it_ran(recipe, data).to_yaml(), is_resumed)
-            log = metrics.MetricsLog(out_dir / "metrics.jsonl", resume_step=first_step if is_resumed else None)
+            log = metrics.MetricsLog(out_dir / "metrics.jsonl", resume_step=first_step if is_resumed else None,
+                                     warn=console.say)
             if repository is not None:
                 pusher = hub.BackgroundPush(repository, out_dir, console.say, recipe.hub.hub_private,
                                             recipe.hub.hub_branch)
         accelerator.wait_for_everyone()
         saver = checkpoint.Saver(out_dir, accelerator, data.tokenizer, recipe.checkpoint.keep_last,
                                  recipe.checkpoint.async_save, console.say, on_saved=partial(push, pusher, out_dir))
-        launch.start_trackers(accelerator, recipe.tracking.project, recipe.flat(),
-                              name=recipe.tracking.run_name or out_dir.name, folder=out_dir)
+        trackers = launch.Trackers(accelerator, recipe.tracking.project, recipe.flat(), first_step, out_dir,
+                                   name=recipe.tracking.run_name or out_dir.name, warn=console.say)
 
     console.say(f"model: {summary}")
     console.say(f"data: {data.folder}, {len(data.train):,} training and {len(data.val):,} validation tokens, "
@@ -281,12 +286,32 @@ def train(recipe, signals=None):
             more=f"The recipe, where it differs from the defaults:\n\n```yaml\n{recipe.to_yaml(brief=True)}```\n")
         saver.save(trainer, raw_model, optimizer, card)
 
+    def settle(step, losses):
+        """Losses of the steps up to `step` as floats, means of all processes; one that is no number ends the run."""
+        losses = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
+        bad = [i for i, value in enumerate(losses) if not math.isfinite(value)]
+        if bad and not may_skip:
+            bad_step = step - len(losses) + 1 + bad[0]
+            raise came_apart(bad_step, f"loss of step {bad_step} is {losses[bad[0]]}")
+        return losses
+
+    def came_apart(step, what):
+        """The error that ends a run whose numbers went wrong; the batch of `step` is kept for a look."""
+        saver.wait()
+        kept = out_dir / f"nonfinite-{step}.json"
+        if step is not None and is_main:
+            with suppress(OSError):
+                keep_batch(kept, step, batches, micro_batches, data.tokenizer)
+        return FloatingPointError(stopped_by(what + (f" (its batch: {kept})" if step is not None else ""), out_dir))
+
     if first_step >= max_iters and not recipe.train.eval_only:
         console.say(f"the run has done its max_iters={max_iters} steps; a higher max_iters goes on")
     console.start(first_step, max_iters)
     agreement, signals.armed = launch.Agreement(accelerator), True
     model.train()
     inputs = fetch(first_step, 0)
+    may_skip, skips, skips_in_a_row = recipe.train.on_nonfinite == "skip", 0, 0
+    spikes = metrics.Spikes(out_dir / "metrics.jsonl")
     losses, interval_start = [], time.perf_counter()
     for step in range(first_step, max_iters + 1):
         is_end = step == max_iters
@@ -312,14 +337,16 @@ def train(recipe, signals=None):
             if recipe.train.eval_only:
                 break
             if not math.isfinite(val_loss):
-                raise FloatingPointError(stopped_by(f"validation loss after {step} steps is {val_loss}", out_dir))
+                raise came_apart(None, f"validation loss after {step} steps is {val_loss}")
             if log is not None:
                 log.write(step=step, **scores)
-            accelerator.log(scores, step=step)
+            trackers.log(scores, step)
             if val_loss < best_val_loss:
                 best_val_loss, best_step = val_loss, step
                 saves = step > 0  # the best one is saved whatever save_interval says
         if saves:
+            if losses:  # (after a step that was not logged)
+                settle(step - 1, losses)
             save(step)
         if evaluates or saves:
             interval_start = time.perf_counter()  # the log tells the speed of training alone
@@ -351,32 +378,40 @@ def train(recipe, signals=None):
                 accelerator.backward(micro_loss)  # divides by the number of micro-steps
                 loss += micro_loss.detach() / micro_steps
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip or math.inf)
-        optimizer.step()
+        # fp16's scaler meets infinities on its way and leaves those steps out by itself; on_nonfinite=skip leaves out
+        # the steps of others too, and waits for the device at every step to know
+        is_skipped = may_skip and accelerator.scaler is None and not math.isfinite(sharding.as_float(grad_norm))
+        if not is_skipped:
+            optimizer.step()
         optimizer.zero_grad()
         losses.append(loss)
+        if may_skip:
+            is_skipped = is_skipped or accelerator.optimizer_step_was_skipped
+            skips, skips_in_a_row = skips + is_skipped, (skips_in_a_row + 1) * is_skipped
+            if skips_in_a_row > recipe.train.max_skips:
+                raise came_apart(step, f"steps {step - skips_in_a_row + 1} to {step} had no finite gradient")
 
         # log; the only place where the processor waits for the device. The last step before an evaluation or a
         # checkpoint is always logged, so that no checkpoint is written of a model that has come apart
         is_before_save = (step + 1) % recipe.train.eval_interval == 0 or (step + 1) % recipe.save_interval == 0
         if step % recipe.train.log_interval == 0 or is_before_save or step + 1 == max_iters:
-            losses = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
-            grad_norm = sharding.as_float(grad_norm)
+            losses, grad_norm = settle(step, losses), sharding.as_float(grad_norm)
             seconds = (time.perf_counter() - interval_start) / len(losses)
-            if not all(map(math.isfinite, losses)):
-                first_bad = next(i for i, value in enumerate(losses) if not math.isfinite(value))
-                bad_step = step - len(losses) + 1 + first_bad
-                raise FloatingPointError(stopped_by(f"loss of step {bad_step} is {losses[first_bad]}", out_dir))
-            # (fp16's gradient scaler meets infinities on its way and leaves those steps out by itself)
-            if not math.isfinite(grad_norm) and not accelerator.optimizer_step_was_skipped:
-                raise FloatingPointError(stopped_by(f"gradient norm of step {step} is {grad_norm}", out_dir))
+            if not (math.isfinite(grad_norm) or may_skip or accelerator.optimizer_step_was_skipped):
+                raise came_apart(step, f"gradient norm of step {step} is {grad_norm}")
             values = {"loss": losses[-1], "learning_rate": lr, "grad_norm": grad_norm,
                       "tokens_per_second": tokens_per_step / seconds, "peak_memory": metrics.peak_memory(device)}
+            if spikes.is_one(losses[-1]):
+                values["spike"] = True
+            if skips:
+                values["skipped_steps"] = skips
             if peak_flops:
                 values["mfu"] = flops_per_token * tokens_per_step / seconds / (peak_flops * accelerator.num_processes)
             if log is not None:
                 log.write(step=step, **values)
-            accelerator.log(values, step=step)
-            console.step(step, values["loss"], seconds, values["tokens_per_second"], values.get("mfu"))
+            trackers.log(values, step)
+            notes = ["spike"] * ("spike" in values) + [f"{skips} steps left out"] * bool(skips)
+            console.step(step, values["loss"], seconds, values["tokens_per_second"], values.get("mfu"), notes)
             losses, interval_start = [], time.perf_counter()
 
     console.stop()
@@ -396,7 +431,10 @@ def train(recipe, signals=None):
     del model
     accelerator.free_memory()
     agreement.close()
-    accelerator.end_training()
+    with suppress(Exception):  # trackers that cannot say goodbye
+        accelerator.end_training()
+    if lock is not None:
+        lock.release()
     if is_stopped:
         raise cli.Stopped(f"stopped {f'by {signals.received}' if signals.received else 'as it was asked to'} after "
                           f"{step:,} of {max_iters:,} steps; {how_to_go_on(out_dir)}")
@@ -453,6 +491,14 @@ def stopped_by(what, out_dir):
     remedy = (f"the last good checkpoint is {saved}; go on from it with a lower rate: nanogpt-accel train {out_dir} "
               "learning_rate=..." if saved else "no checkpoint was saved yet; begin again with a lower learning_rate")
     return f"the {what}: {remedy}"
+
+
+def keep_batch(path, step, batches, micro_batches, tokenizer):
+    """Write down the global batch of a step: where each sequence begins in the training tokens, and its text."""
+    starts = [start for micro_batch in range(micro_batches) for start in batches.starts(step, micro_batch).tolist()]
+    rows = [row for micro_batch in range(micro_batches) for row in batches(step, micro_batch).tolist()]
+    sequences = [{"start": start, "text": tokenizer.decode(row)} for start, row in zip(starts, rows, strict=True)]
+    path.write_text(json.dumps({"step": step, "sequences": sequences}, indent=1), encoding="utf-8")
 
 
 def finish(recipe, data, model, console):

@@ -107,6 +107,54 @@ def test_a_long_order_shows_no_pattern(n):
     assert (first == np.arange(n)).sum() < 9
 
 
+def plainly(place, n, key):
+    """shuffled() for one place, written out in Python's own whole numbers."""
+    def mixed(value, key):
+        z = (value + key + 1) * 0x9E3779B97F4A7C15 % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    half = 1
+    while 4**half < n:
+        half += 1
+    while True:
+        left, right = divmod(place, 2**half)
+        for i in range(6):
+            left, right = right, left ^ mixed(right, key + i * 2**40) % 2**half
+        place = left * 2**half + right
+        if place < n:
+            return place
+
+
+def test_the_order_is_the_one_that_earlier_runs_had():
+    """A run that goes on with another version must not meet a block twice."""
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 3, 17, 999, 15_684, 2**20, 8_823_811, 9_035_582_198):
+        for key in (0, 1, 2**63 - 1, *rng.integers(0, 2**63, 3).tolist()):
+            places = [0, n - 1, *rng.integers(0, n, 10).tolist()]
+            assert shuffled(np.array(places, np.uint64), n, key).tolist() == [plainly(p, n, key) for p in places]
+    for n_tokens, block_size, first in ((1_003_854, 256, 3 * 3920 - 300), (9_035_582_198, 1024, 2**40), (130, 64, 0)):
+        blocks, slack = epoch_shape(n_tokens, block_size)
+        expected = []
+        for sample in range(first, first + 600):
+            epoch, place = divmod(sample, blocks)
+            low, high = np.random.SeedSequence((1337, 2, epoch)).generate_state(2).tolist()
+            key = (high * 2**32 + low) // 2
+            expected.append(plainly(place, blocks, key) * block_size + key % (slack + 1))
+        starts = [Batches(Counting(n_tokens), block_size, 1, 1, 1337).starts(s, 0) for s in range(first, first + 600)]
+        assert np.concatenate(starts).tolist() == expected
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "random"])
+def test_the_samples_do_not_depend_on_how_many_make_a_batch(sampling):
+    def stream(batch_size):
+        batches = Batches(Counting(70_001), 7, batch_size, 1, 5, sampling)
+        return np.concatenate([batches.starts(step, 0) for step in range(-(-3000 // batch_size))])[:3000].tolist()
+
+    assert stream(1) == stream(12) == stream(255) == stream(256) == stream(257) == stream(3000)
+
+
 # ---- epochs
 
 
@@ -126,6 +174,32 @@ def test_an_epoch_holds_every_block_once(n_tokens, block_size, batch_size, micro
         assert starts == [shift + i * block_size for i in range(blocks)]
         shifts.add(shift)
     assert len(shifts) > 1  # the borders move from epoch to epoch
+
+
+@pytest.mark.parametrize(("sizes", "block_size", "batch_size"), [
+    ([1000, 1, 37, 0, 2500, 64, 701], 7, 12), ([333, 334, 335], 33, 5), ([90, 7, 1003], 100, 3), ([10_007], 64, 12)])
+def test_an_epoch_of_real_shards_holds_every_block_once(tmp_path, sizes, block_size, batch_size):
+    """Token i is i, in files of odd sizes, so that the rows that come back say where they were read."""
+    paths, ends = [tmp_path / f"train-{i:05d}.bin" for i in range(len(sizes))], np.cumsum(sizes)
+    for path, size, end in zip(paths, sizes, ends.tolist(), strict=True):
+        np.arange(end - size, end, dtype=np.uint32).tofile(path)
+    batches = Batches(TokenFile(paths, "uint32"), block_size, batch_size, 1, seed=11)
+    blocks, _ = epoch_shape(sum(sizes), block_size)
+    epochs = 4000 // blocks + 1
+    rows = np.concatenate([batches(step, 0) for step in range(-(-epochs * blocks // batch_size))])[:epochs * blocks]
+    assert (np.diff(rows) == 1).all() and rows.shape == (epochs * blocks, block_size + 1)
+    targets = np.sort(rows[:, 1:].reshape(epochs, -1))  # of an epoch: one run of numbers, none twice
+    assert (np.diff(targets) == 1).all() and targets.shape[1] == blocks * block_size
+    starts = rows[:, 0].reshape(epochs, blocks)
+    order = (starts - starts.min(1, keepdims=True)) // block_size
+    # the order is like chance's: each tenth of the blocks comes in each tenth of the epoch as often as in any
+    parts = min(10, blocks)
+    tenths = np.arange(blocks) * parts // blocks
+    seen, expected = np.zeros((parts, parts)), epochs * np.outer(np.bincount(tenths), np.bincount(tenths)) / blocks
+    np.add.at(seen, (np.broadcast_to(tenths, order.shape), tenths[order]), 1)
+    assert surplus(seen, expected.ravel()) < 5
+    following = (np.diff(order) == 1).mean()  # of two neighbours in an epoch one follows the other 1 time in `blocks`
+    assert abs(following * blocks - 1) < 5 / math.sqrt(order.size / blocks)
 
 
 def test_the_borders_move_everywhere():

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nanogpt_accel import corpus as module
@@ -104,6 +105,18 @@ def test_a_folder_without_text(refused, tmp_path):
     (tmp_path / "x.png").write_bytes(b"\x89PNG")
     with refused(ValueError, f"corpus={tmp_path}", "no file of text", ".txt", ".parquet", "glob"):
         find_corpus(str(tmp_path))
+
+
+def test_token_files_are_no_text(refused, tmp_path):
+    for name in ("train.bin", "val.bin"):
+        np.arange(100, dtype=np.uint16).tofile(tmp_path / name)
+    with refused(ValueError, f"corpus={tmp_path}: holds token ids", f"data_dir={tmp_path}"):
+        find_corpus(str(tmp_path))
+    for spec in (tmp_path / "train.bin", tmp_path / "*.bin"):
+        with refused(ValueError, f"corpus={spec}: {tmp_path / 'train.bin'} holds token ids", "data_dir=FOLDER"):
+            find_corpus(str(spec))
+    (tmp_path / "input.txt").write_text("nanoGPT's prepare.py leaves the text beside them")
+    assert texts(tmp_path) == ["nanoGPT's prepare.py leaves the text beside them"]
 
 
 def test_not_utf8_names_the_file_and_the_byte(refused, folder):

@@ -281,7 +281,7 @@ def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes():
         stamp = stamp_of(progress)
         process = child(**given)
         until(lambda stamp=stamp: stamp_of(progress) not in (0, stamp), process)  # it has got on a bit
-        time.sleep(rng.random() * 0.15)
+        time.sleep(rng.random() * 0.15 * 1.1**kills)  # a disk that others use gets longer and longer
         process.kill()
         status = process.wait()
         finished |= {name: mark for name, mark in committed("out").items() if name not in finished}
@@ -503,6 +503,20 @@ def refusal(capsys, *words):
     return line
 
 
+def test_the_way_from_a_single_file_of_ids_to_data(capsys):
+    """What the message says, as a user does it."""
+    everything = np.random.default_rng(0).integers(0, 50257, 3000).astype("<u2")
+    everything.tofile("x.bin")
+    line = refusal(capsys, "corpus=x.bin")
+    assert "x.bin holds token ids" in line and "train.bin and val.bin" in line and "data_dir=FOLDER" in line
+    subprocess.run("mkdir ids; head -c 5800 x.bin > ids/train.bin; tail -c 200 x.bin > ids/val.bin", shell=True,
+                   check=True)
+    assert main(["prepare", "r.yaml", "data_dir=ids"]) == 0
+    found = dataset.open_dataset(section(data_dir="ids"))
+    assert (ids(found.train), ids(found.val)) == (everything[:2900].tolist(), everything[2900:].tolist())
+    assert found.tokenizer.kind == "gpt2"
+
+
 def parquet(columns):
     pq.write_table(pa.table(columns), "t.parquet")
     return Path("t.parquet").read_bytes()
@@ -659,6 +673,19 @@ def test_going_on_needs_room_for_the_rest_only(monkeypatch):
     process.wait()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need, need / 5, need * 4 / 5))
     prepared(corpus="x.txt", lines=True)
+
+
+def test_a_large_single_text_is_announced(monkeypatch):
+    Path("x.txt").write_text("so it goes. " * 1000)
+    assert not any("memory" in line for line in prepared(corpus="x.txt")[1])
+    shutil.rmtree("out")
+    monkeypatch.setattr(dataset, "LARGE_TEXT", 10_000)
+    (line,) = [line for line in prepared(corpus="x.txt")[1] if "memory" in line]
+    assert "corpus=x.txt" in line and "lines=true" in line
+    shutil.rmtree("out")
+    lines("x.txt", DOCS * 10)
+    assert os.path.getsize("x.txt") > 10_000
+    assert not any("memory" in line for line in prepared(corpus="x.txt", lines=True)[1])
 
 
 # ---- a taste

@@ -43,6 +43,34 @@ def parquet(texts, column="text", **options):
     return raw.getvalue()
 
 
+# `prepare` twice: the first attempt fails after a few commits, and the second begins when the branch has moved
+MOVING = """
+import contextlib, sys
+from nanogpt_accel import dataset, tokens
+from nanogpt_accel.__main__ import main
+dataset.CHUNK, dataset.AHEAD, tokens.COMMIT_SECONDS = 300, 0, 0
+commit, count = tokens.Writer.commit, 0
+class Stop(BaseException):
+    pass
+def failing(self, position):
+    global count
+    commit(self, position)
+    count += 1
+    if count % 3 == 0:
+        raise Stop
+words = ["prepare", "r.yaml", "corpus=hub:me/branch"]
+cases = [[*words, f"tokenizer={kind}", f"data_dir={kind}"] for kind in sys.argv[1:]]
+tokens.Writer.commit = failing
+for words in cases:
+    with contextlib.suppress(Stop):
+        main(words)
+print("moved?", flush=True)
+sys.stdin.readline()
+tokens.Writer.commit = commit
+sys.exit(max(main(words) for words in cases))
+"""
+
+
 def yaml(*configs):
     """A README.md that names configurations: (name, {split: path})."""
     lines = ["---", "configs:"]
@@ -115,6 +143,9 @@ def answers(hub, gpt2_files, tmp_path_factory):
                            for i, (token, (name, *words), _) in enumerate(REFUSED)}
     first = hub.add("datasets/me/moving", {"train.jsonl": jsonl(DOCS[:20])})
     hub.add("datasets/me/moving", {"train.jsonl": jsonl(DOCS[20:])})
+    hub.add("datasets/me/converted", {"train.jsonl": jsonl(["a script"])})
+    hub.add("datasets/me/converted", {"train.jsonl": jsonl(DOCS[:70])}, revision="refs/convert/parquet")
+    cases["branch"] = ("hf_me", {}, "corpus=hub:me/converted", "revision=refs/convert/parquet")
     cases["revision"] = ("hf_me", {}, "corpus=hub:me/moving", f"revision={first}")
     stored = "wikitext-2-raw-v1"
     files = {"train": f"{stored}/train-*", "validation": f"{stored}/validation-*", "test": f"{stored}/test-*"}
@@ -192,6 +223,46 @@ def test_a_configuration(answers):
 def test_a_revision(answers):
     train, val = dealt(DOCS[:20])
     assert held(answers, "revision") == tiktokens(train=train, val=val)
+
+
+def test_the_manifest_names_the_commit_that_was_read(answers, hub):
+    def source(name):
+        return json.loads((answers[0] / name / "manifest.json").read_text())["corpus"]
+
+    assert source("one")["revision"] is None
+    assert source("one")["commit"] == hub.commits("datasets/me/one")[-1][1]
+    for name in ("revision", "wikitext2"):  # a commit is what was asked for
+        assert len(source(name)["revision"]) == 40 and "commit" not in source(name)
+    assert source("branch")["revision"] == "refs/convert/parquet"
+    assert source("branch")["commit"] == hub.commits("datasets/me/converted", "refs/convert/parquet")[-1][1]
+
+
+def test_a_branch_by_its_name(answers):
+    train, val = dealt(DOCS[:70])
+    assert held(answers, "branch") == tiktokens(train=train, val=val)
+
+
+def test_an_interrupted_preparation_goes_on_with_its_commit(hub, gpt2_files, tmp_path):
+    """Where the branch has moved meanwhile; also where the tokenizer is made of the text."""
+    first = hub.add("datasets/me/branch", {"train.jsonl": jsonl(DOCS)})
+    (tmp_path / "r.yaml").write_text("data: {val_fraction: 0.2}\n")
+    with subprocess.Popen([sys.executable, "-c", MOVING, "gpt2", "char"], cwd=tmp_path, text=True,
+                          env=hub.env(tmp_path / "hf", PYTHONPATH=ENV["PYTHONPATH"]), stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while (line := process.stdout.readline()) and line != "moved?\n":
+            pass
+        assert line, process.stderr.read()
+        hub.add("datasets/me/branch", {"train.jsonl": jsonl(["Another text, with other symbols: ~ ß"] * 200)})
+        out, err = process.communicate("\n", timeout=100)
+    assert process.returncode == 0, err
+    assert out.count("going on where an earlier attempt stopped") == 2
+    train, val = dealt(DOCS)
+    assert held((tmp_path, {"gpt2": [0]}), "gpt2") == tiktokens(train=train, val=val)
+    symbols = {symbol: i for i, symbol in enumerate(sorted(set("".join(DOCS))))}
+    assert held((tmp_path, {"char": [0]}), "char")["val"] == [
+        i for text in val for i in [*map(symbols.__getitem__, text), len(symbols)]]
+    for kind in ("gpt2", "char"):
+        assert json.loads((tmp_path / kind / "manifest.json").read_text())["corpus"]["commit"] == first
 
 
 @pytest.mark.parametrize("name", ["gated mine", "private mine"])

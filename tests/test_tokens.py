@@ -254,6 +254,15 @@ def test_two_processes_that_prepare_at_once(tmp_path):
     assert names(tmp_path) == ["manifest.json", "tokenizer.json", "train.bin", "val.bin"]
 
 
+def test_a_writer_that_cannot_begin_lets_go_of_the_folder(refused, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Writer, "_continue", lambda self: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with refused(OSError, f"data_dir={tmp_path}", "Input/output error"):
+            Writer(tmp_path, np.uint16)
+    write(tmp_path)  # no lock stands in the way
+    assert is_data_folder(tmp_path)
+
+
 def test_a_folder_that_cannot_be_written(refused, tmp_path):
     (tmp_path / "file").touch()
     with refused(OSError, f"data_dir={tmp_path / 'file' / 'data'}", "set data_dir"):
@@ -293,6 +302,16 @@ def test_reading_keeps_memory_flat(tmp_path):
     for start in range(0, 2**25, 2**17):
         file.rows(range(start, start + 2**17, 2**11), 64)  # touches every page
     assert resident() - before < 2**23
+
+
+def test_a_file_that_shrinks_amid_a_run(refused, tmp_path):
+    for i in range(2):
+        np.arange(1000, dtype=np.uint16).tofile(tmp_path / f"{i}.bin")
+    file = TokenFile([tmp_path / "0.bin", tmp_path / "1.bin"], "uint16")
+    os.truncate(tmp_path / "0.bin", 1999)
+    assert file.rows([900, 1500], 50)[:, 0].tolist() == [900, 500]
+    with refused(OSError, tmp_path / "0.bin", "shorter", "prepare it again"):
+        file.rows([980], 50)
 
 
 # ---- manifests

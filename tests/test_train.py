@@ -97,7 +97,7 @@ def losses(run, key="loss"):
 def test_the_files_of_a_run(workplace, run):
     names = {path.name for path in run.iterdir()}
     assert {"run.yaml", "metrics.jsonl", "loss.png", "config.json", "model.safetensors", "tokenizer.json"} < names
-    assert not [name for name in names if name.startswith(".")]
+    assert {name for name in names if name.startswith(".")} == {".lock", ".lock.json"}
     assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     saved, asked = load_recipe(run / "run.yaml"), load_recipe("tiny.yaml")
     # the folder of the tokens is written down, so that the run goes on with them whatever becomes of the text

@@ -1,0 +1,77 @@
+"""What a batch costs: where its samples begin, and reading them, from files larger than any cache of the processor.
+
+    python benchmarks/loader.py [folder]
+
+Writes 4 GB of random ids below the folder (by default the system's own for temporary files), as one file and then as
+20, and takes 10,000 batches of 12 x 65 tokens from each; then the first batch of 9 billion tokens, a file of zeros that
+takes no room. Prints the time of a batch, also as a share of a step of the small CPU model (24 ms on two cores), and
+how much the resident memory has grown. The files are removed.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from nanogpt_accel.batches import Batches
+from nanogpt_accel.tokens import TokenFile
+
+TOKENS = 2**31
+STEP = 0.024  # seconds
+BATCHES = 10_000
+
+
+def write(folder, files):
+    """TOKENS random ids, in several files of about the same size."""
+    ids = np.random.default_rng(0).integers(0, 50257, TOKENS // 32, dtype=np.uint16)
+    paths = [folder / f"{files}-{i:05d}.bin" for i in range(files)]
+    for path in paths:
+        with open(path, "wb") as file:
+            for _ in range(32):
+                file.write(ids[: len(ids) // files])
+    return paths
+
+
+def resident():
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def measure(paths):
+    batches = Batches(TokenFile(paths, "uint16"), block_size=64, batch_size=12, micro_batches=1, seed=1337)
+    for step in range(100):
+        batches(step, 0)
+    before, seconds = resident(), []
+    for step in range(100, 100 + BATCHES):
+        start = time.perf_counter()
+        batches(step, 0)
+        seconds.append(time.perf_counter() - start)
+    mean, median = statistics.mean(seconds), statistics.median(seconds)
+    print(f"{len(paths)} file{'s' * (len(paths) > 1)}: a batch takes {mean * 1e3:.3f} ms, the median is "
+          f"{median * 1e3:.3f} ({median / STEP:.2%} of a step); {resident() - before:+.1f} MB in {BATCHES:,} batches",
+          flush=True)
+
+
+def first_batch(path):
+    with open(path, "wb") as file:
+        file.truncate(2 * 9_000_000_000)
+    start = time.perf_counter()
+    Batches(TokenFile(path, "uint16"), block_size=1024, batch_size=12, micro_batches=40, seed=1337)(0, 0)
+    print(f"9 billion tokens: the first batch takes {(time.perf_counter() - start) * 1e3:.1f} ms")
+
+
+def main(folder=None):
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        for files in (1, 20):
+            paths = write(Path(work), files)
+            measure(paths)
+            for path in paths:
+                path.unlink()
+        first_batch(Path(work) / "sparse.bin")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
