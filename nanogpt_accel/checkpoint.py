@@ -79,21 +79,25 @@ class Saver:
         number, pieces = sharding.piece_number(self.accelerator, model)
         weights = sharding.whole_weights(self.accelerator, model, copy=self.in_background)
         tensors, first_rows = sharding.optimizer_piece(self.accelerator, model, optimizer, copy=self.in_background)
-        is_main, temporary = self.accelerator.is_main_process, self.run / f".{_name(trainer['step'])}.tmp"
+        final = self.run / _name(trainer["step"])
+        is_main, temporary = self.accelerator.is_main_process, self.run / f".{final.name}.tmp"
         self.trouble = None
-        if is_main:
+        # (an evaluation that comes after a resumed step makes it the best one: then it is there already)
+        is_there = is_main and final.exists() and damage(final) is None
+        if is_main and not is_there:
             n_bytes = sum(tensor.nbytes for tensor in weights.values())
             n_bytes += pieces * sum(tensor.nbytes for tensor in tensors.values())
             self._try(_make_place, temporary, n_bytes)
         self.accelerator.wait_for_everyone()  # nobody writes into what a killed process left
 
         def write():
-            if number is not None and (is_main or temporary.is_dir()):
+            if number is not None and temporary.is_dir():
                 self._try(_write_piece, temporary, number, pieces, tensors, first_rows)
-            if is_main:
+            if is_main and not is_there:
                 self._try(_write_folder, temporary, model, weights, self.tokenizer, card, trainer)
-                self._try(_complete, temporary, self.run / _name(trainer["step"]), pieces)
-                self._close(temporary, trainer)
+                self._try(_complete, temporary, final, pieces)
+            if is_main:
+                self._close(temporary, final, trainer["best_step"])
 
         if self.in_background:
             self._thread = threading.Thread(target=write)
@@ -118,9 +122,8 @@ class Saver:
             except (OSError, SafetensorError) as error:
                 self.trouble = str(error)
 
-    def _close(self, temporary, trainer):
+    def _close(self, temporary, final, best_step):
         """Make the new checkpoint known and prune, or say what was in the way."""
-        final = self.run / _name(trainer["step"])
         if self.trouble is not None:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not kept full by half a checkpoint
             self.say(f"warning: {final} is NOT SAVED: {self.trouble}; the checkpoints before it are untouched, and the "
@@ -128,8 +131,8 @@ class Saver:
             return
         self.say(f"saved {final}")
         try:
-            _publish(self.run, trainer["best_step"], final)
-            _prune(self.run, trainer["best_step"], final, self.keep_last)
+            _publish(self.run, best_step, final)
+            _prune(self.run, best_step, final, self.keep_last)
         except OSError as error:  # the checkpoint itself is there
             self.say(f"warning: {self.run}: cleaning up after {final.name} failed: {error}")
         if self.on_saved is not None:

@@ -277,14 +277,7 @@ def train(recipe, signals=None):
             "best_val_loss": None if best_step is None else best_val_loss, "data": data.identity,
             "learning_rate": lr, "seed": recipe.seed, "processes": accelerator.num_processes,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
-        loss = "not evaluated" if val_loss is None else f"{val_loss:.4f} nats a token"
-        card = hub.model_card(
-            out_dir.name,
-            f"A GPT trained with nanogpt_accel on the corpus `{data.manifest['corpus']['name']}`, tokenizer "
-            f"`{data.tokenizer.kind}`.\nCheckpoint after {step:,} steps; validation loss: {loss}. It reads "
-            f"{block_size:,} tokens.", needs_code=True,
-            more=f"The recipe, where it differs from the defaults:\n\n```yaml\n{recipe.to_yaml(brief=True)}```\n")
-        saver.save(trainer, raw_model, optimizer, card)
+        saver.save(trainer, raw_model, optimizer, model_card(recipe, data, trainer))
 
     def settle(step, losses):
         """Losses of the steps up to `step` as floats, means of all processes; one that is no number ends the run."""
@@ -542,12 +535,25 @@ def ask_hub(recipe):
         return repository
 
 
+def model_card(recipe, data, trainer):
+    """The README.md of a checkpoint."""
+    return hub.model_card(
+        Path(recipe.out_dir).name,
+        f"A GPT trained with nanogpt_accel on the corpus `{data.manifest['corpus']['name']}`, tokenizer "
+        f"`{data.tokenizer.kind}`.\nCheckpoint after {trainer['step']:,} steps; validation loss: {loss_of(trainer)}. "
+        f"It reads {recipe.model.block_size:,} tokens.", needs_code=True,
+        more=f"The recipe, where it differs from the defaults:\n\n```yaml\n{recipe.to_yaml(brief=True)}```\n")
+
+
+def loss_of(trainer):
+    return "not evaluated" if trainer["val_loss"] is None else f"{trainer['val_loss']:.4f} nats a token"
+
+
 def push(pusher, out_dir, path):
     """Send a checkpoint on its way to the Hub, where the recipe asks for it."""
     if pusher is not None:
-        saved = checkpoint.read_trainer(path)
-        loss = "not evaluated" if saved["val_loss"] is None else f"{saved['val_loss']:.4f} nats a token"
-        pusher.push(path, f"{out_dir.name}, step {saved['step']}, validation loss {loss}")
+        trainer = checkpoint.read_trainer(path)
+        pusher.push(path, f"{out_dir.name}, step {trainer['step']}, validation loss {loss_of(trainer)}")
 
 
 def finish_pushing(pusher, out_dir, best_step, console):
