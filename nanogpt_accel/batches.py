@@ -107,6 +107,31 @@ def evaluation_batches(n_tokens, block_size, batch_size, eval_iters, seed=0):
     return batches + ([(np.array([whole * block_size]), rest)] if rest else [])
 
 
+def sliding_windows(n_tokens, block_size, stride, batch_size):
+    """Windows that overlap, so that a token is predicted from more than what its block holds before it: as
+    (starts, length, counted), of whose `length` predictions the last `counted` count, and all together every token
+    after the first once.
+
+    The windows are those of transformers' guide "Perplexity of fixed-length models": block_size tokens each, stride
+    apart. With stride = block_size none overlap, and as there the first token of each is left out.
+    """
+    windows, end = [], 0
+    for start in range(0, n_tokens, stride):
+        before, end = end, min(start + block_size, n_tokens)
+        windows.append((start, end - start - 1, min(end - before, end - start - 1)))
+        if end == n_tokens:
+            break
+    batches = []
+    for start, length, counted in windows:
+        if not length:  # one token, with nothing before it
+            continue
+        if batches and batches[-1][1:] == (length, counted) and len(batches[-1][0]) < batch_size:
+            batches[-1][0].append(start)
+        else:
+            batches.append(([start], length, counted))
+    return [(np.array(starts), length, counted) for starts, length, counted in batches]
+
+
 def seed_of(*numbers):
     """A 63-bit seed from whole numbers, such as (seed, step, micro-batch); for dropout and for the order."""
     low, high = np.random.SeedSequence(numbers).generate_state(2)

@@ -477,6 +477,19 @@ def _hub(spec, found):
     return corpus
 
 
+def joined_text(name, split):
+    """A built-in set of the Hub as one str, its rows joined by empty lines: how transformers' guide to perplexity and
+    what was published after it read raw WikiText-2.
+
+    Raises:
+        ValueError: no such set, or the Hub cannot be read.
+    """
+    if name not in HUB or split not in HUB[name].splits:
+        raise ValueError(f"text={name}: no such file, and no built-in set with a {split} split; there are "
+                         f"{', '.join(known for known in HUB if split in HUB[known].splits)}")
+    return "\n\n".join(_hub(name, replace(HUB[name], grouped=None)).read(split, None))
+
+
 def _newest_commit(spec, found):
     """The commit that a branch or a tag means now."""
     from huggingface_hub import HfApi

@@ -1,10 +1,12 @@
 """What a run measures: throughput, MFU, memory, the file metrics.jsonl, and the plot of it."""
 
+import errno
 import json
 import math
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +69,9 @@ def bits_per_byte(loss, tokens, text_bytes):
     return loss / math.log(2) * tokens / text_bytes if text_bytes else None
 
 
-def scores(loss, tokens, text_bytes, train_loss=None, split="val"):
-    """What an evaluation reports, by name. loss, tokens and text_bytes: of the whole split."""
-    found = {"train_loss": train_loss, f"{split}_loss": loss, "perplexity": perplexity(loss),
+def scores(loss, tokens, text_bytes, train_loss=None, split="val", error=None):
+    """What an evaluation reports, by name. loss, tokens and text_bytes: of the whole split. error: of the loss."""
+    found = {"train_loss": train_loss, f"{split}_loss": loss, "standard_error": error, "perplexity": perplexity(loss),
              "bits_per_byte": bits_per_byte(loss, tokens, text_bytes)}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -78,6 +80,13 @@ def describe(scores):
     """Scores in nanoGPT's words: train loss 1.2345, val loss 1.2345, perplexity 3.44, ..."""
     return ", ".join(f"{name.replace('_', ' ')} {value:.{2 if name == 'perplexity' else 4}f}"
                      for name, value in scores.items())
+
+
+def verdict(got, expected, tolerance):
+    """Whether a validation loss is the expected one within its tolerance, in words; nats a token."""
+    if abs(got - expected) <= tolerance + 1e-9:
+        return "reproduced"
+    return f"not reproduced, {abs(got - expected):.3f} {'higher' if got > expected else 'lower'}"
 
 
 def mean_loss(model, tokens, batches, to_inputs, accelerator):
@@ -101,11 +110,52 @@ def mean_loss(model, tokens, batches, to_inputs, accelerator):
         for i in range(-(-len(batches) // world)):
             starts, length = batches[min(i * world + rank, len(batches) - 1)]
             rows = torch.from_numpy(tokens.rows(starts, length + 1)).to(accelerator.device)
-            losses.append(model(**to_inputs(rows)).loss.float())
+            losses.append(model(**to_inputs(rows), return_logits=False).loss.float())
     model.train(was_training)
     gathered = accelerator.gather(torch.stack(losses)).view(world, -1).T.flatten().tolist()  # in order of batches
     weights = [len(starts) * length for starts, length in batches]
     return math.fsum(loss * weight for loss, weight in zip(gathered, weights, strict=False)) / sum(weights)
+
+
+def window_losses(model, tokens, windows, to_inputs, accelerator):
+    """Losses of fixed windows one by one, shared by all processes; the same numbers on each of them.
+
+    Args:
+        model, tokens, to_inputs, accelerator: as for mean_loss.
+        windows: a list of (starts, length, counted), as batches.sliding_windows makes it.
+
+    Returns:
+        (sums, counts): nats of the predictions that count, and their number, of each window, (n,) float64.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    model.eval()
+    world, rank = accelerator.num_processes, accelerator.process_index
+    most = max(len(starts) for starts, _, _ in windows)
+    found = []
+    with torch.no_grad():
+        for i in range(-(-len(windows) // world)):  # as many calls on every process, as in mean_loss
+            starts, length, counted = windows[min(i * world + rank, len(windows) - 1)]
+            inputs = to_inputs(torch.from_numpy(tokens.rows(starts, length + 1)).to(accelerator.device))
+            targets = inputs.pop("shift_labels")[:, -counted:]
+            logits = model(**inputs, use_cache=False).logits[:, -counted:]
+            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+            sums = losses.view(len(starts), counted).sum(1)
+            found.append(F.pad(torch.stack([sums, torch.full_like(sums, counted)]), (0, most - len(starts))))
+    gathered = accelerator.gather(torch.stack(found)).view(world, -1, 2, most).transpose(0, 1)  # in order of windows
+    sums, counts = gathered.flatten(0, 1)[:len(windows)].transpose(0, 1).flatten(1).double().cpu().numpy()
+    return sums[counts > 0], counts[counts > 0]
+
+
+def mean_and_error(sums, counts):
+    """(mean, its standard error) of losses a token, from window_losses: the windows are the sample, for the tokens of
+    one are not independent of each other. The error of a ratio (Cochran 1977, chapter 2); None of a single window."""
+    mean = sums.sum() / counts.sum()
+    n = len(sums)
+    if n < 2:
+        return float(mean), None
+    return float(mean), float(math.sqrt(n / (n - 1) * ((sums - mean * counts) ** 2).sum()) / counts.sum())
 
 
 class MetricsLog:
@@ -127,7 +177,10 @@ class MetricsLog:
         kept = [line for line in read_metrics(self.path)
                 if line["step"] < step or (line["step"] == step and "val_loss" in line)]
         temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())  # before the log of all steps makes way for it
         os.replace(temporary, self.path)
 
     def write(self, **values):
@@ -135,17 +188,32 @@ class MetricsLog:
         values = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in values.items()}
         is_first_trouble, self._waiting = not self._waiting, self._waiting + json.dumps(values).encode() + b"\n"
+        trouble = self._append()
+        if trouble and is_first_trouble:
+            self.warn(f"warning: {self.path} cannot be written ({trouble}); the run goes on and tries again")
+
+    def _append(self):
+        """Write what waits; the error where that does not work."""
         size = os.fstat(self.file.fileno()).st_size
         try:
             if self.file.write(self._waiting) < len(self._waiting):
-                raise OSError("the disk is full")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._waiting = b""
         except OSError as error:
-            os.ftruncate(self.file.fileno(), size)  # no line in part
-            if is_first_trouble:
-                self.warn(f"warning: {self.path} cannot be written ({error}); the run goes on and tries again")
+            with suppress(OSError):
+                os.ftruncate(self.file.fileno(), size)  # no line in part
+            return error
+
+    def flush(self):
+        """Let the lines reach the disk itself, ahead of a checkpoint: a machine that goes down leaves no checkpoint
+        without the lines before it."""
+        with suppress(OSError):
+            os.fsync(self.file.fileno())
 
     def close(self):
+        if self._waiting and (trouble := self._append()):
+            lost = len(self._waiting.splitlines())
+            self.warn(f"warning: {self.path}: its last lines, {lost}, are lost ({trouble})")
         self.file.close()
 
 

@@ -80,6 +80,20 @@ class TokenFile:
         return ids.astype(np.int64)
 
 
+class TokenArray:
+    """Token ids in memory, (n,), read as a TokenFile is."""
+
+    def __init__(self, ids):
+        self._ids = ids
+
+    def __len__(self):
+        return len(self._ids)
+
+    def rows(self, starts, length):
+        """The ids at starts[i] ... starts[i] + length - 1, as int64 of shape (len(starts), length)."""
+        return np.stack([self._ids[start : start + length] for start in starts]).astype(np.int64)
+
+
 class Writer:
     """Writes a data folder as the tokens come, out of sight until all of it is there, and goes on where an interrupted
     one stopped.
