@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 # name -> module. Loaded on first use, so that `nanogpt-accel --help` does not wait for torch.
 _PUBLIC = {"GPT": "model", "GPTConfig": "model", "Recipe": "recipe", "load_recipe": "recipe"}
-__all__ = list(_PUBLIC)
+__all__ = [*_PUBLIC, "train"]  # (a module that can be called, for `python -m nanogpt_accel.train` names it too)
 
 
 def __getattr__(name):

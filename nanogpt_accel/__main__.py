@@ -9,12 +9,15 @@ COMMANDS = {
     "prepare": "turn a recipe's corpus into token files (train does it when needed)",
     "data": "show what is in a data folder",
     "plan": "what a recipe needs: parameters, memory, time, and which of configs/ fits",
+    "bench": "how fast a recipe trains here, by part; variants side by side",
     "train": "train a recipe, or continue a run folder",
     "sample": "write text with a model: a run folder, a checkpoint folder or a Hub id",
     "evaluate": "loss, perplexity and bits per byte of a model on a validation set",
+    "report": "a page about one run or several: curves, samples, recipes",
     "export": "write a model as a stock architecture that any tool loads",
     "import": "read a checkpoint of nanoGPT",
     "push": "push a model to the Hugging Face Hub",
+    "doctor": "what this machine and this launch can do, and what to fix",
 }
 
 

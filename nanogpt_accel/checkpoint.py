@@ -21,16 +21,19 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from . import hub
 
+TRAINER = "state/trainer.json"
 INDEX = "state/index.json"  # size and hash of each file of a checkpoint
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")  # without these there is no model
 LOCK, HOLDER = ".lock", ".lock.json"  # of a run folder that is being trained in
 PATIENCE = 1800  # seconds for a process to write its piece of the optimizer's state
-_NAME = re.compile(r"checkpoint-(\d+)$")
+_NAME = re.compile(r"checkpoint-([0-9]{1,12})$")
+_LEFTOVER = re.compile(r"\.checkpoint-[0-9]{1,12}\.(tmp|old)$")
 
 
 def checkpoint_path(run, step):
@@ -63,7 +66,7 @@ class Saver:
         self.run, self.accelerator, self.tokenizer, self.keep_last = Path(run), accelerator, tokenizer, keep_last
         self.in_background, self.say, self.on_saved = in_background, say, on_saved
         self.trouble = None  # why the last checkpoint is not there, as text
-        self._thread = None
+        self._thread = self._defect = None
 
     def save(self, trainer, model, optimizer, card):
         """Save a checkpoint; returns when it is written, or in_background when everything is copied.
@@ -99,8 +102,14 @@ class Saver:
             if is_main:
                 self._close(temporary, final, trainer["best_step"])
 
+        def write_and_tell():
+            try:
+                write()
+            except Exception as error:  # a defect, which must not end with its thread
+                self._defect = error
+
         if self.in_background:
-            self._thread = threading.Thread(target=write)
+            self._thread = threading.Thread(target=write_and_tell)
             self._thread.start()
         else:
             write()
@@ -111,6 +120,8 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._defect is not None:
+            raise self._defect
 
     def _try(self, step, *arguments):
         """One step of a save, if those before it went well."""
@@ -146,11 +157,12 @@ def _name(step):
 def _make_place(temporary, n_bytes):
     """An empty folder to write into, where the disk has room for n_bytes."""
     for leftover in temporary.parent.glob(".checkpoint-*"):  # of a process that was killed while it saved or pruned
-        shutil.rmtree(leftover)
+        if _LEFTOVER.match(leftover.name):
+            _delete(leftover)
     (temporary / "state").mkdir(parents=True)
     free = shutil.disk_usage(temporary).free
     if free < n_bytes:
-        raise OSError(errno.ENOSPC, f"it takes {n_bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} are free")
+        raise OSError(errno.ENOSPC, f"it takes {n_bytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} are free")
 
 
 def _write_folder(temporary, model, weights, tokenizer, card, trainer):
@@ -222,6 +234,9 @@ def _receipts(state, pieces):
     return facts
 
 
+_PIECE = re.compile(r"state/optimizer(-\d{5}-of-\d{5})?\.safetensors$")
+
+
 def _piece(number, pieces):
     return "optimizer.safetensors" if pieces == 1 else f"optimizer-{number + 1:05d}-of-{pieces:05d}.safetensors"
 
@@ -245,8 +260,10 @@ def _prune(run, best_step, final, keep_last):
     found = checkpoints(run)
     kept = found[:found.index(final) + 1][-keep_last:]
     for old in found:
-        # later ones are damaged, for the run went back behind them; or another training's, and not ours to delete
-        is_ours = old < final or damage(old) is not None
+        # later ones are damaged, for the run went back behind them; or another training's, and not ours to delete. A
+        # folder that only has such a name is the user's
+        is_ours = any((old / name).is_file() for name in (*MODEL_FILES, TRAINER)) and (
+            old < final or damage(old) is not None)
         if old not in kept and old != best and is_ours:
             _remove(old)
 
@@ -262,10 +279,15 @@ def begin(run, recipe, is_resumed):
         for path in checkpoints(run):
             _remove(path)
         for path in run.iterdir():
-            if is_link(path) or path.name in ("metrics.jsonl", "loss.png"):
+            if is_link(path) or path.name in ("metrics.jsonl", "loss.png", "samples.jsonl", "expect.json"):
                 path.unlink()
+        for path in run.glob("nonfinite-*.json"):
+            path.unlink()
     temporary = run / "run.yaml.tmp"
-    temporary.write_text(recipe, encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(recipe)
+        file.flush()
+        os.fsync(file.fileno())  # an empty run.yaml would go on as another run
     os.replace(temporary, run / "run.yaml")
 
 
@@ -288,6 +310,8 @@ def damage(path, resumable=True, thorough=True):
             return f"{name} is missing"
         if os.path.getsize(path / name) != known["size"]:
             return f"{name} is damaged"
+    if resumable and not _is_trainer(path):
+        return f"{TRAINER} is not that of this checkpoint"
     if thorough:
         with ThreadPoolExecutor() as pool:
             found = pool.map(_hash_of, [path / name for name in facts])
@@ -319,11 +343,21 @@ def _read_index(path):
     """{file: {"size": bytes, "sha256": hash}} of a checkpoint, or None where there is no whole index."""
     try:
         facts = json.loads((path / INDEX).read_text(encoding="utf-8"))["files"]
-        is_whole = (facts.keys() >= {*MODEL_FILES, "state/trainer.json"}
+        is_whole = (facts.keys() >= {*MODEL_FILES, TRAINER} and any(map(_PIECE.match, facts))
+                    and all(re.fullmatch(r"(state/)?[\w.-]{1,200}", name) for name in facts)
                     and all(known.keys() == {"size", "sha256"} for known in facts.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return facts if is_whole else None
+
+
+def _is_trainer(path):
+    """Whether trainer.json is that of a checkpoint of this name: its step decides where the run goes on."""
+    try:
+        trainer = read_trainer(path)
+        return trainer["step"] == int(_NAME.match(path.name)[1]) and isinstance(trainer["best_step"], (int, type(None)))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _hash_of(file):
@@ -382,10 +416,16 @@ def lock(run):
     held = FileLock(run / LOCK, timeout=0)
     try:
         held.acquire()
-    except Timeout:
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks; a run there does without
+            return held
+        if not isinstance(error, Timeout):
+            raise ValueError(f"out_dir={run}: {run / LOCK} cannot be locked ({error.strerror}); move it away, or take "
+                             "another out_dir") from None
         raise ValueError(f"out_dir={run}: {_holder(run)} is training in it; wait for its end, stop it, or take another "
                          "out_dir") from None
-    (run / HOLDER).write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}), encoding="utf-8")
+    with suppress(OSError):  # only a help for others
+        (run / HOLDER).write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}), encoding="utf-8")
     return held
 
 
@@ -411,8 +451,12 @@ def _holder(run):
 def check_folder(folder):
     """Whether a new run may begin in a folder, as a list of problems: files of the user's own are not touched."""
     folder = Path(folder)
-    names = ("metrics.jsonl", "loss.png", "README.md", "model.py", "config.json", "generation_config.json",
-             "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    names = ("metrics.jsonl", "samples.jsonl", "expect.json", "loss.png", "README.md", "model.py", "config.json",
+             "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    folders = [name for name in ("run.yaml", "metrics.jsonl", "samples.jsonl", "loss.png") if (folder / name).is_dir()]
+    if folders:
+        return [f"out_dir={folder}: {', '.join(folders)} is a folder there, and a run writes such a file; take another "
+                "out_dir"]
     own = [name for name in names if (folder / name).exists() and not is_link(folder / name)]
     if own and not (folder / "run.yaml").exists():  # a run that was begun has one
         return [f"out_dir={folder}: holds {', '.join(own)}, but no run; take another out_dir"]
@@ -459,16 +503,20 @@ def load_optimizer(path, accelerator, model, optimizer):
     Raises:
         ValueError: the state is that of another model.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from . import sharding
 
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     places = {}  # "PARAMETER/FIELD" -> [(first row, file)], in order of the rows
     fields = {}  # PARAMETER -> {FIELD: None}, in order
-    for file in sorted((Path(path) / "state").glob("optimizer*.safetensors")):
-        opened = safe_open(file, framework="pt")
-        first_rows = json.loads(opened.metadata()["first_rows"])
+    for file in (Path(path) / name for name in sorted(_read_index(Path(path))) if _PIECE.match(name)):
+        try:
+            opened = safe_open(file, framework="pt")
+            first_rows = json.loads(opened.metadata()["first_rows"])
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{file}: no optimizer state of this toolkit ({error}); take the weights alone with "
+                             f"init_from={path}") from None
         for key in opened.keys():  # noqa: SIM118 (no dict)
             name, _, field = key.rpartition("/")
             shape = tuple(opened.get_slice(key).get_shape())
@@ -572,8 +620,17 @@ def is_link(path):
 def _remove(folder):
     """Delete a checkpoint; under a hidden name first, so that a half-deleted one is never taken for a whole."""
     hidden = folder.with_name(f".{folder.name}.old")
+    if hidden.exists():
+        _delete(hidden)
     os.rename(folder, hidden)
-    shutil.rmtree(hidden)
+    _delete(hidden)
+
+
+def _delete(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _flush(folder):

@@ -7,14 +7,19 @@
 """
 
 import difflib
+import errno
 import os
 import re
 import sys
+import time
 import traceback
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, ValidationError
 
+# what the machine refuses whoever asks it; the text names the file
+_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM,
+            errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTCONN}
 # `key=value` is an option; a path such as runs/a=b or ./a=b is not, because a key has no slash
 _ASSIGNMENT = re.compile(r"^(?:--)?([A-Za-z][\w.-]*)=(.*)$", re.DOTALL)
 
@@ -189,8 +194,9 @@ def run(command, argv):
     """Run `command(argv)` and return the process's exit status.
 
     A ValueError or OSError that this package raised is a message for the user: it is printed without a
-    traceback, a line for each mistake, and the status is 2. One that comes out of a library is a defect of
-    ours and keeps its traceback; NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
+    traceback, a line for each mistake, and the status is 2. So is what the machine refuses, such as room on a
+    disk. Another one that comes out of a library is a defect of ours and keeps its traceback;
+    NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -201,8 +207,11 @@ def run(command, argv):
     except BrokenPipeError:  # `nanogpt-accel sample ... | head` is no mistake and needs no words
         return 1
     except (ValueError, OSError) as error:
-        if os.environ.get("NANOGPT_ACCEL_DEBUG") == "1" or not _raised_here(error):
+        is_answer = _raised_here(error) or getattr(error, "errno", None) in _MACHINE
+        if os.environ.get("NANOGPT_ACCEL_DEBUG") == "1" or not is_answer:
             raise
+        if not _is_first():
+            time.sleep(3)  # where the first process says the same, the launcher ends this one meanwhile
         where = "" if _is_first() else f"rank {os.environ['RANK']}: "
         for line in str(error).splitlines() or [type(error).__name__]:
             print(f"{where}error: {line}", file=sys.stderr)

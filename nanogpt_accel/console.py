@@ -8,18 +8,19 @@ import time
 class Console:
     """Prints for the main process and is silent on the others.
 
-    In a terminal `step` moves one live progress line, and `say` prints above it; elsewhere both print lines.
+    In a terminal `step` moves one live progress line, and `say` prints above it; elsewhere both print lines. `quiet`
+    leaves warnings and what is said with `always`.
     """
 
-    def __init__(self, enabled=True):
-        self.enabled = enabled
+    def __init__(self, enabled=True, quiet=False):
+        self.enabled, self.quiet = enabled, quiet
         self.progress = None
 
     def start(self, first_step, last_step):
         """Begin the progress of steps first_step to last_step."""
         self.last_step = last_step
         self.began, self.began_at = time.perf_counter(), first_step
-        if self.enabled and sys.stdout.isatty():
+        if self.enabled and not self.quiet and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self.progress = Progress(
@@ -29,8 +30,10 @@ class Console:
             self.progress.start()
             atexit.register(self.stop)  # an error must not leave the terminal without its cursor
 
-    def say(self, text=""):
-        """A line that stays."""
+    def say(self, text="", always=False):
+        """A line that stays. A warning begins with `warning:`."""
+        if self.quiet and not always and not text.startswith("warning:"):
+            return
         if self.progress is not None:
             self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif self.enabled:
@@ -38,7 +41,7 @@ class Console:
 
     def write(self, text):
         """A piece of text without a line end, for samples that come word by word."""
-        if self.enabled:
+        if self.enabled and not self.quiet:
             _print(text, end="")
 
     def step(self, step, loss, seconds, tokens_per_second, mfu, notes=()):
@@ -47,7 +50,7 @@ class Console:
         if self.progress is not None:
             self.progress.update(self.task, completed=step + 1,
                                  description=f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s{mfu}")
-        elif self.enabled:
+        elif self.enabled and not self.quiet:
             done = step + 1 - self.began_at
             left = (time.perf_counter() - self.began) / max(done, 1) * (self.last_step - step - 1)
             _print(f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {tokens_per_second:,.0f} tokens/s"

@@ -111,15 +111,21 @@ class Corpus:
 
         bad: called with a line for each document that cannot be read, which is then left out; None: it is an error.
 
-        Raises ValueError for text that is not UTF-8, cannot be fetched, or is not there at all.
+        Raises ValueError for text that is not UTF-8, cannot be read or fetched, or is not there at all.
         """
-        empty = True
-        for text in self.read(split, bad or _refuse):
+        empty, left_out = True, []
+
+        def note(problem):
+            left_out.append(problem) if not left_out else None
+            bad(problem)
+
+        for text in self.read(split, note if bad else _refuse):
             if text:
                 empty = False
                 yield text
         if empty:
-            raise ValueError(f"corpus={self.source['name']}: there is no text in it: give another path")
+            reason = f" but what cannot be read (first: {left_out[0]})" if left_out else ""
+            raise ValueError(f"corpus={self.source['name']}: there is no text in it{reason}: give another path")
 
 
 def _refuse(problem):
@@ -165,16 +171,21 @@ def _local(spec, column, lines):
     if os.path.isfile(path):
         root, files = os.path.dirname(path), [path]
     elif os.path.isdir(path):
-        root, files = path, [f for f in _walk(path) if _suffix(f) in TEXT_SUFFIXES + TABLE_SUFFIXES]
+        root = path
+        files = [f for f in _walk(path) if _suffix(f) in TEXT_SUFFIXES + TABLE_SUFFIXES and _is_file(f)]
         if not files and os.path.isfile(os.path.join(path, "train.bin")):
             raise ValueError(f"corpus={spec}: holds token ids, not text: give data_dir={spec} instead")
         if not files:
             raise ValueError(f"corpus={spec}: no file of text ({' '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}) below this "
                              f"folder: name the files by a glob, such as '{os.path.join(spec, '*.log')}'")
     elif glob.has_magic(path):
-        root, files = ".", [f for f in glob.glob(path, recursive=True) if os.path.isfile(f)]
+        root, files = ".", [f for f in glob.glob(path, recursive=True) if _is_file(f)]
         if not files:
             raise FileNotFoundError(f"corpus={spec}: no file matches this glob")
+    elif os.path.lexists(path):
+        raise ValueError(f"corpus={spec}: " + ("a link to nothing: mend it" if os.path.islink(path) and not
+                         os.path.exists(path) else "a pipe, a device or a socket: write its text to a file")
+                         + ", or give another path")
     else:
         close = [] if os.sep in spec else difflib.get_close_matches(spec, BUILTIN, n=1)  # a path is no misspelt name
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -188,9 +199,9 @@ def _local(spec, column, lines):
     listing = hashlib.sha256()
     size = 0
     for name, file in files:
-        stat = os.stat(file)
-        size += stat.st_size
-        listing.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        n_bytes, changed = _size(file)
+        size += n_bytes
+        listing.update(f"{name}\0{n_bytes}\0{changed}\n".encode("utf-8", "surrogateescape"))
     name = source_name(spec)
     source = {"kind": "files", "name": name, "files": len(files), "bytes": size,
               "listing": listing.hexdigest()}
@@ -203,15 +214,36 @@ def _local(spec, column, lines):
 
     def read(split, bad):
         for _, file in files:
-            if _suffix(file) in TABLE_SUFFIXES or lines:
-                yield from _rows(spec, file, column, bad)
-            else:
-                yield from _whole(spec, file, bad)
+            try:
+                if _suffix(file) in TABLE_SUFFIXES or lines:
+                    yield from _rows(spec, file, column, bad)
+                else:
+                    yield from _whole(spec, file, bad)
+            except OSError as error:  # also of a file that is cut off or has gone since it was listed
+                problem = f"corpus={spec}: {file}: {error.strerror or error}"
+                if is_single:
+                    raise ValueError(f"{problem}: make the file whole, or give another path") from None
+                bad(problem)
 
     is_single = len(files) == 1 and not has_tables and not lines
     # compressed text is about three times as long as its file
-    size = sum(os.path.getsize(f) * (3 if _is_compressed(f) else 1) for _, f in files)
+    size = sum(_size(f)[0] * (3 if _is_compressed(f) else 1) for _, f in files)
     return Corpus(short[:40], source, is_single, read, bytes=size)
+
+
+def _is_file(path):
+    """True for a regular file, and for a link to nothing, which is refused when it is read; false for a pipe or a
+    device, which could be read for ever."""
+    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
+
+
+def _size(path):
+    """(bytes, time of the last change in ns) of a file; zeros where it is gone, which is refused when it is read."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _suffix(path):
@@ -228,7 +260,7 @@ def _whole(spec, path, bad):
     with _open(path) as file:
         raw = file.read()
     try:
-        yield _decode(spec, raw, path)
+        yield _decode(spec, raw, path).removeprefix("\ufeff")  # a byte order mark is no text
     except ValueError as error:
         if bad is _refuse:  # its message has a remedy of its own
             raise
@@ -245,24 +277,43 @@ def _rows(spec, path, column, bad):
             csv.field_size_limit(2**31 - 1)
             # (Excel begins with a byte order mark; bytes that are no UTF-8 are found row by row below)
             text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
-            rows = csv.DictReader(text, delimiter="," if suffix == ".csv" else "\t")
-            try:
-                _check_column(spec, path, column, rows.fieldnames or [])
-                for row in rows:
-                    if row[column] is None:
-                        bad(f"corpus={spec}: {path}, line {rows.line_num}: a row without {column}")
-                    elif not _is_unicode(row[column]):
-                        bad(f"corpus={spec}: {path}, line {rows.line_num}: not UTF-8 text")
-                    else:
-                        yield row[column]
-            except csv.Error as error:
-                raise ValueError(f"corpus={spec}: {path}, line {rows.line_num}: not CSV ({error})") from None
+            # (strict, or a quote that is never closed takes the rest of the file for one text)
+            rows = csv.reader(text, delimiter="," if suffix == ".csv" else "\t", strict=True)
+            columns, line = None, 1  # the names of the first row, and where the row at hand begins
+            while True:
+                where = f"corpus={spec}: {path}, line {line}"
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    break
+                except csv.Error as error:
+                    bad(f"{where}: not CSV ({error}; is a quote left open?)")
+                    row = []
+                if columns is None:
+                    if not row:
+                        break
+                    _check_column(spec, path, column, row)
+                    columns, at = row, row.index(column)
+                elif len(row) > len(columns):
+                    bad(f"{where}: a row of {len(row)} values, but there are {len(columns)} columns (quote a text "
+                        "that holds the delimiter)")
+                elif row and len(row) <= at:
+                    bad(f"{where}: a row without {column}")
+                elif row and not _is_unicode(row[at]):
+                    bad(f"{where}: not UTF-8 text")
+                elif row:
+                    yield row[at]
+                line = rows.line_num + 1
+            if columns is None:
+                bad(f"corpus={spec}: {path}, line 1: empty, so there is no column text_column={column}: begin the file "
+                    "with a line of the columns' names")
     else:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
                 where = f"corpus={spec}: {path}, line {number}"
                 try:
                     text = line.decode("utf-8")
+                    text = text.removeprefix("\ufeff") if number == 1 else text  # a byte order mark is no text
                     if suffix in (".jsonl", ".ndjson"):
                         if not text.strip():
                             continue
@@ -291,9 +342,11 @@ def _parquet_rows(spec, path, column, bad):
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with open(path, "rb") as raw, pq.ParquetFile(raw) as file:
             _check_column(spec, path, column, file.schema_arrow.names)
-            if not (pa.types.is_string(kind := file.schema_arrow.field(column).type) or pa.types.is_large_string(kind)):
+            kind = file.schema_arrow.field(column).type
+            held = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if not (pa.types.is_string(held) or pa.types.is_large_string(held) or pa.types.is_string_view(held)):
                 raise ValueError(f"corpus={spec}: {path}: {column} holds {kind}, not text: give another text_column")
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
@@ -303,8 +356,8 @@ def _parquet_rows(spec, path, column, bad):
                         bad(f"corpus={spec}: {path}, row {number}: nothing in {column}, or not UTF-8 text")
                     else:
                         yield text
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"corpus={spec}: {path}: not a whole parquet file ({_one_line(error)})") from None
+    except pa.ArrowException as error:
+        raise OSError(f"not a whole parquet file ({_one_line(error)})") from None
 
 
 def _texts(column):
@@ -333,6 +386,9 @@ def _is_unicode(text):
 
 
 def _check_column(spec, path, column, columns):
+    if columns.count(column) > 1:
+        raise ValueError(f"corpus={spec}: {path}: {columns.count(column)} columns are named {column}: rename all but "
+                         "one, or give another text_column")
     if column not in columns:
         raise ValueError(f"corpus={spec}: {path}: no column {column}; there are {', '.join(map(str, columns))}: give "
                          "text_column")
@@ -352,11 +408,12 @@ def _open(path):
     import pyarrow as pa
 
     compression = "gzip" if path.lower().endswith(".gz") else "zstd"
-    try:
-        with pa.CompressedInputStream(pa.OSFile(path), compression) as stream:
-            yield io.BufferedReader(stream)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a whole {compression} file ({_one_line(error)})") from None
+    with open(path, "rb") as file:
+        try:
+            with pa.CompressedInputStream(file, compression) as stream:
+                yield io.BufferedReader(stream)
+        except (pa.ArrowException, OSError) as error:
+            raise OSError(f"not a whole {compression} file ({_one_line(error)})") from None
 
 
 def _python():

@@ -253,6 +253,21 @@ def ready(data, is_main, report=print):
     return open_dataset(data)
 
 
+def guess_vocab_size(data, assumed):
+    """Symbols of a tokenizer that is not there before the data are prepared. What is not certain is put into `assumed`
+    in words."""
+    if data.tokenizer == "gpt2":
+        return 50257
+    if data.tokenizer == "bpe":
+        assumed.append(f"{data.vocab_size:,} symbols, as vocab_size asks; a small text makes fewer")
+        return data.vocab_size
+    if data.tokenizer == "char":
+        symbols = 65 if data.corpus == "shakespeare" else 256
+        assumed.append(f"{symbols} characters" + ("" if symbols == 65 else "; preparing the data counts them"))
+        return symbols
+    return Tokenizer.load(data.tokenizer).vocab_size
+
+
 def require_tokenizer(dataset, folder, key):
     """A list of problems: whether the model in `folder` reads other ids than the data hold. key: for the message."""
     held = Tokenizer.load(folder)

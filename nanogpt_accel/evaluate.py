@@ -8,6 +8,7 @@
 
 import json
 import sys
+import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,27 +68,34 @@ def main(argv):
     device = {key: value for key, value in given.items() if key.rpartition(".")[2] in TRAIN.model_fields}
     if options.tasks:
         return run_tasks(target, load_recipe(None, device), options)
-    is_named = not {"corpus", "data_dir", "data.corpus", "data.data_dir"}.isdisjoint(given)
-    path = None if options.text else recipe_path(target, options.recipe, is_named)
+    named = {key.removeprefix("data.") for key in given} & {"corpus", "data_dir", "tokenizer"}
+    is_named = not named.isdisjoint({"corpus", "data_dir"}) and options.recipe is None
+    # 1) the recipe that is given; 2) the data that the options name, in the tokens of the model; 3) the run's own data
+    path = None if options.text or is_named else recipe_path(target, options.recipe)
+    if is_named and named.isdisjoint({"tokenizer", "data_dir"}):
+        given["tokenizer"] = tokenizer_of(target)
     recipe = load_recipe(path, {"eval_iters": "all", **(device if options.text else given)},
                          check=lambda r: ([] if options.text else dataset.check(r.data, 1)) + launch.check_launcher())
     is_given = not {"block_size", "model.block_size"}.isdisjoint(given)
     evaluate(target, recipe, options, recipe.model.block_size if is_given else None)
 
 
-def recipe_path(target, recipe, is_named):
-    """The recipe to take the data from: the one that is given, or the run.yaml of the model's run; None where there is
-    none and the options name the data."""
+def recipe_path(target, recipe):
+    """The recipe to take the data from: the one that is given, or the run.yaml of the model's run."""
     if recipe is not None:
         return recipe
     for folder in (Path(target), Path(target).parent):
         if (folder / "run.yaml").is_file():
             return folder / "run.yaml"
-    if is_named:
-        return None
     hint = "" if Path(target).exists() else ", or correct the path: no such folder here"
     raise ValueError(f"{target}: there is no run.yaml beside it to say which data to use; add --recipe RECIPE.yaml, or "
                      f"corpus=... or data_dir=...{hint}")
+
+
+def tokenizer_of(target):
+    """The `tokenizer` key that gives a model's own tokens: gpt2, or the folder that holds its tokenizer.json."""
+    folder = checkpoint.find_model(target, warn=lambda line: None)
+    return "gpt2" if Tokenizer.load(folder).kind == "gpt2" else str(folder)
 
 
 def evaluate(target, recipe, options, block_size=None):
@@ -131,7 +139,8 @@ def evaluate(target, recipe, options, block_size=None):
         windows = [(starts, length, length) for starts, length in evaluation_batches(
             len(tokens), block_size, recipe.train.batch_size, recipe.train.eval_iters)]
     to_inputs = partial(model_inputs, eot_id=eot_id if recipe.data.document_mask else None)
-    sums, counts = metrics.window_losses(model, tokens, windows, to_inputs, accelerator)
+    progress = Progress(warn) if accelerator.is_main_process else None
+    sums, counts = metrics.window_losses(model, tokens, windows, to_inputs, accelerator, progress)
     loss, error = metrics.mean_and_error(sums, counts)
     split = "text" if options.text and Path(options.text).is_file() else options.split
     scores = metrics.scores(loss, len(tokens), text_bytes, split=split, error=error)
@@ -143,6 +152,20 @@ def evaluate(target, recipe, options, block_size=None):
             print(f"{folder} on {name}, {scores.pop('tokens'):,} tokens: {metrics.describe(scores)}")
     accelerator.end_training()
     return scores
+
+
+class Progress:
+    """A line now and then about what takes long. say: takes a line."""
+
+    def __init__(self, say, seconds=5):
+        self.say, self.seconds, self.began = say, seconds, time.monotonic()
+        self.shown = self.began
+
+    def __call__(self, done, of):
+        now = time.monotonic()
+        if now - self.shown > self.seconds:
+            self.shown = now
+            self.say(f"evaluated {done:,} of {of:,} batches, {(now - self.began) / done * (of - done):.0f} s left")
 
 
 def open_split(recipe, options, folder, config, target, warn):

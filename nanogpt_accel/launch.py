@@ -12,6 +12,7 @@ from datetime import timedelta
 # Accelerate's trackers -> the module that each needs
 TRACKERS = {"aim": "aim", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow",
             "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
+TEXT_TRACKERS = ("comet_ml", "tensorboard", "wandb")
 FP8_BACKENDS = ("torchao", "transformer_engine", "msamp")  # any of these modules will do for Accelerate
 
 
@@ -27,7 +28,7 @@ def check_launch(gradient_accumulation_steps, trackers=()):
         fewer = " or ".join(str(n) for n in range(1, processes) if gradient_accumulation_steps % n == 0)
         problems.append(f"train.gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared by "
                         f"{processes} processes (its product with batch_size makes the step): set it to {fitting}, or "
-                        f"run {fewer} processes")
+                        f"run {fewer} process{'es' * (fewer != '1')}")
     problems += check_launcher()
     for name in trackers:
         if name not in TRACKERS:
@@ -77,6 +78,12 @@ def world_size():
     if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"WORLD_SIZE={value}: this variable is the launcher's number of processes; unset it")
     return int(value)
+
+
+def asks_for_sharding():
+    """True where the launcher asks for FSDP or DeepSpeed."""
+    return any(os.environ.get(name, "").lower() == "true"
+               for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
 
 
 def is_main():
@@ -277,9 +284,18 @@ class Trackers:
             raise ValueError(f"tracking.trackers: one does not start: {reason} (without a network or an account: "
                              "WANDB_MODE=offline, or trackers=tensorboard)") from None
 
+    def log_text(self, name, text, step):
+        """For those that show text."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name in TEXT_TRACKERS:
+                self._try(tracker.log, {name: text}, step)
+
     def log(self, values, step):
+        self._try(self.accelerator.log, values, step)
+
+    def _try(self, log, values, step):
         try:
-            self.accelerator.log(values, step=step)
+            log(values, step=step)
         except Exception as error:
             if not self._is_warned:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

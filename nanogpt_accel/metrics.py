@@ -117,12 +117,13 @@ def mean_loss(model, tokens, batches, to_inputs, accelerator):
     return math.fsum(loss * weight for loss, weight in zip(gathered, weights, strict=False)) / sum(weights)
 
 
-def window_losses(model, tokens, windows, to_inputs, accelerator):
+def window_losses(model, tokens, windows, to_inputs, accelerator, progress=None):
     """Losses of fixed windows one by one, shared by all processes; the same numbers on each of them.
 
     Args:
         model, tokens, to_inputs, accelerator: as for mean_loss.
         windows: a list of (starts, length, counted), as batches.sliding_windows makes it.
+        progress: called with the number of windows' batches done and of all.
 
     Returns:
         (sums, counts): nats of the predictions that count, and their number, of each window, (n,) float64.
@@ -143,6 +144,8 @@ def window_losses(model, tokens, windows, to_inputs, accelerator):
             losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
             sums = losses.view(len(starts), counted).sum(1)
             found.append(F.pad(torch.stack([sums, torch.full_like(sums, counted)]), (0, most - len(starts))))
+            if progress is not None:
+                progress(min((i + 1) * world, len(windows)), len(windows))
     gathered = accelerator.gather(torch.stack(found)).view(world, -1, 2, most).transpose(0, 1)  # in order of windows
     sums, counts = gathered.flatten(0, 1)[:len(windows)].transpose(0, 1).flatten(1).double().cpu().numpy()
     return sums[counts > 0], counts[counts > 0]
@@ -226,7 +229,7 @@ def read_metrics(path):
                 line = json.loads(text)
             except json.JSONDecodeError:
                 break  # nothing whole follows a torn line
-            if not isinstance(line, dict) or "step" not in line:
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
                 break
             lines.append(line)
     return lines

@@ -232,6 +232,65 @@ class Block(GradientCheckpointingLayer):
         return x  # (B, T, C)
 
 
+def loss_of_rows(rows, weight, targets, softcap, needs_grad):
+    """Cross-entropy summed over some rows of x @ weight.T, and its gradient for these logits, (n, V), in the rows'
+    type. See SummedLoss."""
+    counts, targets = targets != -100, targets.clamp(min=0).unsqueeze(1)  # (n,), (n, 1)
+    logits = F.linear(rows, weight).float()  # (n, V)
+    if softcap is not None:
+        bounded = torch.tanh(logits / softcap)
+        logits = softcap * bounded
+    total = logits.logsumexp(1)  # (n,)
+    loss = ((total - logits.gather(1, targets).squeeze(1)) * counts).sum()
+    if not needs_grad:
+        return loss, None
+    # softmax less one at the target, and zeros where it is ignored, in the logits' own memory
+    grad = logits.sub_(total.masked_fill(~counts, math.inf).unsqueeze(1)).exp_()
+    grad.scatter_add_(1, targets, -counts.float().unsqueeze(1))
+    if softcap is not None:
+        grad *= bounded.square_().neg_().add_(1)  # the derivative of tanh
+    return loss, grad.to(rows.dtype)
+
+
+class SummedLoss(torch.autograd.Function):
+    """Cross-entropy summed over the rows of x @ weight.T, some rows at a time, so that the logits never stand in memory
+    as a whole; with the gradients of each piece while its logits are there, so that nothing is computed twice.
+
+    After Liger Kernel's fused linear cross-entropy (Hsu et al. 2024). torch's own F.linear_cross_entropy does the same,
+    but knows neither autocast nor a soft-cap, and breaks the graph of torch.compile.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, softcap, n_rows, needs_grad):
+        """x: (N, C) and weight: (V, C) of one type. targets: (N,), -100 is ignored. Returns a float32 scalar."""
+        loss = torch.zeros((), device=x.device)
+        if needs_grad:
+            grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(x), n_rows):
+            stop = start + n_rows
+            rows = x[start:stop]
+            loss_here, grad = loss_of_rows(rows, weight, targets[start:stop], softcap, needs_grad)
+            loss += loss_here
+            if not needs_grad:
+                continue
+            grad_x[start:stop] = grad @ weight
+            if grad.dtype == torch.float32:
+                grad_weight.addmm_(grad.t(), rows)
+            else:
+                grad_weight += grad.t() @ rows  # (no kernel adds products of half precision to float32)
+            del grad  # before the next one is made
+        if needs_grad:
+            ctx.save_for_backward(grad_x, grad_weight)
+            ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight = ctx.saved_tensors
+        # in place, for they are large; a second backward pass is thereby an error
+        return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss).to(ctx.dtype), None, None, None, None
+
+
 class GPT(PreTrainedModel, GenerationMixin):
     """A decoder-only Transformer language model, loadable with AutoModelForCausalLM."""
 
@@ -243,6 +302,9 @@ class GPT(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # how many logits may be in memory at once where the loss alone is wanted; of more, it is computed in pieces. None:
+    # 2**24 on a CPU, which are 64 MB in float32, and 2**27 elsewhere, for GPUs are at their best with a thousand rows
+    largest_logits = None
     _can_record_outputs = {"attentions": CausalSelfAttention}
 
     def __init__(self, config):
@@ -311,6 +373,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         num_items_in_batch=None,
         output_hidden_states=None,
+        return_logits=True,
         **kwargs,
     ):
         """Next-token logits, and the loss where targets are given.
@@ -327,10 +390,12 @@ class GPT(PreTrainedModel, GenerationMixin):
             num_items_in_batch: divide the summed loss by this instead of the number of targets (Trainer's
                 way of accumulating).
             output_hidden_states: also return what goes into each block, and what comes out of the last norm.
+            return_logits: False where the loss alone is wanted: then no more than largest_logits of them are in
+                memory at once, which changes the last bits of sums where there are more.
 
         Returns:
             CausalLMOutputWithPast: loss (nats a token, float32 scalar), logits (B, T, V), past_key_values,
-            hidden_states (n_layer + 1 of (B, T, C)).
+            hidden_states (n_layer + 1 of (B, T, C)). logits are None with return_logits=False and targets.
 
         Raises:
             ValueError: a sequence that is longer than block_size, where positions are learned.
@@ -373,20 +438,36 @@ class GPT(PreTrainedModel, GenerationMixin):
         x = self.transformer.ln_f(x)
         hidden_states = hidden_states + (x,) if output_hidden_states else None
 
+        if has_targets and shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T), nothing follows the last one
+        most = self.largest_logits or (2**24 if x.device.type == "cpu" else 2**27)
+        n_pieces = math.ceil(x.shape[0] * x.shape[1] * self.config.vocab_size / most)
+        if has_targets and not return_logits and n_pieces > 1:
+            loss = self.loss_in_pieces(x, shift_labels, n_pieces, num_items_in_batch)
+            return CausalLMOutputWithPast(loss=loss, past_key_values=past_key_values, hidden_states=hidden_states)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])  # (B, T, V)
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         loss = None
         if has_targets:
-            if shift_labels is None:
-                shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T), nothing follows the last one
             loss = F.cross_entropy(logits.float().flatten(0, 1), shift_labels.flatten(), ignore_index=-100,
                                    reduction="mean" if num_items_in_batch is None else "sum")
             if num_items_in_batch is not None:
                 loss = loss / num_items_in_batch
+            if not return_logits:
+                logits = None
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values,
                                       hidden_states=hidden_states)
+
+    def loss_in_pieces(self, x, shift_labels, n_pieces, num_items_in_batch=None):
+        """The loss of forward without ever all logits in memory. x: (B, T, C); shift_labels: (B, T)."""
+        device, weight = x.device.type, self.lm_head.weight
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        x, targets = x.flatten(0, 1), shift_labels.flatten()  # (B * T, C), (B * T,)
+        loss = SummedLoss.apply(x.to(dtype), weight.to(dtype), targets, self.config.logit_softcap,
+                                math.ceil(len(x) / n_pieces), torch.is_grad_enabled())
+        return loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 # `AutoModelForCausalLM.from_pretrained` knows the class where this file is imported, and finds the copy of this

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from . import cli, dataset, metrics, sizing
 from .cli import Float, Int
-from .recipe import FIELDS, SECTIONS, load_recipe
+from .recipe import FIELDS, SETTINGS, load_recipe
 
 GIB = 2**30
 RESERVE = 0.1  # share of a GPU's memory for CUDA itself, the kernels' work space and fragments
@@ -48,7 +48,7 @@ def main(argv):
         return cli.show_help(
             "nanogpt-accel plan RECIPE.yaml [gpus=8] [gpu=h100] [mfu=0.4] [--json] [key=value ...]",
             "Parameters, FLOPs, memory by part, time and checkpoint size of a run, and which of configs/ fits.",
-            {"options": PlanOptions, **SECTIONS})
+            {"options": PlanOptions, **SETTINGS})
     own_fields = {field.alias or name: field for name, field in PlanOptions.model_fields.items()}
     target, given = cli.parse(argv, {**FIELDS, **own_fields})
     options, problems, _ = cli.validate(PlanOptions, {key: given.pop(key) for key in own_fields if key in given})
@@ -183,7 +183,7 @@ def find_shape(recipe, assumed):
             train_tokens = min(train_tokens, data.limit_tokens or train_tokens)
     if init_from in ("scratch", "resume"):
         if vocab_size is None:
-            vocab_size = guess_vocab_size(data, assumed)
+            vocab_size = dataset.guess_vocab_size(data, assumed)
         multiple = recipe.model.pad_vocab_to_multiple_of
         return {**recipe.shape, "vocab_size": -(-vocab_size // multiple) * multiple}, train_tokens
     if init_from in sizing.GPT2_SHAPES:
@@ -196,22 +196,6 @@ def find_shape(recipe, assumed):
                              "give their folder, or init_from=scratch with n_layer, n_head, n_embd")
         shape = interop.read_config(checkpoint.find_model(init_from))
     return {**shape, "block_size": recipe.model.block_size}, train_tokens
-
-
-def guess_vocab_size(data, assumed):
-    """Symbols of a tokenizer that is not there before the data are prepared."""
-    if data.tokenizer == "gpt2":
-        return 50257
-    if data.tokenizer == "bpe":
-        assumed.append(f"{data.vocab_size:,} symbols, as vocab_size asks; a small text makes fewer")
-        return data.vocab_size
-    if data.tokenizer == "char":
-        symbols = 65 if data.corpus == "shakespeare" else 256
-        assumed.append(f"{symbols} characters" + ("" if symbols == 65 else "; preparing the data counts them"))
-        return symbols
-    from .tokenizer import Tokenizer
-
-    return Tokenizer.load(data.tokenizer).vocab_size
 
 
 def pick_precision(mixed_precision, gpu):

@@ -4,6 +4,7 @@ The sections below are the whole list of keys; their defaults are nanoGPT's trai
 says otherwise. Nothing heavy is imported here, so that a mistake in a recipe is answered at once.
 """
 
+import json
 import math
 import os
 from pathlib import Path
@@ -171,6 +172,9 @@ class Train(Section):
                                       "run ends")
     sample_tokens: Int = Field(0, ge=0, description="tokens of the sample printed at the end; 0: none")
     sample_prompt: str = Field("\n", description="what that sample begins with")
+    sample_interval: Annotated[Int | None, BeforeValidator(_none)] = Field(
+        None, ge=1, description="steps between samples while the run goes on, which samples.jsonl keeps; none: at the "
+        "end alone")
 
 
 class Checkpoint(Section):
@@ -190,6 +194,7 @@ class Tracking(Section):
     project: str = Field("nanogpt_accel", description="the trackers' project")
     run_name: Annotated[str | None, BeforeValidator(_none)] = Field(
         None, description="the run's name there; none: the name of out_dir")
+    quiet: bool = Field(False, description="print nothing but warnings and the last lines")
 
 
 class Hub(Section):
@@ -199,6 +204,24 @@ class Hub(Section):
     hub_private: bool = Field(False, description="a repository that is made is private")
     hub_branch: Annotated[str | None, BeforeValidator(_none)] = Field(
         None, description="branch to push to; none: main")
+
+
+class Expect(Section):
+    """What the run comes to; at its end it says whether it did. It is no setting, so it stands in a file alone."""
+
+    val_loss: Annotated[Float | None, BeforeValidator(_none)] = Field(
+        None, gt=0, description="validation loss that the run comes to, nats a token, as it measures it itself; none: "
+        "not known")
+    tolerance: Annotated[Float | None, BeforeValidator(_none)] = Field(
+        None, gt=0, description="how far from it still counts as reproduced; none: no verdict")
+    evaluation: Literal["last", "best"] = Field("last", description="which of the run's evaluations is meant")
+    steps: Annotated[Int | None, BeforeValidator(_none)] = Field(
+        None, ge=0, description="after so many steps; none: max_iters")
+    hardware: str = Field("", description="what it ran on")
+    time: str = Field("", description="how long it takes there")
+    source: str = Field("", description="who saw it")
+    changed: list[str] = Field([], description="written by train: keys that a command line gave other values than the "
+                               "file's, so that the recipe's number is not this run's to reach")
 
 
 class Recipe(Section):
@@ -214,6 +237,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
     hub: Hub = Hub()
+    expect: Expect = Expect()
 
     @property
     def shape(self):
@@ -237,9 +261,10 @@ class Recipe(Section):
         return self.checkpoint.save_interval or self.train.eval_interval
 
     def flat(self):
-        """One flat dictionary of plain values, which every tracker can take."""
+        """One flat dictionary of plain values, which every tracker can take: all settings, not what is expected."""
         values = self.model_dump()
-        leaves = {key: values[section][key] if section else values[key] for key, section in SECTION_OF.items()}
+        leaves = {key: values[section][key] if section else values[key] for key, section in SECTION_OF.items()
+                  if not section or section in SETTINGS}
         return {key: value if isinstance(value, (bool, int, float, str)) else str(value)
                 for key, value in leaves.items()}
 
@@ -248,7 +273,8 @@ class Recipe(Section):
         the places where it ran, for others to read."""
         if not brief:
             return yaml.safe_dump(self.model_dump(), sort_keys=False)
-        values = self.model_dump(exclude_defaults=True, exclude={"out_dir": True, "data": {"data_dir"}})
+        values = self.model_dump(exclude_defaults=True,
+                                 exclude={"out_dir": True, "data": {"data_dir"}, "expect": True})
         if "corpus" in values.get("data", {}):
             values["data"]["corpus"] = os.path.basename(values["data"]["corpus"]) or values["data"]["corpus"]
         return yaml.safe_dump(values, sort_keys=False)
@@ -256,11 +282,18 @@ class Recipe(Section):
 
 SECTIONS = {name: field.annotation for name, field in Recipe.model_fields.items()
             if isinstance(field.annotation, type) and issubclass(field.annotation, Section)}
+# what a command line may set; what a recipe expects stands in its file alone
+SETTINGS = {name: section for name, section in SECTIONS.items() if name != "expect"}
 # leaf key -> its section's name, "" for the keys at the top
 SECTION_OF = {key: "" for key in Recipe.model_fields if key not in SECTIONS}
 SECTION_OF |= {key: name for name, section in SECTIONS.items() for key in section.model_fields}
 FIELDS = {key: (SECTIONS[name] if name else Recipe).model_fields[key] for key, name in SECTION_OF.items()}
 FIELDS |= {f"{name}.{key}": FIELDS[key] for key, name in SECTION_OF.items() if name}
+
+# what an expected loss depends on: these sections and these keys. A seed is left out, for a tolerance covers seeds
+SECTIONS_THAT_MATTER = ("data", "model", "optimizer")
+KEYS_THAT_MATTER = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters",
+                    "eval_first", "eval_only")
 
 # nanoGPT's keys that have another name here, each with what to write instead
 NANOGPT_KEYS = {
@@ -286,6 +319,8 @@ CROSS_CHECKS = [
      lambda r: r.model.position != "rotary" or r.shape["head_dim"] % 2 == 0,
      lambda r: f"model.head_dim={r.shape['head_dim']}: position=rotary turns pairs, so heads have an even width"
                + ("" if r.model.head_dim else " (n_embd / n_head)")),
+    (("sample_interval", "sample_tokens"), lambda r: not r.train.sample_interval or r.train.sample_tokens,
+     lambda r: f"train.sample_interval={r.train.sample_interval}: of how many tokens? Say sample_tokens=200 or so"),
     (("eval_iters",), lambda r: r.train.eval_iters == "all" or r.train.eval_iters >= 1,
      lambda r: f"train.eval_iters={r.train.eval_iters}: must be 1 or more, or all"),
     (("min_lr", "learning_rate"), lambda r: r.min_lr <= r.optimizer.learning_rate,
@@ -340,11 +375,15 @@ def load_recipe(path, overrides=None, check=None):
             problems.append(_misplaced(path, key, key))
 
     # 2) what the command line says wins
+    filed = {name: dict(values) for name, values in given.items()}
     for key, value in (overrides or {}).items():
         section, dot, leaf = key.rpartition(".")
         home = SECTION_OF.get(leaf)
         if home is None or (dot and section != home):
             problems.append(_unknown(key))
+        elif home == "expect":
+            problems.append(f"{key}: what a recipe expects stands in its file, not on a command line"
+                            + " (the steps of the run are max_iters)" * (leaf == "steps"))
         else:
             given[home][leaf] = value
 
@@ -366,7 +405,20 @@ def load_recipe(path, overrides=None, check=None):
         problems += check(recipe)
     if problems:
         raise ValueError("\n".join(problems))
+    if overrides and recipe.expect.val_loss is not None:
+        changed = sorted({*recipe.expect.changed, *_changed(filed, recipe)})
+        recipe = recipe.model_copy(update={"expect": recipe.expect.model_copy(update={"changed": changed})})
     return recipe
+
+
+def _changed(filed, recipe):
+    """The keys which an expected loss depends on and which the file has otherwise than the recipe."""
+    for name in (*SECTIONS_THAT_MATTER, "train"):
+        before, after = validate(SECTIONS[name], filed[name])[0].model_dump(), getattr(recipe, name).model_dump()
+        for key in KEYS_THAT_MATTER if name == "train" else before:
+            is_resumed = key == "init_from" and "resume" in (before[key], after[key])
+            if before[key] != after[key] and not is_resumed:
+                yield key
 
 
 def _misplaced(path, key, leaf):
@@ -419,8 +471,23 @@ def _read_yaml(path):
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ValueError(f"{path}: not YAML: {line}{getattr(error, 'problem', None) or error}") from None
+    if values is None and path.name == "run.yaml":
+        raise ValueError(f"{path}: is empty, and a run's is not: begin it again from its recipe, with overwrite=true")
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is sections with keys, this is a {type(values).__name__}")
     return {str(key): value for key, value in values.items()}
+
+
+def schema():
+    """The JSON schema of recipe files, by which editors complete and check them; recipes/recipe.schema.json holds it
+    (python -m nanogpt_accel.recipe > recipes/recipe.schema.json)."""
+    found = Recipe.model_json_schema()
+    trackers = found["$defs"]["Tracking"]["properties"]["trackers"]
+    trackers["type"] = ["array", "string", "null"]  # `trackers: wandb` will do
+    return json.dumps(found, indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    print(schema(), end="")

@@ -10,6 +10,7 @@ Letters: M = batch * block_size, the tokens of a micro-batch.
 import math
 
 FLOAT, HALF = 4, 2  # bytes of a float32, of a bfloat16 or float16
+LARGEST_LOGITS_CPU, LARGEST_LOGITS = 2**24, 2**27  # of more, model.py computes the loss in pieces
 
 # What a GPU's name stands for, in GiB by the makers' data sheets; of those that come in two sizes the larger one. The
 # names are those of metrics.PEAK_FLOPS.
@@ -158,11 +159,25 @@ def activation_bytes(shape, batch, half, checkpointing, cpu=False, dropout=0.0):
     return M * (n_layer * (FLOAT * width if checkpointing else block) + ends) + tables
 
 
-def logits_bytes(shape, batch):
-    """Bytes at the peak of the loss and its backward pass: the log-probabilities, their gradient and that of the
-    logits, float32 each; a soft-cap keeps its tanh besides. Precision saves nothing here, for the loss is float32."""
-    kept = 3 * FLOAT + (FLOAT if shape["logit_softcap"] else 0)
-    return batch * shape["block_size"] * shape["vocab_size"] * kept
+def logits_bytes(shape, batch, half=False, cpu=False, trains=True):
+    """Bytes at the peak of the loss and its backward pass. half, cpu, trains: see memory.
+
+    Small logits at once: the log-probabilities, their gradient and that of the logits, float32 each; a soft-cap keeps
+    its tanh besides. Precision saves nothing here, for the loss is float32. Large ones in pieces, as GPT.loss_in_pieces
+    has it: the gradients of the head and of what goes into it, and of one piece the logits and what they are made into.
+    """
+    M, rows, softcap = batch * shape["block_size"], shape["vocab_size"], bool(shape["logit_softcap"])
+    n_pieces = math.ceil(M * rows / (LARGEST_LOGITS_CPU if cpu else LARGEST_LOGITS))
+    if n_pieces == 1:
+        return M * rows * FLOAT * (3 + softcap)
+    piece = math.ceil(M / n_pieces) * rows
+    if not trains:
+        return piece * FLOAT * (2 + softcap)
+    low = HALF if half else FLOAT
+    work = piece * FLOAT * (2 + softcap)
+    if half:  # the head's gradient from one piece, beside that piece's
+        work = max(work, piece * HALF + HALF * rows * shape["n_embd"])
+    return round(FLOAT * rows * shape["n_embd"] + low * M * shape["n_embd"] + work)
 
 
 def memory(shape, layout, shards, processes, *, batch, half, checkpointing, algorithm="adamw", cpu=False, dropout=0.0,
@@ -206,7 +221,7 @@ def memory(shape, layout, shards, processes, *, batch, half, checkpointing, algo
         if layout == "zero3":
             weights, copies = weights / shards, copies + gathered
     one_block = activation_bytes({**shape, "n_layer": 1}, batch, half, False, cpu, dropout)
-    logits = logits_bytes(shape, batch)
+    logits = logits_bytes(shape, batch, half, cpu, trains)
     if not trains:
         gradients, optimizer, activations = 0, 0, one_block
     elif checkpointing:

@@ -12,19 +12,20 @@ import json
 import math
 import sys
 import time
+import types
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from . import checkpoint, cli, dataset, hub, interop, launch
-from .recipe import FIELDS, SECTIONS, Recipe, load_recipe
+from .recipe import FIELDS, SECTIONS, SETTINGS, Recipe, load_recipe
 
 
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help("nanogpt-accel train RECIPE.yaml | RUN_FOLDER [key=value ...]",
                              "Train a recipe, or continue a run folder from its newest checkpoint.",
-                             {"run": Recipe, **SECTIONS})
+                             {"run": Recipe, **SETTINGS})
     target, options = cli.parse(argv, FIELDS)
     if target is None:
         raise ValueError("what to train? nanogpt-accel train RECIPE.yaml, such as recipes/quickstart.yaml")
@@ -34,7 +35,7 @@ def main(argv):
         if "out_dir" in options:
             raise ValueError(f"out_dir={options['out_dir']}: the run goes on in {target}; for another folder begin a "
                              f"new run with init_from={target}")
-        options = {"init_from": "resume", **options, "out_dir": target}
+        options = {"init_from": "resume", "resume": "no", **options, "out_dir": target}
         target = Path(target) / "run.yaml"
     recipe = resolve_resume(load_recipe(target, options, check=check))
     try:
@@ -60,7 +61,11 @@ def resolve_resume(recipe):
 
 def how_to_go_on(out_dir):
     saved = checkpoint.newest_whole(out_dir, thorough=False)
-    return f"go on from {saved.name} with: nanogpt-accel train {out_dir}" if saved else "no checkpoint was saved yet"
+    if saved is None:
+        return f"no checkpoint was saved yet; to begin again: nanogpt-accel train {out_dir} init_from=scratch"
+    launched = launch.world_size() > 1
+    return (f"go on from {saved.name} with: nanogpt-accel train {out_dir}"
+            + (" (or the same launch, with this folder in the recipe's place)" if launched else ""))
 
 
 def check(recipe):
@@ -68,6 +73,9 @@ def check(recipe):
     recipe = resolve_resume(recipe)
     problems = dataset.check(recipe.data, recipe.model.block_size)
     problems += launch.check_launch(recipe.train.gradient_accumulation_steps, recipe.tracking.trackers)
+    if recipe.train.sample_interval and launch.asks_for_sharding():
+        problems.append(f"train.sample_interval={recipe.train.sample_interval}: a model that lies in pieces writes no "
+                        "samples; leave it out with FSDP2 and DeepSpeed")
     out_dir, init_from = Path(recipe.out_dir), recipe.model.init_from
     saved = checkpoint.checkpoints(out_dir)
     if init_from == "resume":
@@ -78,6 +86,10 @@ def check(recipe):
                             f"{out_dir} init_from=scratch")
         else:
             problems += checkpoint.shape_differences(newest, interop.read_config(newest), recipe.shape)
+    elif saved and not recipe.overwrite and not recipe.train.eval_only and not checkpoint.newest_whole(
+            out_dir, warn=lambda line: None, thorough=False):
+        problems.append(f"out_dir={out_dir} holds a run without a whole checkpoint ({saved[-1].name}: "
+                        f"{checkpoint.damage(saved[-1])}): replace it with overwrite=true, or take another out_dir")
     elif saved and not recipe.overwrite and not recipe.train.eval_only:
         problems.append(f"out_dir={out_dir} already holds a run ({saved[-1].name}): go on with `nanogpt-accel train "
                         f"{out_dir}`, replace it with overwrite=true, or take another out_dir")
@@ -104,7 +116,7 @@ def open_data(recipe):
     Returns:
         (dataset, source): source is the folder whose weights the run begins with, None for a new model.
     """
-    data = dataset.ready(recipe.data, launch.is_main())
+    data = dataset.ready(recipe.data, launch.is_main(), (lambda line: None) if recipe.tracking.quiet else print)
     block_size, init_from = recipe.model.block_size, recipe.model.init_from
     problems = dataset.require_block(data, block_size)
     if recipe.train.sample_tokens:
@@ -164,7 +176,7 @@ def train(recipe, signals=None):
                                           collective_timeout=recipe.train.collective_timeout)
     launch.require_same(accelerator, recipe=recipe.flat(), data=data.identity, beginning={"source": str(source)})
     device, is_main = accelerator.device, accelerator.is_main_process
-    console = Console(enabled=is_main)
+    console = Console(enabled=is_main, quiet=recipe.tracking.quiet)
 
     # model: new, or with the weights of a checkpoint
     torch.manual_seed(recipe.seed)
@@ -222,23 +234,27 @@ def train(recipe, signals=None):
     raw_model = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     # where the run stands
-    first_step, best_val_loss, best_step, val_loss = 0, math.inf, None, None
+    first_step, best_val_loss, best_step, val_loss, skips, skips_in_a_row = 0, math.inf, None, None, 0, 0
     if is_resumed:
         checkpoint.load_optimizer(source, accelerator, raw_model, optimizer)
         trainer = checkpoint.read_trainer(source)
         first_step, val_loss, best_step = trainer["step"], trainer["val_loss"], trainer["best_step"]
         best_val_loss = math.inf if best_step is None else trainer["best_val_loss"]
+        skips, skips_in_a_row = trainer["skips"], trainer["skips_in_a_row"]
         if accelerator.scaler is not None and trainer["scaler"] is not None:
             accelerator.scaler.load_state_dict(trainer["scaler"])
 
     # the run folder
-    log = pusher = lock = None
+    log = samples = pusher = lock = None
     if not recipe.train.eval_only:
         if is_main:
             lock = checkpoint.lock(out_dir)
             checkpoint.begin(out_dir, as_it_ran(recipe, data).to_yaml(), is_resumed)
             log = metrics.MetricsLog(out_dir / "metrics.jsonl", resume_step=first_step if is_resumed else None,
                                      warn=console.say)
+            if recipe.train.sample_interval:
+                samples = metrics.MetricsLog(out_dir / "samples.jsonl", resume_step=first_step if is_resumed else None,
+                                             warn=console.say)
             if repository is not None:
                 pusher = hub.BackgroundPush(repository, out_dir, console.say, recipe.hub.hub_private,
                                             recipe.hub.hub_branch)
@@ -247,6 +263,10 @@ def train(recipe, signals=None):
                                  recipe.checkpoint.async_save, console.say, on_saved=partial(push, pusher, out_dir))
         trackers = launch.Trackers(accelerator, recipe.tracking.project, recipe.flat(), first_step, out_dir,
                                    name=recipe.tracking.run_name or out_dir.name, warn=console.say)
+        if is_resumed and is_main:  # tensorboard's purge took the evaluation of that step along
+            for line in metrics.read_metrics(out_dir / "metrics.jsonl"):
+                if line["step"] == first_step:
+                    trackers.log({key: value for key, value in line.items() if key != "step"}, first_step)
 
     console.say(f"model: {summary}")
     console.say(f"data: {data.folder}, {len(data.train):,} training and {len(data.val):,} validation tokens, "
@@ -276,7 +296,10 @@ def train(recipe, signals=None):
             "step": step, "evaluated": evaluates or is_evaluated, "val_loss": val_loss, "best_step": best_step,
             "best_val_loss": None if best_step is None else best_val_loss, "data": data.identity,
             "learning_rate": lr, "seed": recipe.seed, "processes": accelerator.num_processes,
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "skips": skips, "skips_in_a_row": skips_in_a_row}
+        if log is not None:
+            log.flush()
         saver.save(trainer, raw_model, optimizer, model_card(recipe, data, trainer))
 
     def settle(step, losses):
@@ -303,15 +326,17 @@ def train(recipe, signals=None):
     agreement, signals.armed = launch.Agreement(accelerator), True
     model.train()
     inputs = fetch(first_step, 0)
-    may_skip, skips, skips_in_a_row = recipe.train.on_nonfinite == "skip", 0, 0
+    may_skip = recipe.train.on_nonfinite == "skip"
     spikes = metrics.Spikes(out_dir / "metrics.jsonl")
-    losses, interval_start = [], time.perf_counter()
-    for step in range(first_step, max_iters + 1):
-        is_end = step == max_iters
+    losses, interval_start, is_stopped, last_step = [], time.perf_counter(), False, max(first_step, max_iters)
+    for step in range(first_step, last_step + 1):
+        is_end = step == last_step
 
         # a signal or max_hours ends the run on all processes after the same step
         hours = (time.monotonic() - began) / 3600
-        is_stopped = agreement.any(signals.received or hours > (recipe.train.max_hours or math.inf)) and not is_end
+        if hours > (recipe.train.max_hours or math.inf):
+            signals.received = signals.received or f"max_hours={recipe.train.max_hours:g}"
+        is_stopped = agreement.any(signals.received) and not is_end
 
         # evaluate, and save checkpoints: the best one and the last ones. A resumed step has been saved, and evaluated
         # too unless it was stopped
@@ -326,7 +351,7 @@ def train(recipe, signals=None):
                 train_loss = metrics.mean_loss(model, data.train, train_batches, to_inputs, accelerator)
             val_loss = metrics.mean_loss(model, data.val, val_batches, to_inputs, accelerator)
             scores = metrics.scores(val_loss, len(data.val), data.text_bytes("val"), train_loss)
-            console.say(f"step {step}: " + metrics.describe(scores))
+            console.say(f"step {step}: " + metrics.describe(scores), always=is_end or recipe.train.eval_only)
             if recipe.train.eval_only:
                 break
             if not math.isfinite(val_loss):
@@ -341,7 +366,16 @@ def train(recipe, signals=None):
             if losses:  # (after a step that was not logged)
                 settle(step - 1, losses)
             save(step)
-        if evaluates or saves:
+
+        # a sample while the run goes on; the last one is written when it is done. What a sample draws is its own, and
+        # no step takes up what was drawn before it
+        writes_sample = (step > 0 and step % (recipe.train.sample_interval or math.inf) == 0
+                         and not (is_end or is_stopped))
+        if writes_sample and is_main:
+            text = write_sample(recipe, data, raw_model)
+            console.say(f"sample after {step} steps: {recipe.train.sample_prompt}{text}")
+            keep_sample(samples, trackers, step, recipe.train.sample_prompt + text)
+        if evaluates or saves or writes_sample:
             interval_start = time.perf_counter()  # the log tells the speed of training alone
         if is_end or is_stopped:
             break
@@ -365,16 +399,16 @@ def train(recipe, signals=None):
                 # was drawn before: so a resumed run repeats it to the last bit, on any number of processes
                 torch.manual_seed(seed_of(recipe.seed, 0, step,
                                           micro_step * accelerator.num_processes + accelerator.process_index))
-                micro_loss = model(**inputs).loss
+                micro_loss = model(**inputs, return_logits=False).loss
                 # fetch the next batch while the device is at work on this one
                 inputs = fetch(step, micro_step + 1) if micro_step + 1 < micro_steps else fetch(step + 1, 0)
                 accelerator.backward(micro_loss)  # divides by the number of micro-steps
                 loss += micro_loss.detach() / micro_steps
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip or math.inf)
-        # fp16's scaler meets infinities on its way and leaves those steps out by itself; on_nonfinite=skip leaves out
-        # the steps of others too, and waits for the device at every step to know
-        is_skipped = may_skip and accelerator.scaler is None and not math.isfinite(sharding.as_float(grad_norm))
-        if not is_skipped:
+        # on_nonfinite=skip waits for the device at every step. fp16's scaler meets infinities on its way, and leaves
+        # those steps out by itself (inside of the fused AdamW, so that Accelerate does not know)
+        is_skipped = may_skip and not math.isfinite(sharding.as_float(grad_norm))
+        if accelerator.scaler is not None or not is_skipped:
             optimizer.step()
         optimizer.zero_grad()
         losses.append(loss)
@@ -390,7 +424,8 @@ def train(recipe, signals=None):
         if step % recipe.train.log_interval == 0 or is_before_save or step + 1 == max_iters:
             losses, grad_norm = settle(step, losses), sharding.as_float(grad_norm)
             seconds = (time.perf_counter() - interval_start) / len(losses)
-            if not (math.isfinite(grad_norm) or may_skip or accelerator.optimizer_step_was_skipped):
+            is_scaling = accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1  # or it found no scale
+            if not (math.isfinite(grad_norm) or may_skip or is_scaling or accelerator.optimizer_step_was_skipped):
                 raise came_apart(step, f"gradient norm of step {step} is {grad_norm}")
             values = {"loss": losses[-1], "learning_rate": lr, "grad_norm": grad_norm,
                       "tokens_per_second": tokens_per_step / seconds, "peak_memory": metrics.peak_memory(device)}
@@ -413,10 +448,16 @@ def train(recipe, signals=None):
     if is_sharded:  # the model is whole in its checkpoint alone
         saved = checkpoint.newest_whole(out_dir) if is_main and not recipe.train.eval_only else None
         raw_model = interop.load_model(saved).to(device) if saved else None
-    if is_main and not recipe.train.eval_only:
+    if is_main and recipe.train.eval_only:
+        hold_to_expectation(recipe, val_loss, val_loss, console)
+    elif is_main:
         log.close()
         if not is_stopped:
-            finish(recipe, data, raw_model, console)
+            text = finish(recipe, data, raw_model, console)
+            if samples is not None:
+                keep_sample(samples, trackers, step, recipe.train.sample_prompt + text)
+                samples.close()
+            hold_to_expectation(recipe, val_loss, None if best_step is None else best_val_loss, console)
         if pusher is not None:
             finish_pushing(pusher, out_dir, best_step, console)
     # DDP's reducer must not be the last to hold the process group: it joins gloo's threads while it holds Python's
@@ -429,8 +470,8 @@ def train(recipe, signals=None):
     if lock is not None:
         lock.release()
     if is_stopped:
-        raise cli.Stopped(f"stopped {f'by {signals.received}' if signals.received else 'as it was asked to'} after "
-                          f"{step:,} of {max_iters:,} steps; {how_to_go_on(out_dir)}")
+        raise cli.Stopped(f"stopped by {signals.received or 'a signal to another process'} after {step:,} of "
+                          f"{max_iters:,} steps; {how_to_go_on(out_dir)}")
     if not recipe.train.eval_only and saver.trouble:
         raise OSError(f"{out_dir}: all steps are done, but the last checkpoint could not be written ({saver.trouble}); "
                       f"{how_to_go_on(out_dir)}")
@@ -470,12 +511,16 @@ def n_multiplying(model):
 
 
 def model_summary(model):
+    from . import sizing
+
     config = model.config
+    parts = ", ".join(f"{part} {n:,}" for part, n in sizing.parameters(config.to_dict()).items() if n)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    return (f"{model.num_parameters():,} parameters, {config.n_layer} layers of {config.n_head} heads, {config.n_embd} "
-            f"wide, {config.vocab_size:,} rows of vocabulary; weight decay on {len(decayed)} tensors with "
-            f"{sum(p.numel() for p in decayed):,}, none on {len(others)} with {sum(p.numel() for p in others):,}")
+    return (f"{model.num_parameters():,} parameters ({parts}), {config.n_layer} layers of {config.n_head} "
+            f"heads, {config.n_embd} wide, {config.vocab_size:,} rows of vocabulary; weight decay on {len(decayed)} "
+            f"tensors with {sum(p.numel() for p in decayed):,}, none on {len(others)} with "
+            f"{sum(p.numel() for p in others):,}")
 
 
 def stopped_by(what, out_dir):
@@ -494,27 +539,76 @@ def keep_batch(path, step, batches, micro_batches, tokenizer):
     path.write_text(json.dumps({"step": step, "sequences": sequences}, indent=1), encoding="utf-8")
 
 
+def write_sample(recipe, data, model, on_text=None):
+    """The text that the model writes after sample_prompt; the model trains on as it did. on_text: takes the pieces."""
+    from .generation import generate, text_after
+
+    train, decode = recipe.train, data.tokenizer.decode
+    was_training = model.training
+    model.eval()
+    prompt = data.tokenizer.encode_prompt(train.sample_prompt)
+    ids, = generate(model, [prompt], seeds=[recipe.seed], vocab_size=data.tokenizer.vocab_size,
+                    max_new_tokens=train.sample_tokens, temperature=0.8, top_k=200, decode=decode, on_text=on_text)
+    model.train(was_training)
+    return text_after(decode, prompt, ids)
+
+
+def keep_sample(samples, trackers, step, text):
+    """Write a sample into samples.jsonl, and to the trackers that show text."""
+    samples.write(step=step, text=text)
+    trackers.log_text("sample", text, step)
+
+
+def hold_to_expectation(recipe, last, best, console):
+    """Say how a run's validation loss compares with what the recipe expects, and keep it in expect.json.
+
+    last, best: nats a token; None where there was no evaluation.
+    """
+    from . import metrics
+
+    expect, max_iters = recipe.expect, recipe.train.max_iters
+    got = best if expect.evaluation == "best" else last
+    if expect.val_loss is None or got is None:
+        return
+    steps, verdict, where = max_iters if expect.steps is None else expect.steps, None, ""
+    if expect.changed:
+        where = f" with the recipe unchanged (here other: {', '.join(expect.changed)})"
+    elif steps != max_iters and not recipe.train.eval_only:
+        where = f" after {steps:,} steps (here {max_iters:,})"
+    elif expect.tolerance is not None:
+        verdict = metrics.verdict(got, expect.val_loss, expect.tolerance)
+    expected = f"{expect.val_loss:.3f}" + (f" +- {expect.tolerance:g}" if expect.tolerance is not None else "")
+    console.say(f"expected {expected}{where}, got {got:.3f}" + (f": {verdict}" if verdict else "")
+                + (f" ({expect.source})" if expect.source else ""), always=True)
+    if not recipe.train.eval_only:
+        found = {"expected": expect.val_loss, "tolerance": expect.tolerance, "evaluation": expect.evaluation,
+                 "got": got, "step": max_iters, "verdict": verdict, "changed": expect.changed, "source": expect.source}
+        with suppress(OSError):
+            (Path(recipe.out_dir) / "expect.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def finish(recipe, data, model, console):
-    """What a finished run shows: the plot, a sample, and what to try next."""
+    """What a finished run shows: the plot, a sample, and what to try next. Returns the sample's text, empty without."""
     from . import metrics
 
     out_dir = Path(recipe.out_dir)
-    metrics.plot_losses(out_dir / "metrics.jsonl", out_dir / "loss.png")
+    try:
+        metrics.plot_losses(out_dir / "metrics.jsonl", out_dir / "loss.png")
+    except OSError as error:
+        console.say(f"warning: {out_dir / 'loss.png'} cannot be written ({error})")
+    text = ""
     if recipe.train.sample_tokens and model is not None:
-        from .generation import generate
-
         console.say(f"\nA sample of {recipe.train.sample_tokens} tokens:\n{'-' * 60}")
         console.write(recipe.train.sample_prompt)
         model.eval()
-        generate(model, [data.tokenizer.encode_prompt(recipe.train.sample_prompt)], seeds=[recipe.seed],
-                 vocab_size=data.tokenizer.vocab_size, max_new_tokens=recipe.train.sample_tokens, temperature=0.8,
-                 top_k=200, decode=data.tokenizer.decode, on_text=console.write)
+        text = write_sample(recipe, data, model, on_text=console.write)
         console.say(f"\n{'-' * 60}")
     prompt = json.dumps(recipe.train.sample_prompt.strip() or "The", ensure_ascii=False)
     console.say(f"\nThe run is in {out_dir}: metrics.jsonl, loss.png and checkpoints. To try next:\n"
                 f"  nanogpt-accel sample {out_dir} --prompt {prompt}\n"
                 f"  nanogpt-accel evaluate {out_dir}\n"
-                f"  nanogpt-accel train {out_dir} max_iters={2 * recipe.train.max_iters}")
+                f"  nanogpt-accel train {out_dir} max_iters={2 * recipe.train.max_iters}", always=True)
+    return text
 
 
 def ask_hub(recipe):
@@ -568,8 +662,36 @@ def finish_pushing(pusher, out_dir, best_step, console):
         pusher.wait()
     command = (f"nanogpt-accel push {out_dir} {pusher.repo} form=custom" + " private=true" * pusher.private
                + (f" branch={pusher.branch}" if pusher.branch else ""))
-    console.say(f"the Hub has it: {pusher.repo}" if pusher.pushed == top else f"the Hub has not got it: {command}")
+    console.say(f"the Hub has it: {pusher.repo}" if pusher.pushed == top else f"the Hub has not got it: {command}",
+                always=True)
 
+
+class _Callable(types.ModuleType):
+    """Lets `from nanogpt_accel import train` give what a notebook wants to call, and not only this module."""
+
+    def __call__(self, recipe, **overrides):
+        """Run a recipe from Python.
+
+        recipe: the path of one, with overrides such as max_iters=100; or a Recipe as load_recipe makes it.
+
+        Returns:
+            (model, history): the trained GPT, and the objects of metrics.jsonl, one for each logged step and
+            evaluation.
+
+        Raises:
+            ValueError: one line for each thing that is wrong; and what `train` raises.
+        """
+        from .metrics import read_metrics
+
+        if not isinstance(recipe, Recipe):
+            recipe = load_recipe(recipe, overrides, check)
+        elif problems := check(recipe):
+            raise ValueError("\n".join(problems))
+        model = train(resolve_resume(recipe))
+        return model, read_metrics(Path(recipe.out_dir) / "metrics.jsonl")
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     sys.exit(cli.run(main, sys.argv[1:]))

@@ -195,6 +195,48 @@ def test_a_damaged_one_that_the_run_went_back_behind(run, keep_last):
     assert run.steps()[-1] == 20
 
 
+def test_what_is_the_users_stays(saved):
+    """Folders and files that only have such names are neither deleted nor in the way."""
+    for name in ("checkpoint-000003", "checkpoint-000090", ".checkpoint-notes"):
+        (saved.folder / name).mkdir()
+        (saved.folder / name / "notes.txt").write_text("mine")
+    (saved.folder / ".checkpoint-000005.old").write_text("a file in the way")
+    saved.save(30, best_step=10)
+    saved.save(40, best_step=10)
+    assert [(saved.folder / name / "notes.txt").read_text() for name in (
+        "checkpoint-000003", "checkpoint-000090", ".checkpoint-notes")] == ["mine"] * 3
+    assert newest_whole(saved.folder, lambda line: None).name == "checkpoint-000040"
+    assert not (saved.folder / ".checkpoint-000005.old").exists()
+
+
+@pytest.mark.parametrize("change", [
+    lambda facts: facts.pop("state/optimizer.safetensors"),
+    lambda facts: facts.update({"../../elsewhere": {"size": 1, "sha256": "0"}}),
+    lambda facts: facts.update({"config.json": None}),
+    lambda facts: facts.update({"a" * 400: {"size": 1, "sha256": "0"}}),
+])
+def test_an_index_that_was_edited(folder, change):
+    newer = checkpoints(folder)[-1]
+    index = json.loads((newer / "state" / "index.json").read_text())
+    change(index["files"])
+    (newer / "state" / "index.json").write_text(json.dumps(index))
+    assert damage(newer) == "state/index.json is damaged"
+
+
+def test_a_nested_index(folder):
+    newer = checkpoints(folder)[-1]
+    (newer / "state" / "index.json").write_text("[" * 200_000)
+    assert damage(newer) == "state/index.json is damaged"
+
+
+def test_a_checkpoint_under_another_steps_name(folder):
+    """Its step would count for less than its name says, and hide all that is saved after it."""
+    checkpoints(folder)[-1].rename(folder / "checkpoint-000099")
+    lines = []
+    assert newest_whole(folder, lines.append).name == "checkpoint-000010"
+    assert "checkpoint-000099: state/trainer.json is not that of this checkpoint" in lines[0]
+
+
 def test_a_damaged_one_is_replaced_by_its_own_step(saved):
     os.truncate(saved.folder / "checkpoint-000020" / "model.safetensors", 5)
     saved.save(20, best_step=10)

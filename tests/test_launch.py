@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from nanogpt_accel import launch
-from nanogpt_accel.launch import check_launch, make_accelerator, pick_device, pick_precision
+from nanogpt_accel.launch import check_launch, check_launcher, make_accelerator, pick_device, pick_precision
 
 LAUNCHED = ["WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
 
@@ -61,7 +62,7 @@ def test_a_share_that_does_not(monkeypatch, micro_batches, processes, values, co
     (problem,) = check_launch(micro_batches)
     assert problem.startswith(f"train.gradient_accumulation_steps={micro_batches} cannot be shared by "
                               f"{processes} processes")
-    first, second = re.search(r"set it to ([\d or]+), or run ([\d or]+) processes$", problem).groups()
+    first, second = re.search(r"set it to ([\d or]+), or run ([\d or]+) process(?:es)?$", problem).groups()
     offered = [{int(n) for n in part.split(" or ")} for part in (first, second)]
     assert offered == [values, counts]
     # each remedy is one
@@ -77,6 +78,75 @@ def test_a_world_size_that_no_launcher_set(monkeypatch):
     assert problem.startswith("WORLD_SIZE=2 is set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT: launch with")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert check_launch(8) == []
+
+
+# ---- what a launcher's config asks for
+
+
+def test_a_launcher_that_started_one_of_several(monkeypatch):
+    """What `accelerate launch --cpu --num_processes 2` and distributed_type: MULTI_CPU leave in the environment."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert check_launcher() == []  # --cpu alone: one process, as it was asked for
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    (problem,) = check_launcher()
+    assert "started one" in problem and "MULTI_CPU" in problem and "configs/cpu_2proc.yaml" in problem
+    monkeypatch.setenv("PMI_SIZE", "2")  # mpirun tells the processes of each other in its own way
+    assert check_launcher() == []
+
+
+@pytest.mark.parametrize(("variables", "words"), [
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, ["fsdp_version=1", "fsdp_version: 2", "fsdp2.yaml"]),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+     ["fsdp_activation_checkpointing=true", "leave it to the recipe", "activation_checkpointing=true"]),
+    ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["MEGATRON_LM", "configs/fsdp2.yaml"]),
+    ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ["mixed_precision: fp8", "pip install torchao"]),
+    *(({f"PARALLELISM_CONFIG_{kind}_SIZE": "2"}, [f"parallelism_config_{kind.lower()}_size=2", "set it to 1"])
+      for kind in ("TP", "CP", "SP"))])
+def test_what_does_not_train_right(monkeypatch, variables, words):
+    monkeypatch.setattr(launch, "FP8_BACKENDS", ("no_such_module",))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (problem,) = check_launcher()
+    assert [word for word in words if word not in problem] == []
+
+
+def test_what_does_train_right(monkeypatch):
+    monkeypatch.setattr(launch, "FP8_BACKENDS", ("no_such_module", "json"))  # one of them is there
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "false",
+                        "PARALLELISM_CONFIG_TP_SIZE": "1", "ACCELERATE_MIXED_PRECISION": "fp8"}.items():
+        monkeypatch.setenv(name, value)
+    assert check_launcher() == []
+
+
+# ---- the same on all processes
+
+
+def test_the_same_on_all_processes(refused, monkeypatch):
+    def require(*gathered):
+        monkeypatch.setattr("accelerate.utils.gather_object", lambda own: list(gathered))
+        launch.require_same(SimpleNamespace(num_processes=len(gathered)), **gathered[0])
+
+    facts = {"recipe": {"seed": 1, "learning_rate": 1e-3}, "data": {"train": "abc"}}
+    require(facts, facts, facts)
+    with refused(ValueError, "recipe: seed=2 on process 2, and 1 on process 0"):
+        require(facts, facts, {**facts, "recipe": {"seed": 2, "learning_rate": 1e-3}})
+    with refused(ValueError, "data: val=x on process 1, and None on process 0"):
+        require(facts, {**facts, "data": {"train": "abc", "val": "x"}})
+    with pytest.raises(ValueError) as caught:
+        require(facts, {"recipe": {"seed": 2, "learning_rate": 1e-3}, "data": {"train": "?"}})
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(("error", "is_lost"), [
+    (torch.distributed.DistBackendError("NCCL watchdog\nmore"), True),
+    (RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3"), True),
+    (RuntimeError("Timed out waiting 8000ms for recv operation to complete"), True),
+    (RuntimeError("CUDA out of memory"), False), (torch.OutOfMemoryError("CUDA out of memory"), False)])
+def test_a_process_that_is_lost(monkeypatch, error, is_lost):
+    assert launch.lost_process(error) is None  # one process alone
+    launched(monkeypatch, 2)
+    reason = launch.lost_process(error)
+    assert (reason is not None) == is_lost and "\n" not in (reason or "")
 
 
 # ---- trackers
@@ -120,6 +190,14 @@ def test_auto_takes_the_best_device(machine):
     assert pick_device("auto") == torch.device("mps")
     machine()
     assert pick_device("auto") == torch.device("cpu")
+
+
+def test_auto_takes_the_cpu_that_the_launcher_asks_for(machine, monkeypatch):
+    machine(cuda=1)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")  # as `accelerate launch --cpu` writes it
+    assert pick_device("auto") == torch.device("cpu") and pick_device("cuda") == torch.device("cuda")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
+    assert pick_device("auto") == torch.device("cuda")
 
 
 def test_a_device_by_name(machine):
@@ -213,6 +291,19 @@ def test_processes_that_do_not_see_each_other(refused, machine, made, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refused(ValueError, "WORLD_SIZE=2", "Accelerate sees 1", "ACCELERATE_USE_CPU=true", "--multi_gpu"):
         make_accelerator("cpu")
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_sharding_that_accelerate_would_leave_out(refused, machine, monkeypatch, made, name):
+    machine()
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **options: SimpleNamespace(
+        num_processes=1, distributed_type=DistributedType.MULTI_CPU))
+    with refused(ValueError, f"the launcher asks for {name}", "does not shard on cpu", "configs/cpu_2proc.yaml"):
+        make_accelerator("cpu")
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **options: SimpleNamespace(
+        num_processes=1, distributed_type=DistributedType(name)))
+    make_accelerator("cpu")
 
 
 def test_a_real_accelerator():

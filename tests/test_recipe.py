@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from pydantic import ValidationError
 
 from nanogpt_accel import cli
-from nanogpt_accel.recipe import FIELDS, NANOGPT_KEYS, SECTION_OF, SECTIONS, Recipe, load_recipe
+from nanogpt_accel.recipe import FIELDS, NANOGPT_KEYS, SECTION_OF, SECTIONS, Recipe, load_recipe, schema
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -488,5 +489,28 @@ def test_a_recipe_that_is_not_there(refused):
 
 def test_flat_is_plain_values():
     flat = load(trackers="wandb", n_layer="3").flat()
-    assert set(flat) == set(SECTION_OF) and flat["n_layer"] == 3 and flat["learning_rate"] == 6e-4
+    assert set(flat) == {key for key, section in SECTION_OF.items() if section != "expect"}
+    assert flat["n_layer"] == 3 and flat["learning_rate"] == 6e-4
     assert all(isinstance(value, (bool, int, float, str)) for value in flat.values())
+
+
+# ---- for editors
+
+
+def test_the_schema_is_that_of_the_fields():
+    assert (RECIPES / "recipe.schema.json").read_text(encoding="utf-8") == schema(), (
+        "python -m nanogpt_accel.recipe > recipes/recipe.schema.json")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_names_its_schema_and_follows_it(name):
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.splitlines()[0] == "# yaml-language-server: $schema=recipe.schema.json"
+    found = json.loads(schema())
+    for section, values in yaml.safe_load(text).items():
+        if section in SECTIONS:
+            known = found["$defs"][section.capitalize()]["properties"]
+            assert values.keys() <= known.keys()
+            assert all(known[key]["description"] for key in values)
+        else:
+            assert section in found["properties"]

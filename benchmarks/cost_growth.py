@@ -1,0 +1,69 @@
+"""How the time of a step and its peak memory grow with n_layer, block_size, batch_size and vocab_size.
+
+    python benchmarks/cost_growth.py [steps [device]]
+
+Four sizes each, the others as in BASE, on random tokens, with the steps of `nanogpt-accel bench` in turn. Prints the
+medians, and the exponents of power laws fitted to the four points, beside those of the arithmetic (FLOPs of PaLM's
+appendix B, memory as `nanogpt-accel plan` computes it): they lie below 1 where a part of the cost does not grow.
+"""
+
+import statistics
+import sys
+
+import numpy as np
+from side_by_side import show
+
+from nanogpt_accel import bench, metrics, sizing
+from nanogpt_accel.recipe import load_recipe
+
+BASE = {"n_layer": 2, "n_head": 4, "n_embd": 256, "block_size": 128, "batch_size": 4, "vocab_size": 1024}
+FACTORS = (1, 2, 4, 8)
+WARM_UP = 2
+
+
+def make(device, sizes):
+    keys = {key: value for key, value in sizes.items() if key != "vocab_size"}
+    recipe = load_recipe(None, {**keys, "gradient_accumulation_steps": 1, "device": device, "compile": False})
+    tokens = bench.RandomTokens(sizes["vocab_size"])
+    return bench.Variant(recipe, bench.find_config(recipe, sizes["vocab_size"]), tokens, None, "", {})
+
+
+def arithmetic(variant):
+    """(FLOPs of a step, bytes at its peak)."""
+    shape = variant.accelerator.unwrap_model(variant.model).config.to_dict()
+    flops = metrics.flops_per_token(sizing.multiplying(shape), shape["n_layer"], shape["n_embd"], shape["block_size"])
+    needed = sizing.memory(shape, "ddp", 1, 1, batch=variant.batch_size, checkpointing=False, accumulates=False,
+                           half=variant.accelerator.mixed_precision != "no", cpu=variant.device.type == "cpu")
+    return flops * variant.tokens_per_step, sum(needed.values())
+
+
+def exponent(values):
+    return float(np.polyfit(np.log(FACTORS), np.log(values), 1)[0])
+
+
+def main(steps=5, device="auto"):
+    rows = []
+    for key in ("n_layer", "block_size", "batch_size", "vocab_size"):
+        variants = [make(device, {**BASE, key: BASE[key] * factor}) for factor in FACTORS]
+        for variant in variants:
+            for _ in range(WARM_UP):
+                variant.step()
+        seconds = [[] for _ in variants]
+        for _ in range(steps):
+            for i, variant in enumerate(variants):
+                seconds[i].append(variant.step()["total"])
+        seconds = [statistics.median(times) for times in seconds]
+        memory = [variant.peak_memory() for variant in variants]
+        flops, needed = zip(*map(arithmetic, variants), strict=True)
+        rows.append({
+            "grows": f"{key} {', '.join(f'{BASE[key] * factor:,}' for factor in FACTORS)}",
+            "ms a step": ", ".join(f"{1e3 * value:.1f}" for value in seconds),
+            "exponent": f"{exponent(seconds):.2f}", "of its FLOPs": f"{exponent(flops):.2f}",
+            "peak MB": ", ".join(f"{value / 1e6:.0f}" for value in memory) if all(memory) else "-",
+            "its exponent": f"{exponent(memory):.2f}" if all(memory) else "-",
+            "of the plan": f"{exponent(needed):.2f}"})
+    show(f"Growth of cost; the others {BASE}; medians of {steps} steps", rows)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:2]), *sys.argv[2:3])

@@ -1,0 +1,53 @@
+"""Time to nanoGPT's loss on the CPU: recipes/shakespeare_char_fast.yaml against the CPU command of nanoGPT's README.
+
+    python benchmarks/time_to_loss.py NANOGPT TEXT [seeds [steps of nanoGPT]]
+
+Whole processes from a cold start, one of nanoGPT and then one of each seed. NANOGPT: a checkout. TEXT:
+tinyshakespeare's input.txt. The losses are over the whole validation split: ours its own run's, nanoGPT's from its last
+checkpoint by `nanogpt-accel import` and `evaluate`. The text is prepared beforehand for both.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from side_by_side import CPU_COMMAND, RECIPES, copy_nanogpt, ours, show, theirs, watch, write_characters
+
+LOSS, SEED = 1.88, 1337
+
+
+def command(folder, *words):
+    return subprocess.run([sys.executable, "-m", "nanogpt_accel", *map(str, words)], cwd=folder, check=True,
+                          capture_output=True, text=True).stdout
+
+
+def main(nanogpt, text, seeds=5, steps=2000):
+    text, recipe = Path(text).resolve(), RECIPES / "shakespeare_char_fast.yaml"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_nanogpt(nanogpt, folder)
+        write_characters(copy, text)
+        command(folder, "prepare", recipe, f"corpus={text}")
+        lines = watch(theirs(*CPU_COMMAND, f"--max_iters={steps}", f"--eval_interval={min(250, steps)}"), copy)
+        their_seconds = lines[-1][0]
+        command(folder, "import", copy / "out-shakespeare-char" / "ckpt.pt", "--to", "imported",
+                f"tokenizer={copy}/data/shakespeare_char/meta.pkl")
+        loss = json.loads(command(folder, "evaluate", "imported", f"data_dir={copy}/data/shakespeare_char", "--json"))
+        rows = [{"program": f"nanoGPT, {steps:,} steps", "seed": SEED, "seconds": their_seconds,
+                 "val loss": loss["val_loss"], "share of nanoGPT's time": 1.0}]
+        for seed in range(SEED, SEED + seeds):
+            lines = watch(ours(recipe.name, f"corpus={text}", f"seed={seed}", f"out_dir=fast-{seed}"), folder)
+            log = (Path(folder) / f"fast-{seed}" / "metrics.jsonl").read_text().splitlines()
+            losses = [line["val_loss"] for line in map(json.loads, log) if "val_loss" in line]
+            rows.append({"program": recipe.stem, "seed": seed, "seconds": lines[-1][0], "val loss": losses[-1],
+                         "share of nanoGPT's time": lines[-1][0] / their_seconds})
+    fast = rows[1:]
+    show(f"Time to a validation loss of {LOSS}", rows)
+    print(f"\n{sum(row['val loss'] <= LOSS for row in fast)} of {len(fast)} seeds at or below {LOSS}; median "
+          f"{statistics.median(row['seconds'] for row in fast):.1f} s")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))

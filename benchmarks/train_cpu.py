@@ -1,0 +1,49 @@
+"""Training speed on the CPU: nanoGPT's small setting, and the model of its GPU setting, against nanoGPT.
+
+    python benchmarks/train_cpu.py NANOGPT TEXT [rounds [steps [steps of the larger model]]]
+
+Whole processes in turn, nanoGPT eager as its README has it, both with an evaluation of 20 + 20 batches before the first
+step. NANOGPT: a checkout. TEXT: tinyshakespeare's input.txt. Prints, as medians of the rounds, tokens/s of the steps
+after the tenth by the times of the programs' own lines, and seconds from the start of the process to the first step.
+"""
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from side_by_side import CPU_COMMAND, copy_nanogpt, ours, show, steady_seconds, step_times, theirs, watch, write_characters
+
+SKIP = 10
+SMALL = "4 layers of 128, block 64, batch 12"
+LARGE = "6 layers of 384, block 256, batch 16"
+LARGER = ("--block_size=256", "--batch_size=16", "--n_layer=6", "--n_head=6", "--n_embd=384")
+
+
+def main(nanogpt, text, rounds=5, steps=250, larger_steps=30):
+    text, rows = Path(text).resolve(), []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_nanogpt(nanogpt, folder)
+        write_characters(copy, text)
+        for name, n, shape, tokens in ((SMALL, steps, (), 12 * 64), (LARGE, larger_steps, LARGER, 16 * 256)):
+            speeds, starts = {"nanoGPT": [], "here": []}, {"nanoGPT": [], "here": []}
+            for i in range(rounds):
+                # (neither evaluates again: the first evaluation is all)
+                never = f"--eval_interval={10 * n}"
+                commands = {
+                    "nanoGPT": (theirs(*CPU_COMMAND, *shape, f"--max_iters={n}", never), copy),
+                    "here": (ours("shakespeare_char_cpu.yaml", f"corpus={text}", f"out_dir={name[0]}-{i}", "keep_last=1",
+                                  f"max_iters={n}", "sample_tokens=0", *shape, never), folder)}
+                for program, (command, where) in commands.items():
+                    lines = watch(command, where)
+                    speeds[program].append(tokens / steady_seconds(lines, SKIP))
+                    starts[program].append(step_times(lines)[0][1])
+            ratios = [a / b for a, b in zip(speeds["here"], speeds["nanoGPT"], strict=True)]
+            rows += [{"model": name, "program": program, "tokens/s": statistics.median(speeds[program]),
+                      "times nanoGPT's (median of pairs)": statistics.median(ratios) if program == "here" else 1.0,
+                      "s to the first step": statistics.median(starts[program])} for program in speeds]
+    show(f"Training on the CPU, {rounds} rounds", rows)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
