@@ -3,7 +3,8 @@
     python benchmarks/gpu.py NANOGPT DATA [minutes]
     python benchmarks/gpu.py NANOGPT --dry        # the same on a CPU with a toy, to see that it works
 
-DATA: a folder of train.bin and val.bin in GPT-2's tokens, such as nanoGPT's data/openwebtext. Whole processes in turn:
+DATA: a folder of train.bin and val.bin in GPT-2's tokens, such as nanoGPT's data/openwebtext. Without a network,
+TIKTOKEN_CACHE_DIR has to hold GPT-2's two files. Whole processes in turn:
 
 1. recipes/gpt2.yaml against nanoGPT's config/train_gpt2.py: block 1,024, the same micro-batch, compiled, bfloat16; two
    rounds; tokens/s by the times of the programs' own lines. Beside them 8 bits by configs/fp8.yaml, where torchao is.
@@ -20,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from side_by_side import RECIPES, ROOT, copy_nanogpt, ours, show, steady_seconds, theirs, watch
+from side_by_side import RECIPES, ROOT, copy_nanogpt, environment, ours, show, steady_seconds, theirs, watch
 
 from nanogpt_accel import metrics, sizing
 from nanogpt_accel.recipe import load_recipe
@@ -66,7 +67,8 @@ def speeds(copy, folder, data, size):
                 if program in ("nanoGPT", "recipes/gpt2.yaml"):
                     raise
                 print(error)
-    shape = load_recipe(RECIPES / "gpt2.yaml", dict(w.lstrip("-").split("=") for w in common[1:2] + size["shape"])).shape
+    overrides = dict(word.lstrip("-").split("=") for word in common[1:2] + size["shape"])
+    shape = load_recipe(RECIPES / "gpt2.yaml", overrides).shape
     flops = metrics.flops_per_token(sizing.multiplying(shape | {"vocab_size": 50304}), shape["n_layer"],
                                     shape["n_embd"], shape["block_size"])
     peak = gpu_peak() if size["device"] == "cuda" else None
@@ -89,8 +91,7 @@ def best_setting(folder, data, size):
     words = [f"data_dir={data}", f"block_size={size['block_size']}", f"batch_size={size['batch_size']}", *size["shape"],
              f"device={size['device']}", "gradient_accumulation_steps=1", "compare=batch_size,loss"]
     done = subprocess.run([sys.executable, "-m", "nanogpt_accel", "bench", str(RECIPES / "gpt2.yaml"), *words],
-                          cwd=folder, capture_output=True, text=True, check=True,
-                          env={**__import__("os").environ, "PYTHONPATH": str(ROOT)})
+                          cwd=folder, capture_output=True, text=True, check=True, env=environment())
     print("\n" + done.stdout)
 
 

@@ -27,7 +27,9 @@ def machine():
 
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    what = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{names[0] if names else platform.processor()}"
+    what = names[0] if names else platform.processor()
+    if torch.cuda.is_available():
+        what = torch.cuda.get_device_name()
     return (f"{what}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
             f"{datetime.date.today()}")
 
@@ -56,6 +58,12 @@ def write_characters(copy, text):
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
+def environment():
+    """The variables of a process that imports this checkout and prints its lines at once."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+
+
 def ours(recipe, *options):
     return [sys.executable, "-m", "nanogpt_accel.train", str(RECIPES / recipe), *map(str, options)]
 
@@ -70,10 +78,9 @@ def watch(command, folder):
     Raises:
         RuntimeError: it failed; the message holds the end of its output.
     """
-    env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     began = time.perf_counter()
-    with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          errors="replace") as process:
+    with subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, errors="replace") as process:
         lines = [(time.perf_counter() - began, line.rstrip()) for line in process.stdout]
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}\n"

@@ -14,14 +14,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from side_by_side import CPU_COMMAND, RECIPES, copy_nanogpt, ours, show, theirs, watch, write_characters
+from side_by_side import CPU_COMMAND, RECIPES, copy_nanogpt, environment, ours, show, theirs, watch, write_characters
 
 LOSS, SEED = 1.88, 1337
 
 
 def command(folder, *words):
     return subprocess.run([sys.executable, "-m", "nanogpt_accel", *map(str, words)], cwd=folder, check=True,
-                          capture_output=True, text=True).stdout
+                          capture_output=True, text=True, env=environment()).stdout
 
 
 def main(nanogpt, text, seeds=5, steps=2000):

@@ -12,7 +12,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from side_by_side import CPU_COMMAND, copy_nanogpt, ours, show, steady_seconds, step_times, theirs, watch, write_characters
+from side_by_side import (
+    CPU_COMMAND,
+    copy_nanogpt,
+    ours,
+    show,
+    steady_seconds,
+    step_times,
+    theirs,
+    watch,
+    write_characters,
+)
 
 SKIP = 10
 SMALL = "4 layers of 128, block 64, batch 12"
@@ -32,8 +42,8 @@ def main(nanogpt, text, rounds=5, steps=250, larger_steps=30):
                 never = f"--eval_interval={10 * n}"
                 commands = {
                     "nanoGPT": (theirs(*CPU_COMMAND, *shape, f"--max_iters={n}", never), copy),
-                    "here": (ours("shakespeare_char_cpu.yaml", f"corpus={text}", f"out_dir={name[0]}-{i}", "keep_last=1",
-                                  f"max_iters={n}", "sample_tokens=0", *shape, never), folder)}
+                    "here": (ours("shakespeare_char_cpu.yaml", f"corpus={text}", f"out_dir={name[0]}-{i}",
+                                  f"max_iters={n}", "sample_tokens=0", "keep_last=1", *shape, never), folder)}
                 for program, (command, where) in commands.items():
                     lines = watch(command, where)
                     speeds[program].append(tokens / steady_seconds(lines, SKIP))

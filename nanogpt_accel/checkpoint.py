@@ -22,7 +22,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 from . import hub
@@ -369,7 +369,7 @@ def _hash_of(file):
         return None
 
 
-@cache
+@lru_cache(maxsize=1024)  # the files of some checkpoints; a long run writes many
 def _hash_once(file, size, changed, number):
     return _sha256(file)
 

@@ -63,6 +63,16 @@ class Console:
             self.progress = None
 
 
+def counted(number, noun):
+    """1 document, 2,000 documents."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def data_size(n_bytes):
+    """Bytes as MB, or as kB where that is less than one."""
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:,.1f} kB"
+
+
 class TextProgress:
     """How far a text is tokenized: a live line in a terminal, elsewhere a line every few seconds.
 
@@ -100,8 +110,8 @@ class TextProgress:
             return
         self.shown, seconds = now, now - self.began
         rate = (bytes - self.first_bytes) / seconds
-        text = (f"{documents:,} documents ({(documents - self.first_documents) / seconds:,.0f}/s), "
-                f"{bytes / 1e6:,.0f} MB ({rate / 1e6:,.1f} MB/s), {tokens:,} tokens")
+        text = (f"{counted(documents, 'document')} ({(documents - self.first_documents) / seconds:,.0f}/s), "
+                f"{data_size(bytes)} ({data_size(rate)}/s), {counted(tokens, 'token')}")
         if self.live is not None:
             self.live.update(self.task, completed=bytes, description=text)
         else:

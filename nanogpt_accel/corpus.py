@@ -116,7 +116,8 @@ class Corpus:
         empty, left_out = True, []
 
         def note(problem):
-            left_out.append(problem) if not left_out else None
+            if not left_out:
+                left_out.append(problem)
             bad(problem)
 
         for text in self.read(split, note if bad else _refuse):
@@ -295,8 +296,8 @@ def _rows(spec, path, column, bad):
                     _check_column(spec, path, column, row)
                     columns, at = row, row.index(column)
                 elif len(row) > len(columns):
-                    bad(f"{where}: a row of {len(row)} values, but there are {len(columns)} columns (quote a text "
-                        "that holds the delimiter)")
+                    bad(f"{where}: a row of {len(row)} values, but the first line names {len(columns)} "
+                        f"column{'s' * (len(columns) > 1)} (quote a text that holds the delimiter)")
                 elif row and len(row) <= at:
                     bad(f"{where}: a row without {column}")
                 elif row and not _is_unicode(row[at]):
@@ -305,8 +306,8 @@ def _rows(spec, path, column, bad):
                     yield row[at]
                 line = rows.line_num + 1
             if columns is None:
-                bad(f"corpus={spec}: {path}, line 1: empty, so there is no column text_column={column}: begin the file "
-                    "with a line of the columns' names")
+                bad(f"corpus={spec}: {path}, line 1: empty, so there is no column {column}, the text_column: begin "
+                    "the file with a line of the columns' names")
     else:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
@@ -341,8 +342,10 @@ def _parquet_rows(spec, path, column, bad):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    with open(path, "rb"):  # to learn the system's own reason where it cannot be
+        pass
     try:
-        with open(path, "rb") as raw, pq.ParquetFile(raw) as file:
+        with pq.ParquetFile(path) as file:
             _check_column(spec, path, column, file.schema_arrow.names)
             kind = file.schema_arrow.field(column).type
             held = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -356,7 +359,7 @@ def _parquet_rows(spec, path, column, bad):
                         bad(f"corpus={spec}: {path}, row {number}: nothing in {column}, or not UTF-8 text")
                     else:
                         yield text
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise OSError(f"not a whole parquet file ({_one_line(error)})") from None
 
 
@@ -408,12 +411,13 @@ def _open(path):
     import pyarrow as pa
 
     compression = "gzip" if path.lower().endswith(".gz") else "zstd"
-    with open(path, "rb") as file:
-        try:
-            with pa.CompressedInputStream(file, compression) as stream:
-                yield io.BufferedReader(stream)
-        except (pa.ArrowException, OSError) as error:
-            raise OSError(f"not a whole {compression} file ({_one_line(error)})") from None
+    with open(path, "rb"):  # to learn the system's own reason where it cannot be
+        pass
+    try:
+        with pa.CompressedInputStream(pa.OSFile(path), compression) as stream:
+            yield io.BufferedReader(stream)
+    except (pa.ArrowException, OSError) as error:
+        raise OSError(f"not a whole {compression} file ({_one_line(error)})") from None
 
 
 def _python():

@@ -29,7 +29,8 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help("nanogpt-accel data FOLDER [key=value ...]",
                              "What is in a data folder, ours or nanoGPT's: counts, bytes a token, the ten commonest "
-                             "tokens, and a look at the text.", {"options": DataOptions})
+                             "tokens, and a look at the text. All of ours is held against its manifest's hashes.",
+                             {"options": DataOptions})
     fields = DataOptions.model_fields
     target, given = cli.parse(argv, {"peek": fields["peek"], "json": fields["json_output"]})
     options, problems, _ = cli.validate(DataOptions, given)
@@ -37,7 +38,7 @@ def main(argv):
         problems.append("which folder? nanogpt-accel data data/NAME")
     if problems:
         raise ValueError("\n".join(problems))
-    found = dataset.open_dataset(SECTIONS["data"](data_dir=target))
+    found = dataset.open_dataset(SECTIONS["data"](data_dir=target), verify=True)
     shown = {split: describe(found, split, options.peek) for split in found.splits}
     if options.json_output:
         print(json.dumps({"folder": target, "manifest": found.manifest, "splits": shown}))

@@ -23,7 +23,18 @@ import numpy as np
 from .console import TextProgress
 from .corpus import find_corpus, source_name
 from .tokenizer import Tokenizer
-from .tokens import SPLITS, TokenFile, Writer, differences, earlier_facts, is_data_folder, read_manifest, token_paths
+from .tokens import (
+    SPLITS,
+    TokenFile,
+    Writer,
+    check_content,
+    differences,
+    earlier_facts,
+    is_data_folder,
+    read_manifest,
+    refuse_to_overwrite,
+    token_paths,
+)
 
 SPLIT_SEED = 2357  # nanoGPT's; fixed, so that validation losses of runs with other seeds can be compared
 TOKENIZERS = ("gpt2", "char", "bpe")
@@ -107,7 +118,14 @@ def check(data, block_size=None):
     folder = data_folder(data)
     if folder.exists() and not folder.is_dir():
         return [f"data_dir={folder}: not a folder: give one that holds train.bin and val.bin, or will"]
-    if is_data_folder(folder):
+    try:
+        refuse_to_overwrite(folder)
+        in_the_way = []
+    except ValueError as error:  # asked first: amid another process's moves that folder may become one of data
+        in_the_way = [str(error)]
+    if not is_data_folder(folder):
+        problems += in_the_way
+    else:
         try:
             manifest = read_manifest(folder)
             problems += _differences(data, manifest)
@@ -216,11 +234,14 @@ def _check_space(folder, corpus, data, report):
                       "free: set data_dir to another disk, or limit_tokens")
 
 
-def open_dataset(data):
+def open_dataset(data, verify=False):
     """The Dataset of a prepared folder.
 
     Where data_dir is given, the corpus need not be there any more; where its manifest contradicts what the
     recipe asks for, that is an error. In a nanoGPT folder its own tokenizer holds, whatever the recipe says.
+
+    Token files of less than 64 MiB together are held against the manifest's SHA-256; of larger ones only the ids in
+    some places are looked at, unless `verify` asks to read them all, as `nanogpt-accel data FOLDER` does.
 
     Raises:
         FileNotFoundError: not prepared. ValueError: damaged, or not what the recipe asks for.
@@ -230,18 +251,36 @@ def open_dataset(data):
     if problems := _differences(data, manifest):
         raise ValueError("\n".join(problems))
     if not manifest.get("nanogpt"):
-        tokenizer = Tokenizer.load(folder)
-        if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
-            raise ValueError(f"{folder / 'tokenizer.json'}: not the tokenizer that made the token files: "
-                             "delete the folder and prepare it again")
+        tokenizer = _own_tokenizer(folder, manifest)
     else:
         stoi = manifest["tokenizer"].get("stoi")
         tokenizer = Tokenizer.char_from_meta(stoi) if stoi else Tokenizer.gpt2()
         manifest["tokenizer"]["fingerprint"] = tokenizer.fingerprint
     if data.document_mask and tokenizer.eot_id is None:
         raise ValueError(f"data.document_mask=true: {folder} is one text without end-of-text tokens; leave it out")
+    check_content(folder, manifest, tokenizer.vocab_size, whole=verify)
     splits = {split: TokenFile(token_paths(folder, manifest, split), manifest["dtype"]) for split in manifest["splits"]}
     return Dataset(folder, manifest, tokenizer, splits)
+
+
+def _own_tokenizer(folder, manifest):
+    """The tokenizer that lies in a data folder of ours.
+
+    Raises:
+        ValueError: it is gone, damaged, or not the one that made the token files.
+    """
+    path, again = folder / "tokenizer.json", "delete the folder and prepare it again"
+    if not path.is_file():
+        raise ValueError(f"{path}: gone, and the token files mean nothing without it: put it back, or {again}")
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}: or {again}") from None
+    held = manifest["tokenizer"]
+    if (tokenizer.fingerprint, tokenizer.vocab_size) != (held["fingerprint"], held["vocab_size"]) or (
+            held["eot_id"] not in (None, tokenizer.eot_id)) or tokenizer.dtype.__name__ != manifest["dtype"]:
+        raise ValueError(f"{path}: not the tokenizer that made the token files: {again}")
+    return tokenizer
 
 
 def ready(data, is_main, report=print):

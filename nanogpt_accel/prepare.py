@@ -8,7 +8,6 @@ import sys
 
 from . import cli, dataset
 from .recipe import FIELDS, SECTIONS, load_recipe
-from .tokens import read_manifest
 
 
 def main(argv):
@@ -19,11 +18,12 @@ def main(argv):
     if target is None:
         raise ValueError("prepare needs a recipe: nanogpt-accel prepare recipes/shakespeare_char.yaml")
     recipe = load_recipe(target, options, check=lambda recipe: dataset.check(recipe.data))
-    if dataset.is_prepared(recipe.data):
-        print(f"{dataset.data_folder(recipe.data)}: prepared already")
-    else:
+    was_prepared = dataset.is_prepared(recipe.data)
+    if not was_prepared:
         dataset.prepare(recipe.data)
-    manifest = read_manifest(dataset.data_folder(recipe.data))
+    manifest = dataset.open_dataset(recipe.data).manifest
+    if was_prepared:
+        print(f"{dataset.data_folder(recipe.data)}: prepared already")
     print(f"tokenizer: {manifest['tokenizer']['kind']}, {manifest['tokenizer']['vocab_size']:,} symbols")
     for split, counts in manifest["splits"].items():
         line = f"{split}: {counts['tokens']:,} tokens"

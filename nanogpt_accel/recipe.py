@@ -63,7 +63,8 @@ class Data(Section):
     shard_tokens: Int = Field(100_000_000, ge=1000, description="tokens of a file; more lie in several, read as one")
     tokenizer: str = Field("gpt2", description="gpt2, char, bpe (a byte-level BPE trained on the corpus), "
                            "or a folder that holds a tokenizer.json")
-    vocab_size: Int = Field(4096, ge=257, description="symbols of `tokenizer: bpe`; the others bring their own")
+    vocab_size: Int = Field(4096, ge=257, le=1_000_000, description="symbols of `tokenizer: bpe`; the others bring "
+                            "their own")
     data_dir: Annotated[str | None, BeforeValidator(_none)] = Field(
         None, description="folder of train.bin and val.bin, nanoGPT's too; none: data/ and a name made of the "
         "corpus and the tokenizer")

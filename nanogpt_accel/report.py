@@ -92,7 +92,7 @@ def read_run(folder, name):
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if (folder / "run.yaml").is_file() else "there is no run.yaml"
         notes.append(f"{reason}; so there are no tokens, no times and no recipe here")
-    lines = [line for line in metrics.read_metrics(folder / "metrics.jsonl") if number(line, "step") is not None]
+    lines = metrics.read_metrics(folder / "metrics.jsonl")
     logged = 0
     if (folder / "metrics.jsonl").is_file():
         logged = len((folder / "metrics.jsonl").read_bytes().splitlines())

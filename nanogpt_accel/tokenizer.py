@@ -179,13 +179,18 @@ class Tokenizer:
                 return cls.gpt2()
             raise FileNotFoundError(f"{path}: no such file, so {folder} holds no tokenizer: put in the one that the "
                                     "model was trained with")
-        config = {}
+        config, beside = {}, os.path.join(folder, "tokenizer_config.json")
+        if os.path.isfile(beside):
+            try:
+                with open(beside, encoding="utf-8") as file:
+                    config = json.load(file)
+            except (ValueError, RecursionError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{beside}: not JSON ({reason}): mend it, or remove it where the end of text is "
+                                 f"{EOT}") from None
         try:
             with open(path, encoding="utf-8") as file:
                 text = file.read()
-            if os.path.isfile(beside := os.path.join(folder, "tokenizer_config.json")):
-                with open(beside, encoding="utf-8") as file:
-                    config = json.load(file)
             eot = config.get("eos_token") if isinstance(config, dict) else None
             eot = eot.get("content") if isinstance(eot, dict) else eot
             return cls(text, eot if isinstance(eot, str) else EOT)

@@ -210,7 +210,6 @@ def test_the_scaler_survives_a_resume(poison, scaled):
     scaled(2.0**8)
     assert main(["train", "recipe.yaml", "out_dir=fp16"]) == 0
     assert main(["train", "recipe.yaml", "out_dir=fp16_parts", "max_iters=4"]) == 0
-    assert main(["train", "fp16_parts", "max_iters=10"]) == 0
     assert main(["train", "fp16_parts", "max_iters=12"]) == 0
     # it doubles with every third step
     for run in ("fp16", "fp16_parts"):

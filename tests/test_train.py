@@ -183,7 +183,7 @@ def test_another_run_from_its_weights(call, run):
     out = call("train", "tiny.yaml", *TINY, f"init_from={run}", "out_dir=runs/next", "n_layer=3", "bias=true")
     first, *_, end = read_metrics("runs/next/metrics.jsonl")
     assert (first["step"], end["step"]) == (0, 2)
-    assert first["val_loss"] == score["val_loss"]
+    assert first["val_loss"] == pytest.approx(score["val_loss"], rel=1e-6)  # (summed window by window there)
     assert f"beginning with the weights of {last(run)}" in out
     # and it can go on
     call("train", "runs/next", "max_iters=3")

@@ -43,6 +43,8 @@ class Life:
         from test_resume import free_port
 
         self.pids, self.codes, self.output = [], {}, output
+        self.output.touch()
+        self.before = self.output.stat().st_size  # what earlier lives have said
         port = str(free_port())
         for rank in range(processes):
             pid = os.fork()
@@ -90,6 +92,10 @@ class Life:
                 raise AssertionError(f"nothing happens any more\n{self.output.read_text()[-4000:]}")
             time.sleep(0.0005)
         return True
+
+    def steps(self):
+        """Number of steps that it has reported so far."""
+        return self.output.read_bytes()[self.before:].count(b"\niter ")
 
     def kill(self):
         for pid in self.pids:
@@ -140,7 +146,7 @@ def torture(folder, kills, processes=1, in_background=False, seed=1):
     draw, began = random.Random(seed), time.monotonic()
     words = ["".join(draw.choice("etaoinshrdlu") for _ in range(draw.randint(2, 7))) for _ in range(150)]
     (folder / "text.txt").write_text(" ".join(draw.choice(words) for _ in range(4000)))
-    steps = STEPS_A_KILL * kills + 10
+    steps = STEPS_A_KILL * kills + 50
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=steps))
     calm, run = folder / "calm", folder / "run"
     train = ["train", str(folder / "recipe.yaml"), f"seed={seed}"]
@@ -163,9 +169,8 @@ def torture(folder, kills, processes=1, in_background=False, seed=1):
             life.wait(lambda born=born: saving(run, born))
             time.sleep(draw.random() * 1.2 * duration)
         else:
-            text = life.output.stat().st_size if life.output.exists() else 0
-            life.wait(lambda text=text, life=life: life.output.exists() and life.output.stat().st_size > text)
-            time.sleep(draw.random() * 1.5)
+            moment, most = time.monotonic() + draw.random() * 1.5, draw.randint(0, 10)  # while it starts, or later
+            life.wait(lambda life=life, moment=moment, most=most: time.monotonic() > moment or life.steps() > most)
         if life.is_over():
             raise AssertionError("the run ended before it was killed often enough: more STEPS_A_KILL")
         life.kill()
