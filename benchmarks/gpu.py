@@ -27,9 +27,10 @@ from nanogpt_accel import metrics, sizing
 from nanogpt_accel.recipe import load_recipe
 
 FULL = {"block_size": 1024, "batch_size": 16, "micro": 4, "steps": 60, "skip": 20, "log": 10, "shape": [],
-        "device": "cuda", "seconds_of_start": 90}
+        "device": "cuda", "seconds_of_start": 90, "micro_of_a_run": 32, "eval_iters": 20}
 DRY = {"block_size": 64, "batch_size": 4, "micro": 2, "steps": 12, "skip": 4, "log": 1, "device": "cpu",
-       "shape": ["--n_layer=2", "--n_head=2", "--n_embd=64"], "seconds_of_start": 0}
+       "shape": ["--n_layer=2", "--n_head=2", "--n_embd=64"], "seconds_of_start": 0,
+       "micro_of_a_run": 2, "eval_iters": 2}
 
 
 def write_toy_data(folder):
@@ -97,12 +98,13 @@ def best_setting(folder, data, size):
 
 def tokens_to_loss(folder, data, size, minutes, speed):
     """Rows: what each recipe reached, and with how many tokens the fast one had reached the faithful one's loss."""
-    tokens = 8 * size["batch_size"] * size["micro"] * size["block_size"]  # 0.5M, the recipes' own
+    tokens = size["batch_size"] * size["micro_of_a_run"] * size["block_size"]  # 0.5M, the recipes' own
     steps = max(20, int((60 * minutes - size["seconds_of_start"]) * speed / tokens))
     every = max(1, steps // 20)
     options = [f"data_dir={data}", f"block_size={size['block_size']}", f"batch_size={size['batch_size']}",
-               f"gradient_accumulation_steps={8 * size['micro']}", *size["shape"], f"device={size['device']}",
-               f"max_iters={steps}", f"lr_decay_iters={steps}", f"eval_interval={every}", "eval_iters=20",
+               f"gradient_accumulation_steps={size['micro_of_a_run']}", *size["shape"], f"device={size['device']}",
+               f"max_iters={steps}", f"lr_decay_iters={steps}", f"eval_interval={every}",
+               f"eval_iters={size['eval_iters']}",
                "eval_train=false", f"save_interval={steps}", "keep_last=1", "overwrite=true"]
     losses = {}
     for recipe, own in (("gpt2", [f"warmup_iters={min(2000, steps // 10)}"]), ("gpt2_fast", [])):

@@ -104,4 +104,10 @@ def show(title, rows):
     print(f"\n{title}\n{machine()}\n")
     print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
     for row in rows:
-        print("| " + " | ".join(f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
+        print("| " + " | ".join(map(_cell, row.values())) + " |")
+
+
+def _cell(value):
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

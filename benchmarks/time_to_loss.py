@@ -21,7 +21,7 @@ LOSS, SEED = 1.88, 1337
 
 def command(folder, *words):
     return subprocess.run([sys.executable, "-m", "nanogpt_accel", *map(str, words)], cwd=folder, check=True,
-                          capture_output=True, text=True, env=environment()).stdout
+                          stdout=subprocess.PIPE, text=True, env=environment()).stdout
 
 
 def main(nanogpt, text, seeds=5, steps=2000):

@@ -3,8 +3,8 @@
     python benchmarks/train_cpu.py NANOGPT TEXT [rounds [steps [steps of the larger model]]]
 
 Whole processes in turn, nanoGPT eager as its README has it, both with an evaluation of 20 + 20 batches before the first
-step. NANOGPT: a checkout. TEXT: tinyshakespeare's input.txt. Prints, as medians of the rounds, tokens/s of the steps
-after the tenth by the times of the programs' own lines, and seconds from the start of the process to the first step.
+step. NANOGPT: a checkout. TEXT: tinyshakespeare's input.txt. Prints, as medians of the rounds, tokens/s after the
+first steps by the times of the programs' own lines, and seconds from the start of the process to the first step.
 """
 
 import statistics
@@ -24,7 +24,6 @@ from side_by_side import (
     write_characters,
 )
 
-SKIP = 10
 SMALL = "4 layers of 128, block 64, batch 12"
 LARGE = "6 layers of 384, block 256, batch 16"
 LARGER = ("--block_size=256", "--batch_size=16", "--n_layer=6", "--n_head=6", "--n_embd=384")
@@ -35,7 +34,8 @@ def main(nanogpt, text, rounds=5, steps=250, larger_steps=30):
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_nanogpt(nanogpt, folder)
         write_characters(copy, text)
-        for name, n, shape, tokens in ((SMALL, steps, (), 12 * 64), (LARGE, larger_steps, LARGER, 16 * 256)):
+        for name, n, shape, tokens, skip in (
+                (SMALL, steps, (), 12 * 64, 10), (LARGE, larger_steps, LARGER, 16 * 256, 3)):
             speeds, starts = {"nanoGPT": [], "here": []}, {"nanoGPT": [], "here": []}
             for i in range(rounds):
                 # (neither evaluates again: the first evaluation is all)
@@ -46,7 +46,7 @@ def main(nanogpt, text, rounds=5, steps=250, larger_steps=30):
                                   f"max_iters={n}", "sample_tokens=0", "keep_last=1", *shape, never), folder)}
                 for program, (command, where) in commands.items():
                     lines = watch(command, where)
-                    speeds[program].append(tokens / steady_seconds(lines, SKIP))
+                    speeds[program].append(tokens / steady_seconds(lines, skip))
                     starts[program].append(step_times(lines)[0][1])
             ratios = [a / b for a, b in zip(speeds["here"], speeds["nanoGPT"], strict=True)]
             rows += [{"model": name, "program": program, "tokens/s": statistics.median(speeds[program]),

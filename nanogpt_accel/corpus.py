@@ -13,12 +13,14 @@ import glob
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import platform
 import re
 import sysconfig
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -73,6 +75,9 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", "
                  ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql", ".r", ".jl")
 # files of many documents each, by the suffix before .gz or .zst
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+# what is no text, so that its name tells more than its first byte that is not UTF-8
+OTHER_SUFFIXES = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".lz4", ".arrow", ".feather", ".orc", ".avro",
+                  ".npy", ".pkl", ".pt", ".pdf", ".doc", ".docx", ".odt", ".epub", ".xls", ".xlsx")
 
 # Folders of the standard library that teach a model little: tests (half of all the bytes), and tables that a
 # program wrote: encodings/ is a hundred code pages, pydoc_data/ the manual as one literal, config-*/ and
@@ -92,6 +97,8 @@ class Corpus:
     bytes: about the size of the text, None where that is not known.
     pin: of a Hub data set: commit, None for the newest -> the same Corpus read at it; its source names the commit,
         unless its revision is one.
+    first: of files: bad -> the first document of each that holds many, and of the very first file.
+    left_out: of a folder: {suffix: number of files that are not read}.
     """
 
     name: str
@@ -101,10 +108,18 @@ class Corpus:
     splits: tuple | Callable = ("train",)
     bytes: int | None = None
     pin: Callable | None = None
+    first: Callable | None = None
+    left_out: dict = field(default_factory=dict)
 
     def own_splits(self):
         """The splits that the corpus has by itself, "train" first; of a Hub data set it may be asked for them."""
         return self.splits() if callable(self.splits) else self.splits
+
+    def look(self, bad=None):
+        """Raise ValueError where a file lacks the column or cannot be opened, before anything slow begins; bad: as of
+        documents()."""
+        for _ in self.first(bad or _refuse) if self.first else ():
+            pass
 
     def documents(self, split="train", bad=None):
         """Yield the documents that are not empty, each as one str; may be called again.
@@ -168,12 +183,14 @@ def source_name(spec):
 
 def _local(spec, column, lines):
     """The files that a path or glob means, ordered by their names below it."""
-    path = os.path.expanduser(spec)
+    path, left_out = os.path.expanduser(spec), {}
     if os.path.isfile(path):
         root, files = os.path.dirname(path), [path]
     elif os.path.isdir(path):
-        root = path
-        files = [f for f in _walk(path) if _suffix(f) in TEXT_SUFFIXES + TABLE_SUFFIXES and _is_file(f)]
+        root, walked = path, _walk(path)
+        files = [f for f in walked if _suffix(f) in TEXT_SUFFIXES + TABLE_SUFFIXES and _is_file(f)]
+        left_out = Counter(map(_suffix, walked)) - Counter(map(_suffix, files))
+        left_out = {suffix or "without a suffix": count for suffix, count in left_out.items()}
         if not files and os.path.isfile(os.path.join(path, "train.bin")):
             raise ValueError(f"corpus={spec}: holds token ids, not text: give data_dir={spec} instead")
         if not files:
@@ -196,6 +213,12 @@ def _local(spec, column, lines):
         raise ValueError(f"corpus={spec}: {tokens[0]} holds token ids, not text: put GPT-2's as 16-bit numbers into "
                          "train.bin and val.bin of a folder (head -c and tail -c cut a file in two), and give it as "
                          "data_dir=FOLDER")
+    if other := [f for f in files if _suffix(f) in OTHER_SUFFIXES]:
+        raise ValueError(f"{_where(spec, other[0])}: {_suffix(other[0])} is no known format: unpack or convert it to "
+                         f"plain text or {', '.join(TABLE_SUFFIXES)}, each also with .gz or .zst")
+    if (json_file := next((f for f in files if _suffix(f) == ".json"), None)) and _holds_json_lines(json_file):
+        raise ValueError(f"{_where(spec, json_file)}: each of its lines is a JSON object: rename it to .jsonl, and "
+                         "text_column says which of their keys holds the text")
     files = sorted((Path(os.path.relpath(f, root or ".")).as_posix(), f) for f in files)
     listing = hashlib.sha256()
     size = 0
@@ -213,23 +236,46 @@ def _local(spec, column, lines):
     source |= {"column": column} if has_tables else {}
     source |= {"lines": True} if lines else {}
 
+    def read_file(file, bad):
+        try:
+            if _suffix(file) in TABLE_SUFFIXES or lines:
+                yield from _rows(spec, file, column, bad)
+            else:
+                yield from _whole(spec, file, bad)
+        except OSError as error:  # also of a file that is cut off or has gone since it was listed
+            problem = f"{_where(spec, file)}: {error.strerror or error}"
+            if is_single:
+                raise ValueError(f"{problem}: make the file whole, or give another path") from None
+            bad(problem)
+
     def read(split, bad):
         for _, file in files:
-            try:
-                if _suffix(file) in TABLE_SUFFIXES or lines:
-                    yield from _rows(spec, file, column, bad)
-                else:
-                    yield from _whole(spec, file, bad)
-            except OSError as error:  # also of a file that is cut off or has gone since it was listed
-                problem = f"corpus={spec}: {file}: {error.strerror or error}"
-                if is_single:
-                    raise ValueError(f"{problem}: make the file whole, or give another path") from None
-                bad(problem)
+            yield from read_file(file, bad)
+
+    def first(bad):
+        for number, (_, file) in enumerate(files):
+            if number == 0 or _suffix(file) in TABLE_SUFFIXES:
+                yield from itertools.islice(read_file(file, bad), 1)
 
     is_single = len(files) == 1 and not has_tables and not lines
     # compressed text is about three times as long as its file
     size = sum(_size(f)[0] * (3 if _is_compressed(f) else 1) for _, f in files)
-    return Corpus(short[:40], source, is_single, read, bytes=size)
+    return Corpus(short[:40], source, is_single, read, bytes=size, first=first, left_out=left_out)
+
+
+def _where(spec, path):
+    """How a message about a file of the corpus begins."""
+    return f"corpus={spec}" + (f": {path}" if path != os.path.expanduser(spec) else "")
+
+
+def _holds_json_lines(path):
+    """True where the first lines of a file, two or more of them, are JSON objects."""
+    try:
+        with _open(path) as file:
+            found = [json.loads(line) for line in itertools.islice(file, 10) if line.strip()]
+    except (OSError, ValueError, RecursionError):
+        return False
+    return len(found) > 1 and all(isinstance(row, dict) for row in found)
 
 
 def _is_file(path):
@@ -282,7 +328,7 @@ def _rows(spec, path, column, bad):
             rows = csv.reader(text, delimiter="," if suffix == ".csv" else "\t", strict=True)
             columns, line = None, 1  # the names of the first row, and where the row at hand begins
             while True:
-                where = f"corpus={spec}: {path}, line {line}"
+                where = f"{_where(spec, path)}, line {line}"
                 try:
                     row = next(rows)
                 except StopIteration:
@@ -306,12 +352,12 @@ def _rows(spec, path, column, bad):
                     yield row[at]
                 line = rows.line_num + 1
             if columns is None:
-                bad(f"corpus={spec}: {path}, line 1: empty, so there is no column {column}, the text_column: begin "
+                bad(f"{_where(spec, path)}, line 1: empty, so there is no column {column}, the text_column: begin "
                     "the file with a line of the columns' names")
     else:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
-                where = f"corpus={spec}: {path}, line {number}"
+                where = f"{_where(spec, path)}, line {number}"
                 try:
                     text = line.decode("utf-8")
                     text = text.removeprefix("\ufeff") if number == 1 else text  # a byte order mark is no text
@@ -319,8 +365,6 @@ def _rows(spec, path, column, bad):
                         if not text.strip():
                             continue
                         row = json.loads(text)
-                        if number == 1 and isinstance(row, dict):
-                            _check_column(spec, path, column, list(row))
                         text = row[column]
                         if not isinstance(text, str) or (rb"\u" in line and not _is_unicode(text)):
                             raise TypeError(f"{column} is no text")
@@ -333,6 +377,8 @@ def _rows(spec, path, column, bad):
                 except (ValueError, RecursionError) as error:
                     bad(f"{where}: JSON that cannot be read ({_one_line(error)})")
                 except (TypeError, KeyError, IndexError):
+                    if number == 1 and bad is _refuse and isinstance(row, dict):
+                        _check_column(spec, path, column, list(row))
                     bad(f"{where}: no object with a text in {column}")
                 else:
                     yield text
@@ -350,13 +396,13 @@ def _parquet_rows(spec, path, column, bad):
             kind = file.schema_arrow.field(column).type
             held = kind.value_type if pa.types.is_dictionary(kind) else kind
             if not (pa.types.is_string(held) or pa.types.is_large_string(held) or pa.types.is_string_view(held)):
-                raise ValueError(f"corpus={spec}: {path}: {column} holds {kind}, not text: give another text_column")
+                raise ValueError(f"{_where(spec, path)}: {column} holds {kind}, not text: give another text_column")
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 for text in _texts(batch.column(0)):
                     number += 1
                     if text is None:
-                        bad(f"corpus={spec}: {path}, row {number}: nothing in {column}, or not UTF-8 text")
+                        bad(f"{_where(spec, path)}, row {number}: nothing in {column}, or not UTF-8 text")
                     else:
                         yield text
     except (pa.ArrowException, OSError) as error:
@@ -390,10 +436,10 @@ def _is_unicode(text):
 
 def _check_column(spec, path, column, columns):
     if columns.count(column) > 1:
-        raise ValueError(f"corpus={spec}: {path}: {columns.count(column)} columns are named {column}: rename all but "
+        raise ValueError(f"{_where(spec, path)}: {columns.count(column)} columns are named {column}: rename all but "
                          "one, or give another text_column")
     if column not in columns:
-        raise ValueError(f"corpus={spec}: {path}: no column {column}; there are {', '.join(map(str, columns))}: give "
+        raise ValueError(f"{_where(spec, path)}: no column {column}; there are {', '.join(map(str, columns))}: give "
                          "text_column")
 
 
@@ -458,8 +504,7 @@ def _decode(spec, raw, path=None):
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        where = f"{path}: " if path else ""
-        raise ValueError(f"corpus={spec}: {where}not UTF-8 text at byte {error.start}: convert it "
+        raise ValueError(f"{_where(spec, path or spec)}: not UTF-8 text at byte {error.start}: convert it "
                          "(iconv -t utf-8), or leave that file out") from None
 
 

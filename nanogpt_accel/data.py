@@ -11,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from . import cli, dataset
 from .cli import Int
+from .console import counted
 from .recipe import SECTIONS
 
+WIDTH = 100  # characters of a line of the text that is shown
 COUNTED = 50_000_000  # tokens of a split that the commonest ones are counted in
 
 
@@ -44,18 +46,21 @@ def main(argv):
         print(json.dumps({"folder": target, "manifest": found.manifest, "splits": shown}))
         return
     corpus = found.manifest["corpus"]
-    facts = [f"{key} {corpus[key]}" for key in ("id", "config", "revision", "commit", "files") if corpus.get(key)]
+    facts = [f"{key} {corpus[key]}" for key in ("id", "config", "revision", "commit") if corpus.get(key)]
+    facts += [counted(corpus["files"], "file")] if corpus.get("files") else []
     print(f"{target}: {', '.join([corpus['name'], *facts])}; tokenizer {found.tokenizer.kind}, "
           f"{found.tokenizer.vocab_size:,} symbols, end of text "
           f"{'none' if found.tokenizer.eot_id is None else found.tokenizer.eot_id}; {found.manifest['dtype']}")
     for split, facts in shown.items():
         files = len(found.manifest["splits"][split]["files"])
-        size = (f", {facts['documents']:,} documents, {facts['bytes_per_token']:.3f} bytes a token"
+        size = (f", {counted(facts['documents'], 'document')}, {facts['bytes_per_token']:.3f} bytes a token"
                 if facts["documents"] else "")
-        print(f"\n{split}: {facts['tokens']:,} tokens{size}, {files} file{'s' * (files > 1)}")
+        print(f"\n{split}: {counted(facts['tokens'], 'token')}{size}, {counted(files, 'file')}")
         print("  commonest: " + ", ".join(f"{text!r} {share:.1%}" for text, share in facts["commonest"]))
         if options.peek:
-            print("  begins: " + repr(facts["begins"]))
+            begins = repr(facts["begins"])
+            lines = [begins[start : start + WIDTH] for start in range(0, len(begins), WIDTH)]
+            print("  begins: " + "\n          ".join(lines))
 
 
 def describe(found, split, peek):

@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -20,15 +22,17 @@ from pathlib import Path
 
 import numpy as np
 
-from .console import TextProgress
+from .console import TextProgress, counted, data_size
 from .corpus import find_corpus, source_name
 from .tokenizer import Tokenizer
 from .tokens import (
     SPLITS,
     TokenFile,
     Writer,
+    at_work,
     check_content,
     differences,
+    earlier_documents,
     earlier_facts,
     is_data_folder,
     read_manifest,
@@ -108,7 +112,7 @@ def check(data, block_size=None):
     """
     problems = []
     if not (data.data_dir and is_prepared(data)):  # else the corpus is not needed
-        for look in (lambda: _corpus(data), lambda: _asked(data)):
+        for look in (lambda: _check_limits(data, _corpus(data)), lambda: _asked(data)):
             try:
                 look()
             except (ValueError, OSError) as error:
@@ -156,15 +160,50 @@ def prepare(data, report=print, workers=None):
         ValueError, OSError: what stands in the way, in one line.
     """
     folder = data_folder(data)
-    if is_data_folder(folder):
-        return folder
-    corpus = _pinned(_corpus(data), folder)
-    facts = _facts(data, corpus)
+    if not is_data_folder(folder):
+        with _in_order(folder, report):
+            _prepare(folder, data, report, workers)
+    return folder
+
+
+@contextmanager
+def _in_order(folder, report):
+    """Where SIGTERM would end the process at once, it unwinds as Ctrl-C does, so that a Writer commits what it has; and
+    the user learns what is kept."""
+    handled = threading.current_thread() is threading.main_thread() and (  # others may not set handlers
+        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+    if handled:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        kept = earlier_documents(folder)
+        report(f"{folder}: interrupted; " + (f"{counted(kept, 'document')} {'is' if kept == 1 else 'are'} kept, the "
+                                             "same command goes on" if kept else "nothing is kept"))
+        raise
+    finally:
+        if handled:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _prepare(folder, data, report, workers):
     start = time.perf_counter()
+    _wait_for_others(folder, report)
+    if is_data_folder(folder):
+        return
+    corpus = _pinned(_corpus(data), folder)
+    _check_limits(data, corpus)
+    facts = _facts(data, corpus)
+    if corpus.left_out or corpus.source.get("files", 1) > 1:
+        kinds = sorted(corpus.left_out.items(), key=lambda kind: (-kind[1], kind[0]))
+        shown = ", ".join(f"{count:,} {suffix}" for suffix, count in kinds[:10]) + ", ..." * (len(kinds) > 10)
+        report(f"corpus={data.corpus}: {counted(corpus.source['files'], 'file')} to read"
+               + (f"; {sum(corpus.left_out.values()):,} left out ({shown})" if kinds else ""))
     _check_space(folder, corpus, data, report)
     if corpus.is_single and (corpus.bytes or 0) > LARGE_TEXT:
         report(f"corpus={data.corpus}: one text of {corpus.bytes / 1e9:,.1f} GB is read whole, which takes "
                f"{4 * corpus.bytes / 1e9:,.0f} GB of memory or more; lines=true, or several files, are streamed")
+    corpus.look((lambda problem: None) if data.skip_bad_documents else None)
     tokenizer = _make_tokenizer(data, corpus, report)
     if not corpus.is_single and tokenizer.eot_id is None:
         raise ValueError(f"tokenizer={data.tokenizer}: has no end-of-text symbol to set between the "
@@ -174,7 +213,8 @@ def prepare(data, report=print, workers=None):
         decides = facts | {"fingerprint": tokenizer.fingerprint}
         with _writer(folder, tokenizer.dtype, decides, data.shard_tokens, report) as writer:
             if writer is None or writer.is_finished:  # by another process, or by an earlier one
-                return folder
+                return
+            earlier = _written(writer)["bytes"]
             if corpus.is_single:
                 _write_single(writer, tokenizer, corpus, data.val_fraction)
             else:
@@ -185,16 +225,24 @@ def prepare(data, report=print, workers=None):
                 writer.finish(facts, tokenizer.save)
                 break
             writer.discard()
-    size = sum(counts["bytes"] for counts in writer.counts.values()) / 1e6
-    seconds = time.perf_counter() - start
-    report(f"{folder}: {size:,.1f} MB of text in {seconds:,.1f} s ({size / seconds:,.1f} MB/s)")
-    return folder
+    size, seconds = _written(writer)["bytes"], time.perf_counter() - start
+    here = f", {data_size(size - earlier)} of it now," if earlier else ""
+    report(f"{folder}: {data_size(size)} of text{here} in {seconds:,.1f} s ({data_size((size - earlier) / seconds)}/s)")
+
+
+def _wait_for_others(folder, report):
+    """Until no other process is at work in the folder."""
+    waited = False
+    while other := at_work(folder):
+        if not waited:
+            report(f"{folder}: another process prepares it ({other}); waiting for it")
+        waited = True
+        time.sleep(1)
 
 
 @contextmanager
 def _writer(folder, dtype, facts, shard_tokens, report):
     """A Writer, as soon as no other process is at work in the folder; None where that one has finished the work."""
-    waited = False
     while True:
         if is_data_folder(folder):
             yield None
@@ -202,11 +250,8 @@ def _writer(folder, dtype, facts, shard_tokens, report):
         try:
             writer = Writer(folder, dtype, facts, shard_tokens)
             break
-        except BlockingIOError as error:
-            if not waited:
-                report(f"{error}; waiting for it")
-            waited = True
-            time.sleep(1)
+        except BlockingIOError:
+            _wait_for_others(folder, report)
     with writer:
         if writer.position:
             report(f"{folder}: going on where an earlier attempt stopped")
@@ -333,6 +378,15 @@ def _corpus(data):
                        dataset_split=data.dataset_split, revision=data.revision)
 
 
+def _check_limits(data, corpus):
+    """Raise ValueError where a limit is given for a single text, which has no documents to leave out."""
+    limits = [f"{key}={getattr(data, key)}" for key in ("limit_documents", "limit_tokens") if getattr(data, key)]
+    if corpus.is_single and limits:
+        raise ValueError(f"{', '.join(limits)}: corpus={data.corpus} is one text, which is taken whole: leave that "
+                         "out, give a shorter file (head -c cuts one), or take lines=true, which makes documents of "
+                         "its lines")
+
+
 def _pinned(corpus, folder):
     """Of a Hub data set: the corpus at one commit, that of an interrupted attempt even where its branch has moved."""
     if corpus.pin is None:
@@ -390,7 +444,11 @@ def _make_tokenizer(data, corpus, report):
         return Tokenizer.char(_all_documents(data, corpus), add_eot=not corpus.is_single)
     if data.tokenizer == "bpe":
         report(f"training a BPE of {data.vocab_size:,} symbols on {corpus.name}")
-        return Tokenizer.train_bpe(_all_documents(data, corpus), data.vocab_size)
+        tokenizer = Tokenizer.train_bpe(_all_documents(data, corpus), data.vocab_size)
+        if tokenizer.vocab_size < data.vocab_size:
+            report(f"the text has pairs for {tokenizer.vocab_size:,} symbols only, fewer than vocab_size="
+                   f"{data.vocab_size}")
+        return tokenizer
     return Tokenizer.load(os.path.expanduser(data.tokenizer))
 
 
@@ -443,59 +501,75 @@ def _write_documents(writer, tokenizer, corpus, data, forced, report, workers):
     for at in range(position["split"], len(splits)):
         done = position["documents"] if at == position["split"] else 0  # documents of this split that are written
         bad_before = bad.count if bad else 0  # those of this split are met again
-        if done and data.limit_tokens and _written(writer)["tokens"] >= data.limit_tokens:
+        is_dealt = deals and splits[at] == "train"
+        targets = SPLITS if is_dealt else (splits[at],)
+
+        def room(targets=targets):
+            return (data.limit_tokens or float("inf")) - _written(writer, targets)["tokens"]
+
+        if done and room() <= 0:
             continue
         documents = itertools.islice(corpus.documents(splits[at], bad), done, data.limit_documents)
 
-        def deal(number, at=at):
-            if not deals or splits[at] != "train":
+        def deal(number, at=at, is_dealt=is_dealt):
+            if not is_dealt:
                 return splits[at]
-            draw = _draw(number)
-            draws["val"] = min(draws.get("val", [2, 0]), [draw, number])
-            draws["train"] = max(draws.get("train", [-1, 0]), [draw, number])
-            return forced.get(number, "val" if draw < data.val_fraction else "train")
+            return forced.get(number, "val" if _draw(number) < data.val_fraction else "train")
 
         with closing(_tokenized(documents, done, deal, tokenizer, workers)) as chunks, \
                 TextProgress(splits[at], corpus.bytes, report) as progress:
             for runs in chunks:
-                for split, ids, n_bytes, count in runs:
-                    writer.write(split, ids, n_bytes, count)
-                    done += count
-                # (a draw of a chunk that is not written yet may stand in it: the next attempt draws the same)
+                for split, ids, sizes in runs:
+                    if room() <= 0:
+                        break
+                    # up to the document that reaches the limit; sizes: of each its tokens and its bytes
+                    sizes = sizes[: int(np.searchsorted(sizes[:, 0].cumsum(), room())) + 1]
+                    writer.write(split, ids[: sizes[:, 0].sum()], int(sizes[:, 1].sum()), len(sizes))
+                    for number in range(done, done + len(sizes) if is_dealt else done):
+                        draw = [_draw(number), number]
+                        draws["val"] = min(draws.get("val", [2, 0]), draw)
+                        draws["train"] = max(draws.get("train", [-1, 0]), draw)
+                    done += len(sizes)
                 writer.commit({"split": at, "documents": done, "bad": bad_before, "draws": draws,
                                "forced": list(forced.items())})
-                written = _written(writer)
-                progress(**written)
-                if data.limit_tokens and written["tokens"] >= data.limit_tokens:
+                progress(**_written(writer))
+                if room() <= 0:
                     break
-        if deals and splits[at] == "train" and done < 2:
+        if is_dealt and done < 2:
             raise ValueError(f"corpus={corpus.source['name']}: one document cannot be both train and val: take "
-                             "more documents, or the file itself as corpus, whose end is val then")
+                             "more documents, " + (
+                                 f"a limit_tokens above {data.limit_tokens}" if data.limit_tokens and room() <= 0 else
+                                 "or the file itself as corpus, whose end is val then"))
     if bad is not None and bad.count:
-        report(f"{bad.count:,} bad documents were left out")
+        if bad.count > bad.SHOWN:
+            report(f"... and {bad.count - bad.SHOWN:,} more")
+        report(f"{counted(bad.count, 'bad document')} {'was' if bad.count == 1 else 'were'} left out")
     # another try with the nearest document moved is cheap: only a small corpus leaves a split empty
     return {draws[split][1]: split for split in SPLITS if deals and split not in writer.counts}
 
 
-def _written(writer):
-    """The documents, bytes of text and tokens that are written so far, over all splits."""
-    return {key: sum(counts[key] for counts in writer.counts.values()) for key in ("documents", "bytes", "tokens")}
+def _written(writer, splits=(*SPLITS, "test")):
+    """The documents, bytes of text and tokens that are written so far, over these splits."""
+    found = [writer.counts[split] for split in splits if split in writer.counts]
+    return {key: sum(counts[key] for counts in found) for key in ("documents", "bytes", "tokens")}
 
 
 class _Bad:
     """Counts documents that cannot be read, and shows the first ones."""
+
+    SHOWN = 3
 
     def __init__(self, count, report):
         self.count, self.report = count, report
 
     def __call__(self, problem):
         self.count += 1
-        if self.count <= 3:
+        if self.count <= self.SHOWN:
             self.report(f"left out: {problem}")
 
 
 def _tokenized(documents, number, deal, tokenizer, workers):
-    """Yield, chunk by chunk in order, runs of documents that go to the same split: (split, ids, bytes, documents).
+    """Yield, chunk by chunk in order, runs of documents that go to the same split: (split, ids, sizes), as of _encode.
 
     number: of the first document. deal: number -> split. A chunk ends with the document that fills it, so the chunks
     depend on the documents alone. A few are on their way at a time, which bounds the memory.
@@ -509,12 +583,16 @@ def _tokenized(documents, number, deal, tokenizer, workers):
     # threads, for tiktoken and tokenizers let go of Python's lock while they are at work
     with ThreadPoolExecutor(workers, initializer=begin) as pool:
         pending = deque()
-        for chunk in _chunks(documents, number, deal):
-            pending.append(pool.submit(lambda chunk: _encode(own.tokenizer, chunk), chunk))
-            if len(pending) > workers + AHEAD:
+        try:
+            for chunk in _chunks(documents, number, deal):
+                pending.append(pool.submit(lambda chunk: _encode(own.tokenizer, chunk), chunk))
+                if len(pending) > workers + AHEAD:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        finally:
+            for chunk in pending:  # nobody waits for them where the work ends early
+                chunk.cancel()
 
 
 def _chunks(documents, number, deal):
@@ -531,13 +609,16 @@ def _chunks(documents, number, deal):
 
 
 def _encode(tokenizer, chunk):
-    """The runs of a chunk: (split, ids with the end-of-text symbol after each document, bytes, documents)."""
+    """The runs of a chunk: (split, ids with the end-of-text symbol after each document, sizes). sizes: the tokens and
+    the bytes of each, of shape (documents, 2)."""
     runs = []
     for split, group in itertools.groupby(chunk, key=lambda document: document[0]):
         texts = [text for _, text in group]
         eot = np.array([tokenizer.eot_id], tokenizer.dtype)
-        ids = [part for ids in tokenizer.encode_batch(texts) for part in (ids, eot)]
-        runs.append((split, np.concatenate(ids), sum(len(text.encode()) for text in texts), len(texts)))
+        encoded = tokenizer.encode_batch(texts)
+        sizes = [(len(ids) + 1, len(text.encode())) for ids, text in zip(encoded, texts, strict=True)]
+        ids = np.concatenate([part for ids in encoded for part in (ids, eot)])
+        runs.append((split, ids, np.array(sizes, np.int64)))
     return runs
 
 

@@ -7,6 +7,7 @@ Arithmetic on the recipe (sizing.py), so it answers at once and needs neither to
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -79,11 +80,16 @@ def find_gpu(recipe, options):
     """(its name in the table or None, problems). None: the recipe's device is no GPU of the table."""
     if not options.gpu:
         return (None if recipe.train.device in ("cpu", "mps") else "H100"), []
-    names = {name.lower(): name for name in metrics.PEAK_FLOPS}
-    if options.gpu.lower() in names:
-        return names[options.gpu.lower()], []
-    return None, [f"gpu={options.gpu}: not in the table{cli.nearest(options.gpu.lower(), names)}; there are "
+    names = {plain(name): name for name in metrics.PEAK_FLOPS}
+    if plain(options.gpu) in names:
+        return names[plain(options.gpu)], []
+    return None, [f"gpu={options.gpu}: not in the table{cli.nearest(plain(options.gpu), names)}; there are "
                   f"{', '.join(metrics.PEAK_FLOPS)}"]
+
+
+def plain(name):
+    """A GPU's name as people type it: rtx4090 for RTX 4090."""
+    return re.sub(r"[\s_-]", "", name.lower())
 
 
 def plan(recipe, options):
@@ -113,7 +119,7 @@ def plan(recipe, options):
 
     size = {"half": precision != "no", "algorithm": algorithm, "cpu": gpu is None, "dropout": recipe.model.dropout,
             "accumulates": train.gradient_accumulation_steps > options.gpus, "trains": not train.eval_only}
-    layouts = find_layouts(options.gpus, options.gpus_per_node, algorithm, gpu)
+    layouts = find_layouts(options.gpus, options.gpus_per_node, algorithm, gpu, train.device)
 
     def needed(layout, batch_size, checkpointing):
         return sizing.memory(shape, layout, layouts[layout][1], options.gpus, batch=batch_size,
@@ -205,10 +211,12 @@ def pick_precision(mixed_precision, gpu):
     return "no" if gpu is None else "fp16" if gpu in NO_BF16 else "bf16"
 
 
-def find_layouts(gpus, gpus_per_node, algorithm, gpu):
+def find_layouts(gpus, gpus_per_node, algorithm, gpu, device):
     """{layout: (file in configs/, processes that share)}, the simplest first."""
-    if gpu is None or gpus == 1:
-        return {"ddp": ("cpu.yaml" if gpu is None else "single_gpu.yaml", 1)}
+    if gpu is None:
+        return {"ddp": ("mps.yaml" if device == "mps" else "cpu.yaml" if gpus == 1 else "cpu_2proc.yaml", 1)}
+    if gpus == 1:
+        return {"ddp": ("single_gpu.yaml", 1)}
     if gpus <= gpus_per_node:
         ddp, fsdp2 = ("multi_gpu.yaml", 1), ("fsdp2.yaml", gpus)
     else:  # hybrid sharding: a machine shares one copy of the model
@@ -266,19 +274,22 @@ def report(target, found):
            f"{found['checkpoints']} are kept")
     yield ""
     columns = ("weights", "gradients", "optimizer", "copies", "activations", "logits", "total")
-    yield f"{'GiB a GPU' if found['gpu'] else 'GiB':<12} " + " ".join(f"{name:>11}" for name in columns)
+    is_small = all(needed["total"] < GIB for needed in found["memory"].values())
+    unit, size = ("MiB", 2**20) if is_small else ("GiB", GIB)
+    yield f"{f'{unit} a GPU' if found['gpu'] else unit:<12} " + " ".join(f"{name:>11}" for name in columns)
     for layout, needed in found["memory"].items():
         title = TITLES[layout] if found["gpus"] > 1 else "one process"
-        yield (f"{title:<12} " + " ".join(f"{needed[name] / GIB:>11.2f}" for name in columns)
+        yield (f"{title:<12} " + " ".join(f"{needed[name] / size:>11.2f}" for name in columns)
                + ("" if layout in found["fitting"] else "  too much"))
     needed = next(iter(found["memory"].values()))
-    yield (f"activations  {needed['activations_without_checkpointing'] / GIB:.2f} GiB, with "
-           f"activation_checkpointing=true {needed['activations_with_checkpointing'] / GIB:.2f}")
+    yield (f"activations  {needed['activations_without_checkpointing'] / size:.2f} {unit}, with "
+           f"activation_checkpointing=true {needed['activations_with_checkpointing'] / size:.2f}")
     yield ""
     room = f"{found['usable_memory'] / GIB:.1f} GiB (a tenth is reserved)" if found["gpu"] else ""
     if found["config"]:
         others = [f"configs/{found['memory'][layout]['config']}" for layout in found["fitting"][1:]]
-        yield (f"fits into {room}: " if room else "launch with ") + f"configs/{found['config']}" + (
+        count = f" --num_processes {found['gpus']}" if not found["gpu"] and found["gpus"] > 2 else ""
+        yield (f"fits into {room}: " if room else "launch with ") + f"configs/{found['config']}{count}" + (
             f"; also {', '.join(others)}" if others else "")
     else:
         yield f"nothing fits into {room}: {found['remedy']}"

@@ -7,6 +7,7 @@ is made once; what changes the tokens changes the folder's name.
 import sys
 
 from . import cli, dataset
+from .console import counted
 from .recipe import FIELDS, SECTIONS, load_recipe
 
 
@@ -26,9 +27,9 @@ def main(argv):
         print(f"{dataset.data_folder(recipe.data)}: prepared already")
     print(f"tokenizer: {manifest['tokenizer']['kind']}, {manifest['tokenizer']['vocab_size']:,} symbols")
     for split, counts in manifest["splits"].items():
-        line = f"{split}: {counts['tokens']:,} tokens"
+        line = f"{split}: {counted(counts['tokens'], 'token')}"
         if counts["bytes"] is not None:  # a nanoGPT folder does not say
-            line += (f", {counts['documents']:,} document{'s' * (counts['documents'] != 1)}, "
+            line += (f", {counted(counts['documents'], 'document')}, "
                      f"{counts['bytes'] / counts['tokens']:.3f} bytes a token")
         print(line)
 

@@ -32,6 +32,12 @@ def _none(value):
     return None if isinstance(value, str) and value.lower() in ("none", "null", "") else value
 
 
+def _two(value):
+    if str(value) == "1":
+        raise ValueError("must be 2 or more, for one document cannot be both train and val")
+    return value
+
+
 def _no(value):
     return "no" if value is False else value  # YAML reads a bare `no` as false
 
@@ -56,7 +62,7 @@ class Data(Section):
         None, description="branch, tag or commit of hub:USER/SET; none: main")
     skip_bad_documents: bool = Field(False, description="leave out what cannot be read, count it and go on; else it "
                                      "is an error")
-    limit_documents: Annotated[Int | None, BeforeValidator(_none)] = Field(
+    limit_documents: Annotated[Int | None, BeforeValidator(_two), BeforeValidator(_none)] = Field(
         None, ge=2, description="for a taste: take so many documents of a split; none: all")
     limit_tokens: Annotated[Int | None, BeforeValidator(_none)] = Field(
         None, ge=1, description="for a taste: stop when there are about so many tokens; none: all")
@@ -344,7 +350,7 @@ def load_recipe(path, overrides=None, check=None):
     """Read a recipe file, apply overrides, and report everything that is wrong at once.
 
     Args:
-        path: the YAML file; None: all defaults.
+        path: the YAML file, or a run's folder, which has one; None: all defaults.
         overrides: {key: value or text}; a key is a leaf name or section.leaf. They win over the file.
         check: an optional function recipe -> list of problems, for what only a command can know. It sees
             defaults in place of values that were refused.
@@ -357,6 +363,8 @@ def load_recipe(path, overrides=None, check=None):
         ValueError: one line for each problem.
     """
     path = Path(path) if path else None
+    if path and (path / "run.yaml").is_file():
+        path = path / "run.yaml"
     given = {name: {} for name in ("", *SECTIONS)}  # section -> {leaf: value}
     problems = []
 
@@ -478,6 +486,9 @@ def _read_yaml(path):
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is sections with keys, this is a {type(values).__name__}")
+    if {"compute_environment", "distributed_type"} & values.keys():
+        raise ValueError(f"{path}: this is a launch configuration, no recipe: accelerate launch --config_file {path} "
+                         "-m nanogpt_accel.train RECIPE.yaml")
     return {str(key): value for key, value in values.items()}
 
 

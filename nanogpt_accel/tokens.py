@@ -476,6 +476,8 @@ def _instead(folder):
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
             data = None
         return f"a run, no token files: {f'its own are in {data}' if data else 'give the data_dir of its run.yaml'}"
+    if (folder / ".partial").is_dir():
+        return "its preparation was interrupted or still goes on: prepare it, which goes on where that stopped"
     inner = sorted(path.name for path in folder.iterdir() if is_data_folder(path)) if folder.is_dir() else []
     if inner:
         more = f" and {len(inner) - 10:,} more" if len(inner) > 10 else ""

@@ -119,6 +119,55 @@ def test_token_files_are_no_text(refused, tmp_path):
     assert texts(tmp_path) == ["nanoGPT's prepare.py leaves the text beside them"]
 
 
+def test_what_is_left_out_is_counted(folder):
+    (folder / "b" / "x.PNG").touch()
+    (folder / "Makefile").touch()
+    found = find_corpus(str(folder))
+    assert found.left_out == {".png": 2, "without a suffix": 1} and found.source["files"] == 5
+    assert find_corpus(str(folder / "a.py")).left_out == {}
+
+
+def test_the_page_names_every_suffix():
+    page = (Path(module.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert [suffix for suffix in module.TEXT_SUFFIXES + module.TABLE_SUFFIXES if f"{suffix} " not in page.replace(
+        ",", " ").replace("\n", " ")] == []
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar.gz", "x.tgz", "x.pdf", "x.csv.xz"])
+def test_formats_that_are_not_known(refused, folder, name):
+    (folder / name).write_bytes(b"PK")
+    for spec in (folder / name, folder / f"*{name[1:]}"):
+        with refused(ValueError, f"corpus={spec}", "no known format", "unpack", ".parquet"):
+            find_corpus(str(spec))
+    assert name not in str(find_corpus(str(folder)).source)
+
+
+def test_json_whose_lines_are_objects_is_jsonl(refused, tmp_path):
+    path = tmp_path / "notes.json"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    with refused(ValueError, f"corpus={path}: each of its lines", "rename it to .jsonl", "text_column"):
+        find_corpus(str(path))
+    for text in ('{\n  "text": "a"\n}\n', '[{"text": "a"},\n{"text": "b"}]\n', '1\n2\n'):
+        path.write_text(text)
+        assert texts(path) == [text]
+
+
+def test_a_wrong_column_is_said_alike_in_every_format(monkeypatch, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.chdir(tmp_path)
+    Path("x.jsonl").write_text('{"story": "a", "n": 1}\n')
+    Path("x.csv").write_text("story,n\na,1\n")
+    pq.write_table(pa.table({"story": ["a"], "n": [1]}), "x.parquet")
+    said = set()
+    for name in ("x.jsonl", "x.csv", "x.parquet"):
+        with pytest.raises(ValueError) as caught:
+            texts(name)
+        said.add(str(caught.value).replace(name, "FILE"))
+    assert said == {"corpus=FILE: no column text; there are story, n: give text_column"}
+
+
 def test_not_utf8_names_the_file_and_the_byte(refused, folder):
     (folder / "b" / "3.txt").write_bytes(b"abc\xff")
     with refused(ValueError, f"corpus={folder}", folder / "b" / "3.txt", "byte 3", "iconv"):

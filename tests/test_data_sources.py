@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -220,8 +221,8 @@ CHILD = """
 import json, os, signal, sys
 from nanogpt_accel import dataset, tokens
 from nanogpt_accel.recipe import SECTIONS
-given, moves, dataset.COUNTED_BELOW = map(json.loads, sys.argv[1:])
-tokens.COMMIT_SECONDS, dataset.CHUNK = 0, 400
+given, moves, dataset.COUNTED_BELOW, tokens.COMMIT_SECONDS = map(json.loads, sys.argv[1:])
+dataset.CHUNK = 400
 real = os.replace
 def replace(source, target):
     global moves
@@ -235,10 +236,10 @@ dataset.prepare(SECTIONS["data"](**given), lambda line: print(line, flush=True),
 """
 
 
-def child(moves=-1, counted_below=2**28, **given):
+def child(moves=-1, counted_below=2**28, commit_seconds=0, **given):
     """A process that prepares, commits all the time, and kills itself after so many of the final moves."""
     command = [sys.executable, "-c", CHILD, json.dumps(section(**given).model_dump()), str(moves),
-               str(counted_below)]
+               str(counted_below), str(commit_seconds)]
     return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True)
 
 
@@ -299,6 +300,58 @@ def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes():
         assert ids(one.splits[split]) == ids(other.splits[split])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_it_keeps_what_is_written(number):
+    jsonl("x.jsonl", documents(3000))
+    process = child(commit_seconds=10**9, corpus="x.jsonl")
+    written = Path("out/.partial/train-00000.bin")
+    until(lambda: written.exists() and written.stat().st_size > 50_000, process)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 128 + signal.SIGTERM}[number]
+    counts = json.loads(Path("out/.partial/progress.json").read_text())["counts"]
+    kept = counts["train"]["documents"] + counts["val"]["documents"]
+    assert f"out: interrupted; {kept:,} documents are kept, the same command goes on\n" in said and kept > 100
+    _, lines = prepared(corpus="x.jsonl")
+    assert "out: going on where an earlier attempt stopped" in lines
+    prepared(corpus="x.jsonl", data_dir="straight")
+    assert content("out") == content("straight")
+
+
+def test_told_to_stop_before_anything_is_written(monkeypatch):
+    jsonl("x.jsonl", DOCS)
+    monkeypatch.setattr(dataset, "_make_tokenizer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    said, before = [], signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        dataset.prepare(section(corpus="x.jsonl"), said.append)
+    assert said == ["out: interrupted; nothing is kept"] and not Path("out").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_rate_is_that_of_this_attempt(monkeypatch):
+    monkeypatch.setattr(dataset, "CHUNK", 100)
+    jsonl("x.jsonl", DOCS)
+    real, calls = tokens.Writer.commit, iter(range(20))
+
+    def commit(self, position):
+        real(self, position)
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokens.Writer, "commit", commit)
+        prepared(corpus="x.jsonl")
+    earlier = json.loads(Path("out/.partial/progress.json").read_text())["counts"]
+    earlier = earlier["train"]["bytes"] + earlier["val"]["bytes"]
+    size = len("".join(DOCS).encode())
+    clock = iter(range(10**6))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    line = prepared(corpus="x.jsonl")[1][-1]
+    seconds = float(line.split(" in ")[1].split(" s ")[0])
+    assert f"{size / 1e3:,.1f} kB of text, {(size - earlier) / 1e3:,.1f} kB of it now, in " in line
+    assert line.endswith(f" ({(size - earlier) / 1e3 / seconds:,.1f} kB/s)")
+
+
 def test_a_finished_shard_is_not_written_again():
     jsonl("x.jsonl", documents(2000))
     given = {"corpus": "x.jsonl", "shard_tokens": 5000}
@@ -325,7 +378,7 @@ def test_killed_between_the_moves(moves):
     assert process.wait() == -signal.SIGKILL
     assert not tokens.is_data_folder("out") and not dataset.is_prepared(section(**given))
     ours, said = prepared(**given)
-    assert [line for line in said if "MB/s" in line] == [], "only the moves were left to do"
+    assert [line for line in said if "B/s" in line] == [], "only the moves were left to do"
     assert child(**given, data_dir="straight/out").wait() == 0
     assert content("out") == content("straight/out")
     assert ids(ours.train) == char_ids(DOCS, dealt(DOCS)[0])
@@ -389,13 +442,13 @@ def test_two_that_prepare_at_once():
     first.send_signal(signal.SIGSTOP)
     second = child(corpus="x.jsonl")
     try:
-        assert "waiting for it" in second.stdout.readline()
+        assert f"(process {first.pid} on {platform.node()}); waiting for it" in second.stdout.readline()
         assert not tokens.is_data_folder("out")
     finally:
         first.send_signal(signal.SIGCONT)
     said = [process.communicate(timeout=60)[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0)
-    assert [text.count(" MB/s)\n") for text in said] == [1, 0]
+    assert [text.count("B/s)\n") for text in said] == [1, 0]
     files = sorted(content("out"))
     assert [*files, len(content("out")["train.bin"])] == [
         "manifest.json", "tokenizer.json", "tokenizer_config.json", "train.bin", "val.bin",
@@ -699,14 +752,98 @@ def test_a_limit_of_documents_takes_the_first_ones():
     assert one != other
 
 
-def test_a_limit_of_tokens_stops_soon_after_it(monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK", 100)
+def reaching(texts, limit):
+    """How many of the texts, each with its end, have so many tokens."""
+    return next(n for n in range(1, len(texts) + 1) if sum(len(text) + 1 for text in texts[:n]) >= limit)
+
+
+@pytest.mark.parametrize("limit", [3000, sum(len(text) + 1 for text in DOCS[:9])])
+def test_a_limit_of_tokens_stops_at_the_end_of_the_document_that_reaches_it(monkeypatch, limit):
     jsonl("x.jsonl", DOCS)
-    ours, _ = prepared(corpus="x.jsonl", limit_tokens=3000)
-    counts = ours.manifest["splits"]
-    assert 3000 <= counts["train"]["tokens"] + counts["val"]["tokens"] < 3000 + 100 + max(map(len, DOCS))
-    taken = counts["train"]["documents"] + counts["val"]["documents"]
-    assert [ids(ours.train), ids(ours.val)] == [char_ids(DOCS, part) for part in dealt(DOCS[:taken])]
+    taken = reaching(DOCS, limit)
+    for workers, chunk in ((1, 2**19), (2, 2**19), (2, 100), (1, 1)):
+        monkeypatch.setattr(dataset, "CHUNK", chunk)
+        ours, _ = prepared(workers, corpus="x.jsonl", limit_tokens=limit, data_dir=f"out {workers} {chunk}")
+        assert [ids(ours.train), ids(ours.val)] == [char_ids(DOCS, part) for part in dealt(DOCS[:taken])]
+
+
+@pytest.mark.parametrize("counted_below", [2**27, 0])
+def test_a_limit_before_the_first_document_of_val(monkeypatch, counted_below):
+    """The nearest one of those that are taken goes there, and none of those beyond."""
+    monkeypatch.setattr(dataset, "COUNTED_BELOW", counted_below)
+    jsonl("x.jsonl", DOCS)
+    share = [int.from_bytes(hashlib.blake2b(f"2357 {i}".encode(), digest_size=8).digest(), "big") for i in range(200)]
+    limit = sum(len(text) + 1 for text in DOCS[:5])
+    nearest = min(range(5), key=share.__getitem__)
+    for name, val_fraction in (("a", 1e-9), ("b", (min(share) + 1) / 2**64)):  # none at all, and one beyond the limit
+        ours, _ = prepared(corpus="x.jsonl", limit_tokens=limit, val_fraction=val_fraction, data_dir=name)
+        assert ids(ours.val) == char_ids(DOCS, [DOCS[nearest]])
+        assert ids(ours.train) == char_ids(DOCS, DOCS[:nearest] + DOCS[nearest + 1 : 5])
+
+
+def test_a_limit_of_tokens_holds_for_each_split_of_its_own(monkeypatch):
+    splits = {"train": DOCS[:100], "val": DOCS[100:150], "test": DOCS[150:]}
+    corpus_of(monkeypatch, splits)
+    ours, _ = prepared(corpus="mine", limit_tokens=500)
+    for split, texts in splits.items():
+        assert ids(ours.splits[split]) == char_ids(DOCS, texts[: reaching(texts, 500)])
+
+
+@pytest.mark.parametrize("limit", ["limit_tokens=50", "limit_documents=5"])
+def test_a_single_text_has_no_documents_to_limit(capsys, limit):
+    lines("x.txt", DOCS)
+    line = refusal(capsys, "corpus=x.txt", limit)
+    assert f"{limit}: corpus=x.txt is one text" in line and "lines=true" in line
+    assert main(["prepare", "r.yaml", "corpus=x.txt", f"{limit}0", "lines=true"]) == 0
+
+
+def test_limits_that_leave_one_document(capsys):
+    jsonl("x.jsonl", DOCS)
+    assert "limit_documents=1: must be 2 or more, for one document cannot be both" in refusal(
+        capsys, "corpus=x.jsonl", "limit_documents=1")
+    assert "a limit_tokens above 1" in refusal(capsys, "corpus=x.jsonl", "limit_tokens=1")
+
+
+# ---- what the user is told
+
+
+def test_thirty_bad_documents_are_three_and_a_number():
+    Path("x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCS) + "[]\n" * 30)
+    _, said = prepared(corpus="x.jsonl", skip_bad_documents=True)
+    at = next(i for i, line in enumerate(said) if "left out:" in line)
+    assert [line.split(":")[0] for line in said[at : at + 3]] == ["left out"] * 3
+    assert said[at + 3 : at + 5] == ["... and 27 more", "30 bad documents were left out"]
+
+
+def test_every_table_is_looked_at_before_a_bpe_is_trained(capsys):
+    Path("f").mkdir()
+    jsonl("f/a.jsonl", DOCS)
+    Path("f/b.csv").write_text("story\na\n")
+    Path("f/ignored.zip").touch()
+    assert main(["prepare", "r.yaml", "corpus=f", "tokenizer=bpe"]) == 2
+    out, err = capsys.readouterr()
+    assert err == "error: corpus=f: f/b.csv: no column text; there are story: give text_column\n"
+    assert out == "corpus=f: 2 files to read; 1 left out (1 .zip)\n" and not Path("out").exists()
+    Path("f/b.csv").unlink()
+    assert main(["prepare", "r.yaml", "corpus=f", "tokenizer=bpe", "vocab_size=9000"]) == 0
+    held = len(json.loads(Path("out/tokenizer.json").read_text())["model"]["vocab"]) + 1
+    assert f"pairs for {held:,} symbols only, fewer than vocab_size=9000" in capsys.readouterr().out and held < 9000
+
+
+def test_the_command_that_shows_a_folder(capsys):
+    jsonl("x.jsonl", ["b" * 300, "a", "c"])
+    assert main(["prepare", "r.yaml", "corpus=x.jsonl", "val_fraction=1e-9"]) == 0
+    capsys.readouterr()
+    assert main(["data", "out", "peek=350"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) < 130 and out.index("\ntrain: ") < out.index("\nval: ")
+    assert ", 1 file; tokenizer" in out and ", 1 document, " in out and "1 documents" not in out
+    shown = [line for line in out.splitlines() if set(line) <= set(" b'")]
+    assert len(shown) >= 2 and all(len(line) <= 110 for line in shown), "in lines"
+    assert main(["data", "."]) == 2
+    assert capsys.readouterr().err == "error: data_dir=.: no data folder itself; give one of those in it: out\n"
+
+
 
 
 # ---- what is there and what is asked for

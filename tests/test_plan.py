@@ -464,6 +464,48 @@ def test_no_target(capsys):
     assert "RECIPE.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("words", "config"), [
+    (["device=cpu"], "cpu.yaml"), (["device=cpu", "gpus=2"], "cpu_2proc.yaml"),
+    (["device=cpu", "gpus=4"], "cpu_2proc.yaml --num_processes 4"), (["device=mps"], "mps.yaml")])
+def test_a_launch_without_a_gpu(words, config, capsys):
+    assert main(["plan", str(ROOT / "recipes" / "gpt2.yaml"), *words]) == 0
+    printed = capsys.readouterr().out
+    assert f"launch with configs/{config}\n" in printed
+    assert (ROOT / "configs" / config.split()[0]).is_file()
+
+
+@pytest.mark.parametrize("typed", ["rtx4090", "RTX 4090", "rtx_4090", "rtx-4090"])
+def test_a_gpu_as_people_type_it(typed, capsys):
+    assert planned(ROOT / "recipes" / "gpt2.yaml", f"gpu={typed}", capsys=capsys)["gpu"] == "RTX 4090"
+
+
+def test_a_run_folder_is_its_recipe(capsys):
+    Path("runs/mine").mkdir(parents=True)
+    recipe = load_recipe(ROOT / "recipes" / "shakespeare_char_cpu.yaml", {"n_layer": 3, "out_dir": "runs/mine"})
+    Path("runs/mine/run.yaml").write_text(recipe.to_yaml())
+    assert load_recipe("runs/mine") == recipe
+    one, other = (planned(target, capsys=capsys) for target in ("runs/mine", "runs/mine/run.yaml"))
+    assert one["parameters"] == other["parameters"]
+
+
+@pytest.mark.parametrize("command", ["plan", "prepare", "train"])
+def test_a_launch_configuration_is_no_recipe(command, capsys):
+    path = str(ROOT / "configs" / "fsdp2.yaml")
+    assert main([command, path]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path}: this is a launch configuration" in line and f"accelerate launch --config_file {path}" in line
+
+
+def test_the_memory_of_small_models_is_told_in_mib(capsys):
+    words = [str(ROOT / "recipes" / "shakespeare_char_cpu.yaml")]
+    needed = planned(*words, capsys=capsys)["memory"]["ddp"]
+    assert main(["plan", *words]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    at = next(i for i, row in enumerate(rows) if row.startswith("MiB"))
+    figures = dict(zip(rows[at].split()[1:], map(float, rows[at + 1].split()[2:]), strict=True))
+    assert figures == {key: pytest.approx(needed[key] / 2**20, abs=0.006) for key in figures} and figures["weights"] > 1
+
+
 def test_every_gpu_with_a_peak_has_a_memory():
     assert sizing.GPU_MEMORY.keys() == metrics.PEAK_FLOPS.keys()
 

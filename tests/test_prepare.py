@@ -206,9 +206,9 @@ def test_a_changed_corpus_gets_a_new_folder(notes):
 def test_prepare_twice_writes_once(notes):
     data, lines = Data(corpus="notes", tokenizer="char", val_fraction=0.3), []
     folder = dataset.prepare(data, lines.append)
-    assert len(lines) == 1 and str(folder) in lines[0] and "MB/s" in lines[0]
+    assert len(lines) == 2 and str(folder) in lines[1] and lines[1].endswith("B/s)")
     times = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
-    assert dataset.prepare(data, lines.append) == folder and len(lines) == 1
+    assert dataset.prepare(data, lines.append) == folder and len(lines) == 2
     assert times == {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
 
 
@@ -219,8 +219,9 @@ def test_long_work_reports_its_progress(notes, monkeypatch):
     lines = []
     data = Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3)
     assert dataset.ready(data, True, lines.append).folder == data_folder(data)
-    assert lines[0] == "training a BPE of 300 symbols on notes"
-    assert len(lines) > 3 and all("documents" in line and "MB/s" in line for line in lines[1:-1])
+    assert lines[:2] == ["corpus=notes: 12 files to read", "training a BPE of 300 symbols on notes"]
+    lines = [line for line in lines[2:-1] if "symbols only" not in line]
+    assert len(lines) > 3 and all("document" in line and "B/s" in line for line in lines)
 
 
 def test_the_command_reports_its_progress(recipe, capsys, monkeypatch):
@@ -255,10 +256,10 @@ def test_a_tokenizer_folder(refused, notes):
     Path("single").mkdir()
     Tokenizer.char([(notes / "01.txt").read_text()]).save("single")
     with refused(ValueError, "tokenizer=single", "end-of-text", "corpus=notes"):
-        dataset.prepare(Data(corpus="notes", tokenizer="single"), 1)
+        dataset.prepare(Data(corpus="notes", tokenizer="single"))
     (notes / "z.md").write_text("€" * 10)
     with refused(ValueError, "'€' (U+20AC)"):
-        dataset.prepare(Data(corpus="notes/z.md", tokenizer="single", val_fraction=0.3), 1)
+        dataset.prepare(Data(corpus="notes/z.md", tokenizer="single", val_fraction=0.3))
 
 
 # ---- an explicit data_dir

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import platform
 import subprocess
 import sys
 
@@ -85,6 +86,57 @@ def test_leaving_early_leaves_nothing(tmp_path, error):
         assert not is_data_folder(tmp_path / "data")
         raise error
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_whoever_is_told_to_stop_keeps_what_was_complete(tmp_path, error):
+    """Up to the last commit(), though no time for one has come; a defect keeps nothing that was not committed."""
+    with pytest.raises(error), Writer(tmp_path / "data", np.uint16, FACTS, 300) as writer:
+        for number in range(4):
+            writer.write("train", np.arange(200), 9)
+            writer.commit(number + 1)
+        writer.write("val", np.arange(5), 9)  # half of what comes next
+        raise error
+    assert not is_data_folder(tmp_path / "data")
+    if error is RuntimeError:
+        assert names(tmp_path) == [] and module.earlier_documents(tmp_path / "data") == 0
+        return
+    assert module.earlier_documents(tmp_path / "data") == 4
+    with Writer(tmp_path / "data", np.uint16, FACTS, 300) as writer:
+        assert (writer.position, writer.counts) == (4, {"train": {"tokens": 800, "bytes": 36, "documents": 4}})
+        writer.write("val", np.arange(5), 9)
+        writer.finish(FACTS, save_tokenizer)
+    manifest = read_manifest(tmp_path / "data")
+    files = token_paths(tmp_path / "data", manifest, "train")
+    assert [*TokenFile(files, "uint16").rows([0], 800)[0]] == [*range(200)] * 4 and len(files) == 2
+
+
+def test_a_folder_that_is_something_else(refused, tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / "data" / name)
+    with refused(FileNotFoundError, f"data_dir={tmp_path / 'data'}", "in it: a, b"):
+        read_manifest(tmp_path / "data")
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "tokenizer.json").write_text("{}")  # a run has one, of its best checkpoint
+    for text, words in (("data: {data_dir: data/a}", "its own are in data/a"), ("[", "data_dir of its run.yaml")):
+        (run / "run.yaml").write_text(text)
+        with pytest.raises(FileNotFoundError) as caught:
+            read_manifest(run)
+        message = str(caught.value)
+        assert message.startswith(f"data_dir={run}: a run") and words in message and "delete" not in message
+    with pytest.raises(ValueError, match="another data_dir$"):
+        write(run)
+    with refused(FileNotFoundError, "prepare them first"):
+        read_manifest(tmp_path / "nothing")
+
+
+def test_splits_come_in_one_order(tmp_path):
+    with Writer(tmp_path, np.uint16) as writer:
+        for split in ("test", "val", "train"):
+            writer.write(split, np.arange(3), 3)
+        writer.finish(FACTS, save_tokenizer)
+    assert list(read_manifest(tmp_path)["splits"]) == ["train", "val", "test"]
 
 
 def test_a_tokenizer_that_cannot_be_saved(refused, tmp_path):
@@ -182,9 +234,12 @@ def test_a_crash_between_the_moves_is_never_taken_for_data(refused, monkeypatch,
     if moves <= 2:  # nothing is in its place yet, and the remains are in nobody's way
         assert write(tmp_path / "data", facts=other)["val_fraction"] == 0.2
     else:
-        with refused(ValueError, f"data_dir={tmp_path / 'data'}", "delete"):
+        has_tokens = moves > 3  # where none has moved yet, nobody is told to delete the folder
+        with refused(ValueError if has_tokens else FileNotFoundError, f"data_dir={tmp_path / 'data'}",
+                     "delete" if has_tokens else "goes on where that stopped"):
             read_manifest(tmp_path / "data")
-        with refused(ValueError, f"data_dir={tmp_path / 'data'}", "tokenizer.json", "delete"):
+        with refused(ValueError, f"data_dir={tmp_path / 'data'}", "tokenizer.json",
+                     "delete" if has_tokens else "take another data_dir"):
             write(tmp_path / "data", facts=other)
         gc.collect()  # the Writer that was refused holds its lock as long as there is a trace of it
         assert write(tmp_path / "data")["val_fraction"] == 0.1  # the one that it is made of finds the rest
@@ -246,10 +301,13 @@ def test_two_processes_that_prepare_at_once(tmp_path):
     with subprocess.Popen([sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(BlockingIOError, match="another process prepares it") as caught:
+        with pytest.raises(BlockingIOError, match=f"process {other.pid} on .* prepares it") as caught:
             write(tmp_path)
         assert f"data_dir={tmp_path}" in str(caught.value) and not is_data_folder(tmp_path)
+        assert module.at_work(tmp_path) == f"process {other.pid} on {platform.node()}"
         other.kill()
+        other.wait()
+        assert module.at_work(tmp_path) is None
     write(tmp_path)
     assert names(tmp_path) == ["manifest.json", "tokenizer.json", "train.bin", "val.bin"]
 
