@@ -178,8 +178,9 @@ def _in_order(folder, report):
         yield
     except (KeyboardInterrupt, SystemExit):
         kept = earlier_documents(folder)
-        report(f"{folder}: interrupted; " + (f"{counted(kept, 'document')} {'is' if kept == 1 else 'are'} kept, the "
-                                             "same command goes on" if kept else "nothing is kept"))
+        if not at_work(folder):  # else this process was only waiting
+            report(f"{folder}: interrupted; " + (f"{counted(kept, 'document')} {'is' if kept == 1 else 'are'} kept, "
+                                                 "the same command goes on" if kept else "nothing is kept"))
         raise
     finally:
         if handled:
@@ -187,10 +188,10 @@ def _in_order(folder, report):
 
 
 def _prepare(folder, data, report, workers):
-    start = time.perf_counter()
     _wait_for_others(folder, report)
     if is_data_folder(folder):
         return
+    start = time.perf_counter()
     corpus = _pinned(_corpus(data), folder)
     _check_limits(data, corpus)
     facts = _facts(data, corpus)

@@ -272,9 +272,10 @@ def train(recipe, signals=None):
     console.say(f"data: {data.folder}, {len(data.train):,} training and {len(data.val):,} validation tokens, "
                 f"{data.tokenizer.vocab_size:,} symbols")
     if not recipe.train.eval_only:
-        console.say(f"batch: {batch_size} sequences of {block_size} tokens x {micro_batches} micro-batches (processes: "
-                    f"{accelerator.num_processes}, of each: {micro_steps}) = {tokens_per_step:,} tokens a step; "
-                    f"{max_iters:,} steps are {max_iters * tokens_per_step:,} tokens, "
+        console.say(f"batch: {batch_size} sequences of {block_size} tokens x {micro_batches} "
+                    f"micro-batch{'es' * (micro_batches != 1)} (processes: {accelerator.num_processes}, of each: "
+                    f"{micro_steps}) = {tokens_per_step:,} tokens a step; {max_iters:,} steps are "
+                    f"{max_iters * tokens_per_step:,} tokens, "
                     f"{max_iters * tokens_per_step / len(data.train):.2f} epochs")
     console.say(", ".join(filter(None, (
         f"device: {metrics.device_name(device)}", f"mixed precision {accelerator.mixed_precision}",

@@ -97,8 +97,8 @@ def test_opens_with_its_command(name):
 
 
 def test_the_files_that_plan_names():
-    named = {file for gpus in (1, 2, 8, 9, 64) for gpu in ("h100", None)
-             for file, _ in find_layouts(gpus, 8, "adamw", gpu).values()}
+    named = {file for gpus in (1, 2, 8, 9, 64) for gpu, device in (("h100", "auto"), (None, "cpu"), (None, "mps"))
+             for file, _ in find_layouts(gpus, 8, "adamw", gpu, device).values()}
     assert len(named) > 5 and {Path(file).stem for file in named} <= WANTED.keys()
 
 

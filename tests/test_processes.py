@@ -120,7 +120,7 @@ def test_missing_data_are_prepared_once(runs):
     for run, out in runs.values():
         (folder,) = (run.parents[1] / "data").iterdir()
         (line,) = [line for line in out.splitlines() if line.startswith("data/")]
-        assert "MB of text" in line and line.startswith(f"data/{folder.name}")
+        assert "B of text" in line and line.startswith(f"data/{folder.name}")
         assert sorted(file.name for file in folder.iterdir()) == ["manifest.json", "tokenizer.json",
                                                                   "tokenizer_config.json", "train.bin", "val.bin"]
 

@@ -473,4 +473,4 @@ def test_json_is_all_that_evaluate_prints(capfd, monkeypatch, workplace, run, tm
     assert main(["evaluate", str(run), "--json", "eval_iters=2"]) == 0
     captured = capfd.readouterr()
     assert captured.out.count("\n") == 1 and "val_loss" in json.loads(captured.out)
-    assert "MB of text" in captured.err
+    assert "B of text" in captured.err
