@@ -80,10 +80,9 @@ def world_size():
     return int(value)
 
 
-def asks_for_sharding():
-    """True where the launcher asks for FSDP or DeepSpeed."""
-    return any(os.environ.get(name, "").lower() == "true"
-               for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+def asks_for(kind):
+    """True where the launcher asks for this kind of sharding, FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"
 
 
 def is_main():
@@ -151,8 +150,8 @@ def make_accelerator(device="auto", mixed_precision="auto", compile=False, track
         raise ValueError(f"the launcher started WORLD_SIZE={world_size()} processes but Accelerate sees "
                          f"{accelerator.num_processes}: on CPU set ACCELERATE_USE_CPU=true, on GPUs launch with "
                          "--multi_gpu or torchrun")
-    for name, kind in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
-        if os.environ.get(name, "").lower() == "true" and accelerator.distributed_type != kind:
+    for kind in ("FSDP", "DEEPSPEED"):
+        if asks_for(kind) and accelerator.distributed_type != kind:
             raise ValueError(f"the launcher asks for {kind}, and Accelerate does not shard on {chosen.type}: take "
                              "configs/multi_gpu.yaml, or configs/cpu_2proc.yaml")
     return accelerator

@@ -73,9 +73,12 @@ def check(recipe):
     recipe = resolve_resume(recipe)
     problems = dataset.check(recipe.data, recipe.model.block_size)
     problems += launch.check_launch(recipe.train.gradient_accumulation_steps, recipe.tracking.trackers)
-    if recipe.train.sample_interval and launch.asks_for_sharding():
+    if recipe.train.sample_interval and (launch.asks_for("FSDP") or launch.asks_for("DEEPSPEED")):
         problems.append(f"train.sample_interval={recipe.train.sample_interval}: a model that lies in pieces writes no "
                         "samples; leave it out with FSDP2 and DeepSpeed")
+    if recipe.train.on_nonfinite == "skip" and launch.asks_for("DEEPSPEED"):
+        problems.append("train.on_nonfinite=skip: DeepSpeed makes its step with the backward pass, and none can be left "
+                        "out; take on_nonfinite=stop, or configs/fsdp2.yaml")
     out_dir, init_from = Path(recipe.out_dir), recipe.model.init_from
     saved = checkpoint.checkpoints(out_dir)
     if init_from == "resume":
@@ -234,11 +237,12 @@ def train(recipe, signals=None):
     raw_model = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     # where the run stands
-    first_step, best_val_loss, best_step, val_loss, skips, skips_in_a_row = 0, math.inf, None, None, 0, 0
+    first_step, best_val_loss, best_step, val_loss, lr, skips, skips_in_a_row = 0, math.inf, None, None, None, 0, 0
     if is_resumed:
         checkpoint.load_optimizer(source, accelerator, raw_model, optimizer)
         trainer = checkpoint.read_trainer(source)
-        first_step, val_loss, best_step = trainer["step"], trainer["val_loss"], trainer["best_step"]
+        first_step, val_loss, best_step, lr = (trainer[key] for key in ("step", "val_loss", "best_step",
+                                                                        "learning_rate"))
         best_val_loss = math.inf if best_step is None else trainer["best_val_loss"]
         skips, skips_in_a_row = trainer["skips"], trainer["skips_in_a_row"]
         if accelerator.scaler is not None and trainer["scaler"] is not None:

@@ -179,3 +179,35 @@ def test_different_recipes(recipe, tmp_path, option):
     lines = [line for line in job.says().splitlines() if "error: " in line]
     assert len(lines) == 2 and all(option.partition("=")[0] in line for line in lines), job.says()
     assert "Traceback" not in job.says() and not run.exists()
+
+
+def test_stopped_where_an_evaluation_was_due(tmp_path, monkeypatch):
+    """The evaluation is left for the next time, which also finds that its checkpoint is the best one."""
+    from nanogpt_accel import launch
+    from nanogpt_accel.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    options = ["max_iters=6", "eval_interval=2", "device=cpu"]
+    recipe = write_recipe(tmp_path)
+    assert main(["train", str(recipe), "out_dir=calm", *options]) == 0
+    calls = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.Agreement, "any", lambda self, wish: next(calls) == 4)
+        assert main(["train", str(recipe), "out_dir=told", *options]) == 75
+    path = tmp_path / "told" / "checkpoint-000004"
+    before = (path / "state" / "trainer.json").stat().st_mtime_ns
+    assert trainer(tmp_path / "told", 4)["evaluated"] is False and checkpoint.damage(path) is None
+    assert main(["train", "told"]) == 0
+    assert numbers(tmp_path / "told") == numbers(tmp_path / "calm")
+    assert not path.exists() or (path / "state" / "trainer.json").stat().st_mtime_ns == before
+    assert [trainer(tmp_path / run, 6)["best_step"] for run in ("told", "calm")] == [6, 6]
+    weights = [(tmp_path / run / "checkpoint-000006" / "model.safetensors").read_bytes() for run in ("told", "calm")]
+    assert weights[0] == weights[1]
+
+
+def test_skipping_does_not_go_with_deepspeed(tmp_path, monkeypatch, capsys):
+    from nanogpt_accel.__main__ import main
+
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert main(["train", str(write_recipe(tmp_path)), f"out_dir={tmp_path / 'run'}", "on_nonfinite=skip"]) == 2
+    assert "train.on_nonfinite=skip: DeepSpeed" in capsys.readouterr().err
