@@ -77,7 +77,7 @@ def check(recipe):
         problems.append(f"train.sample_interval={recipe.train.sample_interval}: a model that lies in pieces writes no "
                         "samples; leave it out with FSDP2 and DeepSpeed")
     if recipe.train.on_nonfinite == "skip" and launch.asks_for("DEEPSPEED"):
-        problems.append("train.on_nonfinite=skip: DeepSpeed makes its step with the backward pass, and none can be left "
+        problems.append("train.on_nonfinite=skip: DeepSpeed makes its step with the backward pass, and leaves none "
                         "out; take on_nonfinite=stop, or configs/fsdp2.yaml")
     out_dir, init_from = Path(recipe.out_dir), recipe.model.init_from
     saved = checkpoint.checkpoints(out_dir)

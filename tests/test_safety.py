@@ -164,8 +164,9 @@ def test_tensorboard_shows_each_step_once(recipe, tmp_path):
     assert [event.step for event in logged.Scalars("val_loss")] == [0, 4, 8]
 
 
-def test_wandb_goes_on_as_the_same_run(recipe, tmp_path, monkeypatch):
+def test_wandb_goes_on_as_the_same_run(recipe, tmp_path, monkeypatch, request):
     wandb = pytest.importorskip("wandb")
+    request.addfinalizer(wandb.teardown)  # it keeps its mode for the process
     asked, init = [], wandb.init
     monkeypatch.setattr(wandb, "init", lambda **options: (asked.append(options), init(mode="disabled"))[1])
     begin = ["train", str(recipe), f"out_dir={tmp_path / 'run'}", "trackers=wandb", "max_iters=1"]
