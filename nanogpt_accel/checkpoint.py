@@ -256,7 +256,7 @@ def _sha256(file):
 
 def _prune(run, best_step, final, keep_last):
     """Delete the checkpoints that are neither among the newest nor the best."""
-    best = checkpoint_path(run, best_step) if best_step is not None else final
+    best = _best(run, best_step, final)
     found = checkpoints(run)
     kept = found[:found.index(final) + 1][-keep_last:]
     for old in found:
@@ -597,10 +597,18 @@ def _model_damage(path):
     return next(filter(None, (_file_damage(path, name) for name in names)), None)
 
 
+def _best(run, best_step, final):
+    """The best checkpoint that is there: where saving the very best one failed, the one that was the best before."""
+    if best_step is None:
+        return final
+    best, link = checkpoint_path(run, best_step), run / "model.safetensors"
+    before = run / os.path.dirname(os.readlink(link)) if is_link(link) else final
+    return best if best.exists() else before if before.exists() else final
+
+
 def _publish(run, best_step, final):
     """Let the run folder itself load as its best checkpoint: a link for each file, replaced one by one."""
-    best = checkpoint_path(run, best_step) if best_step is not None else final
-    checkpoint = best if best.exists() else final
+    checkpoint = _best(run, best_step, final)
     for file in checkpoint.iterdir():
         if file.is_file():
             temporary = run / f".{file.name}.link"

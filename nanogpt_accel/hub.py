@@ -142,14 +142,14 @@ class BackgroundPush:
     """Pushes checkpoints while the run goes on: one at a time, and where several wait, the newest.
 
     The files are linked aside at once, so that a checkpoint may be pruned while it is on its way. What fails is
-    reported in one line and done with: the next checkpoint tries again.
+    reported in one line, once until a push succeeds, and done with: the next checkpoint tries again.
     """
 
     def __init__(self, repo, folder, warn, private=False, branch=None):
         """repo: on the Hub, made where it is missing. folder: of the run; the links stand in it. warn: takes a line."""
         self.repo, self.private, self.branch, self.warn = repo, private, branch, warn
         self.pushed = None  # the checkpoint that the Hub holds now, as far as this process knows
-        self._folder = Path(folder)
+        self._folder, self._is_warned = Path(folder), False
         self._lock = threading.Lock()
         self._waiting = None  # (folder of links, checkpoint, message)
         self._worker = None
@@ -190,13 +190,16 @@ class BackgroundPush:
             try:
                 self.repo = create(self.repo, self.private, self.branch)
                 upload(links, self.repo, message, self.branch)
-                self.pushed = checkpoint
+                self.pushed, self._is_warned = checkpoint, False
             except OSError as error:
                 self._fail(message, error)
             finally:
                 shutil.rmtree(links, ignore_errors=True)
 
     def _fail(self, message, error):
+        if self._is_warned:
+            return
+        self._is_warned = True
         self.warn(f"warning: not pushed, the next checkpoint tries again: {message}: {error}")
 
 

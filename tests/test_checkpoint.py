@@ -370,6 +370,20 @@ def test_a_save_that_fails_leaves_what_was_there(saved, monkeypatch, where):
     assert saved.steps() == [20, 30] and saved.leftovers() == []
 
 
+def test_the_best_before_stays_where_the_best_could_not_be_saved(saved, monkeypatch):
+    best = weights(AutoModelForCausalLM.from_pretrained(saved.folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="No space left"):
+            saved.save(30, best_step=30)
+    saved.save(40, best_step=30)
+    saved.save(50, best_step=30)
+    assert saved.steps() == [10, 40, 50]
+    assert same(weights(AutoModelForCausalLM.from_pretrained(saved.folder)), best)
+    saved.save(60, best_step=60)
+    assert saved.steps() == [50, 60]
+
+
 def test_an_error_after_the_rename_loses_nothing(saved, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_publish", fail)  # the links of the run folder
