@@ -60,9 +60,7 @@ def main(argv):
             "nanogpt-accel bench RECIPE.yaml [steps=10] [--compare AXIS,...] [--profile FILE] [--json] [key=value ...]",
             "Time of a step by part, tokens/s, MFU and peak memory of a recipe on this machine.",
             {"options": BenchOptions, **SECTIONS})
-    own_fields = {field.alias or name: field for name, field in BenchOptions.model_fields.items()}
-    target, given = cli.parse(argv, {**FIELDS, **own_fields})
-    options, problems, _ = cli.validate(BenchOptions, {key: given.pop(key) for key in own_fields if key in given})
+    target, options, given, problems = cli.parse_beside(argv, BenchOptions, FIELDS)
     if target is None:
         problems.append("what to time? nanogpt-accel bench RECIPE.yaml, such as recipes/gpt2.yaml")
     for axis in options.compare:

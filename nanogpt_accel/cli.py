@@ -69,6 +69,22 @@ def parse(argv, fields, n_targets=1):
     return (targets[0] if targets else None), options
 
 
+def parse_beside(argv, own, fields):
+    """`parse` for a command that has options of its own beside the keys of a recipe.
+
+    own: pydantic model class of the options; an alias is the name that is typed.
+    fields: the recipe's keys, as `parse` takes them.
+
+    Returns:
+        (target, options, given, problems): options as an `own`, what is left of the words for the recipe, and one line
+        for each option that is wrong.
+    """
+    names = {field.alias or name: field for name, field in own.model_fields.items()}
+    target, given = parse(argv, {**fields, **names})
+    options, problems, _ = validate(own, {key: given.pop(key) for key in names if key in given})
+    return target, options, given, problems
+
+
 def _whole_number(value):
     """Read 1e3, "1e3" and "1_000" as whole numbers (YAML hands 6e5 over as text), and refuse true and false."""
     if isinstance(value, bool):

@@ -56,11 +56,7 @@ def main(argv):
             "gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.\nblock_size=N takes "
             "shorter samples than the longest that the model reads.",
             {"options": EvaluateOptions, "data": SECTIONS["data"], "train": TRAIN})
-    fields = EvaluateOptions.model_fields
-    names = {field.alias or name: field for name, field in fields.items()}
-    target, given = cli.parse(argv, {**FIELDS, **names})
-    own = {key: given.pop(key) for key in names if key in given}
-    options, problems, _ = cli.validate(EvaluateOptions, own)
+    target, options, given, problems = cli.parse_beside(argv, EvaluateOptions, FIELDS)
     if target is None:
         problems.append("which model? nanogpt-accel evaluate runs/NAME")
     if problems:

@@ -50,9 +50,7 @@ def main(argv):
             "nanogpt-accel plan RECIPE.yaml [gpus=8] [gpu=h100] [mfu=0.4] [--json] [key=value ...]",
             "Parameters, FLOPs, memory by part, time and checkpoint size of a run, and which of configs/ fits.",
             {"options": PlanOptions, **SETTINGS})
-    own_fields = {field.alias or name: field for name, field in PlanOptions.model_fields.items()}
-    target, given = cli.parse(argv, {**FIELDS, **own_fields})
-    options, problems, _ = cli.validate(PlanOptions, {key: given.pop(key) for key in own_fields if key in given})
+    target, options, given, problems = cli.parse_beside(argv, PlanOptions, FIELDS)
     if target is None:
         problems.append("what to plan? nanogpt-accel plan RECIPE.yaml, such as recipes/gpt2.yaml")
     if problems:

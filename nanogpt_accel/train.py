@@ -80,7 +80,7 @@ def check(recipe):
         problems.append("train.on_nonfinite=skip: DeepSpeed makes its step with the backward pass, and leaves none "
                         "out; take on_nonfinite=stop, or configs/fsdp2.yaml")
     out_dir, init_from = Path(recipe.out_dir), recipe.model.init_from
-    saved = checkpoint.checkpoints(out_dir)
+    saved, may_begin = checkpoint.checkpoints(out_dir), recipe.overwrite or recipe.train.eval_only
     if init_from == "resume":
         newest = checkpoint.newest_whole(out_dir, warn=lambda line: None, thorough=False)
         if newest is None:
@@ -89,11 +89,10 @@ def check(recipe):
                             f"{out_dir} init_from=scratch")
         else:
             problems += checkpoint.shape_differences(newest, interop.read_config(newest), recipe.shape)
-    elif saved and not recipe.overwrite and not recipe.train.eval_only and not checkpoint.newest_whole(
-            out_dir, warn=lambda line: None, thorough=False):
+    elif saved and not may_begin and not checkpoint.newest_whole(out_dir, warn=lambda line: None, thorough=False):
         problems.append(f"out_dir={out_dir} holds a run without a whole checkpoint ({saved[-1].name}: "
                         f"{checkpoint.damage(saved[-1])}): replace it with overwrite=true, or take another out_dir")
-    elif saved and not recipe.overwrite and not recipe.train.eval_only:
+    elif saved and not may_begin:
         problems.append(f"out_dir={out_dir} already holds a run ({saved[-1].name}): go on with `nanogpt-accel train "
                         f"{out_dir}`, replace it with overwrite=true, or take another out_dir")
     elif not saved and not recipe.train.eval_only:

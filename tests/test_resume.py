@@ -14,11 +14,12 @@ import socket
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
 import pytest
+from launching import FORKS
 
 import nanogpt_accel
 from nanogpt_accel.__main__ import main
@@ -35,9 +36,6 @@ train: {{batch_size: 4, gradient_accumulation_steps: 4, max_iters: {steps}, eval
          device: cpu}}
 checkpoint: {{keep_last: 9}}
 """
-FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["nanogpt_accel.train", "nanogpt_accel.cpu", "nanogpt_accel.model", "accelerate",
-                              "torch.distributed", "matplotlib.pyplot"])
 
 
 # ---- processes
