@@ -205,7 +205,7 @@ class Writer:
                 files.append({"name": f"{split}-{len(files):05d}.bin", "tokens": 0})
             if split not in self._open:
                 self._open[split] = open(self.partial / files[-1]["name"], "ab")  # noqa: SIM115 (grows on)
-            self._open[split].write(np.ascontiguousarray(ids, dtype=self.dtype).tobytes())
+            self._open[split].write(np.ascontiguousarray(ids, dtype=self.dtype))
         files[-1]["tokens"] += len(ids)
         counts = self.counts.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0})
         counts["tokens"] += len(ids)

@@ -1,5 +1,6 @@
 """tokenizer.py: the ids of nanoGPT, tiktoken and the tokenizers library; files that transformers loads."""
 
+import itertools
 import json
 import random
 import subprocess
@@ -117,6 +118,18 @@ def test_gpt2_is_tiktokens(gpt2, shared_data):
         assert ids.dtype == np.uint16 and ids.tolist() == reference.encode_ordinary(text)
         assert gpt2.encode_prompt(text) == reference.encode(text, allowed_special={EOT})
         assert gpt2.decode(ids[:5000]) == reference.decode(ids[:5000].tolist())
+
+
+def test_gpt2_cuts_words_as_tiktoken_does(gpt2):
+    """Every text of up to five symbols, one for each case that the pattern tells apart; and long runs of one."""
+    import tiktoken
+
+    reference = tiktoken.get_encoding("gpt2")
+    texts = ["".join(t) for n in range(1, 6) for t in itertools.product("al1!' \n\u3000", repeat=n)]
+    texts += [f"a'{end} b" for end in ("s", "d", "m", "t", "ll", "ve", "re", "S", "LL", "l", "v", "r")]
+    texts += [left + symbol * 300_000 + right for symbol in " \nx1!" for left in ("", "x") for right in ("", "x", "\n")]
+    for text in texts:
+        assert gpt2.encode(text).tolist() == reference.encode_ordinary(text), repr(text[:20])
 
 
 def test_gpt2_batches(gpt2):
