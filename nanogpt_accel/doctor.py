@@ -175,6 +175,9 @@ def precision(accelerator):
     import torch
 
     taken = f"mixed_precision=auto takes {accelerator.mixed_precision}"
+    if accelerator.device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):
+        return ok("precision", f"{taken}; bf16 is real here (AMX): it makes a model of 10M parameters twice "
+                               "as fast, and one of 1M slower")
     if accelerator.device.type != "cuda":
         return ok("precision", taken)
     if torch.cuda.is_bf16_supported(including_emulation=False):

@@ -315,7 +315,7 @@ def pick_precision(mixed_precision, device_type):
 
     auto: 1) what the launcher says, where it says more than its default "no" (which it also passes on when
     nobody was asked); 2) bf16 where a CUDA device really has it rather than emulates it; 3) fp16 on other CUDA
-    devices; 4) no elsewhere, for bf16 was seen to be slower on CPUs.
+    devices; 4) no elsewhere: nanoGPT trains in float32 on CPUs, where bf16 is faster for larger models with AMX alone.
     """
     import torch
 
