@@ -64,6 +64,20 @@ def gpt2_files():
 
 
 @pytest.fixture
+def call(capsys):
+    """call("sample", ...) -> what that command printed; it has to end well, or with the `status` that is given."""
+    from nanogpt_accel.__main__ import main
+
+    def call(*words, status=0):
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == status, capsys.readouterr().err
+        captured = capsys.readouterr()
+        return captured.out if status == 0 else captured.err
+
+    return call
+
+
+@pytest.fixture
 def refused():
     """`with refused(ValueError, "a word", "another"):` the block must end in one clear line to the user."""
     from nanogpt_accel import cli

@@ -49,13 +49,13 @@ def free_port():
         return s.getsockname()[1]
 
 
-def write_recipe(folder):
+def write_recipe(folder, recipe=RECIPE, **sizes):
     """A recipe on words that look like words, with absolute paths; returns its path."""
     draw = random.Random(2)
     words = ["".join(draw.choice("etaoinshrdlu") for _ in range(draw.randint(2, 7))) for _ in range(150)]
     (folder / "text.txt").write_text(" ".join(draw.choice(words) for _ in range(4000)))
-    path = folder / "tiny.yaml"
-    path.write_text(RECIPE.format(folder=folder, steps=STEPS, save=SAVE))
+    path = folder / "recipe.yaml"
+    path.write_text(recipe.format(folder=folder, **(sizes or {"steps": STEPS, "save": SAVE})))
     return path
 
 

@@ -43,17 +43,6 @@ def there(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
 
 
-@pytest.fixture
-def call(capsys):
-    def call(*words, status=0):
-        capsys.readouterr()
-        assert main([str(word) for word in words]) == status, capsys.readouterr().err
-        captured = capsys.readouterr()
-        return captured.out if status == 0 else captured.err
-
-    return call
-
-
 def numbers(run):
     """metrics.jsonl without what a clock or the system measured."""
     return [{key: value for key, value in line.items() if key not in ("tokens_per_second", "peak_memory")}

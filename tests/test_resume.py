@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import FORKS
+from launching import FORKS, free_port, write_recipe
 
 import nanogpt_accel
 from nanogpt_accel.__main__ import main
@@ -39,12 +38,6 @@ checkpoint: {{keep_last: 9}}
 
 
 # ---- processes
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def forked(argv, env, output):
@@ -140,13 +133,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    draw = random.Random(2)
-    words = ["".join(draw.choice("etaoinshrdlu") for _ in range(draw.randint(2, 7))) for _ in range(150)]
-    (folder / "text.txt").write_text(" ".join(draw.choice(words) for _ in range(4000)))
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(folder=folder, steps=STEPS, save=SAVE))
-    return path
+    return write_recipe(tmp_path_factory.mktemp("resume"), RECIPE, steps=STEPS, save=SAVE)
 
 
 def reference(start, recipe, processes):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_optim import nanogpt_lr
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -63,18 +64,6 @@ def there(workplace, monkeypatch):
 @pytest.fixture
 def run(workplace):
     return workplace / "runs" / "tiny"
-
-
-@pytest.fixture
-def call(capsys):
-    """call("sample", ...) -> what that command printed; it has to end well."""
-    def call(*words, status=0):
-        capsys.readouterr()
-        assert main([str(word) for word in words]) == status, capsys.readouterr().err
-        captured = capsys.readouterr()
-        return captured.out if status == 0 else captured.err
-
-    return call
 
 
 def last(run):
@@ -134,17 +123,9 @@ def test_the_lines_of_the_log(run):
 
 
 def test_the_learning_rates_are_nanogpts(run):
-    def get_lr(it, learning_rate=1e-2, warmup_iters=5, lr_decay_iters=STEPS, min_lr=1e-3):  # nanoGPT's train.py
-        if it < warmup_iters:
-            return learning_rate * (it + 1) / (warmup_iters + 1)
-        if it > lr_decay_iters:
-            return min_lr
-        decay_ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
-        assert 0 <= decay_ratio <= 1
-        coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
-        return min_lr + coeff * (learning_rate - min_lr)
-
-    assert losses(run, "learning_rate") == pytest.approx([get_lr(it) for it in range(STEPS)], rel=1e-12)
+    expected = [nanogpt_lr(it, learning_rate=1e-2, warmup_iters=5, lr_decay_iters=STEPS, min_lr=1e-3)
+                for it in range(STEPS)]
+    assert losses(run, "learning_rate") == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_run_loads_as_a_model_and_a_tokenizer(workplace, run):

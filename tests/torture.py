@@ -139,15 +139,14 @@ def torture(folder, kills, processes=1, in_background=False, seed=1):
     Returns:
         (closing line, names of what differs)
     """
+    from launching import write_recipe
     from test_resume import numbers
 
     from nanogpt_accel.metrics import read_metrics
 
     draw, began = random.Random(seed), time.monotonic()
-    words = ["".join(draw.choice("etaoinshrdlu") for _ in range(draw.randint(2, 7))) for _ in range(150)]
-    (folder / "text.txt").write_text(" ".join(draw.choice(words) for _ in range(4000)))
     steps = STEPS_A_KILL * kills + 50
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=steps))
+    write_recipe(folder, RECIPE, steps=steps)
     calm, run = folder / "calm", folder / "run"
     train = ["train", str(folder / "recipe.yaml"), f"seed={seed}"]
 
