@@ -288,10 +288,12 @@ def begin(run, recipe, is_resumed):
         for path in checkpoints(run):
             _remove(path)
         for path in run.iterdir():
-            if is_link(path) or path.name in ("metrics.jsonl", "loss.png", "samples.jsonl", "expect.json"):
+            if is_link(path):
                 path.unlink()
-        for path in run.glob("nonfinite-*.json"):
-            path.unlink()
+        for pattern in ("metrics.jsonl", "samples.jsonl", "expect.json", "loss.png", "nonfinite-*.json",
+                        "report.html", "report-*.png"):
+            for path in run.glob(pattern):
+                path.unlink()
     temporary = run / "run.yaml.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(recipe)

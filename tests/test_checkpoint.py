@@ -435,8 +435,8 @@ def test_all_is_flushed_before_the_rename(run, monkeypatch):
 
 
 def test_begin(saved):
-    (saved.folder / "metrics.jsonl").write_text("{}\n")
-    (saved.folder / "notes.txt").write_text("mine")
+    for name in ("metrics.jsonl", "report.html", "report-loss.png", "notes.txt"):
+        (saved.folder / name).write_text("{}\n")
     checkpoint.begin(saved.folder, "seed: 1\n", is_resumed=True)
     assert saved.steps() == [10, 20] and (saved.folder / "metrics.jsonl").exists()
     checkpoint.begin(saved.folder, "seed: 2\n", is_resumed=False)
