@@ -199,7 +199,6 @@ class Variant:
     def __init__(self, recipe, config, tokens, eot_id, name, settings):
         """settings: what differs from the recipe."""
         import torch
-        from accelerate.state import AcceleratorState
 
         from . import cpu, sharding
         from .batches import Batches, model_inputs
@@ -208,7 +207,6 @@ class Variant:
 
         self.recipe, self.name, self.settings, self.number = recipe, name, settings, 0
         compile = settings.get("compile", recipe.train.compile)
-        AcceleratorState._reset_state()  # an Accelerator takes over what the one before it was told about compiling
         self.accelerator = accelerator = launch.make_accelerator(
             recipe.train.device, recipe.train.mixed_precision, compile,
             collective_timeout=recipe.train.collective_timeout)
@@ -260,8 +258,8 @@ class Variant:
     def step(self):
         """One step of training, in train.py's order. Returns seconds by part, and in total.
 
-        On an accelerator the parts are the device's time; data are read while it is at work, so their part is what the
-        processor spends on it, and the total less than the sum.
+        On CUDA the parts are the device's time; data are read while it is at work, so their part is what the processor
+        spends on it, and the total less than the sum.
         """
         import torch
 
@@ -303,10 +301,11 @@ class Variant:
                 "total": time.perf_counter() - began}
 
     def mark(self):
-        """This point in time, in the device's queue where it has one."""
+        """This point in time, in the queue of a CUDA device."""
         import torch
 
-        if self.device.type == "cpu":
+        if self.device.type != "cuda":  # events of MPS can hang where they are timed (pytorch/pytorch#196395)
+            self.synchronize()
             return time.perf_counter()
         event = torch.Event(self.device, enable_timing=True)
         event.record()

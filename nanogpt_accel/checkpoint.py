@@ -32,6 +32,7 @@ TRAINER = "state/trainer.json"
 INDEX = "state/index.json"  # size and hash of each file of a checkpoint
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")  # without these there is no model
 LOCK, HOLDER = ".lock", ".lock.json"  # of a run folder that is being trained in
+LARGE = 5e8  # bytes of a checkpoint that takes some seconds to write
 PATIENCE = 1800  # seconds for a process to write its piece of the optimizer's state
 _NAME = re.compile(r"checkpoint-([0-9]{1,12})$")
 _LEFTOVER = re.compile(r"\.checkpoint-[0-9]{1,12}\.(tmp|old)$")
@@ -92,6 +93,8 @@ class Saver:
             n_bytes = sum(tensor.nbytes for tensor in weights.values())
             n_bytes += pieces * sum(tensor.nbytes for tensor in tensors.values())
             self._try(_make_place, temporary, n_bytes)
+            if n_bytes > LARGE and not self.in_background:
+                self.say(f"saving {final}, {n_bytes / 1e6:,.0f} MB")
         self.accelerator.wait_for_everyone()  # nobody writes into what a killed process left
 
         def write():
@@ -166,8 +169,11 @@ def _name(step):
 def _make_place(temporary, n_bytes):
     """An empty folder to write into, where the disk has room for n_bytes."""
     for leftover in temporary.parent.glob(".checkpoint-*"):  # of a process that was killed while it saved or pruned
-        if _LEFTOVER.match(leftover.name):
+        if leftover == temporary:
             _delete(leftover)
+        elif _LEFTOVER.match(leftover.name):
+            with suppress(OSError):  # Windows deletes nothing that somebody reads; the next save tries again
+                _delete(leftover)
     (temporary / "state").mkdir(parents=True)
     free = shutil.disk_usage(temporary).free
     if free < n_bytes:
@@ -217,7 +223,7 @@ def _complete(temporary, final, pieces):
     _flush(temporary)
     if final.exists():  # a damaged one, which the run went back behind
         _remove(final)
-    os.rename(temporary, final)
+    _rename(temporary, final)
     _flush_folder(final.parent)
     trouble = damage(final, thorough=False)
     if trouble:
@@ -285,11 +291,11 @@ def begin(run, recipe, is_resumed):
     for leftover in run.glob(".push-*"):  # links of a process that was killed while it pushed
         shutil.rmtree(leftover, ignore_errors=True)
     if not is_resumed:
-        for path in checkpoints(run):
-            _remove(path)
         for path in run.iterdir():
             if is_link(path):
                 path.unlink()
+        for path in checkpoints(run):  # by which a copy in a link's place was known
+            _remove(path)
         for pattern in ("metrics.jsonl", "samples.jsonl", "expect.json", "loss.png", "nonfinite-*.json",
                         "report.html", "report-*.png"):
             for path in run.glob(pattern):
@@ -545,18 +551,20 @@ def load_optimizer(path, accelerator, model, optimizer):
         for first, opened in sorted(places[key], key=lambda place: place[0]):
             part = opened.get_slice(key)
             if not part.get_shape():
-                return opened.get_tensor(key)
+                parts = [opened.get_tensor(key)]
+                break
             low, high = max(start - first, 0), min(stop - first, part.get_shape()[0])
             if low < high:
                 parts.append(part[low:high])
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        found = torch.cat(parts) if len(parts) != 1 else parts[0]
+        return found.clone() if os.name == "nt" else found  # Windows deletes no file that is mapped, as `found` is
 
     sharding.restore_optimizer(accelerator, model, optimizer, fields, read)
 
 
-def find_model(target, warn=print):
+def find_model(target, warn=print, bars=True):
     """The local folder of a model: of a run folder its best checkpoint, a checkpoint folder, another model's folder,
-    or what a Hub id stands for.
+    or what a Hub id stands for. warn: takes a line. bars: as for hub.download.
 
     Raises:
         ValueError, FileNotFoundError: nothing there that can be loaded; the message says what was looked for.
@@ -565,7 +573,7 @@ def find_model(target, warn=print):
     for problem in check_model(target):
         raise FileNotFoundError(problem)
     if not path.is_dir():
-        path = hub.download(str(target))
+        path = hub.download(str(target), warn, bars)
     elif checkpoints(path):
         newest = newest_whole(path, warn, resumable=False)
         if newest is None:
@@ -612,28 +620,41 @@ def _best(run, best_step, final):
     """The best checkpoint that is there: where saving the very best one failed, the one that was the best before."""
     if best_step is None:
         return final
-    best, link = checkpoint_path(run, best_step), run / "model.safetensors"
-    before = run / os.path.dirname(os.readlink(link)) if is_link(link) else final
+    best, before = checkpoint_path(run, best_step), _origin(run / "model.safetensors") or final
     return best if best.exists() else before if before.exists() else final
 
 
 def _publish(run, best_step, final):
-    """Let the run folder itself load as its best checkpoint: a link for each file, replaced one by one."""
+    """Let the run folder itself load as its best checkpoint: a link for each file, replaced one by one. Where there are
+    no links, as under Windows without the right to make them, a copy."""
     checkpoint = _best(run, best_step, final)
     for file in checkpoint.iterdir():
-        if file.is_file():
+        if file.is_file() and _origin(run / file.name) != checkpoint:
             temporary = run / f".{file.name}.link"
             temporary.unlink(missing_ok=True)
             try:
                 temporary.symlink_to(Path(checkpoint.name) / file.name)
-            except OSError:  # Windows without the right to link
-                shutil.copyfile(file, temporary)
+            except OSError:
+                shutil.copy2(file, temporary)  # with its time, which _origin knows it by
             os.replace(temporary, run / file.name)
 
 
 def is_link(path):
-    """True for one of the links that _publish makes."""
-    return path.is_symlink() and _NAME.match(os.path.dirname(os.readlink(path))) is not None
+    """True for one of the links or copies that _publish makes."""
+    return _origin(path) is not None
+
+
+def _origin(path):
+    """The checkpoint folder that a file of the run folder is a link to, or a copy from; None where it is neither."""
+    if path.is_symlink():
+        name = os.path.dirname(os.readlink(path))
+        return path.parent / name if _NAME.match(name) else None
+    for folder in checkpoints(path.parent) if path.is_file() else ():
+        with suppress(OSError):
+            copied, held = os.stat(path), os.stat(folder / path.name)
+            if (copied.st_size, copied.st_mtime_ns) == (held.st_size, held.st_mtime_ns):
+                return folder
+    return None
 
 
 def _remove(folder):
@@ -641,10 +662,18 @@ def _remove(folder):
     hidden = folder.with_name(f".{folder.name}.old")
     if hidden.exists():
         _delete(hidden)
-    os.rename(folder, hidden)
+    _rename(folder, hidden)
     _delete(hidden)
 
 
+def _rename(folder, target):
+    """os.rename of a folder. Windows refuses it while anybody has a file in it open, as a virus scanner has a new one
+    for a moment."""
+    for _ in range(20 if os.name == "nt" else 0):
+        with suppress(PermissionError):
+            return os.rename(folder, target)
+        time.sleep(0.1)
+    os.rename(folder, target)
 def _delete(path):
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -656,7 +685,8 @@ def _flush(folder):
     """fsync every file and folder below."""
     for place, _, files in os.walk(folder):
         for name in files:
-            with open(os.path.join(place, name), "rb") as file:
+            # Windows flushes only what is open for writing
+            with open(os.path.join(place, name), "rb" if os.name == "posix" else "r+b") as file:
                 os.fsync(file.fileno())
         _flush_folder(place)
 

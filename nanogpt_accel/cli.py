@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, ValidationError
 # what the machine refuses whoever asks it; the text names the file
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM,
             errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTCONN}
+_INVALID_NAME = 123  # Windows' ERROR_INVALID_NAME, for a colon or a question mark in a file's name
 # `key=value` is an option; a path such as runs/a=b or ./a=b is not, because a key has no slash
 _ASSIGNMENT = re.compile(r"^(?:--)?([A-Za-z][\w.-]*)=(.*)$", re.DOTALL)
 
@@ -223,7 +224,8 @@ def run(command, argv):
     except BrokenPipeError:  # `nanogpt-accel sample ... | head` is no mistake and needs no words
         return 1
     except (ValueError, OSError) as error:
-        is_answer = _raised_here(error) or getattr(error, "errno", None) in _MACHINE
+        is_answer = _raised_here(error) or getattr(error, "errno", None) in _MACHINE or (
+            getattr(error, "winerror", None) == _INVALID_NAME)
         if os.environ.get("NANOGPT_ACCEL_DEBUG") == "1" or not is_answer:
             raise
         if not _is_first():

@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 # name -> (URL, SHA-256) of one UTF-8 text
 URLS = {
     "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -85,6 +87,7 @@ OTHER_SUFFIXES = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".lz4", 
 PYTHON_SKIPPED = re.compile(r"(test|tests|idle_test|encodings|pydoc_data|config-.*|.*-packages|__pycache__)")
 
 TIMEOUT = 30  # seconds without an answer after which a download is given up
+IDS_AT_ONCE = 2**22  # token ids that are read at a time
 
 
 @dataclass(frozen=True)
@@ -93,23 +96,26 @@ class Corpus:
 
     name: short and fit for a file name. source: plain values that identify the content, for the manifest.
     is_single: true where it is one text, to be cut in two; else it is documents, to be dealt out whole.
-    read: (split, bad) -> documents. splits: those that the corpus itself has, or a function that asks for them.
+    read: (split, bad) -> documents; None of ids. splits: those that the corpus itself has, or a function that asks for
+        them.
     bytes: about the size of the text, None where that is not known.
     pin: of a Hub data set: commit, None for the newest -> the same Corpus read at it; its source names the commit,
         unless its revision is one.
     first: of files: bad -> the first document of each that holds many, and of the very first file.
     left_out: of a folder: {suffix: number of files that are not read}.
+    ids: of token files, which hold one sequence and no text: (dtype, vocab_size, start) -> what _ids returns.
     """
 
     name: str
     source: dict
     is_single: bool
-    read: Callable
+    read: Callable | None
     splits: tuple | Callable = ("train",)
     bytes: int | None = None
     pin: Callable | None = None
     first: Callable | None = None
     left_out: dict = field(default_factory=dict)
+    ids: Callable | None = None
 
     def own_splits(self):
         """The splits that the corpus has by itself, "train" first; of a Hub data set it may be asked for them."""
@@ -205,21 +211,22 @@ def _local(spec, column, lines):
                          os.path.exists(path) else "a pipe, a device or a socket: write its text to a file")
                          + ", or give another path")
     else:
-        close = [] if os.sep in spec else difflib.get_close_matches(spec, BUILTIN, n=1)  # a path is no misspelt name
+        # (a path is no misspelt name)
+        close = [] if os.path.dirname(spec) else difflib.get_close_matches(spec, BUILTIN, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise FileNotFoundError(f"corpus={spec}: no such corpus{hint}; there are {', '.join(BUILTIN)}, "
                                 "and any text file, folder or glob that exists")
-    if tokens := [f for f in files if _suffix(f) == ".bin"]:
-        raise ValueError(f"corpus={spec}: {tokens[0]} holds token ids, not text: put GPT-2's as 16-bit numbers into "
-                         "train.bin and val.bin of a folder (head -c and tail -c cut a file in two), and give it as "
-                         "data_dir=FOLDER")
+    tokens = [f for f in files if _suffix(f) == ".bin"]
+    if tokens and (lines or len(tokens) < len(files) or any(map(_is_compressed, tokens))):
+        raise ValueError(f"{_where(spec, tokens[0])}: holds token ids, which are read from .bin files alone, unpacked: "
+                         "name no file of text and no .gz or .zst with them, and leave out lines")
     if other := [f for f in files if _suffix(f) in OTHER_SUFFIXES]:
         raise ValueError(f"{_where(spec, other[0])}: {_suffix(other[0])} is no known format: unpack or convert it to "
                          f"plain text or {', '.join(TABLE_SUFFIXES)}, each also with .gz or .zst")
     if (json_file := next((f for f in files if _suffix(f) == ".json"), None)) and _holds_json_lines(json_file):
         raise ValueError(f"{_where(spec, json_file)}: each of its lines is a JSON object: rename it to .jsonl, and "
                          "text_column says which of their keys holds the text")
-    files = sorted((Path(os.path.relpath(f, root or ".")).as_posix(), f) for f in files)
+    files = sorted((_below(root or ".", f), f) for f in files)
     listing = hashlib.sha256()
     size = 0
     for name, file in files:
@@ -231,6 +238,10 @@ def _local(spec, column, lines):
               "listing": listing.hexdigest()}
     stem = os.path.splitext(name)[0] if len(files) == 1 else name
     short = re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "text"
+    if tokens:
+        listed = [(file, _size(file)[0]) for _, file in files]
+        return Corpus(short[:40], source | {"kind": "ids"}, True, None, bytes=size,
+                      ids=lambda dtype, vocab_size, start: _ids(spec, listed, np.dtype(dtype), vocab_size, start))
 
     has_tables = any(_suffix(file) in TABLE_SUFFIXES for _, file in files)
     source |= {"column": column} if has_tables else {}
@@ -261,6 +272,14 @@ def _local(spec, column, lines):
     # compressed text is about three times as long as its file
     size = sum(_size(f)[0] * (3 if _is_compressed(f) else 1) for _, f in files)
     return Corpus(short[:40], source, is_single, read, bytes=size, first=first, left_out=left_out)
+
+
+def _below(root, path):
+    """The name of a file below a folder, with slashes on every machine."""
+    try:
+        return Path(os.path.relpath(path, root)).as_posix()
+    except ValueError:  # a glob of another drive of Windows
+        return Path(path).as_posix()
 
 
 def _where(spec, path):
@@ -300,6 +319,58 @@ def _suffix(path):
 
 def _is_compressed(path):
     return path.lower().endswith((".gz", ".zst", ".parquet"))
+
+
+def _ids(spec, files, dtype, vocab_size, start):
+    """The ids of token files in nanoGPT's form, bare numbers, as one sequence.
+
+    Args:
+        files: (path, bytes) of each, in order. dtype: np.dtype of an id. start: number of the first id that is wanted.
+
+    Returns:
+        (number of ids in all the files, iterator over arrays of those from `start` on).
+
+    Raises:
+        ValueError: a file of another width, cut off, or with an id that is not below vocab_size.
+    """
+    form = f"{dtype.name} numbers, as a tokenizer of {vocab_size:,} symbols has them"
+    for path, n_bytes in files:
+        if n_bytes == 0 or n_bytes % dtype.itemsize:
+            raise ValueError(f"{_where(spec, path)}: {n_bytes:,} bytes are no token ids ({form}): make the file whole, "
+                             "or give another path")
+
+    def pieces():
+        before = 0  # ids of the files before this one
+        for path, n_bytes in files:
+            count = n_bytes // dtype.itemsize
+            for at in range(max(start - before, 0), count, IDS_AT_ONCE):
+                ids = _ids_at(spec, path, at, min(IDS_AT_ONCE, count - at), dtype)
+                if ids.max() >= vocab_size:
+                    wrong = int(np.argmax(ids >= vocab_size))
+                    raise ValueError(f"{_where(spec, path)}: the id {ids[wrong]:,} at position {at + wrong:,}, but the "
+                                     f"tokenizer has only {vocab_size:,} symbols: give the tokenizer that made the "
+                                     f"ids, and these as {dtype.name} without a header")
+                # ids of twice that width are ids and zeros by turns, which would pass for ids
+                if at == 0 and len(ids) > 1000 and ids[::2].any() and not ids[1::2].any():
+                    raise ValueError(f"{_where(spec, path)}: every second id is 0, as in a file of wider numbers: "
+                                     f"write the ids as {form}")
+                yield ids
+            before += count
+
+    return sum(n_bytes for _, n_bytes in files) // dtype.itemsize, pieces()
+
+
+def _ids_at(spec, path, at, count, dtype):
+    ids = np.empty(count, dtype)
+    try:
+        with open(path, "rb") as file:
+            file.seek(at * dtype.itemsize)
+            problem = None if file.readinto(ids) == ids.nbytes else "has become shorter"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise ValueError(f"{_where(spec, path)}: {problem}: make the file whole, or give another path")
+    return ids
 
 
 def _whole(spec, path, bad):
@@ -477,7 +548,7 @@ def _python():
         for file in _walk(root, PYTHON_SKIPPED):
             if file.endswith(".py") and not os.path.basename(file).startswith("_sysconfigdata"):
                 try:
-                    yield _read(file).decode("utf-8")
+                    yield _read(file).decode("utf-8").replace("\r\n", "\n")  # as Windows' Python has them
                 except UnicodeDecodeError:  # lib2to3 has files in other encodings, as fixtures
                     continue
 

@@ -62,7 +62,7 @@ def has_slow_mkl():
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else platform.processor()
     return "AuthenticAMD" in text
 
 

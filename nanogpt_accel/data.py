@@ -54,7 +54,7 @@ def main(argv):
     for split, facts in shown.items():
         files = len(found.manifest["splits"][split]["files"])
         size = (f", {counted(facts['documents'], 'document')}, {facts['bytes_per_token']:.3f} bytes a token"
-                if facts["documents"] else "")
+                if facts["bytes_per_token"] else "")
         print(f"\n{split}: {counted(facts['tokens'], 'token')}{size}, {counted(files, 'file')}")
         print("  commonest: " + ", ".join(f"{text!r} {share:.1%}" for text, share in facts["commonest"]))
         if options.peek:

@@ -112,7 +112,7 @@ def check(data, block_size=None):
     """
     problems = []
     if not (data.data_dir and is_prepared(data)):  # else the corpus is not needed
-        for look in (lambda: _check_limits(data, _corpus(data)), lambda: _asked(data)):
+        for look in (lambda: _check_fits(data, _corpus(data)), lambda: _asked(data)):
             try:
                 look()
             except (ValueError, OSError) as error:
@@ -145,9 +145,9 @@ def prepare(data, report=print, workers=None):
     """Tokenize the corpus, unless that has been done; go on where an interrupted preparation stopped.
 
     A single text is cut as nanoGPT cuts it: the first 1 - val_fraction of its characters train, the rest
-    validate, and no symbol is added. Documents are followed by the end-of-text symbol. Where the corpus has a
-    validation split of its own, that is it; else each document goes to one of the two by a hash of its number, and
-    each side gets at least one document.
+    validate, and no symbol is added. A corpus of token ids is cut alike, and copied. Documents are followed by the
+    end-of-text symbol. Where the corpus has a validation split of its own, that is it; else each document goes to one
+    of the two by a hash of its number, and each side gets at least one document.
 
     Args:
         data: the section. report: called with a line now and then.
@@ -193,7 +193,7 @@ def _prepare(folder, data, report, workers):
         return
     start = time.perf_counter()
     corpus = _pinned(_corpus(data), folder)
-    _check_limits(data, corpus)
+    _check_fits(data, corpus)
     facts = _facts(data, corpus)
     if corpus.left_out or corpus.source.get("files", 1) > 1:
         kinds = sorted(corpus.left_out.items(), key=lambda kind: (-kind[1], kind[0]))
@@ -201,7 +201,7 @@ def _prepare(folder, data, report, workers):
         report(f"corpus={data.corpus}: {counted(corpus.source['files'], 'file')} to read"
                + (f"; {sum(corpus.left_out.values()):,} left out ({shown})" if kinds else ""))
     _check_space(folder, corpus, data, report)
-    if corpus.is_single and (corpus.bytes or 0) > LARGE_TEXT:
+    if corpus.is_single and not corpus.ids and (corpus.bytes or 0) > LARGE_TEXT:
         report(f"corpus={data.corpus}: one text of {corpus.bytes / 1e9:,.1f} GB is read whole, which takes "
                f"{4 * corpus.bytes / 1e9:,.0f} GB of memory or more; lines=true, or several files, are streamed")
     corpus.look((lambda problem: None) if data.skip_bad_documents else None)
@@ -215,8 +215,10 @@ def _prepare(folder, data, report, workers):
         with _writer(folder, tokenizer.dtype, decides, data.shard_tokens, report) as writer:
             if writer is None or writer.is_finished:  # by another process, or by an earlier one
                 return
-            earlier = _written(writer)["bytes"]
-            if corpus.is_single:
+            earlier = _size(writer, corpus)
+            if corpus.ids:
+                _write_ids(writer, tokenizer, corpus, data.val_fraction, report)
+            elif corpus.is_single:
                 _write_single(writer, tokenizer, corpus, data.val_fraction)
             else:
                 forced = _write_documents(writer, tokenizer, corpus, data, forced, report, workers)
@@ -226,9 +228,10 @@ def _prepare(folder, data, report, workers):
                 writer.finish(facts, tokenizer.save)
                 break
             writer.discard()
-    size, seconds = _written(writer)["bytes"], time.perf_counter() - start
+    size, seconds = _size(writer, corpus), time.perf_counter() - start
     here = f", {data_size(size - earlier)} of it now," if earlier else ""
-    report(f"{folder}: {data_size(size)} of text{here} in {seconds:,.1f} s ({data_size((size - earlier) / seconds)}/s)")
+    report(f"{folder}: {data_size(size)} of {'token ids' if corpus.ids else 'text'}{here} in {seconds:,.1f} s "
+           f"({data_size((size - earlier) / seconds)}/s)")
 
 
 def _wait_for_others(folder, report):
@@ -268,7 +271,7 @@ def _check_space(folder, corpus, data, report):
     if corpus.bytes is None:
         return
     # ids of 2 bytes; a BPE makes a token of some 4 bytes of text, and of 3 where it knows little of it
-    need = corpus.bytes * 2 if data.tokenizer == "char" else corpus.bytes * 2 / 3
+    need = corpus.bytes * (1 if corpus.ids else 2 if data.tokenizer == "char" else 2 / 3)
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -277,7 +280,7 @@ def _check_space(folder, corpus, data, report):
         report(f"{folder}: about {need / 1e9:,.1f} GB on the disk, of which {free / 1e9:,.1f} GB are free")
     if need > free and not (data.limit_documents or data.limit_tokens):
         raise OSError(f"data_dir={folder}: the token files need about {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} are "
-                      "free: set data_dir to another disk, or limit_tokens")
+                      "free: set data_dir to another disk" + ", or limit_tokens" * (not corpus.is_single))
 
 
 def open_dataset(data, verify=False):
@@ -379,13 +382,17 @@ def _corpus(data):
                        dataset_split=data.dataset_split, revision=data.revision)
 
 
-def _check_limits(data, corpus):
-    """Raise ValueError where a limit is given for a single text, which has no documents to leave out."""
+def _check_fits(data, corpus):
+    """Raise ValueError where a limit is given for a single text, which has no documents to leave out, or a tokenizer is
+    to be made of token ids."""
+    if corpus.ids and data.tokenizer in ("char", "bpe"):
+        raise ValueError(f"tokenizer={data.tokenizer}: is made of a text, but corpus={data.corpus} holds token ids: "
+                         "take gpt2, or the folder of the tokenizer.json that made them")
     limits = [f"{key}={getattr(data, key)}" for key in ("limit_documents", "limit_tokens") if getattr(data, key)]
     if corpus.is_single and limits:
         raise ValueError(f"{', '.join(limits)}: corpus={data.corpus} is one text, which is taken whole: leave that "
-                         "out, give a shorter file (head -c cuts one), or take lines=true, which makes documents of "
-                         "its lines")
+                         "out, give a shorter file (head -c cuts one)" + (
+                             "" if corpus.ids else ", or take lines=true, which makes documents of its lines"))
 
 
 def _pinned(corpus, folder):
@@ -480,13 +487,42 @@ def _write_single(writer, tokenizer, corpus, val_fraction):
     if writer.position:  # killed when all was written
         return
     text = next(corpus.documents())
-    cut = int(len(text) * (1 - val_fraction))  # nanoGPT's int(n*0.9)
+    cut = _cut(len(text), "characters", corpus, val_fraction)
     for split, part in (("train", text[:cut]), ("val", text[cut:])):
-        if not part:
-            raise ValueError(f"corpus={corpus.source['name']}: {len(text):,} characters leave nothing for "
-                             f"{split} at val_fraction={val_fraction}: take a larger corpus or another "
-                             "val_fraction")
         writer.write(split, tokenizer.encode(part), len(part.encode()))
+
+
+def _cut(length, of_what, corpus, val_fraction):
+    """Where to cut a single text or sequence of ids; both sides get something."""
+    cut = int(length * (1 - val_fraction))  # nanoGPT's int(n*0.9)
+    for split, size in (("train", cut), ("val", length - cut)):
+        if not size:
+            raise ValueError(f"corpus={corpus.source['name']}: {length:,} {of_what} leave nothing for {split} at "
+                             f"val_fraction={val_fraction}: take a larger corpus or another val_fraction")
+    return cut
+
+
+def _write_ids(writer, tokenizer, corpus, val_fraction, report):
+    """Copy token ids. An end-of-text id ends a document; the one that the cut goes through counts on both sides."""
+    if writer.position == "all":
+        return
+    done = writer.position
+    length, pieces = corpus.ids(tokenizer.dtype, tokenizer.vocab_size, done)
+    cut = _cut(length, "token ids", corpus, val_fraction)
+    n_bytes = tokenizer.symbol_bytes()
+    with TextProgress("ids", corpus.bytes, report) as progress:
+        for ids in pieces:
+            left = max(cut - done, 0)  # for train
+            for split, part, end in (("train", ids[:left], cut), ("val", ids[left:], length)):
+                if not len(part):
+                    continue
+                done += len(part)
+                # a document begins with a split and after each end of text, but for that at the very end
+                documents = (split not in writer.counts) + np.count_nonzero(part == tokenizer.eot_id)
+                documents -= done == end and part[-1] == tokenizer.eot_id
+                writer.write(split, part, None if n_bytes is None else int(n_bytes[part].sum()), int(documents))
+            writer.commit(done)
+            progress(**_written(writer) | {"bytes": _size(writer, corpus)})
 
 
 def _write_documents(writer, tokenizer, corpus, data, forced, report, workers):
@@ -552,7 +588,12 @@ def _write_documents(writer, tokenizer, corpus, data, forced, report, workers):
 def _written(writer, splits=(*SPLITS, "test")):
     """The documents, bytes of text and tokens that are written so far, over these splits."""
     found = [writer.counts[split] for split in splits if split in writer.counts]
-    return {key: sum(counts[key] for counts in found) for key in ("documents", "bytes", "tokens")}
+    return {key: sum(counts[key] or 0 for counts in found) for key in ("documents", "bytes", "tokens")}
+
+
+def _size(writer, corpus):
+    """Bytes of the corpus that are written so far: those of its ids, where it is ids and no text."""
+    return _written(writer)["tokens"] * writer.dtype.itemsize if corpus.ids else _written(writer)["bytes"]
 
 
 class _Bad:

@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from . import cli, launch
+from . import checkpoint, cli, launch
 from .cli import Int
 
 OPTIONAL = ("wandb", "tensorboard", "deepspeed", "torchao", "lm_eval", "triton")
@@ -87,7 +87,8 @@ def examine(compile_limit):
     except ValueError as error:
         return [*findings, broken("launch", str(error))]
     except RuntimeError as error:  # the processes do not find each other
-        return [*findings, broken("launch", first_line(error), "look at MASTER_ADDR, MASTER_PORT and the network")]
+        fix = "look at MASTER_ADDR, MASTER_PORT and the network"
+        return [*findings, broken("launch", first_line(error), "set USE_LIBUV=0" if "libuv" in str(error) else fix)]
     try:
         findings += exchange(accelerator)
     except RuntimeError as error:
@@ -195,7 +196,8 @@ def attention(device):
     dtype = torch.float32
     if device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+    names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    for name in names if device.type != "mps" else ("MATH",):  # MPS goes its own way, whichever is asked for
         q = torch.randn(1, 2, 64, 64, device=device, dtype=dtype, requires_grad=True)
         try:
             with warnings.catch_warnings(), sdpa_kernel([getattr(SDPBackend, name)]):
@@ -204,7 +206,7 @@ def attention(device):
             works.append(name.removesuffix("_ATTENTION").lower())
         except RuntimeError:
             pass
-    if works == ["math"]:
+    if works == ["math"] and device.type != "mps":
         return warning("attention", "sdpa: math alone, which is slow and takes memory",
                        "a newer torch or GPU has flash")
     return ok("attention", f"sdpa: {', '.join(works)}") if works else broken("attention", "no kernel of sdpa works")
@@ -214,16 +216,17 @@ def compiling(device, limit):
     """Whether torch.compile works, in a process of its own, which may hang or crash."""
     if not limit:
         return []
-    # it is the default on CUDA alone
-    trouble = broken if device.type == "cuda" else warning
-    fix = ("train with compile=false; " if device.type == "cuda" else "needed for compile=true alone; ") + (
-        "it takes a C++ compiler (g++), and on GPUs triton")
+    is_default = launch.compiles("auto", device.type)
+    trouble = broken if is_default else warning
+    fix = ("train with compile=false; " if is_default else "needed for compile=true alone; ") + (
+        f"it takes a C++ compiler ({'cl, of Visual Studio' if sys.platform == 'win32' else 'g++ or clang++'}), and on "
+        "GPUs triton")
     began = time.monotonic()
     # one that is stopped leaves no children behind
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     try:
-        done = subprocess.run([sys.executable, "-c", COMPILE, str(device)], capture_output=True, text=True,
-                              timeout=limit, env=environment)
+        done = subprocess.run([sys.executable, "-c", COMPILE, str(device)], capture_output=True, encoding="utf-8",
+                              errors="replace", timeout=limit, env=environment)
     except subprocess.TimeoutExpired:
         return [trouble("torch.compile", f"did nothing within compile_limit={limit} s", fix)]
     if done.returncode:
@@ -310,9 +313,7 @@ def caches():
 
 def can_write(folder):
     """Whether files can be made in a folder, or the folder itself where it is not there yet."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    return not checkpoint.check_writable(folder)
 
 
 def tokens():

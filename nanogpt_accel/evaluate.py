@@ -8,7 +8,6 @@
 
 import json
 import sys
-import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from . import checkpoint, cli, dataset, interop, launch
 from .cli import Int
+from .console import Console, Progress
 from .corpus import joined_text
 from .recipe import FIELDS, SECTIONS, load_recipe
 from .tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def recipe_path(target, recipe):
 
 def tokenizer_of(target):
     """The `tokenizer` key that gives a model's own tokens: gpt2, or the folder that holds its tokenizer.json."""
-    folder = checkpoint.find_model(target, warn=lambda line: None)
+    folder = checkpoint.find_model(target, warn=lambda line: None, bars=launch.is_main())
     return "gpt2" if Tokenizer.load(folder).kind == "gpt2" else str(folder)
 
 
@@ -99,12 +99,12 @@ def evaluate(target, recipe, options, block_size=None):
 
     block_size: length of the samples in tokens; None: the longest that the model reads.
     """
-    warn = lambda line: print(line, file=sys.stderr)  # noqa: E731
-    folder = checkpoint.find_model(target, warn)
+    console = Console(launch.is_main(), stderr=True)
+    folder = checkpoint.find_model(target, console, bars=console.is_heard)
     config = interop.read_config(folder)
     block_size = block_size or config["block_size"]
     name, tokens, text_bytes, eot_id, problems = (
-        open_text(options, folder) if options.text else open_split(recipe, options, folder, config, target, warn))
+        open_text(options, folder) if options.text else open_split(recipe, options, folder, config, target, console))
     if tokens is not None and len(tokens) <= block_size and not (options.text and options.stride):
         problems.append(f"block_size={block_size}: a sample takes {block_size + 1:,} tokens, but {name} has "
                         f"{len(tokens):,}: take a smaller block_size")
@@ -135,8 +135,10 @@ def evaluate(target, recipe, options, block_size=None):
         windows = [(starts, length, length) for starts, length in evaluation_batches(
             len(tokens), block_size, recipe.train.batch_size, recipe.train.eval_iters)]
     to_inputs = partial(model_inputs, eot_id=eot_id if recipe.data.document_mask else None)
-    progress = Progress(warn) if accelerator.is_main_process else None
-    sums, counts = metrics.window_losses(model, tokens, windows, to_inputs, accelerator, progress)
+    if accelerator.state.dynamo_plugin.backend != "NO":
+        console.say("compiling: the first batch takes a while")
+    with Progress("evaluating", len(windows), console, "batches") as progress:
+        sums, counts = metrics.window_losses(model, tokens, windows, to_inputs, accelerator, progress)
     loss, error = metrics.mean_and_error(sums, counts)
     split = "text" if options.text and Path(options.text).is_file() else options.split
     scores = metrics.scores(loss, len(tokens), text_bytes, split=split, error=error)
@@ -150,23 +152,9 @@ def evaluate(target, recipe, options, block_size=None):
     return scores
 
 
-class Progress:
-    """A line now and then about what takes long. say: takes a line."""
-
-    def __init__(self, say, seconds=5):
-        self.say, self.seconds, self.began = say, seconds, time.monotonic()
-        self.shown = self.began
-
-    def __call__(self, done, of):
-        now = time.monotonic()
-        if now - self.shown > self.seconds:
-            self.shown = now
-            self.say(f"evaluated {done:,} of {of:,} batches, {(now - self.began) / done * (of - done):.0f} s left")
-
-
-def open_split(recipe, options, folder, config, target, warn):
+def open_split(recipe, options, folder, config, target, console):
     """(name, tokens, bytes of its text, end-of-text id, problems) of a split of the recipe's data."""
-    data = dataset.ready(recipe.data, launch.is_main(), report=warn)
+    data = dataset.ready(recipe.data, launch.is_main(), report=console)
     problems = (dataset.require_tokenizer(data, folder, key=target)
                 or interop.check_tokenizer(data.tokenizer, config, folder))
     if options.split not in data.splits:
@@ -193,7 +181,8 @@ def run_tasks(target, recipe, options):
     """Print the scores of a model in tasks of lm-eval (EleutherAI's evaluation harness), and return them."""
     if find_spec("lm_eval") is None:
         raise ValueError(f"tasks={options.tasks}: lm-eval is not installed here: pip install 'nanogpt_accel[eval]'")
-    folder = checkpoint.find_model(target, lambda line: print(line, file=sys.stderr))
+    console = Console(launch.is_main(), stderr=True)
+    folder = checkpoint.find_model(target, console, bars=console.is_heard)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from . import checkpoint, cli, interop
+from .console import Console
 
 
 class ExportOptions(BaseModel):
@@ -48,7 +49,7 @@ def main(argv):
         problems += checkpoint.check_empty(to, "to")
     if problems:
         raise ValueError("\n".join(problems))
-    report = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    report = Console(stderr=True)
     source = checkpoint.find_model(target, warn=report)
     name, difference, tokens = interop.export(source, to, options.form, options.vocab == "keep", options.dtype, report)
     print(f"{to}: {name}, largest difference of a logit from {source} over {tokens:,} tokens: {difference:.1e}")

@@ -7,12 +7,16 @@ A model is named USER/NAME, or USER/NAME@REVISION for a branch, a tag or a commi
 import os
 import re
 import shutil
+import sys
 import threading
 import time
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 _MODEL_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 PATIENCE = 1800  # seconds that the end of a run waits for a push
+SOON = 2  # seconds without a word
 # the files of a model that this toolkit reads: not the same weights again for other frameworks
 _WANTED = ["*.json", "*.safetensors", "model.py", "merges.txt", "README.md"]
 
@@ -22,8 +26,11 @@ def is_model_id(text):
     return _MODEL_ID.fullmatch(str(text)) is not None
 
 
-def download(model_id):
+def download(model_id, report=print, bars=True):
     """The local copy of a Hub model's files: fetched once, then kept in huggingface_hub's cache.
+
+    Args:
+        report: takes a line, where it takes a while. bars: huggingface_hub's own in place of lines, in a terminal.
 
     Raises:
         ValueError: it cannot be had; the message says why and what helps.
@@ -35,9 +42,10 @@ def download(model_id):
     match = _MODEL_ID.fullmatch(model_id)
     fetch = {"repo_id": match["repo"], "revision": match["revision"], "ignore_patterns": ["*/*"]}
     try:
-        folder = Path(snapshot_download(**fetch, allow_patterns=_WANTED))
-        if not list(folder.glob("*.safetensors")):  # old models have torch's own format only, read with weights_only
-            snapshot_download(**fetch, allow_patterns=["pytorch_model*.bin"])
+        with _progress(f"fetching {model_id} from the Hub", report, bars):
+            folder = Path(snapshot_download(**fetch, allow_patterns=_WANTED))
+            if not list(folder.glob("*.safetensors")):  # old models have torch's own format only
+                snapshot_download(**fetch, allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # of the Hub, of the network below it, of the disk
         raise ValueError(f"{model_id}: no such folder here, and {_reason(error)}") from None
     return folder
@@ -80,8 +88,10 @@ def create(model_id, private=False, branch=None):
         raise kind(f"{model_id}: {_reason(error)}") from None
 
 
-def upload(folder, repo, message, branch=None):
+def upload(folder, repo, message, branch=None, report=lambda line: None, bars=False):
     """Push a model folder as one commit; files that the Hub holds already are not sent again.
+
+    report, bars: as for download.
 
     Returns:
         The commit's address.
@@ -91,8 +101,10 @@ def upload(folder, repo, message, branch=None):
     """
     from huggingface_hub import HfApi
 
+    size = sum(file.stat().st_size for file in Path(folder).iterdir())
     try:
-        commit = HfApi().upload_folder(repo_id=repo, folder_path=folder, revision=branch, commit_message=message)
+        with _progress(f"sending {size / 1e6:,.1f} MB to {repo}", report, bars):
+            commit = HfApi().upload_folder(repo_id=repo, folder_path=folder, revision=branch, commit_message=message)
         return commit.commit_url
     except Exception as error:
         kind = PermissionError if _is_refusal(error) else ConnectionError
@@ -201,6 +213,29 @@ class BackgroundPush:
             return
         self._is_warned = True
         self.warn(f"warning: not pushed, the next checkpoint tries again: {message}: {error}")
+
+
+@contextmanager
+def _progress(what, report, bars):
+    """huggingface_hub's own progress bars in a terminal, where they are wanted; else a line about what takes more than
+    SOON, and its time."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    shows_bars = bars and sys.stderr.isatty()
+    with warnings.catch_warnings():  # HF_HUB_DISABLE_PROGRESS_BARS has the last word, and need not say so
+        warnings.simplefilter("ignore")
+        (enable_progress_bars if shows_bars else disable_progress_bars)()
+    began = time.monotonic()
+    timer = threading.Timer(SOON, report, [what])
+    timer.daemon = True
+    if not shows_bars:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if not shows_bars and time.monotonic() - began > SOON:
+        report(f"{what}: done in {time.monotonic() - began:.0f} s")
 
 
 def _link(file, place):

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from . import checkpoint, cli, hub, interop
+from .console import Console
 from .tokenizer import Tokenizer
 from .tokens import read_meta
 
@@ -61,7 +62,8 @@ def main(argv):
     facts = f"{info['iter_num']} steps, best validation loss {loss}"
     card = hub.model_card(Path(to).name, f"A GPT trained with nanoGPT on its data set `{dataset}`: {facts}.",
                           needs_code=True)
-    difference, tokens = interop.write(model, to, "custom", tokenizer=tokenizer, card=card)
+    difference, tokens = interop.write(model, to, "custom", tokenizer=tokenizer, card=card,
+                                       report=Console(stderr=True))
     print(f"{to}: {model.num_parameters():,} parameters, {tokenizer.kind} tokens, {facts}; largest difference "
           f"of a logit over {tokens:,} tokens: {difference:.1e}")
 

@@ -158,6 +158,9 @@ def _load_whole(model_class, folder, **changes):
     if wrong:
         raise ValueError(f"{folder}: model.safetensors does not fit config.json, for what is missing, too many or of "
                          f"another shape there: {', '.join(sorted(wrong)[:3])}{', ...' if len(wrong) > 3 else ''}")
+    if os.name == "nt":  # which deletes and replaces no file that is mapped into memory, as the weights are
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     return model.eval()
 
 
@@ -206,7 +209,7 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print):
         source: a model folder of any form. to: as in `write`. form: "stock" or "custom".
         dtype: of the weights, "float32", "bfloat16" or "float16"; they are rounded to it first, so that the comparison
             stays exact. keep_padding: whether a stock form keeps the rows of the vocabulary that only round it up.
-        report: called with a line that says which form it is.
+        report: called with a line about each thing that takes a while.
 
     Returns:
         (class, difference, tokens): the name of the class that loads it, and what `write` returns.
@@ -223,14 +226,14 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print):
             raise ValueError(f"{source}: no stock model is the same; {FORMS[form]} comes nearest, but for "
                              f"{', '.join(obstacles)}: form=custom writes the model with its own model.py, for "
                              "trust_remote_code=True")
-    report(f"{source}: {config['n_layer']} layers, written as {FORMS.get(form, 'GPT')}")
+    report(f"{source}: {config['n_layer']} layers, to be written as {FORMS.get(form, 'GPT')}")
     card = hub.converted_card(source, Path(to).name, needs_code=form == "custom")
-    difference, tokens = write(load_model(source), to, form, tokenizer=tokenizer, card=card, dtype=dtype,
+    difference, tokens = write(load_model(source), to, form, tokenizer=tokenizer, card=card, dtype=dtype, report=report,
                                rows=None if keep_padding else tokenizer.vocab_size)
     return FORMS.get(form, "GPT"), difference, tokens
 
 
-def write(model, to, form, *, tokenizer, card, rows=None, dtype="float32"):
+def write(model, to, form, *, tokenizer, card, rows=None, dtype="float32", report=print):
     """Write a GPT as a folder that transformers loads, and load it again to compare the logits on a text.
 
     Args:
@@ -239,6 +242,7 @@ def write(model, to, form, *, tokenizer, card, rows=None, dtype="float32"):
         tokenizer: of the model. card: text of README.md.
         rows: of a stock form's vocabulary, where they are to be fewer than the model's.
         dtype: of the weights that are written; the model's own are rounded to it too.
+        report: as in `export`.
 
     Returns:
         (difference, tokens): the largest difference of a logit, and the number of tokens compared.
@@ -259,6 +263,7 @@ def write(model, to, form, *, tokenizer, card, rows=None, dtype="float32"):
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
         temporary.mkdir(parents=True)
         dtype = getattr(torch, dtype)
+        report(f"writing {model.num_parameters():,} parameters")
         model.to(dtype)
         if form == "custom":
             rows = model.config.vocab_size
@@ -269,6 +274,7 @@ def write(model, to, form, *, tokenizer, card, rows=None, dtype="float32"):
         tokenizer.save(temporary, max_length=model.config.block_size)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
+        report("loading them again, to compare the logits")
         model.float()
         loaded = _load_whole(AutoModelForCausalLM, temporary)
         ids = torch.from_numpy(_probe(tokenizer, min(model.config.block_size, 1024)))[None]  # (1, T)

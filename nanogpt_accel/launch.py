@@ -119,7 +119,7 @@ def make_accelerator(device="auto", mixed_precision="auto", compile=False, track
     Args:
         device: auto, cpu, cuda, cuda:N or mps.
         mixed_precision: auto, no, fp16 or bf16; see pick_precision.
-        compile: "auto" compiles on CUDA, where it pays; true, or false; "regional" compiles a block once for all.
+        compile: see compiles; "regional" compiles a block once for all.
         trackers: names of Accelerate's trackers. logging_dir: where those that write files put them.
         collective_timeout: seconds that a process waits for the others before the run ends.
 
@@ -128,19 +128,27 @@ def make_accelerator(device="auto", mixed_precision="auto", compile=False, track
     """
     import torch
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin
 
+    # where a notebook makes a second one, it would take over the device, precision and compilation of the first
+    AcceleratorState._reset_state(reset_partial_state=world_size() == 1)
     chosen = pick_device(device)
     if chosen.index is not None:
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
         torch.cuda.set_device(chosen)
-    should_compile = chosen.type == "cuda" if compile == "auto" else bool(compile)
+    if sys.platform == "win32" and chosen.type == "cuda" and world_size() > 1:
+        raise ValueError(f"WORLD_SIZE={world_size()}: GPUs talk to each other by NCCL, which Windows has not: use one "
+                         "process, or WSL2")
+    precision = pick_precision(mixed_precision, chosen.type)
+    if (chosen.type, precision) == ("mps", "bf16") and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise ValueError("mixed_precision=bf16: on MPS it takes macOS 14; take fp16 or no")
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it, as nanoGPT allows
     accelerator = Accelerator(
         # without a GPU, processes do not see each other unless Accelerate is told that the CPU is meant
         cpu=chosen.type == "cpu",
-        mixed_precision=pick_precision(mixed_precision, chosen.type),
-        dynamo_plugin=TorchDynamoPlugin(backend="inductor" if should_compile else "no", dynamic=False,
+        mixed_precision=precision,
+        dynamo_plugin=TorchDynamoPlugin(backend="inductor" if compiles(compile, chosen.type) else "no", dynamic=False,
                                         use_regional_compilation=compile == "regional"),
         log_with=list(trackers) or None,
         project_dir=logging_dir,
@@ -192,10 +200,11 @@ def lost_process(error):
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGINT and SIGUSR1, for the loop to stop in order; a second Ctrl-C leaves at once.
+    """Notes SIGTERM, SIGINT, SIGUSR1 and Windows' SIGBREAK, for the loop to stop in order; a second Ctrl-C leaves at
+    once.
 
-    with StopSignals() as signals: ...; `armed` says that there is a loop which looks at `received`. Until then SIGINT
-    and SIGTERM end the process as always.
+    with StopSignals() as signals: ...; `armed` says that there is a loop which looks at `received`. Until then all but
+    SIGUSR1 end the process as always.
     """
 
     def __init__(self):
@@ -203,7 +212,8 @@ class StopSignals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # (Windows has no SIGUSR1)
+            # (SIGUSR1 is there under POSIX, SIGBREAK under Windows: Ctrl-Break, and what one process can send another)
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK"):
                 if hasattr(signal, name):
                     self._before[name] = signal.signal(getattr(signal, name), self._note)
         return self
@@ -220,7 +230,7 @@ class StopSignals:
             os._exit(130)
         if not self.armed and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.armed and number == signal.SIGTERM:
+        if not self.armed and number in (signal.SIGTERM, getattr(signal, "SIGBREAK", None)):
             sys.exit(128 + number)
         self.received = self.received or signal.Signals(number).name
 
@@ -308,6 +318,12 @@ class Trackers:
         if is_new or not file.is_file():
             file.write_text(secrets.token_hex(4), encoding="utf-8")
         return file.read_text(encoding="utf-8").strip()
+
+
+def compiles(compile, device_type):
+    """Whether a recipe's `compile` compiles the model: "auto" does on CUDA, where it pays, but not under Windows, where
+    torch comes without Triton."""
+    return device_type == "cuda" and sys.platform != "win32" if compile == "auto" else bool(compile)
 
 
 def pick_precision(mixed_precision, device_type):

@@ -54,7 +54,9 @@ def peak_memory(device):
     try:
         import resource
     except ImportError:  # Windows
-        return None
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -89,7 +91,7 @@ def verdict(got, expected, tolerance):
     return f"not reproduced, {abs(got - expected):.3f} {'higher' if got > expected else 'lower'}"
 
 
-def mean_loss(model, tokens, batches, to_inputs, accelerator):
+def mean_loss(model, tokens, batches, to_inputs, accelerator, progress=None):
     """Mean loss in nats a token over fixed batches, shared by all processes; the same number on each of them.
 
     Args:
@@ -98,32 +100,46 @@ def mean_loss(model, tokens, batches, to_inputs, accelerator):
         batches: a list of (starts, length), as batches.evaluation_batches makes it.
         to_inputs: rows of tokens -> the model's keyword arguments, batches.model_inputs.
         accelerator: gathers the losses.
+        progress: called with the number of batches that are done since the last call, by all processes.
     """
     import torch
 
     was_training = model.training
     model.eval()
     world, rank = accelerator.num_processes, accelerator.process_index
+    shape = len(batches[0][0]), batches[0][1]  # no batch is larger than the first
     losses = []
     with torch.no_grad():
         # every process makes the same number of calls, as sharded models need; what is too many is not counted
         for i in range(-(-len(batches) // world)):
             starts, length = batches[min(i * world + rank, len(batches) - 1)]
             rows = torch.from_numpy(tokens.rows(starts, length + 1)).to(accelerator.device)
-            losses.append(model(**to_inputs(rows), return_logits=False).loss.float())
+            losses.append(model(**filled_up(to_inputs(rows), shape), return_logits=False).loss.float())
+            if progress is not None:
+                progress(min(world, len(batches) - i * world))
     model.train(was_training)
     gathered = accelerator.gather(torch.stack(losses)).view(world, -1).T.flatten().tolist()  # in order of batches
     weights = [len(starts) * length for starts, length in batches]
     return math.fsum(loss * weight for loss, weight in zip(gathered, weights, strict=False)) / sum(weights)
 
 
+def filled_up(inputs, shape):
+    """The model's inputs, (b, t) each, with rows and places added that do not count, up to `shape`, (B, T): a compiled
+    model would be compiled again for each other shape."""
+    from torch.nn import functional as F
+
+    def fill(values, value):
+        return F.pad(values, (0, shape[1] - values.shape[1], 0, shape[0] - values.shape[0]), value=value)
+
+    return {key: fill(values, -100 if key == "shift_labels" else 0) for key, values in inputs.items()}
+
+
 def window_losses(model, tokens, windows, to_inputs, accelerator, progress=None):
     """Losses of fixed windows one by one, shared by all processes; the same numbers on each of them.
 
     Args:
-        model, tokens, to_inputs, accelerator: as for mean_loss.
+        model, tokens, to_inputs, accelerator, progress: as for mean_loss.
         windows: a list of (starts, length, counted), as batches.sliding_windows makes it.
-        progress: called with the number of windows' batches done and of all.
 
     Returns:
         (sums, counts): nats of the predictions that count, and their number, of each window, (n,) float64.
@@ -133,21 +149,22 @@ def window_losses(model, tokens, windows, to_inputs, accelerator, progress=None)
 
     model.eval()
     world, rank = accelerator.num_processes, accelerator.process_index
-    most = max(len(starts) for starts, _, _ in windows)
+    most, longest = max(len(starts) for starts, _, _ in windows), max(length for _, length, _ in windows)
     found = []
     with torch.no_grad():
         for i in range(-(-len(windows) // world)):  # as many calls on every process, as in mean_loss
             starts, length, counted = windows[min(i * world + rank, len(windows) - 1)]
             inputs = to_inputs(torch.from_numpy(tokens.rows(starts, length + 1)).to(accelerator.device))
-            targets = inputs.pop("shift_labels")[:, -counted:]
-            logits = model(**inputs, use_cache=False).logits[:, -counted:]
-            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+            targets = inputs.pop("shift_labels")[:, length - counted:]
+            logits = model(**filled_up(inputs, (most, longest)), use_cache=False).logits
+            logits = logits[:len(starts), length - counted:length].float()
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             sums = losses.view(len(starts), counted).sum(1)
             found.append(F.pad(torch.stack([sums, torch.full_like(sums, counted)]), (0, most - len(starts))))
             if progress is not None:
-                progress(min((i + 1) * world, len(windows)), len(windows))
+                progress(min(world, len(windows) - i * world))
     gathered = accelerator.gather(torch.stack(found)).view(world, -1, 2, most).transpose(0, 1)  # in order of windows
-    sums, counts = gathered.flatten(0, 1)[:len(windows)].transpose(0, 1).flatten(1).double().cpu().numpy()
+    sums, counts = gathered.flatten(0, 1)[:len(windows)].transpose(0, 1).flatten(1).cpu().double().numpy()
     return sums[counts > 0], counts[counts > 0]
 
 

@@ -7,7 +7,7 @@ is made once; what changes the tokens changes the folder's name.
 import sys
 
 from . import cli, dataset
-from .console import counted
+from .console import Console, counted
 from .recipe import FIELDS, SECTIONS, load_recipe
 
 
@@ -21,7 +21,7 @@ def main(argv):
     recipe = load_recipe(target, options, check=lambda recipe: dataset.check(recipe.data))
     was_prepared = dataset.is_prepared(recipe.data)
     if not was_prepared:
-        dataset.prepare(recipe.data)
+        dataset.prepare(recipe.data, Console())
     manifest = dataset.open_dataset(recipe.data).manifest
     if was_prepared:
         print(f"{dataset.data_folder(recipe.data)}: prepared already")

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from . import checkpoint, cli, hub, interop
+from .console import Console
 
 
 class PushOptions(BaseModel):
@@ -44,7 +45,7 @@ def main(argv):
         problems += checkpoint.check_model(targets[0])
     if problems:
         raise ValueError("\n".join(problems))
-    report = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    report = Console(stderr=True)
     source = checkpoint.find_model(targets[0], warn=report)
     with tempfile.TemporaryDirectory() as folder:
         to = Path(folder) / targets[1].rpartition("/")[2]
@@ -54,7 +55,7 @@ def main(argv):
         report(f"{name}, largest difference of a logit from {source}: {difference:.1e}")
         local = Path(targets[0])
         title = f"{local.resolve().name}, {source.name}" if local.is_dir() else f"the model of {targets[0]}"
-        print(hub.upload(to, repo, title, options.branch))
+        print(hub.upload(to, repo, title, options.branch, report, bars=True))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def _switch(value):
 class Data(Section):
     corpus: str = Field("openwebtext", description="what to learn from: python, shakespeare, openwebtext, bookcorpus, "
                         "wikitext2, fineweb_edu, tinystories, hub:USER/SET, or a local file, folder or glob of text, "
-                        ".jsonl, .csv or .parquet, also with .gz or .zst")
+                        ".jsonl, .csv or .parquet, also with .gz or .zst, or .bin files of token ids")
     text_column: str = Field("text", description="what holds the text in .jsonl, .csv and .parquet, and on the Hub")
     lines: bool = Field(False, description="each line of a plain text file is a document, rather than each file")
     dataset_config: Annotated[str | None, BeforeValidator(_none)] = Field(
@@ -166,7 +166,7 @@ class Train(Section):
         "auto", description="auto: what the launcher says, else bf16 where the hardware has it, fp16 on other "
         "CUDA devices, no elsewhere")
     compile: Annotated[Literal["auto", "regional"] | bool, BeforeValidator(_switch)] = Field(
-        "auto", description="torch.compile the model; auto: on CUDA; regional: one block for all, which starts sooner")
+        "auto", description="torch.compile the model; auto: on CUDA, not under Windows; regional: one block for all")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less "
                                            "memory, about a third more time")
     on_nonfinite: Literal["stop", "skip"] = Field(
@@ -306,7 +306,7 @@ KEYS_THAT_MATTER = ("batch_size", "gradient_accumulation_steps", "max_iters", "e
 NANOGPT_KEYS = {
     "dataset": "corpus=NAME, or data_dir=FOLDER for a folder of .bin files",
     "dtype": "mixed_precision=bf16, fp16 or no",
-    "decay_lr": "schedule=constant",
+    "decay_lr": "schedule=constant warmup_iters=0",
     "wandb_log": "trackers=wandb",
     "wandb_project": "project=NAME",
     "wandb_run_name": "run_name=NAME",

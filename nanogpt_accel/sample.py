@@ -14,6 +14,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from . import checkpoint, cli
 from .cli import Device, Float, Int
+from .console import Console
 
 
 class SampleOptions(BaseModel):
@@ -67,7 +68,7 @@ def main(argv):
     from . import interop
     from .tokenizer import Tokenizer
 
-    folder = checkpoint.find_model(target, warn=lambda line: print(line, file=sys.stderr))
+    folder = checkpoint.find_model(target, warn=Console(stderr=True))
     tokenizer, config = Tokenizer.load(folder), interop.read_config(folder)
     problems += interop.check_tokenizer(tokenizer, config, folder)
     key = "prompts" if options.prompts else "prompt"

@@ -238,6 +238,16 @@ class Tokenizer:
             ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         return ids.astype(self.dtype)
 
+    def symbol_bytes(self):
+        """The bytes of UTF-8 that each id stands for, (vocab_size,), 0 for the end of text; None where a tokenizer is
+        neither of characters nor a BPE of GPT-2's form."""
+        if self._table is None and self._bpe is None:
+            return None
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for symbol, i in self.vocab.items():  # GPT-2 writes each byte as one character
+            sizes[i] = 0 if symbol == self.eot else len(symbol.encode() if self.kind == "char" else symbol)
+        return sizes
+
     def encode_batch(self, texts):
         """encode() of each text. Callers may run it in threads, each with a for_thread() of its own: what takes the
         time lets go of Python's lock."""

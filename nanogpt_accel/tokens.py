@@ -189,15 +189,16 @@ class Writer:
         if not self.is_finished and not self._has_committed:
             shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.release()
-        with suppress(OSError):  # goes only where it is empty
-            self.folder.rmdir()
+        for folder in (self.partial, self.folder):  # (under Windows what is locked is still there)
+            with suppress(OSError):  # goes only where it is empty
+                folder.rmdir()
 
     def discard(self):
         """Throw away what was committed: the next attempt begins anew."""
         self._has_committed, self._progress = False, None
 
     def write(self, split, ids, n_bytes, documents=1):
-        """Append ids, (n,) whole numbers, to a split. n_bytes: the size of their text as UTF-8."""
+        """Append ids, (n,) whole numbers, to a split. n_bytes: the size of their text as UTF-8; None: not known."""
         files = self.files.setdefault(split, [])
         with _naming(self.folder):
             if not files or files[-1]["tokens"] >= self.shard_tokens:
@@ -209,7 +210,7 @@ class Writer:
         files[-1]["tokens"] += len(ids)
         counts = self.counts.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0})
         counts["tokens"] += len(ids)
-        counts["bytes"] += n_bytes
+        counts["bytes"] = None if n_bytes is None else counts["bytes"] + n_bytes
         counts["documents"] += documents
 
     def commit(self, position):
@@ -366,7 +367,7 @@ class _File(_Form):
 
 class _Split(_Form):
     tokens: int = Field(ge=0)
-    bytes: int = Field(ge=0)
+    bytes: int | None = Field(ge=0)
     documents: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     files: list[_File] = Field(min_length=1)

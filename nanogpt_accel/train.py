@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from . import checkpoint, cli, dataset, hub, interop, launch
+from .console import Console, duration
 from .recipe import FIELDS, SECTIONS, SETTINGS, Recipe, load_recipe
 
 
@@ -112,25 +113,25 @@ def check(recipe):
     return problems
 
 
-def open_data(recipe):
+def open_data(recipe, console):
     """The recipe's token files, prepared where they are missing, after the checks that need the tokens.
 
     Returns:
         (dataset, source): source is the folder whose weights the run begins with, None for a new model.
     """
-    data = dataset.ready(recipe.data, launch.is_main(), (lambda line: None) if recipe.tracking.quiet else print)
+    data = dataset.ready(recipe.data, launch.is_main(), console)
     block_size, init_from = recipe.model.block_size, recipe.model.init_from
     problems = dataset.require_block(data, block_size)
     if recipe.train.sample_tokens:
         problems += data.tokenizer.check_prompt(recipe.train.sample_prompt, block_size, "train.sample_prompt")
     source = None
     if init_from == "resume":
-        source = checkpoint.newest_whole(recipe.out_dir, warn=print if launch.is_main() else lambda line: None)
+        source = checkpoint.newest_whole(recipe.out_dir, console)
         if checkpoint.read_trainer(source)["data"] != data.identity:
             problems.append(f"{source} was trained on other data than {data.folder} holds now: set data_dir to the "
                             f"folder it began with, or begin a new run with init_from={source} and another out_dir")
     elif init_from != "scratch":
-        source = checkpoint.find_model(init_from)
+        source = checkpoint.find_model(init_from, console, bars=console.is_heard)
         config = interop.read_config(source)
         problems += (dataset.require_tokenizer(data, source, key=f"model.init_from={init_from}")
                      or interop.check_tokenizer(data.tokenizer, config, source))
@@ -159,8 +160,9 @@ def train(recipe, signals=None):
     """
     began = time.monotonic()
     signals = signals or launch.StopSignals()
+    console = Console(launch.is_main(), recipe.tracking.quiet)
     repository = ask_hub(recipe)
-    data, source = open_data(recipe)
+    data, source = open_data(recipe, console)
     out_dir, is_resumed = Path(recipe.out_dir), recipe.model.init_from == "resume"
 
     # torch and transformers take seconds to import, so they wait until everything else is known to be right
@@ -169,7 +171,6 @@ def train(recipe, signals=None):
 
     from . import cpu, metrics, sharding
     from .batches import Batches, evaluation_batches, model_inputs, seed_of
-    from .console import Console
     from .optim import check_whole, learning_rate, make_optimizer
 
     transformers_logging.disable_progress_bar()
@@ -178,7 +179,6 @@ def train(recipe, signals=None):
                                           collective_timeout=recipe.train.collective_timeout)
     launch.require_same(accelerator, recipe=recipe.flat(), data=data.identity, beginning={"source": str(source)})
     device, is_main = accelerator.device, accelerator.is_main_process
-    console = Console(enabled=is_main, quiet=recipe.tracking.quiet)
 
     # model: new, or with the weights of a checkpoint
     torch.manual_seed(recipe.seed)
@@ -234,6 +234,7 @@ def train(recipe, signals=None):
                                         grad_clip=recipe.optimizer.grad_clip)
     check_whole(optimizer)
     raw_model = accelerator.unwrap_model(model, keep_torch_compile=False)
+    is_compiled = accelerator.state.dynamo_plugin.backend != "NO"
 
     # where the run stands
     first_step, best_val_loss, best_step, val_loss, lr, skips, skips_in_a_row = 0, math.inf, None, None, None, 0, 0
@@ -280,9 +281,13 @@ def train(recipe, signals=None):
                     f"{micro_steps}) = {tokens_per_step:,} tokens a step; {max_iters:,} steps are "
                     f"{max_iters * tokens_per_step:,} tokens, "
                     f"{max_iters * tokens_per_step / len(data.train):.2f} epochs")
+        if peak_flops:
+            seconds = (max(max_iters - first_step, 0) * tokens_per_step * flops_per_token
+                       / (0.4 * peak_flops * accelerator.num_processes))
+            console.say(f"time: {duration(seconds)} if it comes to an MFU of 40%; measured after a few steps")
     console.say(", ".join(filter(None, (
         f"device: {metrics.device_name(device)}", f"mixed precision {accelerator.mixed_precision}",
-        f"attention {raw_model.config._attn_implementation}", tuned,
+        f"attention {raw_model.config._attn_implementation}", "compiled" if is_compiled else None, tuned,
         None if peak_flops or device.type == "cpu" else "no MFU: the table has no peak FLOP/s of this device"))))
 
     def fetch(step, micro_step):
@@ -326,7 +331,7 @@ def train(recipe, signals=None):
 
     if first_step >= max_iters and not recipe.train.eval_only:
         console.say(f"the run has done its max_iters={max_iters} steps; a higher max_iters goes on")
-    console.start(first_step, max_iters)
+    console.start(first_step, max_iters, recipe.train.eval_interval, is_compiled)
     agreement, signals.armed = launch.Agreement(accelerator), True
     model.train()
     inputs = fetch(first_step, 0)
@@ -351,9 +356,10 @@ def train(recipe, signals=None):
         saves = step > 0 and (step % recipe.save_interval == 0 or is_end or is_stopped) and not is_first_resumed
         if evaluates:
             train_loss = None
-            if recipe.train.eval_train:
-                train_loss = metrics.mean_loss(model, data.train, train_batches, to_inputs, accelerator)
-            val_loss = metrics.mean_loss(model, data.val, val_batches, to_inputs, accelerator)
+            with console.evaluating(len(val_batches) + len(train_batches) * recipe.train.eval_train) as progress:
+                if recipe.train.eval_train:
+                    train_loss = metrics.mean_loss(model, data.train, train_batches, to_inputs, accelerator, progress)
+                val_loss = metrics.mean_loss(model, data.val, val_batches, to_inputs, accelerator, progress)
             scores = metrics.scores(val_loss, len(data.val), data.text_bytes("val"), train_loss)
             console.say(f"step {step}: " + metrics.describe(scores), always=is_end or recipe.train.eval_only)
             if recipe.train.eval_only:
@@ -504,7 +510,7 @@ def make_model(recipe, tokenizer, source, is_hollow=False):
 def as_it_ran(recipe, data):
     """The recipe for run.yaml: it names the folder of the tokens, so that the run goes on with these whatever becomes
     of the text, and it does not ask to overwrite the run that it stands in."""
-    section = recipe.data.model_copy(update={"data_dir": str(data.folder)})
+    section = recipe.data.model_copy(update={"data_dir": data.folder.as_posix()})
     return recipe.model_copy(update={"data": section, "overwrite": False})
 
 

@@ -62,15 +62,20 @@ def write_recipe(folder, recipe=RECIPE, **sizes):
 # ---- ranks that are forked
 
 
+def parse_launch(words):
+    """accelerate's own reading of `accelerate launch WORDS`, with what its config file says."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    return _validate_launch_command(launch_command_parser().parse_args(words))[0]
+
+
 def launcher_variables(config, processes, options=()):
     """What `accelerate launch --config_file configs/CONFIG --num_processes N OPTIONS` sets, by accelerate's code."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    args = launch_command_parser().parse_args(
-        ["--config_file", str(CONFIGS / config), "--num_processes", str(processes), "--main_process_port", "0",
-         "--num_machines", "1", *options, "-m", "nanogpt_accel.train"])
-    found = prepare_multi_gpu_env(_validate_launch_command(args)[0])
+    args = parse_launch(["--config_file", str(CONFIGS / config), "--num_processes", str(processes),
+                         "--main_process_port", "0", "--num_machines", "1", *options, "-m", "nanogpt_accel.train"])
+    found = prepare_multi_gpu_env(args)
     return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
 

@@ -66,6 +66,13 @@ def run(tmp_path):
     return Run(tmp_path / "run")
 
 
+def test_a_save_that_the_run_waits_for_is_announced_where_it_is_large(run, monkeypatch):
+    small = run.save(10)
+    monkeypatch.setattr(checkpoint, "LARGE", sum(p.nbytes for p in run.model.parameters()))  # and two moments of AdamW
+    large = run.save(20)
+    assert run.said == [f"saved {small}", f"saving {large}, 0 MB", f"saved {large}"]
+
+
 @pytest.fixture
 def saved(run):
     """A run with the checkpoints 10 and 20, of which 10 is the best."""

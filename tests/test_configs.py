@@ -29,7 +29,6 @@ from launching import (
 )
 
 from nanogpt_accel.plan import find_layouts
-from nanogpt_accel.recipe import load_recipe
 
 # file -> (type, processes, machines)
 WANTED = {
@@ -83,16 +82,10 @@ def test_parses(name):
 
 @pytest.mark.parametrize("name", WANTED)
 def test_opens_with_its_command(name):
-    """What it is for, the command, and what to change; the command launches a recipe that is there, with options that
-    it knows and micro-batches that the processes can share."""
+    """What it is for, the command with this file (test_readme.py parses it), and what to change."""
     text = (CONFIGS / f"{name}.yaml").read_text()
-    head = " ".join(line.lstrip("# \\").rstrip("\\ ") for line in text.split("compute_environment")[0].splitlines())
-    command = re.search(r"accelerate launch --config_file configs/(\w+)\.yaml .*?-m nanogpt_accel\.train (\S+)"
-                        r"((?: \w+=\S+)*)", head)
-    assert command[1] == name and "Change" in head
-    options = dict(word.split("=") for word in command[3].split())
-    found = load_recipe(CONFIGS.parent / command[2], options)
-    assert found.train.gradient_accumulation_steps % WANTED[name][1] == 0
+    head = text.split("compute_environment")[0]
+    assert f"\n#   accelerate launch --config_file configs/{name}.yaml " in head and "\n# Change " in head
     assert all(len(line) <= 120 for line in text.splitlines())
 
 

@@ -107,16 +107,31 @@ def test_a_folder_without_text(refused, tmp_path):
         find_corpus(str(tmp_path))
 
 
-def test_token_files_are_no_text(refused, tmp_path):
+def test_token_files_are_one_sequence_and_no_text(refused, tmp_path):
     for name in ("train.bin", "val.bin"):
         np.arange(100, dtype=np.uint16).tofile(tmp_path / name)
     with refused(ValueError, f"corpus={tmp_path}: holds token ids", f"data_dir={tmp_path}"):
         find_corpus(str(tmp_path))
-    for spec in (tmp_path / "train.bin", tmp_path / "*.bin"):
-        with refused(ValueError, f"corpus={spec}: {tmp_path / 'train.bin'} holds token ids", "data_dir=FOLDER"):
-            find_corpus(str(spec))
+    for name, files in (("train.bin", 1), ("*.bin", 2)):
+        found = find_corpus(str(tmp_path / name))
+        assert found.is_single and found.read is None
+        assert (found.source["kind"], found.source["files"], found.bytes) == ("ids", files, 200 * files)
+        for start in (0, 1, 99, 100, 101, 200):
+            count, pieces = found.ids(np.uint16, 100, start)
+            assert count == 100 * files
+            assert [i for piece in pieces for i in piece] == [*range(100), *range(100)][start:count]
     (tmp_path / "input.txt").write_text("nanoGPT's prepare.py leaves the text beside them")
     assert texts(tmp_path) == ["nanoGPT's prepare.py leaves the text beside them"]
+
+
+@pytest.mark.parametrize(("spec", "lines", "named"), [
+    ("x.bin", True, ""), ("*", False, ": x.bin"), ("x.bin.gz", False, ""), ("*.bin*", False, ": x.bin")])
+def test_token_ids_are_read_from_bin_files_alone(refused, tmp_path, monkeypatch, spec, lines, named):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.bin", "x.bin.gz", "y.txt"):
+        np.arange(100, dtype=np.uint16).tofile(name)
+    with refused(ValueError, f"corpus={spec}{named}", "holds token ids", "no file of text", ".gz", "leave out lines"):
+        find_corpus(spec, lines=lines)
 
 
 def test_what_is_left_out_is_counted(folder):

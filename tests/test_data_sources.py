@@ -215,6 +215,138 @@ def test_another_column_is_another_text():
     assert list(corpus.find_corpus("x.jsonl", text_column="story").documents()) == ["once", "upon"]
 
 
+# ---- token ids
+
+
+def sides(folder):
+    """The bytes of the two token files, each of which may lie in many."""
+    return [b"".join(path.read_bytes() for path in sorted(Path(folder).glob(f"{split}*.bin")))
+            for split in ("train", "val")]
+
+
+@pytest.mark.parametrize(("at_once", "shard_tokens"), [(2**22, 10**8), (33_333, 10**8), (7001, 20_000)])
+def test_token_ids_are_cut_as_nanogpt_cuts_a_text_and_copied(shakespeare, gpt2_files, monkeypatch, at_once,
+                                                             shard_tokens):
+    import tiktoken
+
+    monkeypatch.setattr(corpus, "IDS_AT_ONCE", at_once)
+    text, gpt2 = shakespeare.read_text(encoding="utf-8"), tiktoken.get_encoding("gpt2")
+    everything = gpt2.encode_ordinary(text)
+    np.array(everything, np.uint16).tofile("x.bin")
+    n = len(everything)
+    train, val = everything[: int(n * 0.9)], everything[int(n * 0.9) :]
+    ours, said = prepared(corpus="x.bin", tokenizer="gpt2", val_fraction=0.1, shard_tokens=shard_tokens)
+    assert sides("out") == [np.array(part, "<u2").tobytes() for part in (train, val)]
+    assert [ids(ours.train), ids(ours.val)] == [train, val] and ours.tokenizer.kind == "gpt2"
+    held = ours.manifest
+    assert (held["corpus"]["kind"], held["corpus"]["bytes"], held["split_seed"]) == ("ids", 2 * n, None)
+    sizes = [len(gpt2.decode_bytes(part)) for part in (train, val)]
+    assert [counts["bytes"] for counts in held["splits"].values()] == sizes and sum(sizes) == len(text.encode())
+    assert [counts["documents"] for counts in held["splits"].values()] == [1, 1]
+    assert f"{2 * n / 1e3:,.1f} kB of token ids in " in said[-1]
+
+
+@pytest.mark.parametrize("at_once", [2**22, 100, 1])
+def test_several_files_of_ids_are_one_sequence_in_the_order_of_their_names(monkeypatch, at_once):
+    monkeypatch.setattr(corpus, "IDS_AT_ONCE", at_once)
+    texts = [text.replace("<|endoftext|>", "the end") for text in DOCS[:40]]
+    char = dataset.Tokenizer.char(texts)
+    Path("tok").mkdir()
+    char.save("tok")
+    everything = np.array(char_ids(texts, texts), np.uint16)
+    Path("f").mkdir()
+    borders = [0, 3, 4, 997, len(everything)]
+    for i, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
+        everything[start:end].tofile(f"f/{i}.bin")
+    for val_fraction in (0.2, (len(texts[-1]) + 0.5) / len(everything)):  # amid a document, and between two
+        name = f"out {val_fraction}"
+        ours, said = prepared(corpus="f/*.bin", tokenizer="tok", val_fraction=val_fraction, data_dir=name)
+        cut = int(len(everything) * (1 - val_fraction))
+        assert sides(name) == [everything[:cut].tobytes(), everything[cut:].tobytes()]
+        assert "corpus=f/*.bin: 4 files to read" in said
+        for part, counts in zip((everything[:cut], everything[cut:]), ours.manifest["splits"].values(), strict=True):
+            pieces = char.decode(part).removesuffix("<|endoftext|>").split("<|endoftext|>")
+            assert counts["documents"] == len(pieces)
+            assert counts["bytes"] == sum(len(piece.encode()) for piece in pieces)
+    assert counts["documents"] == 1 and char.decode(everything[cut:]) == texts[-1] + "<|endoftext|>"
+
+
+def test_ids_of_a_bpe_of_our_own_know_their_text():
+    text = " ".join(DOCS)
+    Path("x.txt").write_text(text, encoding="utf-8", newline="")
+    first, _ = prepared(corpus="x.txt", tokenizer="bpe", vocab_size=400, data_dir="text")
+    np.array(ids(first.train) + ids(first.val), np.uint16).tofile("x.bin")
+    ours, _ = prepared(corpus="x.bin", tokenizer="text")
+    assert ours.tokenizer.fingerprint == first.tokenizer.fingerprint
+    assert sum(counts["bytes"] for counts in ours.manifest["splits"].values()) == len(text.encode())
+
+
+def many_words():
+    """The folder of a tokenizer of 70,000 symbols, whose ids say nothing of the bytes of a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    Path("tok").mkdir()
+    backend = Tokenizer(models.WordLevel({f"word{i}": i for i in range(70_000)}, unk_token="word0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save("tok/tokenizer.json")
+
+
+def test_ids_of_a_large_vocabulary_take_32_bits(capsys):
+    many_words()
+    everything = np.random.default_rng(0).integers(0, 70_000, 3000).astype(np.uint32)
+    everything[[0, -1]] = 69_999
+    everything.tofile("x.bin")
+    assert main(["prepare", "r.yaml", "corpus=x.bin", "tokenizer=tok"]) == 0
+    assert sides("out") == [everything[:2400].tobytes(), everything[2400:].tobytes()]
+    ours = dataset.open_dataset(section(corpus="x.bin", tokenizer="tok"))
+    assert ours.manifest["dtype"] == "uint32" and ours.text_bytes("train") is ours.text_bytes("val") is None
+    assert "train: 2,400 tokens\nval: 600 tokens\n" in capsys.readouterr().out
+    assert main(["data", "out"]) == 0
+    assert "train: 2,400 tokens, 1 file\n" in capsys.readouterr().out
+
+
+def test_told_to_stop_amid_ids_it_goes_on_and_reads_no_more_than_the_rest(gpt2_files, monkeypatch):
+    monkeypatch.setattr(corpus, "IDS_AT_ONCE", 100)
+    everything = np.random.default_rng(0).integers(0, 50257, 5000).astype("<u2")
+    for name, part in (("a.bin", everything[:1950]), ("b.bin", everything[1950:])):
+        part.tofile(name)
+    given = {"corpus": "?.bin", "tokenizer": "gpt2", "shard_tokens": 1000}
+    prepared(**given, data_dir="straight")
+    real, read, stops = corpus._ids_at, [], [10, 35]
+
+    def ids_at(spec, path, at, *rest):
+        if stops and len(read) == stops[0]:
+            stops.pop(0)
+            raise KeyboardInterrupt
+        read.append((path, at))
+        return real(spec, path, at, *rest)
+
+    monkeypatch.setattr(corpus, "_ids_at", ids_at)
+    for kept in (1, 1):  # a text without an end is one document
+        said = []
+        with pytest.raises(KeyboardInterrupt):
+            dataset.prepare(section(**given), said.append)
+        assert said[-1] == f"out: interrupted; {kept} document is kept, the same command goes on"
+    _, said = prepared(**given)
+    assert "out: going on where an earlier attempt stopped" in said
+    assert read == [("a.bin", at) for at in range(0, 1950, 100)] + [("b.bin", at) for at in range(0, 3050, 100)]
+    assert content("out") == content("straight")
+    assert sides("out") == [everything[:4000].tobytes(), everything[4000:].tobytes()]
+
+
+def test_killed_when_all_ids_were_written(gpt2_files, monkeypatch):
+    np.arange(3000, dtype=np.uint16).tofile("x.bin")
+    given = {"corpus": "x.bin", "tokenizer": "gpt2"}
+    prepared(**given, data_dir="straight")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokens, "_write_text", lambda path, text, real=tokens._write_text: (
+            real(path, text) if "manifest" not in str(path) else (_ for _ in ()).throw(KeyboardInterrupt)))
+        prepared(**given)
+    assert json.loads(Path("out/.partial/progress.json").read_text())["position"] == "all"
+    prepared(**given)
+    assert content("out") == content("straight")
+
+
 # ---- interruptions
 
 CHILD = """
@@ -556,20 +688,6 @@ def refusal(capsys, *words):
     return line
 
 
-def test_the_way_from_a_single_file_of_ids_to_data(capsys):
-    """What the message says, as a user does it."""
-    everything = np.random.default_rng(0).integers(0, 50257, 3000).astype("<u2")
-    everything.tofile("x.bin")
-    line = refusal(capsys, "corpus=x.bin")
-    assert "x.bin holds token ids" in line and "train.bin and val.bin" in line and "data_dir=FOLDER" in line
-    subprocess.run("mkdir ids; head -c 5800 x.bin > ids/train.bin; tail -c 200 x.bin > ids/val.bin", shell=True,
-                   check=True)
-    assert main(["prepare", "r.yaml", "data_dir=ids"]) == 0
-    found = dataset.open_dataset(section(data_dir="ids"))
-    assert (ids(found.train), ids(found.val)) == (everything[:2900].tolist(), everything[2900:].tolist())
-    assert found.tokenizer.kind == "gpt2"
-
-
 def parquet(columns):
     pq.write_table(pa.table(columns), "t.parquet")
     return Path("t.parquet").read_bytes()
@@ -714,6 +832,15 @@ def test_too_little_room_is_said_before_anything_is_written(capsys, monkeypatch)
     line = refusal(capsys, "corpus=x.txt", "lines=true")
     assert "data_dir=out" in line and "GB" in line and "limit_tokens" in line
     assert main(["prepare", "r.yaml", "corpus=x.txt", "lines=true", "limit_tokens=1000"]) == 0
+
+
+def test_ids_need_as_much_room_as_they_take(gpt2_files, capsys, monkeypatch):
+    np.arange(3000, dtype=np.uint16).tofile("x.bin")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9000, 3001, 5999))
+    line = refusal(capsys, "corpus=x.bin", "tokenizer=gpt2")
+    assert "data_dir=out" in line and "another disk" in line and "limit_tokens" not in line
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9000, 3000, 6000))
+    assert main(["prepare", "r.yaml", "corpus=x.bin", "tokenizer=gpt2"]) == 0
 
 
 def test_going_on_needs_room_for_the_rest_only(monkeypatch):

@@ -1,8 +1,10 @@
 """evaluate beyond a split's loss: windows that overlap, texts, standard errors, lm-eval's tasks."""
 
 import importlib.util
+import itertools
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.batches import sliding_windows
+from nanogpt_accel.console import duration
 from nanogpt_accel.metrics import mean_and_error
 from nanogpt_accel.tokenizer import Tokenizer
 
@@ -128,6 +131,19 @@ def test_without_a_stride_the_blocks_stand_side_by_side(capsys, gpt2, text):
             logits = model(row[None, :-1]).logits[0]
         total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
     assert found["text_loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+
+
+def test_a_long_one_says_how_far_it_is_and_leaves_stdout_to_programs(capsys, gpt2, text, monkeypatch):
+    expected = scores(capsys, "evaluate", str(gpt2), f"text={text}", "device=cpu", "batch_size=2")
+    clock = itertools.count(0, 3)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert main(["evaluate", str(gpt2), f"text={text}", "device=cpu", "batch_size=2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == expected
+    lines = [line for line in err.splitlines() if line.startswith("evaluating: ")]
+    total = -(-(expected["tokens"] // CONTEXT) // 2) + 1  # the last one holds what is left, a shorter block
+    assert lines == [f"evaluating: {n} of {total} batches, about {duration(3 * (total - n))} left"
+                     for n in range(2, total, 2)]  # every 6 s
 
 
 @pytest.mark.parametrize(("words", "expected"), [

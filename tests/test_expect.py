@@ -229,7 +229,7 @@ def test_quiet_leaves_warnings(capsys):
     from nanogpt_accel.console import Console
 
     console = Console(quiet=True)
-    console.start(0, 10)
+    console.start(0, 10, 5)
     console.say("model: small")
     console.write("RO")
     console.step(1, 2.0, 0.1, 100, None)

@@ -332,6 +332,67 @@ def test_token_files_without_their_manifest_are_noticed_first(capsys, out, monke
     expect(refused(capsys), "data_dir=out", "holds train.bin", "another data_dir")
 
 
+# ---- token ids as corpus
+
+
+def one_wrong(dtype, at, value):
+    ids = np.arange(3000, dtype=dtype)
+    ids[at] = value
+    return ids.tobytes()
+
+
+@pytest.mark.parametrize(("raw", "given", "words"), [
+    (b"", [], ["0 bytes are no token ids", "uint16", "50,257 symbols", "another path"]),
+    (b"\0", [], ["1 bytes are no token ids"]),
+    (bytes(3001), [], ["3,001 bytes are no token ids"]),
+    (bytes(2), [], ["1 token ids leave nothing for train", "val_fraction=0.2"]),
+    (bytes(6), ["val_fraction=0.9"], ["3 token ids leave nothing for train", "val_fraction=0.9"]),
+    (one_wrong("<u2", 2345, 50257), [], ["the id 50,257 at position 2,345", "50,257 symbols", "tokenizer", "uint16"]),
+    (np.arange(1, 3000, dtype="<u4").tobytes(), [], ["every second id is 0", "wider numbers", "uint16"]),
+    (np.arange(1, 3000, dtype="<i8").tobytes(), [], ["every second id is 0", "wider numbers", "uint16"]),
+    (one_wrong("<i4", 0, -1), [], ["the id 65,535 at position 0", "uint16"]),
+    # the header of llm.c's and modded-nanogpt's files: 256 numbers, of which the first is this
+    (np.array([20240520, 1, 3000], "<i4").tobytes() + bytes(1012), [], ["position 0", "header"]),
+    (bytes(6000), ["tokenizer=char"], ["tokenizer=char", "made of a text", "corpus=a.bin holds token ids", "gpt2"]),
+    (bytes(6000), ["tokenizer=bpe"], ["tokenizer=bpe", "made of a text", "corpus=a.bin holds token ids", "gpt2"]),
+    (bytes(6000), ["limit_tokens=50"], ["limit_tokens=50", "is one text", "a shorter file"]),
+    (bytes(6000), ["limit_documents=5"], ["limit_documents=5", "is one text", "a shorter file"]),
+])
+def test_ids_that_are_none(capsys, gpt2_files, raw, given, words):
+    Path("a.bin").write_bytes(raw)
+    line = refused(capsys, "corpus=a.bin", "tokenizer=gpt2", *given)
+    expect(line, "corpus=a.bin", *words)
+    assert "lines=true" not in line and not Path("out").exists()
+
+
+def test_which_of_many_files_of_ids_is_meant(capsys, gpt2_files, monkeypatch):
+    monkeypatch.setattr("nanogpt_accel.corpus.IDS_AT_ONCE", 3)
+    for name in ("a.bin", "b.bin", "c.bin"):
+        Path(name).write_bytes(one_wrong("<u2", 7, 60_000 if name == "b.bin" else 7))
+    expect(refused(capsys, "corpus=?.bin", "tokenizer=gpt2"), "corpus=?.bin: b.bin: the id 60,000 at position 7,")
+    Path("c.bin").write_bytes(bytes(7))
+    for command in ("prepare", "train"):
+        line = refused(capsys, "corpus=?.bin", "tokenizer=gpt2", command=command)
+        expect(line, "corpus=?.bin: c.bin: 7 bytes are no token ids")
+    assert not Path("out").exists() and not Path("run").exists()
+
+
+def test_a_file_of_ids_that_becomes_shorter_or_goes(capsys, gpt2_files, monkeypatch):
+    real = dataset._check_fits
+
+    def meanwhile(data, corpus):
+        real(data, corpus)
+        changes.pop(0)()
+
+    monkeypatch.setattr(dataset, "_check_fits", meanwhile)
+    for change, words in ((lambda: os.truncate("a.bin", 100), "a.bin: has become shorter"),
+                          (lambda: os.remove("a.bin"), "a.bin: No such file")):
+        Path("a.bin").write_bytes(bytes(6000))
+        changes = [lambda: None, change]  # asked first by the check of the recipe
+        expect(refused(capsys, "corpus=a.bin", "tokenizer=gpt2"), words.replace("a.bin", "corpus=a.bin"), "file whole")
+        assert not Path("out").exists()
+
+
 # ---- the tokenizer beside them
 
 

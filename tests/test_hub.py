@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -291,7 +292,7 @@ def test_a_second_push_sends_nothing(pushed, child, hub):
 def test_a_push_that_breaks_off_goes_on(child, hub):
     """The Hub breaks down when the weights are there and the commit is not."""
     hub.fail(1, 500, method="POST", path="/me/broken/commit/")
-    line = child.refused("push", "runs/tiny", "me/broken", lines=3)
+    line = child.refused("push", "runs/tiny", "me/broken", lines=5)
     assert line.startswith("me/broken: ") and "500" in line
     assert commits(hub, "me/broken") == []
     sent = hub.bytes_received("PUT")
@@ -639,6 +640,49 @@ def test_what_was_fetched_once_is_there_without_a_network(pushed, child, place, 
                           env=hub.env(place / "home", HF_HUB_OFFLINE="1", PYTHONPATH=PACKAGE))
     assert done.returncode == 0, done.stderr
     assert {path.name for path in Path(done.stdout.strip()).iterdir()} == EVERY_FILE
+
+
+def test_what_takes_a_while_is_said_outside_of_a_terminal(pushed, child, place, hub):
+    hub.add("they/slow", {path.name: path.read_bytes() for path in (place / "runs/tiny/checkpoint-000008").iterdir()
+                          if path.is_file()})
+    child.python("from nanogpt_accel import hub; hub.SOON = 0.1")
+    for words, path, what in (
+            (("sample", "they/slow", "prompt=ab", "num_samples=1", "max_new_tokens=2"),
+             "/they/slow/resolve/", "fetching they/slow from the Hub"),
+            (("push", "runs/tiny", "me/late"), "/me/late/preupload/", "sending 0.0 MB to me/late")):
+        begins = time.monotonic()
+        hub.holds, hub.until = path, lambda begins=begins: time.monotonic() > begins + 0.5
+        status, out, err = child(*words)
+        assert status == 0, err
+        first, second = [line for line in err.splitlines() if line.startswith(what)]
+        assert first == what and second.startswith(what + ": done in ")
+        assert what not in out and "%" not in err  # and no bars
+    child.python("hub.SOON = 2")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+@pytest.mark.parametrize("bars", [True, False])
+def test_a_terminal_gets_bars_where_they_are_wanted(pushed, place, hub, bars):
+    """From a process in a terminal of its own. What transformers does to the bars changes nothing."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    here, there = pty.openpty()
+    fcntl.ioctl(here, termios.TIOCSWINSZ, struct.pack("4H", 25, 120, 0, 0))
+    script = ("from huggingface_hub.utils import disable_progress_bars as off; from nanogpt_accel import hub; off()\n"
+              f"print(hub.download('me/tiny', print, {bars}))")
+    done = subprocess.run([sys.executable, "-c", script], text=True, stdout=subprocess.PIPE, stderr=there, timeout=60,
+                          env=hub.env(place / f"bars{bars}", PYTHONPATH=PACKAGE, TERM="xterm"))
+    os.close(there)
+    shown = b""
+    with suppress(OSError):  # at its end
+        while piece := os.read(here, 65536):
+            shown += piece
+    os.close(here)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, shown
+    assert (b"100%" in shown) == bars
 
 
 def test_no_network_is_said_at_once(no_hub, no_run):

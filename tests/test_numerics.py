@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from nanogpt_accel import launch
@@ -194,7 +193,6 @@ def scaled(monkeypatch):
 
     def scaled(scale):
         def make_accelerator(*args, **kwargs):
-            AcceleratorState._reset_state(reset_partial_state=True)
             accelerator = make(*args, **kwargs)
             accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
@@ -202,8 +200,7 @@ def scaled(monkeypatch):
 
         monkeypatch.setattr(launch, "make_accelerator", make_accelerator)
 
-    yield scaled
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return scaled
 
 
 def test_the_scaler_survives_a_resume(poison, scaled):

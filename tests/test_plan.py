@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from nanogpt_accel import bench, metrics, plan, sizing
 from nanogpt_accel.__main__ import main
@@ -267,9 +266,8 @@ def test_memory_is_the_peak_that_torch_tracks(family, rows, checkpointing):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("family", ["gpt2", "nanochat"])
-def test_memory_is_what_bench_measures(family, precision, request):
+def test_memory_is_what_bench_measures(family, precision):
     """Large logits, which come in pieces."""
-    request.addfinalizer(AcceleratorState._reset_state)  # which would hand its precision on to other tests
     config = config_of(family, vocab_size=8192, block_size=256, n_layer=1)
     recipe = load_recipe(None, {"batch_size": 9, "block_size": 256, "gradient_accumulation_steps": 2, "device": "cpu",
                                 "mixed_precision": precision})

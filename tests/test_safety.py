@@ -301,8 +301,8 @@ def test_hostile_weights_of_a_model_folder(recipe, calm, tmp_path, monkeypatch, 
     for words in COMMANDS:
         capsys.readouterr()
         assert main([word.format(folder, recipe=recipe) for word in words]) == 2, words
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if "layers, written as" not in line]
-        assert line.startswith("error: ") and str(folder) in line and not mark.exists(), words
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert str(folder) in line and not mark.exists(), words
     if form == "bare":
         pickle.loads(file.read_bytes())["evil"].close()
     else:

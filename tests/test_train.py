@@ -360,6 +360,21 @@ def test_an_evaluation_that_is_no_number(call, monkeypatch):
     assert [path.name for path in Path("runs/nan").glob("checkpoint-*")] == ["checkpoint-000002"]
 
 
+# ---- what it says
+
+
+def test_the_time_to_expect_where_the_peak_of_the_device_is_known(call, run, monkeypatch):
+    """By nanoGPT's estimate_mfu."""
+    weights = load_file(run / "model.safetensors")
+    n_params = sum(w.numel() for name, w in weights.items() if name != "transformer.wpe.weight")
+    flops = (6 * n_params + 12 * 2 * 32 * BLOCK) * 2 * 4 * BLOCK  # of two steps with 4 sequences each
+    monkeypatch.setattr(metrics, "peak_flops", lambda name: flops / 0.4 / 125)
+    out = call("train", "tiny.yaml", *TINY, "out_dir=runs/timed")
+    assert "\ntime: 2:05 if it comes to an MFU of 40%" in out
+    monkeypatch.setattr(metrics, "peak_flops", lambda name: None)
+    assert "\ntime: " not in call("train", "tiny.yaml", *TINY, "out_dir=runs/untimed")
+
+
 # ---- sample
 
 
@@ -455,3 +470,18 @@ def test_json_is_all_that_evaluate_prints(capfd, monkeypatch, workplace, run, tm
     captured = capfd.readouterr()
     assert captured.out.count("\n") == 1 and "val_loss" in json.loads(captured.out)
     assert "B of text" in captured.err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_model_is_compiled_twice(workplace, call):
+    """Once to train and once to evaluate, though the last batches of the whole split are smaller."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    options = [*TINY, "eval_iters=all", "max_iters=4", "dropout=0"]  # a compiled dropout draws other numbers
+    call("train", "tiny.yaml", *options, "compile=true", "out_dir=runs/compiled")
+    call("train", "tiny.yaml", *options, "out_dir=runs/eager")
+    assert counters["stats"]["unique_graphs"] == 2
+    compiled, eager = (losses(workplace / "runs" / name, "val_loss") for name in ("compiled", "eager"))
+    assert compiled == pytest.approx(eager, rel=1e-5) and len(eager) == 3
