@@ -35,6 +35,9 @@ LOCK, HOLDER = ".lock", ".lock.json"  # of a run folder that is being trained in
 LARGE = 5e8  # bytes of a checkpoint that takes some seconds to write
 PATIENCE = 1800  # seconds for a process to write its piece of the optimizer's state
 _NAME = re.compile(r"checkpoint-([0-9]{1,12})$")
+# what a run, and `report` after it, writes beside the checkpoints
+_OUTPUT = re.compile(r"(metrics|samples)\.jsonl|expect\.json|loss\.png|nonfinite-\d+\.json|report\.html|"
+                     r"report-(loss|learning_rate|grad_norm|tokens_per_second|peak_memory|mfu)\.png")
 _LEFTOVER = re.compile(r"\.checkpoint-[0-9]{1,12}\.(tmp|old)$")
 
 
@@ -159,7 +162,8 @@ def _give_way():
     """Leave the processors to this process's other threads. Beside a writer of equal rank, a step on 2 cores came as
     late as if it had waited for the file. (Linux alone ranks single threads.)"""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        with suppress(OSError):  # where that is forbidden
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _name(step):
@@ -277,10 +281,14 @@ def _prune(run, best_step, final, keep_last):
     for old in found:
         # later ones are damaged, for the run went back behind them; or another training's, and not ours to delete. A
         # folder that only has such a name is the user's
-        is_ours = any((old / name).is_file() for name in (*MODEL_FILES, TRAINER)) and (
-            old < final or damage(old) is not None)
+        is_ours = _is_checkpoint(old) and (old < final or damage(old) is not None)
         if old not in kept and old != best and is_ours:
             _remove(old)
+
+
+def _is_checkpoint(path):
+    """Whether a folder holds anything of a checkpoint, and not only has its name."""
+    return any((path / name).is_file() for name in (*MODEL_FILES, TRAINER))
 
 
 def begin(run, recipe, is_resumed):
@@ -292,14 +300,10 @@ def begin(run, recipe, is_resumed):
         shutil.rmtree(leftover, ignore_errors=True)
     if not is_resumed:
         for path in run.iterdir():
-            if is_link(path):
+            if is_link(path) or _OUTPUT.fullmatch(path.name):
                 path.unlink()
-        for path in checkpoints(run):  # by which a copy in a link's place was known
+        for path in filter(_is_checkpoint, checkpoints(run)):  # by which a copy in a link's place was known
             _remove(path)
-        for pattern in ("metrics.jsonl", "samples.jsonl", "expect.json", "loss.png", "nonfinite-*.json",
-                        "report.html", "report-*.png"):
-            for path in run.glob(pattern):
-                path.unlink()
     temporary = run / "run.yaml.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(recipe)
@@ -468,13 +472,14 @@ def _holder(run):
 def check_folder(folder):
     """Whether a new run may begin in a folder, as a list of problems: files of the user's own are not touched."""
     folder = Path(folder)
-    names = ("metrics.jsonl", "samples.jsonl", "expect.json", "loss.png", "README.md", "model.py", "config.json",
-             "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    names = ("README.md", "model.py", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+             "tokenizer_config.json")
     folders = [name for name in ("run.yaml", "metrics.jsonl", "samples.jsonl", "loss.png") if (folder / name).is_dir()]
     if folders:
         return [f"out_dir={folder}: {', '.join(folders)} is a folder there, and a run writes such a file; take another "
                 "out_dir"]
-    own = [name for name in names if (folder / name).exists() and not is_link(folder / name)]
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    own = [name for name in found if (name in names or _OUTPUT.fullmatch(name)) and not is_link(folder / name)]
     if own and not (folder / "run.yaml").exists():  # a run that was begun has one
         return [f"out_dir={folder}: holds {', '.join(own)}, but no run; take another out_dir"]
     return []

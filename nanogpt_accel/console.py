@@ -45,7 +45,8 @@ class Console:
 
         eval_interval: steps between evaluations. is_compiled: whether torch.compile makes the first step a long one.
         """
-        self.last_step, self.eval_interval, self.is_compiled = last_step, eval_interval, is_compiled
+        self.first_step, self.last_step, self.eval_interval = first_step, last_step, eval_interval
+        self.is_compiled = is_compiled
         self.began, self.reported, self.is_estimated = time.perf_counter(), None, False
         self.counted, self.seconds, self.evaluation_seconds = 0, 0.0, 0.0  # steps after the first report, their time
         self.line = self.open_line("step", last_step, first_step, f"{first_step:,}/{last_step:,}", stays=True)
@@ -65,7 +66,8 @@ class Console:
         if self.counted >= 5 and not self.is_estimated:
             self.is_estimated = True
             if gone + self._left(done) >= 60:
-                self.say(f"time: about {duration(gone + self._left(done))} in all")
+                self.say(f"time: about {duration(gone + self._left(done))} in all" + (
+                    f" from step {self.first_step:,} on" if self.first_step else ""))
         speed = f"{tokens_per_second:,.0f} tokens/s" + (f", mfu {mfu:.2%}" if mfu is not None else "")
         notes = "".join(f", {note}" for note in notes)
         if self.live is not None:  # what a narrow terminal cuts off comes last

@@ -227,6 +227,9 @@ def _local(spec, column, lines):
         raise ValueError(f"{_where(spec, json_file)}: each of its lines is a JSON object: rename it to .jsonl, and "
                          "text_column says which of their keys holds the text")
     files = sorted((_below(root or ".", f), f) for f in files)
+    if tokens:  # one sequence: shard 10 comes after shard 9
+        files.sort(key=lambda file: [part.zfill(20) if part.isdigit() else part
+                                     for part in re.split(r"(\d+)", file[0])])
     listing = hashlib.sha256()
     size = 0
     for name, file in files:
@@ -239,7 +242,7 @@ def _local(spec, column, lines):
     stem = os.path.splitext(name)[0] if len(files) == 1 else name
     short = re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "text"
     if tokens:
-        listed = [(file, _size(file)[0]) for _, file in files]
+        listed = [(file, *_size(file)) for _, file in files]
         return Corpus(short[:40], source | {"kind": "ids"}, True, None, bytes=size,
                       ids=lambda dtype, vocab_size, start: _ids(spec, listed, np.dtype(dtype), vocab_size, start))
 
@@ -325,7 +328,8 @@ def _ids(spec, files, dtype, vocab_size, start):
     """The ids of token files in nanoGPT's form, bare numbers, as one sequence.
 
     Args:
-        files: (path, bytes) of each, in order. dtype: np.dtype of an id. start: number of the first id that is wanted.
+        files: (path, bytes, time of its last change) of each, in order. dtype: np.dtype of an id.
+        start: number of the first id that is wanted.
 
     Returns:
         (number of ids in all the files, iterator over arrays of those from `start` on).
@@ -334,14 +338,14 @@ def _ids(spec, files, dtype, vocab_size, start):
         ValueError: a file of another width, cut off, or with an id that is not below vocab_size.
     """
     form = f"{dtype.name} numbers, as a tokenizer of {vocab_size:,} symbols has them"
-    for path, n_bytes in files:
+    for path, n_bytes, _ in files:
         if n_bytes == 0 or n_bytes % dtype.itemsize:
             raise ValueError(f"{_where(spec, path)}: {n_bytes:,} bytes are no token ids ({form}): make the file whole, "
                              "or give another path")
 
     def pieces():
         before = 0  # ids of the files before this one
-        for path, n_bytes in files:
+        for path, n_bytes, changed in files:
             count = n_bytes // dtype.itemsize
             for at in range(max(start - before, 0), count, IDS_AT_ONCE):
                 ids = _ids_at(spec, path, at, min(IDS_AT_ONCE, count - at), dtype)
@@ -350,14 +354,26 @@ def _ids(spec, files, dtype, vocab_size, start):
                     raise ValueError(f"{_where(spec, path)}: the id {ids[wrong]:,} at position {at + wrong:,}, but the "
                                      f"tokenizer has only {vocab_size:,} symbols: give the tokenizer that made the "
                                      f"ids, and these as {dtype.name} without a header")
-                # ids of twice that width are ids and zeros by turns, which would pass for ids
-                if at == 0 and len(ids) > 1000 and ids[::2].any() and not ids[1::2].any():
-                    raise ValueError(f"{_where(spec, path)}: every second id is 0, as in a file of wider numbers: "
-                                     f"write the ids as {form}")
+                if at == 0 and (what := _resembles(ids)):
+                    raise ValueError(f"{_where(spec, path)}: looks like {what}: write the ids as {form}")
                 yield ids
+            if _size(path) != (n_bytes, changed):
+                raise ValueError(f"{_where(spec, path)}: has changed while it was read: begin again when it is done")
             before += count
 
-    return sum(n_bytes for _, n_bytes in files) // dtype.itemsize, pieces()
+    return sum(n_bytes for _, n_bytes, _ in files) // dtype.itemsize, pieces()
+
+
+def _resembles(ids):
+    """What the beginning of a file is that would pass for ids; None of true ones."""
+    head = ids[:4096].tobytes()
+    if head.startswith(b"\x93NUMPY"):
+        return "a file of numpy.save, which has a header (ids.tofile(path) writes none)"
+    if len(head) > 64 and not head.translate(None, bytes(range(32, 127)) + b"\t\r\n"):
+        return "text"
+    if len(ids) > 64 and ids[::2].any() and not ids[1::2].any():
+        return "wider numbers, for every second id is 0"
+    return None
 
 
 def _ids_at(spec, path, at, count, dtype):

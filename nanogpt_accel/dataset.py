@@ -168,12 +168,7 @@ def prepare(data, report=print, workers=None):
 
 @contextmanager
 def _in_order(folder, report):
-    """Where SIGTERM would end the process at once, it unwinds as Ctrl-C does, so that a Writer commits what it has; and
-    the user learns what is kept."""
-    handled = threading.current_thread() is threading.main_thread() and (  # others may not set handlers
-        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
-    if handled:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Tells the user of an interrupted preparation what is kept."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -182,6 +177,17 @@ def _in_order(folder, report):
             report(f"{folder}: interrupted; " + (f"{counted(kept, 'document')} {'is' if kept == 1 else 'are'} kept, "
                                                  "the same command goes on" if kept else "nothing is kept"))
         raise
+
+
+@contextmanager
+def _unwinding():
+    """Where SIGTERM would end the process at once, it unwinds as Ctrl-C does, so that a Writer commits what it has."""
+    handled = threading.current_thread() is threading.main_thread() and (  # others may not set handlers
+        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+    if handled:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
     finally:
         if handled:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -212,7 +218,7 @@ def _prepare(folder, data, report, workers):
     forced = _forced(corpus, data)
     while True:
         decides = facts | {"fingerprint": tokenizer.fingerprint}
-        with _writer(folder, tokenizer.dtype, decides, data.shard_tokens, report) as writer:
+        with _unwinding(), _writer(folder, tokenizer.dtype, decides, data.shard_tokens, report) as writer:
             if writer is None or writer.is_finished:  # by another process, or by an earlier one
                 return
             earlier = _size(writer, corpus)

@@ -22,6 +22,7 @@ GPT2_SYMBOLS = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f
 # how GPT-2 cuts a text into words, and tiktoken's r50k_pat_str; but here the first four kinds stand in a group: the
 # fancy-regex crate, which backtracks for the look-ahead, leaves that to an automaton. All takes 0.6 times as long
 GPT2_WORDS = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
+LONGEST_WORD = 1000  # bytes that the training of a BPE takes for one word
 BPE_TEXT_LIMIT = 200_000_000  # characters a BPE is trained on: more costs memory and changes few merges
 
 
@@ -162,7 +163,9 @@ class Tokenizer:
         from tokenizers import models, pre_tokenizers, trainers
 
         backend = Backend(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        # (a "word" of a million line ends would take for ever)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False),
+                                                         pre_tokenizers.FixedLength(LONGEST_WORD)])
         trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
         backend.train_from_iterator(_capped(documents, BPE_TEXT_LIMIT), trainer)
@@ -233,10 +236,16 @@ class Tokenizer:
             if ids.size and ids.min() < 0:
                 raise ValueError(f"the tokenizer has no {_show(set(text) - set(self.vocab))}")
         elif self._bpe is not None:
-            ids = self._bpe.encode_to_numpy(text, disallowed_special=())
+            try:
+                ids = self._bpe.encode_to_numpy(text, disallowed_special=())
+            except ValueError:  # fancy-regex gives up at a million characters of white space
+                ids = self._encode_by_library(text)
         else:
-            ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+            ids = self._encode_by_library(text)
         return ids.astype(self.dtype)
+
+    def _encode_by_library(self, text):
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def symbol_bytes(self):
         """The bytes of UTF-8 that each id stands for, (vocab_size,), 0 for the end of text; None where a tokenizer is

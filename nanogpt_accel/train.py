@@ -11,6 +11,7 @@ it, and prepares the data. `train` is the loop, top to bottom in the order in wh
 import json
 import math
 import sys
+import threading
 import time
 import types
 from contextlib import suppress
@@ -86,8 +87,8 @@ def check(recipe):
         newest = checkpoint.newest_whole(out_dir, warn=lambda line: None, thorough=False)
         if newest is None:
             what = "no whole checkpoint" if saved else "no checkpoint"
-            problems.append(f"nothing to resume: {what} in out_dir={out_dir}; to start over: nanogpt-accel train "
-                            f"{out_dir} init_from=scratch")
+            problems.append(f"nothing to resume: {what} in out_dir={out_dir}; to start over: the same command with "
+                            "init_from=scratch")
         else:
             problems += checkpoint.shape_differences(newest, interop.read_config(newest), recipe.shape)
     elif saved and not may_begin and not checkpoint.newest_whole(out_dir, warn=lambda line: None, thorough=False):
@@ -249,11 +250,12 @@ def train(recipe, signals=None):
             accelerator.scaler.load_state_dict(trainer["scaler"])
 
     # the run folder
+    record = as_it_ran(recipe, data)
     log = samples = pusher = lock = None
     if not recipe.train.eval_only:
         if is_main:
             lock = checkpoint.lock(out_dir)
-            checkpoint.begin(out_dir, as_it_ran(recipe, data).to_yaml(), is_resumed)
+            checkpoint.begin(out_dir, record.to_yaml(), is_resumed)
             log = metrics.MetricsLog(out_dir / "metrics.jsonl", resume_step=first_step if is_resumed else None,
                                      warn=console.say)
             if recipe.train.sample_interval:
@@ -309,7 +311,7 @@ def train(recipe, signals=None):
             "skips": skips, "skips_in_a_row": skips_in_a_row}
         if log is not None:
             log.flush()
-        saver.save(trainer, raw_model, optimizer, model_card(recipe, data, trainer))
+        saver.save(trainer, raw_model, optimizer, model_card(record, data, trainer))
 
     def settle(step, losses):
         """Losses of the steps up to `step` as floats, means of all processes; one that is no number ends the run."""
@@ -508,10 +510,14 @@ def make_model(recipe, tokenizer, source, is_hollow=False):
 
 
 def as_it_ran(recipe, data):
-    """The recipe for run.yaml: it names the folder of the tokens, so that the run goes on with these whatever becomes
-    of the text, and it does not ask to overwrite the run that it stands in."""
-    section = recipe.data.model_copy(update={"data_dir": data.folder.as_posix()})
-    return recipe.model_copy(update={"data": section, "overwrite": False})
+    """The recipe for run.yaml and the model cards. It names the folder of the tokens, so that the run goes on with
+    these whatever becomes of the text, and what the run began with; it does not ask to overwrite the run it is in."""
+    section, began = recipe.data.model_copy(update={"data_dir": data.folder.as_posix()}), recipe.model.init_from
+    if began == "resume":
+        with suppress(ValueError, OSError):  # a run.yaml that somebody has broken
+            began = load_recipe(Path(recipe.out_dir) / "run.yaml", {}).model.init_from
+    model = recipe.model.model_copy(update={"init_from": began})
+    return recipe.model_copy(update={"data": section, "model": model, "overwrite": False})
 
 
 def n_multiplying(model):
@@ -588,8 +594,8 @@ def hold_to_expectation(recipe, last, best, console):
     elif expect.tolerance is not None:
         verdict = metrics.verdict(got, expect.val_loss, expect.tolerance)
     expected = f"{expect.val_loss:.3f}" + (f" +- {expect.tolerance:g}" if expect.tolerance is not None else "")
-    console.say(f"expected {expected}{where}, got {got:.3f}" + (f": {verdict}" if verdict else "")
-                + (f" ({expect.source})" if expect.source else ""), always=True)
+    source = f" ({expect.source})" if expect.source else ""
+    console.say(f"expected {expected}{source}{where}, got {got:.3f}" + (f": {verdict}" if verdict else ""), always=True)
     if not recipe.train.eval_only:
         found = {"expected": expect.val_loss, "tolerance": expect.tolerance, "evaluation": expect.evaluation,
                  "got": got, "step": max_iters, "verdict": verdict, "changed": expect.changed, "source": expect.source}
@@ -676,6 +682,9 @@ def finish_pushing(pusher, out_dir, best_step, console):
                 always=True)
 
 
+_AT_WORK = threading.Lock()
+
+
 class _Callable(types.ModuleType):
     """Lets `from nanogpt_accel import train` give what a notebook wants to call, and not only this module."""
 
@@ -697,7 +706,13 @@ class _Callable(types.ModuleType):
             recipe = load_recipe(recipe, overrides, check)
         elif problems := check(recipe):
             raise ValueError("\n".join(problems))
-        model = train(resolve_resume(recipe))
+        if not _AT_WORK.acquire(blocking=False):
+            raise ValueError("another thread of this process is training, and the two would share their random "
+                             "numbers: wait for it, or train in a process of its own")
+        try:
+            model = train(resolve_resume(recipe))
+        finally:
+            _AT_WORK.release()
         return model, read_metrics(Path(recipe.out_dir) / "metrics.jsonl")
 
 

@@ -66,7 +66,7 @@ def test_the_python_of_the_readme(tmp_path):
     assert len(loading) == len(training) == 1 and len(blocks) == 2
     code = training[0].replace("max_iters=100", "max_iters=51, n_layer=1, n_embd=32, n_head=2, vocab_size=300, "
                                "corpus='text', eval_iters=2")
-    code += loading[0].replace("runs/shakespeare_char_cpu", "runs/mine")
+    code += loading[0].replace("runs/shakespeare_char_cpu", "runs/notebook")
     (tmp_path / "text").mkdir()
     for i in range(30):
         (tmp_path / "text" / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 40)

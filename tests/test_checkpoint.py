@@ -442,13 +442,24 @@ def test_all_is_flushed_before_the_rename(run, monkeypatch):
 
 
 def test_begin(saved):
-    for name in ("metrics.jsonl", "report.html", "report-loss.png", "notes.txt"):
+    own = ["notes.txt", "report-mine.png", "nonfinite-notes.json"]
+    for name in ("metrics.jsonl", "report.html", "report-loss.png", "nonfinite-12.json", *own):
         (saved.folder / name).write_text("{}\n")
     checkpoint.begin(saved.folder, "seed: 1\n", is_resumed=True)
     assert saved.steps() == [10, 20] and (saved.folder / "metrics.jsonl").exists()
+    (saved.folder / "checkpoint-7").mkdir()
+    (saved.folder / "checkpoint-7" / "thesis.txt").write_text("mine")
     checkpoint.begin(saved.folder, "seed: 2\n", is_resumed=False)
-    assert sorted(path.name for path in saved.folder.iterdir()) == ["notes.txt", "run.yaml"]
+    assert sorted(path.name for path in saved.folder.iterdir()) == sorted([*own, "checkpoint-7", "run.yaml"])
+    assert (saved.folder / "checkpoint-7" / "thesis.txt").read_text() == "mine"
     assert (saved.folder / "run.yaml").read_text() == "seed: 2\n"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "report.html", "report-loss.png", "nonfinite-3.json", "config.json"])
+def test_a_file_of_the_users_in_the_place_of_ours(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    (problem,) = checkpoint.check_folder(tmp_path)
+    assert f"out_dir={tmp_path}" in problem and name in problem
 
 
 def test_a_file_in_the_place_of_out_dir(tmp_path):

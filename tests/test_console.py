@@ -83,7 +83,8 @@ def test_the_time_left_is_right_where_all_goes_on_as_before(capsys, clock, inter
                 assert lines[:-1] == ["compiling: the first step takes a while", "evaluating: 1 of 10 batches",
                                       "compiled: step 4 was done after 15:43"] and "left" not in lines[-1]
             else:
-                assert lines[:-1] == ([f"time: about {duration(total)} in all"] if step == first + 5 else [])
+                estimate = [f"time: about {duration(total)} in all from step 4 on"]
+                assert lines[:-1] == estimate * (step == first + 5)
                 left = f", {duration(total + 100 - clock[0])} left" if step + 1 < last else " tokens/s"
                 assert lines[-1].endswith(left)
     assert clock[0] == 100 + total

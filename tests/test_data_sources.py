@@ -257,7 +257,7 @@ def test_several_files_of_ids_are_one_sequence_in_the_order_of_their_names(monke
     Path("f").mkdir()
     borders = [0, 3, 4, 997, len(everything)]
     for i, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
-        everything[start:end].tofile(f"f/{i}.bin")
+        everything[start:end].tofile(f"f/{5 * i}.bin")  # 10 comes after 5
     for val_fraction in (0.2, (len(texts[-1]) + 0.5) / len(everything)):  # amid a document, and between two
         name = f"out {val_fraction}"
         ours, said = prepared(corpus="f/*.bin", tokenizer="tok", val_fraction=val_fraction, data_dir=name)

@@ -120,7 +120,7 @@ class Notes:
      "expected 1.470 +- 0.015, got 1.300: not reproduced, 0.170 lower"),
     ("{val_loss: 1.47, tolerance: 0.015, evaluation: best}", {}, 1.9, 1.468,
      "expected 1.470 +- 0.015, got 1.468: reproduced"),
-    ("{val_loss: 2.85, source: a paper}", {}, 2.9, 2.8, "expected 2.850, got 2.900 (a paper)"),
+    ("{val_loss: 2.85, source: a paper}", {}, 2.9, 2.8, "expected 2.850 (a paper), got 2.900"),
     ("{val_loss: 1.47, tolerance: 0.5}", {"n_layer": "1", "seed": "2"}, 1.5, 1.5,
      "expected 1.470 +- 0.5 with the recipe unchanged (here other: n_layer), got 1.500"),
     ("{val_loss: 1.47, tolerance: 0.5, steps: 2000}", {}, 1.5, 1.5,

@@ -350,6 +350,9 @@ def one_wrong(dtype, at, value):
     (one_wrong("<u2", 2345, 50257), [], ["the id 50,257 at position 2,345", "50,257 symbols", "tokenizer", "uint16"]),
     (np.arange(1, 3000, dtype="<u4").tobytes(), [], ["every second id is 0", "wider numbers", "uint16"]),
     (np.arange(1, 3000, dtype="<i8").tobytes(), [], ["every second id is 0", "wider numbers", "uint16"]),
+    (np.arange(1, 400, dtype="<u4").tobytes(), [], ["every second id is 0"]),
+    (b"\x93NUMPY\x01\x00" + b" " * 120 + bytes(6000), [], ["numpy.save", "header", "tofile"]),
+    (b"To be, or not to be:\n" * 100, [], ["looks like text"]),
     (one_wrong("<i4", 0, -1), [], ["the id 65,535 at position 0", "uint16"]),
     # the header of llm.c's and modded-nanogpt's files: 256 numbers, of which the first is this
     (np.array([20240520, 1, 3000], "<i4").tobytes() + bytes(1012), [], ["position 0", "header"]),
@@ -377,7 +380,7 @@ def test_which_of_many_files_of_ids_is_meant(capsys, gpt2_files, monkeypatch):
     assert not Path("out").exists() and not Path("run").exists()
 
 
-def test_a_file_of_ids_that_becomes_shorter_or_goes(capsys, gpt2_files, monkeypatch):
+def test_a_file_of_ids_that_changes_or_goes(capsys, gpt2_files, monkeypatch):
     real = dataset._check_fits
 
     def meanwhile(data, corpus):
@@ -385,11 +388,13 @@ def test_a_file_of_ids_that_becomes_shorter_or_goes(capsys, gpt2_files, monkeypa
         changes.pop(0)()
 
     monkeypatch.setattr(dataset, "_check_fits", meanwhile)
-    for change, words in ((lambda: os.truncate("a.bin", 100), "a.bin: has become shorter"),
-                          (lambda: os.remove("a.bin"), "a.bin: No such file")):
-        Path("a.bin").write_bytes(bytes(6000))
+    file = Path("a.bin")
+    for change, *words in ((lambda: os.truncate(file, 100), "corpus=a.bin: has become shorter", "file whole"),
+                           (file.unlink, "corpus=a.bin: No such file", "file whole"),
+                           (lambda: file.write_bytes(b"\1\0" * 3000), "corpus=a.bin: has changed", "begin again")):
+        file.write_bytes(bytes(6000))
         changes = [lambda: None, change]  # asked first by the check of the recipe
-        expect(refused(capsys, "corpus=a.bin", "tokenizer=gpt2"), words.replace("a.bin", "corpus=a.bin"), "file whole")
+        expect(refused(capsys, "corpus=a.bin", "tokenizer=gpt2"), *words)
         assert not Path("out").exists()
 
 

@@ -132,6 +132,18 @@ def test_gpt2_cuts_words_as_tiktoken_does(gpt2):
         assert gpt2.encode(text).tolist() == reference.encode_ordinary(text), repr(text[:20])
 
 
+def test_more_white_space_than_tiktoken_takes(gpt2, bpe):
+    """Where its regular expression gives up, the library takes over."""
+    text = "ab" + " " * 1_200_000 + "x" + "\n" * 1_100_000
+    for tokenizer in (gpt2, bpe):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_bpe_of_endless_words():
+    texts = [*SAMPLE, "a" + "\n" * 1_000_000 + "b", "x" * 1_000_000]  # took many minutes
+    assert Tokenizer.train_bpe(texts, 300).vocab_size == 300
+
+
 def test_gpt2_batches(gpt2):
     texts = STRANGE + random_texts(50, seed=2)
     assert [ids.tolist() for ids in gpt2.encode_batch(texts)] == [gpt2.encode(t).tolist() for t in texts]
