@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from . import cli, dataset, metrics, sizing
 from .cli import Float, Int
+from .console import duration
 from .recipe import FIELDS, SETTINGS, load_recipe
 
 GIB = 2**30
@@ -257,13 +258,15 @@ def report(target, found):
         epochs = f", {found['epochs']:.2f} epochs" if found["epochs"] else ""
         yield f"run          {found['steps']:,} steps, {found['tokens']:,} tokens{epochs}, {found['flops']:.3g} FLOPs"
         yield (f"Chinchilla   {found['tokens_per_parameter']:,.4g} tokens a parameter; compute-optimal are about 20, "
-               f"{short(20 * total)} tokens (approach 2: {short(found['optimal_tokens'])})")
+               f"{short(20 * total)} tokens (Chinchilla's approach 2: {short(found['optimal_tokens'])})")
         yield (f"             these FLOPs would be best spent on {short(found['optimal_parameters_for_flops'])} "
                f"parameters and {short(found['optimal_tokens_for_flops'])} tokens (approach 3)")
     else:
         yield "run          no steps: the recipe evaluates only, or max_iters=0"
     if found["gpu"] and found["tokens"]:
-        yield (f"time         {found['days']:.3g} days: {found['seconds_per_step']:.3g} s a step, "
+        days = found["days"]
+        yield (f"time         {f'{days:.3g} days' if days >= 1 else duration(days * 86400)}: "
+               f"{found['seconds_per_step']:.3g} s a step, "
                f"{found['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU")
         wire = f"; on the wire {found['exchange_seconds']:.2g} s" if found["gpus"] > 1 else ""
         yield (f"             a step computes for {found['computing_seconds']:.3g} s at an MFU of {found['mfu']:.0%}"

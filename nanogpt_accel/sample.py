@@ -49,11 +49,12 @@ def main(argv):
                              {"options": SampleOptions})
     fields = SampleOptions.model_fields
     target, given = cli.parse(argv, {**fields, "start": fields["prompt"], "json": fields["json_output"]})
+    theirs = [given.pop(key) for key in ("out_dir", "init_from") if key in given]  # nanoGPT's
     options, problems, _ = cli.validate(SampleOptions, given)
     if "prompts" in given and not {"prompt", "start"}.isdisjoint(given):
         problems.append(f"prompts={options.prompts}: prompt is given too; one of the two")
-    if target is None:
-        problems.append("which model? nanogpt-accel sample runs/NAME")
+    if target is None or theirs:
+        problems.append(f"which model? nanogpt-accel sample {theirs[0] if theirs else 'runs/NAME'}")
     else:
         problems += checkpoint.check_model(target)
     prompts = []

@@ -83,7 +83,10 @@ def check(recipe):
                         "out; take on_nonfinite=stop, or configs/fsdp2.yaml")
     out_dir, init_from = Path(recipe.out_dir), recipe.model.init_from
     saved, may_begin = checkpoint.checkpoints(out_dir), recipe.overwrite or recipe.train.eval_only
-    if init_from == "resume":
+    held = checkpoint.check_lock(out_dir) if launch.is_main() and not recipe.train.eval_only else []
+    if held:  # all else may change while that run goes on
+        problems += held
+    elif init_from == "resume":
         newest = checkpoint.newest_whole(out_dir, warn=lambda line: None, thorough=False)
         if newest is None:
             what = "no whole checkpoint" if saved else "no checkpoint"
@@ -99,8 +102,6 @@ def check(recipe):
                         f"{out_dir}`, replace it with overwrite=true, or take another out_dir")
     elif not saved and not recipe.train.eval_only:
         problems += checkpoint.check_folder(out_dir)
-    if launch.is_main() and not recipe.train.eval_only:
-        problems += checkpoint.check_lock(out_dir)
     if init_from not in ("scratch", "resume") and not checkpoint.may_be_model(init_from):
         problems.append(f"model.init_from={init_from}: " + (
             checkpoint.nanogpt_hint(init_from) or "neither scratch, resume, a folder that exists, nor a Hub id"))

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,39 @@ def test_train_can_be_called_whatever_was_imported_before(tiny, first):
         train(tiny)
     model, history = train(load_recipe(tiny, {"overwrite": True, "max_iters": 2}))
     assert history[-1]["step"] == 2
+
+
+def test_a_second_run_may_compute_in_another_way(tiny):
+    """Accelerate would hand on what the first one was told."""
+    from nanogpt_accel import train
+
+    losses = [train(tiny, mixed_precision=precision, out_dir=f"runs/{i}")[1][-1]["val_loss"]
+              for i, precision in enumerate(("no", "bf16", "no"))]
+    assert losses[0] == losses[2] != losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_trainings_in_threads_of_one_process(tiny, monkeypatch):
+    """They would draw from one generator."""
+    from nanogpt_accel import train
+
+    found = []
+
+    def other():
+        try:
+            train(tiny, out_dir="runs/other")
+        except ValueError as error:
+            found.append(str(error))
+
+    def meanwhile(recipe):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return real(recipe)
+
+    real = train.train
+    monkeypatch.setattr(train, "train", meanwhile)
+    train(tiny)
+    assert "another thread" in found[0] and not Path("runs/other").exists()
 
 
 def test_a_wrong_key_from_python(tiny):

@@ -157,6 +157,7 @@ EARLY = [
     ([*TINY, "sample_tokens=9", "sample_prompt=" + "abcde" * 4], ["sample_prompt=", "20 tokens", "block_size=16"]),
     # models that are not there
     (["sample"], ["which model?", "runs/NAME"]),
+    (["sample", "--out_dir=out", "--start=hi"], ["which model?", "nanogpt-accel sample out"]),  # nanoGPT's command
     (["sample", "./gone"], ["./gone", "no such folder"]),
     (["sample", "nothing"], ["nothing", "config.json is missing"]),
     (["sample", "stock"], ["stock", "type gpt2"]),
