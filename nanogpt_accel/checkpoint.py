@@ -679,6 +679,8 @@ def _rename(folder, target):
             return os.rename(folder, target)
         time.sleep(0.1)
     os.rename(folder, target)
+
+
 def _delete(path):
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
