@@ -42,7 +42,7 @@ class GPTConfig(PreTrainedConfig):
     """
 
     model_type = "nanogpt_accel"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "n_embd",
         "intermediate_size": "n_inner",
@@ -176,7 +176,7 @@ class CausalSelfAttention(nn.Module):
         self.is_causal = True
         self.num_key_value_groups = config.n_head // config.n_kv_head
 
-    def forward(self, x, attention_mask=None, past_key_values=None, rotary=None, **kwargs):
+    def forward(self, x, attention_mask=None, cache=None, rotary=None, **kwargs):
         B, T, _ = x.shape
         q, k, v = self.c_attn(x).split(self.split_sizes, dim=2)  # (B, T, nh * hs), twice (B, T, nkv * hs)
         q = q.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, nh, T, hs)
@@ -186,8 +186,8 @@ class CausalSelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, nkv, T_past + T, hs)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)  # (B, nkv, T_past + T, hs)
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.dropout if self.training else 0.0
@@ -226,8 +226,8 @@ class Block(GradientCheckpointingLayer):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, attention_mask=None, past_key_values=None, rotary=None, **kwargs):
-        x = x + self.attn(self.ln_1(x), attention_mask, past_key_values, rotary, **kwargs)[0]
+    def forward(self, x, attention_mask=None, cache=None, rotary=None, **kwargs):
+        x = x + self.attn(self.ln_1(x), attention_mask, cache, rotary, **kwargs)[0]
         x = x + self.mlp(self.ln_2(x))
         return x  # (B, T, C)
 
@@ -299,7 +299,7 @@ class GPT(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
     # how many logits may be in memory at once where the loss alone is wanted; of more, it is computed in pieces. None:
@@ -365,7 +365,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         shift_labels=None,
@@ -374,6 +374,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         num_items_in_batch=None,
         output_hidden_states=None,
         return_logits=True,
+        past_key_values=None,
         **kwargs,
     ):
         """Next-token logits, and the loss where targets are given.
@@ -382,7 +383,7 @@ class GPT(PreTrainedModel, GenerationMixin):
             input_ids: (B, T) int64; or inputs_embeds: (B, T, C).
             attention_mask: (B, T_past + T), 1 where a token may be attended to; None for all.
             position_ids: (B, T) or (1, T); None continues from the cache.
-            past_key_values: a transformers Cache.
+            cache: a transformers Cache; past_key_values is its name before transformers 5.24.
             labels: (B, T), as everywhere in transformers: the model shifts them; -100 is ignored.
             shift_labels: (B, T), already shifted: shift_labels[:, t] is the token after input_ids[:, t].
             use_cache: return a KV cache; None: as the config says, but never in training or beside a loss.
@@ -394,8 +395,8 @@ class GPT(PreTrainedModel, GenerationMixin):
                 memory at once, which changes the last bits of sums where there are more.
 
         Returns:
-            CausalLMOutputWithPast: loss (nats a token, float32 scalar), logits (B, T, V), past_key_values,
-            hidden_states (n_layer + 1 of (B, T, C)). logits are None with return_logits=False and targets.
+            CausalLMOutputWithPast: loss (nats a token, float32 scalar), logits (B, T, V), the cache, hidden_states
+            (n_layer + 1 of (B, T, C)). logits are None with return_logits=False and targets.
 
         Raises:
             ValueError: a sequence that is longer than block_size, where positions are learned.
@@ -403,22 +404,21 @@ class GPT(PreTrainedModel, GenerationMixin):
         has_targets = labels is not None or shift_labels is not None
         if use_cache is None:
             use_cache = self.config.use_cache and not (self.training or has_targets)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache  # (outputs take it by position: there too its name changed)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
 
         tok_emb = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         T = tok_emb.shape[1]
-        T_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        T_past = cache.get_seq_length() if cache is not None else 0
         if self.config.position == "learned" and T_past + T > self.config.block_size:
             raise ValueError(f"a sequence of {T_past + T} tokens is longer than block_size={self.config.block_size}")
         # a plain training batch needs no mask under SDPA, which is causal by itself
-        is_plain = attention_mask is None and position_ids is None and past_key_values is None
+        is_plain = attention_mask is None and position_ids is None and cache is None
         if not (is_plain and self.config._attn_implementation == "sdpa"):
-            attention_mask = create_causal_mask(
-                config=self.config, inputs_embeds=tok_emb, attention_mask=attention_mask,
-                past_key_values=past_key_values, position_ids=position_ids)
+            attention_mask = create_causal_mask(self.config, tok_emb, attention_mask, cache, position_ids)
         if position_ids is None:
             position_ids = torch.arange(T_past, T_past + T, device=tok_emb.device).unsqueeze(0)  # (1, T)
 
@@ -434,7 +434,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         hidden_states = () if output_hidden_states else None
         for block in self.transformer.h:
             hidden_states = hidden_states + (x,) if output_hidden_states else None
-            x = block(x, attention_mask, past_key_values, rotary, **kwargs)
+            x = block(x, attention_mask, cache, rotary, **kwargs)
         x = self.transformer.ln_f(x)
         hidden_states = hidden_states + (x,) if output_hidden_states else None
 
@@ -444,7 +444,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         n_pieces = math.ceil(x.shape[0] * x.shape[1] * self.config.vocab_size / most)
         if has_targets and not return_logits and n_pieces > 1:
             loss = self.loss_in_pieces(x, shift_labels, n_pieces, num_items_in_batch)
-            return CausalLMOutputWithPast(loss=loss, past_key_values=past_key_values, hidden_states=hidden_states)
+            return CausalLMOutputWithPast(loss, None, cache, hidden_states)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])  # (B, T, V)
         if self.config.logit_softcap is not None:
@@ -457,8 +457,7 @@ class GPT(PreTrainedModel, GenerationMixin):
                 loss = loss / num_items_in_batch
             if not return_logits:
                 logits = None
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values,
-                                      hidden_states=hidden_states)
+        return CausalLMOutputWithPast(loss, logits, cache, hidden_states)
 
     def loss_in_pieces(self, x, shift_labels, n_pieces, num_items_in_batch=None):
         """The loss of forward without ever all logits in memory. x: (B, T, C); shift_labels: (B, T)."""
