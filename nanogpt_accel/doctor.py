@@ -173,17 +173,11 @@ def devices(device):
 
 def precision(accelerator):
     """What mixed_precision=auto takes, and whether bf16 is real."""
-    import torch
-
-    taken = f"mixed_precision=auto takes {accelerator.mixed_precision}"
-    if accelerator.device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):
-        return ok("precision", f"{taken}; bf16 is real here (AMX): it makes a model of 10M parameters twice "
-                               "as fast, and one of 1M slower")
-    if accelerator.device.type != "cuda":
+    taken, device = f"mixed_precision=auto takes {accelerator.mixed_precision}", accelerator.device.type
+    if device not in ("cuda", "cpu"):
         return ok("precision", taken)
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return ok("precision", f"{taken}; bf16 is real here")
-    return ok("precision", f"{taken}; bf16 would be emulated here, and slow")
+    return ok("precision", f"{taken}; bf16 is real here" if launch.has_bf16(device) else
+              f"{taken}; bf16 would be emulated here, and slow")
 
 
 def attention(device):

@@ -330,16 +330,21 @@ def pick_precision(mixed_precision, device_type):
     """no, fp16, bf16 or fp8. An explicit value of the recipe wins.
 
     auto: 1) what the launcher says, where it says more than its default "no" (which it also passes on when
-    nobody was asked); 2) bf16 where a CUDA device really has it rather than emulates it; 3) fp16 on other CUDA
-    devices; 4) no elsewhere: nanoGPT trains in float32 on CPUs, where bf16 is faster for larger models with AMX alone.
+    nobody was asked); 2) bf16 where the device has it, see has_bf16; 3) fp16 on other CUDA devices; 4) no elsewhere.
     """
-    import torch
-
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision != "auto":
         return mixed_precision
     if launched != "no":
         return launched
+    return "bf16" if has_bf16(device_type) else "fp16" if device_type == "cuda" else "no"
+
+
+def has_bf16(device_type):
+    """Whether the device computes in bfloat16 and does not emulate it, nor is slower with it; of CPUs those with
+    Intel's AMX are known not to be."""
+    import torch
+
     if device_type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "no"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device_type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)

@@ -61,7 +61,15 @@ def make_optimizer(model, *, learning_rate, weight_decay, beta1, beta2, algorith
                   "lr": learning_rate, "betas": (beta1, beta2), "fused": fused}
     muon = {"params": hidden, "use_muon": True, "lr": muon_learning_rate, "momentum": muon_momentum,
             "weight_decay": muon_weight_decay, "lr_scale": muon_learning_rate / learning_rate}
-    return Muon([*groups, muon])
+    return Muon([*groups, muon], rows_of_fused(model))
+
+
+def rows_of_fused(model):
+    """{matrix: the rows of each} of those that hold several, one below the other, to multiply with all at once: the
+    queries', keys' and values', and SwiGLU's gate and what it gates."""
+    rows = {block.attn.c_attn.weight: block.attn.split_sizes for block in model.transformer.h}
+    rows |= {block.mlp.c_fc.weight: [model.config.n_inner] * 2 for block in model.transformer.h if block.mlp.is_gated}
+    return rows
 
 
 def check_whole(optimizer):
@@ -80,11 +88,14 @@ class Muon(torch.optim.Optimizer):
 
     Muon is Nesterov momentum, of which each matrix is replaced by an orthogonal one near it: then what a matrix learns
     is not ruled by the few directions in which its gradients are large. The numbers are those of torch.optim.Muon,
-    which takes the matrices one by one; here all of one shape are worked on together.
+    which takes the matrices one by one; here all of one shape, or of this shape transposed, are worked on together.
+
+    rows: {matrix: the rows of each} of matrices that hold several; each is orthogonalized by itself.
     """
 
-    def __init__(self, groups):
+    def __init__(self, groups, rows):
         super().__init__(groups, {})
+        self.rows = rows
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -94,27 +105,30 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not group["use_muon"]:
-                self._step_adamw(group, params)
-                continue
-            for shape in dict.fromkeys(p.shape for p in params):
-                self._step_muon(group, [p for p in params if p.shape == shape])
+            step = self._step_muon if group["use_muon"] else self._step_adamw
+            step(group, params)
         return loss
 
     def _step_muon(self, group, params):
-        """One step of matrices of one shape, (rows, columns) each."""
-        rows, columns = params[0].shape
         grads = [p.grad for p in params]
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         momenta = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = orthogonalize(torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])))  # Nesterov's
+        updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        # an orthogonal matrix that makes a vector longer has larger elements to do it with
-        torch._foreach_add_(params, updates.to(params[0].dtype).unbind(),
-                            alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+        by_shape = {}  # shape, the longer side last -> [(matrix, its update)]
+        for p, update in zip(params, updates, strict=True):
+            rows = self.rows.get(p, len(p))
+            for matrix, part in zip(p.split(rows), update.split(rows), strict=True):
+                by_shape.setdefault(tuple(sorted(matrix.shape)), []).append((matrix, part))
+        for pairs in by_shape.values():
+            found = orthogonalize(torch.stack([part.mT if is_tall(part) else part for _, part in pairs]))
+            for (matrix, _), part in zip(pairs, found, strict=True):
+                # an orthogonal matrix that makes a vector longer has larger elements to do it with
+                matrix.add_(part.mT if is_tall(matrix) else part,
+                            alpha=-group["lr"] * max(1.0, len(matrix) / matrix.shape[1]) ** 0.5)
 
     def _step_adamw(self, group, params):
         for p in params:
@@ -128,20 +142,23 @@ class Muon(torch.optim.Optimizer):
               weight_decay=group["weight_decay"], eps=1e-8, maximize=False)
 
 
+def is_tall(matrix):
+    return matrix.shape[-2] > matrix.shape[-1]
+
+
 def orthogonalize(matrices):
     """Matrices with the same singular vectors whose singular values are all near 1 (0.7 to 1.2).
 
     Five steps of a Newton-Schulz iteration, x <- a x + b (x x^T) x + c (x x^T)^2 x, whose coefficients raise small
     singular values as fast as can be (Jordan et al. 2024). It bears bfloat16, which GPUs are much faster at.
 
-    matrices: (n, rows, columns). Returns the same shape, in bfloat16 on CUDA and in float32 elsewhere.
+    matrices: (n, rows, columns), no more rows than columns, for x x^T is the smaller one of the two Gram matrices then.
+    Returns the same shape, in bfloat16 on CUDA and in float32 elsewhere.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
-    is_tall = x.shape[-2] > x.shape[-1]  # x x^T is then the larger one of the two Gram matrices
-    x = x.mT if is_tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value above 1
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if is_tall else x
+    return x

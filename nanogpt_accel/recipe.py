@@ -163,8 +163,8 @@ class Train(Section):
     log_interval: Int = Field(1, ge=1, description="steps between lines of the log")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps; auto: the launcher's, else the best")
     mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_no)] = Field(
-        "auto", description="auto: what the launcher says, else bf16 where the hardware has it, fp16 on other "
-        "CUDA devices, no elsewhere")
+        "auto", description="auto: what the launcher says, else bf16 where the hardware has it (GPUs from Ampere on, "
+        "CPUs with AMX), fp16 on other CUDA devices, no elsewhere")
     compile: Annotated[Literal["auto", "regional"] | bool, BeforeValidator(_switch)] = Field(
         "auto", description="torch.compile the model; auto: on CUDA, not under Windows; regional: one block for all")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less "

@@ -1,4 +1,4 @@
-"""cpu.py: linear layers by oneDNN against torch's own, and which models are left alone."""
+"""cpu.py: linear layers by oneDNN and attention in bfloat16 against torch's own, and which models are left alone."""
 
 import copy
 import resource
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nanogpt_accel import cpu
-from nanogpt_accel.cpu import OneDNNLinear
+from nanogpt_accel.cpu import OneDNNLinear, sdpa_float32_backward
 from nanogpt_accel.model import GPT, GPTConfig
 
 needs_mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -117,7 +118,7 @@ def test_a_model_computes_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("device", "precision", "compile"), [
-    ("cuda", "no", False), ("mps", "no", False), ("cpu", "bf16", False), ("cpu", "fp16", False), ("cpu", "no", True)])
+    ("cuda", "no", False), ("cuda", "bf16", False), ("mps", "no", False), ("cpu", "fp16", False), ("cpu", "no", True)])
 def test_the_layers_of_others_are_left_alone(monkeypatch, device, precision, compile):
     monkeypatch.setattr(cpu, "keep_memory", lambda: device == "cpu" or pytest.fail("looked at this CPU"))
     monkeypatch.setattr(cpu, "has_slow_mkl", lambda: pytest.fail("looked at this CPU"))
@@ -180,3 +181,98 @@ def test_loss_and_linear_of_one_row():
     x = torch.randn(1, 1, 48)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), F.linear(x, plain.weight), rtol=1e-5, atol=1e-6)
+
+
+# ---- attention in bfloat16
+
+
+def heads(n_head, n_kv_head, T=48, hs=16):
+    """Queries, keys, values and a gradient, in bfloat16 and laid out as the model's are."""
+    torch.manual_seed(0)
+    make = lambda n: torch.randn(3, T, n, hs, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()  # noqa: E731
+    return make(n_head), make(n_kv_head), make(n_kv_head), torch.randn(3, T, n_head, hs, dtype=torch.bfloat16)
+
+
+def error(found, exact):
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_attention_is_no_farther_from_the_truth_than_torchs(n_kv_head, masked):
+    q, k, v, grad = heads(4, n_kv_head)
+    module = SimpleNamespace(num_key_value_groups=4 // n_kv_head, is_causal=True, training=True)
+    mask = torch.ones(48, 48, dtype=torch.bool).tril()
+    if masked:  # two documents
+        mask[30:, :30] = False
+    # the truth: attention written out, in float64
+    q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
+    wide = [x.repeat_interleave(4 // n_kv_head, dim=1) for x in (k64, v64)]
+    scores = (q64 @ wide[0].mT * 0.3).masked_fill(~mask, -torch.inf)
+    exact = (scores.softmax(-1) @ wide[1]).transpose(1, 2)
+    exact_grads = torch.autograd.grad(exact, (q64, k64, v64), grad.double())
+    given = mask[None, None] if masked else None
+    errors = {}
+    for name, attention in (("torch", ALL_ATTENTION_FUNCTIONS["sdpa"]), ("ours", sdpa_float32_backward)):
+        y, weights = attention(module, q, k, v, given, dropout=0.0, scaling=0.3)
+        grads = torch.autograd.grad(y, (q, k, v), grad)
+        assert weights is None and y.dtype == torch.bfloat16 and y.shape == (3, 48, 4, 16)
+        assert all(g.dtype == torch.bfloat16 and g.shape == x.shape for g, x in zip(grads, (q, k, v), strict=True))
+        errors[name] = [error(y, exact), *map(error, grads, exact_grads)]
+    for theirs, ours in zip(errors["torch"], errors["ours"], strict=True):
+        assert ours <= 0.005 and ours <= 1.1 * theirs
+
+
+def test_attention_for_which_there_is_nothing_to_do_is_torchs():
+    q, k, v, _ = heads(4, 2)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
+    theirs = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with torch.no_grad():
+        assert torch.equal(sdpa_float32_backward(module, q, k, v, None)[0], theirs(module, q, k, v, None)[0])
+    q, k, v = (x.detach().float().requires_grad_() for x in (q, k, v))
+    ours, plain = (f(module, q, k, v, None)[0] for f in (sdpa_float32_backward, theirs))
+    assert torch.equal(ours, plain) and type(ours.grad_fn) is type(plain.grad_fn)
+
+
+def test_attention_with_dropout_drops_as_torch_does():
+    q, k, v, grad = heads(4, 4)
+    module = SimpleNamespace(num_key_value_groups=1, is_causal=True, training=True)
+    wanted = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    outputs = []
+    for attention, inputs in ((sdpa_float32_backward, (q, k, v)), (ALL_ATTENTION_FUNCTIONS["sdpa"], wanted)):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inputs[0].dtype == torch.bfloat16):
+            y, _ = attention(module, *inputs, None, dropout=0.5)
+        outputs.append([y, *torch.autograd.grad(y, inputs, grad.to(y.dtype))])
+    for found, exact in zip(*outputs, strict=True):
+        assert error(found, exact.double()) <= 0.005
+
+
+@pytest.mark.parametrize("switches", [{}, {"position": "rotary", "qk_norm": True, "norm": "rmsnorm", "n_kv_head": 1}])
+def test_a_model_in_bf16_has_the_gradients_of_float32(switches):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=64, block_size=32, n_layer=2, n_head=2, n_embd=32, **switches))
+    ids = torch.randint(64, (8, 32))
+    # documents that begin anew within a row: positions do, and so the mask
+    position_ids = torch.arange(32).remainder(20).expand(8, 32)
+    for documents in ({}, {"position_ids": position_ids}):
+        grads = {}
+        for name in ("float32", "torch", "ours"):
+            twin = copy.deepcopy(model)
+            if name == "ours":
+                said = cpu.tune(twin, SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16"))
+                assert twin.config._attn_implementation == "sdpa_float32_backward" and "bf16" not in said
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=name != "float32"):
+                loss = twin(ids, labels=ids, **documents).loss
+            loss.backward()
+            grads[name] = torch.cat([p.grad.flatten() for p in twin.parameters()])
+        errors = {name: error(grads[name], grads["float32"].double()) for name in ("torch", "ours")}
+        assert errors["ours"] <= 0.02 and errors["ours"] <= 1.1 * errors["torch"]
+
+
+def test_what_is_saved_asks_for_no_attention_of_ours(tmp_path):
+    model = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=32))
+    cpu.tune(model, SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16"))
+    model.save_pretrained(tmp_path)
+    assert "float32_backward" not in (tmp_path / "config.json").read_text()
+    assert GPT.from_pretrained(tmp_path).config._attn_implementation == "sdpa"

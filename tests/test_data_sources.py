@@ -434,7 +434,7 @@ def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_told_to_stop_it_keeps_what_is_written(number):
-    jsonl("x.jsonl", documents(3000))
+    jsonl("x.jsonl", documents(20_000))
     process = child(commit_seconds=10**9, corpus="x.jsonl")
     written = Path("out/.partial/train-00000.bin")
     until(lambda: written.exists() and written.stat().st_size > 50_000, process)

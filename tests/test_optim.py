@@ -171,11 +171,11 @@ MUON = {"learning_rate": 1e-2, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95,
         "muon_learning_rate": 0.05, "muon_momentum": 0.9, "muon_weight_decay": 0.2}
 
 
-def modern(seed=0):
+def modern(seed=0, activation="relu2"):
     """With matrices that are tall, wide and square, norms with gains, and a head of its own."""
     torch.manual_seed(seed)
     return GPT(GPTConfig(vocab_size=17, block_size=8, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=48,
-                         norm="rmsnorm", qk_norm=True, position="rotary", activation="relu2",
+                         norm="rmsnorm", qk_norm=True, position="rotary", activation=activation,
                          tie_word_embeddings=False))
 
 
@@ -188,15 +188,19 @@ def give_gradients(models, seed):
             p.grad = grad.clone()
 
 
-def beside_torchs(steps):
+def beside_torchs(steps, activation):
     """Two models after so many steps: by our Muon, and by torch's Muon and AdamW."""
-    ours, theirs = modern(), modern()
+    ours, theirs = modern(activation=activation), modern(activation=activation)
     optimizer = make_optimizer(ours, **MUON)
     named = dict(theirs.named_parameters())
-    hidden = [p for name, p in named.items() if ".h." in name and p.dim() == 2]
+    # torch's is given each matrix by itself, and these hold several
+    rows = {"c_attn": [32, 16, 16], "c_fc": [48, 48] if activation == "swiglu" else [48]}
+    pieces = {name: list(map(torch.nn.Parameter, p.detach().clone().split(rows.get(name.split(".")[-2], 999))))
+              for name, p in named.items() if ".h." in name and p.dim() == 2}
+    hidden = [piece for name in pieces for piece in pieces[name]]
     others = [p for name, p in named.items() if ".h." not in name and p.dim() == 2]
     vectors = [p for p in named.values() if p.dim() == 1]
-    assert len(hidden) == 3 * 4 and len(others) == 2 and len(vectors) == 3 * 4 + 1
+    assert len(hidden) == 3 * (7 if activation == "swiglu" else 6) and len(others) == 2 and len(vectors) == 3 * 4 + 1
     muon = torch.optim.Muon(hidden, lr=0.05, momentum=0.9, weight_decay=0.2)
     adamw = torch.optim.AdamW([{"params": others, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
                               lr=1e-2, betas=(0.8, 0.95), fused=True)
@@ -207,16 +211,22 @@ def beside_torchs(steps):
         for group in adamw.param_groups:
             group["lr"] = 1e-2 / (t + 1)
         give_gradients((ours, theirs), t)
+        for name in pieces:
+            for piece, grad in zip(pieces[name], named[name].grad.split([len(p) for p in pieces[name]]), strict=True):
+                piece.grad = grad
         for one in (optimizer, muon, adamw):
             one.step()
+    for name in pieces:
+        named[name].data = torch.cat([piece.data for piece in pieces[name]])
     return ours, theirs
 
 
-def test_muon_is_torchs(monkeypatch):
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_muon_is_torchs(monkeypatch, activation):
     # torch's, but for its rounding to bfloat16, which ours does on GPUs alone
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
-    start = modern()
-    ours, theirs = beside_torchs(5)
+    start = modern(activation=activation)
+    ours, theirs = beside_torchs(5, activation)
     for (name, p), q, begin in zip(ours.named_parameters(), theirs.parameters(), start.parameters(), strict=True):
         moved = (q - begin).abs().max()
         assert moved > 1e-2, name
@@ -227,12 +237,12 @@ def test_muon_is_torchs(monkeypatch):
 
 def test_muon_is_torchs_up_to_bfloat16():
     start = modern()
-    ours, theirs = beside_torchs(1)
+    ours, theirs = beside_torchs(1, "relu2")
     for (name, p), q, begin in zip(ours.named_parameters(), theirs.parameters(), start.parameters(), strict=True):
         assert (p - q).norm() <= 0.03 * (q - begin).norm(), name
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (2, 16, 48), (1, 1, 5)])
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 48), (1, 1, 5)])
 def test_orthogonal(shape):
     """By the singular value decomposition in float64: the vectors stay, the values come near 1."""
     torch.manual_seed(0)
