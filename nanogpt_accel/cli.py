@@ -6,8 +6,10 @@
 `run` turns a mistake of the user into one line and exit status 2.
 """
 
+import atexit
 import difflib
 import errno
+import gc
 import os
 import re
 import sys
@@ -215,6 +217,11 @@ def run(command, argv):
     disk. Another one that comes out of a library is a defect of ours and keeps its traceback;
     NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
     """
+    # Python looks for garbage among all objects that torch and transformers make at import, every 700 new ones, which
+    # takes 0.6 s in all, and once more when the process ends, 0.9 s. So it looks seldom, and not at the end
+    often = gc.get_threshold()
+    gc.set_threshold(100_000)
+    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal of another encoding shows ? rather than a traceback
@@ -246,6 +253,8 @@ def run(command, argv):
         if _is_first():
             print("\n" + ": ".join(filter(None, ("interrupted", str(interrupt)))), file=sys.stderr)
         return 130
+    finally:
+        gc.set_threshold(*often)
 
 
 def _is_first():

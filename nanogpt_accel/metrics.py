@@ -272,15 +272,13 @@ class Spikes:
 
 def plot_losses(metrics_path, image_path):
     """Draw training and validation loss against the step into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, which is for windows and notebooks and keeps what is drawn
 
     lines = read_metrics(metrics_path)
     train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     if train:
         axes.plot(*zip(*train, strict=True), label="train", linewidth=0.8, color="tab:blue", alpha=0.7)
     if val:
@@ -291,4 +289,3 @@ def plot_losses(metrics_path, image_path):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(image_path, dpi=120)
-    plt.close(figure)

@@ -116,7 +116,7 @@ class RMSNorm(nn.RMSNorm):
         if self.weight is None:
             return super().forward(x)
         # autocast leaves the weight in float32 beside queries in bfloat16; the kernel wants one type
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return super().forward(x.to(self.weight.dtype))
 
 
 def make_norm(config):
@@ -128,21 +128,20 @@ def make_norm(config):
 
 
 def rotary_tables(config, position_ids):
-    """Cosines and sines of the angles by which positions turn queries and keys, (B, 1, T, hs) each, in float32.
+    """Cosines and sines of the angles by which positions turn queries and keys, (B, 1, T, hs / 2) each, in float32.
 
     They are computed for every batch: cheap beside the rest, and there is no table that could be stale or too short.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim  # (hs / 2,)
     # (a product of elements and not a matmul, which autocast would do in bfloat16)
     angles = position_ids[:, None, :, None].float() * (1.0 / config.rope_theta**pairs)  # (B, 1, T, hs / 2)
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i + hs/2}) of a head by its angle. x: (B, heads, T, hs)."""
+    """Turn each pair (x_i, x_{i + hs/2}) of a head by its angle, in float32. x: (B, heads, T, hs)."""
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -186,6 +185,7 @@ class CausalSelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # norms and rotations are more exact than what half precision makes of them
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (B, nkv, T_past + T, hs)
 

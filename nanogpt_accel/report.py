@@ -219,16 +219,14 @@ def differences(runs):
 
 def write_images(runs, out):
     """Draw each curve against the steps into a PNG beside the page; returns the paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     paths = []
     for key, (title, unit, _) in CHARTS.items():
         if not any(key in run["series"] for run in runs):
             continue
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
         for i, run in enumerate(runs):
             if key in run["series"]:
                 columns = run["series"][key]
@@ -243,7 +241,6 @@ def write_images(runs, out):
         axes.legend()
         paths.append(out.with_name(f"{out.stem}-{key}.png"))
         figure.savefig(paths[-1], dpi=120)
-        plt.close(figure)
     return paths
 
 

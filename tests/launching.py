@@ -34,12 +34,12 @@ data: {{corpus: {folder}/text.txt, tokenizer: char, val_fraction: 0.1, data_dir:
 model: {{n_layer: 2, n_embd: 32, n_head: 2, block_size: 32, dropout: 0.2, bias: true}}
 optimizer: {{learning_rate: 3e-3, warmup_iters: 5}}
 train: {{batch_size: 4, gradient_accumulation_steps: 4, max_iters: {steps}, eval_interval: {save}, eval_iters: 3,
-         device: cpu}}
+         device: cpu, mixed_precision: no}}
 checkpoint: {{keep_last: 9}}
 """
 FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(["nanogpt_accel.train", "nanogpt_accel.cpu", "nanogpt_accel.model", "accelerate",
-                              "torch.distributed", "matplotlib.pyplot"])
+                              "torch.distributed", "matplotlib.figure"])
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
 
 

@@ -91,7 +91,7 @@ def test_it_takes_the_steps_of_train(monkeypatch, capsys):
 def test_peak_memory_is_the_one_that_torch_tracks():
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    recipe = load_recipe("tiny.yaml", {"n_embd": 128, "batch_size": 32, "dropout": 0})
+    recipe = load_recipe("tiny.yaml", {"n_embd": 128, "batch_size": 32, "dropout": 0, "mixed_precision": "no"})
     config = bench.find_config(recipe, 512)
     variant = bench.Variant(recipe, config, bench.RandomTokens(512), 511, "", {})
     variant.step()

@@ -77,7 +77,8 @@ def guide(folder, text, stride):
 
 @pytest.mark.parametrize("stride", [8, 16, 32])
 def test_perplexity_of_windows_is_the_guides(capsys, gpt2, text, stride):
-    found = scores(capsys, "evaluate", str(gpt2), f"text={text}", f"stride={stride}", "device=cpu")
+    found = scores(capsys, "evaluate", str(gpt2), f"text={text}", f"stride={stride}", "device=cpu",
+                   "mixed_precision=no")
     assert found["perplexity"] == pytest.approx(guide(gpt2, text.read_text(encoding="utf-8"), stride), rel=1e-3)
     assert found["text_loss"] == pytest.approx(math.log(found["perplexity"]))
     n_tokens = len(Tokenizer.gpt2().encode(text.read_text(encoding="utf-8")))
@@ -121,7 +122,7 @@ def test_the_standard_error_is_that_of_the_windows():
 
 def test_without_a_stride_the_blocks_stand_side_by_side(capsys, gpt2, text):
     """As nanoGPT would: every target once, from what its block holds before it."""
-    found = scores(capsys, "evaluate", str(gpt2), f"text={text}", "device=cpu", "batch_size=5")
+    found = scores(capsys, "evaluate", str(gpt2), f"text={text}", "device=cpu", "mixed_precision=no", "batch_size=5")
     model = GPT2LMHeadModel.from_pretrained(gpt2).eval()
     ids = torch.from_numpy(Tokenizer.gpt2().encode(text.read_text(encoding="utf-8")).astype(np.int64))
     total = 0.0

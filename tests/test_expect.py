@@ -22,7 +22,7 @@ data: {{corpus: text.txt, tokenizer: char, val_fraction: 0.1, data_dir: tokens}}
 model: {{n_layer: 2, n_embd: 32, n_head: 2, block_size: {BLOCK}, dropout: 0.2}}
 optimizer: {{learning_rate: 1e-2, warmup_iters: 5, lr_decay_iters: {STEPS}}}
 train: {{batch_size: 4, gradient_accumulation_steps: 2, max_iters: {STEPS}, eval_interval: {EVERY}, eval_iters: 3,
-         device: cpu}}
+         device: cpu, mixed_precision: no}}
 checkpoint: {{keep_last: 9}}
 """
 SAMPLES = ["sample_tokens=50", f"sample_interval={EVERY}", "sample_prompt=the"]

@@ -36,12 +36,13 @@ def launched(monkeypatch, processes, rank=0):
 @pytest.fixture
 def machine(monkeypatch):
     """`machine(cuda=2)`: a machine with two CUDA devices, as far as torch tells."""
-    def make(cuda=0, mps=False, bf16=False, emulated=False):
+    def make(cuda=0, mps=False, bf16=False, emulated=False, amx=False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                             lambda including_emulation=True: bf16 or (emulated and including_emulation))
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
     return make
 
 
@@ -229,7 +230,9 @@ def test_a_device_that_is_not_here(refused, machine, here, device, words):
     # 2) the launcher, where it says more than its default
     ("auto", "bf16", {}, "cpu", "bf16"), ("auto", "fp8", {"bf16": True}, "cuda", "fp8"),
     ("auto", "no", {"bf16": True}, "cuda", "bf16"),
-    # 3) bf16 where the hardware has it, which a T4 only emulates
+    # 3) bf16 where the hardware has it, which a T4 only emulates, and a CPU has where it has AMX
+    ("auto", None, {"amx": True}, "cpu", "bf16"), ("auto", "no", {"amx": True}, "cpu", "bf16"),
+    ("no", None, {"amx": True}, "cpu", "no"), ("auto", None, {"amx": True}, "cuda", "fp16"),
     ("auto", None, {"bf16": True}, "cuda", "bf16"), ("auto", None, {"emulated": True}, "cuda", "fp16"),
     ("auto", None, {}, "cuda", "fp16"),
     # 4) none elsewhere
@@ -313,4 +316,4 @@ def test_a_real_accelerator():
               "print(a.device.type, a.mixed_precision, a.num_processes, a.is_main_process)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["cpu", "no", "1", "True"]
+    assert done.stdout.split() == ["cpu", pick_precision("auto", "cpu"), "1", "True"]

@@ -23,7 +23,7 @@ data: {{corpus: text.txt, tokenizer: char, val_fraction: 0.1}}
 model: {{n_layer: 2, n_embd: 32, n_head: 2, block_size: 32, dropout: 0.2}}
 optimizer: {{learning_rate: 1e-2, warmup_iters: 2}}
 train: {{batch_size: 4, gradient_accumulation_steps: 4, max_iters: {STEPS}, eval_interval: 2, eval_iters: 3,
-         device: cpu}}
+         device: cpu, mixed_precision: no}}
 """
 DOORS = {
     "command": None,  # nanogpt-accel, whose entry point is called in this process

@@ -32,7 +32,7 @@ data: {{corpus: {folder}/text.txt, tokenizer: char, val_fraction: 0.1, data_dir:
 model: {{n_layer: 2, n_embd: 32, n_head: 2, block_size: 32, dropout: 0.2}}
 optimizer: {{learning_rate: 1e-2, warmup_iters: 5}}
 train: {{batch_size: 4, gradient_accumulation_steps: 4, max_iters: {steps}, eval_interval: {save}, eval_iters: 3,
-         device: cpu}}
+         device: cpu, mixed_precision: no}}
 checkpoint: {{keep_last: 9}}
 """
 

@@ -33,7 +33,7 @@ data: {{corpus: text.txt, tokenizer: char, val_fraction: 0.1}}
 model: {{n_layer: 2, n_embd: 32, n_head: 2, block_size: {BLOCK}, dropout: 0.2}}
 optimizer: {{learning_rate: 1e-2, warmup_iters: 5, beta2: 0.99}}
 train: {{batch_size: 4, gradient_accumulation_steps: 4, max_iters: {STEPS}, eval_interval: {EVERY}, eval_iters: 3,
-         device: cpu}}
+         device: cpu, mixed_precision: no}}
 checkpoint: {{keep_last: 1}}
 """
 TINY = ["warmup_iters=0", "max_iters=2", "eval_interval=2", "gradient_accumulation_steps=1"]

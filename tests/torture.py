@@ -207,7 +207,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
 
-    import matplotlib.pyplot  # noqa: F401 (before the forks)
+    import matplotlib.figure  # noqa: F401 (before the forks)
     import torch.distributed  # noqa: F401
     import transformers.generation  # noqa: F401
 
