@@ -92,8 +92,8 @@ def best_setting(folder, data, size):
     words = [f"data_dir={data}", f"block_size={size['block_size']}", f"batch_size={size['batch_size']}", *size["shape"],
              f"device={size['device']}", "gradient_accumulation_steps=1", "compare=batch_size,loss"]
     done = subprocess.run([sys.executable, "-m", "nanogpt_accel", "bench", str(RECIPES / "gpt2.yaml"), *words],
-                          cwd=folder, capture_output=True, text=True, check=True, env=environment())
-    print("\n" + done.stdout)
+                          cwd=folder, capture_output=True, text=True, env=environment())
+    print("\n" + done.stdout + done.stderr[-2000:] * bool(done.returncode))  # what comes after needs none of it
 
 
 def tokens_to_loss(folder, data, size, minutes, speed):

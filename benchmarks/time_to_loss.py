@@ -4,7 +4,8 @@
 
 Whole processes from a cold start, one of nanoGPT and then one of each seed. NANOGPT: a checkout. TEXT:
 tinyshakespeare's input.txt. The losses are over the whole validation split: ours its own run's, nanoGPT's from its last
-checkpoint by `nanogpt-accel import` and `evaluate`. The text is prepared beforehand for both.
+checkpoint by `nanogpt-accel import` and `evaluate`. The text is prepared beforehand for both. nanoGPT has its loss when
+it ends; ours says it, and then saves, draws and ends.
 """
 
 import json
@@ -35,18 +36,19 @@ def main(nanogpt, text, seeds=5, steps=2000):
         command(folder, "import", copy / "out-shakespeare-char" / "ckpt.pt", "--to", "imported",
                 f"tokenizer={copy}/data/shakespeare_char/meta.pkl")
         loss = json.loads(command(folder, "evaluate", "imported", f"data_dir={copy}/data/shakespeare_char", "--json"))
-        rows = [{"program": f"nanoGPT, {steps:,} steps", "seed": SEED, "seconds": their_seconds,
-                 "val loss": loss["val_loss"], "share of nanoGPT's time": 1.0}]
+        rows = [{"program": f"nanoGPT, {steps:,} steps", "seed": SEED, "s to the loss": their_seconds,
+                 "s to its end": their_seconds, "val loss": loss["val_loss"], "share of nanoGPT's time": 1.0}]
         for seed in range(SEED, SEED + seeds):
             lines = watch(ours(recipe.name, f"corpus={text}", f"seed={seed}", f"out_dir=fast-{seed}"), folder)
             log = (Path(folder) / f"fast-{seed}" / "metrics.jsonl").read_text().splitlines()
             losses = [line["val_loss"] for line in map(json.loads, log) if "val_loss" in line]
-            rows.append({"program": recipe.stem, "seed": seed, "seconds": lines[-1][0], "val loss": losses[-1],
-                         "share of nanoGPT's time": lines[-1][0] / their_seconds})
+            (seconds,) = [seconds for seconds, line in lines if line.startswith("step ")]
+            rows.append({"program": recipe.stem, "seed": seed, "s to the loss": seconds, "s to its end": lines[-1][0],
+                         "val loss": losses[-1], "share of nanoGPT's time": seconds / their_seconds})
     fast = rows[1:]
     show(f"Time to a validation loss of {LOSS}", rows)
     print(f"\n{sum(row['val loss'] <= LOSS for row in fast)} of {len(fast)} seeds at or below {LOSS}; median "
-          f"{statistics.median(row['seconds'] for row in fast):.1f} s")
+          f"{statistics.median(row['s to the loss'] for row in fast):.1f} s")
 
 
 if __name__ == "__main__":

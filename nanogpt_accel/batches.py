@@ -64,11 +64,11 @@ def _window(number, n_tokens, block_size, seed, sampling):
     return starts
 
 
-def model_inputs(rows, eot_id=None):
-    """What the model is called with, as keyword arguments, for rows of tokens.
+def model_inputs(rows, device="cpu", eot_id=None):
+    """What the model is called with, as keyword arguments, for rows of tokens; on their way to the device.
 
     Args:
-        rows: (B, T + 1) int64 tensor, inputs and targets overlapping.
+        rows: (B, T + 1) int64 array, inputs and targets overlapping.
         eot_id: with this end-of-text token, attention stays inside documents: positions begin again at 0 with each
             end-of-text, which opens the document after it (as it does in sampling), and transformers' causal mask
             takes that as a border (Krell et al. 2021, Efficient Sequence Packing). None: all of a row is seen.
@@ -76,6 +76,10 @@ def model_inputs(rows, eot_id=None):
     Returns:
         dict: input_ids and shift_labels, (B, T) each, and position_ids, (B, T), where eot_id is given.
     """
+    import torch
+
+    rows, is_cuda = torch.as_tensor(rows), torch.device(device).type == "cuda"
+    rows = (rows.pin_memory() if is_cuda else rows).to(device, non_blocking=is_cuda)  # so nobody waits for the GPU
     input_ids, shift_labels = rows[:, :-1], rows[:, 1:]
     if eot_id is None:
         return {"input_ids": input_ids, "shift_labels": shift_labels}

@@ -217,7 +217,7 @@ class Variant:
         self.tokens_per_step = micro_batches * self.batch_size * config.block_size
         self.batches = Batches(tokens, config.block_size, self.batch_size, micro_batches, recipe.seed,
                                recipe.data.sampling)
-        self.to_inputs = partial(model_inputs, eot_id=eot_id if recipe.data.document_mask else None)
+        self.to_inputs = partial(model_inputs, device=self.device, eot_id=eot_id if recipe.data.document_mask else None)
 
         torch.manual_seed(recipe.seed)
         sharding.keep_whole(accelerator)
@@ -245,15 +245,8 @@ class Variant:
         self.inputs = self.fetch(0, 0)
 
     def fetch(self, step, micro_step):
-        import torch
-
         number = micro_step * self.accelerator.num_processes + self.accelerator.process_index
-        rows = torch.from_numpy(self.batches(step, number))
-        if self.device.type == "cuda":
-            rows = rows.pin_memory().to(self.device, non_blocking=True)
-        else:
-            rows = rows.to(self.device)
-        return self.to_inputs(rows)
+        return self.to_inputs(self.batches(step, number))
 
     def step(self):
         """One step of training, in train.py's order. Returns seconds by part, and in total.

@@ -120,8 +120,9 @@ def sdpa_float32_backward(module, query, key, value, attention_mask, dropout=0.0
             y, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, dropout,
                                           scaling, **kwargs)
         return y.to(query.dtype), None
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, nh, T, hs)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    if module.num_key_value_groups > 1:
+        key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, nh, T, hs)
+        value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     return _CausalAttention.apply(query, key, value, scaling).transpose(1, 2), None
 
 

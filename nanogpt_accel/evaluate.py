@@ -134,7 +134,7 @@ def evaluate(target, recipe, options, block_size=None):
     else:
         windows = [(starts, length, length) for starts, length in evaluation_batches(
             len(tokens), block_size, recipe.train.batch_size, recipe.train.eval_iters)]
-    to_inputs = partial(model_inputs, eot_id=eot_id if recipe.data.document_mask else None)
+    to_inputs = partial(model_inputs, device=accelerator.device, eot_id=eot_id if recipe.data.document_mask else None)
     if accelerator.state.dynamo_plugin.backend != "NO":
         console.say("compiling: the first batch takes a while")
     with Progress("evaluating", len(windows), console, "batches") as progress:

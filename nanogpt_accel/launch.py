@@ -134,7 +134,11 @@ def make_accelerator(device="auto", mixed_precision="auto", compile=False, track
     # where a notebook makes a second one, it would take over the device, precision and compilation of the first
     AcceleratorState._reset_state(reset_partial_state=world_size() == 1)
     chosen = pick_device(device)
+    os.environ.pop("ACCELERATE_TORCH_DEVICE", None)  # an earlier run's, in a notebook
     if chosen.index is not None:
+        if world_size() > 1:
+            raise ValueError(f"device={device}: all WORLD_SIZE={world_size()} processes would take this one; with "
+                             "device=cuda each takes its own")
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
         torch.cuda.set_device(chosen)
     if sys.platform == "win32" and chosen.type == "cuda" and world_size() > 1:
@@ -241,12 +245,12 @@ class Agreement:
     The answer is that of the step before: the exchange, over gloo between the processors, is done by then.
     """
 
-    def __init__(self, accelerator):
+    def __init__(self, accelerator, collective_timeout=600):
         import torch
 
         self.accelerator, self._exchange = accelerator, None
         if accelerator.num_processes > 1:
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=collective_timeout))
 
     def any(self, wish):
         """Whether any process wished it at the call before; to be called by all, the same number of times."""
@@ -322,8 +326,10 @@ class Trackers:
 
 def compiles(compile, device_type):
     """Whether a recipe's `compile` compiles the model: "auto" does on CUDA, where it pays, but not under Windows, where
-    torch comes without Triton."""
-    return device_type == "cuda" and sys.platform != "win32" if compile == "auto" else bool(compile)
+    torch comes without Triton, nor with DeepSpeed, whose hooks it does not know."""
+    if compile != "auto":
+        return bool(compile)
+    return device_type == "cuda" and sys.platform != "win32" and not asks_for("DEEPSPEED")
 
 
 def pick_precision(mixed_precision, device_type):

@@ -98,7 +98,7 @@ def mean_loss(model, tokens, batches, to_inputs, accelerator, progress=None):
         model: the prepared model; it is put into eval mode for the time being.
         tokens: the token file, with rows(starts, length).
         batches: a list of (starts, length), as batches.evaluation_batches makes it.
-        to_inputs: rows of tokens -> the model's keyword arguments, batches.model_inputs.
+        to_inputs: rows of tokens -> the model's keyword arguments, batches.model_inputs for the device.
         accelerator: gathers the losses.
         progress: called with the number of batches that are done since the last call, by all processes.
     """
@@ -113,8 +113,8 @@ def mean_loss(model, tokens, batches, to_inputs, accelerator, progress=None):
         # every process makes the same number of calls, as sharded models need; what is too many is not counted
         for i in range(-(-len(batches) // world)):
             starts, length = batches[min(i * world + rank, len(batches) - 1)]
-            rows = torch.from_numpy(tokens.rows(starts, length + 1)).to(accelerator.device)
-            losses.append(model(**filled_up(to_inputs(rows), shape), return_logits=False).loss.float())
+            inputs = to_inputs(tokens.rows(starts, length + 1))
+            losses.append(model(**filled_up(inputs, shape), return_logits=False).loss.float())
             if progress is not None:
                 progress(min(world, len(batches) - i * world))
     model.train(was_training)
@@ -154,7 +154,7 @@ def window_losses(model, tokens, windows, to_inputs, accelerator, progress=None)
     with torch.no_grad():
         for i in range(-(-len(windows) // world)):  # as many calls on every process, as in mean_loss
             starts, length, counted = windows[min(i * world + rank, len(windows) - 1)]
-            inputs = to_inputs(torch.from_numpy(tokens.rows(starts, length + 1)).to(accelerator.device))
+            inputs = to_inputs(tokens.rows(starts, length + 1))
             targets = inputs.pop("shift_labels")[:, length - counted:]
             logits = model(**filled_up(inputs, (most, longest)), use_cache=False).logits
             logits = logits[:len(starts), length - counted:length].float()

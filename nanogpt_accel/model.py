@@ -244,9 +244,14 @@ def loss_of_rows(rows, weight, targets, softcap, needs_grad):
     loss = ((total - logits.gather(1, targets).squeeze(1)) * counts).sum()
     if not needs_grad:
         return loss, None
-    # softmax less one at the target, and zeros where it is ignored, in the logits' own memory
-    grad = logits.sub_(total.masked_fill(~counts, math.inf).unsqueeze(1)).exp_()
-    grad.scatter_add_(1, targets, -counts.float().unsqueeze(1))
+    # softmax less one at the target, and zeros where it is ignored
+    total = total.masked_fill(~counts, math.inf).unsqueeze(1)  # (n, 1)
+    if torch.compiler.is_compiling():  # one kernel, where scatter_add_ makes three
+        is_target = torch.arange(logits.shape[1], device=logits.device) == targets  # (n, V)
+        grad = (logits - total).exp() - (is_target & counts.unsqueeze(1)).float()
+    else:  # in the logits' own memory
+        grad = logits.sub_(total).exp_()
+        grad.scatter_add_(1, targets, -counts.float().unsqueeze(1))
     if softcap is not None:
         grad *= bounded.square_().neg_().add_(1)  # the derivative of tanh
     return loss, grad.to(rows.dtype)
@@ -448,6 +453,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])  # (B, T, V)
         if self.config.logit_softcap is not None:
+            logits = logits.float() if has_targets else logits  # as loss_in_pieces has them
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         loss = None
         if has_targets:
@@ -464,8 +470,10 @@ class GPT(PreTrainedModel, GenerationMixin):
         device, weight = x.device.type, self.lm_head.weight
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x, targets = x.flatten(0, 1), shift_labels.flatten()  # (B * T, C), (B * T,)
-        loss = SummedLoss.apply(x.to(dtype), weight.to(dtype), targets, self.config.logit_softcap,
-                                math.ceil(len(x) / n_pieces), torch.is_grad_enabled())
+        n_rows = math.ceil(len(x) / n_pieces)
+        n_rows = math.ceil(n_rows / 128) * 128 if n_rows > 128 else n_rows  # whole tiles for the matrix products
+        loss = SummedLoss.apply(x.to(dtype), weight.to(dtype), targets, self.config.logit_softcap, n_rows,
+                                torch.is_grad_enabled())
         return loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 

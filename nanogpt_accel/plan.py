@@ -100,6 +100,8 @@ def plan(recipe, options):
     precision = pick_precision(train.mixed_precision, gpu)
     if gpu and precision == "no":
         assumed.append("the peak is that of half precision; mixed_precision=no stays far below it")
+    if gpu is None and train.mixed_precision == "auto" and train.device != "mps":
+        assumed.append("a CPU without AMX, which trains in float32; one with AMX takes bf16, and less memory")
     if train.activation_checkpointing:
         assumed.append("mfu counts no FLOPs twice, but the blocks are computed again, a third more: state a lower one")
 
@@ -117,7 +119,7 @@ def plan(recipe, options):
     optimal = sizing.optimal_size(flops) if flops else (0, 0)
 
     size = {"half": precision != "no", "algorithm": algorithm, "cpu": gpu is None, "dropout": recipe.model.dropout,
-            "accumulates": train.gradient_accumulation_steps > options.gpus, "trains": not train.eval_only}
+            "trains": not train.eval_only}
     layouts = find_layouts(options.gpus, options.gpus_per_node, algorithm, gpu, train.device)
 
     def needed(layout, batch_size, checkpointing):

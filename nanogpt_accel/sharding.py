@@ -39,10 +39,12 @@ def keep_whole(accelerator):
 
 
 def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip):
-    """accelerator.prepare(model, optimizer), and around it what DeepSpeed does by itself and has to be told.
+    """accelerator.prepare(model, optimizer), and around it what FSDP2 and DeepSpeed have to be told.
 
     batch_size: sequences of a micro-batch. micro_steps: micro-batches of a step on each process. grad_clip: 0 for none.
     """
+    if is_fsdp(accelerator):
+        _tell_fsdp(accelerator)
     if not is_deepspeed(accelerator):
         return accelerator.prepare(model, optimizer)
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
@@ -57,6 +59,20 @@ def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip
         if name in weights:
             _set_deepspeed(parameter, weights[name])
     return model, optimizer
+
+
+def _tell_fsdp(accelerator):
+    """Let FSDP2 sum in float32, and compile each block by itself."""
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        # Accelerate's would round the loss, the rotary tables, and what the processes exchange to half precision too
+        low = plugin.mixed_precision_policy.param_dtype
+        plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(
+            param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # the gradients of every micro-batch go to their shards at once: between them each process would keep whole ones
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    # the model compiled as a whole is a module around it, which then holds what no block does, out of our reach
+    accelerator.state.dynamo_plugin.use_regional_compilation = True
 
 
 def as_float(norm):

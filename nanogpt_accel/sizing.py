@@ -181,7 +181,7 @@ def logits_bytes(shape, batch, half=False, cpu=False, trains=True):
 
 
 def memory(shape, layout, shards, processes, *, batch, half, checkpointing, algorithm="adamw", cpu=False, dropout=0.0,
-           accumulates=True, trains=True):
+           trains=True):
     """Bytes on one GPU by part, at the peak of a step that has gradients of an earlier micro-batch.
 
     Weights are float32; autocast makes copies of the matrices in half precision, which live as long as a micro-batch.
@@ -190,8 +190,6 @@ def memory(shape, layout, shards, processes, *, batch, half, checkpointing, algo
         layout: "ddp" (also one process alone), "fsdp2", "zero2" or "zero3".
         shards: processes that share what the layout splits up. processes: all of them.
         batch: sequences of a micro-batch of one process; half, checkpointing, cpu, dropout: see activation_bytes.
-        accumulates: whether a process has several micro-batches a step. FSDP2 then keeps whole gradients between them
-            and exchanges their sum, for Accelerate's accumulate() tells it so.
         trains: False for a run that evaluates only, which has no gradients and keeps no activations.
 
     Returns:
@@ -214,7 +212,7 @@ def memory(shape, layout, shards, processes, *, batch, half, checkpointing, algo
         copies += FLOAT * n_params if processes > 1 else 0  # the buckets in which gradients travel
     elif layout == "fsdp2":
         weights, gradients, optimizer = FLOAT * n_params / shards, FLOAT * n_params / shards, state / shards
-        copies = gathered + (low * n_params if accumulates and trains else 0)
+        copies = gathered
     else:  # DeepSpeed trains a model in half precision and keeps a float32 one
         weights, gradients, optimizer = low * n_params, low * n_params / shards, state / shards
         copies = FLOAT * n_params / shards
@@ -247,9 +245,9 @@ def exchange_seconds(shape, layout, shards, processes, *, micro_steps, half, mac
     around = near if processes <= machine else min(near, machine * far)
     if layout == "ddp":
         return 2 * pass_on(FLOAT * n_params, processes) / around
-    if layout == "fsdp2":  # weights before the forward and the backward pass; then gradients, also between machines
-        return ((2 * micro_steps + 1) * pass_on(low * n_params, shards) / near
-                + 2 * pass_on(low * n_params / shards, processes // shards) / far)
+    if layout == "fsdp2":  # weights before the forward and the backward pass; float32 gradients, also between machines
+        return micro_steps * (pass_on((2 * low + FLOAT) * n_params, shards) / near
+                              + 2 * pass_on(FLOAT * n_params / shards, processes // shards) / far)
     if layout == "zero2":  # gradients of every micro-batch; then the new weights
         return (micro_steps + 1) * pass_on(low * n_params, processes) / around
     return 3 * micro_steps * pass_on(low * n_params, processes) / around

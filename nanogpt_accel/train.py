@@ -218,7 +218,8 @@ def train(recipe, signals=None):
     batches = Batches(data.train, block_size, batch_size, micro_batches, recipe.seed, recipe.data.sampling)
     val_batches = evaluation_batches(len(data.val), block_size, batch_size, recipe.train.eval_iters)
     train_batches = evaluation_batches(len(data.train), block_size, batch_size, len(val_batches))
-    to_inputs = partial(model_inputs, eot_id=data.tokenizer.eot_id if recipe.data.document_mask else None)
+    to_inputs = partial(model_inputs, device=device,
+                        eot_id=data.tokenizer.eot_id if recipe.data.document_mask else None)
 
     # optimizer, and everything into Accelerate's hands
     optimizer = make_optimizer(model, learning_rate=recipe.optimizer.learning_rate,
@@ -295,12 +296,7 @@ def train(recipe, signals=None):
 
     def fetch(step, micro_step):
         """The model's inputs for this process's micro-batch, on their way to the device."""
-        rows = torch.from_numpy(batches(step, micro_step * accelerator.num_processes + accelerator.process_index))
-        if device.type == "cuda":
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        else:
-            rows = rows.to(device)
-        return to_inputs(rows)
+        return to_inputs(batches(step, micro_step * accelerator.num_processes + accelerator.process_index))
 
     def save(step):
         """A checkpoint after `step` steps; all processes take part."""
@@ -335,7 +331,7 @@ def train(recipe, signals=None):
     if first_step >= max_iters and not recipe.train.eval_only:
         console.say(f"the run has done its max_iters={max_iters} steps; a higher max_iters goes on")
     console.start(first_step, max_iters, recipe.train.eval_interval, is_compiled)
-    agreement, signals.armed = launch.Agreement(accelerator), True
+    agreement, signals.armed = launch.Agreement(accelerator, recipe.train.collective_timeout), True
     model.train()
     inputs = fetch(first_step, 0)
     may_skip = recipe.train.on_nonfinite == "skip"

@@ -1,6 +1,7 @@
 """cli.py and __main__.py: the grammar, the help pages, how a command ends, and what it does not import."""
 
 import errno
+import gc
 import json
 import re
 import subprocess
@@ -189,6 +190,13 @@ def test_status_and_messages(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     assert ends(monkeypatch, ValueError("first\nsecond")) == 2
     assert capsys.readouterr().err == "rank 3: error: first\nrank 3: error: second\n"
+
+
+def test_garbage_is_looked_for_as_often_as_before(monkeypatch):
+    before, within = gc.get_threshold(), []
+    assert cli.run(lambda argv: within.append(gc.get_threshold()), []) == 0
+    assert ends(monkeypatch, ValueError("no")) == 2
+    assert within[0][0] > before[0] and gc.get_threshold() == before
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,6 +175,15 @@ def test_torch_compile_is_tried_in_a_process_of_its_own(monkeypatch, code, limit
     assert found["state"] == state and said in found["found"]
     if state != "ok":  # compile is the default on GPUs, so there it stops a training
         assert doctor.compiling(torch.device("cuda"), limit)[0]["state"] == "broken"
+
+
+@pytest.mark.parametrize(("device", "has_bf16", "said"), [
+    ("cuda", True, "bf16 is real here"), ("cpu", True, "bf16 is real here"), ("cpu", False, "emulated here, and slow"),
+    ("mps", None, "takes no")])
+def test_precision(monkeypatch, device, has_bf16, said):
+    monkeypatch.setattr(doctor.launch, "has_bf16", lambda kind: has_bf16 if kind == device else pytest.fail(kind))
+    found = doctor.precision(SimpleNamespace(device=torch.device(device), mixed_precision="no"))
+    assert found["state"] == "ok" and found["found"].endswith(said)
 
 
 def test_math_alone_is_told(monkeypatch):

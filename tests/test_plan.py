@@ -118,8 +118,11 @@ def test_prepared_data_are_asked(tmp_path, capsys):
     assert planned(*words, capsys=capsys)["vocab_size"] == 256  # a guess, and named one
     assert main(["prepare", *map(str, words)]) == 0
     capsys.readouterr()
-    found = planned(*words, "max_iters=10", "batch_size=9", "gradient_accumulation_steps=1", capsys=capsys)
+    words += ["max_iters=10", "batch_size=9", "gradient_accumulation_steps=1"]
+    found = planned(*words, "mixed_precision=no", capsys=capsys)
     assert found["vocab_size"] == 10 and found["train_tokens"] == 4500 and found["assumed"] == []
+    (assumed,) = planned(*words, capsys=capsys)["assumed"]  # what auto means, this processor is not asked
+    assert "AMX" in assumed
     assert found["tokens"] == 1440 and found["epochs"] == pytest.approx(0.32)
 
 
@@ -230,7 +233,7 @@ def test_activations_are_those_that_torch_keeps(family, half, checkpointing):
     autocast = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
     kept = kept_for_backward(model, torch.randint(0, 512, (BATCH, LENGTH + 1)), autocast)
     # at this place, of the logits the log-probabilities and what a soft-cap keeps; and copies in bfloat16
-    kept -= BATCH * LENGTH * 512 * (4 + (2 if half else 4) * (family == "nanochat"))
+    kept -= BATCH * LENGTH * 512 * (4 + 4 * (family == "nanochat"))
     if half:
         blocks = 0 if checkpointing else shape["n_layer"] * sum(sizing.block_matrices(shape))
         kept -= 2 * (blocks + 512 * 128)
@@ -335,7 +338,7 @@ def test_a_checkpoint_on_disk_has_the_size_that_was_planned(capsys):
 
 def test_sharding_divides():
     shape = config_of("llama", n_layer=64).to_dict()
-    size = {"batch": 1, "half": True, "checkpointing": False, "accumulates": False}
+    size = {"batch": 1, "half": True, "checkpointing": False}
     n = sum(sizing.parameters(shape).values())
     alone = sizing.memory(shape, "ddp", 1, 1, **size)
     ddp = sizing.memory(shape, "ddp", 1, 8, **size)
@@ -345,10 +348,6 @@ def test_sharding_divides():
     assert states["fsdp2"] == [round(4 * n / 8), round(4 * n / 8), 8 * n / 8]
     assert states["zero2"] == [2 * n, round(2 * n / 8), 8 * n / 8]
     assert states["zero3"] == [round(2 * n / 8), round(2 * n / 8), 8 * n / 8]
-    # FSDP2 sums whole gradients in bfloat16 between micro-batches, unless there is but one
-    size_of = lambda accumulates: sum(  # noqa: E731
-        sizing.memory(shape, "fsdp2", 8, 8, **{**size, "accumulates": accumulates}).values())
-    assert size_of(True) - size_of(False) == 2 * n
     for layout in states:
         needed = sizing.memory(shape, layout, 8, 8, **size)
         assert needed["activations"] == ddp["activations"] and sum(needed.values()) < sum(ddp.values())
@@ -371,8 +370,10 @@ def test_what_is_on_the_wire():
     assert seconds("zero3", 4, 4) == pytest.approx(1.5 * 2 * 2 * n * 3 / 4 / 1e10)
     assert seconds("zero2", 4, 4) == pytest.approx(2 * 2 * n * 3 / 4 / 1e10)  # and stage 2 as much
     # in one machine all by the near wire; on 16, an eighth of the gradients by each far one
-    assert seconds("fsdp2", 8, 8) == pytest.approx(3 * 2 * n * 7 / 8 / 1e10)
-    assert seconds("fsdp2", 8, 128) - seconds("fsdp2", 8, 8) == pytest.approx(2 * 2 * n / 8 * 15 / 16 / 1e9)
+    # (the gradients in float32), for every micro-batch
+    assert seconds("fsdp2", 8, 8) == pytest.approx((2 * 2 + 4) * n * 7 / 8 / 1e10)
+    assert seconds("fsdp2", 8, 128) - seconds("fsdp2", 8, 8) == pytest.approx(2 * 4 * n / 8 * 15 / 16 / 1e9)
+    assert seconds("fsdp2", 8, 128, micro_steps=3) == pytest.approx(3 * seconds("fsdp2", 8, 128))
 
 
 def test_the_longer_one_of_computing_and_exchange_counts(capsys):
