@@ -280,6 +280,19 @@ def test_what_accelerate_is_asked_for(machine, made, here, device, compile, is_c
     assert torch.get_float32_matmul_precision() == "high"
 
 
+def test_deepspeed_is_compiled_only_where_it_is_asked_for(monkeypatch):
+    assert launch.compiles("auto", "cuda") and launch.compiles("regional", "cuda")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert not launch.compiles("auto", "cuda") and launch.compiles(True, "cuda")
+
+
+def test_one_cuda_device_is_not_for_several_processes(machine, made, monkeypatch, refused):
+    machine(cuda=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with refused(ValueError, "device=cuda:1", "WORLD_SIZE=2", "device=cuda"):
+        make_accelerator("cuda:1")
+
+
 def test_one_cuda_device_of_several(machine, made, monkeypatch):
     machine(cuda=4)
     chosen = []
