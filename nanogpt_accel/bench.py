@@ -222,7 +222,6 @@ class Variant:
         torch.manual_seed(recipe.seed)
         sharding.keep_whole(accelerator)
         model = GPT(config)
-        model.set_attn_implementation(settings.get("attention", model.config._attn_implementation))
         if "in_pieces" in settings:  # several, also where the model's rule makes none
             n_logits = self.batch_size * config.block_size * config.vocab_size
             model.largest_logits = min(2**27, n_logits / 4) if settings["in_pieces"] else math.inf
@@ -231,6 +230,8 @@ class Variant:
         if not (sharding.is_fsdp(accelerator) or sharding.is_deepspeed(accelerator)):
             model.to(self.device)
             cpu.tune(model, accelerator, compile)
+        if "attention" in settings:
+            model.set_attn_implementation(settings["attention"])
         wanted = recipe.optimizer
         optimizer = make_optimizer(model, learning_rate=wanted.learning_rate, weight_decay=wanted.weight_decay,
                                    beta1=wanted.beta1, beta2=wanted.beta2,

@@ -217,6 +217,10 @@ def run(command, argv):
     disk. Another one that comes out of a library is a defect of ours and keeps its traceback;
     NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
     """
+    # OpenMP's threads spin for long while they wait for each other. Where another program has the processor that one of
+    # them wants, this holds up all: steps of 76 ms took 170 to 2,800. Alone they take as long with 1,000 spins
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
     # Python looks for garbage among all objects that torch and transformers make at import, every 700 new ones, which
     # takes 0.6 s in all, and once more when the process ends, 0.9 s. So it looks seldom, and not at the end
     often = gc.get_threshold()

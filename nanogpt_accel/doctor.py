@@ -176,8 +176,9 @@ def precision(accelerator):
     taken, device = f"mixed_precision=auto takes {accelerator.mixed_precision}", accelerator.device.type
     if device not in ("cuda", "cpu"):
         return ok("precision", taken)
-    return ok("precision", f"{taken}; bf16 is real here" if launch.has_bf16(device) else
-              f"{taken}; bf16 would be emulated here, and slow")
+    real = "bf16 is real here, by AMX" if device == "cpu" else "bf16 is real here"
+    emulated = "bf16 would be emulated here, and slow"
+    return ok("precision", f"{taken}; {real if launch.has_bf16(device) else emulated}")
 
 
 def attention(device):

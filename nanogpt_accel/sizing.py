@@ -205,6 +205,7 @@ def memory(shape, layout, shards, processes, *, batch, half, checkpointing, algo
     low = HALF if half else FLOAT
     # gathered: embedding and head with their gradients; the block at work, the one fetched ahead, a block's gradients
     gathered = low * (2 * n_ends + 3 * n_block)
+    summed = FLOAT * n_block if half else 0  # what FSDP2 exchanges of them, in float32
     if layout == "ddp":
         weights, gradients, optimizer = FLOAT * n_params, FLOAT * n_params, state
         head = parts["embedding"] if shape["tie_word_embeddings"] else parts["head"]
@@ -212,7 +213,7 @@ def memory(shape, layout, shards, processes, *, batch, half, checkpointing, algo
         copies += FLOAT * n_params if processes > 1 else 0  # the buckets in which gradients travel
     elif layout == "fsdp2":
         weights, gradients, optimizer = FLOAT * n_params / shards, FLOAT * n_params / shards, state / shards
-        copies = gathered
+        copies = gathered + (summed if trains else 0)
     else:  # DeepSpeed trains a model in half precision and keeps a float32 one
         weights, gradients, optimizer = low * n_params, low * n_params / shards, state / shards
         copies = FLOAT * n_params / shards

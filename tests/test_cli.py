@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -190,6 +191,19 @@ def test_status_and_messages(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     assert ends(monkeypatch, ValueError("first\nsecond")) == 2
     assert capsys.readouterr().err == "rank 3: error: first\nrank 3: error: second\n"
+
+
+def test_threads_do_not_wait_spinning_unless_they_are_told(monkeypatch):
+    """Seen from a process that imports torch after it, whose OpenMP prints what it goes by."""
+    script = "from nanogpt_accel import cli; cli.run(lambda argv: __import__('torch').ones(9).sum(), [])"
+    for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)):
+        bare = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        done = subprocess.run([sys.executable, "-c", script], env=bare | given | {"OMP_DISPLAY_ENV": "VERBOSE"},
+                              capture_output=True, text=True, check=True)
+        found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+        if not found:
+            pytest.skip("this torch has another OpenMP than GNU's")
+        assert expected in (found[0], None) and (expected or int(found[0]) > 1000)
 
 
 def test_garbage_is_looked_for_as_often_as_before(monkeypatch):

@@ -178,8 +178,8 @@ def test_torch_compile_is_tried_in_a_process_of_its_own(monkeypatch, code, limit
 
 
 @pytest.mark.parametrize(("device", "has_bf16", "said"), [
-    ("cuda", True, "bf16 is real here"), ("cpu", True, "bf16 is real here"), ("cpu", False, "emulated here, and slow"),
-    ("mps", None, "takes no")])
+    ("cuda", True, "bf16 is real here"), ("cpu", True, "bf16 is real here, by AMX"),
+    ("cpu", False, "emulated here, and slow"), ("mps", None, "takes no")])
 def test_precision(monkeypatch, device, has_bf16, said):
     monkeypatch.setattr(doctor.launch, "has_bf16", lambda kind: has_bf16 if kind == device else pytest.fail(kind))
     found = doctor.precision(SimpleNamespace(device=torch.device(device), mixed_precision="no"))
