@@ -19,6 +19,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, ValidationError
 
+OFTEN = gc.get_threshold()  # how often Python looks for garbage by itself
 # what the machine refuses whoever asks it; the text names the file
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM,
             errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTCONN}
@@ -223,7 +224,6 @@ def run(command, argv):
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
     # Python looks for garbage among all objects that torch and transformers make at import, every 700 new ones, which
     # takes 0.6 s in all, and once more when the process ends, 0.9 s. So it looks seldom, and not at the end
-    often = gc.get_threshold()
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
@@ -258,7 +258,7 @@ def run(command, argv):
             print("\n" + ": ".join(filter(None, ("interrupted", str(interrupt)))), file=sys.stderr)
         return 130
     finally:
-        gc.set_threshold(*often)
+        gc.set_threshold(*OFTEN)
 
 
 def _is_first():

@@ -8,6 +8,7 @@
 it, and prepares the data. `train` is the loop, top to bottom in the order in which things happen.
 """
 
+import gc
 import json
 import math
 import sys
@@ -331,6 +332,7 @@ def train(recipe, signals=None):
     if first_step >= max_iters and not recipe.train.eval_only:
         console.say(f"the run has done its max_iters={max_iters} steps; a higher max_iters goes on")
     console.start(first_step, max_iters, recipe.train.eval_interval, is_compiled)
+    gc.set_threshold(*cli.OFTEN)  # what was imported is there, and a checkpoint leaves a copy of the model in a cycle
     agreement, signals.armed = launch.Agreement(accelerator, recipe.train.collective_timeout), True
     model.train()
     inputs = fetch(first_step, 0)
