@@ -13,7 +13,9 @@ import sys
 import numpy as np
 from side_by_side import show
 
-from nanogpt_accel import bench, metrics, sizing
+from nanogpt_accel.commands import bench
+from nanogpt_accel.planning import sizing
+from nanogpt_accel.planning.sizing import flops_per_token
 from nanogpt_accel.recipe import load_recipe
 
 BASE = {"n_layer": 2, "n_head": 4, "n_embd": 256, "block_size": 128, "batch_size": 4, "vocab_size": 1024}
@@ -31,9 +33,18 @@ def make(device, sizes):
 def arithmetic(variant):
     """(FLOPs of a step, bytes at its peak)."""
     shape = variant.accelerator.unwrap_model(variant.model).config.to_dict()
-    flops = metrics.flops_per_token(sizing.multiplying(shape), shape["n_layer"], shape["n_embd"], shape["block_size"])
-    needed = sizing.memory(shape, "ddp", 1, 1, batch=variant.batch_size, checkpointing=False, accumulates=False,
-                           half=variant.accelerator.mixed_precision != "no", cpu=variant.device.type == "cpu")
+    flops = flops_per_token(sizing.num_matmul_params(shape), shape["n_layer"], shape["n_embd"], shape["block_size"])
+    needed = sizing.memory(
+        shape,
+        "ddp",
+        1,
+        1,
+        batch=variant.batch_size,
+        checkpointing=False,
+        accumulates=False,
+        half=variant.accelerator.mixed_precision != "no",
+        cpu=variant.device.type == "cpu",
+    )
     return flops * variant.tokens_per_step, sum(needed.values())
 
 
@@ -55,13 +66,17 @@ def main(steps=5, device="auto"):
         seconds = [statistics.median(times) for times in seconds]
         memory = [variant.peak_memory() for variant in variants]
         flops, needed = zip(*map(arithmetic, variants), strict=True)
-        rows.append({
-            "grows": f"{key} {', '.join(f'{BASE[key] * factor:,}' for factor in FACTORS)}",
-            "ms a step": ", ".join(f"{1e3 * value:.1f}" for value in seconds),
-            "exponent": f"{exponent(seconds):.2f}", "of its FLOPs": f"{exponent(flops):.2f}",
-            "peak MB": ", ".join(f"{value / 1e6:.0f}" for value in memory) if all(memory) else "-",
-            "its exponent": f"{exponent(memory):.2f}" if all(memory) else "-",
-            "of the plan": f"{exponent(needed):.2f}"})
+        rows.append(
+            {
+                "grows": f"{key} {', '.join(f'{BASE[key] * factor:,}' for factor in FACTORS)}",
+                "ms a step": ", ".join(f"{1e3 * value:.1f}" for value in seconds),
+                "exponent": f"{exponent(seconds):.2f}",
+                "of its FLOPs": f"{exponent(flops):.2f}",
+                "peak MB": ", ".join(f"{value / 1e6:.0f}" for value in memory) if all(memory) else "-",
+                "its exponent": f"{exponent(memory):.2f}" if all(memory) else "-",
+                "of the plan": f"{exponent(needed):.2f}",
+            }
+        )
     show(f"Growth of cost; the others {BASE}; medians of {steps} steps", rows)
 
 

@@ -23,14 +23,37 @@ from pathlib import Path
 import numpy as np
 from side_by_side import RECIPES, ROOT, copy_nanogpt, environment, ours, show, steady_seconds, theirs, watch
 
-from nanogpt_accel import metrics, sizing
+from nanogpt_accel.planning import sizing
+from nanogpt_accel.planning.hardware import peak_flops
+from nanogpt_accel.planning.sizing import flops_per_token
 from nanogpt_accel.recipe import load_recipe
 
-FULL = {"block_size": 1024, "batch_size": 16, "micro": 4, "steps": 60, "skip": 20, "log": 10, "shape": [],
-        "device": "cuda", "seconds_of_start": 90, "micro_of_a_run": 32, "eval_iters": 20}
-DRY = {"block_size": 64, "batch_size": 4, "micro": 2, "steps": 12, "skip": 4, "log": 1, "device": "cpu",
-       "shape": ["--n_layer=2", "--n_head=2", "--n_embd=64"], "seconds_of_start": 0,
-       "micro_of_a_run": 2, "eval_iters": 2}
+FULL = {
+    "block_size": 1024,
+    "batch_size": 16,
+    "micro": 4,
+    "steps": 60,
+    "skip": 20,
+    "log": 10,
+    "shape": [],
+    "device": "cuda",
+    "seconds_of_start": 90,
+    "micro_of_a_run": 32,
+    "eval_iters": 20,
+}
+DRY = {
+    "block_size": 64,
+    "batch_size": 4,
+    "micro": 2,
+    "steps": 12,
+    "skip": 4,
+    "log": 1,
+    "device": "cpu",
+    "shape": ["--n_layer=2", "--n_head=2", "--n_embd=64"],
+    "seconds_of_start": 0,
+    "micro_of_a_run": 2,
+    "eval_iters": 2,
+}
 
 
 def write_toy_data(folder):
@@ -46,16 +69,33 @@ def speeds(copy, folder, data, size):
     """(rows of the table, our tokens/s)."""
     tokens = size["batch_size"] * size["micro"] * size["block_size"]
     # nanoGPT's --log_interval=1 waits for the GPU at every step, so both log as seldom
-    common = [f"--batch_size={size['batch_size']}", f"--block_size={size['block_size']}", *size["shape"],
-              f"--gradient_accumulation_steps={size['micro']}", f"--max_iters={size['steps']}",
-              f"--log_interval={size['log']}", f"--device={size['device']}", "--eval_interval=1000000",
-              "--eval_iters=1", "--warmup_iters=10", f"--lr_decay_iters={size['steps']}",
-              f"--compile={size['device'] == 'cuda'}"]
+    common = [
+        f"--batch_size={size['batch_size']}",
+        f"--block_size={size['block_size']}",
+        *size["shape"],
+        f"--gradient_accumulation_steps={size['micro']}",
+        f"--max_iters={size['steps']}",
+        f"--log_interval={size['log']}",
+        f"--device={size['device']}",
+        "--eval_interval=1000000",
+        "--eval_iters=1",
+        "--warmup_iters=10",
+        f"--lr_decay_iters={size['steps']}",
+        f"--compile={size['device'] == 'cuda'}",
+    ]
     mine = ours("gpt2.yaml", f"data_dir={data}", "overwrite=true", "out_dir=speed", "keep_last=1", *common)
-    fp8 = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "fp8.yaml"),
-           *mine[1:]]
-    programs = {"nanoGPT": (theirs("config/train_gpt2.py", "--wandb_log=False", "--dataset=given", *common), copy),
-                "recipes/gpt2.yaml": (mine, folder)}
+    fp8 = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "configs" / "fp8.yaml"),
+        *mine[1:],
+    ]
+    programs = {
+        "nanoGPT": (theirs("config/train_gpt2.py", "--wandb_log=False", "--dataset=given", *common), copy),
+        "recipes/gpt2.yaml": (mine, folder),
+    }
     if size["device"] == "cuda":
         programs["the same in fp8"] = (fp8, folder)
     found = {program: [] for program in programs}
@@ -70,29 +110,48 @@ def speeds(copy, folder, data, size):
                 print(error)
     overrides = dict(word.lstrip("-").split("=") for word in common[1:2] + size["shape"])
     shape = load_recipe(RECIPES / "gpt2.yaml", overrides).shape
-    flops = metrics.flops_per_token(sizing.multiplying(shape | {"vocab_size": 50304}), shape["n_layer"],
-                                    shape["n_embd"], shape["block_size"])
+    flops = flops_per_token(
+        sizing.num_matmul_params(shape | {"vocab_size": 50304}), shape["n_layer"], shape["n_embd"], shape["block_size"]
+    )
     peak = gpu_peak() if size["device"] == "cuda" else None
     rows = []
     for program, values in found.items():
         if values:
             speed = statistics.median(values)
-            rows.append({"program": program, "tokens/s": speed, "MFU": f"{flops * speed / peak:.1%}" if peak else "-",
-                         "times nanoGPT's": speed / statistics.median(found["nanoGPT"])})
+            rows.append(
+                {
+                    "program": program,
+                    "tokens/s": speed,
+                    "MFU": f"{flops * speed / peak:.1%}" if peak else "-",
+                    "times nanoGPT's": speed / statistics.median(found["nanoGPT"]),
+                }
+            )
     return rows, statistics.median(found["recipes/gpt2.yaml"])
 
 
 def gpu_peak():
     import torch
 
-    return metrics.peak_flops(torch.cuda.get_device_name())
+    return peak_flops(torch.cuda.get_device_name())
 
 
 def best_setting(folder, data, size):
-    words = [f"data_dir={data}", f"block_size={size['block_size']}", f"batch_size={size['batch_size']}", *size["shape"],
-             f"device={size['device']}", "gradient_accumulation_steps=1", "compare=batch_size,loss"]
-    done = subprocess.run([sys.executable, "-m", "nanogpt_accel", "bench", str(RECIPES / "gpt2.yaml"), *words],
-                          cwd=folder, capture_output=True, text=True, env=environment())
+    words = [
+        f"data_dir={data}",
+        f"block_size={size['block_size']}",
+        f"batch_size={size['batch_size']}",
+        *size["shape"],
+        f"device={size['device']}",
+        "gradient_accumulation_steps=1",
+        "compare=batch_size,loss",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "nanogpt_accel", "bench", str(RECIPES / "gpt2.yaml"), *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
     print("\n" + done.stdout + done.stderr[-2000:] * bool(done.returncode))  # what comes after needs none of it
 
 
@@ -101,11 +160,22 @@ def tokens_to_loss(folder, data, size, minutes, speed):
     tokens = size["batch_size"] * size["micro_of_a_run"] * size["block_size"]  # 0.5M, the recipes' own
     steps = max(20, int((60 * minutes - size["seconds_of_start"]) * speed / tokens))
     every = max(1, steps // 20)
-    options = [f"data_dir={data}", f"block_size={size['block_size']}", f"batch_size={size['batch_size']}",
-               f"gradient_accumulation_steps={size['micro_of_a_run']}", *size["shape"], f"device={size['device']}",
-               f"max_iters={steps}", f"lr_decay_iters={steps}", f"eval_interval={every}",
-               f"eval_iters={size['eval_iters']}",
-               "eval_train=false", f"save_interval={steps}", "keep_last=1", "overwrite=true"]
+    options = [
+        f"data_dir={data}",
+        f"block_size={size['block_size']}",
+        f"batch_size={size['batch_size']}",
+        f"gradient_accumulation_steps={size['micro_of_a_run']}",
+        *size["shape"],
+        f"device={size['device']}",
+        f"max_iters={steps}",
+        f"lr_decay_iters={steps}",
+        f"eval_interval={every}",
+        f"eval_iters={size['eval_iters']}",
+        "eval_train=false",
+        f"save_interval={steps}",
+        "keep_last=1",
+        "overwrite=true",
+    ]
     losses = {}
     for recipe, own in (("gpt2", [f"warmup_iters={min(2000, steps // 10)}"]), ("gpt2_fast", [])):
         watch(ours(f"{recipe}.yaml", *options, *own, f"out_dir={recipe}"), folder)
@@ -114,9 +184,15 @@ def tokens_to_loss(folder, data, size, minutes, speed):
     goal = losses["gpt2"][steps]
     reached = next((step for step, loss in losses["gpt2_fast"].items() if loss <= goal), None)
     share = f"{reached / steps:.0%}" if reached is not None else "not reached"
-    return [{"recipe": "gpt2", "tokens": f"{steps * tokens:,}", "val loss": goal, "tokens to its loss": "100%"},
-            {"recipe": "gpt2_fast", "tokens": f"{steps * tokens:,}", "val loss": losses["gpt2_fast"][steps],
-             "tokens to its loss": share}]
+    return [
+        {"recipe": "gpt2", "tokens": f"{steps * tokens:,}", "val loss": goal, "tokens to its loss": "100%"},
+        {
+            "recipe": "gpt2_fast",
+            "tokens": f"{steps * tokens:,}",
+            "val loss": losses["gpt2_fast"][steps],
+            "tokens to its loss": share,
+        },
+    ]
 
 
 def main(nanogpt, data, minutes=15.0):

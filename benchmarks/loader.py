@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 from nanogpt_accel.batches import Batches
-from nanogpt_accel.tokens import TokenFile
+from nanogpt_accel.data.token_files import TokenFile
 
 TOKENS = 2**31
 STEP = 0.024  # seconds
@@ -50,9 +50,11 @@ def measure(paths):
         batches(step, 0)
         seconds.append(time.perf_counter() - start)
     mean, median = statistics.mean(seconds), statistics.median(seconds)
-    print(f"{len(paths)} file{'s' * (len(paths) > 1)}: a batch takes {mean * 1e3:.3f} ms, the median is "
-          f"{median * 1e3:.3f} ({median / STEP:.2%} of a step); {resident() - before:+.1f} MB in {BATCHES:,} batches",
-          flush=True)
+    print(
+        f"{len(paths)} file{'s' * (len(paths) > 1)}: a batch takes {mean * 1e3:.3f} ms, the median is "
+        f"{median * 1e3:.3f} ({median / STEP:.2%} of a step); {resident() - before:+.1f} MB in {BATCHES:,} batches",
+        flush=True,
+    )
 
 
 def first_batch(path):

@@ -112,10 +112,15 @@ def main(rounds=3, megabytes=31.5):
             tokenizing = float(said.split(" s (")[0].split()[-1])  # what prepare says of itself
             speedups.append(theirs / ours)
             shares.append(alone / tokenizing)
-            print(f"prepare {ours:.1f} s, of which {tokenizing:.1f} s for text to files; nanoGPT's way {theirs:.1f} s; "
-                  "tiktoken alone {:.1f}, {:.1f} and {:.1f} s".format(*arranged), flush=True)
-    print(f"medians: {statistics.median(speedups):.2f} times nanoGPT's way; {statistics.median(shares):.0%} of the "
-          "speed of tiktoken alone")
+            print(
+                f"prepare {ours:.1f} s, of which {tokenizing:.1f} s for text to files; nanoGPT's way {theirs:.1f} s; "
+                "tiktoken alone {:.1f}, {:.1f} and {:.1f} s".format(*arranged),
+                flush=True,
+            )
+    print(
+        f"medians: {statistics.median(speedups):.2f} times nanoGPT's way; {statistics.median(shares):.0%} of the "
+        "speed of tiktoken alone"
+    )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import time
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from nanogpt_accel import cpu
-from nanogpt_accel.generation import generate
+from nanogpt_accel.distributed import cpu
 from nanogpt_accel.model import GPT, GPTConfig
+from nanogpt_accel.models.generation import generate
 
 TOKENS, START, VOCAB = 512, 50256, 50257
 
@@ -31,19 +31,31 @@ def main(nanogpt, rounds=3):
     theirs = nano.GPT(nano.GPTConfig(bias=True, vocab_size=VOCAB)).eval()
 
     def write(n, texts=1):
-        generate(ours, [[START]] * texts, seeds=range(texts), vocab_size=VOCAB, max_new_tokens=n, temperature=0.8,
-                 top_k=200)
+        generate(
+            ours, [[START]] * texts, seeds=range(texts), vocab_size=VOCAB, max_new_tokens=n, temperature=0.8, top_k=200
+        )
 
     def write_stock(n):
-        stock.generate(torch.tensor([[START]]), max_new_tokens=n, min_new_tokens=n, do_sample=True, temperature=0.8,
-                       top_k=200, pad_token_id=START)
+        stock.generate(
+            torch.tensor([[START]]),
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=True,
+            temperature=0.8,
+            top_k=200,
+            pad_token_id=START,
+        )
 
     @torch.no_grad()
     def write_nanogpt(n):
         theirs.generate(torch.tensor([[START]]), n, temperature=0.8, top_k=200)
 
-    programs = {"nanogpt_accel": (write, TOKENS, 1), "transformers": (write_stock, TOKENS, 1),
-                "nanoGPT": (write_nanogpt, TOKENS, 1), "nanogpt_accel, 16 at once": (lambda n: write(n, 16), 128, 16)}
+    programs = {
+        "nanogpt_accel": (write, TOKENS, 1),
+        "transformers": (write_stock, TOKENS, 1),
+        "nanoGPT": (write_nanogpt, TOKENS, 1),
+        "nanogpt_accel, 16 at once": (lambda n: write(n, 16), 128, 16),
+    }
     speeds = {name: [] for name in programs}
     for function, _, _ in programs.values():
         function(3)

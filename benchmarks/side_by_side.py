@@ -16,9 +16,20 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 # what nanoGPT's README says for a CPU, after config/train_shakespeare_char.py
-CPU_COMMAND = ["config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20",
-               "--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128",
-               "--lr_decay_iters=2000", "--dropout=0.0"]
+CPU_COMMAND = [
+    "config/train_shakespeare_char.py",
+    "--device=cpu",
+    "--compile=False",
+    "--eval_iters=20",
+    "--log_interval=1",
+    "--block_size=64",
+    "--batch_size=12",
+    "--n_layer=4",
+    "--n_head=4",
+    "--n_embd=128",
+    "--lr_decay_iters=2000",
+    "--dropout=0.0",
+]
 
 
 def machine():
@@ -30,8 +41,10 @@ def machine():
     what = names[0] if names else platform.processor()
     if torch.cuda.is_available():
         what = torch.cuda.get_device_name()
-    return (f"{what}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
-            f"{datetime.date.today()}")
+    return (
+        f"{what}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
+        f"{datetime.date.today()}"
+    )
 
 
 def copy_nanogpt(checkout, folder):
@@ -79,12 +92,20 @@ def watch(command, folder):
         RuntimeError: it failed; the message holds the end of its output.
     """
     began = time.perf_counter()
-    with subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, errors="replace") as process:
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
         lines = [(time.perf_counter() - began, line.rstrip()) for line in process.stdout]
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}\n"
-                           + "\n".join(line for _, line in lines[-15:]))
+        raise RuntimeError(
+            f"{' '.join(command)}: exit status {process.returncode}\n" + "\n".join(line for _, line in lines[-15:])
+        )
     return [*lines, (time.perf_counter() - began, "")]
 
 

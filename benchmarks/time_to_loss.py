@@ -21,8 +21,14 @@ LOSS, SEED = 1.88, 1337
 
 
 def command(folder, *words):
-    return subprocess.run([sys.executable, "-m", "nanogpt_accel", *map(str, words)], cwd=folder, check=True,
-                          stdout=subprocess.PIPE, text=True, env=environment()).stdout
+    return subprocess.run(
+        [sys.executable, "-m", "nanogpt_accel", *map(str, words)],
+        cwd=folder,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ).stdout
 
 
 def main(nanogpt, text, seeds=5, steps=2000):
@@ -33,22 +39,46 @@ def main(nanogpt, text, seeds=5, steps=2000):
         command(folder, "prepare", recipe, f"corpus={text}")
         lines = watch(theirs(*CPU_COMMAND, f"--max_iters={steps}", f"--eval_interval={min(250, steps)}"), copy)
         their_seconds = lines[-1][0]
-        command(folder, "import", copy / "out-shakespeare-char" / "ckpt.pt", "--to", "imported",
-                f"tokenizer={copy}/data/shakespeare_char/meta.pkl")
+        command(
+            folder,
+            "import",
+            copy / "out-shakespeare-char" / "ckpt.pt",
+            "--to",
+            "imported",
+            f"tokenizer={copy}/data/shakespeare_char/meta.pkl",
+        )
         loss = json.loads(command(folder, "evaluate", "imported", f"data_dir={copy}/data/shakespeare_char", "--json"))
-        rows = [{"program": f"nanoGPT, {steps:,} steps", "seed": SEED, "s to the loss": their_seconds,
-                 "s to its end": their_seconds, "val loss": loss["val_loss"], "share of nanoGPT's time": 1.0}]
+        rows = [
+            {
+                "program": f"nanoGPT, {steps:,} steps",
+                "seed": SEED,
+                "s to the loss": their_seconds,
+                "s to its end": their_seconds,
+                "val loss": loss["val_loss"],
+                "share of nanoGPT's time": 1.0,
+            }
+        ]
         for seed in range(SEED, SEED + seeds):
             lines = watch(ours(recipe.name, f"corpus={text}", f"seed={seed}", f"out_dir=fast-{seed}"), folder)
             log = (Path(folder) / f"fast-{seed}" / "metrics.jsonl").read_text().splitlines()
             losses = [line["val_loss"] for line in map(json.loads, log) if "val_loss" in line]
             (seconds,) = [seconds for seconds, line in lines if line.startswith("step ")]
-            rows.append({"program": recipe.stem, "seed": seed, "s to the loss": seconds, "s to its end": lines[-1][0],
-                         "val loss": losses[-1], "share of nanoGPT's time": seconds / their_seconds})
+            rows.append(
+                {
+                    "program": recipe.stem,
+                    "seed": seed,
+                    "s to the loss": seconds,
+                    "s to its end": lines[-1][0],
+                    "val loss": losses[-1],
+                    "share of nanoGPT's time": seconds / their_seconds,
+                }
+            )
     fast = rows[1:]
     show(f"Time to a validation loss of {LOSS}", rows)
-    print(f"\n{sum(row['val loss'] <= LOSS for row in fast)} of {len(fast)} seeds at or below {LOSS}; median "
-          f"{statistics.median(row['s to the loss'] for row in fast):.1f} s")
+    print(
+        f"\n{sum(row['val loss'] <= LOSS for row in fast)} of {len(fast)} seeds at or below {LOSS}; median "
+        f"{statistics.median(row['s to the loss'] for row in fast):.1f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ def main(nanogpt, text, rounds=5, steps=250, larger_steps=30):
         copy = copy_nanogpt(nanogpt, folder)
         write_characters(copy, text)
         for name, n, shape, tokens, skip in (
-                (SMALL, steps, (), 12 * 64, 10), (LARGE, larger_steps, LARGER, 16 * 256, 3)):
+            (SMALL, steps, (), 12 * 64, 10),
+            (LARGE, larger_steps, LARGER, 16 * 256, 3),
+        ):
             programs = ["nanoGPT", *["nanoGPT --compile=True"] * (name == SMALL), "here", "here mixed_precision=no"]
             speeds, starts = {program: [] for program in programs}, {program: [] for program in programs}
             for _ in range(rounds):
@@ -48,16 +50,34 @@ def main(nanogpt, text, rounds=5, steps=250, larger_steps=30):
                     if program.startswith("nanoGPT"):
                         lines = watch(theirs(*CPU_COMMAND, *shape, f"--max_iters={n}", never, *own), copy)
                     else:
-                        options = (f"corpus={text}", "out_dir=run", "overwrite=true", f"max_iters={n}",
-                                   "sample_tokens=0", "keep_last=1", *shape, never, *own)
+                        options = (
+                            f"corpus={text}",
+                            "out_dir=run",
+                            "overwrite=true",
+                            f"max_iters={n}",
+                            "sample_tokens=0",
+                            "keep_last=1",
+                            *shape,
+                            never,
+                            *own,
+                        )
                         lines = watch(ours("shakespeare_char_cpu.yaml", *options), folder)
                     speeds[program].append(tokens / steady_seconds(lines, skip))
                     starts[program].append(step_times(lines)[0][1])
-            ratios = {program: [a / b for a, b in zip(speeds[program], speeds["nanoGPT"], strict=True)]
-                      for program in programs}
-            rows += [{"model": name, "program": program, "tokens/s": statistics.median(speeds[program]),
-                      "times nanoGPT's (median of pairs)": statistics.median(ratios[program]),
-                      "s to the first step": statistics.median(starts[program])} for program in speeds]
+            ratios = {
+                program: [a / b for a, b in zip(speeds[program], speeds["nanoGPT"], strict=True)]
+                for program in programs
+            }
+            rows += [
+                {
+                    "model": name,
+                    "program": program,
+                    "tokens/s": statistics.median(speeds[program]),
+                    "times nanoGPT's (median of pairs)": statistics.median(ratios[program]),
+                    "s to the first step": statistics.median(starts[program]),
+                }
+                for program in speeds
+            ]
     show(f"Training on the CPU, {rounds} rounds", rows)
 
 

@@ -3,7 +3,9 @@
 import sys
 from importlib import import_module
 
-from . import __version__, cli
+from . import __version__
+from .utils import cli
+from .utils.fields import nearest
 
 COMMANDS = {
     "prepare": "turn a recipe's corpus into token files (train does it when needed)",
@@ -36,10 +38,15 @@ def _dispatch(argv):
         print("\n`nanogpt-accel COMMAND --help` lists a command's options. Start with:")
         print("  nanogpt-accel train recipes/quickstart.yaml")
     elif argv[0] not in COMMANDS:
-        raise ValueError(f"unknown command {argv[0]!r}{cli.nearest(argv[0], COMMANDS)}; "
-                         f"there are: {', '.join(COMMANDS)}")
+        raise ValueError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; there are: {', '.join(COMMANDS)}")
     else:
-        import_module(f".{argv[0]}", __package__).main(argv[1:])
+        import_command(argv[0]).main(argv[1:])
+
+
+def import_command(name):
+    """Return the module of a command."""
+    module = {"train": "train", "import": "commands.import_nanogpt"}.get(name, f"commands.{name}")
+    return import_module(f".{module}", __package__)
 
 
 if __name__ == "__main__":

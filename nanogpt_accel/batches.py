@@ -39,8 +39,10 @@ class Batches:
         """Where the sequences of one micro-batch begin in the token file: (batch_size,) int64."""
         first = (step * self.micro_batches + micro_batch) * self.batch_size
         last = first + self.batch_size - 1
-        windows = [_window(number, len(self.tokens), self.block_size, self.seed, self.sampling)
-                   for number in range(first // WINDOW, last // WINDOW + 1)]
+        windows = [
+            _window(number, len(self.tokens), self.block_size, self.seed, self.sampling)
+            for number in range(first // WINDOW, last // WINDOW + 1)
+        ]
         begin = first % WINDOW
         return np.concatenate(windows)[begin : begin + self.batch_size]
 

@@ -98,8 +98,11 @@ class GPTConfig(PreTrainedConfig):
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         if self.position == "rotary" and self.head_dim % 2 != 0:
             raise ValueError(f"head_dim={self.head_dim} is odd, and rotary positions turn pairs")
-        for key, known in {"activation": (*ACTIVATIONS, "swiglu"), "norm": ("layernorm", "rmsnorm"),
-                           "position": ("learned", "rotary")}.items():
+        for key, known in {
+            "activation": (*ACTIVATIONS, "swiglu"),
+            "norm": ("layernorm", "rmsnorm"),
+            "position": ("learned", "rotary"),
+        }.items():
             if getattr(self, key) not in known:
                 raise ValueError(f"{key}={getattr(self, key)!r}: there are {', '.join(known)}")
 
@@ -123,8 +126,12 @@ def make_norm(config):
     """The norm of the residual stream."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_weight)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_weight,
-                        bias=config.bias and config.norm_weight)
+    return nn.LayerNorm(
+        config.n_embd,
+        eps=config.norm_eps,
+        elementwise_affine=config.norm_weight,
+        bias=config.bias and config.norm_weight,
+    )
 
 
 def rotary_tables(config, position_ids):
@@ -232,7 +239,7 @@ class Block(GradientCheckpointingLayer):
         return x  # (B, T, C)
 
 
-def loss_of_rows(rows, weight, targets, softcap, needs_grad):
+def chunk_loss(rows, weight, targets, softcap, needs_grad):
     """Cross-entropy summed over some rows of x @ weight.T, and its gradient for these logits, (n, V), in the rows'
     type. See SummedLoss."""
     counts, targets = targets != -100, targets.clamp(min=0).unsqueeze(1)  # (n,), (n, 1)
@@ -257,7 +264,7 @@ def loss_of_rows(rows, weight, targets, softcap, needs_grad):
     return loss, grad.to(rows.dtype)
 
 
-class SummedLoss(torch.autograd.Function):
+class FusedLinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy summed over the rows of x @ weight.T, some rows at a time, so that the logits never stand in memory
     as a whole; with the gradients of each piece while its logits are there, so that nothing is computed twice.
 
@@ -274,7 +281,7 @@ class SummedLoss(torch.autograd.Function):
         for start in range(0, len(x), n_rows):
             stop = start + n_rows
             rows = x[start:stop]
-            loss_here, grad = loss_of_rows(rows, weight, targets[start:stop], softcap, needs_grad)
+            loss_here, grad = chunk_loss(rows, weight, targets[start:stop], softcap, needs_grad)
             loss += loss_here
             if not needs_grad:
                 continue
@@ -314,14 +321,16 @@ class GPT(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None,
-            ln_embd=make_norm(config) if config.embd_norm else None,
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
-            ln_f=make_norm(config),
-        ))
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None,
+                ln_embd=make_norm(config) if config.embd_norm else None,
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
+                ln_f=make_norm(config),
+            )
+        )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()  # draws the weights with _init_weights and ties lm_head to wte
 
@@ -457,8 +466,12 @@ class GPT(PreTrainedModel, GenerationMixin):
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         loss = None
         if has_targets:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), shift_labels.flatten(), ignore_index=-100,
-                                   reduction="mean" if num_items_in_batch is None else "sum")
+            loss = F.cross_entropy(
+                logits.float().flatten(0, 1),
+                shift_labels.flatten(),
+                ignore_index=-100,
+                reduction="mean" if num_items_in_batch is None else "sum",
+            )
             if num_items_in_batch is not None:
                 loss = loss / num_items_in_batch
             if not return_logits:
@@ -472,8 +485,9 @@ class GPT(PreTrainedModel, GenerationMixin):
         x, targets = x.flatten(0, 1), shift_labels.flatten()  # (B * T, C), (B * T,)
         n_rows = math.ceil(len(x) / n_pieces)
         n_rows = math.ceil(n_rows / 128) * 128 if n_rows > 128 else n_rows  # whole tiles for the matrix products
-        loss = SummedLoss.apply(x.to(dtype), weight.to(dtype), targets, self.config.logit_softcap, n_rows,
-                                torch.is_grad_enabled())
+        loss = FusedLinearCrossEntropy.apply(
+            x.to(dtype), weight.to(dtype), targets, self.config.logit_softcap, n_rows, torch.is_grad_enabled()
+        )
         return loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 

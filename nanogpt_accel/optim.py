@@ -42,8 +42,18 @@ def parameter_groups(model, weight_decay):
     ]
 
 
-def make_optimizer(model, *, learning_rate, weight_decay, beta1, beta2, algorithm="adamw", muon_learning_rate=None,
-                   muon_momentum=None, muon_weight_decay=None):
+def make_optimizer(
+    model,
+    *,
+    learning_rate,
+    weight_decay,
+    beta1,
+    beta2,
+    algorithm="adamw",
+    muon_learning_rate=None,
+    muon_momentum=None,
+    muon_weight_decay=None,
+):
     """AdamW (Loshchilov and Hutter 2019) for all parameters, or "muon": Muon for the matrices inside the blocks and
     AdamW for the rest.
 
@@ -57,10 +67,21 @@ def make_optimizer(model, *, learning_rate, weight_decay, beta1, beta2, algorith
     hidden = [p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2]
     is_hidden = {id(p) for p in hidden}
     for group in groups:
-        group |= {"params": [p for p in group["params"] if id(p) not in is_hidden], "use_muon": False,
-                  "lr": learning_rate, "betas": (beta1, beta2), "fused": fused}
-    muon = {"params": hidden, "use_muon": True, "lr": muon_learning_rate, "momentum": muon_momentum,
-            "weight_decay": muon_weight_decay, "lr_scale": muon_learning_rate / learning_rate}
+        group |= {
+            "params": [p for p in group["params"] if id(p) not in is_hidden],
+            "use_muon": False,
+            "lr": learning_rate,
+            "betas": (beta1, beta2),
+            "fused": fused,
+        }
+    muon = {
+        "params": hidden,
+        "use_muon": True,
+        "lr": muon_learning_rate,
+        "momentum": muon_momentum,
+        "weight_decay": muon_weight_decay,
+        "lr_scale": muon_learning_rate / learning_rate,
+    }
     return Muon([*groups, muon], rows_of_fused(model))
 
 
@@ -72,15 +93,17 @@ def rows_of_fused(model):
     return rows
 
 
-def check_whole(optimizer):
+def check_unsharded(optimizer):
     """Raises:
-        ValueError: Muon is to orthogonalize what is no matrix but a piece of one.
+    ValueError: Muon is to orthogonalize what is no matrix but a piece of one.
     """
     for group in optimizer.param_groups:
         if group.get("use_muon") and any(p.dim() != 2 or isinstance(p, DTensor) for p in group["params"]):
-            raise ValueError("optimizer.algorithm=muon: works on whole matrices, and here they lie in pieces on "
-                             "several devices (FSDP, DeepSpeed): take algorithm=adamw, or a config that does not "
-                             "shard, such as configs/multi_gpu.yaml")
+            raise ValueError(
+                "optimizer.algorithm=muon: works on whole matrices, and here they lie in pieces on "
+                "several devices (FSDP, DeepSpeed): take algorithm=adamw, or a config that does not "
+                "shard, such as configs/multi_gpu.yaml"
+            )
 
 
 class Muon(torch.optim.Optimizer):
@@ -127,19 +150,34 @@ class Muon(torch.optim.Optimizer):
             found = orthogonalize(torch.stack([part.mT if is_tall(part) else part for _, part in pairs]))
             for (matrix, _), part in zip(pairs, found, strict=True):
                 # an orthogonal matrix that makes a vector longer has larger elements to do it with
-                matrix.add_(part.mT if is_tall(matrix) else part,
-                            alpha=-group["lr"] * max(1.0, len(matrix) / matrix.shape[1]) ** 0.5)
+                matrix.add_(
+                    part.mT if is_tall(matrix) else part,
+                    alpha=-group["lr"] * max(1.0, len(matrix) / matrix.shape[1]) ** 0.5,
+                )
 
     def _step_adamw(self, group, params):
         for p in params:
             if not self.state[p]:
-                self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                     exp_avg_sq=torch.zeros_like(p))
+                self.state[p].update(
+                    step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                )
         states = [self.state[p] for p in params]
-        adamw(params, [p.grad for p in params], [state["exp_avg"] for state in states],
-              [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states], fused=group["fused"],
-              amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-              weight_decay=group["weight_decay"], eps=1e-8, maximize=False)
+        adamw(
+            params,
+            [p.grad for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 def is_tall(matrix):

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from .cli import Device, Float, Int, nearest, validate
+from .utils.fields import Device, Float, Int, nearest, validate
 
 
 class Section(BaseModel):
@@ -49,186 +49,269 @@ def _switch(value):
 
 
 class Data(Section):
-    corpus: str = Field("openwebtext", description="what to learn from: python, shakespeare, openwebtext, bookcorpus, "
-                        "wikitext2, fineweb_edu, tinystories, hub:USER/SET, or a local file, folder or glob of text, "
-                        ".jsonl, .csv or .parquet, also with .gz or .zst, or .bin files of token ids")
+    corpus: str = Field(
+        "openwebtext",
+        description="what to learn from: python, shakespeare, openwebtext, bookcorpus, "
+        "wikitext2, fineweb_edu, tinystories, hub:USER/SET, or a local file, folder or glob of text, "
+        ".jsonl, .csv or .parquet, also with .gz or .zst, or .bin files of token ids",
+    )
     text_column: str = Field("text", description="what holds the text in .jsonl, .csv and .parquet, and on the Hub")
     lines: bool = Field(False, description="each line of a plain text file is a document, rather than each file")
     dataset_config: Annotated[str | None, BeforeValidator(_none)] = Field(
-        None, description="configuration of hub:USER/SET; none: its default")
-    dataset_split: str = Field("train", description="split of hub:USER/SET to train on; a validation and a test split "
-                               "of its own are taken as they are")
+        None, description="configuration of hub:USER/SET; none: its default"
+    )
+    dataset_split: str = Field(
+        "train",
+        description="split of hub:USER/SET to train on; a validation and a test split of its own are taken as they are",
+    )
     revision: Annotated[str | None, BeforeValidator(_none)] = Field(
-        None, description="branch, tag or commit of hub:USER/SET; none: main")
-    skip_bad_documents: bool = Field(False, description="leave out what cannot be read, count it and go on; else it "
-                                     "is an error")
+        None, description="branch, tag or commit of hub:USER/SET; none: main"
+    )
+    skip_bad_documents: bool = Field(
+        False, description="leave out what cannot be read, count it and go on; else it is an error"
+    )
     limit_documents: Annotated[Int | None, BeforeValidator(_two), BeforeValidator(_none)] = Field(
-        None, ge=2, description="for a taste: take so many documents of a split; none: all")
+        None, ge=2, description="for a taste: take so many documents of a split; none: all"
+    )
     limit_tokens: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=1, description="for a taste: stop when there are about so many tokens; none: all")
+        None, ge=1, description="for a taste: stop when there are about so many tokens; none: all"
+    )
     shard_tokens: Int = Field(100_000_000, ge=1000, description="tokens of a file; more lie in several, read as one")
-    tokenizer: str = Field("gpt2", description="gpt2, char, bpe (a byte-level BPE trained on the corpus), "
-                           "or a folder that holds a tokenizer.json")
-    vocab_size: Int = Field(4096, ge=257, le=1_000_000, description="symbols of `tokenizer: bpe`; the others bring "
-                            "their own")
+    tokenizer: str = Field(
+        "gpt2",
+        description="gpt2, char, bpe (a byte-level BPE trained on the corpus), or a folder that holds a tokenizer.json",
+    )
+    vocab_size: Int = Field(
+        4096, ge=257, le=1_000_000, description="symbols of `tokenizer: bpe`; the others bring their own"
+    )
     data_dir: Annotated[str | None, BeforeValidator(_none)] = Field(
-        None, description="folder of train.bin and val.bin, nanoGPT's too; none: data/ and a name made of the "
-        "corpus and the tokenizer")
-    val_fraction: Float = Field(0.0005, gt=0, lt=1, description="share of the text kept for validation: the end "
-                                "of a single text, or whole documents where there are several")
+        None,
+        description="folder of train.bin and val.bin, nanoGPT's too; none: data/ and a name made of the "
+        "corpus and the tokenizer",
+    )
+    val_fraction: Float = Field(
+        0.0005,
+        gt=0,
+        lt=1,
+        description="share of the text kept for validation: the end "
+        "of a single text, or whole documents where there are several",
+    )
     sampling: Literal["shuffle", "random"] = Field(
-        "shuffle", description="shuffle: every block once an epoch, in a new order each; "
-        "random: nanoGPT's random crops, with replacement")
+        "shuffle",
+        description="shuffle: every block once an epoch, in a new order each; "
+        "random: nanoGPT's random crops, with replacement",
+    )
 
-    document_mask: bool = Field(False, description="attention stays inside a document: nothing before the last "
-                                "end-of-text is seen. Costs a mask, so it is slower")
+    document_mask: bool = Field(
+        False,
+        description="attention stays inside a document: nothing before the last "
+        "end-of-text is seen. Costs a mask, so it is slower",
+    )
 
 
 class Model(Section):
-    init_from: str = Field("scratch", description="scratch, resume (go on in out_dir), or where the weights come "
-                           "from: a run or checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or another "
-                           "folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model. The shape is then its own, "
-                           "but for block_size and dropout")
+    init_from: str = Field(
+        "scratch",
+        description="scratch, resume (go on in out_dir), or where the weights come "
+        "from: a run or checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or another "
+        "folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model. The shape is then its own, "
+        "but for block_size and dropout",
+    )
     n_layer: Int = Field(12, ge=1, le=10_000, description="number of blocks")
     n_head: Int = Field(12, ge=1, le=10_000, description="attention heads of a block")
     n_embd: Int = Field(768, ge=1, le=1_000_000, description="width of the residual stream")
     n_kv_head: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=1, le=10_000, description="heads of keys and values, each shared by n_head / n_kv_head heads of "
-        "queries; none: n_head")
+        None,
+        ge=1,
+        le=10_000,
+        description="heads of keys and values, each shared by n_head / n_kv_head heads of queries; none: n_head",
+    )
     head_dim: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=1, le=100_000, description="width of a head; none: n_embd / n_head")
+        None, ge=1, le=100_000, description="width of a head; none: n_embd / n_head"
+    )
     n_inner: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=1, le=10_000_000, description="width inside the MLP; none: 4 * n_embd (8/3 of n_embd gives swiglu "
-        "as many weights)")
+        None,
+        ge=1,
+        le=10_000_000,
+        description="width inside the MLP; none: 4 * n_embd (8/3 of n_embd gives swiglu as many weights)",
+    )
     block_size: Int = Field(1024, ge=2, description="context length in tokens")
     dropout: Float = Field(0.0, ge=0, lt=1, description="0 is good for pretraining, 0.1 and more for finetuning")
-    bias: bool = Field(False, description="biases in the linear and LayerNorm layers, as GPT-2 has; false is a bit "
-                       "better and faster")
+    bias: bool = Field(
+        False, description="biases in the linear and LayerNorm layers, as GPT-2 has; false is a bit better and faster"
+    )
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="layernorm: GPT-2's; rmsnorm: Llama's")
     norm_weight: bool = Field(True, description="whether norms have a learned gain; nanochat's have none")
     norm_eps: Float = Field(1e-5, ge=0, lt=1, description="what norms add to the variance")
     embd_norm: bool = Field(False, description="a norm between the embedding and the first block, as nanochat has")
     qk_norm: bool = Field(False, description="an RMSNorm on the queries and keys of each head, as Qwen3 has")
     position: Literal["learned", "rotary"] = Field(
-        "learned", description="learned: GPT-2's embedding of block_size positions; rotary: Llama's")
+        "learned", description="learned: GPT-2's embedding of block_size positions; rotary: Llama's"
+    )
     rope_theta: Float = Field(10_000.0, ge=1, description="base of the rotary wavelengths; longer contexts take more")
     activation: Literal["gelu", "gelu_new", "relu2", "swiglu"] = Field(
-        "gelu", description="gelu: the exact form, nanoGPT's; gelu_new: the tanh form of OpenAI's weights; relu2: "
-        "squared ReLU, nanochat's; swiglu: Llama's, with a gate as wide as n_inner")
+        "gelu",
+        description="gelu: the exact form, nanoGPT's; gelu_new: the tanh form of OpenAI's weights; relu2: "
+        "squared ReLU, nanochat's; swiglu: Llama's, with a gate as wide as n_inner",
+    )
     logit_softcap: Annotated[Float | None, BeforeValidator(_none)] = Field(
-        None, ge=1, description="keep logits within this bound by tanh, as nanochat does (15); none: leave them")
+        None, ge=1, description="keep logits within this bound by tanh, as nanochat does (15); none: leave them"
+    )
     tie_word_embeddings: bool = Field(True, description="the head is the embedding's matrix; false: its own")
-    pad_vocab_to_multiple_of: Int = Field(64, ge=1, description="round the rows of the embedding up for faster "
-                                          "kernels (GPT-2's 50,257 become 50,304); 1 leaves them")
+    pad_vocab_to_multiple_of: Int = Field(
+        64,
+        ge=1,
+        description="round the rows of the embedding up for faster "
+        "kernels (GPT-2's 50,257 become 50,304); 1 leaves them",
+    )
     initializer_range: Float = Field(0.02, gt=0, description="standard deviation of a new model's weights")
-    zero_init: bool = Field(False, description="a new model begins with zeros in the matrices that add to the "
-                            "residual stream, so that each block begins as nothing")
+    zero_init: bool = Field(
+        False,
+        description="a new model begins with zeros in the matrices that add to the "
+        "residual stream, so that each block begins as nothing",
+    )
 
 
 class Optimizer(Section):
     algorithm: Literal["adamw", "muon"] = Field(
-        "adamw", description="adamw; or muon: Muon for the matrices inside the blocks, AdamW for the rest")
+        "adamw", description="adamw; or muon: Muon for the matrices inside the blocks, AdamW for the rest"
+    )
     learning_rate: Float = Field(6e-4, gt=0, description="the highest learning rate; AdamW's")
     weight_decay: Float = Field(0.1, ge=0, description="AdamW's, on every parameter of two or more dimensions")
     beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean")
     beta2: Float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the variance")
     grad_clip: Float = Field(1.0, ge=0, description="clip the norm of the gradient to this; 0 does not clip")
-    muon_learning_rate: Float = Field(0.02, gt=0, description="Muon's highest learning rate; it rises and falls as "
-                                      "AdamW's does")
+    muon_learning_rate: Float = Field(
+        0.02, gt=0, description="Muon's highest learning rate; it rises and falls as AdamW's does"
+    )
     muon_momentum: Float = Field(0.95, ge=0, lt=1, description="Muon's decay of the mean")
     muon_weight_decay: Float = Field(0.0, ge=0, description="Muon's, on the matrices inside the blocks")
     schedule: Literal["cosine", "constant", "warmup_stable_decay"] = Field(
-        "cosine", description="what follows the warm-up: half a cosine, nothing, or nothing and then a line down to "
-        "min_lr")
+        "cosine",
+        description="what follows the warm-up: half a cosine, nothing, or nothing and then a line down to min_lr",
+    )
     warmup_iters: Int = Field(2000, ge=0, description="steps of linear warm-up")
     lr_decay_iters: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=1, description="step at which min_lr is reached; none: max_iters")
+        None, ge=1, description="step at which min_lr is reached; none: max_iters"
+    )
     min_lr: Annotated[Float | None, BeforeValidator(_none)] = Field(
-        None, ge=0, description="lowest learning rate, at the end of the schedule; none: learning_rate / 10")
-    decay_fraction: Float = Field(0.2, gt=0, le=1, description="warmup_stable_decay: share of lr_decay_iters, its "
-                                  "last steps, over which the rate falls")
+        None, ge=0, description="lowest learning rate, at the end of the schedule; none: learning_rate / 10"
+    )
+    decay_fraction: Float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="warmup_stable_decay: share of lr_decay_iters, its last steps, over which the rate falls",
+    )
 
 
 class Train(Section):
     batch_size: Int = Field(12, ge=1, description="sequences of a micro-batch of one process")
-    gradient_accumulation_steps: Int = Field(40, ge=1, description="micro-batches of a step over ALL processes, "
-                                             "so that tokens a step do not depend on how many run")
+    gradient_accumulation_steps: Int = Field(
+        40,
+        ge=1,
+        description="micro-batches of a step over ALL processes, so that tokens a step do not depend on how many run",
+    )
     max_iters: Int = Field(600_000, ge=0, description="optimizer steps of the run")
     eval_interval: Int = Field(2000, ge=1, description="steps between evaluations")
     eval_iters: Literal["all"] | Int = Field(
-        200, description="batches of an evaluation, the same ones every time; all: the whole validation set")
+        200, description="batches of an evaluation, the same ones every time; all: the whole validation set"
+    )
     eval_first: bool = Field(True, description="evaluate before the first step too")
     eval_train: bool = Field(True, description="an evaluation looks at as many batches of the training data too")
     eval_only: bool = Field(False, description="evaluate and stop")
     log_interval: Int = Field(1, ge=1, description="steps between lines of the log")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps; auto: the launcher's, else the best")
     mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_no)] = Field(
-        "auto", description="auto: what the launcher says, else bf16 where the hardware has it (GPUs from Ampere on, "
-        "CPUs with AMX), fp16 on other CUDA devices, no elsewhere")
+        "auto",
+        description="auto: what the launcher says, else bf16 where the hardware has it (GPUs from Ampere on, "
+        "CPUs with AMX), fp16 on other CUDA devices, no elsewhere",
+    )
     compile: Annotated[Literal["auto", "regional"] | bool, BeforeValidator(_switch)] = Field(
-        "auto", description="torch.compile the model; auto: on CUDA, not under Windows; regional: one block for all")
-    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less "
-                                           "memory, about a third more time")
+        "auto", description="torch.compile the model; auto: on CUDA, not under Windows; regional: one block for all"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, about a third more time"
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="what a loss or gradient that is no number does: stop ends the run; skip leaves the step "
-        "out, and looks at every step, which costs a little speed")
+        "stop",
+        description="what a loss or gradient that is no number does: stop ends the run; skip leaves the step "
+        "out, and looks at every step, which costs a little speed",
+    )
     max_skips: Int = Field(10, ge=0, description="on_nonfinite=skip: more steps left out in a row end the run")
     max_hours: Annotated[Float | None, BeforeValidator(_none)] = Field(
-        None, gt=0, description="stop after so many hours with a checkpoint to go on from; none: no limit")
-    collective_timeout: Float = Field(600.0, ge=1, description="seconds that a process waits for the others before the "
-                                      "run ends")
+        None, gt=0, description="stop after so many hours with a checkpoint to go on from; none: no limit"
+    )
+    collective_timeout: Float = Field(
+        600.0, ge=1, description="seconds that a process waits for the others before the run ends"
+    )
     sample_tokens: Int = Field(0, ge=0, description="tokens of the sample printed at the end; 0: none")
     sample_prompt: str = Field("\n", description="what that sample begins with")
     sample_interval: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=1, description="steps between samples while the run goes on, which samples.jsonl keeps; none: at the "
-        "end alone")
+        None,
+        ge=1,
+        description="steps between samples while the run goes on, which samples.jsonl keeps; none: at the end alone",
+    )
 
 
 class Checkpoint(Section):
     save_interval: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=1, description="steps between checkpoints; none: eval_interval. The best and the last one are "
-        "always saved")
+        None,
+        ge=1,
+        description="steps between checkpoints; none: eval_interval. The best and the last one are always saved",
+    )
     keep_last: Int = Field(2, ge=1, description="newest checkpoints that stay; the best one stays besides")
     async_save: bool = Field(False, description="write checkpoints beside the training, which waits for the copy only")
     resume: Annotated[Literal["no", "auto"], BeforeValidator(_no)] = Field(
-        "no", description="auto: go on from the newest whole checkpoint in out_dir where there is one, else begin; for "
-        "jobs that are requeued")
+        "no",
+        description="auto: go on from the newest whole checkpoint in out_dir where there is one, else begin; for "
+        "jobs that are requeued",
+    )
 
 
 class Tracking(Section):
     trackers: Annotated[list[str], BeforeValidator(_words)] = Field(
-        [], description="wandb, tensorboard and whatever else Accelerate logs to")
+        [], description="wandb, tensorboard and whatever else Accelerate logs to"
+    )
     project: str = Field("nanogpt_accel", description="the trackers' project")
     run_name: Annotated[str | None, BeforeValidator(_none)] = Field(
-        None, description="the run's name there; none: the name of out_dir")
+        None, description="the run's name there; none: the name of out_dir"
+    )
     quiet: bool = Field(False, description="print nothing but warnings and the last lines")
 
 
 class Hub(Section):
     push_to_hub: bool = Field(False, description="push every checkpoint to the Hugging Face Hub while the run goes on")
     hub_model_id: Annotated[str | None, BeforeValidator(_none)] = Field(
-        None, description="USER/NAME there; none: the name of out_dir, under the token's user")
+        None, description="USER/NAME there; none: the name of out_dir, under the token's user"
+    )
     hub_private: bool = Field(False, description="a repository that is made is private")
-    hub_branch: Annotated[str | None, BeforeValidator(_none)] = Field(
-        None, description="branch to push to; none: main")
+    hub_branch: Annotated[str | None, BeforeValidator(_none)] = Field(None, description="branch to push to; none: main")
 
 
 class Expect(Section):
     """What the run comes to; at its end it says whether it did. It is no setting, so it stands in a file alone."""
 
     val_loss: Annotated[Float | None, BeforeValidator(_none)] = Field(
-        None, gt=0, description="validation loss that the run comes to, nats a token, as it measures it itself; none: "
-        "not known")
+        None,
+        gt=0,
+        description="validation loss that the run comes to, nats a token, as it measures it itself; none: not known",
+    )
     tolerance: Annotated[Float | None, BeforeValidator(_none)] = Field(
-        None, gt=0, description="how far from it still counts as reproduced; none: no verdict")
+        None, gt=0, description="how far from it still counts as reproduced; none: no verdict"
+    )
     evaluation: Literal["last", "best"] = Field("last", description="which of the run's evaluations is meant")
     steps: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=0, description="after so many steps; none: max_iters")
+        None, ge=0, description="after so many steps; none: max_iters"
+    )
     hardware: str = Field("", description="what it ran on")
     time: str = Field("", description="how long it takes there")
     source: str = Field("", description="who saw it")
-    changed: list[str] = Field([], description="written by train: keys that a command line gave other values than the "
-                               "file's, so that the recipe's number is not this run's to reach")
+    changed: list[str] = Field(
+        [],
+        description="written by train: keys that a command line gave other values than the "
+        "file's, so that the recipe's number is not this run's to reach",
+    )
 
 
 class Recipe(Section):
@@ -252,8 +335,10 @@ class Recipe(Section):
         model = self.model
         others = {"init_from", "dropout", "pad_vocab_to_multiple_of", "initializer_range", "zero_init"}
         return model.model_dump(exclude=others) | {
-            "n_kv_head": model.n_kv_head or model.n_head, "head_dim": model.head_dim or model.n_embd // model.n_head,
-            "n_inner": model.n_inner or 4 * model.n_embd}
+            "n_kv_head": model.n_kv_head or model.n_head,
+            "head_dim": model.head_dim or model.n_embd // model.n_head,
+            "n_inner": model.n_inner or 4 * model.n_embd,
+        }
 
     @property
     def min_lr(self):
@@ -263,6 +348,11 @@ class Recipe(Section):
     def lr_decay_iters(self):
         return self.optimizer.lr_decay_iters or max(self.train.max_iters, 1)
 
+    def padded_vocab_size(self, vocab_size):
+        """Return the vocabulary size of the model: the tokenizer's, rounded up to pad_vocab_to_multiple_of."""
+        multiple = self.model.pad_vocab_to_multiple_of
+        return -(-vocab_size // multiple) * multiple
+
     @property
     def save_interval(self):
         return self.checkpoint.save_interval or self.train.eval_interval
@@ -270,25 +360,31 @@ class Recipe(Section):
     def flat(self):
         """One flat dictionary of plain values, which every tracker can take: all settings, not what is expected."""
         values = self.model_dump()
-        leaves = {key: values[section][key] if section else values[key] for key, section in SECTION_OF.items()
-                  if not section or section in SETTINGS}
-        return {key: value if isinstance(value, (bool, int, float, str)) else str(value)
-                for key, value in leaves.items()}
+        leaves = {
+            key: values[section][key] if section else values[key]
+            for key, section in SECTION_OF.items()
+            if not section or section in SETTINGS
+        }
+        return {
+            key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in leaves.items()
+        }
 
     def to_yaml(self, brief=False):
         """The recipe as a file that load_recipe reads back to an equal recipe; brief: without defaults, and without
         the places where it ran, for others to read."""
         if not brief:
             return yaml.safe_dump(self.model_dump(), sort_keys=False)
-        values = self.model_dump(exclude_defaults=True,
-                                 exclude={"out_dir": True, "data": {"data_dir"}, "expect": True})
+        values = self.model_dump(exclude_defaults=True, exclude={"out_dir": True, "data": {"data_dir"}, "expect": True})
         if "corpus" in values.get("data", {}):
             values["data"]["corpus"] = os.path.basename(values["data"]["corpus"]) or values["data"]["corpus"]
         return yaml.safe_dump(values, sort_keys=False)
 
 
-SECTIONS = {name: field.annotation for name, field in Recipe.model_fields.items()
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section)}
+SECTIONS = {
+    name: field.annotation
+    for name, field in Recipe.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
 # what a command line may set; what a recipe expects stands in its file alone
 SETTINGS = {name: section for name, section in SECTIONS.items() if name != "expect"}
 # leaf key -> its section's name, "" for the keys at the top
@@ -299,8 +395,15 @@ FIELDS |= {f"{name}.{key}": FIELDS[key] for key, name in SECTION_OF.items() if n
 
 # what an expected loss depends on: these sections and these keys. A seed is left out, for a tolerance covers seeds
 SECTIONS_THAT_MATTER = ("data", "model", "optimizer")
-KEYS_THAT_MATTER = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters",
-                    "eval_first", "eval_only")
+KEYS_THAT_MATTER = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_iters",
+    "eval_interval",
+    "eval_iters",
+    "eval_first",
+    "eval_only",
+)
 
 # nanoGPT's keys that have another name here, each with what to write instead
 NANOGPT_KEYS = {
@@ -316,33 +419,66 @@ NANOGPT_KEYS = {
 
 # (keys, is it right?, what is wrong and what helps). A check is made where its keys are right by themselves.
 CROSS_CHECKS = [
-    (("n_embd", "n_head", "head_dim"), lambda r: r.model.head_dim or r.model.n_embd % r.model.n_head == 0,
-     lambda r: f"model.n_embd={r.model.n_embd} is not divisible by model.n_head={r.model.n_head}: "
-               f"take n_embd={-(-r.model.n_embd // r.model.n_head) * r.model.n_head}, or another n_head"),
-    (("n_head", "n_kv_head"), lambda r: r.model.n_head % (r.model.n_kv_head or 1) == 0,
-     lambda r: f"model.n_head={r.model.n_head} is not divisible by model.n_kv_head={r.model.n_kv_head}: take n_kv_head="
-               + " or ".join(str(n) for n in range(1, r.model.n_head + 1) if r.model.n_head % n == 0)),
-    (("n_embd", "n_head", "head_dim", "position"),
-     lambda r: r.model.position != "rotary" or r.shape["head_dim"] % 2 == 0,
-     lambda r: f"model.head_dim={r.shape['head_dim']}: position=rotary turns pairs, so heads have an even width"
-               + ("" if r.model.head_dim else " (n_embd / n_head)")),
-    (("sample_interval", "sample_tokens"), lambda r: not r.train.sample_interval or r.train.sample_tokens,
-     lambda r: f"train.sample_interval={r.train.sample_interval}: of how many tokens? Say sample_tokens=200 or so"),
-    (("eval_iters",), lambda r: r.train.eval_iters == "all" or r.train.eval_iters >= 1,
-     lambda r: f"train.eval_iters={r.train.eval_iters}: must be 1 or more, or all"),
-    (("min_lr", "learning_rate"), lambda r: r.min_lr <= r.optimizer.learning_rate,
-     lambda r: f"optimizer.min_lr={r.min_lr} is above optimizer.learning_rate={r.optimizer.learning_rate}"),
-    (("warmup_iters", "lr_decay_iters", "max_iters", "schedule"),
-     lambda r: r.optimizer.schedule != "cosine" or r.optimizer.warmup_iters <= r.lr_decay_iters,
-     lambda r: f"optimizer.warmup_iters={r.optimizer.warmup_iters} is above lr_decay_iters={r.lr_decay_iters}: "
-               f"set warmup_iters to {r.lr_decay_iters // 20} or so"),
-    (("warmup_iters", "lr_decay_iters", "max_iters", "schedule", "decay_fraction"),
-     lambda r: r.optimizer.schedule != "warmup_stable_decay"
-     or r.optimizer.warmup_iters <= r.lr_decay_iters * (1 - r.optimizer.decay_fraction) + 1e-6,
-     lambda r: f"optimizer.warmup_iters={r.optimizer.warmup_iters} reaches into the last decay_fraction="
-               f"{r.optimizer.decay_fraction} of lr_decay_iters={r.lr_decay_iters}, where the rate falls: set "
-               "warmup_iters to "
-               f"{math.floor(r.lr_decay_iters * (1 - r.optimizer.decay_fraction) + 1e-6)} or less"),
+    (
+        ("n_embd", "n_head", "head_dim"),
+        lambda r: r.model.head_dim or r.model.n_embd % r.model.n_head == 0,
+        lambda r: (
+            f"model.n_embd={r.model.n_embd} is not divisible by model.n_head={r.model.n_head}: "
+            f"take n_embd={-(-r.model.n_embd // r.model.n_head) * r.model.n_head}, or another n_head"
+        ),
+    ),
+    (
+        ("n_head", "n_kv_head"),
+        lambda r: r.model.n_head % (r.model.n_kv_head or 1) == 0,
+        lambda r: (
+            f"model.n_head={r.model.n_head} is not divisible by model.n_kv_head={r.model.n_kv_head}: take n_kv_head="
+            + " or ".join(str(n) for n in range(1, r.model.n_head + 1) if r.model.n_head % n == 0)
+        ),
+    ),
+    (
+        ("n_embd", "n_head", "head_dim", "position"),
+        lambda r: r.model.position != "rotary" or r.shape["head_dim"] % 2 == 0,
+        lambda r: (
+            f"model.head_dim={r.shape['head_dim']}: position=rotary turns pairs, so heads have an even width"
+            + ("" if r.model.head_dim else " (n_embd / n_head)")
+        ),
+    ),
+    (
+        ("sample_interval", "sample_tokens"),
+        lambda r: not r.train.sample_interval or r.train.sample_tokens,
+        lambda r: f"train.sample_interval={r.train.sample_interval}: of how many tokens? Say sample_tokens=200 or so",
+    ),
+    (
+        ("eval_iters",),
+        lambda r: r.train.eval_iters == "all" or r.train.eval_iters >= 1,
+        lambda r: f"train.eval_iters={r.train.eval_iters}: must be 1 or more, or all",
+    ),
+    (
+        ("min_lr", "learning_rate"),
+        lambda r: r.min_lr <= r.optimizer.learning_rate,
+        lambda r: f"optimizer.min_lr={r.min_lr} is above optimizer.learning_rate={r.optimizer.learning_rate}",
+    ),
+    (
+        ("warmup_iters", "lr_decay_iters", "max_iters", "schedule"),
+        lambda r: r.optimizer.schedule != "cosine" or r.optimizer.warmup_iters <= r.lr_decay_iters,
+        lambda r: (
+            f"optimizer.warmup_iters={r.optimizer.warmup_iters} is above lr_decay_iters={r.lr_decay_iters}: "
+            f"set warmup_iters to {r.lr_decay_iters // 20} or so"
+        ),
+    ),
+    (
+        ("warmup_iters", "lr_decay_iters", "max_iters", "schedule", "decay_fraction"),
+        lambda r: (
+            r.optimizer.schedule != "warmup_stable_decay"
+            or r.optimizer.warmup_iters <= r.lr_decay_iters * (1 - r.optimizer.decay_fraction) + 1e-6
+        ),
+        lambda r: (
+            f"optimizer.warmup_iters={r.optimizer.warmup_iters} reaches into the last decay_fraction="
+            f"{r.optimizer.decay_fraction} of lr_decay_iters={r.lr_decay_iters}, where the rate falls: set "
+            "warmup_iters to "
+            f"{math.floor(r.lr_decay_iters * (1 - r.optimizer.decay_fraction) + 1e-6)} or less"
+        ),
+    ),
 ]
 
 
@@ -391,8 +527,10 @@ def load_recipe(path, overrides=None, check=None):
         if home is None or (dot and section != home):
             problems.append(_unknown(key))
         elif home == "expect":
-            problems.append(f"{key}: what a recipe expects stands in its file, not on a command line"
-                            + " (the steps of the run are max_iters)" * (leaf == "steps"))
+            problems.append(
+                f"{key}: what a recipe expects stands in its file, not on a command line"
+                + " (the steps of the run are max_iters)" * (leaf == "steps")
+            )
         else:
             given[home][leaf] = value
 
@@ -456,7 +594,8 @@ def _mapping(loader, node):
             raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
         if key_node.value in seen:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key_node.value} stands twice", key_node.start_mark)
+                None, None, f"the key {key_node.value} stands twice", key_node.start_mark
+            )
         seen.add(key_node.value)
     return loader.construct_mapping(node, deep=True)
 
@@ -487,8 +626,10 @@ def _read_yaml(path):
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is sections with keys, this is a {type(values).__name__}")
     if {"compute_environment", "distributed_type"} & values.keys():
-        raise ValueError(f"{path}: this is a launch configuration, no recipe: accelerate launch --config_file {path} "
-                         "-m nanogpt_accel.train RECIPE.yaml")
+        raise ValueError(
+            f"{path}: this is a launch configuration, no recipe: accelerate launch --config_file {path} "
+            "-m nanogpt_accel.train RECIPE.yaml"
+        )
     return {str(key): value for key, value in values.items()}
 
 

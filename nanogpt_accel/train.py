@@ -19,16 +19,36 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from . import checkpoint, cli, dataset, hub, interop, launch
-from .console import Console, duration
+from .checkpoint.layout import checkpoint_path, list_checkpoints, read_trainer
+from .checkpoint.resume import load_optimizer
+from .checkpoint.run_folder import check_lock, check_run_folder, lock_run, prepare_run_folder
+from .checkpoint.save import Saver
+from .checkpoint.verify import find_corruption, latest_valid, shape_differences
+from .data import dataset
+from .distributed.accelerator import assert_ranks_agree, make_accelerator
+from .distributed.launcher import check_launch, is_main, launcher_requests, world_size
+from .distributed.stop import StopConsensus, StopSignals, lost_process
+from .hub.background import BackgroundPush
+from .hub.card import model_card
+from .hub.transfer import check_push, create
+from .models.find import find_model, may_be_model, nanogpt_hint
+from .models.load import check_tokenizer, fit_to_tokenizer, load_model, read_config
 from .recipe import FIELDS, SECTIONS, SETTINGS, Recipe, load_recipe
+from .tracking.console import Console
+from .tracking.trackers import Trackers, check_trackers
+from .utils import cli
+from .utils.fields import validate
+from .utils.files import check_writable
+from .utils.text import duration
 
 
 def main(argv):
     if cli.wants_help(argv):
-        return cli.show_help("nanogpt-accel train RECIPE.yaml | RUN_FOLDER [key=value ...]",
-                             "Train a recipe, or continue a run folder from its newest checkpoint.",
-                             {"run": Recipe, **SETTINGS})
+        return cli.show_help(
+            "nanogpt-accel train RECIPE.yaml | RUN_FOLDER [key=value ...]",
+            "Train a recipe, or continue a run folder from its newest checkpoint.",
+            {"run": Recipe, **SETTINGS},
+        )
     target, options = cli.parse(argv, FIELDS)
     if target is None:
         raise ValueError("what to train? nanogpt-accel train RECIPE.yaml, such as recipes/quickstart.yaml")
@@ -36,83 +56,100 @@ def main(argv):
         if not (Path(target) / "run.yaml").is_file():
             raise ValueError(f"{target}: no run.yaml in this folder, so it is no run; give a recipe or a run folder")
         if "out_dir" in options:
-            raise ValueError(f"out_dir={options['out_dir']}: the run goes on in {target}; for another folder begin a "
-                             f"new run with init_from={target}")
+            raise ValueError(
+                f"out_dir={options['out_dir']}: the run goes on in {target}; for another folder begin a "
+                f"new run with init_from={target}"
+            )
         options = {"init_from": "resume", "resume": "no", **options, "out_dir": target}
         target = Path(target) / "run.yaml"
     recipe = resolve_resume(load_recipe(target, options, check=check))
     try:
-        with launch.StopSignals() as signals:
+        with StopSignals() as signals:
             train(recipe, signals)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_go_on(recipe.out_dir)) from None
     except RuntimeError as error:
-        if reason := launch.lost_process(error):
-            raise ConnectionError(f"another process of this run is gone or did not answer within collective_timeout="
-                                  f"{recipe.train.collective_timeout:g} s ({reason}): "
-                                  f"{how_to_go_on(recipe.out_dir)}") from error
+        if reason := lost_process(error):
+            raise ConnectionError(
+                f"another process of this run is gone or did not answer within collective_timeout="
+                f"{recipe.train.collective_timeout:g} s ({reason}): "
+                f"{how_to_go_on(recipe.out_dir)}"
+            ) from error
         raise
 
 
 def resolve_resume(recipe):
     """The recipe with init_from=resume where resume=auto finds a whole checkpoint."""
-    if recipe.checkpoint.resume == "no" or not checkpoint.newest_whole(recipe.out_dir, lambda line: None,
-                                                                       thorough=False):
+    if recipe.checkpoint.resume == "no" or not latest_valid(recipe.out_dir, lambda line: None, thorough=False):
         return recipe
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"init_from": "resume"})})
 
 
 def how_to_go_on(out_dir):
-    saved = checkpoint.newest_whole(out_dir, thorough=False)
+    saved = latest_valid(out_dir, thorough=False)
     if saved is None:
         return f"no checkpoint was saved yet; to begin again: nanogpt-accel train {out_dir} init_from=scratch"
-    launched = launch.world_size() > 1
-    return (f"go on from {saved.name} with: nanogpt-accel train {out_dir}"
-            + (" (or the same launch, with this folder in the recipe's place)" if launched else ""))
+    launched = world_size() > 1
+    return f"go on from {saved.name} with: nanogpt-accel train {out_dir}" + (
+        " (or the same launch, with this folder in the recipe's place)" if launched else ""
+    )
 
 
 def check(recipe):
     """Everything that can be known to be wrong before anything slow: a list of problems."""
     recipe = resolve_resume(recipe)
     problems = dataset.check(recipe.data, recipe.model.block_size)
-    problems += launch.check_launch(recipe.train.gradient_accumulation_steps, recipe.tracking.trackers)
-    if recipe.train.sample_interval and (launch.asks_for("FSDP") or launch.asks_for("DEEPSPEED")):
-        problems.append(f"train.sample_interval={recipe.train.sample_interval}: a model that lies in pieces writes no "
-                        "samples; leave it out with FSDP2 and DeepSpeed")
-    if recipe.train.on_nonfinite == "skip" and launch.asks_for("DEEPSPEED"):
-        problems.append("train.on_nonfinite=skip: DeepSpeed makes its step with the backward pass, and leaves none "
-                        "out; take on_nonfinite=stop, or configs/fsdp2.yaml")
+    problems += check_launch(recipe.train.gradient_accumulation_steps) + check_trackers(recipe.tracking.trackers)
+    if recipe.train.sample_interval and (launcher_requests("FSDP") or launcher_requests("DEEPSPEED")):
+        problems.append(
+            f"train.sample_interval={recipe.train.sample_interval}: a model that lies in pieces writes no "
+            "samples; leave it out with FSDP2 and DeepSpeed"
+        )
+    if recipe.train.on_nonfinite == "skip" and launcher_requests("DEEPSPEED"):
+        problems.append(
+            "train.on_nonfinite=skip: DeepSpeed makes its step with the backward pass, and leaves none "
+            "out; take on_nonfinite=stop, or configs/fsdp2.yaml"
+        )
     out_dir, init_from = Path(recipe.out_dir), recipe.model.init_from
-    saved, may_begin = checkpoint.checkpoints(out_dir), recipe.overwrite or recipe.train.eval_only
-    held = checkpoint.check_lock(out_dir) if launch.is_main() and not recipe.train.eval_only else []
+    saved, may_begin = list_checkpoints(out_dir), recipe.overwrite or recipe.train.eval_only
+    held = check_lock(out_dir) if is_main() and not recipe.train.eval_only else []
     if held:  # all else may change while that run goes on
         problems += held
     elif init_from == "resume":
-        newest = checkpoint.newest_whole(out_dir, warn=lambda line: None, thorough=False)
+        newest = latest_valid(out_dir, warn=lambda line: None, thorough=False)
         if newest is None:
             what = "no whole checkpoint" if saved else "no checkpoint"
-            problems.append(f"nothing to resume: {what} in out_dir={out_dir}; to start over: the same command with "
-                            "init_from=scratch")
+            problems.append(
+                f"nothing to resume: {what} in out_dir={out_dir}; to start over: the same command with "
+                "init_from=scratch"
+            )
         else:
-            problems += checkpoint.shape_differences(newest, interop.read_config(newest), recipe.shape)
-    elif saved and not may_begin and not checkpoint.newest_whole(out_dir, warn=lambda line: None, thorough=False):
-        problems.append(f"out_dir={out_dir} holds a run without a whole checkpoint ({saved[-1].name}: "
-                        f"{checkpoint.damage(saved[-1])}): replace it with overwrite=true, or take another out_dir")
+            problems += shape_differences(newest, read_config(newest), recipe.shape)
+    elif saved and not may_begin and not latest_valid(out_dir, warn=lambda line: None, thorough=False):
+        problems.append(
+            f"out_dir={out_dir} holds a run without a whole checkpoint ({saved[-1].name}: "
+            f"{find_corruption(saved[-1])}): replace it with overwrite=true, or take another out_dir"
+        )
     elif saved and not may_begin:
-        problems.append(f"out_dir={out_dir} already holds a run ({saved[-1].name}): go on with `nanogpt-accel train "
-                        f"{out_dir}`, replace it with overwrite=true, or take another out_dir")
+        problems.append(
+            f"out_dir={out_dir} already holds a run ({saved[-1].name}): go on with `nanogpt-accel train "
+            f"{out_dir}`, replace it with overwrite=true, or take another out_dir"
+        )
     elif not saved and not recipe.train.eval_only:
-        problems += checkpoint.check_folder(out_dir)
-    if init_from not in ("scratch", "resume") and not checkpoint.may_be_model(init_from):
-        problems.append(f"model.init_from={init_from}: " + (
-            checkpoint.nanogpt_hint(init_from) or "neither scratch, resume, a folder that exists, nor a Hub id"))
+        problems += check_run_folder(out_dir)
+    if init_from not in ("scratch", "resume") and not may_be_model(init_from):
+        problems.append(
+            f"model.init_from={init_from}: "
+            + (nanogpt_hint(init_from) or "neither scratch, resume, a folder that exists, nor a Hub id")
+        )
     if recipe.overwrite and out_dir.resolve() in (Path(init_from).resolve(), Path(init_from).resolve().parent):
-        problems.append(f"model.init_from={init_from}: lies in out_dir={out_dir}, which overwrite=true clears; take "
-                        "another out_dir")
+        problems.append(
+            f"model.init_from={init_from}: lies in out_dir={out_dir}, which overwrite=true clears; take another out_dir"
+        )
     if not recipe.train.eval_only:
-        problems += checkpoint.check_writable(out_dir)
+        problems += check_writable(out_dir)
     if recipe.hub.push_to_hub:
-        problems += hub.check_push(recipe.hub.hub_model_id or out_dir.name, "hub.hub_model_id")
+        problems += check_push(recipe.hub.hub_model_id or out_dir.name, "hub.hub_model_id")
     return problems
 
 
@@ -122,26 +159,31 @@ def open_data(recipe, console):
     Returns:
         (dataset, source): source is the folder whose weights the run begins with, None for a new model.
     """
-    data = dataset.ready(recipe.data, launch.is_main(), console)
+    data = dataset.ready(recipe.data, is_main(), console)
     block_size, init_from = recipe.model.block_size, recipe.model.init_from
     problems = dataset.require_block(data, block_size)
     if recipe.train.sample_tokens:
         problems += data.tokenizer.check_prompt(recipe.train.sample_prompt, block_size, "train.sample_prompt")
     source = None
     if init_from == "resume":
-        source = checkpoint.newest_whole(recipe.out_dir, console)
-        if checkpoint.read_trainer(source)["data"] != data.identity:
-            problems.append(f"{source} was trained on other data than {data.folder} holds now: set data_dir to the "
-                            f"folder it began with, or begin a new run with init_from={source} and another out_dir")
+        source = latest_valid(recipe.out_dir, console)
+        if read_trainer(source)["data"] != data.identity:
+            problems.append(
+                f"{source} was trained on other data than {data.folder} holds now: set data_dir to the "
+                f"folder it began with, or begin a new run with init_from={source} and another out_dir"
+            )
     elif init_from != "scratch":
-        source = checkpoint.find_model(init_from, console, bars=console.is_heard)
-        config = interop.read_config(source)
-        problems += (dataset.require_tokenizer(data, source, key=f"model.init_from={init_from}")
-                     or interop.check_tokenizer(data.tokenizer, config, source))
+        source = find_model(init_from, console, bars=console.is_heard)
+        config = read_config(source)
+        problems += dataset.require_tokenizer(data, source, key=f"model.init_from={init_from}") or check_tokenizer(
+            data.tokenizer, config, source
+        )
         longest = config["block_size"]
         if config["position"] == "learned" and block_size > longest:
-            problems.append(f"model.block_size={block_size}: {source} reads at most {longest} tokens; "
-                            f"set block_size={longest} or less")
+            problems.append(
+                f"model.block_size={block_size}: {source} reads at most {longest} tokens; "
+                f"set block_size={longest} or less"
+            )
     if problems:
         raise ValueError("\n".join(problems))
     return data, source
@@ -162,8 +204,8 @@ def train(recipe, signals=None):
         cli.Stopped: a signal or max_hours ended it early; the message says how it goes on.
     """
     began = time.monotonic()
-    signals = signals or launch.StopSignals()
-    console = Console(launch.is_main(), recipe.tracking.quiet)
+    signals = signals or StopSignals()
+    console = Console(is_main(), recipe.tracking.quiet)
     repository = ask_hub(recipe)
     data, source = open_data(recipe, console)
     out_dir, is_resumed = Path(recipe.out_dir), recipe.model.init_from == "resume"
@@ -172,30 +214,47 @@ def train(recipe, signals=None):
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from . import cpu, metrics, sharding
     from .batches import Batches, evaluation_batches, model_inputs, seed_of
-    from .optim import check_whole, learning_rate, make_optimizer
+    from .distributed import cpu, sharding
+    from .evaluation import describe, mean_loss, scores
+    from .optim import check_unsharded, learning_rate, make_optimizer
+    from .planning.hardware import device_name, peak_flops, peak_memory
+    from .planning.sizing import flops_per_token
+    from .tracking.metrics_log import MetricsLog, Spikes, read_metrics
 
     transformers_logging.disable_progress_bar()
-    accelerator = launch.make_accelerator(recipe.train.device, recipe.train.mixed_precision, recipe.train.compile,
-                                          recipe.tracking.trackers, logging_dir=recipe.out_dir,
-                                          collective_timeout=recipe.train.collective_timeout)
-    launch.require_same(accelerator, recipe=recipe.flat(), data=data.identity, beginning={"source": str(source)})
-    device, is_main = accelerator.device, accelerator.is_main_process
+    accelerator = make_accelerator(
+        recipe.train.device,
+        recipe.train.mixed_precision,
+        recipe.train.compile,
+        recipe.tracking.trackers,
+        logging_dir=recipe.out_dir,
+        collective_timeout=recipe.train.collective_timeout,
+    )
+    assert_ranks_agree(accelerator, recipe=recipe.flat(), data=data.identity, beginning={"source": str(source)})
+    device, on_main = accelerator.device, accelerator.is_main_process
 
     # model: new, or with the weights of a checkpoint
     torch.manual_seed(recipe.seed)
-    sharding.keep_whole(accelerator)
-    model = make_model(recipe, data.tokenizer, source, is_hollow=sharding.is_fsdp(accelerator) and not is_main)
-    console.say(f"resuming {out_dir} from {source.name}" if is_resumed else
-                f"beginning with the weights of {source}" if source else "beginning with new weights")
+    sharding.disable_zero3_init(accelerator)
+    model = make_model(recipe, data.tokenizer, source, is_hollow=sharding.is_fsdp(accelerator) and not on_main)
+    console.say(
+        f"resuming {out_dir} from {source.name}"
+        if is_resumed
+        else f"beginning with the weights of {source}"
+        if source
+        else "beginning with new weights"
+    )
     if source is not None and not is_resumed:  # the shape is the source's; run.yaml has to say so, or nothing resumes
         shape = {key: getattr(model.config, key) for key in recipe.shape}
-        unheeded = [f"{key}={recipe.shape[key]}" for key in recipe.model.model_fields_set & shape.keys()
-                    if recipe.shape[key] != shape[key]]
+        unheeded = [
+            f"{key}={recipe.shape[key]}"
+            for key in recipe.model.model_fields_set & shape.keys()
+            if recipe.shape[key] != shape[key]
+        ]
         if unheeded:
             console.say(f"their shape holds, and not the recipe's {', '.join(sorted(unheeded))}")
-        section, problems, _ = cli.validate(SECTIONS["model"], recipe.model.model_dump() | shape, "model.")
+        section, problems, _ = validate(SECTIONS["model"], recipe.model.model_dump() | shape, "model.")
         if problems:
             raise ValueError(f"{source}: no run can have its shape: {'; '.join(problems)}")
         recipe = recipe.model_copy(update={"model": section})
@@ -219,34 +278,47 @@ def train(recipe, signals=None):
     batches = Batches(data.train, block_size, batch_size, micro_batches, recipe.seed, recipe.data.sampling)
     val_batches = evaluation_batches(len(data.val), block_size, batch_size, recipe.train.eval_iters)
     train_batches = evaluation_batches(len(data.train), block_size, batch_size, len(val_batches))
-    to_inputs = partial(model_inputs, device=device,
-                        eot_id=data.tokenizer.eot_id if recipe.data.document_mask else None)
+    to_inputs = partial(
+        model_inputs, device=device, eot_id=data.tokenizer.eot_id if recipe.data.document_mask else None
+    )
 
     # optimizer, and everything into Accelerate's hands
-    optimizer = make_optimizer(model, learning_rate=recipe.optimizer.learning_rate,
-                               weight_decay=recipe.optimizer.weight_decay,
-                               beta1=recipe.optimizer.beta1, beta2=recipe.optimizer.beta2,
-                               algorithm=recipe.optimizer.algorithm,
-                               muon_learning_rate=recipe.optimizer.muon_learning_rate,
-                               muon_momentum=recipe.optimizer.muon_momentum,
-                               muon_weight_decay=recipe.optimizer.muon_weight_decay)
+    optimizer = make_optimizer(
+        model,
+        learning_rate=recipe.optimizer.learning_rate,
+        weight_decay=recipe.optimizer.weight_decay,
+        beta1=recipe.optimizer.beta1,
+        beta2=recipe.optimizer.beta2,
+        algorithm=recipe.optimizer.algorithm,
+        muon_learning_rate=recipe.optimizer.muon_learning_rate,
+        muon_momentum=recipe.optimizer.muon_momentum,
+        muon_weight_decay=recipe.optimizer.muon_weight_decay,
+    )
     summary = model_summary(model)
-    flops_per_token = metrics.flops_per_token(n_multiplying(model), model.config.n_layer,
-                                              model.config.n_head * model.config.head_dim, block_size)
-    peak_flops = metrics.peak_flops(metrics.device_name(device))
-    model, optimizer = sharding.prepare(accelerator, model, optimizer, batch_size=batch_size, micro_steps=micro_steps,
-                                        grad_clip=recipe.optimizer.grad_clip)
-    check_whole(optimizer)
+    token_flops = flops_per_token(
+        num_matmul_params(model), model.config.n_layer, model.config.n_head * model.config.head_dim, block_size
+    )
+    peak = peak_flops(device_name(device))
+    model, optimizer = sharding.prepare(
+        accelerator,
+        model,
+        optimizer,
+        batch_size=batch_size,
+        micro_steps=micro_steps,
+        grad_clip=recipe.optimizer.grad_clip,
+    )
+    check_unsharded(optimizer)
     raw_model = accelerator.unwrap_model(model, keep_torch_compile=False)
     is_compiled = accelerator.state.dynamo_plugin.backend != "NO"
 
     # where the run stands
     first_step, best_val_loss, best_step, val_loss, lr, skips, skips_in_a_row = 0, math.inf, None, None, None, 0, 0
     if is_resumed:
-        checkpoint.load_optimizer(source, accelerator, raw_model, optimizer)
-        trainer = checkpoint.read_trainer(source)
-        first_step, val_loss, best_step, lr = (trainer[key] for key in ("step", "val_loss", "best_step",
-                                                                        "learning_rate"))
+        load_optimizer(source, accelerator, raw_model, optimizer)
+        trainer = read_trainer(source)
+        first_step, val_loss, best_step, lr = (
+            trainer[key] for key in ("step", "val_loss", "best_step", "learning_rate")
+        )
         best_val_loss = math.inf if best_step is None else trainer["best_val_loss"]
         skips, skips_in_a_row = trainer["skips"], trainer["skips_in_a_row"]
         if accelerator.scaler is not None and trainer["scaler"] is not None:
@@ -256,44 +328,78 @@ def train(recipe, signals=None):
     record = as_it_ran(recipe, data)
     log = samples = pusher = lock = None
     if not recipe.train.eval_only:
-        if is_main:
-            lock = checkpoint.lock(out_dir)
-            checkpoint.begin(out_dir, record.to_yaml(), is_resumed)
-            log = metrics.MetricsLog(out_dir / "metrics.jsonl", resume_step=first_step if is_resumed else None,
-                                     warn=console.say)
+        if on_main:
+            lock = lock_run(out_dir)
+            prepare_run_folder(out_dir, record.to_yaml(), is_resumed)
+            log = MetricsLog(
+                out_dir / "metrics.jsonl", resume_step=first_step if is_resumed else None, warn=console.say
+            )
             if recipe.train.sample_interval:
-                samples = metrics.MetricsLog(out_dir / "samples.jsonl", resume_step=first_step if is_resumed else None,
-                                             warn=console.say)
+                samples = MetricsLog(
+                    out_dir / "samples.jsonl", resume_step=first_step if is_resumed else None, warn=console.say
+                )
             if repository is not None:
-                pusher = hub.BackgroundPush(repository, out_dir, console.say, recipe.hub.hub_private,
-                                            recipe.hub.hub_branch)
+                pusher = BackgroundPush(repository, out_dir, console.say, recipe.hub.hub_private, recipe.hub.hub_branch)
         accelerator.wait_for_everyone()
-        saver = checkpoint.Saver(out_dir, accelerator, data.tokenizer, recipe.checkpoint.keep_last,
-                                 recipe.checkpoint.async_save, console.say, on_saved=partial(push, pusher, out_dir))
-        trackers = launch.Trackers(accelerator, recipe.tracking.project, recipe.flat(), first_step, out_dir,
-                                   name=recipe.tracking.run_name or out_dir.name, warn=console.say)
-        if is_resumed and is_main:  # tensorboard's purge took the evaluation of that step along
-            for line in metrics.read_metrics(out_dir / "metrics.jsonl"):
+        saver = Saver(
+            out_dir,
+            accelerator,
+            data.tokenizer,
+            recipe.checkpoint.keep_last,
+            recipe.checkpoint.async_save,
+            console.say,
+            on_saved=partial(push, pusher, out_dir),
+        )
+        trackers = Trackers(
+            accelerator,
+            recipe.tracking.project,
+            recipe.flat(),
+            first_step,
+            out_dir,
+            name=recipe.tracking.run_name or out_dir.name,
+            warn=console.say,
+        )
+        if is_resumed and on_main:  # tensorboard's purge took the evaluation of that step along
+            for line in read_metrics(out_dir / "metrics.jsonl"):
                 if line["step"] == first_step:
                     trackers.log({key: value for key, value in line.items() if key != "step"}, first_step)
 
     console.say(f"model: {summary}")
-    console.say(f"data: {data.folder}, {len(data.train):,} training and {len(data.val):,} validation tokens, "
-                f"{data.tokenizer.vocab_size:,} symbols")
+    console.say(
+        f"data: {data.folder}, {len(data.train):,} training and {len(data.val):,} validation tokens, "
+        f"{data.tokenizer.vocab_size:,} symbols"
+    )
     if not recipe.train.eval_only:
-        console.say(f"batch: {batch_size} sequences of {block_size} tokens x {micro_batches} "
-                    f"micro-batch{'es' * (micro_batches != 1)} (processes: {accelerator.num_processes}, of each: "
-                    f"{micro_steps}) = {tokens_per_step:,} tokens a step; {max_iters:,} steps are "
-                    f"{max_iters * tokens_per_step:,} tokens, "
-                    f"{max_iters * tokens_per_step / len(data.train):.2f} epochs")
-        if peak_flops:
-            seconds = (max(max_iters - first_step, 0) * tokens_per_step * flops_per_token
-                       / (0.4 * peak_flops * accelerator.num_processes))
+        console.say(
+            f"batch: {batch_size} sequences of {block_size} tokens x {micro_batches} "
+            f"micro-batch{'es' * (micro_batches != 1)} (processes: {accelerator.num_processes}, of each: "
+            f"{micro_steps}) = {tokens_per_step:,} tokens a step; {max_iters:,} steps are "
+            f"{max_iters * tokens_per_step:,} tokens, "
+            f"{max_iters * tokens_per_step / len(data.train):.2f} epochs"
+        )
+        if peak:
+            seconds = (
+                max(max_iters - first_step, 0)
+                * tokens_per_step
+                * token_flops
+                / (0.4 * peak * accelerator.num_processes)
+            )
             console.say(f"time: {duration(seconds)} if it comes to an MFU of 40%; measured after a few steps")
-    console.say(", ".join(filter(None, (
-        f"device: {metrics.device_name(device)}", f"mixed precision {accelerator.mixed_precision}",
-        f"attention {raw_model.config._attn_implementation}", "compiled" if is_compiled else None, tuned,
-        None if peak_flops or device.type == "cpu" else "no MFU: the table has no peak FLOP/s of this device"))))
+    console.say(
+        ", ".join(
+            filter(
+                None,
+                (
+                    f"device: {device_name(device)}",
+                    f"mixed precision {accelerator.mixed_precision}",
+                    f"attention {raw_model.config._attn_implementation}",
+                    "compiled" if is_compiled else None,
+                    tuned,
+                    None if peak or device.type == "cpu" else "no MFU: the table has no peak FLOP/s of this device",
+                ),
+            )
+        )
+    )
 
     def fetch(step, micro_step):
         """The model's inputs for this process's micro-batch, on their way to the device."""
@@ -302,14 +408,22 @@ def train(recipe, signals=None):
     def save(step):
         """A checkpoint after `step` steps; all processes take part."""
         trainer = {
-            "step": step, "evaluated": evaluates or is_evaluated, "val_loss": val_loss, "best_step": best_step,
-            "best_val_loss": None if best_step is None else best_val_loss, "data": data.identity,
-            "learning_rate": lr, "seed": recipe.seed, "processes": accelerator.num_processes,
+            "step": step,
+            "evaluated": evaluates or is_evaluated,
+            "val_loss": val_loss,
+            "best_step": best_step,
+            "best_val_loss": None if best_step is None else best_val_loss,
+            "data": data.identity,
+            "learning_rate": lr,
+            "seed": recipe.seed,
+            "processes": accelerator.num_processes,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-            "skips": skips, "skips_in_a_row": skips_in_a_row}
+            "skips": skips,
+            "skips_in_a_row": skips_in_a_row,
+        }
         if log is not None:
             log.flush()
-        saver.save(trainer, raw_model, optimizer, model_card(record, data, trainer))
+        saver.save(trainer, raw_model, optimizer, checkpoint_card(record, data, trainer))
 
     def settle(step, losses):
         """Losses of the steps up to `step` as floats, means of all processes; one that is no number ends the run."""
@@ -324,7 +438,7 @@ def train(recipe, signals=None):
         """The error that ends a run whose numbers went wrong; the batch of `step` is kept for a look."""
         saver.wait()
         kept = out_dir / f"nonfinite-{step}.json"
-        if step is not None and is_main:
+        if step is not None and on_main:
             with suppress(OSError):
                 keep_batch(kept, step, batches, micro_batches, data.tokenizer)
         return FloatingPointError(stopped_by(what + (f" (its batch: {kept})" if step is not None else ""), out_dir))
@@ -332,12 +446,14 @@ def train(recipe, signals=None):
     if first_step >= max_iters and not recipe.train.eval_only:
         console.say(f"the run has done its max_iters={max_iters} steps; a higher max_iters goes on")
     console.start(first_step, max_iters, recipe.train.eval_interval, is_compiled)
-    gc.set_threshold(*cli.OFTEN)  # what was imported is there, and a checkpoint leaves a copy of the model in a cycle
-    agreement, signals.armed = launch.Agreement(accelerator, recipe.train.collective_timeout), True
+    gc.set_threshold(
+        *cli.GC_THRESHOLD
+    )  # what was imported is there, and a checkpoint leaves a copy of the model in a cycle
+    agreement, signals.armed = StopConsensus(accelerator, recipe.train.collective_timeout), True
     model.train()
     inputs = fetch(first_step, 0)
     may_skip = recipe.train.on_nonfinite == "skip"
-    spikes = metrics.Spikes(out_dir / "metrics.jsonl")
+    spikes = Spikes(out_dir / "metrics.jsonl")
     losses, interval_start, is_stopped, last_step = [], time.perf_counter(), False, max(first_step, max_iters)
     for step in range(first_step, last_step + 1):
         is_end = step == last_step
@@ -359,17 +475,17 @@ def train(recipe, signals=None):
             train_loss = None
             with console.evaluating(len(val_batches) + len(train_batches) * recipe.train.eval_train) as progress:
                 if recipe.train.eval_train:
-                    train_loss = metrics.mean_loss(model, data.train, train_batches, to_inputs, accelerator, progress)
-                val_loss = metrics.mean_loss(model, data.val, val_batches, to_inputs, accelerator, progress)
-            scores = metrics.scores(val_loss, len(data.val), data.text_bytes("val"), train_loss)
-            console.say(f"step {step}: " + metrics.describe(scores), always=is_end or recipe.train.eval_only)
+                    train_loss = mean_loss(model, data.train, train_batches, to_inputs, accelerator, progress)
+                val_loss = mean_loss(model, data.val, val_batches, to_inputs, accelerator, progress)
+            found = scores(val_loss, len(data.val), data.text_bytes("val"), train_loss)
+            console.say(f"step {step}: " + describe(found), always=is_end or recipe.train.eval_only)
             if recipe.train.eval_only:
                 break
             if not math.isfinite(val_loss):
                 raise came_apart(None, f"validation loss after {step} steps is {val_loss}")
             if log is not None:
-                log.write(step=step, **scores)
-            trackers.log(scores, step)
+                log.write(step=step, **found)
+            trackers.log(found, step)
             if val_loss < best_val_loss:
                 best_val_loss, best_step = val_loss, step
                 saves = step > 0  # the best one is saved whatever save_interval says
@@ -380,9 +496,10 @@ def train(recipe, signals=None):
 
         # a sample while the run goes on; the last one is written when it is done. What a sample draws is its own, and
         # no step takes up what was drawn before it
-        writes_sample = (step > 0 and step % (recipe.train.sample_interval or math.inf) == 0
-                         and not (is_end or is_stopped))
-        if writes_sample and is_main:
+        writes_sample = (
+            step > 0 and step % (recipe.train.sample_interval or math.inf) == 0 and not (is_end or is_stopped)
+        )
+        if writes_sample and on_main:
             text = write_sample(recipe, data, raw_model)
             console.say(f"sample after {step} steps: {recipe.train.sample_prompt}{text}")
             keep_sample(samples, trackers, step, recipe.train.sample_prompt + text)
@@ -392,15 +509,28 @@ def train(recipe, signals=None):
             break
 
         # the learning rate of this step
-        lr = learning_rate(step, schedule=recipe.optimizer.schedule, learning_rate=recipe.optimizer.learning_rate,
-                           warmup_iters=recipe.optimizer.warmup_iters, lr_decay_iters=recipe.lr_decay_iters,
-                           min_lr=recipe.min_lr, decay_fraction=recipe.optimizer.decay_fraction)
+        lr = learning_rate(
+            step,
+            schedule=recipe.optimizer.schedule,
+            learning_rate=recipe.optimizer.learning_rate,
+            warmup_iters=recipe.optimizer.warmup_iters,
+            lr_decay_iters=recipe.lr_decay_iters,
+            min_lr=recipe.min_lr,
+            decay_fraction=recipe.optimizer.decay_fraction,
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        if is_resumed and step == first_step and not math.isclose(
-                lr, trainer["learning_rate"], rel_tol=0.2, abs_tol=0.05 * recipe.optimizer.learning_rate):
-            console.say(f"the learning rate goes on with {lr:.2e} after {trainer['learning_rate']:.2e}: the schedule "
-                        "is another one now (max_iters, lr_decay_iters, learning_rate)")
+        if (
+            is_resumed
+            and step == first_step
+            and not math.isclose(
+                lr, trainer["learning_rate"], rel_tol=0.2, abs_tol=0.05 * recipe.optimizer.learning_rate
+            )
+        ):
+            console.say(
+                f"the learning rate goes on with {lr:.2e} after {trainer['learning_rate']:.2e}: the schedule "
+                "is another one now (max_iters, lr_decay_iters, learning_rate)"
+            )
 
         # forward and backward over the micro-batches; gradients are exchanged with the last one
         loss = torch.zeros((), device=device)
@@ -408,8 +538,9 @@ def train(recipe, signals=None):
             with accelerator.accumulate(model):
                 # dropout follows from the micro-batch, not from the process that happens to compute it, nor from what
                 # was drawn before: so a resumed run repeats it to the last bit, on any number of processes
-                torch.manual_seed(seed_of(recipe.seed, 0, step,
-                                          micro_step * accelerator.num_processes + accelerator.process_index))
+                torch.manual_seed(
+                    seed_of(recipe.seed, 0, step, micro_step * accelerator.num_processes + accelerator.process_index)
+                )
                 micro_loss = model(**inputs, return_logits=False).loss
                 # fetch the next batch while the device is at work on this one
                 inputs = fetch(step, micro_step + 1) if micro_step + 1 < micro_steps else fetch(step + 1, 0)
@@ -438,14 +569,19 @@ def train(recipe, signals=None):
             is_scaling = accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1  # or it found no scale
             if not (math.isfinite(grad_norm) or may_skip or is_scaling or accelerator.optimizer_step_was_skipped):
                 raise came_apart(step, f"gradient norm of step {step} is {grad_norm}")
-            values = {"loss": losses[-1], "learning_rate": lr, "grad_norm": grad_norm,
-                      "tokens_per_second": tokens_per_step / seconds, "peak_memory": metrics.peak_memory(device)}
+            values = {
+                "loss": losses[-1],
+                "learning_rate": lr,
+                "grad_norm": grad_norm,
+                "tokens_per_second": tokens_per_step / seconds,
+                "peak_memory": peak_memory(device),
+            }
             if spikes.is_one(losses[-1]):
                 values["spike"] = True
             if skips:
                 values["skipped_steps"] = skips
-            if peak_flops:
-                values["mfu"] = flops_per_token * tokens_per_step / seconds / (peak_flops * accelerator.num_processes)
+            if peak:
+                values["mfu"] = token_flops * tokens_per_step / seconds / (peak * accelerator.num_processes)
             if log is not None:
                 log.write(step=step, **values)
             trackers.log(values, step)
@@ -457,11 +593,11 @@ def train(recipe, signals=None):
     if not recipe.train.eval_only:
         saver.wait()
     if is_sharded:  # the model is whole in its checkpoint alone
-        saved = checkpoint.newest_whole(out_dir) if is_main and not recipe.train.eval_only else None
-        raw_model = interop.load_model(saved).to(device) if saved else None
-    if is_main and recipe.train.eval_only:
+        saved = latest_valid(out_dir) if on_main and not recipe.train.eval_only else None
+        raw_model = load_model(saved).to(device) if saved else None
+    if on_main and recipe.train.eval_only:
         hold_to_expectation(recipe, val_loss, val_loss, console)
-    elif is_main:
+    elif on_main:
         log.close()
         if not is_stopped:
             text = finish(recipe, data, raw_model, console)
@@ -481,30 +617,38 @@ def train(recipe, signals=None):
     if lock is not None:
         lock.release()
     if is_stopped:
-        raise cli.Stopped(f"stopped by {signals.received or 'a signal to another process'} after {step:,} of "
-                          f"{max_iters:,} steps; {how_to_go_on(out_dir)}")
+        raise cli.Stopped(
+            f"stopped by {signals.received or 'a signal to another process'} after {step:,} of "
+            f"{max_iters:,} steps; {how_to_go_on(out_dir)}"
+        )
     if not recipe.train.eval_only and saver.trouble:
-        raise OSError(f"{out_dir}: all steps are done, but the last checkpoint could not be written ({saver.trouble}); "
-                      f"{how_to_go_on(out_dir)}")
+        raise OSError(
+            f"{out_dir}: all steps are done, but the last checkpoint could not be written ({saver.trouble}); "
+            f"{how_to_go_on(out_dir)}"
+        )
     return raw_model
 
 
 def make_model(recipe, tokenizer, source, is_hollow=False):
     """A GPT in float32 on the CPU: a new one, or the one whose weights the folder `source` holds. is_hollow: of a new
     one the shape alone, for a process that is sent the weights of the main one."""
+    from .distributed.sharding import init_empty
     from .model import GPT, GPTConfig
-    from .sharding import hollow
 
     if source is None:
         multiple = recipe.model.pad_vocab_to_multiple_of
-        config = GPTConfig(vocab_size=-(-tokenizer.vocab_size // multiple) * multiple,
-                           dropout=recipe.model.dropout, initializer_range=recipe.model.initializer_range,
-                           zero_init=recipe.model.zero_init, **recipe.shape)
-        model = hollow(lambda: GPT(config)) if is_hollow else GPT(config)
+        config = GPTConfig(
+            vocab_size=-(-tokenizer.vocab_size // multiple) * multiple,
+            dropout=recipe.model.dropout,
+            initializer_range=recipe.model.initializer_range,
+            zero_init=recipe.model.zero_init,
+            **recipe.shape,
+        )
+        model = init_empty(lambda: GPT(config)) if is_hollow else GPT(config)
     else:
-        model = interop.load_model(source, dropout=recipe.model.dropout)
+        model = load_model(source, dropout=recipe.model.dropout)
         model.set_block_size(recipe.model.block_size)
-    interop.fit_to_tokenizer(model, tokenizer)
+    fit_to_tokenizer(model, tokenizer)
     return model
 
 
@@ -519,30 +663,36 @@ def as_it_ran(recipe, data):
     return recipe.model_copy(update={"data": section, "model": model, "overwrite": False})
 
 
-def n_multiplying(model):
+def num_matmul_params(model):
     """Number of parameters that multiply something for each token: all but those of embeddings that are only read."""
     read = [model.transformer.wpe] + ([] if model.config.tie_word_embeddings else [model.transformer.wte])
     return model.num_parameters() - sum(table.weight.numel() for table in read if table is not None)
 
 
 def model_summary(model):
-    from . import sizing
+    from .planning import sizing
 
     config = model.config
     parts = ", ".join(f"{part} {n:,}" for part, n in sizing.parameters(config.to_dict()).items() if n)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    return (f"{model.num_parameters():,} parameters ({parts}), {config.n_layer} layers of {config.n_head} "
-            f"heads, {config.n_embd} wide, {config.vocab_size:,} rows of vocabulary; weight decay on {len(decayed)} "
-            f"tensors with {sum(p.numel() for p in decayed):,}, none on {len(others)} with "
-            f"{sum(p.numel() for p in others):,}")
+    return (
+        f"{model.num_parameters():,} parameters ({parts}), {config.n_layer} layers of {config.n_head} "
+        f"heads, {config.n_embd} wide, {config.vocab_size:,} rows of vocabulary; weight decay on {len(decayed)} "
+        f"tensors with {sum(p.numel() for p in decayed):,}, none on {len(others)} with "
+        f"{sum(p.numel() for p in others):,}"
+    )
 
 
 def stopped_by(what, out_dir):
     """The message of a run whose numbers went wrong."""
-    saved = checkpoint.newest_whole(out_dir)
-    remedy = (f"the last good checkpoint is {saved}; go on from it with a lower rate: nanogpt-accel train {out_dir} "
-              "learning_rate=..." if saved else "no checkpoint was saved yet; begin again with a lower learning_rate")
+    saved = latest_valid(out_dir)
+    remedy = (
+        f"the last good checkpoint is {saved}; go on from it with a lower rate: nanogpt-accel train {out_dir} "
+        "learning_rate=..."
+        if saved
+        else "no checkpoint was saved yet; begin again with a lower learning_rate"
+    )
     return f"the {what}: {remedy}"
 
 
@@ -556,14 +706,23 @@ def keep_batch(path, step, batches, micro_batches, tokenizer):
 
 def write_sample(recipe, data, model, on_text=None):
     """The text that the model writes after sample_prompt; the model trains on as it did. on_text: takes the pieces."""
-    from .generation import generate, text_after
+    from .models.generation import generate, text_after
 
     train, decode = recipe.train, data.tokenizer.decode
     was_training = model.training
     model.eval()
     prompt = data.tokenizer.encode_prompt(train.sample_prompt)
-    ids, = generate(model, [prompt], seeds=[recipe.seed], vocab_size=data.tokenizer.vocab_size,
-                    max_new_tokens=train.sample_tokens, temperature=0.8, top_k=200, decode=decode, on_text=on_text)
+    (ids,) = generate(
+        model,
+        [prompt],
+        seeds=[recipe.seed],
+        vocab_size=data.tokenizer.vocab_size,
+        max_new_tokens=train.sample_tokens,
+        temperature=0.8,
+        top_k=200,
+        decode=decode,
+        on_text=on_text,
+    )
     model.train(was_training)
     return text_after(decode, prompt, ids)
 
@@ -579,7 +738,7 @@ def hold_to_expectation(recipe, last, best, console):
 
     last, best: nats a token; None where there was no evaluation.
     """
-    from . import metrics
+    from . import evaluation
 
     expect, max_iters = recipe.expect, recipe.train.max_iters
     got = best if expect.evaluation == "best" else last
@@ -591,24 +750,32 @@ def hold_to_expectation(recipe, last, best, console):
     elif steps != max_iters and not recipe.train.eval_only:
         where = f" after {steps:,} steps (here {max_iters:,})"
     elif expect.tolerance is not None:
-        verdict = metrics.verdict(got, expect.val_loss, expect.tolerance)
+        verdict = evaluation.verdict(got, expect.val_loss, expect.tolerance)
     expected = f"{expect.val_loss:.3f}" + (f" +- {expect.tolerance:g}" if expect.tolerance is not None else "")
     source = f" ({expect.source})" if expect.source else ""
     console.say(f"expected {expected}{source}{where}, got {got:.3f}" + (f": {verdict}" if verdict else ""), always=True)
     if not recipe.train.eval_only:
-        found = {"expected": expect.val_loss, "tolerance": expect.tolerance, "evaluation": expect.evaluation,
-                 "got": got, "step": max_iters, "verdict": verdict, "changed": expect.changed, "source": expect.source}
+        found = {
+            "expected": expect.val_loss,
+            "tolerance": expect.tolerance,
+            "evaluation": expect.evaluation,
+            "got": got,
+            "step": max_iters,
+            "verdict": verdict,
+            "changed": expect.changed,
+            "source": expect.source,
+        }
         with suppress(OSError):
             (Path(recipe.out_dir) / "expect.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def finish(recipe, data, model, console):
     """What a finished run shows: the plot, a sample, and what to try next. Returns the sample's text, empty without."""
-    from . import metrics
+    from .tracking.metrics_log import plot_losses
 
     out_dir = Path(recipe.out_dir)
     try:
-        metrics.plot_losses(out_dir / "metrics.jsonl", out_dir / "loss.png")
+        plot_losses(out_dir / "metrics.jsonl", out_dir / "loss.png")
     except OSError as error:
         console.say(f"warning: {out_dir / 'loss.png'} cannot be written ({error})")
     text = ""
@@ -619,10 +786,13 @@ def finish(recipe, data, model, console):
         text = write_sample(recipe, data, model, on_text=console.write)
         console.say(f"\n{'-' * 60}")
     prompt = json.dumps(recipe.train.sample_prompt.strip() or "The", ensure_ascii=False)
-    console.say(f"\nThe run is in {out_dir}: metrics.jsonl, loss.png and checkpoints. To try next:\n"
-                f"  nanogpt-accel sample {out_dir} --prompt {prompt}\n"
-                f"  nanogpt-accel evaluate {out_dir}\n"
-                f"  nanogpt-accel train {out_dir} max_iters={2 * recipe.train.max_iters}", always=True)
+    console.say(
+        f"\nThe run is in {out_dir}: metrics.jsonl, loss.png and checkpoints. To try next:\n"
+        f"  nanogpt-accel sample {out_dir} --prompt {prompt}\n"
+        f"  nanogpt-accel evaluate {out_dir}\n"
+        f"  nanogpt-accel train {out_dir} max_iters={2 * recipe.train.max_iters}",
+        always=True,
+    )
     return text
 
 
@@ -634,24 +804,26 @@ def ask_hub(recipe):
         PermissionError: the Hub does not let this token push there.
     """
     wanted = recipe.hub
-    if not wanted.push_to_hub or recipe.train.eval_only or not launch.is_main():
+    if not wanted.push_to_hub or recipe.train.eval_only or not is_main():
         return None
     repository = wanted.hub_model_id or Path(recipe.out_dir).name
     try:
-        return hub.create(repository, wanted.hub_private, wanted.hub_branch)
+        return create(repository, wanted.hub_private, wanted.hub_branch)
     except ConnectionError as error:
         print(f"warning: {error}; the run goes on, and every checkpoint tries again")
         return repository
 
 
-def model_card(recipe, data, trainer):
+def checkpoint_card(recipe, data, trainer):
     """The README.md of a checkpoint."""
-    return hub.model_card(
+    return model_card(
         Path(recipe.out_dir).name,
         f"A GPT trained with nanogpt_accel on the corpus `{data.manifest['corpus']['name']}`, tokenizer "
         f"`{data.tokenizer.kind}`.\nCheckpoint after {trainer['step']:,} steps; validation loss: {loss_of(trainer)}. "
-        f"It reads {recipe.model.block_size:,} tokens.", needs_code=True,
-        more=f"The recipe, where it differs from the defaults:\n\n```yaml\n{recipe.to_yaml(brief=True)}```\n")
+        f"It reads {recipe.model.block_size:,} tokens.",
+        needs_code=True,
+        more=f"The recipe, where it differs from the defaults:\n\n```yaml\n{recipe.to_yaml(brief=True)}```\n",
+    )
 
 
 def loss_of(trainer):
@@ -661,7 +833,7 @@ def loss_of(trainer):
 def push(pusher, out_dir, path):
     """Send a checkpoint on its way to the Hub, where the recipe asks for it."""
     if pusher is not None:
-        trainer = checkpoint.read_trainer(path)
+        trainer = read_trainer(path)
         pusher.push(path, f"{out_dir.name}, step {trainer['step']}, validation loss {loss_of(trainer)}")
 
 
@@ -669,16 +841,20 @@ def finish_pushing(pusher, out_dir, best_step, console):
     """Wait for what is on its way; the best checkpoint is what stays on top."""
     console.say(f"waiting for the Hub to take {out_dir.name}")
     pusher.wait()
-    best = None if best_step is None else checkpoint.checkpoint_path(out_dir, best_step)
-    top = best if best is not None and best.exists() else checkpoint.checkpoints(out_dir)[-1]
+    best = None if best_step is None else checkpoint_path(out_dir, best_step)
+    top = best if best is not None and best.exists() else list_checkpoints(out_dir)[-1]
     if pusher.pushed != top:
-        step = checkpoint.read_trainer(top)["step"]
+        step = read_trainer(top)["step"]
         pusher.push(top, f"{out_dir.name}, step {step}{', the best one' if top == best else ''}")
         pusher.wait()
-    command = (f"nanogpt-accel push {out_dir} {pusher.repo} form=custom" + " private=true" * pusher.private
-               + (f" branch={pusher.branch}" if pusher.branch else ""))
-    console.say(f"the Hub has it: {pusher.repo}" if pusher.pushed == top else f"the Hub has not got it: {command}",
-                always=True)
+    command = (
+        f"nanogpt-accel push {out_dir} {pusher.repo} form=custom"
+        + " private=true" * pusher.private
+        + (f" branch={pusher.branch}" if pusher.branch else "")
+    )
+    console.say(
+        f"the Hub has it: {pusher.repo}" if pusher.pushed == top else f"the Hub has not got it: {command}", always=True
+    )
 
 
 _AT_WORK = threading.Lock()
@@ -699,15 +875,17 @@ class _Callable(types.ModuleType):
         Raises:
             ValueError: one line for each thing that is wrong; and what `train` raises.
         """
-        from .metrics import read_metrics
+        from .tracking.metrics_log import read_metrics
 
         if not isinstance(recipe, Recipe):
             recipe = load_recipe(recipe, overrides, check)
         elif problems := check(recipe):
             raise ValueError("\n".join(problems))
         if not _AT_WORK.acquire(blocking=False):
-            raise ValueError("another thread of this process is training, and the two would share their random "
-                             "numbers: wait for it, or train in a process of its own")
+            raise ValueError(
+                "another thread of this process is training, and the two would share their random "
+                "numbers: wait for it, or train in a process of its own"
+            )
         try:
             model = train(resolve_resume(recipe))
         finally:

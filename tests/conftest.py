@@ -2,28 +2,9 @@
 
 import os
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-
-# how a script begins that must do without this package, though it is installed
-WITHOUT_THE_PACKAGE = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "nanogpt_accel":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Blocked())
-try:
-    import nanogpt_accel
-    sys.exit("the package is not hidden")
-except ModuleNotFoundError:
-    pass
-"""
-
-DATA = Path(os.environ.get("NANOGPT_ACCEL_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+from shared import DATA
 
 # before any test imports the libraries that read them once
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and threads that wait for each other cost more
@@ -80,7 +61,7 @@ def call(capsys):
 @pytest.fixture
 def refused():
     """`with refused(ValueError, "a word", "another"):` the block must end in one clear line to the user."""
-    from nanogpt_accel import cli
+    from nanogpt_accel.utils import cli
 
     @contextmanager
     def expect(kind, *words):

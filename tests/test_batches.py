@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nanogpt_accel.batches import Batches, epoch_shape, evaluation_batches, mix, seed_of, shuffled
-from nanogpt_accel.tokens import TokenFile
+from nanogpt_accel.data.token_files import TokenFile
 
 
 class Counting:
@@ -48,7 +48,12 @@ def test_mix_is_splitmix64():
     key = 1234567 * pow(golden, -1, 2**64) % 2**64  # mix(i, key) is output i of SplitMix64 seeded with key * golden
     # https://rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64
     assert mix(np.arange(5, dtype=np.uint64), key).tolist() == [
-        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
 
 
 def test_seeds_are_distinct_and_fit_an_int64():
@@ -109,6 +114,7 @@ def test_a_long_order_shows_no_pattern(n):
 
 def plainly(place, n, key):
     """shuffled() for one place, written out in Python's own whole numbers."""
+
     def mixed(value, key):
         z = (value + key + 1) * 0x9E3779B97F4A7C15 % 2**64
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -158,8 +164,10 @@ def test_the_samples_do_not_depend_on_how_many_make_a_batch(sampling):
 # ---- epochs
 
 
-@pytest.mark.parametrize(("n_tokens", "block_size", "batch_size", "micro_batches"), [
-    (1000, 8, 4, 3), (1001, 8, 5, 1), (777, 64, 3, 2), (66, 64, 1, 1), (130, 64, 4, 2), (193, 64, 2, 1)])
+@pytest.mark.parametrize(
+    ("n_tokens", "block_size", "batch_size", "micro_batches"),
+    [(1000, 8, 4, 3), (1001, 8, 5, 1), (777, 64, 3, 2), (66, 64, 1, 1), (130, 64, 4, 2), (193, 64, 2, 1)],
+)
 def test_an_epoch_holds_every_block_once(n_tokens, block_size, batch_size, micro_batches):
     batches = Batches(Counting(n_tokens), block_size, batch_size, micro_batches, seed=1337)
     blocks, _ = epoch_shape(n_tokens, block_size)
@@ -169,15 +177,17 @@ def test_an_epoch_holds_every_block_once(n_tokens, block_size, batch_size, micro
     stream = [start for step in steps for m in range(micro_batches) for start in batches.starts(step, m).tolist()]
     shifts = set()
     for epoch in range(7):
-        starts = sorted(stream[epoch * blocks:(epoch + 1) * blocks])
+        starts = sorted(stream[epoch * blocks : (epoch + 1) * blocks])
         shift = starts[0]
         assert starts == [shift + i * block_size for i in range(blocks)]
         shifts.add(shift)
     assert len(shifts) > 1  # the borders move from epoch to epoch
 
 
-@pytest.mark.parametrize(("sizes", "block_size", "batch_size"), [
-    ([1000, 1, 37, 0, 2500, 64, 701], 7, 12), ([333, 334, 335], 33, 5), ([90, 7, 1003], 100, 3), ([10_007], 64, 12)])
+@pytest.mark.parametrize(
+    ("sizes", "block_size", "batch_size"),
+    [([1000, 1, 37, 0, 2500, 64, 701], 7, 12), ([333, 334, 335], 33, 5), ([90, 7, 1003], 100, 3), ([10_007], 64, 12)],
+)
 def test_an_epoch_of_real_shards_holds_every_block_once(tmp_path, sizes, block_size, batch_size):
     """Token i is i, in files of odd sizes, so that the rows that come back say where they were read."""
     paths, ends = [tmp_path / f"train-{i:05d}.bin" for i in range(len(sizes))], np.cumsum(sizes)
@@ -186,7 +196,7 @@ def test_an_epoch_of_real_shards_holds_every_block_once(tmp_path, sizes, block_s
     batches = Batches(TokenFile(paths, "uint32"), block_size, batch_size, 1, seed=11)
     blocks, _ = epoch_shape(sum(sizes), block_size)
     epochs = 4000 // blocks + 1
-    rows = np.concatenate([batches(step, 0) for step in range(-(-epochs * blocks // batch_size))])[:epochs * blocks]
+    rows = np.concatenate([batches(step, 0) for step in range(-(-epochs * blocks // batch_size))])[: epochs * blocks]
     assert (np.diff(rows) == 1).all() and rows.shape == (epochs * blocks, block_size + 1)
     targets = np.sort(rows[:, 1:].reshape(epochs, -1))  # of an epoch: one run of numbers, none twice
     assert (np.diff(targets) == 1).all() and targets.shape[1] == blocks * block_size
@@ -243,8 +253,10 @@ def test_a_pure_function_of_step_and_micro_batch(sampling, tmp_path):
     for place in sorted(places, key=lambda p: seed_of(*p)):
         assert again(*place).tolist() == forward[place]
     # and in another process, whose hashes are salted otherwise
-    script = ("import numpy as np; from nanogpt_accel.batches import Batches\n"
-              f"b = Batches(range(500), **{arguments!r})\nprint([b.starts(s, m).tolist() for s, m in {places!r}])")
+    script = (
+        "import numpy as np; from nanogpt_accel.batches import Batches\n"
+        f"b = Batches(range(500), **{arguments!r})\nprint([b.starts(s, m).tolist() for s, m in {places!r}])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str([[row[0] for row in forward[place]] for place in places])
 
@@ -254,8 +266,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_processes(sampling):
     def samples(step, world):
         batches = Batches(Counting(900), block_size=16, batch_size=3, micro_batches=8, seed=5, sampling=sampling)
         # process r of W takes micro-batch m * W + r
-        return sorted(batches(step, m * world + rank).tolist()
-                      for rank in range(world) for m in range(8 // world))
+        return sorted(batches(step, m * world + rank).tolist() for rank in range(world) for m in range(8 // world))
 
     for step in (0, 1, 2, 17):
         one = samples(step, 1)
@@ -282,8 +293,8 @@ def test_targets_are_the_next_tokens(tmp_path):
         x, y = rows[:, :-1], rows[:, 1:]
         assert rows.dtype == np.int64 and x.shape == y.shape == (6, 32)
         for row, (start, xi, yi) in enumerate(zip(batches.starts(step, micro_batch), x, y, strict=True)):
-            assert xi.tolist() == ids[start:start + 32].tolist(), row
-            assert yi.tolist() == ids[start + 1:start + 33].tolist(), row
+            assert xi.tolist() == ids[start : start + 32].tolist(), row
+            assert yi.tolist() == ids[start + 1 : start + 33].tolist(), row
 
 
 @pytest.mark.parametrize("n_tokens", [65, 70, 164])

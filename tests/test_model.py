@@ -10,8 +10,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import WITHOUT_THE_PACKAGE
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from shared import WITHOUT_THE_PACKAGE
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -41,8 +41,18 @@ def tiny(**changes):
 def pair(bias, activation):
     """GPT-2 as transformers has it, all its parameters random, and ours with the same weights."""
     torch.manual_seed(2)
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T_MAX, n_layer=2, n_head=4, n_embd=32,
-                                      activation_function=activation, bos_token_id=0, eos_token_id=None)).eval()
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=V,
+            n_positions=T_MAX,
+            n_layer=2,
+            n_head=4,
+            n_embd=32,
+            activation_function=activation,
+            bos_token_id=0,
+            eos_token_id=None,
+        )
+    ).eval()
     ours = tiny(bias=bias, activation=activation)
     weights = {}
     with torch.no_grad():
@@ -58,18 +68,32 @@ def pair(bias, activation):
     return ours, gpt2
 
 
-STOCK = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-         "nanochat": (NanoChatConfig, NanoChatForCausalLM)}
+STOCK = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "nanochat": (NanoChatConfig, NanoChatForCausalLM),
+}
 # an eps that is seen in the fifth digit, and wavelengths unlike the default's
 ROTARY = {"norm": "rmsnorm", "norm_eps": 3e-3, "position": "rotary", "rope_theta": 500.0}
 NANOCHAT = {**ROTARY, "norm_weight": False, "embd_norm": True, "qk_norm": True, "activation": "relu2"}
 MODERN = {
     "llama": ("llama", {**ROTARY, "activation": "swiglu", "n_inner": 88}),
     "llama with biases": ("llama", {**ROTARY, "activation": "swiglu", "bias": True, "tie_word_embeddings": False}),
-    "llama with one kv head": ("llama", {**ROTARY, "activation": "swiglu", "n_kv_head": 1, "head_dim": 10,
-                                         "n_inner": 48}),
-    "qwen3": ("qwen3", {**ROTARY, "activation": "swiglu", "qk_norm": True, "n_kv_head": 2, "head_dim": 12,
-                        "tie_word_embeddings": False}),
+    "llama with one kv head": (
+        "llama",
+        {**ROTARY, "activation": "swiglu", "n_kv_head": 1, "head_dim": 10, "n_inner": 48},
+    ),
+    "qwen3": (
+        "qwen3",
+        {
+            **ROTARY,
+            "activation": "swiglu",
+            "qk_norm": True,
+            "n_kv_head": 2,
+            "head_dim": 12,
+            "tie_word_embeddings": False,
+        },
+    ),
     "nanochat": ("nanochat", {**NANOCHAT, "n_kv_head": 2, "logit_softcap": 4.0, "tie_word_embeddings": False}),
     "nanochat without a cap": ("nanochat", NANOCHAT),
 }
@@ -79,11 +103,25 @@ def translated(stock, of):
     """`of` each parameter of a modern stock model, under our names and laid out as ours: what `of` gives is linear in
     the parameter, so that it may be the parameter itself or its gradient."""
     config = stock.config
-    names = {"model.embed_tokens": "wte", "model.norm": "ln_f", "input_layernorm": "ln_1", "self_attn.o_proj":
-             "attn.c_proj", "post_attention_layernorm": "ln_2", "self_attn.q_norm": "attn.q_norm", "self_attn.k_norm":
-             "attn.k_norm", "mlp.down_proj": "mlp.c_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-    stacked = {"self_attn.q_proj": ("attn.c_attn", 0), "self_attn.k_proj": ("attn.c_attn", 1), "self_attn.v_proj":
-               ("attn.c_attn", 2), "mlp.gate_proj": ("mlp.c_fc", 0), "mlp.up_proj": ("mlp.c_fc", 1)}
+    names = {
+        "model.embed_tokens": "wte",
+        "model.norm": "ln_f",
+        "input_layernorm": "ln_1",
+        "self_attn.o_proj": "attn.c_proj",
+        "post_attention_layernorm": "ln_2",
+        "self_attn.q_norm": "attn.q_norm",
+        "self_attn.k_norm": "attn.k_norm",
+        "mlp.down_proj": "mlp.c_proj",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
+    stacked = {
+        "self_attn.q_proj": ("attn.c_attn", 0),
+        "self_attn.k_proj": ("attn.c_attn", 1),
+        "self_attn.v_proj": ("attn.c_attn", 2),
+        "mlp.gate_proj": ("mlp.c_fc", 0),
+        "mlp.up_proj": ("mlp.c_fc", 1),
+    }
     whole, parts = {}, {}
     for name, p in stock.named_parameters():
         tensor, (module, kind) = of(p), name.rsplit(".", 1)
@@ -93,7 +131,7 @@ def translated(stock, of):
             # cos(-a) = cos(a), sin(-a) = -sin(a): turning (x, y) by -a is turning (x, -y) by a, and its y negated
             tensor = tensor.clone()
             for head in tensor.split(config.head_dim):
-                head[config.head_dim // 2:].neg_()
+                head[config.head_dim // 2 :].neg_()
         if inner in stacked:
             ours, rank = stacked[inner]
             parts.setdefault(f"{place}{ours}.{kind}", {})[rank] = tensor
@@ -107,11 +145,22 @@ def modern(case):
     form, switches = MODERN[case]
     ours = tiny(**switches)
     c = ours.config
-    shape = {"vocab_size": V, "max_position_embeddings": T_MAX, "num_hidden_layers": 2, "hidden_size": 32,
-             "num_attention_heads": 4, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
-             "intermediate_size": c.n_inner, "rms_norm_eps": 3e-3, "tie_word_embeddings": c.tie_word_embeddings,
-             "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "bos_token_id": None,
-             "eos_token_id": None, "pad_token_id": None}
+    shape = {
+        "vocab_size": V,
+        "max_position_embeddings": T_MAX,
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.n_inner,
+        "rms_norm_eps": 3e-3,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
     if form == "llama":
         shape |= {"attention_bias": c.bias, "mlp_bias": c.bias}
     if form == "nanochat":
@@ -183,11 +232,20 @@ def test_logits_loss_and_gradients_are_the_modern_models(ids, case):
             torch.testing.assert_close(p.grad, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize(("case", "switch"), [
-    ("qwen3", {"norm": "layernorm"}), ("qwen3", {"norm_eps": 1e-5}), ("qwen3", {"position": "learned"}),
-    ("qwen3", {"rope_theta": 10_000.0}), ("qwen3", {"qk_norm": False}), ("nanochat", {"activation": "gelu"}),
-    ("nanochat", {"embd_norm": False}), ("nanochat", {"logit_softcap": None}), ("nanochat", {"logit_softcap": 5}),
-])
+@pytest.mark.parametrize(
+    ("case", "switch"),
+    [
+        ("qwen3", {"norm": "layernorm"}),
+        ("qwen3", {"norm_eps": 1e-5}),
+        ("qwen3", {"position": "learned"}),
+        ("qwen3", {"rope_theta": 10_000.0}),
+        ("qwen3", {"qk_norm": False}),
+        ("nanochat", {"activation": "gelu"}),
+        ("nanochat", {"embd_norm": False}),
+        ("nanochat", {"logit_softcap": None}),
+        ("nanochat", {"logit_softcap": 5}),
+    ],
+)
 def test_every_switch_changes_the_function(ids, case, switch):
     """So that the comparisons above would see a switch that is forgotten."""
     ours, stock = modern(case)
@@ -237,7 +295,8 @@ def test_labels_are_shifted_and_shift_labels_are_not(ids):
     # the last column has a target too where it is given
     full = torch.randint(V, ids.shape)
     assert model(ids, shift_labels=full).loss.item() == pytest.approx(
-        F.nll_loss(log_p.flatten(0, 1), full.flatten()).item(), abs=1e-5)
+        F.nll_loss(log_p.flatten(0, 1), full.flatten()).item(), abs=1e-5
+    )
 
 
 def test_num_items_in_batch_makes_unequal_micro_batches_add_up(ids):
@@ -246,9 +305,9 @@ def test_num_items_in_batch_makes_unequal_micro_batches_add_up(ids):
     labels[0, 3:] = -100  # two targets in the first row, all others in the second and third
     count = 2 + 2 * (T_MAX - 1)
     whole = model(ids, labels=labels).loss
-    parts = [model(ids[i:i + 1], labels=labels[i:i + 1], num_items_in_batch=count).loss for i in range(3)]
+    parts = [model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=count).loss for i in range(3)]
     torch.testing.assert_close(sum(parts), whole)
-    plain = [model(ids[i:i + 1], labels=labels[i:i + 1]).loss for i in range(3)]
+    plain = [model(ids[i : i + 1], labels=labels[i : i + 1]).loss for i in range(3)]
     assert abs(sum(plain) / 3 - whole) > 1e-3  # the mean of means is something else
 
 
@@ -263,8 +322,8 @@ def test_cached_logits_are_the_full_ones(ids, attention, chunks):
     model.set_attn_implementation(attention)
     cache, done = None, 0
     for size in chunks:
-        output = model(ids[:, done:done + size], past_key_values=cache, use_cache=True)
-        torch.testing.assert_close(output.logits, full[:, done:done + size], rtol=0, atol=1e-5)
+        output = model(ids[:, done : done + size], past_key_values=cache, use_cache=True)
+        torch.testing.assert_close(output.logits, full[:, done : done + size], rtol=0, atol=1e-5)
         cache, done = output.past_key_values, done + size
         assert cache.get_seq_length() == done
 
@@ -277,8 +336,8 @@ def test_cached_logits_are_the_modern_models(ids, case, attention):
     ours.set_attn_implementation(attention)
     cache, done = None, 0
     for size in (7, 1, 5, 11):
-        output = ours(ids[:, done:done + size], past_key_values=cache, use_cache=True)
-        torch.testing.assert_close(output.logits, full[:, done:done + size], rtol=0, atol=1e-5)
+        output = ours(ids[:, done : done + size], past_key_values=cache, use_cache=True)
+        torch.testing.assert_close(output.logits, full[:, done : done + size], rtol=0, atol=1e-5)
         cache, done = output.past_key_values, done + size
     # shared heads are kept once, which is what they are for
     assert cache.layers[0].keys.shape == (3, ours.config.n_kv_head, T_MAX, ours.config.head_dim)
@@ -363,7 +422,7 @@ def test_left_padding_changes_nothing(ids, switches):
     assert together.shape == (3, 21)
     for p, row in zip(prompts, together, strict=True):
         alone = model.generate(p[None], max_new_tokens=12, do_sample=False, pad_token_id=0)
-        assert row[9:].tolist() == alone[0, len(p):].tolist()
+        assert row[9:].tolist() == alone[0, len(p) :].tolist()
 
 
 # ---- options of forward
@@ -435,20 +494,24 @@ def test_rotary_positions_go_past_block_size(ids, case):
     wanted = stock(long).logits
     torch.testing.assert_close(ours(long).logits, wanted, rtol=0, atol=2e-5)
     cache = ours(ids, use_cache=True).past_key_values
-    torch.testing.assert_close(ours(long[:, T_MAX:], past_key_values=cache).logits, wanted[:, T_MAX:], rtol=0,
-                               atol=2e-5)
+    torch.testing.assert_close(
+        ours(long[:, T_MAX:], past_key_values=cache).logits, wanted[:, T_MAX:], rtol=0, atol=2e-5
+    )
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"n_embd": 30}, "n_embd=30 is not divisible by n_head=4"),
-    ({"activation": "relu"}, "activation='relu': there are gelu, gelu_new, relu2, swiglu"),
-    ({"n_kv_head": 3}, "n_head=4 is not divisible by n_kv_head=3"),
-    ({"n_kv_head": 8}, "n_head=4 is not divisible by n_kv_head=8"),
-    ({"position": "rotary", "n_embd": 36}, "head_dim=9 is odd"),
-    ({"position": "rotary", "head_dim": 7}, "head_dim=7 is odd"),
-    ({"norm": "batchnorm"}, "norm='batchnorm': there are layernorm, rmsnorm"),
-    ({"position": "alibi"}, "position='alibi': there are learned, rotary"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"n_embd": 30}, "n_embd=30 is not divisible by n_head=4"),
+        ({"activation": "relu"}, "activation='relu': there are gelu, gelu_new, relu2, swiglu"),
+        ({"n_kv_head": 3}, "n_head=4 is not divisible by n_kv_head=3"),
+        ({"n_kv_head": 8}, "n_head=4 is not divisible by n_kv_head=8"),
+        ({"position": "rotary", "n_embd": 36}, "head_dim=9 is odd"),
+        ({"position": "rotary", "head_dim": 7}, "head_dim=7 is odd"),
+        ({"norm": "batchnorm"}, "norm='batchnorm': there are layernorm, rmsnorm"),
+        ({"position": "alibi"}, "position='alibi': there are learned, rotary"),
+    ],
+)
 def test_no_such_gpt(change, words):
     with pytest.raises(StrictDataclassClassValidationError, match=words):
         tiny(**change)
@@ -483,12 +546,33 @@ def test_what_adds_to_the_residual_stream_starts_smaller(n_layer):
 
 def test_the_modern_weights_start_as_the_others_do():
     C, L, width = 128, 3, 96
-    model = GPT(GPTConfig(vocab_size=512, n_layer=L, n_head=4, n_kv_head=2, head_dim=48, n_embd=C, n_inner=width,
-                          bias=True, norm="rmsnorm", embd_norm=True, qk_norm=True, position="rotary",
-                          activation="swiglu", tie_word_embeddings=False))
+    model = GPT(
+        GPTConfig(
+            vocab_size=512,
+            n_layer=L,
+            n_head=4,
+            n_kv_head=2,
+            head_dim=48,
+            n_embd=C,
+            n_inner=width,
+            bias=True,
+            norm="rmsnorm",
+            embd_norm=True,
+            qk_norm=True,
+            position="rotary",
+            activation="swiglu",
+            tie_word_embeddings=False,
+        )
+    )
     weights = dict(model.named_parameters())
-    stds = {"lm_head": 0.02, "transformer.wte": 0.02, "attn.c_attn": 0.02, "mlp.c_fc": 0.02,
-            "attn.c_proj": 0.02 / math.sqrt(2 * L), "mlp.c_proj": 0.02 / math.sqrt(2 * L)}
+    stds = {
+        "lm_head": 0.02,
+        "transformer.wte": 0.02,
+        "attn.c_attn": 0.02,
+        "mlp.c_fc": 0.02,
+        "attn.c_proj": 0.02 / math.sqrt(2 * L),
+        "mlp.c_proj": 0.02 / math.sqrt(2 * L),
+    }
     for name, p in weights.items():
         std = next((std for end, std in stds.items() if name.endswith(f"{end}.weight")), None)
         if std is None:  # a bias, or the gain of a norm
@@ -518,11 +602,14 @@ def test_initial_loss_is_that_of_a_guess(ids):
 # ---- tied weights and size
 
 
-@pytest.mark.parametrize(("vocab_size", "bias", "count"), [
-    (50257, False, 124_337_664),  # nanoGPT's transformer_sizing.ipynb
-    (50257, True, 124_439_808),  # OpenAI's weights as transformers counts them
-    (50304, False, 124_337_664 + 47 * 768),
-])
+@pytest.mark.parametrize(
+    ("vocab_size", "bias", "count"),
+    [
+        (50257, False, 124_337_664),  # nanoGPT's transformer_sizing.ipynb
+        (50257, True, 124_439_808),  # OpenAI's weights as transformers counts them
+        (50304, False, 124_337_664 + 47 * 768),
+    ],
+)
 def test_the_size_of_gpt2(vocab_size, bias, count):
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=vocab_size, bias=bias))
@@ -537,18 +624,32 @@ def test_the_size_of_a_modern_gpt2(form):
     """GPT-2's depth and width, with a third of the heads for keys and values."""
     C, L, nh, nkv, hs, vocab = 768, 12, 12, 4, 64, 50304
     matrices = C * (nh + 2 * nkv) * hs + nh * hs * C
-    count = {"llama": 2 * vocab * C + L * (matrices + 3 * C * 2048 + 2 * C) + C,  # a gate of 8/3 C, two gains a block
-             "qwen3": vocab * C + L * (matrices + 3 * C * 2048 + 2 * C + 2 * hs) + C,
-             "nanochat": 2 * vocab * C + L * (matrices + 2 * C * 4 * C)}[form]
+    count = {
+        "llama": 2 * vocab * C + L * (matrices + 3 * C * 2048 + 2 * C) + C,  # a gate of 8/3 C, two gains a block
+        "qwen3": vocab * C + L * (matrices + 3 * C * 2048 + 2 * C + 2 * hs) + C,
+        "nanochat": 2 * vocab * C + L * (matrices + 2 * C * 4 * C),
+    }[form]
     switches = {k: v for k, v in MODERN[form][1].items() if k != "head_dim"}
-    switches |= {"n_kv_head": nkv, "n_inner": 4 * C if form == "nanochat" else 2048,
-                 "tie_word_embeddings": form == "qwen3"}
+    switches |= {
+        "n_kv_head": nkv,
+        "n_inner": 4 * C if form == "nanochat" else 2048,
+        "tie_word_embeddings": form == "qwen3",
+    }
     config_class, model_class = STOCK[form]
     with torch.device("meta"):
         model = GPT(GPTConfig(**switches))
-        stock = model_class(config_class(
-            vocab_size=vocab, hidden_size=C, num_hidden_layers=L, num_attention_heads=nh, num_key_value_heads=nkv,
-            head_dim=hs, intermediate_size=switches["n_inner"], tie_word_embeddings=form == "qwen3"))
+        stock = model_class(
+            config_class(
+                vocab_size=vocab,
+                hidden_size=C,
+                num_hidden_layers=L,
+                num_attention_heads=nh,
+                num_key_value_heads=nkv,
+                head_dim=hs,
+                intermediate_size=switches["n_inner"],
+                tie_word_embeddings=form == "qwen3",
+            )
+        )
     assert model.num_parameters() == stock.num_parameters() == count
 
 
@@ -658,7 +759,9 @@ def test_auto_model_loads_the_folder(tmp_path, ids):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-ELSEWHERE = WITHOUT_THE_PACKAGE + """
+ELSEWHERE = (
+    WITHOUT_THE_PACKAGE
+    + """
 import json
 import torch
 from transformers import AutoModelForCausalLM
@@ -674,21 +777,28 @@ for folder in sys.argv[1:]:
     json.dump({"module": type(model).__module__, "file": sys.modules[type(model).__module__].__file__},
               open(f"{folder}/where.json", "w"))
 """
+)
 
 
 def test_a_process_without_the_package_loads_the_folder(tmp_path, ids):
-    models = {"gpt2": tiny(bias=True, activation="gelu_new"), "qwen3": modern("qwen3")[0],
-              "nanochat": modern("nanochat without a cap")[0]}
+    models = {
+        "gpt2": tiny(bias=True, activation="gelu_new"),
+        "qwen3": modern("qwen3")[0],
+        "nanochat": modern("nanochat without a cap")[0],
+    }
     for folder, model in models.items():
         model.save_pretrained(tmp_path / folder)
         assert json.loads((tmp_path / folder / "config.json").read_text())["auto_map"] == {
-            "AutoConfig": "model.GPTConfig", "AutoModelForCausalLM": "model.GPT"}
+            "AutoConfig": "model.GPTConfig",
+            "AutoModelForCausalLM": "model.GPT",
+        }
     (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
     (tmp_path / "script.py").write_text(ELSEWHERE)
     env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     env.pop("PYTHONPATH", None)
-    done = subprocess.run([sys.executable, "script.py", *models], cwd=tmp_path, env=env, text=True,
-                          capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "script.py", *models], cwd=tmp_path, env=env, text=True, capture_output=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     for folder, model in models.items():
         where = json.loads((tmp_path / folder / "where.json").read_text())
@@ -714,11 +824,28 @@ def test_a_config_of_the_first_version_loads(tmp_path, ids):
     """It has none of the switches below `bias`, and another name for the eps of the norms."""
     model = tiny()
     model.save_pretrained(tmp_path)
-    first = {"activation": "gelu", "architectures": ["GPT"], "bias": False, "block_size": T_MAX, "bos_token_id": None,
-             "auto_map": {"AutoConfig": "model.GPTConfig", "AutoModelForCausalLM": "model.GPT"}, "dropout": 0.0,
-             "dtype": "float32", "eos_token_id": None, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
-             "model_type": "nanogpt_accel", "n_embd": 32, "n_head": 4, "n_layer": 2, "pad_token_id": None,
-             "tie_word_embeddings": True, "transformers_version": "5.23.0", "use_cache": True, "vocab_size": V}
+    first = {
+        "activation": "gelu",
+        "architectures": ["GPT"],
+        "bias": False,
+        "block_size": T_MAX,
+        "bos_token_id": None,
+        "auto_map": {"AutoConfig": "model.GPTConfig", "AutoModelForCausalLM": "model.GPT"},
+        "dropout": 0.0,
+        "dtype": "float32",
+        "eos_token_id": None,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "model_type": "nanogpt_accel",
+        "n_embd": 32,
+        "n_head": 4,
+        "n_layer": 2,
+        "pad_token_id": None,
+        "tie_word_embeddings": True,
+        "transformers_version": "5.23.0",
+        "use_cache": True,
+        "vocab_size": V,
+    }
     (tmp_path / "config.json").write_text(json.dumps(first))
     assert torch.equal(GPT.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 

@@ -8,35 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import nanogpt_lr
 from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from nanogpt_accel.__main__ import main
-from nanogpt_accel.metrics import read_metrics
 from nanogpt_accel.model import GPT, GPTConfig
-from nanogpt_accel.optim import check_whole, learning_rate, make_optimizer, orthogonalize, parameter_groups
+from nanogpt_accel.optim import check_unsharded, learning_rate, make_optimizer, orthogonalize, parameter_groups
+from nanogpt_accel.tracking.metrics_log import read_metrics
 
 # ---- the learning rate
 
 
-def nanogpt_lr(it, learning_rate, warmup_iters, lr_decay_iters, min_lr):
-    """get_lr of nanoGPT's train.py."""
-    if it < warmup_iters:
-        return learning_rate * (it + 1) / (warmup_iters + 1)
-    if it > lr_decay_iters:
-        return min_lr
-    decay_ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
-    assert 0 <= decay_ratio <= 1
-    coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
-    return min_lr + coeff * (learning_rate - min_lr)
-
-
-@pytest.mark.parametrize("schedule", [
-    {"learning_rate": 1e-3, "warmup_iters": 100, "lr_decay_iters": 2000, "min_lr": 1e-4},
-    {"learning_rate": 6e-4, "warmup_iters": 0, "lr_decay_iters": 500, "min_lr": 0.0},
-    {"learning_rate": 6e-4, "warmup_iters": 1, "lr_decay_iters": 3, "min_lr": 6e-4},
-])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"learning_rate": 1e-3, "warmup_iters": 100, "lr_decay_iters": 2000, "min_lr": 1e-4},
+        {"learning_rate": 6e-4, "warmup_iters": 0, "lr_decay_iters": 500, "min_lr": 0.0},
+        {"learning_rate": 6e-4, "warmup_iters": 1, "lr_decay_iters": 3, "min_lr": 6e-4},
+    ],
+)
 def test_the_cosine_is_nanogpts(schedule):
     for step in range(schedule["lr_decay_iters"] + 300):
         assert learning_rate(step, schedule="cosine", **schedule) == nanogpt_lr(step, **schedule), step
@@ -55,14 +47,18 @@ def test_landmarks_of_the_cosine():
 
 def test_warm_up_up_to_the_end():
     # the recipe lets warmup_iters reach lr_decay_iters, where nanoGPT divides by zero
-    rates = [learning_rate(step, schedule="cosine", learning_rate=1.0, warmup_iters=4, lr_decay_iters=4, min_lr=0.1)
-             for step in range(7)]
+    rates = [
+        learning_rate(step, schedule="cosine", learning_rate=1.0, warmup_iters=4, lr_decay_iters=4, min_lr=0.1)
+        for step in range(7)
+    ]
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.1, 0.1])
 
 
 def test_constant():
-    rates = [learning_rate(step, schedule="constant", learning_rate=0.5, warmup_iters=4, lr_decay_iters=10, min_lr=0.1)
-             for step in range(1000)]
+    rates = [
+        learning_rate(step, schedule="constant", learning_rate=0.5, warmup_iters=4, lr_decay_iters=10, min_lr=0.1)
+        for step in range(1000)
+    ]
     assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4]) and rates[4:] == [0.5] * 996
 
 
@@ -71,17 +67,41 @@ def test_the_trapezoid():
     top, low, w, N, fraction = Fraction(3, 2), Fraction(1, 4), 5, 40, Fraction(3, 8)
     d = N * fraction
     for step in range(60):
-        wanted = (top * (step + 1) / (w + 1) if step <= w else top if step <= N - d else
-                  top + (low - top) * (step - (N - d)) / d if step <= N else low)
-        found = learning_rate(step, schedule="warmup_stable_decay", learning_rate=1.5, warmup_iters=w,
-                              lr_decay_iters=N, min_lr=0.25, decay_fraction=0.375)
+        wanted = (
+            top * (step + 1) / (w + 1)
+            if step <= w
+            else top
+            if step <= N - d
+            else top + (low - top) * (step - (N - d)) / d
+            if step <= N
+            else low
+        )
+        found = learning_rate(
+            step,
+            schedule="warmup_stable_decay",
+            learning_rate=1.5,
+            warmup_iters=w,
+            lr_decay_iters=N,
+            min_lr=0.25,
+            decay_fraction=0.375,
+        )
         assert found == pytest.approx(float(wanted), rel=1e-12), step
 
 
 @pytest.mark.parametrize("warmup_iters", [0, 1])
 def test_a_line_from_the_first_step_to_the_last(warmup_iters):
-    rates = [learning_rate(step, schedule="warmup_stable_decay", learning_rate=1.0, warmup_iters=warmup_iters,
-                           lr_decay_iters=4, min_lr=0.0, decay_fraction=1.0) for step in range(6)]
+    rates = [
+        learning_rate(
+            step,
+            schedule="warmup_stable_decay",
+            learning_rate=1.0,
+            warmup_iters=warmup_iters,
+            lr_decay_iters=4,
+            min_lr=0.0,
+            decay_fraction=1.0,
+        )
+        for step in range(6)
+    ]
     assert rates == pytest.approx([[1.0, 0.5][warmup_iters], 0.75, 0.5, 0.25, 0.0, 0.0])
 
 
@@ -101,8 +121,11 @@ def test_matrices_decay_and_nothing_else(model):
     decayed = [name_of[id(p)] for p in decay["params"]]
     others = [name_of[id(p)] for p in plain["params"]]
     # by what the layers are, not by their dimensions
-    blocks = [f"transformer.h.{i}.{layer}.weight" for i in range(2)
-              for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    blocks = [
+        f"transformer.h.{i}.{layer}.weight"
+        for i in range(2)
+        for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
     assert decayed == ["transformer.wte.weight", "transformer.wpe.weight", *blocks]
     norms = [f"transformer.h.{i}.{ln}" for i in range(2) for ln in ("ln_1", "ln_2")] + ["transformer.ln_f"]
     biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
@@ -156,8 +179,9 @@ def test_the_optimizer_is_adamw(model):
         for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
             p.grad = torch.randn(p.shape, generator=generator)
             q.grad = p.grad.clone()
-            by_hand[name] = adamw_step(by_hand[name], p.grad.double(), states[name], lr, 0.9, 0.95,
-                                       0.1 if p.dim() >= 2 else 0.0, t)
+            by_hand[name] = adamw_step(
+                by_hand[name], p.grad.double(), states[name], lr, 0.9, 0.95, 0.1 if p.dim() >= 2 else 0.0, t
+            )
         ours.step()
         unfused.step()
         for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
@@ -167,16 +191,37 @@ def test_the_optimizer_is_adamw(model):
 
 # ---- Muon
 
-MUON = {"learning_rate": 1e-2, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "algorithm": "muon",
-        "muon_learning_rate": 0.05, "muon_momentum": 0.9, "muon_weight_decay": 0.2}
+MUON = {
+    "learning_rate": 1e-2,
+    "weight_decay": 0.1,
+    "beta1": 0.8,
+    "beta2": 0.95,
+    "algorithm": "muon",
+    "muon_learning_rate": 0.05,
+    "muon_momentum": 0.9,
+    "muon_weight_decay": 0.2,
+}
 
 
 def modern(seed=0, activation="relu2"):
     """With matrices that are tall, wide and square, norms with gains, and a head of its own."""
     torch.manual_seed(seed)
-    return GPT(GPTConfig(vocab_size=17, block_size=8, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=48,
-                         norm="rmsnorm", qk_norm=True, position="rotary", activation=activation,
-                         tie_word_embeddings=False))
+    return GPT(
+        GPTConfig(
+            vocab_size=17,
+            block_size=8,
+            n_layer=3,
+            n_head=4,
+            n_kv_head=2,
+            n_embd=32,
+            n_inner=48,
+            norm="rmsnorm",
+            qk_norm=True,
+            position="rotary",
+            activation=activation,
+            tie_word_embeddings=False,
+        )
+    )
 
 
 def give_gradients(models, seed):
@@ -195,15 +240,22 @@ def beside_torchs(steps, activation):
     named = dict(theirs.named_parameters())
     # torch's is given each matrix by itself, and these hold several
     rows = {"c_attn": [32, 16, 16], "c_fc": [48, 48] if activation == "swiglu" else [48]}
-    pieces = {name: list(map(torch.nn.Parameter, p.detach().clone().split(rows.get(name.split(".")[-2], 999))))
-              for name, p in named.items() if ".h." in name and p.dim() == 2}
+    pieces = {
+        name: list(map(torch.nn.Parameter, p.detach().clone().split(rows.get(name.split(".")[-2], 999))))
+        for name, p in named.items()
+        if ".h." in name and p.dim() == 2
+    }
     hidden = [piece for name in pieces for piece in pieces[name]]
     others = [p for name, p in named.items() if ".h." not in name and p.dim() == 2]
     vectors = [p for p in named.values() if p.dim() == 1]
     assert len(hidden) == 3 * (7 if activation == "swiglu" else 6) and len(others) == 2 and len(vectors) == 3 * 4 + 1
     muon = torch.optim.Muon(hidden, lr=0.05, momentum=0.9, weight_decay=0.2)
-    adamw = torch.optim.AdamW([{"params": others, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-                              lr=1e-2, betas=(0.8, 0.95), fused=True)
+    adamw = torch.optim.AdamW(
+        [{"params": others, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=1e-2,
+        betas=(0.8, 0.95),
+        fused=True,
+    )
     for t in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 / (t + 1) * group["lr_scale"]  # as train does it
@@ -278,13 +330,23 @@ def test_what_muon_is_for():
     model = modern()
     optimizer = make_optimizer(model, **MUON)
     name_of = {id(p): name for name, p in model.named_parameters()}
-    muon, adamw = ([name_of[id(p)] for group in optimizer.param_groups for p in group["params"]
-                    if group["use_muon"] is use] for use in (True, False))
-    assert muon == [f"transformer.h.{i}.{layer}.weight" for i in range(3)
-                    for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    muon, adamw = (
+        [name_of[id(p)] for group in optimizer.param_groups for p in group["params"] if group["use_muon"] is use]
+        for use in (True, False)
+    )
+    assert muon == [
+        f"transformer.h.{i}.{layer}.weight"
+        for i in range(3)
+        for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
     assert sorted(muon + adamw) == sorted(name_of.values())
-    assert not any(p is q for group in optimizer.param_groups if group["use_muon"] for p in group["params"]
-                   for q in (model.transformer.wte.weight, model.lm_head.weight))
+    assert not any(
+        p is q
+        for group in optimizer.param_groups
+        if group["use_muon"]
+        for p in group["params"]
+        for q in (model.transformer.wte.weight, model.lm_head.weight)
+    )
     # frozen ones belong to neither
     model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
     left = [p for group in make_optimizer(model, **MUON).param_groups for p in group["params"]]
@@ -318,8 +380,10 @@ def test_gradients_that_overflowed_leave_the_step_out():
     optimizer = make_optimizer(model, **MUON)
     before = copy.deepcopy(model.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    (scaler.scale(model(torch.zeros(1, 8, dtype=torch.long), labels=torch.zeros(1, 8, dtype=torch.long)).loss)
-     * math.inf).backward()
+    (
+        scaler.scale(model(torch.zeros(1, 8, dtype=torch.long), labels=torch.zeros(1, 8, dtype=torch.long)).loss)
+        * math.inf
+    ).backward()
     scaler.step(optimizer)
     scaler.update()
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
@@ -338,16 +402,16 @@ def mesh():
 def test_a_sharded_matrix(refused, mesh, placement):
     model = modern()
     optimizer = make_optimizer(model, **MUON)
-    check_whole(optimizer)
+    check_unsharded(optimizer)
     hidden = optimizer.param_groups[-1]["params"]
     hidden[1] = torch.nn.Parameter(distribute_tensor(hidden[1].detach(), mesh, [placement]))
     with refused(ValueError, "optimizer.algorithm=muon", "FSDP", "algorithm=adamw"):
-        check_whole(optimizer)
+        check_unsharded(optimizer)
     # DeepSpeed's are cut from one long vector; AdamW takes pieces of any form
     hidden[1] = torch.nn.Parameter(torch.zeros(100))
     with refused(ValueError, "optimizer.algorithm=muon", "DeepSpeed", "algorithm=adamw"):
-        check_whole(optimizer)
-    check_whole(make_optimizer(model, **MUON | {"algorithm": "adamw"}))
+        check_unsharded(optimizer)
+    check_unsharded(make_optimizer(model, **MUON | {"algorithm": "adamw"}))
 
 
 RECIPE = """
@@ -372,8 +436,10 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path, monkeypatch,
         files = [load_file(run / "checkpoint-000012" / name) for run in (whole, parts)]
         assert files[0].keys() == files[1].keys()
         assert all(torch.equal(files[0][key], files[1][key]) for key in files[0]), name
-    logs = [{line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line}
-            for run in (whole, parts)]
+    logs = [
+        {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line}
+        for run in (whole, parts)
+    ]
     assert logs[0] == logs[1] and len(logs[0]) == 12 and logs[0][11] < 0.8 * logs[0][0]
     rates = {line["step"]: line["learning_rate"] for line in read_metrics(whole / "metrics.jsonl") if "loss" in line}
     assert rates == pytest.approx({step: 1e-2 * min(1, (step + 1) / 3, (12 - step) / 6) for step in range(12)})

@@ -11,21 +11,50 @@ import yaml
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from pydantic import ValidationError
 
-from nanogpt_accel import cli
 from nanogpt_accel.recipe import FIELDS, NANOGPT_KEYS, SECTION_OF, SECTIONS, Recipe, load_recipe, schema
+from nanogpt_accel.utils import cli
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 # nanoGPT's config_keys, in the order of its train.py, and their defaults where ours are the same
 NANOGPT_DEFAULTS = {
-    "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False, "init_from": "scratch",
-    "gradient_accumulation_steps": 40, "batch_size": 12, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768,
-    "dropout": 0.0, "bias": False, "learning_rate": 6e-4, "max_iters": 600000, "weight_decay": 1e-1, "beta1": 0.9,
-    "beta2": 0.95, "grad_clip": 1.0, "warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5,
+    "eval_interval": 2000,
+    "log_interval": 1,
+    "eval_iters": 200,
+    "eval_only": False,
+    "init_from": "scratch",
+    "gradient_accumulation_steps": 40,
+    "batch_size": 12,
+    "block_size": 1024,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "dropout": 0.0,
+    "bias": False,
+    "learning_rate": 6e-4,
+    "max_iters": 600000,
+    "weight_decay": 1e-1,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "grad_clip": 1.0,
+    "warmup_iters": 2000,
+    "lr_decay_iters": 600000,
+    "min_lr": 6e-5,
 }
-NANOGPT_OTHERS = ["out_dir", "always_save_checkpoint", "wandb_log", "wandb_project", "wandb_run_name", "dataset",
-                  "decay_lr", "backend", "device", "dtype", "compile"]
+NANOGPT_OTHERS = [
+    "out_dir",
+    "always_save_checkpoint",
+    "wandb_log",
+    "wandb_project",
+    "wandb_run_name",
+    "dataset",
+    "decay_lr",
+    "backend",
+    "device",
+    "dtype",
+    "compile",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -115,22 +144,38 @@ def test_the_shape_is_resolved_as_gpt_config_does_it():
 
 def test_yaml_says_none_of_the_widths():
     for nothing in ("none", "null", "~", "", "None"):
-        model = load(f"model:\n  n_kv_head: {nothing}\n  head_dim: {nothing}\n  n_inner: {nothing}\n"
-                     f"  logit_softcap: {nothing}\n").model
+        model = load(
+            f"model:\n  n_kv_head: {nothing}\n  head_dim: {nothing}\n  n_inner: {nothing}\n  logit_softcap: {nothing}\n"
+        ).model
         assert (model.n_kv_head, model.head_dim, model.n_inner, model.logit_softcap) == (None,) * 4
 
 
-@pytest.mark.parametrize(("given", "words", "remedies"), [
-    ({"n_head": 12, "n_kv_head": 5}, ["model.n_head=12", "model.n_kv_head=5", "take n_kv_head=1 or 2 or 3 or 4 or 6"],
-     [{"n_kv_head": n} for n in (1, 2, 3, 4, 6, 12)]),
-    ({"n_head": 4, "n_kv_head": 8}, ["model.n_head=4", "model.n_kv_head=8", "n_kv_head=1 or 2 or 4"],
-     [{"n_kv_head": n} for n in (1, 2, 4)]),
-    ({"n_embd": 36, "position": "rotary"}, ["model.head_dim=3:", "position=rotary", "even", "(n_embd / n_head)"],
-     [{"n_embd": 48}, {"position": "learned"}, {"head_dim": 4}]),
-    ({"head_dim": 63, "position": "rotary"}, ["model.head_dim=63:", "position=rotary", "even"], [{"head_dim": 64}]),
-    ({"n_embd": 100}, ["model.n_embd=100", "model.n_head=12", "take n_embd=108", "another n_head"],
-     [{"n_embd": 108}, {"n_head": 10}, {"head_dim": 16}]),
-])
+@pytest.mark.parametrize(
+    ("given", "words", "remedies"),
+    [
+        (
+            {"n_head": 12, "n_kv_head": 5},
+            ["model.n_head=12", "model.n_kv_head=5", "take n_kv_head=1 or 2 or 3 or 4 or 6"],
+            [{"n_kv_head": n} for n in (1, 2, 3, 4, 6, 12)],
+        ),
+        (
+            {"n_head": 4, "n_kv_head": 8},
+            ["model.n_head=4", "model.n_kv_head=8", "n_kv_head=1 or 2 or 4"],
+            [{"n_kv_head": n} for n in (1, 2, 4)],
+        ),
+        (
+            {"n_embd": 36, "position": "rotary"},
+            ["model.head_dim=3:", "position=rotary", "even", "(n_embd / n_head)"],
+            [{"n_embd": 48}, {"position": "learned"}, {"head_dim": 4}],
+        ),
+        ({"head_dim": 63, "position": "rotary"}, ["model.head_dim=63:", "position=rotary", "even"], [{"head_dim": 64}]),
+        (
+            {"n_embd": 100},
+            ["model.n_embd=100", "model.n_head=12", "take n_embd=108", "another n_head"],
+            [{"n_embd": 108}, {"n_head": 10}, {"head_dim": 16}],
+        ),
+    ],
+)
 def test_shapes_that_no_gpt_has(given, words, remedies):
     """One message, and what it says helps."""
     from nanogpt_accel.model import GPTConfig
@@ -149,7 +194,8 @@ def test_what_a_recipe_takes_a_gpt_has(n_embd):
 
     unlike = []
     for n_head, n_kv_head, head_dim, position in itertools.product(
-            (2, 4), (None, 1, 2, 3), (None, 4, 7), ("learned", "rotary")):
+        (2, 4), (None, 1, 2, 3), (None, 4, 7), ("learned", "rotary")
+    ):
         shape = {"n_embd": n_embd, "n_head": n_head, "n_kv_head": n_kv_head, "head_dim": head_dim, "position": position}
         taken = []
         for make in (lambda: load(**shape), lambda: GPTConfig(**shape)):  # noqa: B023 (called at once)
@@ -186,11 +232,27 @@ def test_a_recipe_survives_to_yaml(name):
 
 
 def test_odd_values_survive_to_yaml():
-    recipe = load(sample_prompt="true", project="1e3", run_name="no: [1]", out_dir="räume/ß", learning_rate="3e-7",
-                  trackers="wandb,tensorboard", min_lr="0", corpus="~", seed=str(2**62), mixed_precision="no",
-                  compile="no", eval_iters="all", lr_decay_iters="none")
+    recipe = load(
+        sample_prompt="true",
+        project="1e3",
+        run_name="no: [1]",
+        out_dir="räume/ß",
+        learning_rate="3e-7",
+        trackers="wandb,tensorboard",
+        min_lr="0",
+        corpus="~",
+        seed=str(2**62),
+        mixed_precision="no",
+        compile="no",
+        eval_iters="all",
+        lr_decay_iters="none",
+    )
     assert (recipe.train.sample_prompt, recipe.tracking.project, recipe.tracking.run_name, recipe.data.corpus) == (
-        "true", "1e3", "no: [1]", "~")
+        "true",
+        "1e3",
+        "no: [1]",
+        "~",
+    )
     for prompt in ("\n", "", " ", "ROMEO:", "日本\t\n", "null", "- a", "'", "\u2028"):
         one = recipe.model_copy(update={"train": recipe.train.model_copy(update={"sample_prompt": prompt})})
         Path("run.yaml").write_text(one.to_yaml(), encoding="utf-8")
@@ -198,22 +260,58 @@ def test_odd_values_survive_to_yaml():
 
 
 SHAKESPEARE_CHAR = {  # nanoGPT's config/train_shakespeare_char.py
-    "eval_interval": 250, "eval_iters": 200, "log_interval": 10, "gradient_accumulation_steps": 1, "batch_size": 64,
-    "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.2, "learning_rate": 1e-3,
-    "max_iters": 5000, "lr_decay_iters": 5000, "min_lr": 1e-4, "beta2": 0.99, "warmup_iters": 100}
+    "eval_interval": 250,
+    "eval_iters": 200,
+    "log_interval": 10,
+    "gradient_accumulation_steps": 1,
+    "batch_size": 64,
+    "block_size": 256,
+    "n_layer": 6,
+    "n_head": 6,
+    "n_embd": 384,
+    "dropout": 0.2,
+    "learning_rate": 1e-3,
+    "max_iters": 5000,
+    "lr_decay_iters": 5000,
+    "min_lr": 1e-4,
+    "beta2": 0.99,
+    "warmup_iters": 100,
+}
 ON_A_CPU = {  # the command line of nanoGPT's README for a computer without a GPU
-    "device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 1, "block_size": 64, "batch_size": 12,
-    "n_layer": 4, "n_head": 4, "n_embd": 128, "max_iters": 2000, "lr_decay_iters": 2000, "dropout": 0.0}
+    "device": "cpu",
+    "compile": False,
+    "eval_iters": 20,
+    "log_interval": 1,
+    "block_size": 64,
+    "batch_size": 12,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "max_iters": 2000,
+    "lr_decay_iters": 2000,
+    "dropout": 0.0,
+}
 TRAIN_GPT2 = {  # config/train_gpt2.py
-    "batch_size": 12, "block_size": 1024, "gradient_accumulation_steps": 5 * 8, "max_iters": 600000,
-    "lr_decay_iters": 600000, "eval_interval": 1000, "eval_iters": 200, "log_interval": 10, "weight_decay": 1e-1}
+    "batch_size": 12,
+    "block_size": 1024,
+    "gradient_accumulation_steps": 5 * 8,
+    "max_iters": 600000,
+    "lr_decay_iters": 600000,
+    "eval_interval": 1000,
+    "eval_iters": 200,
+    "log_interval": 10,
+    "weight_decay": 1e-1,
+}
 
 
-@pytest.mark.parametrize(("name", "changes", "corpus", "tokenizer"), [
-    ("shakespeare_char", SHAKESPEARE_CHAR, "shakespeare", "char"),
-    ("shakespeare_char_cpu", SHAKESPEARE_CHAR | ON_A_CPU, "shakespeare", "char"),
-    ("gpt2", TRAIN_GPT2, "openwebtext", "gpt2"),
-])
+@pytest.mark.parametrize(
+    ("name", "changes", "corpus", "tokenizer"),
+    [
+        ("shakespeare_char", SHAKESPEARE_CHAR, "shakespeare", "char"),
+        ("shakespeare_char_cpu", SHAKESPEARE_CHAR | ON_A_CPU, "shakespeare", "char"),
+        ("gpt2", TRAIN_GPT2, "openwebtext", "gpt2"),
+    ],
+)
 def test_the_values_are_nanogpts(name, changes, corpus, tokenizer):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     wanted = NANOGPT_DEFAULTS | changes
@@ -228,9 +326,20 @@ def test_the_values_are_nanogpts(name, changes, corpus, tokenizer):
 
 
 def test_nanogpts_command_line_works_as_it_is():
-    words = ["--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64",
-             "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000",
-             "--lr_decay_iters=2000", "--dropout=0.0"]
+    words = [
+        "--device=cpu",
+        "--compile=False",
+        "--eval_iters=20",
+        "--log_interval=1",
+        "--block_size=64",
+        "--batch_size=12",
+        "--n_layer=4",
+        "--n_head=4",
+        "--n_embd=128",
+        "--max_iters=2000",
+        "--lr_decay_iters=2000",
+        "--dropout=0.0",
+    ]
     target, options = cli.parse([str(RECIPES / "shakespeare_char.yaml"), *words], FIELDS)
     recipe = load_recipe(target, options)
     assert {key: value(recipe, key) for key in ON_A_CPU} == ON_A_CPU
@@ -247,9 +356,19 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults():
     assert (recipe.model.n_layer, recipe.model.n_embd, recipe.seed) == (4, 96, 6)
 
 
-@pytest.mark.parametrize("words", [["n_layer=6"], ["model.n_layer=6"], ["--n_layer", "6"], ["--n-layer=6"],
-                                   ["--n-layer", "6"], ["--model.n_layer=6"], ["n_layer=3", "--n_layer=6"],
-                                   ["model.n_layer=3", "n_layer=6"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["n_layer=6"],
+        ["model.n_layer=6"],
+        ["--n_layer", "6"],
+        ["--n-layer=6"],
+        ["--n-layer", "6"],
+        ["--model.n_layer=6"],
+        ["n_layer=3", "--n_layer=6"],
+        ["model.n_layer=3", "n_layer=6"],
+    ],
+)
 def test_one_key_in_all_spellings(words):
     Path("mine.yaml").touch()
     target, options = cli.parse(["mine.yaml", *words], FIELDS)
@@ -268,40 +387,90 @@ def test_what_is_not_given_follows_from_what_is():
 # ---- types
 
 
-@pytest.mark.parametrize(("key", "text", "expected"), [
-    ("learning_rate", "3e-4", 3e-4), ("learning_rate", "1", 1.0), ("weight_decay", ".5", 0.5),
-    ("max_iters", "1e4", 10_000), ("max_iters", "6e5", 600_000), ("max_iters", "20_000", 20_000),
-    ("max_iters", "2000.0", 2000), ("n_layer", "007", 7),
-    ("bias", "true", True), ("bias", "True", True), ("bias", "yes", True), ("bias", "on", True), ("bias", "1", True),
-    ("bias", "no", False), ("bias", "False", False), ("bias", "off", False), ("bias", "0", False),
-    ("compile", "auto", "auto"), ("compile", "False", False), ("compile", "true", True), ("compile", "no", False),
-    ("mixed_precision", "no", "no"), ("mixed_precision", "bf16", "bf16"),
-    ("eval_iters", "all", "all"), ("eval_iters", "1e2", 100), ("eval_iters", "20", 20),
-    ("min_lr", "none", None), ("min_lr", "None", None), ("min_lr", "null", None), ("lr_decay_iters", "none", None),
-    ("data_dir", "none", None), ("run_name", "none", None), ("save_interval", "none", None),
-    ("data_dir", "nonesuch", "nonesuch"),
-    ("trackers", "none", []), ("trackers", "", []), ("trackers", "[]", []), ("trackers", "wandb", ["wandb"]),
-    ("trackers", "wandb,tensorboard", ["wandb", "tensorboard"]),
-    ("trackers", "[wandb, tensorboard]", ["wandb", "tensorboard"]),
-    ("n_kv_head", "none", None), ("head_dim", "null", None), ("n_inner", "None", None), ("logit_softcap", "none", None),
-    ("n_kv_head", "4", 4), ("head_dim", "64", 64), ("n_inner", "2_048", 2048), ("logit_softcap", "15", 15.0),
-    ("rope_theta", "1e6", 1e6), ("norm_eps", "1e-6", 1e-6), ("norm", "rmsnorm", "rmsnorm"), ("qk_norm", "yes", True),
-    ("position", "rotary", "rotary"), ("activation", "swiglu", "swiglu"), ("tie_word_embeddings", "false", False),
-    ("norm_weight", "no", False), ("embd_norm", "true", True),
-    ("device", "cuda:3", "cuda:3"), ("sample_prompt", "true", "true"), ("corpus", "none", "none"),
-])
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("learning_rate", "3e-4", 3e-4),
+        ("learning_rate", "1", 1.0),
+        ("weight_decay", ".5", 0.5),
+        ("max_iters", "1e4", 10_000),
+        ("max_iters", "6e5", 600_000),
+        ("max_iters", "20_000", 20_000),
+        ("max_iters", "2000.0", 2000),
+        ("n_layer", "007", 7),
+        ("bias", "true", True),
+        ("bias", "True", True),
+        ("bias", "yes", True),
+        ("bias", "on", True),
+        ("bias", "1", True),
+        ("bias", "no", False),
+        ("bias", "False", False),
+        ("bias", "off", False),
+        ("bias", "0", False),
+        ("compile", "auto", "auto"),
+        ("compile", "False", False),
+        ("compile", "true", True),
+        ("compile", "no", False),
+        ("mixed_precision", "no", "no"),
+        ("mixed_precision", "bf16", "bf16"),
+        ("eval_iters", "all", "all"),
+        ("eval_iters", "1e2", 100),
+        ("eval_iters", "20", 20),
+        ("min_lr", "none", None),
+        ("min_lr", "None", None),
+        ("min_lr", "null", None),
+        ("lr_decay_iters", "none", None),
+        ("data_dir", "none", None),
+        ("run_name", "none", None),
+        ("save_interval", "none", None),
+        ("data_dir", "nonesuch", "nonesuch"),
+        ("trackers", "none", []),
+        ("trackers", "", []),
+        ("trackers", "[]", []),
+        ("trackers", "wandb", ["wandb"]),
+        ("trackers", "wandb,tensorboard", ["wandb", "tensorboard"]),
+        ("trackers", "[wandb, tensorboard]", ["wandb", "tensorboard"]),
+        ("n_kv_head", "none", None),
+        ("head_dim", "null", None),
+        ("n_inner", "None", None),
+        ("logit_softcap", "none", None),
+        ("n_kv_head", "4", 4),
+        ("head_dim", "64", 64),
+        ("n_inner", "2_048", 2048),
+        ("logit_softcap", "15", 15.0),
+        ("rope_theta", "1e6", 1e6),
+        ("norm_eps", "1e-6", 1e-6),
+        ("norm", "rmsnorm", "rmsnorm"),
+        ("qk_norm", "yes", True),
+        ("position", "rotary", "rotary"),
+        ("activation", "swiglu", "swiglu"),
+        ("tie_word_embeddings", "false", False),
+        ("norm_weight", "no", False),
+        ("embd_norm", "true", True),
+        ("device", "cuda:3", "cuda:3"),
+        ("sample_prompt", "true", "true"),
+        ("corpus", "none", "none"),
+    ],
+)
 def test_text_is_read_by_the_declared_type(key, text, expected):
     held = getattr(getattr(load(**{key: text}), SECTION_OF[key]), key)
     assert held == expected and type(held) is type(expected)
 
 
-@pytest.mark.parametrize(("line", "key", "expected"), [
-    ("max_iters: 6e5", "max_iters", 600_000),  # text to PyYAML
-    ("max_iters: 5.0e+4", "max_iters", 50_000), ("max_iters: 20_000", "max_iters", 20_000),
-    ("mixed_precision: no", "mixed_precision", "no"),  # false to PyYAML
-    ("compile: no", "compile", False), ("compile: auto", "compile", "auto"), ("compile: 'false'", "compile", False),
-    ("eval_iters: all", "eval_iters", "all"), ("eval_only: yes", "eval_only", True),
-])
+@pytest.mark.parametrize(
+    ("line", "key", "expected"),
+    [
+        ("max_iters: 6e5", "max_iters", 600_000),  # text to PyYAML
+        ("max_iters: 5.0e+4", "max_iters", 50_000),
+        ("max_iters: 20_000", "max_iters", 20_000),
+        ("mixed_precision: no", "mixed_precision", "no"),  # false to PyYAML
+        ("compile: no", "compile", False),
+        ("compile: auto", "compile", "auto"),
+        ("compile: 'false'", "compile", False),
+        ("eval_iters: all", "eval_iters", "all"),
+        ("eval_only: yes", "eval_only", True),
+    ],
+)
 def test_yaml_is_read_by_the_declared_type(line, key, expected):
     held = getattr(load(f"train:\n  {line}\n").train, key)
     assert held == expected and type(held) is type(expected)
@@ -315,38 +484,42 @@ def test_yaml_lists_numbers_and_nothing():
     assert load("") == load("model:\n") == load("# nothing\n")
 
 
-@pytest.mark.parametrize(("key", "text", "words"), [
-    ("n_layer", "six", "model.n_layer=six: must be a whole number"),
-    ("n_layer", "1.5", "model.n_layer=1.5: must be a whole number"),
-    ("n_layer", "", "model.n_layer=: must be a whole number"),
-    ("n_layer", "0", "model.n_layer=0: must be greater than or equal to 1"),
-    ("n_layer", True, "model.n_layer=true: must be a whole number, not true or false"),
-    ("learning_rate", "fast", "optimizer.learning_rate=fast: must be a valid number"),
-    ("learning_rate", True, "optimizer.learning_rate=true: must be a number, not true or false"),
-    ("learning_rate", "nan", "optimizer.learning_rate=nan: must be a finite number"),
-    ("learning_rate", "inf", "optimizer.learning_rate=inf: must be a finite number"),
-    ("learning_rate", "0", "optimizer.learning_rate=0: must be greater than 0"),
-    ("dropout", "1", "model.dropout=1: must be less than 1"),
-    ("bias", "maybe", "model.bias=maybe: must be a valid boolean"),
-    ("mixed_precision", "fp8", "train.mixed_precision=fp8: must be 'auto', 'no', 'fp16' or 'bf16'"),
-    ("sampling", "shufle", "data.sampling=shufle: must be 'shuffle' or 'random'"),
-    ("device", "gpu", "train.device=gpu"), ("device", "cuda:x", "train.device=cuda:x"),
-    ("eval_iters", "0", "train.eval_iters=0: must be 1 or more, or all"),
-    ("eval_iters", "some", "train.eval_iters=some: must be 'all'"),
-    ("compile", "maybe", "train.compile=maybe: must be 'auto'"),
-    ("seed", "-1", "seed=-1: must be greater than or equal to 0"),
-    ("val_fraction", "1", "data.val_fraction=1: must be less than 1"),
-    ("n_kv_head", "0", "model.n_kv_head=0: must be greater than or equal to 1"),
-    ("n_inner", "wide", "model.n_inner=wide: must be a whole number"),
-    ("norm", "batchnorm", "model.norm=batchnorm: must be 'layernorm' or 'rmsnorm'"),
-    ("position", "alibi", "model.position=alibi: must be 'learned' or 'rotary'"),
-    ("activation", "silu", "model.activation=silu: must be 'gelu', 'gelu_new', 'relu2' or 'swiglu'"),
-    ("logit_softcap", "0", "model.logit_softcap=0: must be greater than or equal to 1"),
-    ("rope_theta", "0", "model.rope_theta=0: must be greater than or equal to 1"),
-    ("norm_eps", "-1", "model.norm_eps=-1: must be greater than or equal to 0"),
-    ("qk_norm", "maybe", "model.qk_norm=maybe: must be a valid boolean"),
-    ("vocab_size", "256", "data.vocab_size=256: must be greater than or equal to 257"),
-])
+@pytest.mark.parametrize(
+    ("key", "text", "words"),
+    [
+        ("n_layer", "six", "model.n_layer=six: must be a whole number"),
+        ("n_layer", "1.5", "model.n_layer=1.5: must be a whole number"),
+        ("n_layer", "", "model.n_layer=: must be a whole number"),
+        ("n_layer", "0", "model.n_layer=0: must be greater than or equal to 1"),
+        ("n_layer", True, "model.n_layer=true: must be a whole number, not true or false"),
+        ("learning_rate", "fast", "optimizer.learning_rate=fast: must be a valid number"),
+        ("learning_rate", True, "optimizer.learning_rate=true: must be a number, not true or false"),
+        ("learning_rate", "nan", "optimizer.learning_rate=nan: must be a finite number"),
+        ("learning_rate", "inf", "optimizer.learning_rate=inf: must be a finite number"),
+        ("learning_rate", "0", "optimizer.learning_rate=0: must be greater than 0"),
+        ("dropout", "1", "model.dropout=1: must be less than 1"),
+        ("bias", "maybe", "model.bias=maybe: must be a valid boolean"),
+        ("mixed_precision", "fp8", "train.mixed_precision=fp8: must be 'auto', 'no', 'fp16' or 'bf16'"),
+        ("sampling", "shufle", "data.sampling=shufle: must be 'shuffle' or 'random'"),
+        ("device", "gpu", "train.device=gpu"),
+        ("device", "cuda:x", "train.device=cuda:x"),
+        ("eval_iters", "0", "train.eval_iters=0: must be 1 or more, or all"),
+        ("eval_iters", "some", "train.eval_iters=some: must be 'all'"),
+        ("compile", "maybe", "train.compile=maybe: must be 'auto'"),
+        ("seed", "-1", "seed=-1: must be greater than or equal to 0"),
+        ("val_fraction", "1", "data.val_fraction=1: must be less than 1"),
+        ("n_kv_head", "0", "model.n_kv_head=0: must be greater than or equal to 1"),
+        ("n_inner", "wide", "model.n_inner=wide: must be a whole number"),
+        ("norm", "batchnorm", "model.norm=batchnorm: must be 'layernorm' or 'rmsnorm'"),
+        ("position", "alibi", "model.position=alibi: must be 'learned' or 'rotary'"),
+        ("activation", "silu", "model.activation=silu: must be 'gelu', 'gelu_new', 'relu2' or 'swiglu'"),
+        ("logit_softcap", "0", "model.logit_softcap=0: must be greater than or equal to 1"),
+        ("rope_theta", "0", "model.rope_theta=0: must be greater than or equal to 1"),
+        ("norm_eps", "-1", "model.norm_eps=-1: must be greater than or equal to 0"),
+        ("qk_norm", "maybe", "model.qk_norm=maybe: must be a valid boolean"),
+        ("vocab_size", "256", "data.vocab_size=256: must be greater than or equal to 257"),
+    ],
+)
 def test_a_value_that_is_refused(key, text, words):
     (line,) = problems(**{key: text})
     assert line.startswith(words)
@@ -355,32 +528,38 @@ def test_a_value_that_is_refused(key, text, words):
 # ---- unknown and misplaced keys
 
 
-@pytest.mark.parametrize(("key", "words"), [
-    ("n_layr", "unknown key n_layr (did you mean n_layer?)"),
-    ("model.n_layr", "unknown key model.n_layr (did you mean n_layer?)"),
-    ("lerning_rate", "(did you mean learning_rate?)"),
-    ("data.n_layer", "unknown key data.n_layer"),
-    ("zzz", "unknown key zzz"),
-    ("model", "unknown key model"),
-    ("seed.seed", "unknown key seed.seed"),
-])
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("n_layr", "unknown key n_layr (did you mean n_layer?)"),
+        ("model.n_layr", "unknown key model.n_layr (did you mean n_layer?)"),
+        ("lerning_rate", "(did you mean learning_rate?)"),
+        ("data.n_layer", "unknown key data.n_layer"),
+        ("zzz", "unknown key zzz"),
+        ("model", "unknown key model"),
+        ("seed.seed", "unknown key seed.seed"),
+    ],
+)
 def test_unknown_keys_on_the_command_line(key, words):
     (line,) = problems(**{key: "6"})
     assert words in line
     assert ("did you mean" in line) == (key not in ("zzz", "model"))
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("n_layer: 6", "mine.yaml: n_layer: n_layer stands under model:"),
-    ("model:\n  learning_rate: 1", "mine.yaml: model.learning_rate: learning_rate stands under optimizer:"),
-    ("model:\n  seed: 1", "mine.yaml: model.seed: seed stands at the top"),
-    ("model:\n  n_layr: 6", "mine.yaml: unknown key model.n_layr (did you mean n_layer?)"),
-    ("modle:\n  n_layer: 6", "mine.yaml: unknown key modle"),
-    ("zzz: 1", "mine.yaml: unknown key zzz"),
-    ("model: 6", "mine.yaml: model=6: a section holds keys"),
-    ("model: [n_layer]", "a section holds keys"),
-    ("train:\n  dtype: bfloat16", "mine.yaml: unknown key train.dtype: nanoGPT's dtype is here mixed_precision"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("n_layer: 6", "mine.yaml: n_layer: n_layer stands under model:"),
+        ("model:\n  learning_rate: 1", "mine.yaml: model.learning_rate: learning_rate stands under optimizer:"),
+        ("model:\n  seed: 1", "mine.yaml: model.seed: seed stands at the top"),
+        ("model:\n  n_layr: 6", "mine.yaml: unknown key model.n_layr (did you mean n_layer?)"),
+        ("modle:\n  n_layer: 6", "mine.yaml: unknown key modle"),
+        ("zzz: 1", "mine.yaml: unknown key zzz"),
+        ("model: 6", "mine.yaml: model=6: a section holds keys"),
+        ("model: [n_layer]", "a section holds keys"),
+        ("train:\n  dtype: bfloat16", "mine.yaml: unknown key train.dtype: nanoGPT's dtype is here mixed_precision"),
+    ],
+)
 def test_keys_of_a_file_that_do_not_belong_there(text, words):
     (line,) = problems(text)
     assert words in line
@@ -411,10 +590,19 @@ train: {eval_iters: -1, batch_size: 0}
     with pytest.raises(ValueError) as caught:
         load_recipe("mine.yaml", {"dropot": "1", "beta1": "2"}, check=lambda recipe: ["corpus=x: not there"])
     lines = str(caught.value).splitlines()
-    for words in ("unknown key foo", "unknown key model.n_layr", "learning_rate stands under optimizer",
-                  "unknown key dropot (did you mean dropout?)", "optimizer.beta1=2", "model.n_embd=ten",
-                  "optimizer.learning_rate=x", "seed=x", "train.batch_size=0", "train.eval_iters=-1",
-                  "corpus=x: not there"):
+    for words in (
+        "unknown key foo",
+        "unknown key model.n_layr",
+        "learning_rate stands under optimizer",
+        "unknown key dropot (did you mean dropout?)",
+        "optimizer.beta1=2",
+        "model.n_embd=ten",
+        "optimizer.learning_rate=x",
+        "seed=x",
+        "train.batch_size=0",
+        "train.eval_iters=-1",
+        "corpus=x: not there",
+    ):
         assert sum(words in line for line in lines) == 1, words
     assert len(lines) == 11  # nothing about n_head or min_lr, whose partners are wrong by themselves
 
@@ -446,16 +634,19 @@ def test_a_commands_own_check_sees_the_recipe():
 # ---- files that are none
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("seed: 1\nseed: 2\n", ["line 2", "the key seed stands twice"]),
-    ("model:\n  n_layer: 1\n  bias: no\n  n_layer: 2\n", ["line 4", "the key n_layer stands twice"]),
-    ("model:\n  bias: [1\n", ["not YAML", "line 3"]),
-    ("model:\n\tn_layer: 6\n", ["not YAML", "line 2", r"'\t'"]),
-    ("seed: 1\nx: !!python/object/apply:os.mkdir ['hacked']\n", ["not YAML", "line 2"]),
-    ("seed: {[a, b]: 1}\n", ["not YAML", "line 1"]),
-    ("- a\n- b\n", ["a recipe is sections with keys, this is a list"]),
-    ("just text", ["this is a str"]),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\nseed: 2\n", ["line 2", "the key seed stands twice"]),
+        ("model:\n  n_layer: 1\n  bias: no\n  n_layer: 2\n", ["line 4", "the key n_layer stands twice"]),
+        ("model:\n  bias: [1\n", ["not YAML", "line 3"]),
+        ("model:\n\tn_layer: 6\n", ["not YAML", "line 2", r"'\t'"]),
+        ("seed: 1\nx: !!python/object/apply:os.mkdir ['hacked']\n", ["not YAML", "line 2"]),
+        ("seed: {[a, b]: 1}\n", ["not YAML", "line 1"]),
+        ("- a\n- b\n", ["a recipe is sections with keys, this is a list"]),
+        ("just text", ["this is a str"]),
+    ],
+)
 def test_what_is_no_recipe(refused, text, words):
     with refused(ValueError, "mine.yaml", *words):
         load(text)
@@ -499,7 +690,8 @@ def test_flat_is_plain_values():
 
 def test_the_schema_is_that_of_the_fields():
     assert (RECIPES / "recipe.schema.json").read_text(encoding="utf-8") == schema(), (
-        "python -m nanogpt_accel.recipe > recipes/recipe.schema.json")
+        "python -m nanogpt_accel.recipe > recipes/recipe.schema.json"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,15 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reference import nanogpt_lr
 from safetensors.torch import load_file, save_file
-from test_optim import nanogpt_lr
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nanogpt_accel import metrics
 from nanogpt_accel.__main__ import main
-from nanogpt_accel.metrics import read_metrics
 from nanogpt_accel.recipe import load_recipe
+from nanogpt_accel.tracking.metrics_log import read_metrics
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 STEPS, EVERY, BLOCK = 24, 8, 32
@@ -95,10 +94,20 @@ def test_the_files_of_a_run(workplace, run):
     assert saved.data.model_copy(update={"data_dir": asked.data.data_dir}) == asked.data
     newest = last(run)
     assert newest.name == f"checkpoint-{STEPS:06d}"
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-            "README.md", "model.py"} <= {path.name for path in newest.iterdir()}
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+        "model.py",
+    } <= {path.name for path in newest.iterdir()}
     assert {path.name for path in (newest / "state").iterdir()} == {
-        "trainer.json", "optimizer.safetensors", "index.json"}
+        "trainer.json",
+        "optimizer.safetensors",
+        "index.json",
+    }
     for path in run.iterdir():
         if path.is_symlink():
             assert not os.path.isabs(os.readlink(path)) and path.exists()
@@ -123,8 +132,9 @@ def test_the_lines_of_the_log(run):
 
 
 def test_the_learning_rates_are_nanogpts(run):
-    expected = [nanogpt_lr(it, learning_rate=1e-2, warmup_iters=5, lr_decay_iters=STEPS, min_lr=1e-3)
-                for it in range(STEPS)]
+    expected = [
+        nanogpt_lr(it, learning_rate=1e-2, warmup_iters=5, lr_decay_iters=STEPS, min_lr=1e-3) for it in range(STEPS)
+    ]
     assert losses(run, "learning_rate") == pytest.approx(expected, rel=1e-12)
 
 
@@ -143,7 +153,7 @@ def test_best_and_last_are_kept_apart(call):
     dictated = {0: 4.0, 1: 3.0, 2: 2.0, 3: 2.5, 4: 2.5, 5: 2.1}
     calls = itertools.count()  # two an evaluation: train, val
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "mean_loss", lambda *args: dictated[next(calls) // 2])
+        patch.setattr("nanogpt_accel.evaluation.mean_loss", lambda *args: dictated[next(calls) // 2])
         call("train", "tiny.yaml", *TINY, "out_dir=runs/best", "max_iters=5", "eval_interval=1")
     run = Path("runs/best")
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000005"]
@@ -172,8 +182,9 @@ def test_another_run_from_its_weights(call, run):
 
 
 def test_weights_with_another_tokenizer(call, run):
-    err = call("train", "tiny.yaml", *TINY, f"init_from={run}", "out_dir=runs/no", "tokenizer=bpe", "vocab_size=300",
-               status=2)
+    err = call(
+        "train", "tiny.yaml", *TINY, f"init_from={run}", "out_dir=runs/no", "tokenizer=bpe", "vocab_size=300", status=2
+    )
     assert err.startswith(f"error: model.init_from={run}: ") and err.count("\n") == 1
     assert "char tokens (15 symbols)" in err and "bpe ones (300)" in err and "tokenizer=" in err
     assert not Path("runs/no").exists()
@@ -189,7 +200,9 @@ def test_a_block_size_other_than_the_weights(call, run):
         model(torch.zeros(1, 9, dtype=torch.long))
     # on the first 8 positions it began as the model that it comes from
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "mean_loss", lambda model, *args: found.append(model.state_dict()) or 1.0)
+        patch.setattr(
+            "nanogpt_accel.evaluation.mean_loss", lambda model, *args: found.append(model.state_dict()) or 1.0
+        )
         found = []
         call("train", "tiny.yaml", f"init_from={run}", "out_dir=runs/no", "block_size=8", "eval_only=true")
     before = load_file(run / "model.safetensors")
@@ -230,7 +243,7 @@ def test_a_finished_run_goes_on(call, run, tmp_path):
     assert f"from checkpoint-{STEPS:06d}" in out and f"iter {STEPS}:" in out and f"iter {STEPS - 1}:" not in out
     after = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
     assert after[: len(before)] == before
-    assert [line["step"] for line in after[len(before):]] == [*range(STEPS, STEPS + 4), STEPS + 4]
+    assert [line["step"] for line in after[len(before) :]] == [*range(STEPS, STEPS + 4), STEPS + 4]
     assert last(tmp_path / "tiny").name == f"checkpoint-{STEPS + 4:06d}"
     # once more, with nothing left to do
     assert "iter " not in call("train", tmp_path / "tiny")
@@ -245,8 +258,8 @@ def test_an_existing_nanogpt_folder(call, workplace):
     chars = sorted(list(set(data)))
     stoi = {ch: i for i, ch in enumerate(chars)}
     n = len(data)
-    np.array([stoi[c] for c in data[:int(n * 0.9)]], dtype=np.uint16).tofile(folder / "train.bin")
-    np.array([stoi[c] for c in data[int(n * 0.9):]], dtype=np.uint16).tofile(folder / "val.bin")
+    np.array([stoi[c] for c in data[: int(n * 0.9)]], dtype=np.uint16).tofile(folder / "train.bin")
+    np.array([stoi[c] for c in data[int(n * 0.9) :]], dtype=np.uint16).tofile(folder / "val.bin")
     meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     call("train", "tiny.yaml", *TINY, f"data_dir={folder}", "out_dir=runs/theirs")
@@ -261,9 +274,21 @@ def test_the_recipe_of_gpt2(call, gpt2_files):
     recipe = load_recipe(RECIPES / "gpt2.yaml")
     assert recipe.train.batch_size * recipe.train.gradient_accumulation_steps * recipe.model.block_size == 491_520
     assert (recipe.train.max_iters, recipe.data.corpus, recipe.min_lr) == (600_000, "openwebtext", 6e-5)
-    call("train", RECIPES / "gpt2.yaml", "corpus=text.txt", "val_fraction=0.1", "n_layer=2", "n_embd=32", "n_head=2",
-         f"block_size={BLOCK}", "gradient_accumulation_steps=2", "max_iters=2", "eval_iters=2", "device=cpu",
-         "out_dir=runs/gpt2")
+    call(
+        "train",
+        RECIPES / "gpt2.yaml",
+        "corpus=text.txt",
+        "val_fraction=0.1",
+        "n_layer=2",
+        "n_embd=32",
+        "n_head=2",
+        f"block_size={BLOCK}",
+        "gradient_accumulation_steps=2",
+        "max_iters=2",
+        "eval_iters=2",
+        "device=cpu",
+        "out_dir=runs/gpt2",
+    )
     lines = [line for line in read_metrics("runs/gpt2/metrics.jsonl") if "val_loss" in line]
     assert [line["step"] for line in lines] == [0, 2]
     assert lines[0]["val_loss"] == pytest.approx(math.log(50304), abs=0.2) and lines[1]["val_loss"] < 11.1
@@ -317,8 +342,17 @@ def finite(folder):
 
 
 def test_a_loss_that_is_no_number(call):
-    err = call("train", "tiny.yaml", *TINY, "max_iters=9", "out_dir=runs/high", "learning_rate=1e9", "save_interval=1",
-               "eval_interval=9", status=1)
+    err = call(
+        "train",
+        "tiny.yaml",
+        *TINY,
+        "max_iters=9",
+        "out_dir=runs/high",
+        "learning_rate=1e9",
+        "save_interval=1",
+        "eval_interval=9",
+        status=1,
+    )
     assert err.startswith("error: the loss of step ") and err.count("\n") == 1
     step, newest = int(err.split("loss of step ")[1].split()[0]), last(Path("runs/high"))
     assert f"last good checkpoint is {newest}" in err and "nanogpt-accel train runs/high learning_rate=" in err
@@ -328,7 +362,7 @@ def test_a_loss_that_is_no_number(call):
 
 def test_a_loss_that_is_no_number_at_once(call, monkeypatch):
     monkeypatch.setattr(F, "cross_entropy", lambda logits, *args, **kwargs: logits.sum() * math.inf)
-    monkeypatch.setattr(metrics, "mean_loss", lambda *args: 4.0)
+    monkeypatch.setattr("nanogpt_accel.evaluation.mean_loss", lambda *args: 4.0)
     err = call("train", "tiny.yaml", *TINY, "out_dir=runs/at_once", status=1)
     assert "the loss of step 0 is" in err and "no checkpoint was saved yet" in err
     assert not list(Path("runs/at_once").glob("checkpoint-*"))
@@ -346,15 +380,16 @@ def test_a_gradient_that_is_no_number(call, monkeypatch):
         return clip(self, parameters, max_norm)
 
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip_grad_norm_)
-    err = call("train", "tiny.yaml", *TINY, "max_iters=9", "out_dir=runs/inf", "save_interval=2", "eval_interval=9",
-               status=1)
+    err = call(
+        "train", "tiny.yaml", *TINY, "max_iters=9", "out_dir=runs/inf", "save_interval=2", "eval_interval=9", status=1
+    )
     assert "gradient norm of step 3" in err and "runs/inf/checkpoint-000002" in err
     assert finite(last(Path("runs/inf"))) and last(Path("runs/inf")).name == "checkpoint-000002"
 
 
 def test_an_evaluation_that_is_no_number(call, monkeypatch):
     values = iter([4.0, 4.0, 3.9, 3.9, math.nan, math.nan])
-    monkeypatch.setattr(metrics, "mean_loss", lambda *args: next(values))
+    monkeypatch.setattr("nanogpt_accel.evaluation.mean_loss", lambda *args: next(values))
     err = call("train", "tiny.yaml", *TINY, "max_iters=9", "out_dir=runs/nan", "eval_interval=2", status=1)
     assert "validation loss" in err and "4 steps" in err and "runs/nan/checkpoint-000002" in err
     assert [path.name for path in Path("runs/nan").glob("checkpoint-*")] == ["checkpoint-000002"]
@@ -368,10 +403,10 @@ def test_the_time_to_expect_where_the_peak_of_the_device_is_known(call, run, mon
     weights = load_file(run / "model.safetensors")
     n_params = sum(w.numel() for name, w in weights.items() if name != "transformer.wpe.weight")
     flops = (6 * n_params + 12 * 2 * 32 * BLOCK) * 2 * 4 * BLOCK  # of two steps with 4 sequences each
-    monkeypatch.setattr(metrics, "peak_flops", lambda name: flops / 0.4 / 125)
+    monkeypatch.setattr("nanogpt_accel.planning.hardware.peak_flops", lambda name: flops / 0.4 / 125)
     out = call("train", "tiny.yaml", *TINY, "out_dir=runs/timed")
     assert "\ntime: 2:05 if it comes to an MFU of 40%" in out
-    monkeypatch.setattr(metrics, "peak_flops", lambda name: None)
+    monkeypatch.setattr("nanogpt_accel.planning.hardware.peak_flops", lambda name: None)
     assert "\ntime: " not in call("train", "tiny.yaml", *TINY, "out_dir=runs/untimed")
 
 
@@ -396,8 +431,12 @@ def test_temperature_0_is_the_likeliest(call, run):
     ids = tokenizer("the ")["input_ids"]
     while len(ids) < BLOCK:
         ids.append(logits(run, ids)[-1, : len(SYMBOLS)].argmax().item())
-    assert samples(call("sample", run, "--prompt", "the ", "temperature=0", "num_samples=2",
-                        f"max_new_tokens={BLOCK - 4}")) == [tokenizer.decode(ids)] * 2
+    assert (
+        samples(
+            call("sample", run, "--prompt", "the ", "temperature=0", "num_samples=2", f"max_new_tokens={BLOCK - 4}")
+        )
+        == [tokenizer.decode(ids)] * 2
+    )
 
 
 def test_padded_rows_are_never_drawn(call, run, tmp_path):
@@ -406,7 +445,7 @@ def test_padded_rows_are_never_drawn(call, run, tmp_path):
     weights = load_file(tmp_path / "padded" / "model.safetensors")
     wte = weights["transformer.wte.weight"]
     assert wte.shape == (64, 32)
-    wte[len(SYMBOLS):] = 100 * torch.randn(64 - len(SYMBOLS), 32, generator=torch.Generator().manual_seed(1))
+    wte[len(SYMBOLS) :] = 100 * torch.randn(64 - len(SYMBOLS), 32, generator=torch.Generator().manual_seed(1))
     save_file(weights, tmp_path / "padded" / "model.safetensors", metadata={"format": "pt"})
     assert logits(tmp_path / "padded", [0, 1, 2])[-1].argmax() >= len(SYMBOLS)
     # those who generate with transformers alone are kept from it by generation_config.json, and we do without
@@ -415,8 +454,9 @@ def test_padded_rows_are_never_drawn(call, run, tmp_path):
     assert ids.max() < len(SYMBOLS)
     (tmp_path / "padded" / "generation_config.json").unlink()
     for options in (["temperature=0"], ["temperature=1.5", "top_k=0"], ["top_k=3"], ["top_p=0.5"]):
-        (text,) = samples(call("sample", tmp_path / "padded", "prompt=a", "num_samples=1", "max_new_tokens=60",
-                               *options))
+        (text,) = samples(
+            call("sample", tmp_path / "padded", "prompt=a", "num_samples=1", "max_new_tokens=60", *options)
+        )
         assert len(text) == 61 and set(text) <= set(SYMBOLS)
 
 
@@ -431,8 +471,9 @@ def test_longer_than_the_context(call, run):
 def test_a_prompt_from_a_file(call, run, tmp_path):
     (tmp_path / "prompt.txt").write_text("the sun\nand ")
     for key in ("--start", "--prompt"):
-        (text,) = samples(call("sample", run, f"{key}=FILE:{tmp_path / 'prompt.txt'}", "num_samples=1",
-                               "max_new_tokens=3"))
+        (text,) = samples(
+            call("sample", run, f"{key}=FILE:{tmp_path / 'prompt.txt'}", "num_samples=1", "max_new_tokens=3")
+        )
         assert text.startswith("the sun\nand ") and len(text) == 15
 
 

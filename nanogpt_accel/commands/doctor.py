@@ -1,0 +1,380 @@
+"""What this machine and this launch can do, and what to fix before a run.
+
+    nanogpt-accel doctor
+    accelerate launch --config_file configs/multi_gpu.yaml -m nanogpt_accel.doctor    # also between the processes
+
+Exit status 1 where something would stop a training; 0 otherwise, also where something could be better.
+"""
+
+import json
+import netrc
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..distributed.accelerator import has_native_bf16, make_accelerator, should_compile
+from ..distributed.launcher import check_launcher, is_main
+from ..utils import cli
+from ..utils.fields import Int, validate
+from ..utils.files import check_writable
+
+OPTIONAL = ("wandb", "tensorboard", "deepspeed", "torchao", "lm_eval", "triton")
+EXCHANGED = 64 * 2**20  # bytes of an all-reduce
+ROUNDS = 5
+COMPILE = """
+import sys, torch
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.GELU(), torch.nn.Linear(16, 1)).to(sys.argv[1])
+x = torch.randn(4, 16, device=sys.argv[1])
+compiled = torch.compile(model)(x)
+compiled.sum().backward()
+torch.testing.assert_close(compiled, model(x), rtol=1e-3, atol=1e-3)
+"""
+
+
+class DoctorOptions(BaseModel):
+    """The options of `doctor`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    compile_limit: Int = Field(
+        120, ge=0, description="seconds that torch.compile may take to show that it works; 0: do not try"
+    )
+    json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
+
+
+def main(argv):
+    if cli.wants_help(argv):
+        return cli.show_help(
+            "nanogpt-accel doctor [key=value ...]",
+            "Versions, devices, attention, torch.compile, the way between the processes of this "
+            "launch, disk and caches: what is there, and what to fix.",
+            {"options": DoctorOptions},
+        )
+    fields = DoctorOptions.model_fields
+    target, given = cli.parse(argv, {"compile_limit": fields["compile_limit"], "json": fields["json_output"]})
+    options, problems, _ = validate(DoctorOptions, given)
+    if target is not None:
+        problems.append(f"{target}: doctor takes no target")
+    if problems:
+        raise ValueError("\n".join(problems))
+    findings = examine(options.compile_limit)
+    is_broken = any(finding["state"] == "broken" for finding in findings)
+    if is_main():
+        if options.json_output:
+            print(json.dumps({"ok": not is_broken, "findings": findings}))
+        else:
+            for finding in findings:
+                fix = f": {finding['fix']}" if finding["fix"] else ""
+                print(f"{finding['state']:<8} {finding['what']:<16} {finding['found']}{fix}")
+    if is_broken:
+        raise SystemExit(1)
+
+
+def examine(compile_limit):
+    """All findings, a list of {what, found, state, fix}. state: ok, warning, or broken where training would stop."""
+    findings = versions()
+    if any(finding["state"] == "broken" for finding in findings):
+        return findings  # without torch there is nothing more to see
+    findings += [broken("launch", problem) for problem in check_launcher()]
+    if any(finding["state"] == "broken" for finding in findings):
+        return findings
+    try:
+        accelerator = make_accelerator(collective_timeout=120)
+    except ValueError as error:
+        return [*findings, broken("launch", str(error))]
+    except RuntimeError as error:  # the processes do not find each other
+        fix = "look at MASTER_ADDR, MASTER_PORT and the network"
+        return [*findings, broken("launch", first_line(error), "set USE_LIBUV=0" if "libuv" in str(error) else fix)]
+    try:
+        findings += exchange(accelerator)
+    except RuntimeError as error:
+        return [*findings, broken("processes", first_line(error), "NCCL_DEBUG=INFO tells more")]
+    if accelerator.is_main_process:
+        findings += devices(accelerator.device)
+        findings += [precision(accelerator), attention(accelerator.device)]
+        findings += compiling(accelerator.device, compile_limit)
+        findings += [accelerate_config(), disk(), *caches(), *tokens()]
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return findings
+
+
+def ok(what, found):
+    return {"what": what, "found": found, "state": "ok", "fix": ""}
+
+
+def warning(what, found, fix=""):
+    return {"what": what, "found": found, "state": "warning", "fix": fix}
+
+
+def broken(what, found, fix=""):
+    return {"what": what, "found": found, "state": "broken", "fix": fix}
+
+
+def versions():
+    """Python, what this package needs, and what it can use."""
+    from packaging.requirements import Requirement
+
+    found = [ok("python", f"{platform.python_version()} on {platform.platform()}")]
+    try:
+        needed = metadata.requires("nanogpt_accel")
+    except metadata.PackageNotFoundError:
+        return [*found, warning("nanogpt_accel", "is not installed, so what it needs is not known", "pip install -e .")]
+    for requirement in map(Requirement, needed):
+        if requirement.marker is not None:  # of an extra
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            found.append(broken(requirement.name, "not installed", f"pip install '{requirement}'"))
+            continue
+        # a build of torch calls itself 2.13.0+cpu
+        fits = requirement.specifier.contains(version, prereleases=True)
+        found.append(
+            ok(requirement.name, version)
+            if fits
+            else warning(requirement.name, f"{version}, not tried with this package", f"pip install '{requirement}'")
+        )
+    for name in OPTIONAL:
+        try:
+            found.append(ok(name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def devices(device):
+    """Processors, memory, and every GPU that torch sees, each with a product that it has to compute."""
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    found = [
+        ok(
+            "processor",
+            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch, "
+            f"{memory.total / 2**30:.1f} GiB of memory, {memory.available / 2**30:.1f} free",
+        )
+    ]
+    for i in range(torch.cuda.device_count()):
+        name = torch.cuda.get_device_name(i)
+        try:
+            free, total = torch.cuda.mem_get_info(i)
+            torch.ones(64, 64, device=f"cuda:{i}").mm(torch.ones(64, 64, device=f"cuda:{i}")).sum().item()
+        except RuntimeError as error:
+            found.append(
+                broken(
+                    f"cuda:{i}",
+                    f"{name} does not compute ({first_line(error)})",
+                    "another build of torch (pytorch.org), or CUDA_VISIBLE_DEVICES without it",
+                )
+            )
+            continue
+        text = f"{name}, {total / 2**30:.1f} GiB, {free / 2**30:.1f} free, CUDA {torch.version.cuda}"
+        found.append(
+            ok(f"cuda:{i}", text)
+            if free > total / 2
+            else warning(f"cuda:{i}", text, "somebody else uses it: nvidia-smi shows who")
+        )
+    if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
+        found.append(
+            warning(
+                "cuda",
+                f"there is a driver of NVIDIA, but torch {torch.__version__} sees no GPU",
+                "install the CUDA build of torch (pytorch.org), or update the driver",
+            )
+        )
+    return [*found, ok("trains on", str(device))]
+
+
+def precision(accelerator):
+    """What mixed_precision=auto takes, and whether bf16 is real."""
+    taken, device = f"mixed_precision=auto takes {accelerator.mixed_precision}", accelerator.device.type
+    if device not in ("cuda", "cpu"):
+        return ok("precision", taken)
+    real = "bf16 is real here, by AMX" if device == "cpu" else "bf16 is real here"
+    emulated = "bf16 would be emulated here, and slow"
+    return ok("precision", f"{taken}; {real if has_native_bf16(device) else emulated}")
+
+
+def attention(device):
+    """Which kernels of scaled_dot_product_attention go forward and backward here."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    works = []
+    dtype = torch.float32
+    if device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    for name in names if device.type != "mps" else ("MATH",):  # MPS goes its own way, whichever is asked for
+        q = torch.randn(1, 2, 64, 64, device=device, dtype=dtype, requires_grad=True)
+        try:
+            with warnings.catch_warnings(), sdpa_kernel([getattr(SDPBackend, name)]):
+                warnings.simplefilter("ignore")  # of every kernel that is not for this device
+                scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+            works.append(name.removesuffix("_ATTENTION").lower())
+        except RuntimeError:
+            pass
+    if works == ["math"] and device.type != "mps":
+        return warning(
+            "attention", "sdpa: math alone, which is slow and takes memory", "a newer torch or GPU has flash"
+        )
+    return ok("attention", f"sdpa: {', '.join(works)}") if works else broken("attention", "no kernel of sdpa works")
+
+
+def compiling(device, limit):
+    """Whether torch.compile works, in a process of its own, which may hang or crash."""
+    if not limit:
+        return []
+    is_default = should_compile("auto", device.type)
+    trouble = broken if is_default else warning
+    fix = ("train with compile=false; " if is_default else "needed for compile=true alone; ") + (
+        f"it takes a C++ compiler ({'cl, of Visual Studio' if sys.platform == 'win32' else 'g++ or clang++'}), and on "
+        "GPUs triton"
+    )
+    began = time.monotonic()
+    # one that is stopped leaves no children behind
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILE, str(device)],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=limit,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        return [trouble("torch.compile", f"did nothing within compile_limit={limit} s", fix)]
+    if done.returncode:
+        return [trouble("torch.compile", f"fails ({(done.stderr.strip().splitlines() or ['no message'])[-1]})", fix)]
+    return [ok("torch.compile", f"works, {time.monotonic() - began:.0f} s with the start of a process")]
+
+
+def exchange(accelerator):
+    """An all-reduce between the processes of this launch, by the backend of the gradients and by gloo."""
+    import torch
+    from torch import distributed
+
+    if accelerator.num_processes == 1:
+        return [ok("processes", "one; for more: accelerate launch -m nanogpt_accel.doctor")]
+    world, found = accelerator.num_processes, []
+    ways = [(distributed.get_backend(), None, accelerator.device)]
+    if accelerator.device.type != "cpu":  # an orderly stop is agreed upon over gloo
+        ways.append(("gloo", distributed.new_group(backend="gloo"), torch.device("cpu")))
+    for name, group, device in ways:
+        tensor = torch.ones(EXCHANGED // 4, device=device)
+        distributed.all_reduce(tensor, group=group)
+        is_right = bool((tensor == world).all())
+        tensor.zero_()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(ROUNDS):
+            distributed.all_reduce(tensor, group=group)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        speed = EXCHANGED * ROUNDS / (time.perf_counter() - began)
+        what = f"{name}: {world} processes, all-reduce of {EXCHANGED >> 20} MiB at {speed / 1e9:.3g} GB/s"
+        found.append(
+            ok("processes", what)
+            if is_right
+            else broken("processes", f"{name}: the sum over {world} processes is wrong", "see NCCL_DEBUG=INFO")
+        )
+    return found
+
+
+def accelerate_config():
+    """The file that `accelerate launch` reads where it is given none."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    path = Path(default_config_file)
+    if not path.is_file():
+        return ok("launcher", f"no {path}: `accelerate launch` takes --config_file, such as configs/multi_gpu.yaml")
+    try:
+        values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        said = ", ".join(
+            f"{key} {values[key]}" for key in ("distributed_type", "num_processes", "mixed_precision") if key in values
+        )
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        return warning("launcher", f"{path} cannot be read ({first_line(error)})", "accelerate config writes a new one")
+    if values.get("distributed_type") == "MULTI_CPU":
+        return warning(
+            "launcher",
+            f"{path}: {said}, which starts one process alone",
+            "accelerate launch --config_file configs/cpu_2proc.yaml",
+        )
+    return ok("launcher", f"{path}: {said}")
+
+
+def disk():
+    """Room in the current folder, where data/ and runs/ are made."""
+    folder = Path.cwd()
+    free = shutil.disk_usage(folder).free
+    text = f"{folder}: {free / 2**30:.1f} GiB free"
+    if not can_write(folder):
+        return broken("disk", f"{folder} cannot be written to", "go to another folder, or give data_dir and out_dir")
+    if free < 2**30:
+        fix = "make room, or go to another disk"
+        return broken("disk", text, fix) if free < 2**26 else warning("disk", text, fix)
+    return ok("disk", text)
+
+
+def caches():
+    """Folders that downloads are kept in."""
+    from huggingface_hub import constants
+
+    own = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanogpt_accel")
+    folders = {
+        "HF_HOME": constants.HF_HOME,
+        "TIKTOKEN_CACHE_DIR": os.environ.get("TIKTOKEN_CACHE_DIR")
+        or os.path.join(tempfile.gettempdir(), "data-gym-cache"),
+        "NANOGPT_ACCEL_CACHE": os.environ.get("NANOGPT_ACCEL_CACHE") or own,
+    }
+    return [
+        ok("cache", f"{name}: {folder}")
+        if can_write(Path(folder))
+        else warning("cache", f"{name}: {folder} cannot be written to", f"set {name} to a folder that can")
+        for name, folder in folders.items()
+    ]
+
+
+def can_write(folder):
+    """Whether files can be made in a folder, or the folder itself where it is not there yet."""
+    return not check_writable(folder)
+
+
+def tokens():
+    """Whether there are keys for the Hub and for wandb. They are not shown."""
+    from huggingface_hub import get_token
+
+    try:
+        machines = netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        machines = {}
+    has_wandb = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in machines
+    return [
+        ok("token", "Hugging Face: " + ("present" if get_token() else "none; push takes one: hf auth login")),
+        ok("token", "wandb: " + ("present" if has_wandb else "none; trackers=wandb takes one: wandb login")),
+    ]
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, sys.argv[1:]))

@@ -1,0 +1,40 @@
+"""Turn a recipe's corpus into token files, which train does too when needed.
+
+The folder it prints holds train.bin and val.bin as nanoGPT has them, the tokenizer, and a manifest.json. It
+is made once; what changes the tokens changes the folder's name.
+"""
+
+import sys
+
+from ..data import dataset
+from ..recipe import FIELDS, SECTIONS, load_recipe
+from ..tracking.console import Console
+from ..utils import cli
+from ..utils.text import counted
+
+
+def main(argv):
+    if cli.wants_help(argv):
+        return cli.show_help("nanogpt-accel prepare RECIPE [key=value ...]", __doc__, {"data": SECTIONS["data"]})
+    target, options = cli.parse(argv, FIELDS)
+    if target is None:
+        raise ValueError("prepare needs a recipe: nanogpt-accel prepare recipes/shakespeare_char.yaml")
+    recipe = load_recipe(target, options, check=lambda recipe: dataset.check(recipe.data))
+    was_prepared = dataset.is_prepared(recipe.data)
+    if not was_prepared:
+        dataset.prepare(recipe.data, Console())
+    manifest = dataset.open_dataset(recipe.data).manifest
+    if was_prepared:
+        print(f"{dataset.data_folder(recipe.data)}: prepared already")
+    print(f"tokenizer: {manifest['tokenizer']['kind']}, {manifest['tokenizer']['vocab_size']:,} symbols")
+    for split, counts in manifest["splits"].items():
+        line = f"{split}: {counted(counts['tokens'], 'token')}"
+        if counts["bytes"] is not None:  # a nanoGPT folder does not say
+            line += (
+                f", {counted(counts['documents'], 'document')}, {counts['bytes'] / counts['tokens']:.3f} bytes a token"
+            )
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, sys.argv[1:]))

@@ -1,0 +1,171 @@
+"""Write text with a trained model.
+
+nanogpt-accel sample runs/shakespeare_char --prompt "ROMEO:"
+nanogpt-accel sample gpt2-xl --start=FILE:prompt.txt num_samples=3 temperature=1.0
+nanogpt-accel sample runs/gpt2 prompts=questions.txt batch_size=16 num_samples=1
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+from ..models.find import check_model, find_model
+from ..tracking.console import Console
+from ..utils import cli
+from ..utils.fields import Device, Float, Int, validate
+
+
+class SampleOptions(BaseModel):
+    """The options of `sample`; the defaults are nanoGPT's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    prompt: str = Field(
+        "\n",
+        validation_alias=AliasChoices("prompt", "start"),
+        description="what the text begins with, or FILE:path; nanoGPT's name, start, works too",
+    )
+    prompts: str | None = Field(None, description="a text file with a prompt a line, instead of the one prompt")
+    num_samples: Int = Field(10, ge=1, description="number of texts for each prompt")
+    batch_size: Int = Field(
+        1,
+        ge=1,
+        description="texts that are written at once: much faster together, but shown "
+        "when they are done rather than as they come",
+    )
+    max_new_tokens: Int = Field(500, ge=1, description="tokens of each text after the prompt")
+    temperature: Float = Field(0.8, ge=0, description="below 1 less random, above 1 more; 0 takes the likeliest token")
+    top_k: Int = Field(200, ge=0, description="draw from this many of the likeliest tokens; 0: from all")
+    top_p: Float = Field(1.0, gt=0, le=1, description="draw from the likeliest tokens that make up this share")
+    overflow: Literal["slide", "stop", "extend"] = Field(
+        "slide",
+        description="what happens at block_size. slide: go on with the last half of the text as context; "
+        "stop: end the text there; extend: go on with positions that were not trained (rotary positions only)",
+    )
+    seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="of the draws; text number i uses seed + i")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    json_output: bool = Field(
+        False,
+        alias="json",
+        description="print each text as a line with a JSON object: prompt, text (what follows it) and seed",
+    )
+
+
+def main(argv):
+    if cli.wants_help(argv):
+        return cli.show_help(
+            "nanogpt-accel sample MODEL [key=value ...]",
+            "Write text with a model: a run folder (its best checkpoint), a checkpoint folder, gpt2 "
+            "to gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.",
+            {"options": SampleOptions},
+        )
+    fields = SampleOptions.model_fields
+    target, given = cli.parse(argv, {**fields, "start": fields["prompt"], "json": fields["json_output"]})
+    theirs = [given.pop(key) for key in ("out_dir", "init_from") if key in given]  # nanoGPT's
+    options, problems, _ = validate(SampleOptions, given)
+    if "prompts" in given and not {"prompt", "start"}.isdisjoint(given):
+        problems.append(f"prompts={options.prompts}: prompt is given too; one of the two")
+    if target is None or theirs:
+        problems.append(f"which model? nanogpt-accel sample {theirs[0] if theirs else 'runs/NAME'}")
+    else:
+        problems += check_model(target)
+    prompts = []
+    try:
+        prompts = read_prompts(options)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+    # what the tokenizer and the config say is checked before torch is imported
+    from ..data.tokenizer import Tokenizer
+    from ..models.load import check_tokenizer, load_model, read_config
+
+    folder = find_model(target, warn=Console(stderr=True))
+    tokenizer, config = Tokenizer.load(folder), read_config(folder)
+    problems += check_tokenizer(tokenizer, config, folder)
+    key = "prompts" if options.prompts else "prompt"
+    for prompt in prompts:
+        # a longer one slides, as everything that is longer does
+        problems += tokenizer.check_prompt(prompt, config["block_size"] if options.overflow == "stop" else None, key)
+    if options.overflow == "extend" and config["position"] != "rotary":
+        problems.append(
+            f"overflow=extend: {folder} has learned positions, which end at block_size="
+            f"{config['block_size']}: take slide or stop"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+    from transformers.utils import logging as transformers_logging
+
+    from ..distributed import cpu
+    from ..distributed.accelerator import pick_device
+    from ..models.generation import generate, text_after
+
+    transformers_logging.set_verbosity_error()  # it warns of what the options ask for
+    device = pick_device(options.device)
+    model = load_model(folder).to(device)
+    cpu.tune_generation(model)
+    # the same text is written num_samples times, then the next prompt's
+    texts = [prompt for prompt in prompts for _ in range(options.num_samples)]
+    for i in range(0, len(texts), options.batch_size):
+        batch = texts[i : i + options.batch_size]
+        prompt_ids = [tokenizer.encode_prompt(text) for text in batch]
+        on_text = None
+        if len(batch) == 1 and not options.json_output:
+            on_text = lambda text: print(text, end="", flush=True)  # noqa: E731
+            on_text(batch[0])
+        new_ids = generate(
+            model,
+            prompt_ids,
+            seeds=range(options.seed + i, options.seed + i + len(batch)),
+            vocab_size=tokenizer.vocab_size,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            overflow=options.overflow,
+            decode=tokenizer.decode,
+            on_text=on_text,
+        )
+        for number, (text, before, ids) in enumerate(zip(batch, prompt_ids, new_ids, strict=True), i):
+            if on_text is not None:  # it is shown already
+                print("\n---------------", flush=True)
+                continue
+            after = text_after(tokenizer.decode, before, ids)
+            print(
+                json.dumps({"prompt": text, "text": after, "seed": options.seed + number})
+                if options.json_output
+                else f"{text}{after}\n---------------",
+                flush=True,
+            )
+
+
+def read_prompts(options):
+    """The texts to begin with.
+
+    Raises:
+        ValueError: a file that cannot be read, or holds nothing.
+    """
+    file = options.prompts or (options.prompt if options.prompt.startswith("FILE:") else None)
+    if file is None:
+        return [options.prompt]
+    file = file.removeprefix("FILE:")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        key = f"prompts={file}" if options.prompts else f"prompt=FILE:{file}"
+        raise ValueError(f"{key}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    if not options.prompts:
+        return [text]
+    lines = [line for line in text.splitlines() if line]
+    if not lines:
+        raise ValueError(f"prompts={file}: no line with a prompt in it")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, sys.argv[1:]))

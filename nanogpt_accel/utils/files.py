@@ -1,0 +1,76 @@
+"""Files: check that a folder is writable, hash, flush to disk, rename and delete safely."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+
+def sha256(file):
+    digest, buffer = hashlib.sha256(), bytearray(2**22)
+    with open(file, "rb", buffering=0) as opened:
+        while count := opened.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def check_writable(folder, key="out_dir"):
+    """Whether a folder can be made and written to, as a list of problems; the nearest one that exists is asked."""
+    place = Path(folder)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        return [f"{key}={folder}: {place} is a file; take another folder"]
+    try:
+        with tempfile.TemporaryFile(dir=place):  # os.access says yes to root, even for /proc and /sys
+            return []
+    except OSError as error:
+        return [f"{key}={folder}: cannot write in {place} ({error.strerror}); take another folder"]
+
+
+def remove_checkpoint(folder):
+    """Delete a checkpoint; under a hidden name first, so that a half-deleted one is never taken for a whole."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    if hidden.exists():
+        delete(hidden)
+    rename_folder(folder, hidden)
+    delete(hidden)
+
+
+def rename_folder(folder, target):
+    """os.rename of a folder. Windows refuses it while anybody has a file in it open, as a virus scanner has a new one
+    for a moment."""
+    for _ in range(20 if os.name == "nt" else 0):
+        with suppress(PermissionError):
+            return os.rename(folder, target)
+        time.sleep(0.1)
+    os.rename(folder, target)
+
+
+def delete(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def flush_tree(folder):
+    """fsync every file and folder below."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            # Windows flushes only what is open for writing
+            with open(os.path.join(place, name), "rb" if os.name == "posix" else "r+b") as file:
+                os.fsync(file.fileno())
+        flush_folder(place)
+
+
+def flush_folder(folder):
+    if os.name == "posix":  # Windows cannot open folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

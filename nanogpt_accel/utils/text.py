@@ -1,0 +1,20 @@
+"""Numbers as text for people."""
+
+
+def counted(number, noun):
+    """1 document, 2,000 documents."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def data_size(n_bytes):
+    """Bytes as MB, or as kB where that is less than one."""
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:,.1f} kB"
+
+
+def duration(seconds):
+    """Seconds as 2:05, 1:02:05 or 3d 1:02:05."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    text = f"{hours}:{minutes:02}:{seconds:02}" if hours or days else f"{minutes}:{seconds:02}"
+    return f"{days}d {text}" if days else text

@@ -1,0 +1,175 @@
+"""bench.py: what it prints, and that its steps are train's and its memory what torch tracks."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanogpt_accel.__main__ import main
+from nanogpt_accel.commands import bench
+from nanogpt_accel.model import GPT
+from nanogpt_accel.optim import make_optimizer
+from nanogpt_accel.recipe import load_recipe
+from nanogpt_accel.tracking.metrics_log import read_metrics
+from nanogpt_accel.utils import cli
+
+RECIPE = """
+data: {corpus: text.txt, tokenizer: char, val_fraction: 0.1, data_dir: tokens}
+model: {n_layer: 2, n_embd: 32, n_head: 2, block_size: 32, dropout: 0.2}
+optimizer: {learning_rate: 1e-2, warmup_iters: 3}
+train: {batch_size: 4, gradient_accumulation_steps: 2, max_iters: 4, eval_interval: 4, eval_iters: 1, device: cpu}
+"""
+
+
+@pytest.fixture(autouse=True)
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(RECIPE)
+    Path("text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 100)
+
+
+def measured(*words, capsys):
+    assert main(["bench", "tiny.yaml", "steps=2", "warmup=1", "--json", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_is_one_object(capsys):
+    found = measured("--profile", "trace.json", capsys=capsys)
+    assert found["recipe"] == "tiny.yaml" and found["data"].startswith("random tokens of 256 symbols")
+    (line,) = found["variants"]
+    assert line["tokens_per_step"] == 256 and line["ratio"] == 1 and line["mfu"] is None  # no peak is known of a CPU
+    assert line["tokens_per_second"] == pytest.approx(256 / line["seconds"]["total"], rel=0.5)
+    assert line["slowest"] <= line["tokens_per_second"] <= line["fastest"]
+    parts = [line["seconds"][part] for part in bench.PARTS]
+    assert min(parts) > 0 and sum(parts) < 1.5 * line["seconds"]["total"]
+    trace = json.loads(Path("trace.json").read_text())  # as Perfetto reads it
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"aten::addmm", "aten::embedding"} & names and all("ph" in event for event in trace["traceEvents"])
+    assert not Path("tokens").exists() and not Path("runs").exists()
+
+
+def test_variants_in_turn(capsys):
+    found = measured("--compare", "attention,loss,optimizer", capsys=capsys)
+    names = [line["name"] for line in found["variants"]]
+    assert len(set(names)) == 8
+    assert names[0] == "sdpa, loss at once, adamw" and names[-1] == "eager attention, loss in pieces, muon"
+    assert all(line["tokens_per_second"] > 0 and line["peak_memory"] > 0 for line in found["variants"])
+    # Muon keeps one float where AdamW keeps two, and pieces never hold all the logits
+    of = {line["name"]: line["peak_memory"] for line in found["variants"]}
+    assert of["sdpa, loss at once, muon"] < of["sdpa, loss at once, adamw"]
+
+
+def test_micro_batches_side_by_side(capsys):
+    found = measured("compare=batch_size", capsys=capsys)
+    assert [(line["name"], line["tokens_per_step"]) for line in found["variants"]] == [
+        ("batch_size=2", 128),
+        ("batch_size=4", 256),
+        ("batch_size=8", 512),
+    ]
+
+
+def test_it_takes_the_steps_of_train(monkeypatch, capsys):
+    """The losses of train's log come out of bench's model: same weights, batches, dropout, rates and optimizer."""
+    assert main(["train", "tiny.yaml", "eval_first=false", "out_dir=run"]) == 0
+    trained = [line["loss"] for line in read_metrics("run/metrics.jsonl") if "loss" in line]
+    losses, forward = [], GPT.forward
+
+    def noting(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        losses.append(output.loss.item())
+        return output
+
+    monkeypatch.setattr(GPT, "forward", noting)
+    recipe = load_recipe("tiny.yaml")
+    tokens, vocab_size, eot_id, where = bench.find_data(recipe)
+    assert where == "tokens"  # prepared by now
+    variant = bench.Variant(recipe, bench.find_config(recipe, vocab_size), tokens, eot_id, "", {})
+    for _ in trained:
+        variant.step()
+    assert len(trained) == 4 and len(losses) == 8
+    assert [(a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)] == pytest.approx(trained, rel=1e-7)
+
+
+def test_peak_memory_is_the_one_that_torch_tracks():
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    recipe = load_recipe("tiny.yaml", {"n_embd": 128, "batch_size": 32, "dropout": 0, "mixed_precision": "no"})
+    config = bench.find_config(recipe, 512)
+    variant = bench.Variant(recipe, config, bench.RandomTokens(512), 511, "", {})
+    variant.step()
+    model = GPT(config).train()
+    optimizer = make_optimizer(model, learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)
+    ids = torch.randint(0, 512, (32, 33))
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        for _ in range(2):
+            for _ in range(2):
+                tracker.reset_mod_stats()
+                model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:], return_logits=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    peak = sum(of_device["Total"] for of_device in tracker.get_tracker_snapshot("peak").values())
+    assert variant.peak_memory() == pytest.approx(peak, rel=0.1)
+
+
+def test_the_report_is_a_table():
+    line = {
+        "name": "eager",
+        "seconds": dict.fromkeys((*bench.PARTS, "total"), 0.0125),
+        "tokens_per_second": 81920.4,
+        "slowest": 8e4,
+        "fastest": 9e4,
+        "mfu": 0.512,
+        "peak_memory": 3 * 10**9,
+        "ratio": 1.5,
+    }
+    found = {
+        "device": "NVIDIA H100",
+        "processes": 2,
+        "threads": 1,
+        "torch": "2.13",
+        "mixed_precision": "bf16",
+        "data": "data/x",
+        "steps": 10,
+        "warmup": 3,
+        "parameters": 124_000_000,
+        "micro_batches": 4,
+        "block_size": 1024,
+        "profile": None,
+        "variants": [line, {**line, "mfu": None, "peak_memory": None}],
+    }
+    lines = list(bench.report("a.yaml", found))
+    assert "2 x NVIDIA H100" in lines[0] and "bf16" in lines[0] and "124,000,000" in lines[2]
+    assert lines[-2].split() == ["eager", *["12.50"] * 5, "81,920", "80,000", "...", "90,000", "51.2%", "3,000", "1.50"]
+    assert len({len(line) for line in lines[-3:]}) == 1
+
+
+def test_the_shape_of_openais_weights_without_the_weights():
+    config = bench.find_config(load_recipe("tiny.yaml", {"init_from": "gpt2-medium"}), 50257)
+    assert (config.n_layer, config.n_embd, config.bias, config.block_size) == (24, 1024, True, 32)
+    assert math.isclose(config.n_inner, 4096)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["compare=atention"], ["compare=atention", "did you mean attention"]),
+        (["profile=nowhere/trace.json"], ["profile=nowhere/trace.json"]),
+        (["steps=0"], ["steps=0"]),
+        (["init_from=someone/model"], ["init_from=someone/model", "n_layer"]),
+        (["n_layr=2"], ["n_layr"]),
+    ],
+)
+def test_mistakes_get_one_line(words, parts, capsys):
+    assert main(["bench", "tiny.yaml", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert [part for part in parts if part not in printed.err] == [], printed.err
+
+
+def test_no_recipe(capsys):
+    assert cli.run(bench.main, []) == 2
+    assert "what to time?" in capsys.readouterr().err

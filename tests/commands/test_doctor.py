@@ -1,0 +1,262 @@
+"""doctor: what it says against what the machine says by other ways, each trouble with its remedy, the exit status."""
+
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import nanogpt_accel
+from nanogpt_accel.__main__ import main
+from nanogpt_accel.commands import doctor
+
+QUICK = "compile_limit=0"
+SECRET = "hf_thisIsVerySecret0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "ACCELERATE_USE_CPU", "MASTER_PORT", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def examine(capsys):
+    """examine(status, ...) -> {what: [findings]} of `doctor --json`, which prints nothing else."""
+
+    def examine(*words, status=0):
+        capsys.readouterr()
+        if status:
+            with pytest.raises(SystemExit) as exit:
+                main(["doctor", "--json", *words])
+            assert exit.value.code == status
+        else:
+            assert main(["doctor", "--json", *words]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["ok"] == (status == 0)
+        by_name = {}
+        for finding in found["findings"]:
+            assert set(finding) == {"what", "found", "state", "fix"} and finding["state"] in ("ok", "warning", "broken")
+            by_name.setdefault(finding["what"], []).append(finding)
+        return by_name
+
+    return examine
+
+
+def only(findings):
+    (finding,) = findings
+    return finding
+
+
+def test_what_it_says_is_so(examine, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = examine(QUICK)
+    assert only(found["python"])["found"].startswith(platform.python_version())
+    for name in ("torch", "accelerate", "transformers", "tiktoken", "datasets"):
+        assert only(found[name])["found"] == metadata.version(name)
+    assert f"{os.cpu_count()} cores" in only(found["processor"])["found"]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    assert f"{memory:.1f} GiB of memory" in only(found["processor"])["found"]
+    assert only(found["trains on"])["found"].startswith("cuda" if torch.cuda.is_available() else "cpu")
+    assert sum(name.startswith("cuda:") for name in found) == torch.cuda.device_count()
+    disk = only(found["disk"])["found"]
+    assert disk.startswith(str(tmp_path))
+    assert float(disk.split(": ")[-1].split()[0]) == pytest.approx(shutil.disk_usage(tmp_path).free / 2**30, rel=0.2)
+    assert "one" in only(found["processes"])["found"] and "math" in only(found["attention"])["found"]
+    assert any(os.environ["NANOGPT_ACCEL_CACHE"] in finding["found"] for finding in found["cache"])
+    assert {finding["state"] for findings in found.values() for finding in findings} <= {"ok", "warning"}
+
+
+def test_lines_for_people(capsys):
+    assert main(["doctor", QUICK]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["ok", "torch", torch.__version__] for line in lines)
+    assert all(line.startswith(("ok ", "warning ")) for line in lines)
+
+
+def test_keys_are_not_shown(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    for words in ([], ["--json"]):
+        assert main(["doctor", QUICK, *words]) == 0
+        captured = capsys.readouterr()
+        assert SECRET[3:12] not in captured.out + captured.err
+        assert "Hugging Face: present" in captured.out and "wandb: present" in captured.out
+
+
+def test_no_keys(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    hub, wandb = doctor.tokens()
+    assert "none" in hub["found"] and "hf auth login" in hub["found"] and "wandb login" in wandb["found"]
+    (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {SECRET}\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert doctor.tokens()[1]["found"] == "wandb: present"
+
+
+def test_a_package_that_is_missing_or_strange(examine, monkeypatch):
+    version = metadata.version
+
+    def another(name):
+        if name == "tiktoken":
+            raise metadata.PackageNotFoundError(name)
+        return "1.0.0" if name == "rich" else version(name)
+
+    monkeypatch.setattr(metadata, "version", another)
+    found = examine(QUICK, status=1)
+    assert only(found["tiktoken"])["state"] == "broken" and "pip install 'tiktoken>=" in found["tiktoken"][0]["fix"]
+    assert only(found["rich"])["state"] == "warning" and "1.0.0" in found["rich"][0]["found"]
+    assert "disk" not in found  # without what it needs there is nothing more to see
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("WORLD_SIZE", "2", "launch with `accelerate launch` or torchrun"),
+        ("PARALLELISM_CONFIG_TP_SIZE", "2", "only data-parallel sharding"),
+    ],
+)
+def test_a_launch_that_cannot_train(examine, monkeypatch, name, value, said):
+    monkeypatch.setenv(name, value)
+    found = only(examine(QUICK, status=1)["launch"])
+    assert found["state"] == "broken" and said in found["found"]
+
+
+@pytest.mark.parametrize("free, state", [(2**40, "ok"), (2**29, "warning"), (2**20, "broken")])
+def test_disk(monkeypatch, free, state):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": free}))
+    found = doctor.disk()
+    assert found["state"] == state and bool(found["fix"]) == (state != "ok")
+
+
+def test_folders_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    assert doctor.can_write(tmp_path / "new" / "deeper") and not doctor.can_write(tmp_path / "file" / "below")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file"))
+    (finding,) = (finding for finding in doctor.caches() if finding["found"].startswith("TIKTOKEN"))
+    assert finding["state"] == "warning" and finding["fix"] == "set TIKTOKEN_CACHE_DIR to a folder that can"
+    if os.geteuid():  # root may write everywhere
+        tmp_path.chmod(0o500)
+        monkeypatch.chdir(tmp_path)
+        assert doctor.disk()["state"] == "broken"
+
+
+@pytest.mark.parametrize(
+    "text, state, said",
+    [
+        (None, "ok", "takes --config_file"),
+        (
+            "distributed_type: MULTI_GPU\nnum_processes: 8\nmixed_precision: bf16\n",
+            "ok",
+            "distributed_type MULTI_GPU, num_processes 8, mixed_precision bf16",
+        ),
+        ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "warning", "starts one process alone"),
+        ("{", "warning", "cannot be read"),
+        ("- a list\n", "warning", "cannot be read"),
+    ],
+)
+def test_accelerates_config(monkeypatch, tmp_path, text, state, said):
+    from accelerate.commands.config import config_args
+
+    path = tmp_path / "default_config.yaml"
+    if text:
+        path.write_text(text)
+    monkeypatch.setattr(config_args, "default_config_file", str(path))
+    found = doctor.accelerate_config()
+    assert found["state"] == state and said in found["found"] and str(path) in found["found"]
+
+
+@pytest.mark.parametrize(
+    "code, limit, state, said",
+    [
+        ("", 60, "ok", "works"),
+        ("raise OSError('no compiler')", 60, "warning", "fails (OSError: no compiler)"),
+        ("import time; time.sleep(60)", 1, "warning", "did nothing within compile_limit=1 s"),
+    ],
+)
+def test_torch_compile_is_tried_in_a_process_of_its_own(monkeypatch, code, limit, state, said):
+    monkeypatch.setattr(doctor, "COMPILE", code)
+    found = only(doctor.compiling(torch.device("cpu"), limit))
+    assert found["state"] == state and said in found["found"]
+    if state != "ok":  # compile is the default on GPUs, so there it stops a training
+        assert doctor.compiling(torch.device("cuda"), limit)[0]["state"] == "broken"
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "said"),
+    [
+        ("cuda", True, "bf16 is real here"),
+        ("cpu", True, "bf16 is real here, by AMX"),
+        ("cpu", False, "emulated here, and slow"),
+        ("mps", None, "takes no"),
+    ],
+)
+def test_precision(monkeypatch, device, has_bf16, said):
+    monkeypatch.setattr(doctor, "has_native_bf16", lambda kind: has_bf16 if kind == device else pytest.fail(kind))
+    found = doctor.precision(SimpleNamespace(device=torch.device(device), mixed_precision="no"))
+    assert found["state"] == "ok" and found["found"].endswith(said)
+
+
+def test_math_alone_is_told(monkeypatch):
+    def refuse(*arguments, **keywords):
+        if not torch.backends.cuda.math_sdp_enabled():
+            raise RuntimeError("no kernel")
+        return sdpa(*arguments, **keywords)
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+    found = doctor.attention(torch.device("cpu"))
+    assert found["state"] == "warning" and "math alone" in found["found"]
+
+
+def test_refusals(refused):
+    with refused(ValueError, "runs/a: doctor takes no target"):
+        doctor.main(["runs/a"])
+    with refused(ValueError, "compile_limit=-1"):
+        doctor.main(["compile_limit=-1"])
+
+
+# ---- slow: for good
+
+
+@pytest.mark.slow
+def test_torch_compile_for_good():
+    assert only(doctor.compiling(torch.device("cpu"), 300))["state"] == "ok"
+
+
+@pytest.mark.slow
+def test_between_two_processes():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            f"--master_port={port}",
+            "-m",
+            "nanogpt_accel",
+            "doctor",
+            "--json",
+            QUICK,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(nanogpt_accel.__file__).parents[1],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)  # one process speaks for both
+    said = only([finding for finding in found["findings"] if finding["what"] == "processes"])
+    assert said["state"] == "ok" and said["found"].startswith("gloo: 2 processes, all-reduce of 64 MiB at ")

@@ -1,0 +1,215 @@
+"""evaluate beyond a split's loss: windows that overlap, texts, standard errors, lm-eval's tasks."""
+
+import importlib.util
+import itertools
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from shared import DATA
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+
+from nanogpt_accel.__main__ import main
+from nanogpt_accel.batches import sliding_windows
+from nanogpt_accel.data.tokenizer import Tokenizer
+from nanogpt_accel.evaluation import mean_and_error
+from nanogpt_accel.utils.text import duration
+
+CONTEXT = 32
+
+
+def scores(capsys, *argv):
+    """The JSON that a command prints."""
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A stock GPT-2 of transformers' own with random weights, and GPT-2's tokenizer."""
+    if not (DATA / "tiktoken").is_dir():
+        pytest.skip(f"{DATA}/tiktoken is not there")
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(GPT2Config(n_positions=CONTEXT, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3))
+    model.save_pretrained(folder)
+    Tokenizer.gpt2().save(folder, max_length=CONTEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    source = DATA / "wikitext2" / "valid.txt"
+    if not source.is_file():
+        pytest.skip(f"{source} is not there")
+    path = tmp_path_factory.mktemp("text") / "valid.txt"
+    path.write_text(source.read_text(encoding="utf-8")[:2500], encoding="utf-8")
+    return path
+
+
+def guide(folder, text, stride):
+    """The loop of transformers' guide "Perplexity of fixed-length models"."""
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    encodings = GPT2TokenizerFast.from_pretrained(folder)(text, return_tensors="pt")
+    max_length, seq_len = model.config.n_positions, encodings.input_ids.size(1)
+    nll_sum, n_tokens, prev_end_loc = 0.0, 0, 0
+    for begin_loc in range(0, seq_len, stride):
+        end_loc = min(begin_loc + max_length, seq_len)
+        trg_len = end_loc - prev_end_loc
+        input_ids = encodings.input_ids[:, begin_loc:end_loc]
+        target_ids = input_ids.clone()
+        target_ids[:, :-trg_len] = -100
+        with torch.no_grad():
+            neg_log_likelihood = model(input_ids, labels=target_ids).loss
+        num_valid_tokens = (target_ids != -100).sum().item()
+        num_loss_tokens = num_valid_tokens - 1
+        nll_sum += neg_log_likelihood.item() * num_loss_tokens
+        n_tokens += num_loss_tokens
+        prev_end_loc = end_loc
+        if end_loc == seq_len:
+            break
+    return math.exp(nll_sum / n_tokens)
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_perplexity_of_windows_is_the_guides(capsys, gpt2, text, stride):
+    found = scores(
+        capsys, "evaluate", str(gpt2), f"text={text}", f"stride={stride}", "device=cpu", "mixed_precision=no"
+    )
+    assert found["perplexity"] == pytest.approx(guide(gpt2, text.read_text(encoding="utf-8"), stride), rel=1e-3)
+    assert found["text_loss"] == pytest.approx(math.log(found["perplexity"]))
+    n_tokens = len(Tokenizer.gpt2().encode(text.read_text(encoding="utf-8")))
+    # (without an overlap the first token of each window has nothing before it, and the guide leaves it out)
+    assert found["tokens"] == (n_tokens - 1 if stride < CONTEXT else n_tokens - -(-n_tokens // CONTEXT))
+    nats = found["text_loss"] * n_tokens / math.log(2) / text.stat().st_size
+    assert found["bits_per_byte"] == pytest.approx(nats, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n", "block_size", "stride"),
+    [(100, 16, 15), (100, 16, 5), (17, 16, 15), (5, 16, 3), (2, 16, 16), (33, 16, 1), (257, 7, 4)],
+)
+def test_every_token_after_the_first_counts_once(n, block_size, stride):
+    counted, least = np.zeros(n, int), {}
+    for starts, length, count in sliding_windows(n, block_size, stride, batch_size=3):
+        assert 1 <= len(starts) <= 3 and length < block_size
+        for start in starts:
+            targets = range(start + 1, start + 1 + length)
+            assert targets[-1] < n
+            for place in targets[len(targets) - count :]:
+                counted[place] += 1
+                least[place] = place - start
+    assert counted.tolist() == [0] + [1] * (n - 1)
+    # what stands before a prediction: all of it near the beginning, else at least the part that overlaps
+    assert all(before >= min(place, block_size - stride) for place, before in least.items())
+
+
+def test_the_standard_error_is_that_of_the_windows():
+    draw = np.random.default_rng(2)
+    sums, counts = draw.normal(30, 4, 50), np.full(50, 10.0)
+    mean, error = mean_and_error(sums, counts)
+    assert mean == pytest.approx(sums.mean() / 10)
+    assert error == pytest.approx(sums.std(ddof=1) / 10 / math.sqrt(50))
+    # of unequal windows: what the bootstrap finds
+    counts = draw.integers(5, 50, 400).astype(float)
+    sums = counts * draw.normal(3, 0.5, 400)
+    _, error = mean_and_error(sums, counts)
+    chosen = draw.integers(0, 400, (3000, 400))
+    assert error == pytest.approx((sums[chosen].sum(1) / counts[chosen].sum(1)).std(), rel=0.1)
+    assert mean_and_error(sums[:1], counts[:1])[1] is None
+
+
+def test_without_a_stride_the_blocks_stand_side_by_side(capsys, gpt2, text):
+    """As nanoGPT would: every target once, from what its block holds before it."""
+    found = scores(capsys, "evaluate", str(gpt2), f"text={text}", "device=cpu", "mixed_precision=no", "batch_size=5")
+    model = GPT2LMHeadModel.from_pretrained(gpt2).eval()
+    ids = torch.from_numpy(Tokenizer.gpt2().encode(text.read_text(encoding="utf-8")).astype(np.int64))
+    total = 0.0
+    for start in range(0, len(ids) - 1, CONTEXT):
+        row = ids[start : start + CONTEXT + 1]
+        with torch.no_grad():
+            logits = model(row[None, :-1]).logits[0]
+        total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
+    assert found["text_loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+
+
+def test_a_long_one_says_how_far_it_is_and_leaves_stdout_to_programs(capsys, gpt2, text, monkeypatch):
+    expected = scores(capsys, "evaluate", str(gpt2), f"text={text}", "device=cpu", "batch_size=2")
+    clock = itertools.count(0, 3)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert main(["evaluate", str(gpt2), f"text={text}", "device=cpu", "batch_size=2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == expected
+    lines = [line for line in err.splitlines() if line.startswith("evaluating: ")]
+    total = -(-(expected["tokens"] // CONTEXT) // 2) + 1  # the last one holds what is left, a shorter block
+    assert lines == [
+        f"evaluating: {n} of {total} batches, about {duration(3 * (total - n))} left" for n in range(2, total, 2)
+    ]  # every 6 s
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["text=nowhere.txt"], ["text=nowhere.txt", "wikitext2"]),
+        (["text=TEXT", "stride=64"], ["stride=64", "block_size=32"]),
+        (["text=TEXT", "stride=8", "eval_iters=3"], ["eval_iters=3", "stride"]),
+        (["stride=0", "text=TEXT"], ["stride=0"]),
+    ],
+)
+def test_asked_wrongly(capsys, gpt2, text, words, expected):
+    words = [word.replace("TEXT", str(text)) for word in words]
+    assert main(["evaluate", str(gpt2), *words, "device=cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert [word for word in expected if word not in line] == []
+
+
+def test_without_lm_eval(capsys, gpt2, monkeypatch):
+    monkeypatch.setattr("nanogpt_accel.commands.evaluate.find_spec", lambda name: None)
+    assert main(["evaluate", str(gpt2), "tasks=hellaswag"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tasks=hellaswag" in line and "pip install" in line
+
+
+TASK = """
+task: parity
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+target_delimiter: ""
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.mark.slow
+def test_a_task_of_lm_evals(capsys, gpt2, tmp_path, monkeypatch):
+    """A local task of two choices: the accuracy is that of the choice with the higher log-likelihood, by hand."""
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm-eval is not installed")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    rows = [{"question": f"the {n} of", "choices": [" may", " see"], "answer": n % 2} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "parity.yaml").write_text(TASK.replace("FILE", str(tmp_path / "rows.jsonl")))
+    found = scores(capsys, "evaluate", str(gpt2), "tasks=parity", f"tasks_dir={tmp_path}", "device=cpu")
+    model, tokenizer = GPT2LMHeadModel.from_pretrained(gpt2).eval(), Tokenizer.gpt2()
+
+    def likelihood(question, choice):
+        before, after = tokenizer.encode(question), tokenizer.encode(question + choice)
+        with torch.no_grad():
+            logs = model(torch.tensor([after.tolist()])).logits[0].log_softmax(-1)
+        return sum(logs[i - 1, after[i]].item() for i in range(len(before), len(after)))
+
+    right = 0
+    for row in rows:
+        first, second = (likelihood(row["question"], choice) for choice in row["choices"])
+        right += (second > first) == row["answer"]
+    assert 0 < right < 20
+    assert found["tasks"]["parity"]["acc,none"] == pytest.approx(right / 20)
+    assert found["tasks"]["parity"]["acc_stderr,none"] > 0

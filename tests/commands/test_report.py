@@ -1,0 +1,354 @@
+"""report: one page of its own about runs, read back by a parser, and in a slow test by a real browser."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+import nanogpt_accel
+from nanogpt_accel.__main__ import main
+from nanogpt_accel.commands import report
+from nanogpt_accel.recipe import load_recipe
+
+WRITE_IMAGES = report.write_images
+STEPS, TOKENS = 40, 2 * 3 * 16  # a step
+NAUGHTY = "</script><script>alert(1)</script>&amp;<b>\x00\x1b[31m </pre> @DATA@"
+
+
+def make_run(folder, lines=None, samples=(), **keys):
+    """A run folder written by hand; lines: of metrics.jsonl."""
+    folder.mkdir(parents=True)
+    recipe = load_recipe(
+        None,
+        {
+            "batch_size": 2,
+            "gradient_accumulation_steps": 3,
+            "block_size": 16,
+            "warmup_iters": 5,
+            "max_iters": STEPS,
+            "out_dir": str(folder),
+            **keys,
+        },
+    )
+    (folder / "run.yaml").write_text(recipe.to_yaml())
+    lines = curve() if lines is None else lines
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if samples:
+        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    return folder
+
+
+def curve(steps=STEPS, every=2):
+    """Lines as train writes them: step 0, and then each second one, at 96 tokens/s: a step is a second."""
+    lines = [{"step": 0, "train_loss": 4.0, "val_loss": 4.1}]
+    for step in range(0, steps, every):
+        lines.append(
+            {
+                "step": step,
+                "loss": 4 * math.exp(-step / 20),
+                "learning_rate": 1e-3,
+                "grad_norm": 1.5,
+                "tokens_per_second": float(TOKENS),
+                "peak_memory": 3 * 2**30,
+            }
+        )
+    return [*lines, {"step": steps, "train_loss": 1.0, "val_loss": 1.25}]
+
+
+class Page(HTMLParser):
+    """What a page shows (`text`), its elements, and the data of its script."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.text, self.cells, self.script, self._open = [], "", [], "", []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        self.data = json.loads(re.search(r"const runs = (.*), colors = ", self.script)[1])
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self._open.append(tag)
+        if tag == "tr":
+            self.cells.append([])
+        elif tag in ("td", "th"):
+            self.cells[-1].append("")
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "script" in self._open:
+            self.script += data
+        elif "style" not in self._open:
+            self.text += data
+            if "table" in self._open and self.cells and self.cells[-1]:
+                self.cells[-1][-1] += data
+
+    def figures(self):
+        return [attributes["id"] for tag, attributes in self.elements if tag == "figure"]
+
+
+@pytest.fixture(autouse=True)
+def there(monkeypatch, tmp_path):
+    """A folder of the test's own. Images take the most of the time, and one test is enough for them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "write_images", lambda runs, out: [])
+
+
+def read(*words):
+    assert main(["report", *map(str, words)]) == 0
+    out = next((word[4:] for word in map(str, words) if word.startswith("out=")), None)
+    return Page(Path(out) if out else Path(words[0], "report.html") if len(words) == 1 else Path("report.html"))
+
+
+def test_the_curves_are_those_of_the_log(capsys, monkeypatch):
+    monkeypatch.setattr(report, "write_images", WRITE_IMAGES)
+    run = make_run(Path("runs/a"))
+    page = read(run)
+    assert page.figures() == ["loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory"]
+    (one,) = page.data
+    assert one["name"] == "a" and one["tokens"] == TOKENS
+    loss = one["series"]["loss"]
+    assert loss["step"] == list(range(0, STEPS, 2))
+    assert loss["value"] == pytest.approx([4 * math.exp(-step / 20) for step in range(0, STEPS, 2)], rel=1e-5)
+    # a step takes a second: after the line of step s, s + 1 steps are done
+    assert loss["seconds"] == pytest.approx([step + 1 for step in range(0, STEPS, 2)])
+    val = one["series"]["val_loss"]
+    assert (val["step"], val["value"], val["seconds"]) == ([0, STEPS], [4.1, 1.25], [0, STEPS - 1])
+    assert set(one["series"]["peak_memory"]["value"]) == {3.0}  # GiB
+    row = dict(zip(*page.cells[:2], strict=True))
+    assert row["best validation loss"] == f"1.2500 at step {STEPS}" and row["steps"] == f"{STEPS} steps"
+    assert row["tokens"] == f"{STEPS * TOKENS:,}" and row["time in training"] == "0:39"
+    for key in page.figures():
+        image = (run / f"report-{key}.png").read_bytes()
+        assert image[:8] == b"\x89PNG\r\n\x1a\n" and len(image) > 5000
+    assert "wrote runs/a/report.html and report-loss.png" in capsys.readouterr().out
+
+
+def test_the_page_asks_for_nothing_from_elsewhere():
+    page = read(make_run(Path("runs/a"), samples=[{"step": 1, "text": "x"}]))
+    asking = {"src", "href", "srcset", "data", "action", "poster", "background"}
+    assert not [(tag, attributes) for tag, attributes in page.elements if asking & attributes.keys()]
+    assert not {"link", "img", "iframe", "object"} & {tag for tag, _ in page.elements}
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|WebSocket|import\(", page.source)
+    assert set(re.findall(r"https?://[^\"' ]+", page.source)) == {"http://www.w3.org/2000/svg"}  # a name, no address
+    policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
+    assert policy.startswith("default-src 'none'")
+
+
+def test_runs_laid_over_each_other_and_their_recipes():
+    a = make_run(Path("runs/a"), learning_rate=1e-3)
+    b = make_run(Path("runs/b"), learning_rate=2e-3, n_layer=3, activation="swiglu")
+    page = read(a, b, "out=both.html")
+    assert [run["name"] for run in page.data] == ["a", "b"]
+    rows = {cells[0]: cells[1:] for cells in page.cells}
+    assert rows["key"] == ["a", "b"]
+    assert {key: rows[key] for key in rows if "." in key} == {
+        "optimizer.learning_rate": ["0.001", "0.002"],
+        "model.n_layer": ["12", "3"],
+        "model.activation": ["gelu", "swiglu"],
+    }
+    # of one run: how it differs from the defaults
+    rows = {cells[0]: cells[1:] for cells in read(b).cells}
+    assert rows["key"] == ["default", "b"] and rows["model.n_layer"] == ["12", "3"]
+    assert rows["optimizer.learning_rate"] == ["0.0006", "0.002"] and "out_dir" not in rows
+
+
+def test_runs_of_one_name_are_told_apart():
+    page = read(make_run(Path("x/a")), make_run(Path("y/a")))
+    assert [run["name"] for run in page.data] == ["x/a", "y/a"]
+
+
+def test_texts_stay_texts():
+    run = make_run(
+        Path("runs") / "<b>a", samples=[{"step": 10, "text": NAUGHTY}, {"step": 20, "text": "last"}], corpus="<i>'\""
+    )
+    page = read(run)
+    assert len([tag for tag, _ in page.elements if tag == "script"]) == 1
+    assert "b" not in {tag for tag, _ in page.elements}
+    assert NAUGHTY.replace("\x00", "\ufffd").replace("\x1b", "\ufffd") in page.text
+    assert "\x00" not in page.source and page.data[0]["name"] == "<b>a"
+    details = [attributes for tag, attributes in page.elements if tag == "details"]
+    assert ["open" in attributes for attributes in details[:2]] == [False, True]  # the last sample is seen at once
+
+
+def test_a_long_run_is_thinned_and_keeps_its_spikes():
+    lines = [
+        {"step": step, "loss": 9.0 if step == 11_415 else 2.0, "tokens_per_second": float(TOKENS)}
+        for step in range(20_000)
+    ]
+    series = read(make_run(Path("runs/a"), lines)).data[0]["series"]["loss"]
+    assert 400 <= len(series["step"]) <= report.MOST_POINTS and series["step"][-1] == 19_999
+    at = next(i for i, step in enumerate(series["step"]) if step >= 11_415)
+    assert series["high"][at] == 9 and series["low"][at] == 2 < series["value"][at] < 3
+    assert all(high == 2 for i, high in enumerate(series["high"]) if i != at)
+    assert series["seconds"][-1] == pytest.approx(20_000, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spoil, note, figures",
+    [
+        (lambda run: (run / "run.yaml").unlink(), "there is no run.yaml; so there are no tokens, no times", 5),
+        (lambda run: (run / "run.yaml").write_text("model: {n_layers: 3}"), "unknown key model.n_layers", 5),
+        (lambda run: (run / "run.yaml").write_text("{"), "not YAML", 5),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl is empty: nothing is logged yet", 0),
+        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl is empty: nothing is logged yet", 0),
+        (lambda run: (run / "metrics.jsonl").write_text("{{{"), "metrics.jsonl holds no line that can be read", 0),
+        (lambda run: os.truncate(run / "metrics.jsonl", 1000), "metrics.jsonl is torn after step", 5),
+    ],
+)
+def test_what_is_missing_is_said(capsys, spoil, note, figures):
+    run = make_run(Path("runs/a"))
+    spoil(run)
+    page = read(run)
+    assert note in page.text and note in capsys.readouterr().out
+    assert len(page.figures()) == figures
+    assert bool(page.data[0]["tokens"]) == ("metrics.jsonl" in note)
+
+
+def test_values_that_are_no_numbers_are_left_out():
+    lines = [
+        {"step": 0, "loss": None, "tokens_per_second": 96},
+        {"step": 1, "loss": "3", "grad_norm": True},
+        {"step": 3, "loss": 2.5, "tokens_per_second": 96},
+    ]
+    series = read(make_run(Path("runs/a"), lines)).data[0]["series"]
+    assert series["loss"]["step"] == [3] and "grad_norm" not in series
+    assert series["loss"]["seconds"] == [None]  # one step's speed is not known
+
+
+def test_how_far_a_run_is():
+    """Another process that trains holds the lock of the folder."""
+    run = make_run(Path("runs/a"), curve(10))
+    assert "10 of 40 steps, stopped" in read(run).text
+    code = "import sys, time; from nanogpt_accel.checkpoint.run_folder import lock_run as lock\n"
+    code += "held = lock(sys.argv[1]); print(1)\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", code + "sys.stdout.flush(); time.sleep(60)", str(run)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(nanogpt_accel.__file__).parents[1])},
+    ) as holder:
+        try:
+            holder.stdout.readline()
+            assert "of 40 steps, going on" in read(run).text
+        finally:
+            holder.kill()
+
+
+def test_what_came_of_the_expectation_is_shown():
+    run = make_run(Path("runs/a"))
+    found = {"expected": 1.2, "tolerance": 0.1, "got": 1.25, "verdict": "reproduced", "changed": []}
+    (run / "expect.json").write_text(json.dumps(found))
+    assert "1.200 +- 0.1, got 1.250: reproduced" in read(run).text
+    (run / "expect.json").write_text("{")
+    assert "reproduced" not in read(run).text
+
+
+def test_refusals(refused, tmp_path):
+    run = make_run(Path("runs/a"))
+    Path("empty").mkdir()
+    with refused(ValueError, "which run?"):
+        report.main([])
+    with refused(ValueError, "empty: holds neither metrics.jsonl nor run.yaml"):
+        report.main(["empty"])
+    with refused(ValueError, "runs/b: holds neither"):
+        report.main(["runs/b"])
+    with refused(ValueError, "out=a.pdf", "ends with .html"):
+        report.main([str(run), "out=a.pdf"])
+    with refused(ValueError, "out=nowhere/a.html", "no folder nowhere"):
+        report.main([str(run), "out=nowhere/a.html"])
+    with refused(ValueError, f"{report.MOST_RUNS} targets are taken, got 9"):
+        report.main([str(run)] * 9)
+    Path("a.html").mkdir()
+    with refused(OSError, "out=a.html: cannot be written"):
+        report.main([str(run), "out=a.html"])
+
+
+# ---- a real browser
+
+BROWSER = os.environ.get("NANOGPT_ACCEL_BROWSER") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+)
+TRY = """<script>
+const seen = []
+for (const axis of ["step", "tokens", "seconds"]) for (const log of [false, true]) {
+  form.elements.axis.value = axis
+  form.elements.log.checked = log
+  form.dispatchEvent(new Event("change"))
+  const svg = document.querySelector("#loss svg"), box = svg.getBoundingClientRect()
+  svg.dispatchEvent(new MouseEvent("mousemove", {clientX: box.left + box.width / 2, clientY: box.top + 50}))
+  seen.push({axis, log, tip: document.querySelector("#loss .tip").innerText,
+             curves: [...document.querySelectorAll("figure")].map(f => f.querySelectorAll("polyline").length),
+             ends: [...document.querySelectorAll("#loss polyline")].map(
+               p => p.getAttribute("points").split(" ").at(-1)),
+             box: [box.width, box.height]})
+}
+document.querySelector("#legend input").click()
+seen.push(document.querySelectorAll("#loss polyline").length)
+const out = document.createElement("pre")
+out.id = "seen"
+out.textContent = JSON.stringify(seen)
+document.body.append(out)
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: install one, or set NANOGPT_ACCEL_BROWSER to its path")
+def test_in_a_browser(tmp_path):
+    draw = random.Random(0)
+    noisy = [{**line, "loss": line["loss"] + draw.random()} if "loss" in line else line for line in curve()]
+    make_run(Path("runs/a"), samples=[{"step": 10, "text": NAUGHTY}])
+    make_run(Path("runs/b"), noisy, learning_rate=2e-3)
+    read("runs/a", "runs/b", "out=both.html")
+    source = Path("both.html").read_text()
+    Path("tried.html").write_text(source.replace("</body>", TRY))
+
+    def browse(name, *words):
+        return subprocess.run(
+            [
+                BROWSER,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--enable-logging=stderr",
+                "--window-size=1200,1600",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                *words,
+                f"file://{tmp_path / name}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+
+    shown = browse("both.html", f"--screenshot={tmp_path / 'page.png'}")
+    assert "CONSOLE" not in shown.stderr, shown.stderr  # neither errors nor anything that the policy had to refuse
+    assert (tmp_path / "page.png").stat().st_size > 30_000
+    shown = browse("tried.html", "--dump-dom")
+    assert "CONSOLE" not in shown.stderr, shown.stderr
+    *seen, hidden = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', shown.stdout, re.DOTALL)[1])
+    assert len(seen) == 6 and hidden == 2  # one run is left: training and validation
+    for state in seen:
+        assert state["curves"] == [4, 2, 2, 2, 2]  # training and validation of two runs, then a curve of each
+        assert all(re.search(rf"^{name} (training|validation) [\d.]+$", state["tip"], re.MULTILINE) for name in "ab")
+        for x, y in (map(float, end.split(",")) for end in state["ends"]):
+            assert 52 <= x <= state["box"][0] and 0 <= y <= state["box"][1]
+    assert "@" not in shown.stdout.split("<script>")[0].replace("@DATA@", "").replace("@media", "")
+
+
+def test_the_recipe_stands_there_whole():
+    run = make_run(Path("runs/a"))
+    text = read(run).text
+    shown = text[text.index("a: run.yaml") + len("a: run.yaml") :].strip()
+    assert yaml.safe_load(shown) == yaml.safe_load((run / "run.yaml").read_text())

@@ -1,0 +1,935 @@
+"""The Hub: push, pull, and the pushes of a run, against a stand-in on this machine (hub_server.py).
+
+huggingface_hub reads its settings when it is imported, so every command runs in a child process that knows only the
+stand-in. One child takes many commands, because torch and transformers take seconds to import.
+"""
+
+import json
+import math
+import os
+import queue
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+
+import nanogpt_accel
+from nanogpt_accel.checkpoint.run_folder import prepare_run_folder
+from nanogpt_accel.hub.background import BackgroundPush
+from nanogpt_accel.hub.transfer import is_model_id
+from nanogpt_accel.tracking.metrics_log import read_metrics
+
+PACKAGE = str(Path(nanogpt_accel.__file__).parents[1])
+TOKENS = {"hf_test": "me", "hf_test_other": "other"}
+BLOCK = 16
+RECIPE = f"""
+data: {{corpus: text.txt, tokenizer: char, val_fraction: 0.1}}
+model: {{n_layer: 1, n_embd: 16, n_head: 2, block_size: {BLOCK}, pad_vocab_to_multiple_of: 2}}
+optimizer: {{learning_rate: 1e-2, warmup_iters: 2}}
+train: {{batch_size: 2, gradient_accumulation_steps: 2, max_iters: 8, eval_interval: 2, eval_iters: 2, device: cpu}}
+checkpoint: {{keep_last: 1}}
+"""
+EVERY_FILE = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+}
+# runs the code that it is sent, a line of JSON each, and answers with the status; its own output goes to two files
+CHILD = """
+import json, os, sys, traceback
+answers = os.fdopen(os.dup(1), "w")
+for number, file in enumerate(sys.argv[1:], 1):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+names = {}
+for line in sys.stdin:
+    env, code = json.loads(line)
+    for key, value in env.items():
+        os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+    status = 0
+    try:
+        exec(code, names)
+        status = names.pop("status", 0)
+    except BaseException:
+        status = 99
+        traceback.print_exc()
+    sys.stdout.flush(), sys.stderr.flush()
+    print(status, file=answers, flush=True)
+"""
+
+LOGITS = """
+import json, torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+logging.disable_progress_bar()
+def logits(name, **more):
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **more).eval()
+    with torch.no_grad():
+        print(json.dumps([type(model).__name__, model(torch.arange(6)[None]).logits.flatten().tolist()]))
+"""
+
+
+class Child:
+    """A process that stands in `folder`, as someone with this environment."""
+
+    def __init__(self, env, folder, name):
+        self.said = ""  # all of it
+        self.files = [folder / f"{name}.{kind}" for kind in ("out", "err")]
+        self.read = [0, 0]  # how much of them
+        env |= {"PYTHONPATH": PACKAGE, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CHILD, *map(str, self.files)],
+            env=env,
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.answers = queue.Queue()
+        threading.Thread(target=lambda: [self.answers.put(line) for line in self.process.stdout], daemon=True).start()
+
+    def begin(self, code, env=None):
+        self.process.stdin.write(json.dumps([env or {}, code]) + "\n")
+        self.process.stdin.flush()
+
+    def end(self):
+        """(status, out, err) of what was begun."""
+        status = int(self.answers.get(timeout=60))
+        texts = []
+        for i, file in enumerate(self.files):
+            text = file.read_text()
+            texts.append(text[self.read[i] :])
+            self.read[i] = len(text)
+        self.said += "".join(texts)
+        return status, *texts
+
+    def python(self, code):
+        """Run some lines, which have to end well, and return what they printed."""
+        self.begin(code)
+        status, out, err = self.end()
+        assert status == 0, err
+        return out
+
+    def __call__(self, *argv, token="hf_test", mean_loss=None):
+        """(status, out, err) of a command. mean_loss: code of what takes the place of metrics.mean_loss."""
+        code = f"from nanogpt_accel.__main__ import main\nstatus = main({[str(word) for word in argv]!r})"
+        if mean_loss is not None:
+            indented = code.replace("\n", "\n    ")
+            code = (
+                "import itertools, threading, time\nfrom unittest import mock\nfrom nanogpt_accel import evaluation\n"
+                f"true_mean_loss = evaluation.mean_loss\n{mean_loss}\n"
+                f"with mock.patch.object(evaluation, 'mean_loss', mean_loss):\n    {indented}"
+            )
+        self.begin(code, {"HF_TOKEN": token})
+        return self.end()
+
+    def ok(self, *argv, **more):
+        """What a command printed that has to end well."""
+        status, out, err = self(*argv, **more)
+        assert status == 0, err
+        return out
+
+    def refused(self, *argv, lines=1, **more):
+        """The one line of an error, without its `error: `. lines: of all that the command says; None: any."""
+        status, out, err = self(*argv, **more)
+        said = err.splitlines()
+        assert status == 2 and "Traceback" not in err and "iter 0" not in out, out + err
+        assert [line for line in said if line.startswith("error: ")] == said[-1:], err
+        assert lines is None or len(said) == lines, err
+        return said[-1].removeprefix("error: ")
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+
+class SlowHub(HubServer):
+    """A Hub that does not answer the first request whose path contains `holds` before `until()` is true."""
+
+    holds, until, waited = None, None, False
+
+    def fault(self, request):
+        if self.holds and self.holds in request.path:
+            self.holds, deadline = None, time.monotonic() + 10
+            while not self.until() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            self.waited = self.until()
+        return super().fault(request)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with SlowHub(TOKENS) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder in which every command runs: a text and tiny.yaml."""
+    folder = tmp_path_factory.mktemp("hub")
+    draw = random.Random(3)
+    (folder / "text.txt").write_text("".join(draw.choice(["abc ", "bad ", "cede "]) for _ in range(800)))
+    (folder / "tiny.yaml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stranger(place):
+    """(child, hub): a child that has not heard of this package yet, and a Hub of its own."""
+    with HubServer(TOKENS) as hub:
+        env = hub.env(place / "home2", token=None, NANOGPT_ACCEL_CACHE=str(place / "cache"))
+        child = Child(env, place, "stranger")
+        child.begin(LOGITS)  # takes seconds, in which the other child trains
+        yield child, hub
+        child.close()
+
+
+@pytest.fixture(scope="module")
+def child(hub, place, stranger):
+    """A child that has trained runs/tiny, and knows of no token but the one that is given to each command."""
+    child = Child(hub.env(place / "home", token=None, NANOGPT_ACCEL_CACHE=str(place / "cache")), place, "child")
+    child.ok("train", "tiny.yaml")
+    yield child
+    child.close()
+
+
+@pytest.fixture(scope="module")
+def loaded(pushed, hub, stranger):
+    """What transformers alone makes of what was pushed: a line of `logits` each."""
+    child, their_hub = stranger
+    assert child.end()[0] == 0
+    their_hub.repos = hub.repos
+    child.begin(
+        "import os; os.environ['HF_TOKEN'] = 'hf_test'\nlogits('me/tiny')\n"
+        "logits('me/secret', revision='dev', trust_remote_code=True)\n"
+        "import sys; status = int('nanogpt_accel' in sys.modules)"
+    )
+    status, out, err = child.end()
+    assert status == 0, err
+    return list(map(json.loads, out.splitlines()))
+
+
+@pytest.fixture(scope="module")
+def no_hub(loaded, stranger):
+    """A child for whom there is no Hub at its address any more."""
+    child, their_hub = stranger
+    their_hub.close()
+    return child
+
+
+@pytest.fixture(scope="module")
+def pushed(child, hub):
+    """me/tiny, stock, and me/secret@dev, our own form and private; both are runs/tiny."""
+    first = child("push", "runs/tiny", "me/tiny")
+    second = child("push", "runs/tiny", "me/secret", "--form", "custom", "branch=dev", "--private")
+    return first, second
+
+
+@pytest.fixture
+def run(child, place):
+    return place / "runs" / "tiny"
+
+
+@pytest.fixture(autouse=True)
+def calm(request):
+    """Every test leaves a Hub behind that works."""
+    yield
+    if "hub" in request.fixturenames:
+        hub = request.getfixturevalue("hub")
+        hub.faults.clear()
+        hub.holds = None
+
+
+def steps(titles):
+    return [int(title.split("step ")[1].split(",")[0]) for title in titles]
+
+
+def losses(folder, key="loss"):
+    return [line[key] for line in read_metrics(folder / "metrics.jsonl") if key in line]
+
+
+def commits(hub, repo, **more):
+    """The titles of what was pushed, oldest first."""
+    first, *titles = [title for title, _ in hub.commits(repo, **more)]
+    assert first == "initial commit"
+    return titles
+
+
+# ---- push
+
+
+def test_a_push_in_the_stock_form(pushed, hub, run):
+    (status, out, err), _ = pushed
+    assert status == 0 and out.startswith(hub.url + "/me/tiny/commit/") and "GPT2LMHeadModel" in err
+    files = hub.files("me/tiny")
+    assert files.keys() == EVERY_FILE | {".gitattributes"}
+    assert json.loads(files["config.json"])["model_type"] == "gpt2"
+    assert commits(hub, "me/tiny") == ["tiny, checkpoint-000008"]
+    assert not hub.repos["me/tiny"].private
+    card = files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "trust_remote_code" not in card
+    assert (run / "tokenizer.json").read_bytes() == files["tokenizer.json"]
+
+
+def test_a_push_in_our_own_form_to_a_private_branch(pushed, hub):
+    assert pushed[1][0] == 0
+    files = hub.files("me/secret", "dev")
+    assert files.keys() == EVERY_FILE | {".gitattributes", "model.py"}
+    assert json.loads(files["config.json"])["model_type"] == "nanogpt_accel"
+    assert "trust_remote_code=True" in files["README.md"].decode()
+    assert commits(hub, "me/secret") == [] and hub.repos["me/secret"].private
+
+
+def test_any_tool_loads_what_was_pushed(loaded, child):
+    """In a process that has never heard of this package."""
+    (stock, theirs), (custom, ours) = loaded
+    _, here = json.loads(child.python(LOGITS + "logits('runs/tiny')"))
+    assert (stock, custom) == ("GPT2LMHeadModel", "GPT") and len(here) == 36
+    assert theirs == pytest.approx(here, abs=1e-5) and ours == pytest.approx(here, abs=1e-5)
+
+
+def test_a_second_push_sends_nothing(pushed, child, hub):
+    sent, before = hub.bytes_received("PUT"), hub.commits("me/tiny")
+    assert hub.url in child.ok("push", "runs/tiny", "me/tiny")
+    assert hub.bytes_received("PUT") == sent and hub.commits("me/tiny") == before
+    before = hub.commits("me/secret", "dev")
+    child.ok("push", "runs/tiny", "me/secret", "form=custom", "branch=dev")
+    assert hub.bytes_received("PUT") == sent and hub.commits("me/secret", "dev") == before
+
+
+def test_a_push_that_breaks_off_goes_on(child, hub):
+    """The Hub breaks down when the weights are there and the commit is not."""
+    hub.fail(1, 500, method="POST", path="/me/broken/commit/")
+    line = child.refused("push", "runs/tiny", "me/broken", lines=5)
+    assert line.startswith("me/broken: ") and "500" in line
+    assert commits(hub, "me/broken") == []
+    sent = hub.bytes_received("PUT")
+    child.ok("push", "runs/tiny", "me/broken")
+    assert hub.bytes_received("PUT") == sent
+    assert hub.files("me/broken").keys() == EVERY_FILE | {".gitattributes"}
+    assert commits(hub, "me/broken") == ["tiny, checkpoint-000008"]
+
+
+# ---- pull
+
+
+def test_sample_takes_a_hub_id(pushed, child):
+    options = ["prompt=ab", "num_samples=1", "max_new_tokens=9", "temperature=0"]
+    here = child.ok("sample", "runs/tiny", *options)
+    assert here.startswith("ab")
+    assert child.ok("sample", "me/tiny", *options) == here
+    assert child.ok("sample", "me/secret@dev", *options) == here
+    assert child.ok("sample", "me/tiny@main", *options) == here
+
+
+def test_evaluate_takes_a_hub_id(pushed, child):
+    options = ["--recipe", "tiny.yaml", "--json"]
+    there = json.loads(child.ok("evaluate", "me/tiny", *options))
+    here = json.loads(child.ok("evaluate", "runs/tiny", *options))
+    assert there["val_loss"] == pytest.approx(here["val_loss"], abs=1e-6) and there["tokens"] == here["tokens"]
+
+
+def test_a_run_begins_with_a_model_of_the_hub(pushed, child, place, run):
+    child.ok("train", "tiny.yaml", "init_from=me/tiny", "out_dir=runs/next", "max_iters=2")
+    before, after = losses(run, "val_loss"), losses(place / "runs" / "next", "val_loss")
+    assert after[0] == pytest.approx(before[-1], abs=1e-6)
+    child.ok("train", "runs/next", "max_iters=3")  # and goes on by itself
+    assert losses(place / "runs" / "next", "step") == [0, 0, 1, 2, 2, 3]
+
+
+def test_export_takes_a_hub_id(pushed, child, place, hub):
+    child.ok("export", "me/secret@dev", "--to", "exported")
+    files = {path.name: path.read_bytes() for path in (place / "exported").iterdir()}
+    pushed = hub.files("me/tiny")
+    assert files.keys() == EVERY_FILE and files["model.safetensors"] == pushed["model.safetensors"]
+
+
+GPT2 = f"""
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+torch.manual_seed(1)
+model = GPT2LMHeadModel(GPT2Config(vocab_size=6, n_positions={BLOCK}, n_embd=16, n_layer=2, n_head=2,
+                                   bos_token_id=None, eos_token_id=None))
+model.save_pretrained("theirs")
+torch.save({{name: tensor.clone() for name, tensor in model.state_dict().items()}}, "theirs.bin")
+AutoTokenizer.from_pretrained("runs/tiny").save_pretrained("theirs")
+"""
+
+
+def test_a_model_that_transformers_wrote(child, hub, place):
+    """Only what is needed is fetched of it: not the same weights again for others."""
+    child.python(GPT2)
+    files = {path.name: path.read_bytes() for path in (place / "theirs").iterdir()}
+    junk = {
+        "onnx/model.onnx",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "rust_model.ot",
+        "pytorch_model.bin",
+        "64.tflite",
+        "onnx/config.json",
+        "training_args.bin",
+        "state/optimizer.safetensors",
+    }
+    hub.add("they/gpt2", files | {name: b"\0junk" * 99 for name in junk})
+    hub.requests.clear()
+    options = ["prompt=ab", "temperature=0", "num_samples=1", "max_new_tokens=9"]
+    text = child.ok("sample", "they/gpt2", *options, token=None)
+    assert child.ok("sample", "theirs", *options) == text
+    fetched = {
+        request.path.split("/resolve/")[1].split("/", 1)[1]
+        for request in hub.requests
+        if "/they/gpt2/resolve/" in request.path
+    }
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= fetched and not fetched & junk
+
+    # an old one, with torch's own format alone
+    old = {name: content for name, content in files.items() if name != "model.safetensors"}
+    hub.add("they/old", old | {"pytorch_model.bin": (place / "theirs.bin").read_bytes(), "tf_model.h5": b"\0junk"})
+    assert child.ok("sample", "they/old", *options, token=None) == text
+
+
+def test_a_model_of_the_hub_is_pushed_on(child, hub, place):
+    child.python(GPT2)
+    hub.add("they/model", {path.name: path.read_bytes() for path in (place / "theirs").iterdir()})
+    child.ok("push", "they/model", "me/copy", "--private")
+    assert hub.files("me/copy").keys() == EVERY_FILE | {".gitattributes"} and hub.repos["me/copy"].private
+
+
+def test_the_card_of_a_model_of_the_hub_has_its_name(child, hub, place):
+    child.python(GPT2)
+    hub.add("they/named", {path.name: path.read_bytes() for path in (place / "theirs").iterdir()})
+    child.ok("export", "they/named", "to=named")
+    (title,) = [line for line in (place / "named" / "README.md").read_text().splitlines() if line.startswith("# ")]
+    assert title in ("# named", "# they/named")
+
+
+# ---- the pushes of a run
+
+PUSH = ["push_to_hub=true", "hub_model_id=me/{0}", "out_dir=runs/{0}"]
+
+
+def pushing(name):
+    return ["train", "tiny.yaml", *(word.format(name) for word in PUSH)]
+
+
+def closing(out):
+    return out.splitlines()[-1]
+
+
+def leftovers(folder):
+    return [path.name for path in folder.iterdir() if path.name.startswith(".") and ".lock" not in path.name]
+
+
+def test_the_loop_does_not_wait_for_a_push(child, hub, place, run):
+    """The Hub is silent from the first push until all steps are logged and the checkpoint on its way is pruned."""
+    folder = place / "runs" / "slow"
+    hub.waited, hub.until = (
+        False,
+        lambda: (folder / "loss.png").exists() and not (folder / "checkpoint-000002").exists(),
+    )
+    hub.holds = "/me/slow/preupload/"
+    out = child.ok(*pushing("slow"))
+    assert hub.waited, "the run stood still until the Hub answered"
+    assert "warning" not in out and closing(out) == "the Hub has it: me/slow"
+    # what came in between has become old news
+    first, *_, last = titles = commits(hub, "me/slow")
+    assert first.startswith("slow, step 2, validation loss ") and len(titles) <= 3
+    assert losses(folder) == losses(run) and losses(folder, "val_loss") == losses(run, "val_loss")
+    assert leftovers(folder) == []
+    # the commit of the pruned checkpoint is whole all the same
+    files = hub.files("me/slow", hub.commits("me/slow")[1][1])
+    assert files.keys() == EVERY_FILE | {".gitattributes", "model.py"}
+    assert "after 2 steps" in files["README.md"].decode()
+
+
+def test_every_checkpoint_is_a_commit_in_its_order(child, hub, place):
+    """A run that is slower than the Hub."""
+    patient = """
+def mean_loss(*args):
+    while any(thread.name.endswith("(_work)") for thread in threading.enumerate()):
+        time.sleep(0.01)
+    return true_mean_loss(*args)
+"""
+    child.ok(*pushing("steady"), "hub_branch=nightly", "hub_private=true", mean_loss=patient)
+    folder = place / "runs" / "steady"
+    titles = commits(hub, "me/steady", revision="nightly")
+    values = {line["step"]: line["val_loss"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line}
+    expected = [f"steady, step {step}, validation loss {values[step]:.4f} nats a token" for step in (2, 4, 6, 8)]
+    assert titles == expected  # the last one is the best: there is nothing to add
+    assert commits(hub, "me/steady") == [] and hub.repos["me/steady"].private
+
+
+def test_the_best_checkpoint_is_what_stays_on_top(child, hub, place):
+    """The validation losses are dictated: the best is that of step 4."""
+    dictated = "count = itertools.count()\nmean_loss = lambda *args: [4.0, 3.0, 2.0, 2.5, 2.5][next(count) // 2]"
+    out = child.ok(*pushing("best"), mean_loss=dictated)
+    folder = place / "runs" / "best"
+    titles = commits(hub, "me/best")
+    assert titles[-1] == "best, step 4, the best one" and closing(out) == "the Hub has it: me/best"
+    assert steps(titles[:-1]) == sorted(steps(titles[:-1])) and steps(titles[-2:-1]) == [8]
+    best = folder / "checkpoint-000004"
+    files = hub.files("me/best")
+    del files[".gitattributes"]
+    assert files == {path.name: path.read_bytes() for path in best.iterdir() if path.is_file()}
+
+
+def test_a_hub_that_breaks_down_does_not_touch_the_run(child, hub, place, run):
+    hub.fail(math.inf, 500, method="POST", path="/commit/")
+    status, out, err = child(*pushing("down"))
+    folder = place / "runs" / "down"
+    assert status == 0 and "Traceback" not in err
+    (line,) = [line for line in out.splitlines() if line.startswith("warning: not pushed")]  # once
+    assert "500" in line
+    assert closing(out) == "the Hub has not got it: nanogpt-accel push runs/down me/down form=custom"
+    assert losses(folder) == losses(run) and losses(folder, "val_loss") == losses(run, "val_loss")
+    assert leftovers(folder) == [] and commits(hub, "me/down") == []
+    # the line tells the truth
+    hub.faults.clear()
+    child.ok(*closing(out).split("nanogpt-accel ")[1].split())
+    assert commits(hub, "me/down") == ["down, checkpoint-000008"]
+
+
+def test_a_push_that_fails_is_made_up_for_at_the_next_save(child, hub):
+    hub.fail(1, 500, method="POST", path="/me/once/commit/")
+    out = child.ok(*pushing("once"))
+    (warning,) = [line for line in out.splitlines() if "warning" in line]
+    assert "step 2" in warning and "the next checkpoint tries again" in warning
+    assert closing(out) == "the Hub has it: me/once" and 8 in steps(commits(hub, "me/once"))
+
+
+def test_a_run_without_a_hub(no_hub, place, run):
+    """It is out of reach from the beginning to the end."""
+    status, out, err = no_hub(*pushing("alone"))
+    assert (status, err) == (0, "")
+    lines = [line for line in out.splitlines() if line.startswith("warning: ")]
+    assert "the run goes on" in lines[0] and "the next checkpoint tries again" in lines[1]
+    assert closing(out) == "the Hub has not got it: nanogpt-accel push runs/alone me/alone form=custom"
+    folder = place / "runs" / "alone"
+    assert losses(folder) == losses(run) and leftovers(folder) == []
+
+
+def test_the_command_that_makes_up_for_it_is_as_private(no_hub):
+    _, out, _ = no_hub(*pushing("shy"), "hub_private=true", "hub_branch=nightly", "max_iters=2")
+    assert "nanogpt-accel push runs/shy me/shy" in closing(out)
+    assert "private=true" in closing(out) and "branch=nightly" in closing(out)
+
+
+def test_a_run_that_goes_on_pushes_what_comes(child, hub):
+    """Its first part was pushed in vain, and under no name but the run's own."""
+    hub.fail(math.inf, 500, method="POST", path="/commit/")
+    child.ok("train", "tiny.yaml", "out_dir=runs/later", "push_to_hub=true", "max_iters=2")
+    assert commits(hub, "me/later") == []
+    hub.faults.clear()
+    status, out, err = child("train", "runs/later", "max_iters=4")
+    assert (status, err, closing(out)) == (0, "", "the Hub has it: me/later")
+    assert steps(commits(hub, "me/later"))[0] == 4
+
+
+def test_a_run_that_is_done_does_not_say_that_the_hub_has_it(child, hub):
+    """The last push of the run failed, and there is no next save: it has to be pushed now, or else not be claimed."""
+    hub.fail(math.inf, 500, method="POST", path="/me/never/commit/")
+    child.ok(*pushing("never"), "max_iters=2")
+    hub.faults.clear()
+    out = child.ok("train", "runs/never")
+    assert commits(hub, "me/never") or closing(out) != "the Hub has it: me/never"
+
+
+# ---- refusals
+
+
+@pytest.fixture(scope="module")
+def others(hub, pushed):
+    """Models of others, each with something that stands in the way."""
+    files = hub.files("me/tiny")
+    hub.add("me/hidden", files, private=True)
+    hub.add("they/open", files)
+    hub.add("they/gated", files, gated=True)
+    hub.add("they/private", files, private=True)
+    hub.add("they/bert", files | {"config.json": b'{"model_type": "bert", "hidden_size": 8}'})
+    hub.add("they/empty", {"config.json": files["config.json"], "README.md": b"hello"})
+    hub.add("they/card", {"README.md": b"hello"})
+
+
+@pytest.fixture
+def no_run(place):
+    """Where what is refused would write: it leaves no model behind, and is cleared away."""
+    yield
+    written = [(place / "none").exists(), *(place / "runs").glob("none/checkpoint-*")]
+    shutil.rmtree(place / "runs" / "none", ignore_errors=True)
+    assert written == [False]
+
+
+PULLS = [
+    ["sample", "{}"],
+    ["evaluate", "{}", "--recipe", "tiny.yaml"],
+    ["export", "{}", "to=none"],
+    ["train", "tiny.yaml", "init_from={}", "out_dir=runs/none"],
+    ["push", "{}", "me/none"],
+]
+PUSHES = [
+    ["push", "runs/tiny", "{}"],
+    ["train", "tiny.yaml", "push_to_hub=true", "hub_model_id={}", "out_dir=runs/none"],
+]
+
+
+def words_of(uses, name):
+    return [[word.format(name) for word in use] for use in uses]
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "words"),
+    [
+        ("me/nothing", "hf_test", ["me/nothing", "no such folder here", "no such model", "private"]),
+        ("me/nothing", None, ["me/nothing", "no such model", "private", "hf auth login", "HF_TOKEN"]),
+        ("me/tiny@nope", "hf_test", ["me/tiny@nope", "no such branch, tag or commit"]),
+        ("me/hidden", None, ["me/hidden", "private", "hf auth login", "HF_TOKEN"]),
+        ("they/private", "hf_test", ["they/private", "private"]),
+        ("they/gated", "hf_test", ["they/gated", "gated", "accept its terms"]),
+        ("they/gated", None, ["they/gated", "gated", "hf auth login"]),
+        ("they/open", "hf_wrong", ["they/open", "token", "hf auth login"]),
+        ("they/bert", "hf_test", ["type bert", "gpt2, llama, qwen3, nanochat"]),
+        ("me/..bad", "hf_test", ["me/..bad", "no model can have this name"]),
+        ("a/b/c", "hf_test", ["a/b/c", "folder"]),
+    ],
+)
+def test_a_model_that_cannot_be_had(child, others, no_run, name, token, words):
+    for argv in words_of(PULLS, name)[: None if token == "hf_test" else -1]:  # a push asks for its own token first
+        line = child.refused(*argv, token=token)
+        assert not [word for word in words if word not in line], line
+
+
+@pytest.mark.parametrize(("name", "missing"), [("they/empty", "model.safetensors"), ("they/card", "config.json")])
+def test_a_repository_without_weights(child, others, no_run, name, missing):
+    for argv in words_of(PULLS, name):
+        line = child.refused(*argv, lines=None)
+        assert line == f"{name}: not a model folder: {missing} is missing"
+
+
+def test_a_repository_without_weights_is_one_line(child, others):
+    child.refused("sample", "they/empty")
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "words"),
+    [
+        ("me/new", None, ["me/new", "no token", "hf auth login", "HF_TOKEN"]),
+        ("me/new", "hf_wrong", ["me/new", "token", "hf auth login"]),
+        ("they/new", "hf_test", ["they/new", "token", "may write"]),
+        ("a/b/c", "hf_test", ["a/b/c", "USER/NAME"]),
+        ("me/..bad", "hf_test", ["me/..bad", "USER/NAME"]),
+    ],
+)
+def test_a_push_that_is_not_allowed(child, hub, no_run, repo, token, words):
+    before = set(hub.repos)
+    for argv in words_of(PUSHES, repo):
+        line = child.refused(*argv, token=token)
+        assert not [word for word in words if word not in line], line
+    assert set(hub.repos) == before
+
+
+def test_a_push_to_what_another_owns(child, pushed, hub):
+    """The repository is there and may be read, so only the push itself is refused."""
+    before = hub.commits("me/tiny")
+    line = child.refused("push", "runs/tiny", "me/tiny", token="hf_test_other")
+    assert "me/tiny" in line and "may write" in line and hub.commits("me/tiny") == before
+
+
+def test_a_run_that_pushes_to_what_another_owns(child, pushed):
+    child.refused(
+        "train",
+        "tiny.yaml",
+        "push_to_hub=true",
+        "hub_model_id=me/tiny",
+        "out_dir=runs/theirs",
+        "max_iters=2",
+        token="hf_test_other",
+    )
+
+
+def test_a_refused_push_keeps_the_run_that_was_to_be_overwritten(child, place):
+    child.ok("train", "tiny.yaml", "out_dir=runs/mine", "max_iters=2")
+    child.refused(
+        "train", "tiny.yaml", "out_dir=runs/mine", "overwrite=true", "push_to_hub=true", "hub_model_id=they/new"
+    )
+    assert (place / "runs" / "mine" / "checkpoint-000002").exists()
+
+
+def test_a_push_is_refused_before_anything_slow(child, place, no_run):
+    (place / "other.txt").write_text("abcde " * 500)
+    child.refused(
+        "train", "tiny.yaml", "corpus=other.txt", "push_to_hub=true", "hub_model_id=they/new", "out_dir=runs/none"
+    )
+    assert not list((place / "data").glob("other*"))
+
+
+def test_offline_is_said_at_once(pushed, child, place, hub, no_run):
+    offline = Child(hub.env(place / "home3", HF_HUB_OFFLINE="1"), place, "offline")
+    try:
+        for argv in words_of(PUSHES, "me/new"):
+            assert "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set" in offline.refused(*argv)
+        for argv in words_of(PULLS[:-1], "me/tiny"):
+            line = offline.refused(*argv)
+            assert "me/tiny" in line and "cannot be reached" in line
+        assert "torch" not in offline.python("import sys; print(*sys.modules)").split()
+    finally:
+        child.said += offline.said
+        offline.close()
+
+
+def test_what_was_fetched_once_is_there_without_a_network(pushed, child, place, hub):
+    child.ok("sample", "me/tiny", "prompt=ab", "num_samples=1", "max_new_tokens=2")
+    script = "from nanogpt_accel.models.find import find_model; print(find_model('me/tiny'))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        text=True,
+        capture_output=True,
+        timeout=60,
+        env=hub.env(place / "home", HF_HUB_OFFLINE="1", PYTHONPATH=PACKAGE),
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in Path(done.stdout.strip()).iterdir()} == EVERY_FILE
+
+
+def test_what_takes_a_while_is_said_outside_of_a_terminal(pushed, child, place, hub):
+    hub.add(
+        "they/slow",
+        {path.name: path.read_bytes() for path in (place / "runs/tiny/checkpoint-000008").iterdir() if path.is_file()},
+    )
+    child.python("from nanogpt_accel.hub import transfer; transfer.SOON = 0.1")
+    for words, path, what in (
+        (
+            ("sample", "they/slow", "prompt=ab", "num_samples=1", "max_new_tokens=2"),
+            "/they/slow/resolve/",
+            "fetching they/slow from the Hub",
+        ),
+        (("push", "runs/tiny", "me/late"), "/me/late/preupload/", "sending 0.0 MB to me/late"),
+    ):
+        begins = time.monotonic()
+        hub.holds, hub.until = path, lambda begins=begins: time.monotonic() > begins + 0.5
+        status, out, err = child(*words)
+        assert status == 0, err
+        first, second = [line for line in err.splitlines() if line.startswith(what)]
+        assert first == what and second.startswith(what + ": done in ")
+        assert what not in out and "%" not in err  # and no bars
+    child.python("transfer.SOON = 2")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+@pytest.mark.parametrize("bars", [True, False])
+def test_a_terminal_gets_bars_where_they_are_wanted(pushed, place, hub, bars):
+    """From a process in a terminal of its own. What transformers does to the bars changes nothing."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    here, there = pty.openpty()
+    fcntl.ioctl(here, termios.TIOCSWINSZ, struct.pack("4H", 25, 120, 0, 0))
+    script = (
+        "from huggingface_hub.utils import disable_progress_bars as off; off()\n"
+        "from nanogpt_accel.hub import transfer\n"
+        f"print(transfer.download('me/tiny', print, {bars}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=there,
+        timeout=60,
+        env=hub.env(place / f"bars{bars}", PYTHONPATH=PACKAGE, TERM="xterm"),
+    )
+    os.close(there)
+    shown = b""
+    with suppress(OSError):  # at its end
+        while piece := os.read(here, 65536):
+            shown += piece
+    os.close(here)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, shown
+    assert (b"100%" in shown) == bars
+
+
+def test_no_network_is_said_at_once(no_hub, no_run):
+    for argv in words_of(PULLS[:-1], "me/never") + words_of(PUSHES[:1], "me/new"):
+        line = no_hub.refused(*argv)
+        assert ("me/never" in line or "me/new" in line) and "cannot be reached" in line
+
+
+# ---- the token
+
+
+def test_the_token_is_never_written_down(child, no_hub, pushed, hub, place):
+    """In nothing that the tests above have left behind; they come first."""
+    assert "hf_test" not in child.said + no_hub.said
+    written = [path for path in place.rglob("*") if path.is_file() and "hf_test" in path.read_text(errors="replace")]
+    assert written == [] and list(place.glob("runs/*/metrics.jsonl"))
+    for repo in hub.repos.values():
+        for title, files in repo.commits.values():
+            assert "hf_test" not in title and not [path for path in files if b"hf_test" in files[path]]
+
+
+# ---- pushes in the background, without any Hub
+
+
+class Uploads:
+    """Takes the place of hub.create and hub.upload. An upload waits for `go`, then fails as often as `fails` says."""
+
+    def __init__(self):
+        self.began, self.go, self.done, self.fails, self.created = threading.Event(), threading.Event(), [], 0, []
+
+    def create(self, repo, private, branch):
+        self.created.append((repo, private, branch))
+        return f"me/{repo}"
+
+    def upload(self, folder, repo, message, branch):
+        self.began.set()
+        assert self.go.wait(10)
+        if self.fails:
+            self.fails -= 1
+            raise ConnectionError("no answer")
+        self.done.append((message, {path.name: path.read_text() for path in Path(folder).iterdir()}))
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    uploads = Uploads()
+    monkeypatch.setattr("nanogpt_accel.hub.background.create", uploads.create)
+    monkeypatch.setattr("nanogpt_accel.hub.background.upload", uploads.upload)
+    return uploads
+
+
+def checkpoint(folder, step):
+    path = folder / f"checkpoint-{step}"
+    (path / "state").mkdir(parents=True)
+    (path / "config.json").write_text(f"step {step}")
+    (path / "state" / "trainer.json").touch()
+    return path
+
+
+def test_of_several_that_wait_the_newest_goes(uploads, tmp_path):
+    pusher = BackgroundPush("tiny", tmp_path, pytest.fail, private=True, branch="dev")
+    pusher.push(checkpoint(tmp_path, 1), "1")
+    assert uploads.began.wait(10)
+    for step in (2, 3, 4):
+        pusher.push(checkpoint(tmp_path, step), str(step))
+    assert len(leftovers(tmp_path)) == 2  # the one on its way and the one that waits
+    uploads.go.set()
+    pusher.wait()
+    assert uploads.done == [("1", {"config.json": "step 1"}), ("4", {"config.json": "step 4"})]
+    assert leftovers(tmp_path) == [] and pusher.pushed == tmp_path / "checkpoint-4"
+    assert uploads.created[0] == ("tiny", True, "dev") and pusher.repo.startswith("me/")
+
+
+def test_a_checkpoint_may_be_pruned_on_its_way(uploads, tmp_path):
+    pusher = BackgroundPush("tiny", tmp_path, pytest.fail)
+    path = checkpoint(tmp_path, 1)
+    pusher.push(path, "1")
+    (path / "config.json").unlink()
+    uploads.go.set()
+    pusher.wait()
+    assert uploads.done == [("1", {"config.json": "step 1"})]
+
+
+def test_what_fails_is_said_once_and_made_up_for(uploads, tmp_path):
+    uploads.fails, said = 1, []
+    uploads.go.set()
+    pusher = BackgroundPush("tiny", tmp_path, said.append)
+    pusher.push(checkpoint(tmp_path, 1), "one")
+    pusher.wait()
+    assert said == ["warning: not pushed, the next checkpoint tries again: one: no answer"]
+    assert pusher.pushed is None and uploads.done == [] and leftovers(tmp_path) == []
+    pusher.push(checkpoint(tmp_path, 2), "two")
+    pusher.wait()
+    assert pusher.pushed == tmp_path / "checkpoint-2" and [message for message, _ in uploads.done] == ["two"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_no_end(uploads, tmp_path):
+    said = []
+    pusher = BackgroundPush("tiny", tmp_path, said.append)
+    pusher.push(tmp_path / "gone", "gone")
+    pusher.wait()
+    assert len(said) == 1 and said[0].startswith("warning: not pushed, ") and pusher.pushed is None
+    assert uploads.created == []
+
+
+def test_a_checkpoint_that_cannot_be_read_leaves_nothing(uploads, tmp_path):
+    BackgroundPush("tiny", tmp_path, lambda line: None).push(tmp_path / "gone", "gone")
+    assert leftovers(tmp_path) == []
+
+
+def test_a_file_system_without_hard_links(uploads, tmp_path, monkeypatch):
+    def link(*args):
+        raise OSError("not here")
+
+    monkeypatch.setattr(os, "link", link)
+    uploads.go.set()
+    pusher = BackgroundPush("tiny", tmp_path, pytest.fail)
+    pusher.push(checkpoint(tmp_path, 1), "1")
+    pusher.wait()
+    assert uploads.done == [("1", {"config.json": "step 1"})]
+
+
+def test_a_silent_hub_does_not_hold_the_end_of_a_run_for_ever(uploads, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanogpt_accel.hub.background.PUSH_TIMEOUT_S", 0.05)
+    pusher = BackgroundPush("tiny", tmp_path, pytest.fail)
+    pusher.wait()  # nothing is on its way
+    pusher.push(checkpoint(tmp_path, 1), "1")
+    pusher.wait()
+    assert pusher.pushed is None
+    monkeypatch.setattr("nanogpt_accel.hub.background.PUSH_TIMEOUT_S", 10)
+    uploads.go.set()
+    pusher.wait()
+    assert [message for message, _ in uploads.done] == ["1"]
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+    (tmp_path / ".push-abc").mkdir()
+    (tmp_path / ".push-abc" / "config.json").touch()
+    prepare_run_folder(tmp_path, "seed: 1\n", is_resumed=True)
+    assert leftovers(tmp_path) == []
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("name", "is_id"),
+    [
+        ("gpt2", True),
+        ("me/tiny", True),
+        ("me/tiny-1.5_b", True),
+        ("me/tiny@dev", True),
+        ("gpt2@main", True),
+        ("me/tiny@refs/pr/1", True),
+        ("me/tiny@0123abc", True),
+        (Path("me/tiny"), True),
+        ("", False),
+        (".", False),
+        ("..", False),
+        ("./gone", False),
+        ("../gone", False),
+        ("~/gone", False),
+        ("/gone", False),
+        ("a/b/c", False),
+        ("me/", False),
+        ("/tiny", False),
+        ("me/tiny@", False),
+        ("@dev", False),
+        ("me/tiny@a@b", False),
+        ("me/my tiny", False),
+        ("C:\\gone", False),
+        ("me/tiny\n", False),
+        ("hf://me/tiny", False),
+    ],
+)
+def test_what_has_the_form_of_a_hub_id(name, is_id):
+    assert is_model_id(name) is is_id

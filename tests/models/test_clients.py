@@ -1,0 +1,308 @@
+"""Exported folders in the hands of others: servers, trainers, evaluators and engines that know nothing of this package.
+
+Each needs a package that is no dependency of ours and is skipped where it is not installed; the README says which
+versions were run. Nothing here uses a network.
+"""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nanogpt_accel.data.tokenizer import Tokenizer
+from nanogpt_accel.model import GPT, GPTConfig
+from nanogpt_accel.models.export import write_model
+from nanogpt_accel.models.load import fit_to_tokenizer
+from nanogpt_accel.models.stock import stock_form
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "the first one, and"
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+MODERN = {"norm": "rmsnorm", "position": "rotary", "rope_theta": 50_000.0, "activation": "swiglu", "n_kv_head": 2}
+SHAPES = {
+    "gpt2": {},  # zero biases in the export, exact GELU, tied head
+    "gpt2_bias": {"bias": True, "activation": "gelu_new"},
+    "llama": MODERN,
+    "llama_untied": MODERN | {"tie_word_embeddings": False},
+    "qwen3": MODERN | {"qk_norm": True, "head_dim": 32},
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def folder(request, tmp_path_factory):
+    """One stock export after another, as str: of a small random model with a padded vocabulary."""
+    tokenizer = Tokenizer.train_bpe(["the first one, and the second one, and the third\n" * 9], 320)
+    torch.manual_seed(0)
+    model = GPT(
+        GPTConfig(
+            vocab_size=384,
+            block_size=64,
+            n_layer=2,
+            n_head=4,
+            n_embd=64,
+            initializer_range=0.2,
+            **SHAPES[request.param],
+        )
+    ).eval()
+    fit_to_tokenizer(model, tokenizer)
+    to = tmp_path_factory.mktemp("exports") / request.param
+    write_model(
+        model, to, stock_form(model.config.to_dict())[0], tokenizer=tokenizer, card="", rows=tokenizer.vocab_size
+    )
+    return str(to)
+
+
+def load(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def run(*command, **options):
+    """Run a program; its output is shown where it fails."""
+    done = subprocess.run([str(c) for c in command], env=ENV, text=True, timeout=300, capture_output=True, **options)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+@torch.no_grad()
+def greedy(model, ids, n):
+    """The n most likely ids after `ids`, by transformers, whatever generation_config.json says."""
+    prompt = torch.tensor([ids])
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, do_sample=False)
+    return out[0, len(ids) :].tolist()
+
+
+@torch.no_grad()
+def logits_of(model, ids):
+    return model(torch.tensor([ids])).logits[0]  # (T, V)
+
+
+def test_transformers_serve_completes_a_prompt(folder, tmp_path):
+    """A base model has no chat template, so it is /v1/completions that it answers."""
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package, reason="pip install 'transformers[serving]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--device", "cpu"]
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)], env=ENV, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.3)
+        # without max_tokens the server asks for 1024, more than a small model has positions
+        body = {"model": folder, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(response)
+    finally:
+        server.terminate()
+        server.wait(30)
+    model, tokenizer = load(folder)
+    ids = tokenizer(PROMPT)["input_ids"]
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    assert answer["choices"][0]["text"] == tokenizer.decode(greedy(model, ids, 12), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("target_modules", [None, "all-linear"])
+def test_peft_trains_a_lora(folder, tmp_path, target_modules):
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    torch.manual_seed(0)
+    model, tokenizer = load(folder)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    lora = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=target_modules))
+    optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = lora(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    lora.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = lora(ids).logits
+        merged = peft.PeftModel.from_pretrained(load(folder)[0], tmp_path).merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_trl_takes_a_step(folder, tmp_path):
+    trl = pytest.importorskip("trl", reason="pip install trl")
+    datasets = pytest.importorskip("datasets")
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        max_length=16,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+    )
+    data = datasets.Dataset.from_dict({"text": [PROMPT] * 4})
+    done = trl.SFTTrainer(model=folder, args=arguments, train_dataset=data).train()
+    assert done.global_step == 1 and math.isfinite(done.training_loss)
+
+
+def test_lm_eval_scores_local_tasks(folder, tmp_path):
+    """Bits per byte of a text are what the logits say, and a choice among continuations is made."""
+    pytest.importorskip("lm_eval", reason="pip install 'lm-eval[hf]'")
+    (tmp_path / "tasks").mkdir()
+    texts, questions = tmp_path / "texts.jsonl", tmp_path / "questions.jsonl"
+    texts.write_text(json.dumps({"text": PROMPT}) + "\n")
+    rows = [{"question": "the first", "choices": ["one", "and"], "answer": i} for i in (0, 1)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # JSON is YAML
+    common = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1}}
+    (tmp_path / "tasks" / "bits.yaml").write_text(
+        json.dumps(
+            common
+            | {
+                "task": "local_bits",
+                "output_type": "loglikelihood_rolling",
+                "doc_to_text": "",
+                "doc_to_target": "{{text}}",
+                "dataset_kwargs": {"data_files": {"test": str(texts)}},
+                "metric_list": [{"metric": "bits_per_byte"}],
+            }
+        )
+    )
+    (tmp_path / "tasks" / "choice.yaml").write_text(
+        json.dumps(
+            common
+            | {
+                "task": "local_choice",
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{question}}",
+                "doc_to_choice": "{{choices}}",
+                "doc_to_target": "{{answer}}",
+                "dataset_kwargs": {"data_files": {"test": str(questions)}},
+                "metric_list": [{"metric": "acc"}],
+            }
+        )
+    )
+    run(
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={folder},dtype=float32",
+        "--include_path",
+        tmp_path / "tasks",
+        "--tasks",
+        "local_bits,local_choice",
+        "--device",
+        "cpu",
+        "--output_path",
+        tmp_path / "out",
+        cwd=tmp_path,
+    )
+    results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]
+    model, tokenizer = load(folder)
+    ids = [tokenizer.eos_token_id, *tokenizer(PROMPT)["input_ids"]]  # it begins a text with bos, here the same as eos
+    nats = torch.nn.functional.cross_entropy(logits_of(model, ids[:-1]), torch.tensor(ids[1:]), reduction="sum").item()
+    bits = nats / math.log(2) / len(PROMPT.encode())
+    assert results["local_bits"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)
+    assert results["local_choice"]["acc,none"] == 0.5  # one question with two answers: one of them is chosen
+
+
+def test_ctranslate2_agrees(folder, tmp_path):
+    """An engine without torch: the same logits, and the same greedy text."""
+    ctranslate2 = pytest.importorskip("ctranslate2", reason="pip install ctranslate2")
+    np = pytest.importorskip("numpy")
+    ctranslate2.converters.TransformersConverter(folder).convert(str(tmp_path / "ct2"))
+    engine = ctranslate2.Generator(str(tmp_path / "ct2"), compute_type="float32")
+    model, tokenizer = load(folder)
+    ids = tokenizer(PROMPT)["input_ids"]
+    theirs = torch.from_numpy(np.array(engine.forward_batch([ids]))[0])
+    torch.testing.assert_close(theirs, logits_of(model, ids), atol=1e-3, rtol=1e-3)
+    answer = engine.generate_batch(
+        [tokenizer.convert_ids_to_tokens(ids)], max_length=12, sampling_topk=1, include_prompt_in_result=False
+    )[0]
+    ours = [i for i in greedy(model, ids, 12) if i != tokenizer.eos_token_id]  # ctranslate2 leaves the last eos out
+    assert answer.sequences_ids[0] == ours
+
+
+# llama.cpp knows a BPE by the hash of what it makes of one text, so it refuses every tokenizer that is not listed;
+# the split of ours is GPT-2's, and this says so
+CONVERT = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+import convert_hf_to_gguf
+del sys.argv[1]
+convert_hf_to_gguf.main()
+"""
+
+
+def test_llama_cpp_agrees(folder, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python (compiles for minutes)")
+    np = pytest.importorskip("numpy")
+    source = os.environ.get("LLAMA_CPP")
+    if not source or not (Path(source) / "convert_hf_to_gguf.py").is_file():
+        pytest.skip("set LLAMA_CPP to llama.cpp's source, which has convert_hf_to_gguf.py")
+    pytest.importorskip("sentencepiece", reason="pip install sentencepiece (the converter imports it)")
+    (tmp_path / "convert.py").write_text(CONVERT)
+    run(sys.executable, tmp_path / "convert.py", source, folder, "--outtype", "f32", "--outfile", tmp_path / "m.gguf")
+    model, tokenizer = load(folder)
+    ids = tokenizer(PROMPT)["input_ids"]
+    in_full = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # its KV cache, else float16
+    engine = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, n_threads=1, logits_all=True, verbose=False, **in_full)
+    assert engine.tokenize(PROMPT.encode(), add_bos=False) == ids
+    engine.eval(ids)
+    theirs, ours = torch.from_numpy(np.array(engine.scores[: len(ids)])), logits_of(model, ids)
+    # its GELU is the tanh form, by a table in float16
+    torch.testing.assert_close(theirs, ours, atol=1e-3 * ours.abs().max().item(), rtol=0)
+    engine.close()
+
+
+READ = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, text, out = sys.argv[1:]
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+inputs = tokenizer(text, return_tensors="pt")
+with torch.no_grad():
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist()
+    torch.save([model(**inputs).logits[0], ids], out)
+"""
+
+
+def test_transformers_4_reads_the_same(folder, tmp_path):
+    """Whole inputs are passed on, as users do: GPT-2 would add token_type_ids to its input, and others refuse them."""
+    python = os.environ.get("TRANSFORMERS_4_PYTHON")
+    if not python:
+        pytest.skip("set TRANSFORMERS_4_PYTHON to a Python that has torch and transformers 4")
+    (tmp_path / "read.py").write_text(READ)
+    run(python, tmp_path / "read.py", folder, PROMPT, tmp_path / "out.pt")
+    logits, ids = torch.load(tmp_path / "out.pt")
+    model, tokenizer = load(folder)
+    prompt = tokenizer(PROMPT)["input_ids"]
+    torch.testing.assert_close(logits, logits_of(model, prompt), atol=1e-5, rtol=1e-5)
+    assert ids == prompt + greedy(model, prompt, 12)

@@ -1,0 +1,184 @@
+"""generation.py and `sample`: texts that depend on their seed and their prompt, and on nothing beside them."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nanogpt_accel.__main__ import main
+from nanogpt_accel.data.tokenizer import Tokenizer
+from nanogpt_accel.model import GPT, GPTConfig
+from nanogpt_accel.models.generation import generate, text_after
+
+V, T_MAX = 40, 16
+ROTARY = {"position": "rotary", "norm": "rmsnorm", "n_kv_head": 2}
+PROMPTS = [[3, 1, 4], [1] * T_MAX, [5, 9, 2, 6, 5, 3, 5, 8, 9], [7]]
+
+
+def gpt(**changes):
+    torch.manual_seed(0)
+    shape = {"vocab_size": V, "block_size": T_MAX, "n_layer": 2, "n_head": 4, "n_embd": 32, "initializer_range": 0.3}
+    return GPT(GPTConfig(**shape | changes)).eval()
+
+
+def write(model, prompts, **options):
+    return generate(
+        model, prompts, **{"seeds": range(len(prompts)), "vocab_size": V, "max_new_tokens": 30, "top_k": 12} | options
+    )
+
+
+@pytest.mark.parametrize("shape", [{}, ROTARY], ids=["learned", "rotary"])
+@pytest.mark.parametrize("overflow", ["slide", "stop", "extend"])
+def test_a_text_does_not_depend_on_the_ones_beside_it(shape, overflow):
+    if overflow == "extend" and not shape:
+        return
+    model = gpt(**shape)
+    together = write(model, PROMPTS, overflow=overflow)
+    alone = [write(model, [prompt], seeds=[seed], overflow=overflow)[0] for seed, prompt in enumerate(PROMPTS)]
+    assert together == alone
+    lengths = [30] * 4 if overflow != "stop" else [T_MAX - len(prompt) for prompt in PROMPTS]
+    assert [len(ids) for ids in alone] == lengths
+    assert together != write(model, PROMPTS, overflow=overflow, seeds=range(7, 11))
+
+
+def test_at_block_size_half_of_the_text_is_the_context():
+    """Token by token, by hand: argmax of the logits of a window that is cut to its last half whenever it is full."""
+    model, context, expected = gpt(initializer_range=0.6, tie_word_embeddings=False), PROMPTS[2], []
+    with torch.no_grad():
+        while len(expected) < 30:
+            context = context if len(context) < T_MAX else context[-T_MAX // 2 :]
+            expected.append(model(torch.tensor([context])).logits[0, -1].argmax().item())
+            context = [*context, expected[-1]]
+    assert write(model, [PROMPTS[2]], temperature=0) == [expected] and len(set(expected)) > 3
+
+
+def test_top_k_top_p_and_temperature_are_what_they_say():
+    """Shares of a thousand first tokens against the softmax, cut by hand."""
+    model = gpt()
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1]
+    for options in (
+        {"top_k": 3},
+        {"top_k": 0, "top_p": 0.6},
+        {"top_k": 5, "temperature": 2.0},
+        {"top_k": 5, "top_p": 0.5},
+    ):
+        drawn = write(model, [PROMPTS[0]] * 1000, seeds=range(1000), max_new_tokens=1, **options)
+        shares = torch.bincount(torch.tensor(drawn)[:, 0], minlength=V) / 1000
+        likely, ids = (logits / options.get("temperature", 1.0)).sort(descending=True)
+        probs = likely[: options["top_k"] or V].softmax(0)
+        probs = probs[(probs.cumsum(0) - probs) < options.get("top_p", 1.0)]
+        expected = torch.zeros(V).scatter(0, ids[: len(probs)], probs / probs.sum())
+        assert (shares - expected).abs().max() < 0.06, options
+        assert set(shares.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-9])
+def test_next_to_no_temperature_is_none(temperature):
+    model = gpt()
+    assert write(model, PROMPTS, temperature=temperature) == write(model, PROMPTS, temperature=0)
+
+
+def test_the_models_own_generation_config_does_not_count():
+    model, before = gpt(), write(gpt(), PROMPTS, temperature=0)
+    model.generation_config.update(repetition_penalty=5.0, num_beams=3, eos_token_id=before[0][2], max_length=3)
+    assert write(model, PROMPTS, temperature=0) == before
+    assert model.generation_config.num_beams == 3
+
+
+# ---- text
+
+
+def metaspace():
+    """A tokenizer of Llama 2's kind, which writes spaces as symbols and drops one at the beginning of a text."""
+    symbols = ["<s>", *"▁abcdefg", "▁ab", "▁cd"]
+    backend = Backend(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, [("▁a", "b")][:0], unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return backend.to_str()
+
+
+@pytest.fixture
+def llama(tmp_path, monkeypatch):
+    """A stock Llama of eleven symbols in the folder `llama`."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=11,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            initializer_range=0.5,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).save_pretrained("llama")
+    Tokenizer(metaspace()).save("llama")
+
+
+def test_streamed_or_not_a_text_is_the_same(llama, capsys):
+    options = ["prompt=a b", "num_samples=4", "max_new_tokens=40", "seed=3"]
+    assert main(["sample", "llama", *options]) == 0
+    streamed = capsys.readouterr().out
+    assert main(["sample", "llama", *options, "batch_size=4"]) == 0
+    assert capsys.readouterr().out == streamed
+    assert " " in streamed.splitlines()[0][3:]
+    assert main(["sample", "llama", *options, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["seed"] for line in lines] == [3, 4, 5, 6]
+    assert "".join(f"{line['prompt']}{line['text']}\n---------------\n" for line in lines) == streamed
+
+
+def test_text_after_a_prompt_keeps_its_space():
+    tokenizer = Tokenizer(metaspace())
+    prompt, new = tokenizer.encode_prompt("a b"), tokenizer.encode_prompt("c d")
+    assert text_after(tokenizer.decode, prompt, new) == " c d"
+
+
+def test_prompts_from_a_file(llama, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\n\nb c\n")
+    assert main(["sample", "llama", "prompts=prompts.txt", "num_samples=2", "max_new_tokens=5", "batch_size=3"]) == 0
+    texts = capsys.readouterr().out.split("\n---------------\n")
+    assert [text[0] for text in texts[:-1]] == ["a", "a", "b", "b"]
+
+
+def test_a_prompt_longer_than_the_context(llama, capsys):
+    long = "a b c d e f g a b c d e"
+    for overflow in ("slide", "extend"):
+        options = ["num_samples=1", "max_new_tokens=4", f"overflow={overflow}"]
+        assert main(["sample", "llama", f"prompt={long}", *options]) == 0
+        assert capsys.readouterr().out.startswith(long)
+    assert main(["sample", "llama", f"prompt={long}", "overflow=stop"]) == 2
+    assert "block_size=16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prompts=nofile.txt"], ["prompts=nofile.txt: No such file"]),
+        (["prompts=empty.txt"], ["prompts=empty.txt: no line"]),
+        (["prompts=empty.txt", "prompt=a"], ["prompt is given too", "no line"]),
+        (["overflow=wrap"], ["overflow=wrap"]),
+    ],
+)
+def test_asked_wrongly(llama, capsys, tmp_path, words, said):
+    (tmp_path / "empty.txt").touch()
+    assert main(["sample", "llama", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(said) and all(word in line for word, line in zip(said, lines, strict=True))
+
+
+def test_learned_positions_do_not_extend(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer.char(["abc"])
+    gpt(vocab_size=3).save_pretrained("ours")
+    tokenizer.save("ours")
+    assert main(["sample", "ours", "prompt=a", "overflow=extend"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "overflow=extend" in line and "learned positions" in line and "slide or stop" in line

@@ -1,0 +1,365 @@
+"""What a recipe expects and whether a run came to it; samples while a run goes on; and runs that are quiet."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import nanogpt_accel
+from nanogpt_accel import train
+from nanogpt_accel.__main__ import main
+from nanogpt_accel.recipe import load_recipe
+from nanogpt_accel.tracking.metrics_log import read_metrics
+
+ROOT = Path(nanogpt_accel.__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+STEPS, EVERY, BLOCK = 24, 8, 32
+RECIPE = f"""
+data: {{corpus: text.txt, tokenizer: char, val_fraction: 0.1, data_dir: tokens}}
+model: {{n_layer: 2, n_embd: 32, n_head: 2, block_size: {BLOCK}, dropout: 0.2}}
+optimizer: {{learning_rate: 1e-2, warmup_iters: 5, lr_decay_iters: {STEPS}}}
+train: {{batch_size: 4, gradient_accumulation_steps: 2, max_iters: {STEPS}, eval_interval: {EVERY}, eval_iters: 3,
+         device: cpu, mixed_precision: no}}
+checkpoint: {{keep_last: 9}}
+"""
+SAMPLES = ["sample_tokens=50", f"sample_interval={EVERY}", "sample_prompt=the"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("expect")
+    draw = random.Random(3)
+    words = ["".join(draw.choice("adehilnorstuw") for _ in range(draw.randint(2, 6))) for _ in range(120)]
+    (folder / "text.txt").write_text(" ".join(draw.choice(words) for _ in range(3000)))
+    (folder / "tiny.yaml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+
+
+def numbers(run):
+    """metrics.jsonl without what a clock or the system measured."""
+    return [
+        {key: value for key, value in line.items() if key not in ("tokens_per_second", "peak_memory")}
+        for line in read_metrics(Path(run) / "metrics.jsonl")
+    ]
+
+
+def samples(run):
+    return [json.loads(line) for line in (Path(run) / "samples.jsonl").read_text().splitlines()]
+
+
+# ---- the block in a recipe
+
+
+EXPECTING = RECIPE + "expect: {val_loss: 2.5, tolerance: 0.1}\n"
+
+
+@pytest.mark.parametrize(
+    "overrides, changed",
+    [
+        ({}, []),
+        (
+            {
+                "seed": "7",
+                "out_dir": "x",
+                "log_interval": "5",
+                "device": "auto",
+                "compile": "true",
+                "max_hours": "1",
+                "keep_last": "1",
+                "trackers": "tensorboard",
+                "sample_tokens": "9",
+                "mixed_precision": "bf16",
+                "activation_checkpointing": "true",
+                "async_save": "true",
+                "overwrite": "true",
+            },
+            [],
+        ),
+        ({"batch_size": "4", "learning_rate": "0.01", "n_layer": "2", "max_iters": "24"}, []),  # the file's own values
+        ({"batch_size": "8"}, ["batch_size"]),
+        (
+            {"optimizer.learning_rate": "1e-3", "n_layer": "3", "corpus": "other.txt"},
+            ["corpus", "learning_rate", "n_layer"],
+        ),
+        ({"max_iters": "48", "eval_iters": "all", "eval_interval": "12"}, ["eval_interval", "eval_iters", "max_iters"]),
+        ({"init_from": "resume"}, []),
+        ({"init_from": "gpt2"}, ["init_from"]),
+        ({"eval_only": "true"}, ["eval_only"]),
+    ],
+)
+def test_what_makes_an_expectation_void(overrides, changed):
+    Path("expecting.yaml").write_text(EXPECTING)
+    recipe = load_recipe("expecting.yaml", overrides)
+    assert recipe.expect.changed == changed
+    # run.yaml remembers it: a run that goes on under other options is not that of the file
+    Path("run.yaml").write_text(recipe.to_yaml())
+    assert load_recipe("run.yaml").expect.changed == changed
+    again = load_recipe("run.yaml", {"init_from": "resume", "out_dir": "runs/x", "weight_decay": "0.5"})
+    assert again.expect.changed == sorted({*changed, "weight_decay"})
+
+
+def test_it_is_no_setting(refused):
+    Path("expecting.yaml").write_text(EXPECTING)
+    with refused(ValueError, "val_loss: what a recipe expects stands in its file"):
+        load_recipe("expecting.yaml", {"val_loss": "1"})
+    with refused(ValueError, "steps: what a recipe expects", "max_iters"):
+        load_recipe("expecting.yaml", {"steps": "100"})
+    with refused(ValueError, "expect.tolerance: what a recipe"):
+        load_recipe("expecting.yaml", {"expect.tolerance": "1"})
+    recipe = load_recipe("expecting.yaml")
+    assert not {"val_loss", "tolerance", "source"} & recipe.flat().keys() and "expect" not in recipe.to_yaml(brief=True)
+    Path("wrong.yaml").write_text(RECIPE + "expect: {val_loss: 1.5, tolerance: -1}\n")
+    with refused(ValueError, "expect.tolerance=-1"):
+        load_recipe("wrong.yaml")
+
+
+# ---- the end of a run
+
+
+class Notes:
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line, always=False):
+        assert always  # a quiet run says it too
+        self.lines.append(line)
+
+
+@pytest.mark.parametrize(
+    "block, overrides, last, best, line",
+    [
+        ("{val_loss: 1.47, tolerance: 0.015}", {}, 1.463, 1.4, "expected 1.470 +- 0.015, got 1.463: reproduced"),
+        ("{val_loss: 1.47, tolerance: 0.015}", {}, 1.485, 1.4, "expected 1.470 +- 0.015, got 1.485: reproduced"),
+        (
+            "{val_loss: 1.47, tolerance: 0.015}",
+            {},
+            1.4851,
+            1.4,
+            "expected 1.470 +- 0.015, got 1.485: not reproduced, 0.015 higher",
+        ),
+        (
+            "{val_loss: 1.47, tolerance: 0.015}",
+            {},
+            1.30,
+            1.3,
+            "expected 1.470 +- 0.015, got 1.300: not reproduced, 0.170 lower",
+        ),
+        (
+            "{val_loss: 1.47, tolerance: 0.015, evaluation: best}",
+            {},
+            1.9,
+            1.468,
+            "expected 1.470 +- 0.015, got 1.468: reproduced",
+        ),
+        ("{val_loss: 2.85, source: a paper}", {}, 2.9, 2.8, "expected 2.850 (a paper), got 2.900"),
+        (
+            "{val_loss: 1.47, tolerance: 0.5}",
+            {"n_layer": "1", "seed": "2"},
+            1.5,
+            1.5,
+            "expected 1.470 +- 0.5 with the recipe unchanged (here other: n_layer), got 1.500",
+        ),
+        (
+            "{val_loss: 1.47, tolerance: 0.5, steps: 2000}",
+            {},
+            1.5,
+            1.5,
+            "expected 1.470 +- 0.5 after 2,000 steps (here 24), got 1.500",
+        ),
+        ("{val_loss: 1.47, tolerance: 0.5}", {}, None, None, None),
+        ("{source: nobody}", {}, 1.5, 1.5, None),
+    ],
+)
+def test_the_verdict(tmp_path, block, overrides, last, best, line):
+    (tmp_path / "a.yaml").write_text(RECIPE + f"expect: {block}\n")
+    console = Notes()
+    recipe = load_recipe(tmp_path / "a.yaml", {**overrides, "out_dir": str(tmp_path)})
+    train.hold_to_expectation(recipe, last, best, console)
+    assert console.lines == ([line] if line else [])
+    assert (tmp_path / "expect.json").exists() == bool(line)
+    if line:
+        found = json.loads((tmp_path / "expect.json").read_text())
+        assert found["got"] == (best if "best" in block else last) and found["step"] == STEPS
+        assert (found["verdict"] or "") == (line.partition(": ")[2] if "reproduced" in line else "")
+        assert found["changed"] == [key for key in overrides if key != "seed"]
+
+
+# ---- samples while a run goes on
+
+
+@pytest.fixture(scope="module")
+def runs(workplace):
+    """The same run without samples, with them, and with them in two parts; what the second printed in output.txt."""
+    with pytest.MonkeyPatch.context() as patch, open(workplace / "output.txt", "w") as out:
+        patch.chdir(workplace)
+        assert main(["train", "tiny.yaml", "out_dir=runs/plain"]) == 0
+        patch.setattr("sys.stdout", out)
+        (workplace / "sampling.yaml").write_text(RECIPE + "expect: {val_loss: 99, tolerance: 98}\n")
+        assert main(["train", "sampling.yaml", "out_dir=runs/sampling", "trackers=tensorboard", *SAMPLES]) == 0
+        assert main(["train", "tiny.yaml", "out_dir=runs/parts", f"max_iters={2 * EVERY}", *SAMPLES]) == 0
+        assert main(["train", "runs/parts", f"max_iters={STEPS}"]) == 0
+    return workplace / "runs"
+
+
+def test_samples_leave_the_training_as_it_is(runs):
+    assert numbers(runs / "plain") == numbers(runs / "sampling")
+    last = f"checkpoint-{STEPS:06}/model.safetensors"
+    one, two = load_file(runs / "plain" / last), load_file(runs / "sampling" / last)
+    assert one.keys() == two.keys() and all((one[key] == two[key]).all() for key in one)
+    assert not (runs / "plain" / "samples.jsonl").exists()
+
+
+def test_a_sample_is_what_the_model_of_that_step_writes(runs, call):
+    kept = samples(runs / "sampling")
+    assert [line["step"] for line in kept] == [EVERY, 2 * EVERY, STEPS]
+    for line in kept:
+        assert line["text"].startswith("the") and len(line["text"]) == 3 + 50  # a character is a token
+        written = call(
+            "sample",
+            runs / "sampling" / f"checkpoint-{line['step']:06}",
+            "prompt=the",
+            "num_samples=1",
+            "max_new_tokens=50",
+            "temperature=0.8",
+            "top_k=200",
+            "seed=1337",
+        )
+        assert line["text"] in written
+    assert f"sample after {EVERY} steps: {kept[0]['text']}\n" in (runs.parent / "output.txt").read_text()
+
+
+def test_a_run_in_two_parts_has_each_sample_once(runs):
+    assert samples(runs / "parts") == samples(runs / "sampling")
+
+
+def test_trackers_get_the_samples(runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    file = max((runs / "sampling").rglob("*tfevents*"), key=lambda path: path.stat().st_size)  # others hold the recipe
+    events = EventAccumulator(str(file))
+    events.Reload()
+    got = [(event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors("sample/text_summary")]
+    assert got == [(line["step"], line["text"]) for line in samples(runs / "sampling")]
+
+
+def test_the_end_of_a_real_run(runs):
+    last = [line["val_loss"] for line in read_metrics(runs / "sampling" / "metrics.jsonl") if "val_loss" in line][-1]
+    assert f"expected 99.000 +- 98, got {last:.3f}: reproduced\n" in (runs.parent / "output.txt").read_text()
+    found = json.loads((runs / "sampling" / "expect.json").read_text())
+    assert found["got"] == last and found["verdict"] == "reproduced"
+    assert not (runs / "plain" / "expect.json").exists()
+
+
+def test_parameters_are_told_by_part(runs):
+    line = next(line for line in (runs.parent / "output.txt").read_text().splitlines() if line.startswith("model: "))
+    total, parts = re.match(r"model: ([\d,]+) parameters \((.*?)\),", line).groups()
+    weights = load_file(runs / "sampling" / "model.safetensors")
+    numbers_by_part = {
+        name: int(number.replace(",", "")) for name, number in (part.split() for part in parts.split(", "))
+    }
+    assert sum(numbers_by_part.values()) == int(total.replace(",", "")) == sum(w.numel() for w in weights.values())
+    assert numbers_by_part["position"] == BLOCK * 32
+    assert numbers_by_part["mlp"] == sum(w.numel() for key, w in weights.items() if ".mlp." in key)
+
+
+def test_a_new_run_clears_the_samples_of_the_one_before(runs, call):
+    call(
+        "train",
+        "tiny.yaml",
+        "out_dir=runs/sampling2",
+        "max_iters=2",
+        "eval_interval=2",
+        "warmup_iters=0",
+        "sample_tokens=5",
+        "sample_interval=1",
+        "sample_prompt=the",
+    )
+    assert [line["step"] for line in samples("runs/sampling2")] == [1, 2]
+    (Path("runs/sampling2") / "expect.json").write_text("{}")
+    out = call(
+        "train",
+        "tiny.yaml",
+        "out_dir=runs/sampling2",
+        "max_iters=2",
+        "eval_interval=2",
+        "warmup_iters=0",
+        "overwrite=true",
+        "quiet=true",
+        "sample_tokens=5",
+        "sample_prompt=the",
+    )
+    assert not {"samples.jsonl", "expect.json"} & {path.name for path in Path("runs/sampling2").iterdir()}
+    # quiet: the last evaluation, and where the run is
+    first, blank, *rest = out.splitlines()
+    assert first.startswith("step 2: train loss") and blank == ""
+    assert rest[0].startswith("The run is in runs/sampling2") and len(rest) == 4
+
+
+def test_quiet_leaves_warnings(capsys):
+    from nanogpt_accel.tracking.console import Console
+
+    console = Console(quiet=True)
+    console.start(0, 10, 5)
+    console.say("model: small")
+    console.write("RO")
+    console.step(1, 2.0, 0.1, 100, None)
+    console.say("warning: the disk is full")
+    console.say("done", always=True)
+    console.stop()
+    assert capsys.readouterr().out == "warning: the disk is full\ndone\n"
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_model_in_pieces_writes_no_samples(monkeypatch, name, call):
+    monkeypatch.setenv(name, "true")
+    said = call("train", "tiny.yaml", "out_dir=runs/none", *SAMPLES, status=2)
+    assert f"error: train.sample_interval={EVERY}: a model that lies in pieces" in said
+    assert not Path("runs/none").exists()
+
+
+def test_samples_of_no_tokens_are_refused(refused):
+    with refused(ValueError, "train.sample_interval=8", "sample_tokens=200"):
+        load_recipe("tiny.yaml", {"sample_interval": "8"})
+
+
+# ---- the recipes of the repository
+
+
+def number_words(expect):
+    """How the README writes what a recipe expects: 1.91 +- 0.01."""
+    return f"{expect.val_loss:g}" + (f" +- {expect.tolerance:g}" if expect.tolerance else "")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_says_what_to_expect(path):
+    expect = load_recipe(path).expect
+    header = " ".join(line.lstrip("# ") for line in path.read_text().split("\n\ndata:")[0].splitlines())
+    assert expect.source and expect.hardware and not expect.changed
+    assert expect.source in header and expect.hardware in header and expect.time in header
+    if expect.val_loss is None:
+        assert expect.tolerance is None and re.search("no number|no loss|not run", expect.source)
+    else:
+        assert f"{expect.val_loss:g}" in header
+        if expect.tolerance is None:
+            assert "not run" in expect.source  # only who ran it knows how far it varies
+
+
+def test_the_readme_agrees():
+    table = (ROOT / "README.md").read_text().split("## Recipes")[1].split("\n\n")[1].splitlines()[2:]
+    rows = {
+        name: row.rstrip(" |").split(" | ")[-1] for row in table for name in re.findall(r"recipes/(\w+)\.yaml", row)
+    }
+    assert set(rows) == {path.stem for path in RECIPES}
+    for path in RECIPES:
+        expect = load_recipe(path).expect
+        assert expect.source in rows[path.stem], path.stem
+        if expect.val_loss is not None:
+            assert re.search(rf"(^|\s){re.escape(number_words(expect))}(?![\d.]*\d)", rows[path.stem]), path.stem

@@ -1,0 +1,560 @@
+"""The pages: every command that they show is parsed and checked by the command itself, up to where its work begins, and
+every command of the *.md pages is run somewhere, or stands below with the reason why not.
+
+A placeholder of the pages (RECIPE, MODEL, runs/NAME, FOLDER, ...) is a real thing of that name in the tests' folder.
+What a recipe's or a config's header shows is parsed here; test_configs.py launches the configs.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launching import LIMIT, ROOT, parse_launch
+
+from nanogpt_accel.__main__ import COMMANDS, import_command, main
+from nanogpt_accel.commands.bench import BenchOptions
+from nanogpt_accel.commands.sample import SampleOptions
+from nanogpt_accel.models.find import find_model
+from nanogpt_accel.recipe import FIELDS, SECTION_OF
+
+PAGES = [
+    str(path.relative_to(ROOT))
+    for folder in ("", "recipes", "configs", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.md"))
+]
+HEADERS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("recipes/*.yaml", "configs/*.yaml", "configs/slurm/*")
+    for path in ROOT.glob(pattern)
+)
+COMMAND = re.compile(
+    r"(\w+=\S+ )*(nanogpt-accel|accelerate (launch|config)|python -m nanogpt_accel|"
+    r"python (benchmarks|tests)/|pytest|sbatch|pip install)"
+)
+
+# a model and a run so small that a command is over when it has begun
+CPU = "device=cpu"
+TINY = (
+    f"{CPU} n_layer=1 n_embd=32 n_head=2 block_size=16 batch_size=2 max_iters=2 warmup_iters=0 lr_decay_iters=2 "
+    "eval_interval=1 eval_iters=1 sample_tokens=4 sample_prompt=RO"
+)
+ALONE = "gradient_accumulation_steps=1"
+TEXT = "corpus=text.txt tokenizer=char val_fraction=0.1"
+# each command that is run here: (what is added to make it small, what it says). A later word wins
+RUN = {
+    "nanogpt-accel train recipes/quickstart.yaml": (
+        f"{TINY} limit_documents=30 vocab_size=300",
+        "The run is in runs/quickstart",
+    ),
+    "nanogpt-accel train recipes/shakespeare_char.yaml": (f"{TINY} {TEXT}", "The run is in runs/shakespeare_char"),
+    "nanogpt-accel train recipes/shakespeare_char_cpu.yaml": (
+        f"{TINY} {TEXT}",
+        "The run is in runs/shakespeare_char_cpu",
+    ),
+    "nanogpt-accel sample runs/shakespeare_char_cpu --prompt ROMEO:": ("num_samples=1 max_new_tokens=4", "ROMEO:"),
+    "nanogpt-accel train recipes/quickstart.yaml corpus=my_texts/ vocab_size=512 out_dir=runs/mine sample_prompt=The": (
+        f"{TINY} vocab_size=300 sample_prompt=The",
+        "The run is in runs/mine",
+    ),
+    "nanogpt-accel prepare recipes/shakespeare_char.yaml": ("corpus=text.txt", "train: "),
+    "nanogpt-accel train recipes/shakespeare_char.yaml batch_size=32": (
+        f"{TINY} {TEXT} batch_size=32 out_dir=runs/32",
+        "batch: 32 sequences",
+    ),
+    "nanogpt-accel train runs/NAME": ("max_iters=3", "resuming runs/NAME"),
+    "nanogpt-accel evaluate runs/NAME": (CPU, "perplexity"),
+    "nanogpt-accel sample runs/NAME --start=ROMEO:": (f"{CPU} num_samples=1 max_new_tokens=4", "ROMEO:"),
+    "nanogpt-accel import out/ckpt.pt --to FOLDER": ("to=imported tokenizer=MODEL", "7 steps"),
+    "accelerate launch --config_file configs/cpu_2proc.yaml -m nanogpt_accel.train recipes/shakespeare_char_cpu.yaml "
+    "gradient_accumulation_steps=2 batch_size=6 out_dir=runs/two": (f"{TINY} {TEXT}", "processes: 2"),
+    "nanogpt-accel plan RECIPE gpus=8": ("", "configs/multi_gpu.yaml"),
+    "nanogpt-accel plan RECIPE gpus=8 gpu=h100": ("", "H100"),
+    "nanogpt-accel prepare RECIPE": (TEXT, "train: "),
+    "nanogpt-accel data FOLDER": ("", "commonest"),
+    "nanogpt-accel train RECIPE": (f"{TINY} {TEXT} {ALONE}", "The run is in runs/RECIPE"),
+    "nanogpt-accel sample MODEL": (f"{CPU} num_samples=1 max_new_tokens=4 start=ROMEO:", "ROMEO:"),
+    "nanogpt-accel evaluate MODEL": (CPU, "perplexity"),
+    "nanogpt-accel bench RECIPE": (f"{TINY} {ALONE} steps=1 warmup=1", "tokens/s"),
+    "nanogpt-accel report RUN [RUN ...]": ("out=both.html", "wrote both.html"),
+    "nanogpt-accel doctor": ("compile_limit=0", "torch"),
+    "accelerate launch -m nanogpt_accel doctor": ("compile_limit=0", "torch"),
+    "nanogpt-accel export MODEL --to FOLDER": ("to=exported", "GPT2LMHeadModel"),
+    "nanogpt-accel export runs/NAME --to my-gpt": ("", "GPT2LMHeadModel"),
+    "nanogpt-accel import CKPT.pt --to FOLDER": ("to=imported2 tokenizer=MODEL", "7 steps"),
+}
+# the first words of a command -> the test that runs it, or one like it
+RUN_ELSEWHERE = {
+    "accelerate launch --config_file configs/multi_gpu.yaml": "promises/test_configs.py::test_launches",
+    "accelerate launch --config_file configs/fsdp2.yaml": "promises/test_configs.py::test_launches",
+    "accelerate launch -m nanogpt_accel.train recipes/gpt2.yaml": "promises/test_configs.py::test_a_config_of_the_users_own",  # noqa: E501
+    "accelerate config": "promises/test_configs.py::test_a_config_of_the_users_own",
+    "sbatch configs/slurm/multi_node.sbatch": "promises/test_configs.py::test_a_requeued_job_of_two_machines",  # noqa: E501
+    "sbatch --nodes=4 configs/slurm/multi_node.sbatch": "promises/test_configs.py::test_a_requeued_job_of_two_machines",  # noqa: E501
+    "sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_a_requeued_job",
+    "CONFIG=configs/fsdp2.yaml sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_a_requeued_job",  # noqa: E501
+    "nanogpt-accel plan recipes": "commands/test_plan.py::test_the_table_of_the_page_is_what_plan_computes",  # noqa: E501
+    "nanogpt-accel COMMAND --help": "utils/test_cli.py::test_help_shows_every_key",
+    "nanogpt-accel train --help": "utils/test_cli.py::test_help_shows_every_key",
+    "nanogpt-accel push": "hub/test_hub.py::test_a_push_in_the_stock_form",
+    "nanogpt-accel train recipes/gpt2.yaml push_to_hub=true": "hub/test_hub.py::test_every_checkpoint_is_a_commit_in_its_order",  # noqa: E501
+    "nanogpt-accel sample gpt2-xl": "hub/test_hub.py::test_sample_takes_a_hub_id",
+    "nanogpt-accel train recipes/finetune_shakespeare.yaml": "hub/test_hub.py::test_a_run_begins_with_a_model_of_the_hub",  # noqa: E501
+    "python tests/support/torture.py": "promises/test_safety.py::test_the_torturer",
+    "python -m nanogpt_accel.recipe": "test_recipe.py::test_the_schema_is_that_of_the_fields",
+}
+# the first words of a command -> why no test runs it
+NOT_RUN = {
+    "pip install": "takes the network and gigabytes; `-e .` by hand in an empty environment, 1 minute from a mirror",  # noqa: E501
+    "pytest": "these are the tests",
+    "python benchmarks": "a measurement by hand: its output is the table where it stands",
+    "nanogpt-accel train recipes/shakespeare_char_cpu.yaml max_iters=250": "a measurement by hand, as is the next one",  # noqa: E501
+    "nanogpt-accel evaluate runs/NAME/checkpoint-002000": "of a run of 2,000 steps",
+    "nanogpt-accel train recipes/gpt2.yaml n_layer=6": "OpenWebText cannot be had without a network",
+    "nanogpt-accel train recipes/eval_gpt2.yaml": "OpenAI's weights and OpenWebText cannot be had without a network",  # noqa: E501
+}
+
+
+def commands(text, is_page=True):
+    """The shell commands of a page (its sh blocks, and inline code) or of the comment that a file opens with: a list of
+    lists of words."""
+    if is_page:
+        blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+        rest = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        lines += [
+            " ".join(code.split()) for code in re.findall(r"`([^`]+)`", rest) if COMMAND.match(" ".join(code.split()))
+        ]
+    else:
+        head = re.match(r"(#.*\n)*", text)[0]
+        lines = [
+            line
+            for line in re.sub(r"^# ?", "", head, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+            if COMMAND.match(line.strip())
+        ]
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        while "&&" in words:
+            found.append(words[: words.index("&&")])
+            words = words[words.index("&&") + 1 :]
+        found.append(words)
+    return [words for words in found if words]
+
+
+def of(page):
+    return commands((ROOT / page).read_text(encoding="utf-8"), page.endswith(".md"))
+
+
+def is_a_name(words):
+    """True of `nanogpt-accel train` and `accelerate launch`, which name a command and are none."""
+    *door, name = words
+    return " ".join(words) in ("accelerate launch", "accelerate launch -m nanogpt_accel.train") or (
+        door in (["nanogpt-accel"], ["python", "-m"])
+        and name.removeprefix("nanogpt_accel.") in COMMANDS.keys() - {"doctor"}
+    )  # which takes no target
+
+
+# ---- the folder where the placeholders are real
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with all that the pages speak of: recipes/ and so on as links, a small run, a nanoGPT checkpoint."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("recipes", "configs", "benchmarks", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "text.txt").write_text("ROMEO: The quick brown fox jumps over a lazy dog.\n" * 60)
+    (folder / "my_texts").mkdir()
+    for i in range(30):
+        (folder / "my_texts" / f"{i}.txt").write_text(f"The text number {i} of them all.\n" * 30)
+    (folder / "RECIPE").write_text((ROOT / "recipes" / "gpt2.yaml").read_text())
+    (folder / "FILE").write_text("a line\n")
+    (folder / "out").mkdir()
+    weights = nanogpt_weights(n_embd=32, block_size=16, vocab_size=len(set((folder / "text.txt").read_text())))
+    for file in ("out/ckpt.pt", "CKPT.pt"):
+        torch.save(weights, folder / file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert (
+            main(["train", "RECIPE", *TINY.split(), *TEXT.split(), ALONE, "data_dir=FOLDER", "out_dir=runs/NAME"]) == 0
+        )
+    for name in ("MODEL", "RUN"):
+        (folder / name).symlink_to(folder / "runs" / "NAME")
+    return folder
+
+
+def nanogpt_weights(n_embd, block_size, vocab_size):
+    """A ckpt.pt of nanoGPT's train.py: one block, no biases."""
+    block = {
+        "ln_1": [n_embd],
+        "attn.c_attn": [3 * n_embd, n_embd],
+        "attn.c_proj": [n_embd, n_embd],
+        "ln_2": [n_embd],
+        "mlp.c_fc": [4 * n_embd, n_embd],
+        "mlp.c_proj": [n_embd, 4 * n_embd],
+    }
+    shapes = {
+        "wte": [vocab_size, n_embd],
+        "wpe": [block_size, n_embd],
+        "ln_f": [n_embd],
+        **{f"h.0.{name}": shape for name, shape in block.items()},
+    }
+    weights = {f"transformer.{name}.weight": torch.full(shape, 0.1) for name, shape in shapes.items()}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return {
+        "model": weights,
+        "iter_num": 7,
+        "best_val_loss": torch.tensor(3.0),
+        "config": {"dataset": "text"},
+        "model_args": {
+            "n_layer": 1,
+            "n_head": 2,
+            "n_embd": n_embd,
+            "block_size": block_size,
+            "bias": False,
+            "vocab_size": vocab_size,
+            "dropout": 0.0,
+        },
+    }
+
+
+# ---- parsed
+
+
+class Reached(Exception):
+    """A command has found nothing wrong and begins its work."""
+
+
+@pytest.fixture
+def check(workplace, monkeypatch):
+    """check(words) raises a ValueError or an OSError where a command of a page is wrong."""
+    monkeypatch.chdir(workplace)
+
+    def reached(*args, **kwargs):
+        raise Reached
+
+    for target in (
+        "train.train",
+        "commands.bench.bench",
+        "commands.evaluate.evaluate",
+        "commands.evaluate.run_tasks",
+        "commands.report.page",
+        "commands.doctor.examine",
+        "data.dataset.prepare",
+        "models.load.load_model",
+        "commands.export.export",
+        "commands.push.export",
+        "commands.push.create",
+        "commands.import_nanogpt.read_nanogpt",
+    ):
+        monkeypatch.setattr(f"nanogpt_accel.{target}", reached)
+
+    def find(target, warn=print, bars=True):  # what the Hub has is MODEL here
+        return find_model(target if Path(target).is_dir() else "MODEL", warn)
+
+    for command in ("bench", "evaluate", "export", "plan", "push", "sample"):
+        monkeypatch.setattr(f"nanogpt_accel.commands.{command}.find_model", find, raising=False)
+    for user in ("train", "commands.push"):  # it asks for a token
+        monkeypatch.setattr(f"nanogpt_accel.{user}.check_push", lambda name, key: [])
+
+    def ours(command, words):
+        if command not in COMMANDS:
+            raise ValueError(f"unknown command {command}")
+        words = [re.sub(r"^runs/\w+", "runs/NAME", word) for word in words if word not in ("[RUN", "...]")]
+        if "--to" in words:
+            words.append("to=new")  # FOLDER is one of tokens, which is there
+        try:
+            import_command(command).main(words)
+        except Reached:
+            pass
+
+    def launched(words):
+        try:
+            args = parse_launch(words)
+        except SystemExit:
+            raise ValueError(f"accelerate launch refuses {' '.join(words)}") from None
+        with monkeypatch.context() as patch:
+            for name, value in (
+                ("WORLD_SIZE", args.num_processes or 1),
+                ("RANK", 0),
+                ("LOCAL_RANK", 0),
+                ("MASTER_ADDR", "127.0.0.1"),
+                ("MASTER_PORT", 1),
+            ):
+                patch.setenv(name, str(value))
+            if args.training_script == "nanogpt_accel":
+                ours(args.training_script_args[0], args.training_script_args[1:])
+            else:
+                ours(args.training_script.removeprefix("nanogpt_accel."), args.training_script_args)
+
+    def batch(config, words):
+        """What SLURM makes of it, see the script."""
+        script = next(word for word in words if not word.startswith("--"))
+        text = Path(script).read_text()
+        asked = dict(re.findall(r"--([\w-]+)=(\d+)", text) + re.findall(r"--([\w-]+)=(\d+)", " ".join(words)))
+        nodes = int(asked["nodes"])
+        launched(
+            [
+                "--config_file",
+                config or re.search(r"CONFIG:-(\S+)}", text)[1],
+                "--num_machines",
+                str(nodes),
+                "--num_processes",
+                str(nodes * int(asked["gpus-per-node"])),
+                "-m",
+                "nanogpt_accel.train",
+                *words[words.index(script) + 1 :],
+            ]
+        )
+
+    def check(words):
+        if is_a_name(words):
+            return
+        config = None
+        if words[0].startswith("CONFIG="):
+            config, words = words[0].removeprefix("CONFIG="), words[1:]
+        match words:
+            case ["nanogpt-accel", "COMMAND", "--help"]:
+                for command in COMMANDS:
+                    ours(command, ["--help"])
+            case ["nanogpt-accel", command, *rest]:
+                ours(command, rest)
+            case ["python", "-m", "nanogpt_accel.recipe"]:  # which writes the schema
+                pass
+            case ["python", "-m", module, *rest]:
+                ours(module.removeprefix("nanogpt_accel."), rest)
+            case ["accelerate", "launch", *rest]:
+                launched(rest)
+            case ["accelerate", "config"]:
+                pass
+            case ["sbatch", *rest]:
+                batch(config, rest)
+            case ["python", script, *_]:
+                Path(script).stat()
+            case ["pytest", *rest]:
+                if "-m" in rest and not re.search(rf"^    {rest[rest.index('-m') + 1]}: ", setup_cfg(), re.MULTILINE):
+                    raise ValueError(f"no marker of {rest}")
+                for file in rest:
+                    if "/" in file:
+                        Path(file).stat()
+            case ["pip", "install", *rest]:
+                for extra in re.findall(r"\[(\w+)\]", rest[-1]):
+                    if not re.search(rf"^{extra} *=", setup_cfg(), re.MULTILINE):
+                        raise ValueError(f"no extra {extra}")
+            case _:
+                raise ValueError(f"no test knows what to do with {' '.join(words)}")
+
+    return check
+
+
+def setup_cfg():
+    return (ROOT / "setup.cfg").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page(check, page):
+    found = of(page)
+    assert len(found) > 5
+    for words in found:
+        check(words)
+
+
+def test_the_commands_that_files_open_with(check):
+    for file in HEADERS:
+        found = of(file)
+        assert found or file.endswith(("recipe.schema.json", "on_each_node.sh")), file
+        for words in found:
+            check(words)
+        if file.startswith("recipes"):
+            assert any(file in words for words in found), f"{file} does not open with its command"
+
+
+@pytest.mark.parametrize(
+    ("page", "old", "new", "says"),
+    [
+        (
+            "README.md",
+            "shakespeare_char.yaml batch_size=32",
+            "shakespeare_char.yaml batchsize=32",
+            "unknown key batchsize",
+        ),
+        ("README.md", "batch_size=32", "batch_size=many", "train.batch_size=many"),
+        ("README.md", '--start="ROMEO:"', '--begin="ROMEO:"', "unknown key begin"),
+        ("README.md", "train recipes/quickstart.yaml\n", "train recipes/quikstart.yaml\n", "no such recipe"),
+        ("README.md", "nanogpt-accel bench RECIPE", "nanogpt-accel benchmark RECIPE", "unknown command benchmark"),
+        (
+            "README.md",
+            "nanogpt-accel import out/ckpt.pt",
+            "nanogpt-accel import out/ckpt.bin",
+            "ckpt.bin: no such file",
+        ),
+        ("README.md", "export MODEL --to FOLDER", "export MODEL --too FOLDER", "unknown key too"),
+        ("README.md", "--config_file configs/fsdp2.yaml", "--config_file configs/fsdp.yaml", "fsdp.yaml"),
+        (
+            "README.md",
+            "accelerate launch -m nanogpt_accel doctor",
+            "accelerate launch -m nanogpt_accel doktor",
+            "doktor",
+        ),
+        ("README.md", "gradient_accumulation_steps=2 batch_size=6", "gradient_accumulation_steps=3", "by 2 processes"),
+        ("README.md", "recipes/gpt2.yaml gradient_accumulation_steps=48", "recipes/gpt2.yaml", "by 16 processes"),
+        ("README.md", "configs/slurm/multi_node.sbatch", "configs/slurm/many.sbatch", "many.sbatch"),
+        ("README.md", "`python -m nanogpt_accel.train`", "`python -m nanogpt_accel.trian`", "unknown command trian"),
+        ("README.md", "python tests/support/torture.py", "python tests/tortur.py", "tortur.py"),
+        (
+            "README.md",
+            "pytest -m slow tests/models/test_clients.py",
+            "pytest -m slow tests/models/test_client.py",
+            "test_client.py",
+        ),
+        ("README.md", "`pytest -m slow`", "`pytest -m slower`", "no marker"),
+        ("README.md", '".[test]"', '".[tests]"', "no extra tests"),
+        ("configs/README.md", "--num_processes 4", "--number_of_processes 4", "accelerate launch refuses"),
+        ("configs/SCALE.md", "plan recipes/gpt2.yaml gpus=8\n", "plan recipes/gpt2.yaml gpu=8\n", "gpu=8"),
+        ("recipes/wikitext2.yaml", "split=test", "splt=test", "unknown key splt"),
+        ("configs/multi_node.yaml", "--machine_rank 0", "--machine 0", "accelerate launch refuses"),
+    ],
+)
+def test_a_wrong_command_is_found(check, page, old, new, says):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert old in text
+    known = of(page)
+    wrong = [words for words in commands(text.replace(old, new), page.endswith(".md")) if words not in known]
+    assert wrong
+    for words in wrong:
+        with pytest.raises((ValueError, OSError), match=re.escape(says)):
+            check(words)
+
+
+def test_the_options_that_the_table_of_commands_names(check):
+    """`key=value` and `--key value` beside a command are options of that command, and a key alone is too."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Commands")[1].split("\n\n")[2]
+    seen = 0
+    for row in table.splitlines()[2:]:
+        _, command, does, _ = re.split(r"(?<!\\)\|", row)
+        (code,) = re.findall(r"`([^`]+)`", command)
+        for option in re.findall(r"`([^`]+)`", does):
+            if not COMMAND.match(option) and not option.endswith(("=", "=...")) and option != "configs/":
+                values = {"prompts": "FILE", "text": "FILE"}
+                word = option if re.match(r"--|\w+=", option) else f"{option}={values.get(option, 1)}"
+                try:
+                    check([*shlex.split(code), *shlex.split(word)])
+                except ValueError as error:  # a value that was made up here may be refused, a key not
+                    assert word != option and "unknown" not in str(error), f"{code}: {option}: {error}"
+                seen += 1
+    assert seen > 20
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_keys_that_a_page_names(page):
+    """Inline code of the form key=value names a key of a recipe, or of some command."""
+    options = [import_command(command) for command in COMMANDS]
+    known = {
+        field.alias or key
+        for module in options
+        for name, section in vars(module).items()
+        if name.endswith("Options")
+        for key, field in section.model_fields.items()
+    }
+    known |= {*FIELDS, "start", "key"}  # (the grammar itself is key=value)
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    ours = re.sub(r"^\| `.*?` \|", "|", text, flags=re.MULTILINE)  # the first column may be nanoGPT's
+    named = [
+        key
+        for code in re.findall(r"`([^`]+)`", ours)
+        if not COMMAND.match(" ".join(code.split()))
+        for key in re.findall(r"^(?:--)?([a-z]\w*)=", code)
+    ]
+    assert [key for key in named if key not in known] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page):
+    """Files that a page links to are there, with the heading that it names."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        file, _, anchor = link.partition("#")
+        linked = (ROOT / page).parent / file
+        assert linked.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], link
+
+
+# ---- run
+
+
+def group_of(command):
+    """The entries of the three tables above that a command belongs to, the longest one of each."""
+    found = [command] if command in RUN else []
+    starts = [key for key in (*RUN_ELSEWHERE, *NOT_RUN) if f"{command} ".startswith((f"{key} ", f"{key}/"))]
+    return found + ([max(starts, key=len)] if starts and not found else [])
+
+
+def test_each_command_is_run_or_the_reason_is_known():
+    shown = [" ".join(words) for page in PAGES for words in of(page) if not is_a_name(words)]
+    assert [command for command in shown if not group_of(command)] == [], "runs it nowhere, see the tables above"
+    used = {key for command in shown for key in group_of(command)}
+    assert {*RUN, *RUN_ELSEWHERE, *NOT_RUN} - used == set(), "no page shows it any more"
+    assert group_of("nanogpt-accel train recipes/new.yaml") == group_of("nanogpt-accel plan RECIPE gpus=9") == []
+
+
+@pytest.mark.parametrize("test", sorted(set(RUN_ELSEWHERE.values())))
+def test_the_tests_that_are_named_are_there(test):
+    file, _, name = test.partition("::")
+    assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUN)
+def test_run(workplace, tmp_path, command):
+    """As it stands in the page, with words behind it that make it small."""
+    words, (smaller, says) = shlex.split(command.replace("[RUN ...]", "RUN")), RUN[command]
+    words = [re.sub(r"^runs/\w+", "runs/NAME", word) for word in words]
+    if words[0] == "nanogpt-accel":
+        words[:1] = [sys.executable, "-m", "nanogpt_accel"]
+    else:  # (port 0: any that is free)
+        words[:2] = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [*words, *smaller.split()], cwd=workplace, env=env, capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert says in done.stdout, done.stdout
+
+
+# ---- nanoGPT's settings
+
+# the globals of its scripts; those of config/*.py are among them
+NANOGPT = {
+    "train.py": "out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log "
+    "wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head "
+    "n_embd dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters "
+    "lr_decay_iters min_lr backend device dtype compile",
+    "sample.py": "init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype compile",  # noqa: E501
+    "bench.py": "batch_size block_size bias real_data seed device dtype compile profile",
+}
+OURS = {
+    "train.py": {f"{section}.{key}" if section else key for key, section in SECTION_OF.items()},
+    "sample.py": set(SampleOptions.model_fields),
+    "bench.py": {*BenchOptions.model_fields, *(f"{s}.{key}" if s else key for key, s in SECTION_OF.items())},
+}
+
+
+@pytest.mark.parametrize("script", NANOGPT)
+def test_nanogpts_settings_beside_ours(script):
+    page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    table = page.split(f"\n### {script}\n\n")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table]
+    assert [theirs for theirs, _, _ in rows] == [f"`{name}`" for name in NANOGPT[script].split()]
+    for theirs, ours, differs in rows:
+        keys = re.findall(r"`([^`]+)`", ours)
+        assert set(keys) <= OURS[script], theirs
+        # what has another name, or none, is explained
+        assert differs or [key.rpartition(".")[2] for key in keys] == [theirs.strip("`")], theirs

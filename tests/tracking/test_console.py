@@ -1,0 +1,246 @@
+"""console.py: plain lines in a file, a live line in a terminal, silence on the other processes."""
+
+import io
+import re
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+
+from nanogpt_accel.tracking.console import Console, Progress, TextProgress
+from nanogpt_accel.utils.text import duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def shown(terminal):
+    """What a terminal was sent, without the codes that move its cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+
+
+@pytest.fixture
+def terminals(monkeypatch):
+    """Puts two of them in the place of stdout and stderr, where pytest has its own until a test begins."""
+
+    def put():
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "120")
+        out, err = Terminal(), Terminal()
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        return out, err
+
+    return put
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes on where it is told to."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_plain_lines_where_no_terminal_is(capsys, clock):
+    console = Console()
+    console.start(0, 100, 1000)
+    console.say("model: small [bold]x[/bold]")
+    clock[0] += 8
+    console.step(3, 2.34567, 0.01234, 9876.54, None)
+    clock[0] += 2
+    console.step(4, 2.0, 2, 1_234_567.8, 0.4321, ["spike"])
+    console.stop()
+    console.write("RO")
+    console.write("MEO")
+    console.say()
+    assert capsys.readouterr().out.splitlines() == [
+        "model: small [bold]x[/bold]",
+        "iter 3: loss 2.3457, time 12.34ms, 9,877 tokens/s",  # the first report is no measure
+        "iter 4: loss 2.0000, time 2000.00ms, 1,234,568 tokens/s, mfu 43.21%, spike, 3:10 left",  # 95 steps of 2 s
+        "ROMEO",
+    ]
+
+
+@pytest.mark.parametrize("interval", [7, 10, 30, 1000])
+def test_the_time_left_is_right_where_all_goes_on_as_before(capsys, clock, interval):
+    """A run as the loop makes it: steps of 3 s, evaluations of 40 s, and what comes first is slow."""
+    console, first, last = Console(), 4, 50
+    total = 900 + 3 * (last - first) + 40 * (2 + len([s for s in range(first + 1, last) if s % interval == 0]))
+    console.start(first, last, interval, is_compiled=True)
+    for step in range(first, last + 1):
+        if step % interval == 0 or step == last or step == first:
+            with console.evaluating(10) as progress:
+                clock[0] += 4 + 300 * (step == first)
+                progress(1)
+                clock[0] += 36
+                progress(9)
+        if step < last:
+            clock[0] += 3 + 600 * (step == first)
+            console.step(step, 1.0, 3 + 600 * (step == first), 1.0, None)
+            lines = capsys.readouterr().out.splitlines()
+            if step == first:
+                assert (
+                    lines[:-1]
+                    == [
+                        "compiling: the first step takes a while",
+                        "evaluating: 1 of 10 batches",
+                        "compiled: step 4 was done after 15:43",
+                    ]
+                    and "left" not in lines[-1]
+                )
+            else:
+                estimate = [f"time: about {duration(total)} in all from step 4 on"]
+                assert lines[:-1] == estimate * (step == first + 5)
+                left = f", {duration(total + 100 - clock[0])} left" if step + 1 < last else " tokens/s"
+                assert lines[-1].endswith(left)
+    assert clock[0] == 100 + total
+
+
+def test_silent_where_disabled(monkeypatch, capsys):
+    for stdout in (sys.stdout, Terminal()):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            console = Console(enabled=False)
+            console.start(0, 10, 5)
+            console.say("hello")
+            console.write("hello")
+            console.step(0, 1.0, 1.0, 1.0, 0.5)
+            console.stop()
+        assert not isinstance(stdout, Terminal) or stdout.getvalue() == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_live_line(terminals):
+    terminal, _ = terminals()
+    console = Console()
+    console.start(10, 50, 5)
+    long = "a line that is longer than the terminal is wide, " * 4 + "[bold]end[/bold]"
+    console.say(long)
+    console.step(29, 1.2345, 0.5, 6789.0, 0.25)
+    console.stop()
+    console.say("after")
+    console.stop()  # once more does nothing
+    text = shown(terminal)
+    assert long in text  # neither cut nor wrapped nor read as markup
+    assert "10/50" in text and "30/50, loss 1.2345, 6,789 tokens/s, mfu 25.00%" in text
+    assert text.endswith("after\n")
+    assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h")  # the cursor is back
+
+
+def test_an_evaluation_has_a_live_line_of_its_own(terminals, clock):
+    out, _ = terminals()
+    console = Console()
+    console.start(0, 50, 5)
+    with console.evaluating(40) as progress:
+        for _ in range(4):
+            progress(10)
+            clock[0] += 2
+        console.live.refresh()
+        lines = shown(out).splitlines()
+        assert "0/50" in lines[-2] and lines[-1].startswith("evaluating")
+        assert "40 of 40 batches, about 0:00 left" in lines[-1]
+    console.step(0, 1.0, 0.5, 1.0, None)
+    console.stop()
+    *_, last = shown(out).splitlines()
+    assert last.startswith("step") and "1/50" in last  # which stays, the evaluation's does not
+    assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h")
+
+
+def test_a_log_hears_of_a_long_evaluation_once_a_minute(capsys, clock):
+    console = Console()
+    console.start(0, 50, 5)
+    with console.evaluating(200) as progress:
+        for _ in range(100):
+            clock[0] += 1
+            progress(2)
+    assert capsys.readouterr().out.splitlines() == ["evaluating: 120 of 200 batches, about 0:40 left"]
+
+
+def test_counted_work_reports_every_few_seconds(clock):
+    lines = []
+    with Progress("evaluating", 1000, lines.append, "batches") as progress:
+        clock[0] += 60  # what comes once is no measure
+        progress(10)
+        for _ in range(99):
+            clock[0] += 1
+            progress(10)
+    done = [int(line.split()[1]) for line in lines]
+    assert lines[0] == "evaluating: 10 of 1,000 batches"
+    assert lines[1:] == [f"evaluating: {n} of 1,000 batches, about {duration((1000 - n) / 10)} left" for n in done[1:]]
+    assert done == list(range(10, 1000, 50))
+
+
+def test_a_text_of_unknown_size_that_goes_on(clock):
+    lines = []
+    with TextProgress("train", None, lines.append) as progress:
+        progress(documents=1000, bytes=50_000_000, tokens=9)  # of an earlier attempt
+        clock[0] += 10
+        progress(documents=1100, bytes=53_000_000, tokens=2000)
+    assert lines == ["train: 1,100 documents (10/s), 53.0 MB (300.0 kB/s), 2,000 tokens"]
+
+
+def test_a_live_line_of_counted_work_goes_away(terminals, clock):
+    out, err = terminals()
+    console = Console(stderr=True)
+    with Progress("evaluating", 30, console, "batches") as progress:
+        clock[0] += 1
+        progress(10)
+        console.live.refresh()
+        console("warning: a line that stays")
+        print("the result")
+    console.say("after")
+    assert console.live is None and out.getvalue() == "the result\n"  # where a program reads
+    text = shown(err)
+    assert "10 of 30 batches" in text and text.endswith("after\n") and "warning: a line that stays\n" in text
+    assert err.getvalue().count("\x1b[?25l") == err.getvalue().count("\x1b[?25h")
+
+
+@pytest.mark.parametrize("settings", [{"enabled": False}, {"quiet": True}])
+def test_who_is_not_heard_shows_no_work(terminals, clock, settings):
+    out, err = terminals()
+    console = Console(**settings)
+    console.start(0, 50, 5, is_compiled=True)
+    with Progress("evaluating", 30, console, "batches") as progress, console.evaluating(30) as other:
+        for _ in range(30):
+            clock[0] += 10
+            progress(1), other(1)
+    for step in range(10):
+        console.step(step, 1.0, 100.0, 1.0, None)
+    console.stop()
+    assert out.getvalue() == err.getvalue() == ""
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(terminals, clock, monkeypatch):
+    out, _ = terminals()
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console()
+    console.start(0, 50, 5)
+    console.step(0, 1.0, 1.0, 1.0, None)
+    assert out.getvalue() == "iter 0: loss 1.0000, time 1000.00ms, 1 tokens/s\n"
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 59, 60, 61, 125, 3599, 3600, 3725, 86399, 86400, 90061, 263125, 8640000])
+def test_duration(seconds):
+    text = duration(seconds)
+    match = re.fullmatch(r"(?:(\d+)d )?(?:(\d+):)?(\d+):(\d\d)", text)
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+    assert timedelta(days=days, hours=hours, minutes=minutes, seconds=rest).total_seconds() == seconds
+    assert hours < 24 and minutes < 60 and rest < 60
+    assert match[1] is not None or seconds < 86400
+    if seconds >= 3600:
+        assert len(match[3]) == 2
+
+
+def test_duration_as_it_is_read():
+    assert [duration(s) for s in (0.4, 5, 59.6, 125, 3725, 263_125)] == [
+        "0:00",
+        "0:05",
+        "1:00",
+        "2:05",
+        "1:02:05",
+        "3d 1:05:25",
+    ]

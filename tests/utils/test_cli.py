@@ -1,0 +1,353 @@
+"""cli.py and __main__.py: the grammar, the help pages, how a command ends, and what it does not import."""
+
+import errno
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import nanogpt_accel
+from nanogpt_accel.__main__ import COMMANDS, main
+from nanogpt_accel.commands import bench, data, doctor, evaluate, export, plan, push, report, sample
+from nanogpt_accel.recipe import FIELDS, SECTION_OF, SECTIONS, Recipe, load_recipe
+from nanogpt_accel.utils import cli
+from nanogpt_accel.utils.fields import nearest
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# ---- the grammar
+
+
+@pytest.mark.parametrize(
+    ("words", "target", "options"),
+    [
+        ([], None, {}),
+        (["recipes/a.yaml"], "recipes/a.yaml", {}),
+        (["n_layer=6", "a.yaml"], "a.yaml", {"n_layer": "6"}),
+        (["a.yaml", "--n_layer=6"], "a.yaml", {"n_layer": "6"}),
+        (["a.yaml", "--n_layer", "6"], "a.yaml", {"n_layer": "6"}),
+        (["--n-layer", "6", "a.yaml"], "a.yaml", {"n_layer": "6"}),
+        (["model.n_layer=6"], None, {"model.n_layer": "6"}),
+        (["--eval_only"], None, {"eval_only": "true"}),
+        (["--eval_only", "a.yaml"], "a.yaml", {"eval_only": "true"}),
+        (["--eval-only", "--bias", "n_layer=6"], None, {"eval_only": "true", "bias": "true", "n_layer": "6"}),
+        (["--eval_only", "false", "a.yaml"], "a.yaml", {"eval_only": "false"}),
+        (["--eval_only", "No"], None, {"eval_only": "No"}),
+        (["--train.eval_only", "a.yaml"], "a.yaml", {"train.eval_only": "true"}),
+        (["n_layer=5", "--n_layer=6"], None, {"n_layer": "6"}),  # the later word wins
+        (["sample_prompt=a=b\nc"], None, {"sample_prompt": "a=b\nc"}),
+        (["--sample_prompt", "x=1"], None, {"sample_prompt": "x=1"}),
+        (["--sample_prompt", "--"], None, {"sample_prompt": "--"}),
+        (["--learning_rate", "-1"], None, {"learning_rate": "-1"}),
+        (["min_lr="], None, {"min_lr": ""}),
+        (["runs/a=b"], "runs/a=b", {}),  # a path, for a key has no slash
+        (["./a=b.yaml"], "./a=b.yaml", {}),
+    ],
+)
+def test_parse(words, target, options):
+    before = list(words)
+    assert cli.parse(words, FIELDS) == (target, options)
+    assert words == before
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["a.yaml", "b.yaml"], ["one target is taken, got 2: a.yaml b.yaml"]),
+        (["a.yaml", "--n_layer"], ["--n_layer needs a value"]),
+        (["a", "b", "c", "--compile"], ["--compile needs a value", "one target is taken, got 3"]),
+    ],
+)
+def test_parse_refuses(words, messages):
+    with pytest.raises(ValueError) as caught:
+        cli.parse(words, FIELDS)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(messages) and all(m in line for m, line in zip(messages, lines, strict=True))
+
+
+def test_nearest():
+    assert nearest("n_layr", FIELDS) == " (did you mean n_layer?)"
+    assert nearest("xyzzy", FIELDS) == ""
+
+
+# ---- the help pages
+
+OWN = {
+    "sample": sample.SampleOptions,
+    "evaluate": evaluate.EvaluateOptions,
+    "export": export.ExportOptions,
+    "import": import_module("nanogpt_accel.commands.import_nanogpt").ImportOptions,
+    "push": push.PushOptions,
+    "data": data.DataOptions,
+    "plan": plan.PlanOptions,
+    "bench": bench.BenchOptions,
+    "report": report.ReportOptions,
+    "doctor": doctor.DoctorOptions,
+}
+SETTINGS = {key for key, section in SECTION_OF.items() if section != "expect"}  # which stands in a file alone
+TAKEN = {
+    "train": sorted(SETTINGS),
+    "prepare": list(SECTIONS["data"].model_fields),
+    **{
+        command: [field.alias or key for key, field in options.model_fields.items()] for command, options in OWN.items()
+    },
+    "evaluate": [
+        "recipe",
+        "split",
+        "json",
+        *SECTIONS["data"].model_fields,
+        "batch_size",
+        "eval_iters",
+        "device",
+        "mixed_precision",
+        "compile",
+    ],
+}
+
+
+def words_of(text):
+    """A text without its line breaks and indents."""
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_shows_every_key(capsys, command, word):
+    assert main([command, word]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: nanogpt-accel {command}")
+    own = OWN.get(command)
+    fields = FIELDS | ({field.alias or key: field for key, field in own.model_fields.items()} if own else {})
+    for key in TAKEN[command]:
+        assert re.search(rf"^ *{key}=", out, re.MULTILINE), key
+        assert words_of(fields[key].description) in words_of(out), key
+
+
+def test_help_comes_before_any_check(capsys):
+    assert main(["train", "no/such.yaml", "n_layr=6", "--help"]) == 0
+    assert "n_layer=" in capsys.readouterr().out
+
+
+def test_help_shows_types_and_defaults_as_they_are_typed(capsys):
+    main(["train", "--help"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    shown = {line.partition("=")[0]: line for line in lines if re.match(r"[a-z_0-9]+=", line)}
+    assert set(shown) == SETTINGS
+    for key, words in {
+        "n_layer": ["12"],
+        "bias": ["true|false", "false"],
+        "sampling": ["shuffle|random"],
+        "learning_rate": ["0.0006"],
+        "min_lr": ["none"],
+        "eval_iters": ["all|int", "200"],
+        "compile": ["auto|regional|true|false"],
+    }.items():
+        assert all(word in shown[key] for word in words), shown[key]
+    # and typing a default gives that default
+    typed = {key: match[1] for key, line in shown.items() if (match := re.search(r"\[(.*)\]$", line))}
+    typed = {key: text for key, text in typed.items() if key not in ("out_dir", "sample_prompt")}
+    assert len(typed) > 35
+    Path("empty.yaml").touch()
+    assert load_recipe("empty.yaml", typed) == load_recipe("empty.yaml")
+
+
+# ---- the table of commands
+
+
+def test_the_table(capsys):
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        assert all(re.search(rf"^  {command} ", out, re.MULTILINE) for command in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nanogpt-accel {nanogpt_accel.__version__}\n"
+    assert main(["trian", "x"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: unknown command 'trian' (did you mean train?); there are: {', '.join(COMMANDS)}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train"], "what to train?"),
+        (["prepare"], "prepare needs a recipe"),
+        (["sample"], "which model?"),
+        (["evaluate"], "which model?"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
+        (["train", "."], ".: no run.yaml in this folder"),
+        (["prepare", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
+        (["evaluate", "runs/x"], "runs/x: there is no run.yaml beside it to say which data to use"),
+        (["sample", "./nowhere"], "./nowhere: no such folder"),
+        (["sample", "x", "--prompt=FILE:nowhere.txt"], "prompt=FILE:nowhere.txt: No such file"),
+        (["sample", "x", "tempreature=1"], "unknown key tempreature (did you mean temperature?)"),
+        (["train", "a.yaml", "b.yaml"], "one target is taken"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_status_2(capsys, words, message):
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith(f"error: {message}")
+
+
+# ---- how a command ends
+
+
+def ends(monkeypatch, error):
+    """The exit status of a command that ends with `error`, raised by a function of the package."""
+
+    def look():
+        raise error
+
+    look.__code__ = look.__code__.replace(co_filename=str(Path(cli.__file__).with_name("corpus.py")))
+    return cli.run(lambda argv: look(), [])
+
+
+def test_status_and_messages(monkeypatch, capsys):
+    assert ends(monkeypatch, ValueError("first\nsecond")) == 2
+    assert capsys.readouterr() == ("", "error: first\nerror: second\n")
+    assert ends(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "x")) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'x'\n"
+    assert ends(monkeypatch, ValueError()) == 2
+    assert capsys.readouterr().err == "error: ValueError\n"
+    assert ends(monkeypatch, FloatingPointError("the loss is nan")) == 1
+    assert capsys.readouterr().err == "error: the loss is nan\n"
+    assert ends(monkeypatch, KeyboardInterrupt()) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert ends(monkeypatch, BrokenPipeError()) == 1 and capsys.readouterr() == ("", "")
+    assert cli.run(lambda argv: print(argv), ["x"]) == 0 and capsys.readouterr().out == "['x']\n"
+    monkeypatch.setenv("RANK", "3")
+    assert ends(monkeypatch, ValueError("first\nsecond")) == 2
+    assert capsys.readouterr().err == "rank 3: error: first\nrank 3: error: second\n"
+
+
+def test_threads_do_not_wait_spinning_unless_they_are_told(monkeypatch):
+    """Seen from a process that imports torch after it, whose OpenMP prints what it goes by."""
+    script = "from nanogpt_accel.utils import cli; cli.run(lambda argv: __import__('torch').ones(9).sum(), [])"
+    for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)):
+        bare = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=bare | given | {"OMP_DISPLAY_ENV": "VERBOSE"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+        if not found:
+            pytest.skip("this torch has another OpenMP than GNU's")
+        assert expected in (found[0], None) and (expected or int(found[0]) > 1000)
+
+
+def test_garbage_is_looked_for_as_often_as_before(monkeypatch):
+    before, within = gc.get_threshold(), []
+    assert cli.run(lambda argv: within.append(gc.get_threshold()), []) == 0
+    assert ends(monkeypatch, ValueError("no")) == 2
+    assert within[0][0] > before[0] and gc.get_threshold() == before
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    with pytest.raises(ValueError):  # out of another library
+        cli.run(lambda argv: json.loads("{"), [])
+    with pytest.raises(KeyError):
+        ends(monkeypatch, KeyError("x"))
+    with pytest.raises(AssertionError):
+        ends(monkeypatch, AssertionError("ours"))
+    monkeypatch.setenv("NANOGPT_ACCEL_DEBUG", "1")
+    with pytest.raises(ValueError):
+        ends(monkeypatch, ValueError("first"))
+
+
+# ---- nothing heavy before it is needed
+
+LIGHT = [
+    "nanogpt_accel",
+    "nanogpt_accel.__main__",
+    *(
+        f"nanogpt_accel.{name}"
+        for name in (
+            "utils.cli",
+            "recipe",
+            "batches",
+            "evaluation",
+            "tracking.console",
+            "tracking.metrics_log",
+            "data.sources",
+            "data.tokenizer",
+            "data.token_files",
+            "data.dataset",
+            "checkpoint.verify",
+            "checkpoint.save",
+            "models.load",
+            "distributed.launcher",
+            "distributed.accelerator",
+            "commands.prepare",
+            "train",
+            "commands.evaluate",
+            "commands.sample",
+        )
+    ),
+]
+SCRIPT = """
+import contextlib, importlib, io, json, sys
+heavy = ("torch", "transformers", "accelerate", "datasets", "safetensors", "matplotlib", "huggingface_hub")
+seen = {}
+
+def look(what):
+    seen[what] = [name for name in heavy if name in sys.modules]
+
+look("at first")
+for name in sys.argv[1].split():
+    importlib.import_module(name)
+    look(name)
+from nanogpt_accel.__main__ import COMMANDS, main
+for words in [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS), ["trian"],
+              ["train", "nowhere.yaml"], ["train", "bad.yaml"], ["train", "good.yaml", "n_layr=6"],
+              ["train", "good.yaml", "n_embd=100", "corpus=nowhere.txt"], ["sample", "./nowhere"],
+              ["train", "good.yaml", "init_from=resume"], ["prepare", "good.yaml", "tokenizer=nowhere"]]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main(words)
+    assert status == (0 if words[-1][0] == "-" else 2), (words, err.getvalue())
+    look(" ".join(words))
+print(json.dumps(seen))
+"""
+
+
+def test_a_mistake_is_answered_before_anything_heavy_is_imported():
+    Path("good.yaml").write_text("data: {corpus: python}\n")
+    Path("bad.yaml").write_text("model: {n_layer: six}\n")
+    done = subprocess.run([sys.executable, "-c", SCRIPT, " ".join(LIGHT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert len(seen) == 1 + len(LIGHT) + 10 + len(COMMANDS)
+    assert {what: names for what, names in seen.items() if names} == {}
+
+
+# ---- the package itself
+
+
+def test_public_names_load_lazily_and_are_documented():
+    assert set(nanogpt_accel.__all__) == {"GPT", "GPTConfig", "Recipe", "load_recipe", "train"}
+    for name in nanogpt_accel.__all__:
+        assert len(getattr(nanogpt_accel, name).__doc__.strip()) > 20, name
+    assert nanogpt_accel.Recipe is Recipe and nanogpt_accel.load_recipe is load_recipe
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = nanogpt_accel.nothing
+
+
+def test_fields_may_be_any_pydantic_fields():
+    # parse needs the annotation only, so that a command's own options work as a recipe's do
+    fields = {"json": SimpleNamespace(annotation=bool), "recipe": SimpleNamespace(annotation=str)}
+    assert cli.parse(["x", "--json", "--recipe", "a.yaml"], fields) == ("x", {"json": "true", "recipe": "a.yaml"})
