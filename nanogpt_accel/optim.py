@@ -1,33 +1,49 @@
-"""The optimizer: parameter groups, AdamW and Muon, and the learning rate of a step."""
+"""The optimizers and the learning rate of a step.
+
+To add a schedule, write a function like `cosine` and add it to SCHEDULES; to add an optimizer, write a function like
+`adamw` and add it to OPTIMIZERS. A recipe can then name it. torch is imported only when an optimizer is made, because
+recipe.py reads the two tables.
+"""
 
 import math
 
-import torch
-from torch.distributed.tensor import DTensor
-from torch.optim.adamw import adamw
+# ---- learning rate
 
 
-def learning_rate(step, *, schedule, learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_fraction=None):
-    """Learning rate of a step: nanoGPT's linear warm-up, and after it what `schedule` says.
-
-    schedule: "constant"; "cosine" (nanoGPT's), down to min_lr at lr_decay_iters; "warmup_stable_decay" (Hu et al.
-        2024, MiniCPM), which stays up and then falls in a line to min_lr over the last decay_fraction of
-        lr_decay_iters.
-    """
-    # 1) linear warm-up
-    if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)
-    if schedule == "constant":
-        return learning_rate
-    # 2) past the decay, the lowest rate
+def cosine(step, *, learning_rate, warmup_iters, lr_decay_iters, min_lr, **others):
+    """nanoGPT's schedule: half a cosine from learning_rate to min_lr, which is reached at lr_decay_iters."""
     if step > lr_decay_iters:
         return min_lr
-    # 3) in between, a line or half a cosine
-    if schedule == "warmup_stable_decay":
-        left = (lr_decay_iters - step) / (decay_fraction * lr_decay_iters)
-        return min_lr + min(1.0, left) * (learning_rate - min_lr)
     done = (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (learning_rate - min_lr)
+
+
+def warmup_stable_decay(step, *, learning_rate, lr_decay_iters, min_lr, decay_fraction, **others):
+    """Constant, then linear to min_lr over the last decay_fraction of lr_decay_iters (MiniCPM, Hu et al. 2024)."""
+    if step > lr_decay_iters:
+        return min_lr
+    left = (lr_decay_iters - step) / (decay_fraction * lr_decay_iters)
+    return min_lr + min(1.0, left) * (learning_rate - min_lr)
+
+
+def constant(step, *, learning_rate, **others):
+    return learning_rate
+
+
+SCHEDULES = {"cosine": cosine, "constant": constant, "warmup_stable_decay": warmup_stable_decay}
+
+
+def learning_rate(step, *, schedule, learning_rate, warmup_iters, **others):
+    """Return the learning rate of a step: linear warm-up as in nanoGPT, then the schedule.
+
+    schedule: a key of SCHEDULES. others: lr_decay_iters, min_lr, decay_fraction; see Recipe.lr_schedule.
+    """
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    return SCHEDULES[schedule](step, learning_rate=learning_rate, warmup_iters=warmup_iters, **others)
+
+
+# ---- optimizers
 
 
 def parameter_groups(model, weight_decay):
@@ -42,161 +58,46 @@ def parameter_groups(model, weight_decay):
     ]
 
 
-def make_optimizer(
-    model,
-    *,
-    learning_rate,
-    weight_decay,
-    beta1,
-    beta2,
-    algorithm="adamw",
-    muon_learning_rate=None,
-    muon_momentum=None,
-    muon_weight_decay=None,
-):
-    """AdamW (Loshchilov and Hutter 2019) for all parameters, or "muon": Muon for the matrices inside the blocks and
-    AdamW for the rest.
+def adamw_settings(model, settings):
+    """Keyword arguments of AdamW (Loshchilov and Hutter 2019).
 
-    AdamW is the fused kernel where the device has one (CUDA, CPU and MPS): one pass over the parameters instead of
-    about ten.
+    The fused kernel makes one pass over the parameters instead of about ten; CUDA, CPU and MPS have one.
     """
-    fused = next(model.parameters()).device.type in ("cuda", "cpu", "mps")
-    groups = parameter_groups(model, weight_decay)
-    if algorithm == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=fused)
-    hidden = [p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2]
-    is_hidden = {id(p) for p in hidden}
+    is_fused = next(model.parameters()).device.type in ("cuda", "cpu", "mps")
+    return {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "fused": is_fused}
+
+
+def adamw(model, settings):
+    """AdamW for all parameters."""
+    import torch
+
+    return torch.optim.AdamW(parameter_groups(model, settings.weight_decay), **adamw_settings(model, settings))
+
+
+def muon(model, settings):
+    """Muon for the matrices inside the blocks, AdamW for the rest."""
+    from .muon import Muon, rows_of_fused
+
+    matrices = [p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2]
+    ids = {id(p) for p in matrices}
+    groups = parameter_groups(model, settings.weight_decay)
     for group in groups:
-        group |= {
-            "params": [p for p in group["params"] if id(p) not in is_hidden],
-            "use_muon": False,
-            "lr": learning_rate,
-            "betas": (beta1, beta2),
-            "fused": fused,
-        }
-    muon = {
-        "params": hidden,
+        group["params"] = [p for p in group["params"] if id(p) not in ids]
+        group |= {"use_muon": False, **adamw_settings(model, settings)}
+    muon_group = {
+        "params": matrices,
         "use_muon": True,
-        "lr": muon_learning_rate,
-        "momentum": muon_momentum,
-        "weight_decay": muon_weight_decay,
-        "lr_scale": muon_learning_rate / learning_rate,
+        "lr": settings.muon_learning_rate,
+        "momentum": settings.muon_momentum,
+        "weight_decay": settings.muon_weight_decay,
+        "lr_scale": settings.muon_learning_rate / settings.learning_rate,
     }
-    return Muon([*groups, muon], rows_of_fused(model))
+    return Muon([*groups, muon_group], rows_of_fused(model))
 
 
-def rows_of_fused(model):
-    """{matrix: the rows of each} of those that hold several, one below the other, to multiply with all at once: the
-    queries', keys' and values', and SwiGLU's gate and what it gates."""
-    rows = {block.attn.c_attn.weight: block.attn.split_sizes for block in model.transformer.h}
-    rows |= {block.mlp.c_fc.weight: [model.config.n_inner] * 2 for block in model.transformer.h if block.mlp.is_gated}
-    return rows
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
-def check_unsharded(optimizer):
-    """Raises:
-    ValueError: Muon is to orthogonalize what is no matrix but a piece of one.
-    """
-    for group in optimizer.param_groups:
-        if group.get("use_muon") and any(p.dim() != 2 or isinstance(p, DTensor) for p in group["params"]):
-            raise ValueError(
-                "optimizer.algorithm=muon: works on whole matrices, and here they lie in pieces on "
-                "several devices (FSDP, DeepSpeed): take algorithm=adamw, or a config that does not "
-                "shard, such as configs/multi_gpu.yaml"
-            )
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the groups with use_muon, AdamW for the others.
-
-    Muon is Nesterov momentum, of which each matrix is replaced by an orthogonal one near it: then what a matrix learns
-    is not ruled by the few directions in which its gradients are large. The numbers are those of torch.optim.Muon,
-    which takes the matrices one by one; here all of one shape, or of this shape transposed, are worked on together.
-
-    rows: {matrix: the rows of each} of matrices that hold several; each is orthogonalized by itself.
-    """
-
-    def __init__(self, groups, rows):
-        super().__init__(groups, {})
-        self.rows = rows
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            step = self._step_muon if group["use_muon"] else self._step_adamw
-            step(group, params)
-        return loss
-
-    def _step_muon(self, group, params):
-        grads = [p.grad for p in params]
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        momenta = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        by_shape = {}  # shape, the longer side last -> [(matrix, its update)]
-        for p, update in zip(params, updates, strict=True):
-            rows = self.rows.get(p, len(p))
-            for matrix, part in zip(p.split(rows), update.split(rows), strict=True):
-                by_shape.setdefault(tuple(sorted(matrix.shape)), []).append((matrix, part))
-        for pairs in by_shape.values():
-            found = orthogonalize(torch.stack([part.mT if is_tall(part) else part for _, part in pairs]))
-            for (matrix, _), part in zip(pairs, found, strict=True):
-                # an orthogonal matrix that makes a vector longer has larger elements to do it with
-                matrix.add_(
-                    part.mT if is_tall(matrix) else part,
-                    alpha=-group["lr"] * max(1.0, len(matrix) / matrix.shape[1]) ** 0.5,
-                )
-
-    def _step_adamw(self, group, params):
-        for p in params:
-            if not self.state[p]:
-                self.state[p].update(
-                    step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
-                )
-        states = [self.state[p] for p in params]
-        adamw(
-            params,
-            [p.grad for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=group["fused"],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=1e-8,
-            maximize=False,
-        )
-
-
-def is_tall(matrix):
-    return matrix.shape[-2] > matrix.shape[-1]
-
-
-def orthogonalize(matrices):
-    """Matrices with the same singular vectors whose singular values are all near 1 (0.7 to 1.2).
-
-    Five steps of a Newton-Schulz iteration, x <- a x + b (x x^T) x + c (x x^T)^2 x, whose coefficients raise small
-    singular values as fast as can be (Jordan et al. 2024). It bears bfloat16, which GPUs are much faster at.
-
-    matrices: (n, rows, columns), no more rows than columns, for x x^T is the smaller one of the two Gram matrices then.
-    Returns the same shape, in bfloat16 on CUDA and in float32 elsewhere.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value above 1
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+def make_optimizer(model, settings):
+    """Return the torch.optim.Optimizer of a model. settings: a recipe's optimizer section."""
+    return OPTIMIZERS[settings.algorithm](model, settings)

@@ -13,19 +13,12 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from .utils.fields import Device, Float, Int, nearest, validate
+from .optim import OPTIMIZERS, SCHEDULES
+from .utils.fields import Device, Float, Int, Words, nearest, validate
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _words(value):
-    """`wandb,tensorboard` or `[wandb, tensorboard]` on a command line, none or empty for nothing."""
-    if isinstance(value, str):
-        value = [word.strip() for word in value.strip("[]").split(",")]
-        return [word for word in value if word and word != "none"]
-    return [] if value is None else value
 
 
 def _none(value):
@@ -173,7 +166,7 @@ class Model(Section):
 
 
 class Optimizer(Section):
-    algorithm: Literal["adamw", "muon"] = Field(
+    algorithm: Literal[tuple(OPTIMIZERS)] = Field(
         "adamw", description="adamw; or muon: Muon for the matrices inside the blocks, AdamW for the rest"
     )
     learning_rate: Float = Field(6e-4, gt=0, description="the highest learning rate; AdamW's")
@@ -186,7 +179,7 @@ class Optimizer(Section):
     )
     muon_momentum: Float = Field(0.95, ge=0, lt=1, description="Muon's decay of the mean")
     muon_weight_decay: Float = Field(0.0, ge=0, description="Muon's, on the matrices inside the blocks")
-    schedule: Literal["cosine", "constant", "warmup_stable_decay"] = Field(
+    schedule: Literal[tuple(SCHEDULES)] = Field(
         "cosine",
         description="what follows the warm-up: half a cosine, nothing, or nothing and then a line down to min_lr",
     )
@@ -270,9 +263,7 @@ class Checkpoint(Section):
 
 
 class Tracking(Section):
-    trackers: Annotated[list[str], BeforeValidator(_words)] = Field(
-        [], description="wandb, tensorboard and whatever else Accelerate logs to"
-    )
+    trackers: Words = Field([], description="wandb, tensorboard and whatever else Accelerate logs to")
     project: str = Field("nanogpt_accel", description="the trackers' project")
     run_name: Annotated[str | None, BeforeValidator(_none)] = Field(
         None, description="the run's name there; none: the name of out_dir"
@@ -339,6 +330,39 @@ class Recipe(Section):
             "head_dim": model.head_dim or model.n_embd // model.n_head,
             "n_inner": model.n_inner or 4 * model.n_embd,
         }
+
+    def replace(self, **values):
+        """Return a copy with other values, by leaf key: recipe.replace(batch_size=6, compile=False)."""
+        changed = {}
+        for key, value in values.items():
+            changed.setdefault(SECTION_OF[key], {})[key] = value
+        top = changed.pop("", {})
+        sections = {name: getattr(self, name).model_copy(update=leaves) for name, leaves in changed.items()}
+        return self.model_copy(update=top | sections)
+
+    @property
+    def lr_schedule(self):
+        """Keyword arguments of optim.learning_rate, with every None resolved."""
+        settings = self.optimizer.model_dump(include={"schedule", "learning_rate", "warmup_iters", "decay_fraction"})
+        return settings | {"lr_decay_iters": self.lr_decay_iters, "min_lr": self.min_lr}
+
+    def should_evaluate(self, step):
+        """Return whether an evaluation is due before a step."""
+        return step % self.train.eval_interval == 0 and (step > 0 or self.train.eval_first)
+
+    def should_save(self, step):
+        """Return whether a checkpoint is due before a step, whatever its validation loss."""
+        return step > 0 and step % self.save_interval == 0
+
+    def should_sample(self, step):
+        """Return whether a sample is due before a step."""
+        return step > 0 and self.train.sample_interval is not None and step % self.train.sample_interval == 0
+
+    def should_log(self, step):
+        """Return whether a step is logged. The last step before an evaluation or a checkpoint always is, so that no
+        checkpoint is written of a model that has diverged."""
+        is_before_save = (step + 1) % self.train.eval_interval == 0 or (step + 1) % self.save_interval == 0
+        return step % self.train.log_interval == 0 or is_before_save or step + 1 == self.train.max_iters
 
     @property
     def min_lr(self):

@@ -15,7 +15,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.model import GPT, GPTConfig
-from nanogpt_accel.optim import check_unsharded, learning_rate, make_optimizer, orthogonalize, parameter_groups
+from nanogpt_accel.muon import check_unsharded, orthogonalize
+from nanogpt_accel.optim import learning_rate, make_optimizer, parameter_groups
+from nanogpt_accel.recipe import Optimizer
 from nanogpt_accel.tracking.metrics_log import read_metrics
 
 # ---- the learning rate
@@ -159,7 +161,7 @@ def adamw_step(p, grad, state, lr, beta1, beta2, weight_decay, t):
 
 def test_the_optimizer_is_adamw(model):
     arguments = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95}
-    ours = make_optimizer(model, learning_rate=1e-2, **arguments)
+    ours = make_optimizer(model, Optimizer(learning_rate=1e-2, **arguments))
     assert type(ours) is torch.optim.AdamW and ours.defaults["fused"] is True
 
     torch.manual_seed(0)
@@ -236,7 +238,7 @@ def give_gradients(models, seed):
 def beside_torchs(steps, activation):
     """Two models after so many steps: by our Muon, and by torch's Muon and AdamW."""
     ours, theirs = modern(activation=activation), modern(activation=activation)
-    optimizer = make_optimizer(ours, **MUON)
+    optimizer = make_optimizer(ours, Optimizer(**MUON))
     named = dict(theirs.named_parameters())
     # torch's is given each matrix by itself, and these hold several
     rows = {"c_attn": [32, 16, 16], "c_fc": [48, 48] if activation == "swiglu" else [48]}
@@ -317,7 +319,7 @@ def test_nothing_comes_of_nothing():
     # a matrix without gradients, such as zero_init gives the first layers of each block at the first step
     assert not orthogonalize(torch.zeros(2, 4, 3)).any()
     model = modern()
-    optimizer = make_optimizer(model, **MUON | {"muon_weight_decay": 0.0})
+    optimizer = make_optimizer(model, Optimizer(**MUON | {"muon_weight_decay": 0.0}))
     before = copy.deepcopy(model.state_dict())
     model.transformer.h[0].mlp.c_fc.weight.grad = torch.zeros(48, 32)  # and the others have none at all
     optimizer.step()
@@ -328,7 +330,7 @@ def test_nothing_comes_of_nothing():
 def test_what_muon_is_for():
     """The matrices inside the blocks; not the embeddings, the head and the gains."""
     model = modern()
-    optimizer = make_optimizer(model, **MUON)
+    optimizer = make_optimizer(model, Optimizer(**MUON))
     name_of = {id(p): name for name, p in model.named_parameters()}
     muon, adamw = (
         [name_of[id(p)] for group in optimizer.param_groups for p in group["params"] if group["use_muon"] is use]
@@ -349,19 +351,19 @@ def test_what_muon_is_for():
     )
     # frozen ones belong to neither
     model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
-    left = [p for group in make_optimizer(model, **MUON).param_groups for p in group["params"]]
+    left = [p for group in make_optimizer(model, Optimizer(**MUON)).param_groups for p in group["params"]]
     assert len(left) == len(name_of) - 1
 
 
 def test_its_state_goes_away_and_comes_back():
     """What state_dict holds goes on as if it had never been away."""
     ours, twin = modern(), modern()
-    optimizer = make_optimizer(ours, **MUON)
+    optimizer = make_optimizer(ours, Optimizer(**MUON))
     for t in range(3):
         give_gradients((ours,), t)
         optimizer.step()
     twin.load_state_dict(ours.state_dict())
-    other = make_optimizer(twin, **MUON)
+    other = make_optimizer(twin, Optimizer(**MUON))
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for t in range(3, 6):
         give_gradients((ours, twin), t)
@@ -377,7 +379,7 @@ def test_its_state_goes_away_and_comes_back():
 def test_gradients_that_overflowed_leave_the_step_out():
     """float16's gradient scaler looks at them by itself, for this optimizer is no kernel that would."""
     model = modern()
-    optimizer = make_optimizer(model, **MUON)
+    optimizer = make_optimizer(model, Optimizer(**MUON))
     before = copy.deepcopy(model.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     (
@@ -401,7 +403,7 @@ def mesh():
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
 def test_a_sharded_matrix(refused, mesh, placement):
     model = modern()
-    optimizer = make_optimizer(model, **MUON)
+    optimizer = make_optimizer(model, Optimizer(**MUON))
     check_unsharded(optimizer)
     hidden = optimizer.param_groups[-1]["params"]
     hidden[1] = torch.nn.Parameter(distribute_tensor(hidden[1].detach(), mesh, [placement]))
@@ -411,7 +413,7 @@ def test_a_sharded_matrix(refused, mesh, placement):
     hidden[1] = torch.nn.Parameter(torch.zeros(100))
     with refused(ValueError, "optimizer.algorithm=muon", "DeepSpeed", "algorithm=adamw"):
         check_unsharded(optimizer)
-    check_unsharded(make_optimizer(model, **MUON | {"algorithm": "adamw"}))
+    check_unsharded(make_optimizer(model, Optimizer(**MUON | {"algorithm": "adamw"})))
 
 
 RECIPE = """

@@ -153,7 +153,7 @@ def test_best_and_last_are_kept_apart(call):
     dictated = {0: 4.0, 1: 3.0, 2: 2.0, 3: 2.5, 4: 2.5, 5: 2.1}
     calls = itertools.count()  # two an evaluation: train, val
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanogpt_accel.evaluation.mean_loss", lambda *args: dictated[next(calls) // 2])
+        patch.setattr("nanogpt_accel.training.mean_loss", lambda *args: dictated[next(calls) // 2])
         call("train", "tiny.yaml", *TINY, "out_dir=runs/best", "max_iters=5", "eval_interval=1")
     run = Path("runs/best")
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000005"]
@@ -200,9 +200,7 @@ def test_a_block_size_other_than_the_weights(call, run):
         model(torch.zeros(1, 9, dtype=torch.long))
     # on the first 8 positions it began as the model that it comes from
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "nanogpt_accel.evaluation.mean_loss", lambda model, *args: found.append(model.state_dict()) or 1.0
-        )
+        patch.setattr("nanogpt_accel.training.mean_loss", lambda model, *args: found.append(model.state_dict()) or 1.0)
         found = []
         call("train", "tiny.yaml", f"init_from={run}", "out_dir=runs/no", "block_size=8", "eval_only=true")
     before = load_file(run / "model.safetensors")
@@ -362,7 +360,7 @@ def test_a_loss_that_is_no_number(call):
 
 def test_a_loss_that_is_no_number_at_once(call, monkeypatch):
     monkeypatch.setattr(F, "cross_entropy", lambda logits, *args, **kwargs: logits.sum() * math.inf)
-    monkeypatch.setattr("nanogpt_accel.evaluation.mean_loss", lambda *args: 4.0)
+    monkeypatch.setattr("nanogpt_accel.training.mean_loss", lambda *args: 4.0)
     err = call("train", "tiny.yaml", *TINY, "out_dir=runs/at_once", status=1)
     assert "the loss of step 0 is" in err and "no checkpoint was saved yet" in err
     assert not list(Path("runs/at_once").glob("checkpoint-*"))
@@ -389,7 +387,7 @@ def test_a_gradient_that_is_no_number(call, monkeypatch):
 
 def test_an_evaluation_that_is_no_number(call, monkeypatch):
     values = iter([4.0, 4.0, 3.9, 3.9, math.nan, math.nan])
-    monkeypatch.setattr("nanogpt_accel.evaluation.mean_loss", lambda *args: next(values))
+    monkeypatch.setattr("nanogpt_accel.training.mean_loss", lambda *args: next(values))
     err = call("train", "tiny.yaml", *TINY, "max_iters=9", "out_dir=runs/nan", "eval_interval=2", status=1)
     assert "validation loss" in err and "4 steps" in err and "runs/nan/checkpoint-000002" in err
     assert [path.name for path in Path("runs/nan").glob("checkpoint-*")] == ["checkpoint-000002"]
@@ -403,10 +401,10 @@ def test_the_time_to_expect_where_the_peak_of_the_device_is_known(call, run, mon
     weights = load_file(run / "model.safetensors")
     n_params = sum(w.numel() for name, w in weights.items() if name != "transformer.wpe.weight")
     flops = (6 * n_params + 12 * 2 * 32 * BLOCK) * 2 * 4 * BLOCK  # of two steps with 4 sequences each
-    monkeypatch.setattr("nanogpt_accel.planning.hardware.peak_flops", lambda name: flops / 0.4 / 125)
+    monkeypatch.setattr("nanogpt_accel.training.peak_flops", lambda name: flops / 0.4 / 125)
     out = call("train", "tiny.yaml", *TINY, "out_dir=runs/timed")
     assert "\ntime: 2:05 if it comes to an MFU of 40%" in out
-    monkeypatch.setattr("nanogpt_accel.planning.hardware.peak_flops", lambda name: None)
+    monkeypatch.setattr("nanogpt_accel.training.peak_flops", lambda name: None)
     assert "\ntime: " not in call("train", "tiny.yaml", *TINY, "out_dir=runs/untimed")
 
 

@@ -168,3 +168,10 @@ def _published_from(path):
             if (copied.st_size, copied.st_mtime_ns) == (held.st_size, held.st_mtime_ns):
                 return folder
     return None
+
+
+def best_checkpoint(run, best_step):
+    """Return the best checkpoint of a run, or the latest if the best one could not be saved; None without any."""
+    found = list_checkpoints(run)
+    best = [path for path in found if best_step is not None and path == checkpoint_path(run, best_step)]
+    return (best or found[-1:] or [None])[0]

@@ -2,7 +2,7 @@
 
     nanogpt-accel bench recipes/gpt2.yaml gradient_accumulation_steps=1
     nanogpt-accel bench recipes/gpt2.yaml --compare compile,loss
-    accelerate launch --config_file configs/multi_gpu.yaml -m nanogpt_accel.bench recipes/gpt2.yaml --profile trace.json
+    accelerate launch --config_file configs/multi_gpu.yaml -m nanogpt_accel bench recipes/gpt2.yaml --profile trace.json
 
 The steps are those of train.py: the same model, optimizer, precision and batches, prepared by the same Accelerator.
 Nothing is downloaded, evaluated or saved.
@@ -15,21 +15,21 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..data import dataset
-from ..distributed.accelerator import make_accelerator
 from ..distributed.launcher import check_launch, is_main
 from ..models.find import find_model
 from ..models.load import read_config
+from ..optim import learning_rate
 from ..planning import sizing
+from ..planning.hardware import device_name
 from ..recipe import FIELDS, SECTIONS, load_recipe
+from ..training import accelerator_for, prepare
 from ..utils import cli
-from ..utils.fields import Int, nearest
+from ..utils.fields import Int, Words, nearest
 
 # axis -> what its variants change, as (word, {key of the recipe or of Variant: value}); batch_size: see variants_of
 AXES = {
@@ -42,10 +42,6 @@ AXES = {
 PARTS = ("data", "forward", "backward", "optimizer")
 
 
-def _words(value):
-    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
-
-
 class BenchOptions(BaseModel):
     """The options of `bench` itself; every key of a recipe can be given too."""
 
@@ -53,7 +49,7 @@ class BenchOptions(BaseModel):
 
     steps: Int = Field(10, ge=1, description="steps that count; the medians are over these")
     warmup: Int = Field(3, ge=1, description="steps before them, which compile and reserve memory")
-    compare: Annotated[list[str], BeforeValidator(_words)] = Field(
+    compare: Words = Field(
         [], description=f"run variants in turn, a step each: {', '.join(AXES)}; of several, every combination"
     )
     profile: str | None = Field(
@@ -153,7 +149,7 @@ def find_config(recipe, vocab_size):
 
 
 def bench(recipe, options):
-    """All figures as one dictionary of plain values: seconds, bytes, tokens a second.
+    """Return all figures as one dictionary of plain values: seconds, bytes, tokens per second.
 
     Raises:
         ValueError: something in the recipe cannot be done here.
@@ -162,9 +158,6 @@ def bench(recipe, options):
 
     import torch
     from transformers.utils import logging as transformers_logging
-
-    from ..planning.hardware import device_name, peak_flops
-    from ..planning.sizing import flops_per_token
 
     transformers_logging.disable_progress_bar()
     config = find_config(recipe, vocab_size)
@@ -176,175 +169,108 @@ def bench(recipe, options):
         for _ in range(options.warmup):
             variant.step()
     seconds = {variant: [] for variant in variants}
-    for _ in range(options.steps):  # in turn, so that what else the machine does meets all of them
+    for _ in range(options.steps):  # alternate, so that other load on the machine affects all variants
         for variant in variants:
             seconds[variant].append(variant.step())
     first = variants[0]
-    peak = peak_flops(device_name(first.device))
-    shape = config.to_dict()
-    flops = flops_per_token(
-        sizing.num_matmul_params(shape), config.n_layer, config.n_head * config.head_dim, config.block_size
-    )
-    lines = []
-    for variant in variants:
-        of_steps = seconds[variant]
-        medians = {part: statistics.median(one[part] for one in of_steps) for part in (*PARTS, "total")}
-        speeds = [variant.tokens_per_step / one["total"] for one in of_steps]
-        speed = statistics.median(speeds)
-        lines.append(
-            {
-                "name": variant.name,
-                "settings": {key: str(value) for key, value in variant.settings.items()},
-                "batch_size": variant.batch_size,
-                "tokens_per_step": variant.tokens_per_step,
-                "seconds": medians,
-                "tokens_per_second": speed,
-                "slowest": min(speeds),
-                "fastest": max(speeds),
-                "mfu": flops * speed / (peak * first.accelerator.num_processes) if peak else None,
-                "peak_memory": variant.peak_memory(),
-                "ratio": speed / (lines[0]["tokens_per_second"] if lines else speed),
-            }
-        )
+    figures = [figures_of(variant, seconds[variant]) for variant in variants]
+    for one in figures:
+        one["ratio"] = one["tokens_per_second"] / figures[0]["tokens_per_second"]
     if options.profile:
         first.profile(options.profile)
+    accelerator = first.setup.accelerator
     return {
         "device": device_name(first.device),
-        "processes": first.accelerator.num_processes,
+        "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "mixed_precision": first.accelerator.mixed_precision,
+        "mixed_precision": accelerator.mixed_precision,
         "data": where,
         "steps": options.steps,
         "warmup": options.warmup,
-        "parameters": first.n_params,
-        "flops_per_token": flops,
+        "parameters": first.setup.num_parameters,
+        "flops_per_token": first.setup.flops_per_token,
         "block_size": config.block_size,
         "micro_batches": recipe.train.gradient_accumulation_steps,
         "profile": options.profile,
-        "variants": lines,
+        "variants": figures,
+    }
+
+
+def figures_of(variant, steps):
+    """Return the figures of a variant. steps: what its `step` returned, one per step."""
+    setup = variant.setup
+    speeds = [setup.tokens_per_step / step["total"] for step in steps]
+    speed, peak = statistics.median(speeds), setup.peak_flops
+    return {
+        "name": variant.name,
+        "settings": {key: str(value) for key, value in variant.settings.items()},
+        "batch_size": setup.recipe.train.batch_size,
+        "tokens_per_step": setup.tokens_per_step,
+        "seconds": {part: statistics.median(step[part] for step in steps) for part in (*PARTS, "total")},
+        "tokens_per_second": speed,
+        "slowest": min(speeds),
+        "fastest": max(speeds),
+        "mfu": setup.flops_per_token * speed / (peak * setup.accelerator.num_processes) if peak else None,
+        "peak_memory": variant.peak_memory(),
     }
 
 
 class Variant:
-    """A model and what trains it, as train.py makes them; `step` does one step and times its parts."""
+    """A model and what trains it, made by training.prepare; `step` does one step and times its parts."""
 
     def __init__(self, recipe, config, tokens, eot_id, name, settings):
-        """settings: what differs from the recipe."""
+        """settings: what differs from the recipe, see AXES."""
         import torch
 
-        from ..batches import Batches, model_inputs
-        from ..distributed import cpu, sharding
+        from ..distributed import sharding
         from ..model import GPT
-        from ..optim import check_unsharded, make_optimizer
 
-        self.recipe, self.name, self.settings, self.number = recipe, name, settings, 0
-        compile = settings.get("compile", recipe.train.compile)
-        self.accelerator = accelerator = make_accelerator(
-            recipe.train.device,
-            recipe.train.mixed_precision,
-            compile,
-            collective_timeout=recipe.train.collective_timeout,
-        )
-        self.device = accelerator.device
-        micro_batches = recipe.train.gradient_accumulation_steps
-        self.micro_steps = accelerator.gradient_accumulation_steps = micro_batches // accelerator.num_processes
-        self.batch_size = settings.get("batch_size", recipe.train.batch_size)
-        self.tokens_per_step = micro_batches * self.batch_size * config.block_size
-        self.batches = Batches(
-            tokens, config.block_size, self.batch_size, micro_batches, recipe.seed, recipe.data.sampling
-        )
-        self.to_inputs = partial(model_inputs, device=self.device, eot_id=eot_id if recipe.data.document_mask else None)
-
+        self.name, self.settings, self.number = name, settings, 0
+        changed = {key: settings[key] for key in ("compile", "algorithm", "batch_size") if key in settings}
+        recipe = recipe.replace(trackers=[], **changed)
+        accelerator = accelerator_for(recipe)
         torch.manual_seed(recipe.seed)
         sharding.disable_zero3_init(accelerator)
-        model = GPT(config)
-        if "in_pieces" in settings:  # several, also where the model's rule makes none
-            n_logits = self.batch_size * config.block_size * config.vocab_size
+        self.setup = prepare(recipe, accelerator, GPT(config), tokens, eot_id)
+        model, self.device = self.setup.raw_model, accelerator.device
+        if "in_pieces" in settings:  # several chunks, also if the model's rule makes one
+            n_logits = recipe.train.batch_size * config.block_size * config.vocab_size
             model.largest_logits = min(2**27, n_logits / 4) if settings["in_pieces"] else math.inf
-        if recipe.train.activation_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        if not (sharding.is_fsdp(accelerator) or sharding.is_deepspeed(accelerator)):
-            model.to(self.device)
-            cpu.tune(model, accelerator, compile)
         if "attention" in settings:
             model.set_attn_implementation(settings["attention"])
-        wanted = recipe.optimizer
-        optimizer = make_optimizer(
-            model,
-            learning_rate=wanted.learning_rate,
-            weight_decay=wanted.weight_decay,
-            beta1=wanted.beta1,
-            beta2=wanted.beta2,
-            algorithm=settings.get("algorithm", wanted.algorithm),
-            muon_learning_rate=wanted.muon_learning_rate,
-            muon_momentum=wanted.muon_momentum,
-            muon_weight_decay=wanted.muon_weight_decay,
-        )
-        self.n_params = model.num_parameters()
-        self.model, self.optimizer = sharding.prepare(
-            accelerator,
-            model,
-            optimizer,
-            batch_size=self.batch_size,
-            micro_steps=self.micro_steps,
-            grad_clip=wanted.grad_clip,
-        )
-        check_unsharded(self.optimizer)
-        self.model.train()
-        self.inputs = self.fetch(0, 0)
-
-    def fetch(self, step, micro_step):
-        number = micro_step * self.accelerator.num_processes + self.accelerator.process_index
-        return self.to_inputs(self.batches(step, number))
+        self.setup.model.train()
+        self.inputs = self.setup.fetch(0, 0)
 
     def step(self):
-        """One step of training, in train.py's order. Returns seconds by part, and in total.
+        """Make one step in the order of train.py's loop; return seconds by part, and in total.
 
-        On CUDA the parts are the device's time; data are read while it is at work, so their part is what the processor
-        spends on it, and the total less than the sum.
+        On CUDA the parts are the device's time. Data are read while the device works, so their part is the processor's
+        time, and the total is less than the sum.
         """
-        import torch
-
-        from ..batches import seed_of
-        from ..optim import learning_rate
-
-        recipe, accelerator, wanted = self.recipe, self.accelerator, self.recipe.optimizer
+        setup, accelerator, recipe, step = self.setup, self.setup.accelerator, self.setup.recipe, self.number
         marks, reading = [], 0.0
         self.synchronize()
-        began = time.perf_counter()
-        lr = learning_rate(
-            self.number,
-            schedule=wanted.schedule,
-            learning_rate=wanted.learning_rate,
-            warmup_iters=wanted.warmup_iters,
-            lr_decay_iters=recipe.lr_decay_iters,
-            min_lr=recipe.min_lr,
-            decay_fraction=wanted.decay_fraction,
-        )
-        for group in self.optimizer.param_groups:
+        started = time.perf_counter()
+        lr = learning_rate(step, **recipe.lr_schedule)
+        for group in setup.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        for micro_step in range(self.micro_steps):
-            with accelerator.accumulate(self.model):
-                torch.manual_seed(
-                    seed_of(
-                        recipe.seed, 0, self.number, micro_step * accelerator.num_processes + accelerator.process_index
-                    )
-                )
+        for micro_step in range(setup.micro_steps):
+            with accelerator.accumulate(setup.model):
+                setup.seed_dropout(step, micro_step)
                 start = self.mark()
-                loss = self.model(**self.inputs, return_logits=False).loss
+                loss = setup.model(**self.inputs, return_logits=False).loss
                 forward = self.mark()
                 before = time.perf_counter()
-                is_last = micro_step + 1 == self.micro_steps
-                self.inputs = self.fetch(self.number + is_last, 0 if is_last else micro_step + 1)
+                self.inputs = setup.fetch(step, micro_step + 1)
                 reading += time.perf_counter() - before
                 backward = self.mark()
                 accelerator.backward(loss)
                 marks.append((start, forward, backward, self.mark()))
         last = self.mark()
-        accelerator.clip_grad_norm_(self.model.parameters(), wanted.grad_clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        accelerator.clip_grad_norm_(setup.model.parameters(), recipe.optimizer.grad_clip or math.inf)
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
         end = self.mark()
         self.synchronize()
         self.number += 1
@@ -353,7 +279,7 @@ class Variant:
             "forward": sum(between(a, b) for a, b, _, _ in marks),
             "backward": sum(between(c, d) for _, _, c, d in marks),
             "optimizer": between(last, end),
-            "total": time.perf_counter() - began,
+            "total": time.perf_counter() - started,
         }
 
     def mark(self):
@@ -382,8 +308,8 @@ class Variant:
         if self.device.type == "mps":
             return None
         held = {}  # what this variant keeps from step to step
-        state = [value for fields in self.optimizer.state.values() for value in fields.values()]
-        for tensor in (*self.model.parameters(), *self.model.buffers(), *state):
+        state = [value for fields in self.setup.optimizer.state.values() for value in fields.values()]
+        for tensor in (*self.setup.model.parameters(), *self.setup.model.buffers(), *state):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device.type:
                 local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
                 held[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
@@ -410,7 +336,7 @@ class Variant:
         with torch.profiler.profile(activities=activities, profile_memory=profile_memory) as profiler:
             for _ in range(steps):
                 self.step()
-        if self.accelerator.is_main_process:
+        if self.setup.accelerator.is_main_process:
             profiler.export_chrome_trace(str(file))
 
 

@@ -1,5 +1,6 @@
 """Stop a run in order on all ranks: signals, consensus, lost processes."""
 
+import math
 import os
 import signal
 import sys
@@ -57,33 +58,50 @@ class StopSignals:
         self.received = self.received or signal.Signals(number).name
 
 
-class StopConsensus:
-    """Lets all processes know, step by step, whether one of them wants to stop, without waiting for the device.
+class Stopper:
+    """Stops a run early, by a signal or after max_hours, on all ranks after the same step.
 
-    The answer is that of the step before: the exchange, over gloo between the processors, is done by then.
+    Args:
+        signals: a StopSignals; from now on it notes signals instead of ending the process.
+        max_hours: None for no limit. started: time.monotonic() when the run started.
+        collective_timeout: seconds to wait for the other ranks.
     """
 
-    def __init__(self, accelerator, collective_timeout=600):
+    def __init__(self, accelerator, signals, max_hours, started, collective_timeout=600):
         import torch
 
-        self.accelerator, self._exchange = accelerator, None
-        if accelerator.num_processes > 1:
+        self._signals, self._num_processes, self._pending = signals, accelerator.num_processes, None
+        self._deadline = math.inf if max_hours is None else started + 3600 * max_hours
+        self._max_hours = max_hours
+        if self._num_processes > 1:
             self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=collective_timeout))
+        signals.armed = True
 
-    def any(self, wish):
-        """Whether any process wished it at the call before; to be called by all, the same number of times."""
+    def all_ranks_agreed(self):
+        """Return whether the run has to stop now. Call it on all ranks, once per step.
+
+        With several ranks the answer is that of the step before: the exchange, over gloo between the CPUs, is done by
+        then, so no rank waits for its device.
+        """
         import torch
 
-        if self.accelerator.num_processes == 1:
-            return bool(wish)
-        before, flag = self._exchange, torch.tensor([int(bool(wish))])
-        self._exchange = (torch.distributed.all_reduce(flag, group=self._group, async_op=True), flag)
+        if time.monotonic() > self._deadline:
+            self._signals.received = self._signals.received or f"max_hours={self._max_hours:g}"
+        wants_stop = self._signals.received is not None
+        if self._num_processes == 1:
+            return wants_stop
+        before, flag = self._pending, torch.tensor([int(wants_stop)])
+        self._pending = (torch.distributed.all_reduce(flag, group=self._group, async_op=True), flag)
         if before is None:
             return False
         before[0].wait()
         return bool(before[1].item())
 
+    @property
+    def reason(self):
+        return self._signals.received or "a signal to another process"
+
     def close(self):
-        """Wait for the last exchange, so that the processes may part."""
-        if self._exchange is not None:
-            self._exchange[0].wait()
+        """Wait for the last exchange, which the other ranks may still need."""
+        if self._pending is not None:
+            self._pending[0].wait()

@@ -105,12 +105,13 @@ def num_matmul_params(shape):
 # ---- FLOPs
 
 
-def flops_per_token(n_params, n_layer, n_embd, block_size):
-    """FLOPs of forward and backward for one token: 6 N + 12 L C T (PaLM, appendix B), as nanoGPT counts.
+def flops_per_token(shape):
+    """Return FLOPs of forward and backward for one token: 6 N + 12 L C T (PaLM, appendix B), as nanoGPT counts.
 
-    n_params: parameters that multiply, that is, all but the position embedding.
+    N: parameters that multiply. C: width of all heads together.
     """
-    return 6 * n_params + 12 * n_layer * n_embd * block_size
+    attention = 12 * shape["n_layer"] * shape["n_head"] * shape["head_dim"] * shape["block_size"]
+    return 6 * num_matmul_params(shape) + attention
 
 
 def forward_flops(shape):

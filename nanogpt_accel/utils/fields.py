@@ -36,9 +36,18 @@ def _device_name(value):
     return value
 
 
+def _split_words(value):
+    """Read `wandb,tensorboard` or `[wandb, tensorboard]` as a list; none or nothing as an empty one."""
+    if isinstance(value, str):
+        words = [word.strip() for word in value.strip("[]").split(",")]
+        return [word for word in words if word and word != "none"]
+    return [] if value is None else value
+
+
 Device = Annotated[str, AfterValidator(_device_name)]
 Int = Annotated[int, BeforeValidator(_whole_number)]
 Float = Annotated[float, BeforeValidator(_number)]
+Words = Annotated[list[str], BeforeValidator(_split_words)]
 
 
 def validate(section, values, where=""):

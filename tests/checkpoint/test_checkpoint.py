@@ -23,6 +23,7 @@ from nanogpt_accel.model import GPT, GPTConfig
 from nanogpt_accel.models.find import find_model
 from nanogpt_accel.models.load import read_config
 from nanogpt_accel.optim import make_optimizer
+from nanogpt_accel.recipe import Optimizer
 from nanogpt_accel.utils.files import check_writable, flush_tree
 
 FILES = [
@@ -48,7 +49,9 @@ class Run:
         self.model = GPT(
             GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=32, bias=True)
         )
-        self.optimizer = make_optimizer(self.model, learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
+        self.optimizer = make_optimizer(
+            self.model, Optimizer(learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
+        )
 
     def train(self, step):
         ids = torch.randint(TOKENIZER.vocab_size, (2, 8), generator=torch.Generator().manual_seed(step))
@@ -147,7 +150,9 @@ def test_resuming_is_exact_to_the_bit(run, tmp_path):
     other = Run(tmp_path / "other", seed=1)
     assert not same(weights(run.model), weights(other.model))
     other.model = GPT.from_pretrained(path, dtype=torch.float32)
-    other.optimizer = make_optimizer(other.model, learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
+    other.optimizer = make_optimizer(
+        other.model, Optimizer(learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
+    )
     load_optimizer(path, ALONE, other.model, other.optimizer)
 
     by_name = [{name: runs.optimizer.state[p] for name, p in runs.model.named_parameters()} for runs in (run, other)]
@@ -176,7 +181,7 @@ def test_the_optimizer_of_an_untrained_model_loads(run):
 def test_the_optimizer_of_another_model(run, refused, tmp_path):
     path = run.save(1)
     other = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=16, bias=True))
-    optimizer = make_optimizer(other, learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
+    optimizer = make_optimizer(other, Optimizer(learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95))
     with refused(ValueError, path / "state" / "optimizer.safetensors", "another run", f"init_from={path}"):
         load_optimizer(path, ALONE, other, optimizer)
 

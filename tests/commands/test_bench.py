@@ -11,7 +11,7 @@ from nanogpt_accel.__main__ import main
 from nanogpt_accel.commands import bench
 from nanogpt_accel.model import GPT
 from nanogpt_accel.optim import make_optimizer
-from nanogpt_accel.recipe import load_recipe
+from nanogpt_accel.recipe import Optimizer, load_recipe
 from nanogpt_accel.tracking.metrics_log import read_metrics
 from nanogpt_accel.utils import cli
 
@@ -100,7 +100,7 @@ def test_peak_memory_is_the_one_that_torch_tracks():
     variant = bench.Variant(recipe, config, bench.RandomTokens(512), 511, "", {})
     variant.step()
     model = GPT(config).train()
-    optimizer = make_optimizer(model, learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)
+    optimizer = make_optimizer(model, Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95))
     ids = torch.randint(0, 512, (32, 33))
     tracker = MemTracker()
     tracker.track_external(model, optimizer)

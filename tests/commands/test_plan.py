@@ -19,7 +19,7 @@ from nanogpt_accel.optim import make_optimizer
 from nanogpt_accel.planning import sizing
 from nanogpt_accel.planning.hardware import GPU_MEMORY, PEAK_FLOPS
 from nanogpt_accel.planning.sizing import flops_per_token
-from nanogpt_accel.recipe import load_recipe
+from nanogpt_accel.recipe import Optimizer, load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -325,7 +325,7 @@ def test_memory_is_the_peak_that_torch_tracks(family, rows, checkpointing):
     model = GPT(config).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(model, learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)
+    optimizer = make_optimizer(model, Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95))
     ids = torch.randint(0, rows, (BATCH, LENGTH + 1))
     tracker = MemTracker()
     tracker.track_external(model, optimizer)
@@ -376,7 +376,7 @@ def test_memory_is_the_peak_on_a_gpu(family, checkpointing):
     model = GPT(config).train().cuda()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(model, learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)
+    optimizer = make_optimizer(model, Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95))
     ids = torch.randint(0, 4096, (16, 513), device="cuda")
     for step in range(2):
         if step == 1:
@@ -398,14 +398,16 @@ def test_weights_gradients_and_optimizer_are_exact(family, algorithm):
     model = GPT(config).train()
     optimizer = make_optimizer(
         model,
-        learning_rate=1e-3,
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        algorithm=algorithm,
-        muon_learning_rate=0.02,
-        muon_momentum=0.95,
-        muon_weight_decay=0.0,
+        Optimizer(
+            learning_rate=1e-3,
+            weight_decay=0.1,
+            beta1=0.9,
+            beta2=0.95,
+            algorithm=algorithm,
+            muon_learning_rate=0.02,
+            muon_momentum=0.95,
+            muon_weight_decay=0.0,
+        ),
     )
     ids = torch.randint(0, 512, (BATCH, LENGTH + 1))
     model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:]).loss.backward()

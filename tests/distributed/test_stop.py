@@ -207,7 +207,7 @@ def test_different_recipes(recipe, tmp_path, option):
 def test_stopped_where_an_evaluation_was_due(tmp_path, monkeypatch):
     """The evaluation is left for the next time, which also finds that its checkpoint is the best one."""
     from nanogpt_accel.__main__ import main
-    from nanogpt_accel.distributed.stop import StopConsensus
+    from nanogpt_accel.distributed.stop import Stopper
 
     monkeypatch.chdir(tmp_path)
     options = ["max_iters=6", "eval_interval=2", "device=cpu"]
@@ -215,7 +215,7 @@ def test_stopped_where_an_evaluation_was_due(tmp_path, monkeypatch):
     assert main(["train", str(recipe), "out_dir=calm", *options]) == 0
     calls = iter(range(100))
     with monkeypatch.context() as patch:
-        patch.setattr(StopConsensus, "any", lambda self, wish: next(calls) == 4)
+        patch.setattr(Stopper, "all_ranks_agreed", lambda self: next(calls) == 4)
         assert main(["train", str(recipe), "out_dir=told", *options]) == 75
     path = tmp_path / "told" / "checkpoint-000004"
     before = (path / "state" / "trainer.json").stat().st_mtime_ns

@@ -127,7 +127,7 @@ class Child:
             code = (
                 "import itertools, threading, time\nfrom unittest import mock\nfrom nanogpt_accel import evaluation\n"
                 f"true_mean_loss = evaluation.mean_loss\n{mean_loss}\n"
-                f"with mock.patch.object(evaluation, 'mean_loss', mean_loss):\n    {indented}"
+                f"with mock.patch('nanogpt_accel.training.mean_loss', mean_loss):\n    {indented}"
             )
         self.begin(code, {"HF_TOKEN": token})
         return self.end()

@@ -34,7 +34,7 @@ def tiny(tmp_path, monkeypatch):
 def test_train_can_be_called_whatever_was_imported_before(tiny, first):
     if first == "module":
         importlib.import_module("nanogpt_accel.train")
-    from nanogpt_accel import train
+    from nanogpt_accel.train import train
 
     model, history = train(tiny, max_iters=3)
     assert type(model).__name__ == "GPT" and model.config.n_embd == 16
@@ -49,7 +49,7 @@ def test_train_can_be_called_whatever_was_imported_before(tiny, first):
 
 def test_a_second_run_may_compute_in_another_way(tiny):
     """Accelerate would hand on what the first one was told."""
-    from nanogpt_accel import train
+    from nanogpt_accel.train import train
 
     losses = [
         train(tiny, mixed_precision=precision, out_dir=f"runs/{i}")[1][-1]["val_loss"]
@@ -60,7 +60,8 @@ def test_a_second_run_may_compute_in_another_way(tiny):
 
 def test_trainings_in_threads_of_one_process(tiny, monkeypatch):
     """They would draw from one generator."""
-    from nanogpt_accel import train
+    from nanogpt_accel.train import run_training as real
+    from nanogpt_accel.train import train
 
     found = []
 
@@ -70,20 +71,19 @@ def test_trainings_in_threads_of_one_process(tiny, monkeypatch):
         except ValueError as error:
             found.append(str(error))
 
-    def meanwhile(recipe):
+    def meanwhile(recipe, signals):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-        return real(recipe)
+        return real(recipe, signals)
 
-    real = train.train
-    monkeypatch.setattr(train, "train", meanwhile)
+    monkeypatch.setattr("nanogpt_accel.train.run_training", meanwhile)
     train(tiny)
     assert "another thread" in found[0] and not Path("runs/other").exists()
 
 
 def test_a_wrong_key_from_python(tiny):
-    from nanogpt_accel import train
+    from nanogpt_accel.train import train
 
     with pytest.raises(ValueError, match="unknown key n_layers"):
         train(tiny, n_layers=3)
@@ -98,7 +98,7 @@ def test_every_public_name_is_there():
 def test_the_python_of_the_readme(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     loading = [block for block in blocks if "AutoModelForCausalLM" in block]
-    training = [block for block in blocks if "import load_recipe, train" in block]
+    training = [block for block in blocks if "nanogpt_accel.train import train" in block]
     assert len(loading) == len(training) == 1 and len(blocks) == 2
     code = training[0].replace(
         "max_iters=100", "max_iters=51, n_layer=1, n_embd=32, n_head=2, vocab_size=300, corpus='text', eval_iters=2"

@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import load_file
 
 import nanogpt_accel
-from nanogpt_accel import train
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.recipe import load_recipe
+from nanogpt_accel.tracking.expectation import report_expectation
 from nanogpt_accel.tracking.metrics_log import read_metrics
 
 ROOT = Path(nanogpt_accel.__file__).parents[1]
@@ -182,7 +182,7 @@ def test_the_verdict(tmp_path, block, overrides, last, best, line):
     (tmp_path / "a.yaml").write_text(RECIPE + f"expect: {block}\n")
     console = Notes()
     recipe = load_recipe(tmp_path / "a.yaml", {**overrides, "out_dir": str(tmp_path)})
-    train.hold_to_expectation(recipe, last, best, console)
+    report_expectation(recipe, last, best, console)
     assert console.lines == ([line] if line else [])
     assert (tmp_path / "expect.json").exists() == bool(line)
     if line:

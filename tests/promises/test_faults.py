@@ -26,6 +26,7 @@ from nanogpt_accel.data.tokenizer import Tokenizer
 from nanogpt_accel.hub.card import model_card
 from nanogpt_accel.model import GPT, GPTConfig
 from nanogpt_accel.optim import make_optimizer
+from nanogpt_accel.recipe import Optimizer
 from nanogpt_accel.tracking.metrics_log import MetricsLog, read_metrics
 
 TOKENIZER = Tokenizer.char(["it is a text, and ends\n"])
@@ -100,7 +101,9 @@ class Run:
         torch.manual_seed(0)
         self.folder, self.said = folder, []
         self.model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=16))
-        self.optimizer = make_optimizer(self.model, learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
+        self.optimizer = make_optimizer(
+            self.model, Optimizer(learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
+        )
         self.saver = Saver(folder, ALONE, TOKENIZER, 2, in_background, say=self.said.append)
         self.saved = {}  # step -> weights
 
@@ -123,7 +126,10 @@ class Run:
         model = GPT.from_pretrained(path)
         assert torch.equal(model.transformer.wte.weight, self.saved[step])
         load_optimizer(
-            path, ALONE, model, make_optimizer(model, learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
+            path,
+            ALONE,
+            model,
+            make_optimizer(model, Optimizer(learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)),
         )
         return step
 

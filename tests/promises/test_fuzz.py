@@ -198,7 +198,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     Path("text.txt").write_text("it is a text, and ends\n" * 500)
     reached = []
-    monkeypatch.setattr(train, "train", lambda recipe, signals: reached.append(recipe))
+    monkeypatch.setattr(train, "run_training", lambda recipe, signals: reached.append(recipe))
     return reached
 
 

@@ -24,7 +24,9 @@ LAYERS = [
     {"checkpoint"},
     {"data", "evaluation", "planning"},
     {"distributed", "hub", "tracking"},
-    {"recipe", "batches", "model", "optim"},
+    {"recipe", "batches"},
+    {"optim"},
+    {"model", "muon"},
     {"utils"},
 ]
 # commands/import_nanogpt.py and the other commands may not import each other either

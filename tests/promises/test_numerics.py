@@ -207,7 +207,7 @@ def scaled(monkeypatch):
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
             return accelerator
 
-        monkeypatch.setattr("nanogpt_accel.train.make_accelerator", make_accelerator)
+        monkeypatch.setattr("nanogpt_accel.training.make_accelerator", make_accelerator)
 
     return scaled
 

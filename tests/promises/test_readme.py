@@ -239,7 +239,7 @@ def check(workplace, monkeypatch):
         raise Reached
 
     for target in (
-        "train.train",
+        "train.run_training",
         "commands.bench.bench",
         "commands.evaluate.evaluate",
         "commands.evaluate.run_tasks",
@@ -259,7 +259,7 @@ def check(workplace, monkeypatch):
 
     for command in ("bench", "evaluate", "export", "plan", "push", "sample"):
         monkeypatch.setattr(f"nanogpt_accel.commands.{command}.find_model", find, raising=False)
-    for user in ("train", "commands.push"):  # it asks for a token
+    for user in ("training", "commands.push"):  # it asks for a token
         monkeypatch.setattr(f"nanogpt_accel.{user}.check_push", lambda name, key: [])
 
     def ours(command, words):

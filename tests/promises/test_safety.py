@@ -97,7 +97,7 @@ def trainer(copy):
 
 def test_a_second_trainer_is_refused(recipe, copy, trainer, capsys, monkeypatch):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    monkeypatch.setattr(train, "train", pytest.fail)  # nothing slow is begun
+    monkeypatch.setattr(train, "run_training", pytest.fail)  # nothing slow is begun
     for argv in (
         [str(copy), "max_iters=9"],
         [str(recipe), f"out_dir={copy}", "overwrite=true"],

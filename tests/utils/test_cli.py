@@ -339,7 +339,7 @@ def test_a_mistake_is_answered_before_anything_heavy_is_imported():
 
 
 def test_public_names_load_lazily_and_are_documented():
-    assert set(nanogpt_accel.__all__) == {"GPT", "GPTConfig", "Recipe", "load_recipe", "train"}
+    assert set(nanogpt_accel.__all__) == {"GPT", "GPTConfig", "Recipe", "load_recipe"}
     for name in nanogpt_accel.__all__:
         assert len(getattr(nanogpt_accel, name).__doc__.strip()) > 20, name
     assert nanogpt_accel.Recipe is Recipe and nanogpt_accel.load_recipe is load_recipe

@@ -1,0 +1,250 @@
+"""A run: its folder, and everything that writes there or reports from there while the loop runs."""
+
+import traceback
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from ..distributed.launcher import is_main, world_size
+from ..hub.background import BackgroundPush
+from ..hub.card import model_card
+from ..hub.transfer import create
+from ..recipe import load_recipe
+from ..tracking.trackers import Trackers
+from .layout import read_trainer
+from .run_folder import best_checkpoint, lock_run, prepare_run_folder
+from .save import Saver
+from .verify import latest_valid
+
+
+class Run:
+    """The folder of a run: the lock, run.yaml, metrics.jsonl, samples.jsonl, trackers, checkpoints and pushes.
+
+    `with Run(recipe, console) as run:` takes the lock, so the latest checkpoint stays the latest; `start` opens the
+    rest. On ranks other than 0 only `save` does something. Leaving the block closes everything, also after an error.
+
+    Raises:
+        ValueError: another process trains in this folder.
+    """
+
+    def __init__(self, recipe, console, repository=None):
+        """repository: where checkpoints are pushed to, see create_repository; None for no pushes."""
+        self.recipe, self.console, self.repository = recipe, console, repository
+        self.folder = Path(recipe.out_dir)
+        self.setup = self.stopper = self.saver = self.trackers = self.pusher = None
+        self._lock = self._metrics = self._samples = self._spikes = None
+
+    def __enter__(self):
+        if is_main():
+            self._lock = lock_run(self.folder)
+        return self
+
+    def start(self, setup, data, state, stopper, is_resumed):
+        """Write run.yaml and open the logs, the trackers and the saver.
+
+        A run that is not resumed removes what an earlier run left in the folder; a resumed one removes the lines that
+        a lost part of the run wrote after the checkpoint.
+        """
+        from ..tracking.metrics_log import MetricsLog, Spikes, read_metrics
+
+        self.setup, self.data, self.stopper, self.recipe = setup, data, stopper, setup.recipe
+        recipe, console, accelerator = self.recipe, self.console, setup.accelerator
+        self._recipe_to_save = recipe_to_save(recipe, data)
+        metrics_path, resume_step = self.folder / "metrics.jsonl", state.step if is_resumed else None
+        if is_main():
+            prepare_run_folder(self.folder, self._recipe_to_save.to_yaml(), is_resumed)
+            self._metrics = MetricsLog(metrics_path, resume_step, console.say)
+            self._spikes = Spikes(metrics_path)
+            if recipe.train.sample_interval:
+                self._samples = MetricsLog(self.folder / "samples.jsonl", resume_step, console.say)
+            if self.repository is not None:
+                self.pusher = BackgroundPush(
+                    self.repository, self.folder, console.say, recipe.hub.hub_private, recipe.hub.hub_branch
+                )
+        accelerator.wait_for_everyone()
+        self.saver = Saver(
+            self.folder,
+            accelerator,
+            data.tokenizer,
+            recipe.checkpoint.keep_last,
+            recipe.checkpoint.async_save,
+            console.say,
+            on_saved=self._push,
+        )
+        name = recipe.tracking.run_name or self.folder.name
+        self.trackers = Trackers(
+            accelerator, recipe.tracking.project, recipe.flat(), state.step, self.folder, name, console.say
+        )
+        if is_resumed and is_main():  # tensorboard's purge_step removed the evaluation of this step too
+            for line in read_metrics(metrics_path):
+                if line["step"] == state.step:
+                    self.trackers.log({key: value for key, value in line.items() if key != "step"}, state.step)
+
+    # ---- what the loop calls
+
+    def log_evaluation(self, step, scores):
+        """Write the scores of an evaluation to metrics.jsonl and the trackers."""
+        if is_main():
+            self._metrics.write(step=step, **scores)
+            self.trackers.log(scores, step)
+
+    def log_step(self, step, metrics, seconds, skips=0):
+        """Write the metrics of a step to metrics.jsonl, the trackers and the console.
+
+        Args:
+            metrics: {name: number}, with "loss" in nats per token. seconds: per step, since the last logged one.
+            skips: steps skipped so far.
+        """
+        from ..planning.hardware import peak_memory
+
+        if not is_main():
+            return
+        setup = self.setup
+        speed = setup.tokens_per_step / seconds
+        values = {**metrics, "tokens_per_second": speed, "peak_memory": peak_memory(setup.accelerator.device)}
+        if self._spikes.is_one(metrics["loss"]):
+            values["spike"] = True
+        if skips:
+            values["skipped_steps"] = skips
+        if setup.peak_flops:
+            values["mfu"] = setup.flops_per_token * speed / (setup.peak_flops * setup.accelerator.num_processes)
+        self._metrics.write(step=step, **values)
+        self.trackers.log(values, step)
+        notes = ["spike"] * ("spike" in values) + [f"{skips} steps left out"] * bool(skips)
+        self.console.step(step, metrics["loss"], seconds, speed, values.get("mfu"), notes)
+
+    def log_sample(self, step, text):
+        """Write a sample to samples.jsonl, if the recipe asks for samples, and to the trackers that show text."""
+        if self._samples is not None:
+            self._samples.write(step=step, text=text)
+            self.trackers.log_text("sample", text, step)
+
+    def save(self, state, optimizer):
+        """Save a checkpoint. All ranks take part."""
+        if self._metrics is not None:
+            self._metrics.flush()
+        accelerator = self.setup.accelerator
+        trainer = asdict(state) | {
+            "data": self.data.identity,
+            "seed": self.recipe.seed,
+            "processes": accelerator.num_processes,
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        }
+        card = checkpoint_card(self._recipe_to_save, self.data, trainer)
+        self.saver.save(trainer, self.setup.raw_model, optimizer, card)
+
+    # ---- the end
+
+    def finish_pushing(self, best_step):
+        """Wait for the pushes on their way; then make the best checkpoint the last commit on the Hub."""
+        pusher = self.pusher
+        if pusher is None:
+            return
+        self.console.say(f"waiting for the Hub to take {self.folder.name}")
+        pusher.wait()
+        top = best_checkpoint(self.folder, best_step)
+        if top is not None and pusher.pushed != top:
+            step = read_trainer(top)["step"]
+            pusher.push(top, f"{self.folder.name}, step {step}{', the best one' if step == best_step else ''}")
+            pusher.wait()
+        command = (
+            f"nanogpt-accel push {self.folder} {pusher.repo} form=custom"
+            + " private=true" * pusher.private
+            + (f" branch={pusher.branch}" if pusher.branch else "")
+        )
+        is_pushed = top is not None and pusher.pushed == top
+        self.console.say(
+            f"the Hub has it: {pusher.repo}" if is_pushed else f"the Hub has not got it: {command}", always=True
+        )
+
+    def _push(self, path):
+        """Push a checkpoint in the background, if the recipe asks for it."""
+        if self.pusher is not None:
+            trainer = read_trainer(path)
+            self.pusher.push(path, f"{self.folder.name}, step {trainer['step']}, validation loss {loss_text(trainer)}")
+
+    def __exit__(self, kind, error, trace):
+        self.console.stop()
+        try:
+            if self.saver is not None:
+                self.saver.wait()  # a checkpoint in the background is complete before the lock is released
+        finally:
+            for log in (self._metrics, self._samples):
+                if log is not None:
+                    log.close()
+            self._end_training(kind, trace)
+            if self._lock is not None:
+                self._lock.release()
+
+    def _end_training(self, kind, trace):
+        """End the trackers, and the process group if all ranks are here."""
+        if self.setup is None:
+            return
+        accelerator = self.setup.accelerator
+        if kind is not None and not issubclass(kind, FloatingPointError):
+            # the other ranks may be inside a collective: only the end of this process lets go of it safely
+            for tracker in accelerator.trackers:
+                with suppress(Exception):
+                    tracker.finish()
+            return
+        # DDP's reducer must not be the last to own the process group: it joins gloo's threads while it has Python's
+        # lock, and a thread that still frees the last barrier waits for that lock, forever in 2 runs of 100
+        traceback.clear_frames(trace)
+        self.setup.release()
+        self.stopper.close()
+        with suppress(Exception):  # of trackers
+            accelerator.end_training()
+
+
+def create_repository(recipe):
+    """Return the Hub repository for the checkpoints, created if missing; None on ranks other than 0 or without pushes.
+
+    Raises:
+        PermissionError: the Hub does not let this token push there.
+    """
+    if not recipe.hub.push_to_hub or not is_main():
+        return None
+    repository = recipe.hub.hub_model_id or Path(recipe.out_dir).name
+    try:
+        return create(repository, recipe.hub.hub_private, recipe.hub.hub_branch)
+    except ConnectionError as error:
+        print(f"warning: {error}; the run goes on, and every checkpoint tries again")
+        return repository
+
+
+def recipe_to_save(recipe, data):
+    """Return the recipe for run.yaml and the model cards.
+
+    It names the folder of the token files, so that a resumed run reads the same tokens whatever happens to the text;
+    it names what the run started from; and it does not ask to overwrite the run it is in.
+    """
+    init_from = recipe.model.init_from
+    if init_from == "resume":
+        with suppress(ValueError, OSError):  # a broken run.yaml
+            init_from = load_recipe(Path(recipe.out_dir) / "run.yaml", {}).model.init_from
+    return recipe.replace(data_dir=data.folder.as_posix(), init_from=init_from, overwrite=False)
+
+
+def checkpoint_card(recipe, data, trainer):
+    """Return the text of a checkpoint's README.md."""
+    return model_card(
+        Path(recipe.out_dir).name,
+        f"A GPT trained with nanogpt_accel on the corpus `{data.manifest['corpus']['name']}`, tokenizer "
+        f"`{data.tokenizer.kind}`.\nCheckpoint after {trainer['step']:,} steps; validation loss: {loss_text(trainer)}. "
+        f"It reads {recipe.model.block_size:,} tokens.",
+        needs_code=True,
+        more=f"The recipe, where it differs from the defaults:\n\n```yaml\n{recipe.to_yaml(brief=True)}```\n",
+    )
+
+
+def loss_text(trainer):
+    return "not evaluated" if trainer["val_loss"] is None else f"{trainer['val_loss']:.4f} nats a token"
+
+
+def how_to_resume(out_dir):
+    """Return the command that continues a run, as part of a message."""
+    saved = latest_valid(out_dir, thorough=False)
+    if saved is None:
+        return f"no checkpoint was saved yet; to begin again: nanogpt-accel train {out_dir} init_from=scratch"
+    launched = " (or the same launch, with this folder in the recipe's place)" * (world_size() > 1)
+    return f"go on from {saved.name} with: nanogpt-accel train {out_dir}{launched}"
