@@ -295,9 +295,7 @@ def train(recipe, signals=None):
         muon_weight_decay=recipe.optimizer.muon_weight_decay,
     )
     summary = model_summary(model)
-    token_flops = flops_per_token(
-        num_matmul_params(model), model.config.n_layer, model.config.n_head * model.config.head_dim, block_size
-    )
+    token_flops = flops_per_token(model.config.to_dict())
     peak = peak_flops(device_name(device))
     model, optimizer = sharding.prepare(
         accelerator,
@@ -636,9 +634,8 @@ def make_model(recipe, tokenizer, source, is_hollow=False):
     from .model import GPT, GPTConfig
 
     if source is None:
-        multiple = recipe.model.pad_vocab_to_multiple_of
         config = GPTConfig(
-            vocab_size=-(-tokenizer.vocab_size // multiple) * multiple,
+            vocab_size=recipe.padded_vocab_size(tokenizer.vocab_size),
             dropout=recipe.model.dropout,
             initializer_range=recipe.model.initializer_range,
             zero_init=recipe.model.zero_init,
@@ -661,12 +658,6 @@ def as_it_ran(recipe, data):
             began = load_recipe(Path(recipe.out_dir) / "run.yaml", {}).model.init_from
     model = recipe.model.model_copy(update={"init_from": began})
     return recipe.model_copy(update={"data": section, "model": model, "overwrite": False})
-
-
-def num_matmul_params(model):
-    """Number of parameters that multiply something for each token: all but those of embeddings that are only read."""
-    read = [model.transformer.wpe] + ([] if model.config.tie_word_embeddings else [model.transformer.wte])
-    return model.num_parameters() - sum(table.weight.numel() for table in read if table is not None)
 
 
 def model_summary(model):

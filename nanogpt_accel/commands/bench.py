@@ -24,9 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ..data import dataset
 from ..distributed.accelerator import make_accelerator
 from ..distributed.launcher import check_launch, is_main
-from ..models.find import find_model
-from ..models.load import read_config
-from ..planning import sizing
+from ..models.shape import model_shape
 from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..utils import cli
 from ..utils.fields import Int, nearest
@@ -105,8 +103,8 @@ def variants_of(recipe, axes):
 
 
 def find_data(recipe):
-    """(tokens, rows of the model's vocabulary, its end-of-text token, in words where the tokens come from)."""
-    data, multiple = recipe.data, recipe.model.pad_vocab_to_multiple_of
+    """Return (tokens, vocabulary size and end-of-text token of the tokenizer, description of the tokens' source)."""
+    data = recipe.data
     if dataset.is_prepared(data):
         found = dataset.open_dataset(data)
         tokens, where = found.train, str(found.folder)
@@ -115,7 +113,7 @@ def find_data(recipe):
         vocab_size = dataset.guess_vocab_size(data, [])
         tokens, eot_id = RandomTokens(vocab_size), vocab_size - 1
         where = f"random tokens of {vocab_size:,} symbols ({dataset.data_folder(data)} is not prepared)"
-    return tokens, -(-vocab_size // multiple) * multiple, eot_id, where
+    return tokens, vocab_size, eot_id, where
 
 
 class RandomTokens:
@@ -134,22 +132,10 @@ class RandomTokens:
 
 
 def find_config(recipe, vocab_size):
-    """The GPTConfig of the recipe's model; of weights that it begins with, the shape alone counts here."""
+    """Return the GPTConfig of the recipe's model; of pretrained weights only the shape counts here."""
     from ..model import GPTConfig
 
-    init_from = recipe.model.init_from
-    shape = recipe.shape | {"vocab_size": vocab_size, "dropout": recipe.model.dropout}
-    if init_from in sizing.GPT2_SHAPES:
-        shape |= sizing.GPT2_SHAPES[init_from] | {"block_size": recipe.model.block_size}
-    elif init_from not in ("scratch", "resume"):
-        if not Path(init_from).is_dir():
-            raise ValueError(
-                f"model.init_from={init_from}: the shape comes with these weights, which are not here; "
-                "give their folder, or init_from=scratch with n_layer, n_head, n_embd"
-            )
-        stored = read_config(find_model(init_from))
-        shape = {key: stored[key] for key in shape} | {"block_size": recipe.model.block_size}
-    return GPTConfig(**shape)
+    return GPTConfig(**model_shape(recipe, vocab_size), dropout=recipe.model.dropout)
 
 
 def bench(recipe, options):
@@ -181,10 +167,7 @@ def bench(recipe, options):
             seconds[variant].append(variant.step())
     first = variants[0]
     peak = peak_flops(device_name(first.device))
-    shape = config.to_dict()
-    flops = flops_per_token(
-        sizing.num_matmul_params(shape), config.n_layer, config.n_head * config.head_dim, config.block_size
-    )
+    flops = flops_per_token(config.to_dict())
     lines = []
     for variant in variants:
         of_steps = seconds[variant]

@@ -21,7 +21,7 @@ from nanogpt_accel.recipe import load_recipe
 
 WRITE_IMAGES = report.write_images
 STEPS, TOKENS = 40, 2 * 3 * 16  # a step
-NAUGHTY = "</script><script>alert(1)</script>&amp;<b>\x00\x1b[31m </pre> @DATA@"
+NAUGHTY = "</script><script>alert(1)</script>&amp;<b>\x00\x1b[31m </pre> {{ data }} {% if %} {# @DATA@"
 
 
 def make_run(folder, lines=None, samples=(), **keys):
@@ -92,7 +92,7 @@ class Page(HTMLParser):
             self.script += data
         elif "style" not in self._open:
             self.text += data
-            if "table" in self._open and self.cells and self.cells[-1]:
+            if {"td", "th"} & set(self._open):
                 self.cells[-1][-1] += data
 
     def figures(self):
@@ -181,6 +181,20 @@ def test_texts_stay_texts():
     assert "\x00" not in page.source and page.data[0]["name"] == "<b>a"
     details = [attributes for tag, attributes in page.elements if tag == "details"]
     assert ["open" in attributes for attributes in details[:2]] == [False, True]  # the last sample is seen at once
+
+
+def test_a_run_has_the_same_color_everywhere():
+    page = read(make_run(Path("runs/a")), make_run(Path("runs/b"), samples=[{"step": 1, "text": "x"}]))
+    assert re.search(rf'<h3><i style="background:{report.COLORS[1]}"></i>b</h3>', page.source)
+    assert f'<td><i style="background:{report.COLORS[1]}"></i>b</td>' in page.source
+
+
+def test_samples_of_a_long_run_are_a_spread_of_them():
+    run = make_run(Path("runs/a"), samples=[{"step": step, "text": f"text {step}."} for step in range(1000)])
+    page = read(run)
+    shown = [int(step) for step in re.findall(r"text (\d+)\.", page.text)]
+    assert len(shown) == report.MOST_SAMPLES and shown == sorted(shown) and (shown[0], shown[-1]) == (0, 999)
+    assert all(30 <= b - a <= 36 for a, b in zip(shown, shown[1:], strict=False))
 
 
 def test_a_long_run_is_thinned_and_keeps_its_spikes():
@@ -344,7 +358,8 @@ def test_in_a_browser(tmp_path):
         assert all(re.search(rf"^{name} (training|validation) [\d.]+$", state["tip"], re.MULTILINE) for name in "ab")
         for x, y in (map(float, end.split(",")) for end in state["ends"]):
             assert 52 <= x <= state["box"][0] and 0 <= y <= state["box"][1]
-    assert "@" not in shown.stdout.split("<script>")[0].replace("@DATA@", "").replace("@media", "")
+    shown_text = shown.stdout.split("<script>")[0].replace("{{ data }} {% if %} {#", "")
+    assert not any(mark in shown_text for mark in ("{{", "{%", "{#"))
 
 
 def test_the_recipe_stands_there_whole():
