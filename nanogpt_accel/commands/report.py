@@ -66,8 +66,9 @@ def main(argv):
     if problems:
         raise ValueError("\n".join(problems))
     runs = [read_run(Path(target), name) for target, name in zip(targets, names(targets), strict=True)]
+    text = page(runs)
     try:
-        out.write_text(page(runs), encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
         images = write_images(runs, out)
     except OSError as error:
         raise OSError(f"out={out}: cannot be written ({error.strerror or error})") from None

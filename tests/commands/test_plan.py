@@ -71,11 +71,11 @@ def test_parameters_of_every_recipe_are_exact(path, capsys):
         (["tokenizer=bpe", "vocab_size=1000"], 1024),
     ],
 )
-def test_rows_of_the_vocabulary(words, rows, capsys):
+def test_vocabulary_is_padded(words, rows, capsys):
     assert planned(ROOT / "recipes" / "gpt2.yaml", *words, capsys=capsys)["vocab_size"] == rows
 
 
-def test_prepared_data_are_asked(tmp_path, capsys):
+def test_prepared_data_replace_the_guessed_vocabulary(tmp_path, capsys):
     Path("text.txt").write_text("abcdefghij" * 500)
     words = [
         ROOT / "recipes" / "shakespeare_char.yaml",
@@ -104,7 +104,7 @@ def test_a_folder_of_weights_has_its_own_shape(tmp_path, capsys):
     assert found["parameters"] == {**expected, "total": sum(expected.values())} and found["block_size"] == 32
 
 
-def test_days_of_the_notebook(capsys):
+def test_days_are_those_of_nanogpts_notebook(capsys):
     # 8 A100 at an MFU of 30 %, 300B tokens: 3.46 days by 6 N D, which leaves out attention
     found = planned(ROOT / "recipes" / "gpt2.yaml", "gpus=8", "gpu=a100", "mfu=0.3", capsys=capsys)
     six_n_d = 6 * 124_337_664 * 300e9 / (312e12 * 8 * 0.3) / 86400
@@ -211,7 +211,7 @@ def test_the_remedy_fits(words, capsys):
     assert mended["config"] is not None and mended["tokens_per_step"] == found["tokens_per_step"]
 
 
-def test_where_nothing_helps(capsys):
+def test_remedy_if_no_setting_helps(capsys):
     found = planned(ROOT / "recipes" / "gpt2.yaml", "gpu_memory=1", capsys=capsys)
     assert found["config"] is None and found["remedy"].startswith("more gpus")
 
@@ -248,14 +248,14 @@ def test_precision_is_what_auto_means_on_that_gpu(words, precision, capsys):
         (["gpuz=8"], ["gpuz"]),
     ],
 )
-def test_mistakes_get_one_line(words, parts, capsys):
+def test_wrong_options_get_one_line(words, parts, capsys):
     assert main(["plan", str(ROOT / "recipes" / "gpt2.yaml"), *words]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1
     assert [part for part in parts if part not in printed.err] == [], printed.err
 
 
-def test_no_target(capsys):
+def test_a_missing_target_gets_a_usage_hint(capsys):
     assert main(["plan"]) == 2
     assert "RECIPE.yaml" in capsys.readouterr().err
 
@@ -269,7 +269,7 @@ def test_no_target(capsys):
         (["device=mps"], "mps.yaml"),
     ],
 )
-def test_a_launch_without_a_gpu(words, config, capsys):
+def test_config_for_a_launch_without_a_gpu(words, config, capsys):
     assert main(["plan", str(ROOT / "recipes" / "gpt2.yaml"), *words]) == 0
     printed = capsys.readouterr().out
     assert f"launch with configs/{config}\n" in printed
@@ -298,7 +298,7 @@ def test_a_launch_configuration_is_no_recipe(command, capsys):
     assert f"{path}: this is a launch configuration" in line and f"accelerate launch --config_file {path}" in line
 
 
-def test_the_memory_of_small_models_is_told_in_mib(capsys):
+def test_memory_of_small_models_is_in_mib(capsys):
     words = [str(ROOT / "recipes" / "shakespeare_char_cpu.yaml")]
     needed = planned(*words, capsys=capsys)["memory"]["ddp"]
     assert main(["plan", *words]) == 0

@@ -147,7 +147,7 @@ def test_the_page_asks_for_nothing_from_elsewhere():
     assert policy.startswith("default-src 'none'")
 
 
-def test_runs_laid_over_each_other_and_their_recipes():
+def test_two_runs_share_charts_and_a_table_of_differing_settings():
     a = make_run(Path("runs/a"), learning_rate=1e-3)
     b = make_run(Path("runs/b"), learning_rate=2e-3, n_layer=3, activation="swiglu")
     page = read(a, b, "out=both.html")
@@ -170,7 +170,7 @@ def test_runs_of_one_name_are_told_apart():
     assert [run["name"] for run in page.data] == ["x/a", "y/a"]
 
 
-def test_texts_stay_texts():
+def test_html_in_names_samples_and_settings_is_escaped():
     run = make_run(
         Path("runs") / "<b>a", samples=[{"step": 10, "text": NAUGHTY}, {"step": 20, "text": "last"}], corpus="<i>'\""
     )
@@ -222,7 +222,7 @@ def test_a_long_run_is_thinned_and_keeps_its_spikes():
         (lambda run: os.truncate(run / "metrics.jsonl", 1000), "metrics.jsonl is torn after step", 5),
     ],
 )
-def test_what_is_missing_is_said(capsys, spoil, note, figures):
+def test_missing_or_damaged_files_are_noted(capsys, spoil, note, figures):
     run = make_run(Path("runs/a"))
     spoil(run)
     page = read(run)
@@ -242,7 +242,7 @@ def test_values_that_are_no_numbers_are_left_out():
     assert series["loss"]["seconds"] == [None]  # one step's speed is not known
 
 
-def test_how_far_a_run_is():
+def test_a_run_is_going_on_while_its_lock_is_held():
     """Another process that trains holds the lock of the folder."""
     run = make_run(Path("runs/a"), curve(10))
     assert "10 of 40 steps, stopped" in read(run).text
@@ -269,7 +269,7 @@ def test_what_came_of_the_expectation_is_shown():
     assert "reproduced" not in read(run).text
 
 
-def test_refusals(refused, tmp_path):
+def test_wrong_arguments_are_refused(refused, tmp_path):
     run = make_run(Path("runs/a"))
     Path("empty").mkdir()
     with refused(ValueError, "which run?"):
@@ -319,7 +319,7 @@ document.body.append(out)
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: install one, or set NANOGPT_ACCEL_BROWSER to its path")
-def test_in_a_browser(tmp_path):
+def test_curves_and_controls_work_in_a_browser(tmp_path):
     draw = random.Random(0)
     noisy = [{**line, "loss": line["loss"] + draw.random()} if "loss" in line else line for line in curve()]
     make_run(Path("runs/a"), samples=[{"step": 10, "text": NAUGHTY}])
@@ -362,7 +362,7 @@ def test_in_a_browser(tmp_path):
     assert not any(mark in shown_text for mark in ("{{", "{%", "{#"))
 
 
-def test_the_recipe_stands_there_whole():
+def test_the_page_shows_the_full_recipe():
     run = make_run(Path("runs/a"))
     text = read(run).text
     shown = text[text.index("a: run.yaml") + len("a: run.yaml") :].strip()

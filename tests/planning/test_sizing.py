@@ -31,7 +31,7 @@ def test_parameters_of_every_family(family):
 @pytest.mark.parametrize(
     ("name", "millions"), [("gpt2", 124), ("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558)]
 )
-def test_openais_sizes(name, millions):  # as OpenAI names its files
+def test_openais_models_have_their_published_sizes(name, millions):  # as OpenAI names its files
     assert sum(sizing.parameters(sizing.GPT2_SHAPES[name]).values()) / 1e6 == pytest.approx(millions, abs=0.5)
 
 
@@ -110,7 +110,7 @@ def test_flops_are_those_that_torch_counts(family):
     assert sum(sizing.forward_flops(config.to_dict()).values()) == counter.get_total_flops()
 
 
-def test_compute_optimal_sizes():
+def test_compute_optimal_sizes_are_those_of_the_notebook():
     # scaling_laws.ipynb, approach 2: the line fitted to the table gives 2.292426e+09 tokens for 124M parameters
     assert sizing.optimal_tokens(124e6) == pytest.approx(2.292426e9, rel=1e-6)
     # approach 3: the lowest loss that a search finds
@@ -301,7 +301,7 @@ def test_weights_gradients_and_optimizer_are_exact(family, algorithm):
     assert needed["optimizer"] == sum(t.nbytes for t in state)
 
 
-def test_sharding_divides():
+def test_sharding_divides_weights_gradients_and_optimizer_state():
     shape = config_of("llama", n_layer=64).to_dict()
     size = {"batch": 1, "half": True, "checkpointing": False}
     n = sum(sizing.parameters(shape).values())
@@ -320,7 +320,7 @@ def test_sharding_divides():
         assert needed["activations"] == ddp["activations"] and sum(needed.values()) < sum(ddp.values())
 
 
-def test_what_is_on_the_wire():
+def test_exchange_seconds_of_ring_collectives():
     shape = config_of("gpt2", n_layer=10).to_dict()
     n = sum(sizing.parameters(shape).values())
 
