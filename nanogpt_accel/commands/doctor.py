@@ -87,7 +87,7 @@ def main(argv):
 
 
 def examine(compile_limit):
-    """Return all findings, a list of {what, found, state, fix}. state: ok, warning, or broken if training cannot run."""
+    """Return a list of findings {what, found, state, fix}. state: ok, warning, or broken if training cannot run."""
     findings = versions()
     if not is_broken(findings):  # else a package is missing, and nothing below could run
         findings += [broken("launch", problem) for problem in check_launcher()]

@@ -1,4 +1,4 @@
-"""The shape of the model that a recipe stands for, without its weights."""
+"""The shape of a recipe's model, without its weights."""
 
 from pathlib import Path
 

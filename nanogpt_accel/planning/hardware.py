@@ -8,7 +8,7 @@ from typing import NamedTuple
 class GPU(NamedTuple):
     """A row of the table."""
 
-    peak_flops: float  # FLOP/s of dense matrix products in bf16, in fp16 on GPUs without bf16
+    peak_flops: float  # FLOP/s of dense bf16 matrix products; fp16 on GPUs without bf16
     memory: int  # GiB, of the larger version if there are two
     has_bf16: bool = True  # in hardware
 
