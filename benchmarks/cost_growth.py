@@ -33,7 +33,7 @@ def make(device, sizes):
 def arithmetic(variant):
     """(FLOPs of a step, bytes at its peak)."""
     shape = variant.accelerator.unwrap_model(variant.model).config.to_dict()
-    flops = flops_per_token(sizing.num_matmul_params(shape), shape["n_layer"], shape["n_embd"], shape["block_size"])
+    flops = flops_per_token(shape)
     needed = sizing.memory(
         shape,
         "ddp",
@@ -41,7 +41,6 @@ def arithmetic(variant):
         1,
         batch=variant.batch_size,
         checkpointing=False,
-        accumulates=False,
         half=variant.accelerator.mixed_precision != "no",
         cpu=variant.device.type == "cpu",
     )

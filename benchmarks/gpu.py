@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 from side_by_side import RECIPES, ROOT, copy_nanogpt, environment, ours, show, steady_seconds, theirs, watch
 
-from nanogpt_accel.planning import sizing
 from nanogpt_accel.planning.hardware import peak_flops
 from nanogpt_accel.planning.sizing import flops_per_token
 from nanogpt_accel.recipe import load_recipe
@@ -110,9 +109,7 @@ def speeds(copy, folder, data, size):
                 print(error)
     overrides = dict(word.lstrip("-").split("=") for word in common[1:2] + size["shape"])
     shape = load_recipe(RECIPES / "gpt2.yaml", overrides).shape
-    flops = flops_per_token(
-        sizing.num_matmul_params(shape | {"vocab_size": 50304}), shape["n_layer"], shape["n_embd"], shape["block_size"]
-    )
+    flops = flops_per_token(shape | {"vocab_size": 50304})
     peak = gpu_peak() if size["device"] == "cuda" else None
     rows = []
     for program, values in found.items():

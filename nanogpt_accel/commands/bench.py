@@ -21,10 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..data import dataset
 from ..distributed.launcher import check_launch, is_main
-from ..models.find import find_model
-from ..models.load import read_config
+from ..models.shape import model_shape
 from ..optim import learning_rate
-from ..planning import sizing
 from ..planning.hardware import device_name
 from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..training import accelerator_for, prepare
@@ -101,8 +99,8 @@ def variants_of(recipe, axes):
 
 
 def find_data(recipe):
-    """(tokens, rows of the model's vocabulary, its end-of-text token, in words where the tokens come from)."""
-    data, multiple = recipe.data, recipe.model.pad_vocab_to_multiple_of
+    """Return (tokens, vocabulary size and end-of-text token of the tokenizer, description of the tokens' source)."""
+    data = recipe.data
     if dataset.is_prepared(data):
         found = dataset.open_dataset(data)
         tokens, where = found.train, str(found.folder)
@@ -111,7 +109,7 @@ def find_data(recipe):
         vocab_size = dataset.guess_vocab_size(data, [])
         tokens, eot_id = RandomTokens(vocab_size), vocab_size - 1
         where = f"random tokens of {vocab_size:,} symbols ({dataset.data_folder(data)} is not prepared)"
-    return tokens, -(-vocab_size // multiple) * multiple, eot_id, where
+    return tokens, vocab_size, eot_id, where
 
 
 class RandomTokens:
@@ -130,22 +128,10 @@ class RandomTokens:
 
 
 def find_config(recipe, vocab_size):
-    """The GPTConfig of the recipe's model; of weights that it begins with, the shape alone counts here."""
+    """Return the GPTConfig of the recipe's model; of pretrained weights only the shape counts here."""
     from ..model import GPTConfig
 
-    init_from = recipe.model.init_from
-    shape = recipe.shape | {"vocab_size": vocab_size, "dropout": recipe.model.dropout}
-    if init_from in sizing.GPT2_SHAPES:
-        shape |= sizing.GPT2_SHAPES[init_from] | {"block_size": recipe.model.block_size}
-    elif init_from not in ("scratch", "resume"):
-        if not Path(init_from).is_dir():
-            raise ValueError(
-                f"model.init_from={init_from}: the shape comes with these weights, which are not here; "
-                "give their folder, or init_from=scratch with n_layer, n_head, n_embd"
-            )
-        stored = read_config(find_model(init_from))
-        shape = {key: stored[key] for key in shape} | {"block_size": recipe.model.block_size}
-    return GPTConfig(**shape)
+    return GPTConfig(**model_shape(recipe, vocab_size), dropout=recipe.model.dropout)
 
 
 def bench(recipe, options):

@@ -1,9 +1,12 @@
-"""What this machine and this launch can do, and what to fix before a run.
+"""Check what this machine and this launch can do, and say what to fix before a run.
 
     nanogpt-accel doctor
     accelerate launch --config_file configs/multi_gpu.yaml -m nanogpt_accel.doctor    # also between the processes
 
-Exit status 1 where something would stop a training; 0 otherwise, also where something could be better.
+The exit status is 1 if something would stop a training run, else 0, also if there are warnings.
+
+(`accelerate env` and torch.utils.collect_env print versions for bug reports. They compare none with what this package
+needs, try nothing and suggest no fix, so only findings of our own can say what to do.)
 """
 
 import json
@@ -16,6 +19,8 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -27,6 +32,7 @@ from ..distributed.launcher import check_launcher, is_main
 from ..utils import cli
 from ..utils.fields import Int, validate
 from ..utils.files import check_writable
+from ..utils.text import first_line
 
 OPTIONAL = ("wandb", "tensorboard", "deepspeed", "torchao", "lm_eval", "triton")
 EXCHANGED = 64 * 2**20  # bytes of an all-reduce
@@ -69,31 +75,29 @@ def main(argv):
     if problems:
         raise ValueError("\n".join(problems))
     findings = examine(options.compile_limit)
-    is_broken = any(finding["state"] == "broken" for finding in findings)
     if is_main():
         if options.json_output:
-            print(json.dumps({"ok": not is_broken, "findings": findings}))
+            print(json.dumps({"ok": not is_broken(findings), "findings": findings}))
         else:
             for finding in findings:
                 fix = f": {finding['fix']}" if finding["fix"] else ""
                 print(f"{finding['state']:<8} {finding['what']:<16} {finding['found']}{fix}")
-    if is_broken:
+    if is_broken(findings):
         raise SystemExit(1)
 
 
 def examine(compile_limit):
-    """All findings, a list of {what, found, state, fix}. state: ok, warning, or broken where training would stop."""
+    """Return a list of findings {what, found, state, fix}. state: ok, warning, or broken if training cannot run."""
     findings = versions()
-    if any(finding["state"] == "broken" for finding in findings):
-        return findings  # without torch there is nothing more to see
-    findings += [broken("launch", problem) for problem in check_launcher()]
-    if any(finding["state"] == "broken" for finding in findings):
+    if not is_broken(findings):  # else a package is missing, and nothing below could run
+        findings += [broken("launch", problem) for problem in check_launcher()]
+    if is_broken(findings):
         return findings
     try:
         accelerator = make_accelerator(collective_timeout=120)
     except ValueError as error:
         return [*findings, broken("launch", str(error))]
-    except RuntimeError as error:  # the processes do not find each other
+    except RuntimeError as error:  # the processes cannot connect
         fix = "look at MASTER_ADDR, MASTER_PORT and the network"
         return [*findings, broken("launch", first_line(error), "set USE_LIBUV=0" if "libuv" in str(error) else fix)]
     try:
@@ -110,20 +114,19 @@ def examine(compile_limit):
     return findings
 
 
-def ok(what, found):
-    return {"what": what, "found": found, "state": "ok", "fix": ""}
+def finding(state, what, found, fix=""):
+    return {"what": what, "found": found, "state": state, "fix": fix}
 
 
-def warning(what, found, fix=""):
-    return {"what": what, "found": found, "state": "warning", "fix": fix}
+ok, warning, broken = (partial(finding, state) for state in ("ok", "warning", "broken"))
 
 
-def broken(what, found, fix=""):
-    return {"what": what, "found": found, "state": "broken", "fix": fix}
+def is_broken(findings):
+    return any(finding["state"] == "broken" for finding in findings)
 
 
 def versions():
-    """Python, what this package needs, and what it can use."""
+    """Check the versions of Python, of the required packages and of the optional ones."""
     from packaging.requirements import Requirement
 
     found = [ok("python", f"{platform.python_version()} on {platform.platform()}")]
@@ -132,74 +135,53 @@ def versions():
     except metadata.PackageNotFoundError:
         return [*found, warning("nanogpt_accel", "is not installed, so what it needs is not known", "pip install -e .")]
     for requirement in map(Requirement, needed):
+        name, fix = requirement.name, f"pip install '{requirement}'"
         if requirement.marker is not None:  # of an extra
             continue
         try:
-            version = metadata.version(requirement.name)
+            version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found.append(broken(requirement.name, "not installed", f"pip install '{requirement}'"))
+            found.append(broken(name, "not installed", fix))
             continue
-        # a build of torch calls itself 2.13.0+cpu
-        fits = requirement.specifier.contains(version, prereleases=True)
-        found.append(
-            ok(requirement.name, version)
-            if fits
-            else warning(requirement.name, f"{version}, not tried with this package", f"pip install '{requirement}'")
-        )
+        # prereleases: the version of a torch build is 2.13.0+cpu
+        is_tested = requirement.specifier.contains(version, prereleases=True)
+        found.append(ok(name, version) if is_tested else warning(name, f"{version}, not tried with this package", fix))
     for name in OPTIONAL:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found.append(ok(name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            pass
     return found
 
 
 def devices(device):
-    """Processors, memory, and every GPU that torch sees, each with a product that it has to compute."""
+    """Check processors, memory and every GPU that torch sees; each GPU computes a matrix product."""
     import psutil
     import torch
 
     memory = psutil.virtual_memory()
-    found = [
-        ok(
-            "processor",
-            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch, "
-            f"{memory.total / 2**30:.1f} GiB of memory, {memory.available / 2**30:.1f} free",
-        )
-    ]
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
+    room = f"{memory.total / 2**30:.1f} GiB of memory, {memory.available / 2**30:.1f} free"
+    found = [ok("processor", f"{cores}, {room}")]
     for i in range(torch.cuda.device_count()):
-        name = torch.cuda.get_device_name(i)
+        what, name = f"cuda:{i}", torch.cuda.get_device_name(i)
         try:
             free, total = torch.cuda.mem_get_info(i)
-            torch.ones(64, 64, device=f"cuda:{i}").mm(torch.ones(64, 64, device=f"cuda:{i}")).sum().item()
+            matrix = torch.ones(64, 64, device=what)
+            matrix.mm(matrix).sum().item()
         except RuntimeError as error:
-            found.append(
-                broken(
-                    f"cuda:{i}",
-                    f"{name} does not compute ({first_line(error)})",
-                    "another build of torch (pytorch.org), or CUDA_VISIBLE_DEVICES without it",
-                )
-            )
+            fix = "another build of torch (pytorch.org), or CUDA_VISIBLE_DEVICES without it"
+            found.append(broken(what, f"{name} does not compute ({first_line(error)})", fix))
             continue
         text = f"{name}, {total / 2**30:.1f} GiB, {free / 2**30:.1f} free, CUDA {torch.version.cuda}"
-        found.append(
-            ok(f"cuda:{i}", text)
-            if free > total / 2
-            else warning(f"cuda:{i}", text, "somebody else uses it: nvidia-smi shows who")
-        )
+        is_free = free > total / 2
+        found.append(ok(what, text) if is_free else warning(what, text, "somebody else uses it: nvidia-smi shows who"))
     if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
-        found.append(
-            warning(
-                "cuda",
-                f"there is a driver of NVIDIA, but torch {torch.__version__} sees no GPU",
-                "install the CUDA build of torch (pytorch.org), or update the driver",
-            )
-        )
+        text = f"there is a driver of NVIDIA, but torch {torch.__version__} sees no GPU"
+        found.append(warning("cuda", text, "install the CUDA build of torch (pytorch.org), or update the driver"))
     return [*found, ok("trains on", str(device))]
 
 
 def precision(accelerator):
-    """What mixed_precision=auto takes, and whether bf16 is real."""
+    """Check which precision mixed_precision=auto uses, and whether bf16 is native."""
     taken, device = f"mixed_precision=auto takes {accelerator.mixed_precision}", accelerator.device.type
     if device not in ("cuda", "cpu"):
         return ok("precision", taken)
@@ -209,7 +191,7 @@ def precision(accelerator):
 
 
 def attention(device):
-    """Which kernels of scaled_dot_product_attention go forward and backward here."""
+    """Check which kernels of scaled_dot_product_attention run forward and backward on the device."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
@@ -219,35 +201,31 @@ def attention(device):
     if device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-    for name in names if device.type != "mps" else ("MATH",):  # MPS goes its own way, whichever is asked for
+    for name in names if device.type != "mps" else ("MATH",):  # MPS ignores the choice
         q = torch.randn(1, 2, 64, 64, device=device, dtype=dtype, requires_grad=True)
         try:
             with warnings.catch_warnings(), sdpa_kernel([getattr(SDPBackend, name)]):
-                warnings.simplefilter("ignore")  # of every kernel that is not for this device
+                warnings.simplefilter("ignore")  # each unavailable kernel warns
                 scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
             works.append(name.removesuffix("_ATTENTION").lower())
         except RuntimeError:
             pass
     if works == ["math"] and device.type != "mps":
-        return warning(
-            "attention", "sdpa: math alone, which is slow and takes memory", "a newer torch or GPU has flash"
-        )
+        text = "sdpa: math alone, which is slow and takes memory"
+        return warning("attention", text, "a newer torch or GPU has flash")
     return ok("attention", f"sdpa: {', '.join(works)}") if works else broken("attention", "no kernel of sdpa works")
 
 
 def compiling(device, limit):
-    """Whether torch.compile works, in a process of its own, which may hang or crash."""
+    """Check torch.compile in a subprocess, because it may hang or crash."""
     if not limit:
         return []
     is_default = should_compile("auto", device.type)
-    trouble = broken if is_default else warning
-    fix = ("train with compile=false; " if is_default else "needed for compile=true alone; ") + (
-        f"it takes a C++ compiler ({'cl, of Visual Studio' if sys.platform == 'win32' else 'g++ or clang++'}), and on "
-        "GPUs triton"
-    )
-    began = time.monotonic()
-    # one that is stopped leaves no children behind
-    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    failure = partial(broken if is_default else warning, "torch.compile")
+    compiler = "cl, of Visual Studio" if sys.platform == "win32" else "g++ or clang++"
+    fix = "train with compile=false; " if is_default else "needed for compile=true alone; "
+    fix += f"it takes a C++ compiler ({compiler}), and on GPUs triton"
+    start = time.monotonic()
     try:
         done = subprocess.run(
             [sys.executable, "-c", COMPILE, str(device)],
@@ -255,50 +233,47 @@ def compiling(device, limit):
             encoding="utf-8",
             errors="replace",
             timeout=limit,
-            env=environment,
+            env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"},  # so that a timeout leaves no workers behind
         )
     except subprocess.TimeoutExpired:
-        return [trouble("torch.compile", f"did nothing within compile_limit={limit} s", fix)]
+        return [failure(f"did nothing within compile_limit={limit} s", fix)]
     if done.returncode:
-        return [trouble("torch.compile", f"fails ({(done.stderr.strip().splitlines() or ['no message'])[-1]})", fix)]
-    return [ok("torch.compile", f"works, {time.monotonic() - began:.0f} s with the start of a process")]
+        return [failure(f"fails ({(done.stderr.strip().splitlines() or ['no message'])[-1]})", fix)]
+    return [ok("torch.compile", f"works, {time.monotonic() - start:.0f} s with the start of a process")]
 
 
 def exchange(accelerator):
-    """An all-reduce between the processes of this launch, by the backend of the gradients and by gloo."""
+    """Check an all-reduce between the processes of this launch, with the backend of the gradients and with gloo."""
     import torch
     from torch import distributed
 
     if accelerator.num_processes == 1:
         return [ok("processes", "one; for more: accelerate launch -m nanogpt_accel.doctor")]
     world, found = accelerator.num_processes, []
-    ways = [(distributed.get_backend(), None, accelerator.device)]
-    if accelerator.device.type != "cpu":  # an orderly stop is agreed upon over gloo
-        ways.append(("gloo", distributed.new_group(backend="gloo"), torch.device("cpu")))
-    for name, group, device in ways:
+    backends = [(distributed.get_backend(), None, accelerator.device)]
+    if accelerator.device.type != "cpu":  # ranks agree on a stop over gloo
+        backends.append(("gloo", distributed.new_group(backend="gloo"), torch.device("cpu")))
+    for name, group, device in backends:
         tensor = torch.ones(EXCHANGED // 4, device=device)
         distributed.all_reduce(tensor, group=group)
-        is_right = bool((tensor == world).all())
+        is_correct = bool((tensor == world).all())
         tensor.zero_()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(ROUNDS):
             distributed.all_reduce(tensor, group=group)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        speed = EXCHANGED * ROUNDS / (time.perf_counter() - began)
-        what = f"{name}: {world} processes, all-reduce of {EXCHANGED >> 20} MiB at {speed / 1e9:.3g} GB/s"
-        found.append(
-            ok("processes", what)
-            if is_right
-            else broken("processes", f"{name}: the sum over {world} processes is wrong", "see NCCL_DEBUG=INFO")
-        )
+        speed = EXCHANGED * ROUNDS / (time.perf_counter() - start)
+        text = f"{name}: {world} processes, all-reduce of {EXCHANGED >> 20} MiB at {speed / 1e9:.3g} GB/s"
+        wrong = broken("processes", f"{name}: the sum over {world} processes is wrong", "see NCCL_DEBUG=INFO")
+        found.append(ok("processes", text) if is_correct else wrong)
     return found
 
 
 def accelerate_config():
-    """The file that `accelerate launch` reads where it is given none."""
+    """Check the default config file of `accelerate launch`."""
     from accelerate.commands.config.config_args import default_config_file
 
     path = Path(default_config_file)
@@ -306,22 +281,18 @@ def accelerate_config():
         return ok("launcher", f"no {path}: `accelerate launch` takes --config_file, such as configs/multi_gpu.yaml")
     try:
         values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-        said = ", ".join(
-            f"{key} {values[key]}" for key in ("distributed_type", "num_processes", "mixed_precision") if key in values
-        )
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         return warning("launcher", f"{path} cannot be read ({first_line(error)})", "accelerate config writes a new one")
+    keys = ("distributed_type", "num_processes", "mixed_precision")
+    text = f"{path}: " + ", ".join(f"{key} {values[key]}" for key in keys if key in values)
     if values.get("distributed_type") == "MULTI_CPU":
-        return warning(
-            "launcher",
-            f"{path}: {said}, which starts one process alone",
-            "accelerate launch --config_file configs/cpu_2proc.yaml",
-        )
-    return ok("launcher", f"{path}: {said}")
+        fix = "accelerate launch --config_file configs/cpu_2proc.yaml"
+        return warning("launcher", f"{text}, which starts one process alone", fix)
+    return ok("launcher", text)
 
 
 def disk():
-    """Room in the current folder, where data/ and runs/ are made."""
+    """Check the free space of the current folder, where data/ and runs/ are created."""
     folder = Path.cwd()
     free = shutil.disk_usage(folder).free
     text = f"{folder}: {free / 2**30:.1f} GiB free"
@@ -334,7 +305,7 @@ def disk():
 
 
 def caches():
-    """Folders that downloads are kept in."""
+    """Check that the cache folders are writable."""
     from huggingface_hub import constants
 
     own = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanogpt_accel")
@@ -353,12 +324,12 @@ def caches():
 
 
 def can_write(folder):
-    """Whether files can be made in a folder, or the folder itself where it is not there yet."""
+    """Return whether a folder is writable, or can be created."""
     return not check_writable(folder)
 
 
 def tokens():
-    """Whether there are keys for the Hub and for wandb. They are not shown."""
+    """Check for credentials of the Hub and of wandb, without showing them."""
     from huggingface_hub import get_token
 
     try:
@@ -370,10 +341,6 @@ def tokens():
         ok("token", "Hugging Face: " + ("present" if get_token() else "none; push takes one: hf auth login")),
         ok("token", "wandb: " + ("present" if has_wandb else "none; trackers=wandb takes one: wandb login")),
     ]
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

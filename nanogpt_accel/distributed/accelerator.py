@@ -140,14 +140,19 @@ def pick_precision(mixed_precision, device_type):
     """no, fp16, bf16 or fp8. An explicit value of the recipe wins.
 
     auto: 1) what the launcher says, where it says more than its default "no" (which it also passes on when
-    nobody was asked); 2) bf16 where the device has it, see has_bf16; 3) fp16 on other CUDA devices; 4) no elsewhere.
+    nobody was asked); 2) auto_precision.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision != "auto":
         return mixed_precision
     if launched != "no":
         return launched
-    return "bf16" if has_native_bf16(device_type) else "fp16" if device_type == "cuda" else "no"
+    return auto_precision(device_type, has_native_bf16(device_type))
+
+
+def auto_precision(device_type, has_bf16):
+    """Return what mixed_precision=auto means on a device: bf16 if it is native, fp16 on other CUDA devices, else no."""
+    return "bf16" if has_bf16 else "fp16" if device_type == "cuda" else "no"
 
 
 def has_native_bf16(device_type):

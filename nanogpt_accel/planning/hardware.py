@@ -1,77 +1,57 @@
-"""One table of GPUs, and what the current device is and uses."""
+"""One table of GPUs, and the name and peak memory of the current device."""
 
 import re
 import sys
+from typing import NamedTuple
 
-# Dense bf16 (fp16 on the older two) tensor-core peak in FLOP/s, from the makers' data sheets. The first name
-# that is part of the device's name counts, so the more special ones stand first.
-PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "A40": 150e12,
-    "RTX 6000 Ada": 364e12,
-    "RTX A6000": 155e12,
-    "RTX 5090": 209e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "MI300X": 1307e12,
-    "MI250X": 383e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
 
-# What a GPU's name stands for, in GiB by the makers' data sheets; of those that come in two sizes the larger one. The
-# names are those of metrics.PEAK_FLOPS.
-GPU_MEMORY = {
-    "GB200": 186,
-    "B200": 180,
-    "GH200": 96,
-    "H200": 141,
-    "H100 PCIe": 80,
-    "H100 NVL": 94,
-    "H100": 80,
-    "H800": 80,
-    "A100": 80,
-    "A800": 80,
-    "L40S": 48,
-    "L40": 48,
-    "L4": 24,
-    "A10G": 24,
-    "A10": 24,
-    "A40": 48,
-    "RTX 6000 Ada": 48,
-    "RTX A6000": 48,
-    "RTX 5090": 32,
-    "RTX 4090": 24,
-    "RTX 3090": 24,
-    "MI300X": 192,
-    "MI250X": 128,
-    "V100": 32,
-    "T4": 16,
+class GPU(NamedTuple):
+    """A row of the table."""
+
+    peak_flops: float  # FLOP/s of dense bf16 matrix products; fp16 on GPUs without bf16
+    memory: int  # GiB, of the larger version if there are two
+    has_bf16: bool = True  # in hardware
+
+
+# Figures are from the data sheets of NVIDIA and AMD. The first name that occurs in the device's name counts, so
+# specific names come before general ones.
+GPUS = {
+    "GB200": GPU(2500e12, 186),
+    "B200": GPU(2250e12, 180),
+    "GH200": GPU(989e12, 96),
+    "H200": GPU(989e12, 141),
+    "H100 PCIe": GPU(756e12, 80),
+    "H100 NVL": GPU(835e12, 94),
+    "H100": GPU(989e12, 80),
+    "H800": GPU(989e12, 80),
+    "A100": GPU(312e12, 80),
+    "A800": GPU(312e12, 80),
+    "L40S": GPU(362e12, 48),
+    "L40": GPU(181e12, 48),
+    "L4": GPU(121e12, 24),
+    "A10G": GPU(70e12, 24),
+    "A10": GPU(125e12, 24),
+    "A40": GPU(150e12, 48),
+    "RTX 6000 Ada": GPU(364e12, 48),
+    "RTX A6000": GPU(155e12, 48),
+    "RTX 5090": GPU(209e12, 32),
+    "RTX 4090": GPU(165e12, 24),
+    "RTX 3090": GPU(71e12, 24),
+    "MI300X": GPU(1307e12, 192),
+    "MI250X": GPU(383e12, 128),
+    "V100": GPU(125e12, 32, has_bf16=False),
+    "T4": GPU(65e12, 16, has_bf16=False),
 }
 
 
 def peak_flops(device_name):
-    """Peak FLOP/s of a device by its name, or None for one that is not in the table."""
-    # as words of their own: an RTX A4000 is no A40
-    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
+    """Return the peak FLOP/s of a device by its name, or None if it is not in the table."""
+    # match whole words: an RTX A4000 is not an A40
+    return next((gpu.peak_flops for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def device_name(device):
-    """A torch.device's name: the GPU's, or the processor's kind."""
+    """Return the name of a torch.device: that of the GPU, or the device type in capitals."""
     if device.type == "cuda":
         import torch
 
@@ -80,7 +60,7 @@ def device_name(device):
 
 
 def peak_memory(device):
-    """Bytes: the largest amount allocated on a CUDA device so far, elsewhere the process's largest resident size."""
+    """Return the peak memory in bytes: allocated on a CUDA device, elsewhere the peak resident size of the process."""
     if device.type == "cuda":
         import torch
 

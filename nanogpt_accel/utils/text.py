@@ -1,4 +1,4 @@
-"""Numbers as text for people."""
+"""Numbers and errors as text for people."""
 
 
 def counted(number, noun):
@@ -18,3 +18,8 @@ def duration(seconds):
     days, hours = divmod(hours, 24)
     text = f"{hours}:{minutes:02}:{seconds:02}" if hours or days else f"{minutes}:{seconds:02}"
     return f"{days}d {text}" if days else text
+
+
+def first_line(error):
+    """Return the first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

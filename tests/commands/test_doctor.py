@@ -56,7 +56,7 @@ def only(findings):
     return finding
 
 
-def test_what_it_says_is_so(examine, monkeypatch, tmp_path):
+def test_findings_match_what_the_machine_says(examine, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     found = examine(QUICK)
     assert only(found["python"])["found"].startswith(platform.python_version())
@@ -75,14 +75,14 @@ def test_what_it_says_is_so(examine, monkeypatch, tmp_path):
     assert {finding["state"] for findings in found.values() for finding in findings} <= {"ok", "warning"}
 
 
-def test_lines_for_people(capsys):
+def test_text_output_has_a_line_per_finding(capsys):
     assert main(["doctor", QUICK]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["ok", "torch", torch.__version__] for line in lines)
     assert all(line.startswith(("ok ", "warning ")) for line in lines)
 
 
-def test_keys_are_not_shown(capsys, monkeypatch):
+def test_credentials_are_never_printed(capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     for words in ([], ["--json"]):
@@ -92,7 +92,7 @@ def test_keys_are_not_shown(capsys, monkeypatch):
         assert "Hugging Face: present" in captured.out and "wandb: present" in captured.out
 
 
-def test_no_keys(monkeypatch, tmp_path):
+def test_missing_credentials_say_how_to_log_in(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     hub, wandb = doctor.tokens()
@@ -102,7 +102,7 @@ def test_no_keys(monkeypatch, tmp_path):
     assert doctor.tokens()[1]["found"] == "wandb: present"
 
 
-def test_a_package_that_is_missing_or_strange(examine, monkeypatch):
+def test_a_missing_package_is_broken_and_an_untested_version_a_warning(examine, monkeypatch):
     version = metadata.version
 
     def another(name):
@@ -124,20 +124,20 @@ def test_a_package_that_is_missing_or_strange(examine, monkeypatch):
         ("PARALLELISM_CONFIG_TP_SIZE", "2", "only data-parallel sharding"),
     ],
 )
-def test_a_launch_that_cannot_train(examine, monkeypatch, name, value, said):
+def test_a_launch_that_cannot_train_is_broken(examine, monkeypatch, name, value, said):
     monkeypatch.setenv(name, value)
     found = only(examine(QUICK, status=1)["launch"])
     assert found["state"] == "broken" and said in found["found"]
 
 
 @pytest.mark.parametrize("free, state", [(2**40, "ok"), (2**29, "warning"), (2**20, "broken")])
-def test_disk(monkeypatch, free, state):
+def test_state_of_the_disk_follows_its_free_space(monkeypatch, free, state):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": free}))
     found = doctor.disk()
     assert found["state"] == state and bool(found["fix"]) == (state != "ok")
 
 
-def test_folders_that_cannot_be_written(monkeypatch, tmp_path):
+def test_folders_that_cannot_be_written_are_reported(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     assert doctor.can_write(tmp_path / "new" / "deeper") and not doctor.can_write(tmp_path / "file" / "below")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file"))
@@ -163,7 +163,7 @@ def test_folders_that_cannot_be_written(monkeypatch, tmp_path):
         ("- a list\n", "warning", "cannot be read"),
     ],
 )
-def test_accelerates_config(monkeypatch, tmp_path, text, state, said):
+def test_default_config_of_accelerate_launch(monkeypatch, tmp_path, text, state, said):
     from accelerate.commands.config import config_args
 
     path = tmp_path / "default_config.yaml"
@@ -199,13 +199,13 @@ def test_torch_compile_is_tried_in_a_process_of_its_own(monkeypatch, code, limit
         ("mps", None, "takes no"),
     ],
 )
-def test_precision(monkeypatch, device, has_bf16, said):
+def test_precision_says_whether_bf16_is_native(monkeypatch, device, has_bf16, said):
     monkeypatch.setattr(doctor, "has_native_bf16", lambda kind: has_bf16 if kind == device else pytest.fail(kind))
     found = doctor.precision(SimpleNamespace(device=torch.device(device), mixed_precision="no"))
     assert found["state"] == "ok" and found["found"].endswith(said)
 
 
-def test_math_alone_is_told(monkeypatch):
+def test_attention_without_a_fused_kernel_is_a_warning(monkeypatch):
     def refuse(*arguments, **keywords):
         if not torch.backends.cuda.math_sdp_enabled():
             raise RuntimeError("no kernel")
@@ -217,7 +217,7 @@ def test_math_alone_is_told(monkeypatch):
     assert found["state"] == "warning" and "math alone" in found["found"]
 
 
-def test_refusals(refused):
+def test_wrong_arguments_are_refused(refused):
     with refused(ValueError, "runs/a: doctor takes no target"):
         doctor.main(["runs/a"])
     with refused(ValueError, "compile_limit=-1"):
@@ -228,12 +228,12 @@ def test_refusals(refused):
 
 
 @pytest.mark.slow
-def test_torch_compile_for_good():
+def test_torch_compile_works_here():
     assert only(doctor.compiling(torch.device("cpu"), 300))["state"] == "ok"
 
 
 @pytest.mark.slow
-def test_between_two_processes():
+def test_all_reduce_between_two_processes():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

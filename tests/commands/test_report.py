@@ -21,7 +21,7 @@ from nanogpt_accel.recipe import load_recipe
 
 WRITE_IMAGES = report.write_images
 STEPS, TOKENS = 40, 2 * 3 * 16  # a step
-NAUGHTY = "</script><script>alert(1)</script>&amp;<b>\x00\x1b[31m </pre> @DATA@"
+NAUGHTY = "</script><script>alert(1)</script>&amp;<b>\x00\x1b[31m </pre> {{ data }} {% if %} {# @DATA@"
 
 
 def make_run(folder, lines=None, samples=(), **keys):
@@ -92,7 +92,7 @@ class Page(HTMLParser):
             self.script += data
         elif "style" not in self._open:
             self.text += data
-            if "table" in self._open and self.cells and self.cells[-1]:
+            if {"td", "th"} & set(self._open):
                 self.cells[-1][-1] += data
 
     def figures(self):
@@ -147,7 +147,7 @@ def test_the_page_asks_for_nothing_from_elsewhere():
     assert policy.startswith("default-src 'none'")
 
 
-def test_runs_laid_over_each_other_and_their_recipes():
+def test_two_runs_share_charts_and_a_table_of_differing_settings():
     a = make_run(Path("runs/a"), learning_rate=1e-3)
     b = make_run(Path("runs/b"), learning_rate=2e-3, n_layer=3, activation="swiglu")
     page = read(a, b, "out=both.html")
@@ -170,7 +170,7 @@ def test_runs_of_one_name_are_told_apart():
     assert [run["name"] for run in page.data] == ["x/a", "y/a"]
 
 
-def test_texts_stay_texts():
+def test_html_in_names_samples_and_settings_is_escaped():
     run = make_run(
         Path("runs") / "<b>a", samples=[{"step": 10, "text": NAUGHTY}, {"step": 20, "text": "last"}], corpus="<i>'\""
     )
@@ -181,6 +181,20 @@ def test_texts_stay_texts():
     assert "\x00" not in page.source and page.data[0]["name"] == "<b>a"
     details = [attributes for tag, attributes in page.elements if tag == "details"]
     assert ["open" in attributes for attributes in details[:2]] == [False, True]  # the last sample is seen at once
+
+
+def test_a_run_has_the_same_color_everywhere():
+    page = read(make_run(Path("runs/a")), make_run(Path("runs/b"), samples=[{"step": 1, "text": "x"}]))
+    assert re.search(rf'<h3><i style="background:{report.COLORS[1]}"></i>b</h3>', page.source)
+    assert f'<td><i style="background:{report.COLORS[1]}"></i>b</td>' in page.source
+
+
+def test_samples_of_a_long_run_are_a_spread_of_them():
+    run = make_run(Path("runs/a"), samples=[{"step": step, "text": f"text {step}."} for step in range(1000)])
+    page = read(run)
+    shown = [int(step) for step in re.findall(r"text (\d+)\.", page.text)]
+    assert len(shown) == report.MOST_SAMPLES and shown == sorted(shown) and (shown[0], shown[-1]) == (0, 999)
+    assert all(30 <= b - a <= 36 for a, b in zip(shown, shown[1:], strict=False))
 
 
 def test_a_long_run_is_thinned_and_keeps_its_spikes():
@@ -208,7 +222,7 @@ def test_a_long_run_is_thinned_and_keeps_its_spikes():
         (lambda run: os.truncate(run / "metrics.jsonl", 1000), "metrics.jsonl is torn after step", 5),
     ],
 )
-def test_what_is_missing_is_said(capsys, spoil, note, figures):
+def test_missing_or_damaged_files_are_noted(capsys, spoil, note, figures):
     run = make_run(Path("runs/a"))
     spoil(run)
     page = read(run)
@@ -228,7 +242,7 @@ def test_values_that_are_no_numbers_are_left_out():
     assert series["loss"]["seconds"] == [None]  # one step's speed is not known
 
 
-def test_how_far_a_run_is():
+def test_a_run_is_going_on_while_its_lock_is_held():
     """Another process that trains holds the lock of the folder."""
     run = make_run(Path("runs/a"), curve(10))
     assert "10 of 40 steps, stopped" in read(run).text
@@ -255,7 +269,7 @@ def test_what_came_of_the_expectation_is_shown():
     assert "reproduced" not in read(run).text
 
 
-def test_refusals(refused, tmp_path):
+def test_wrong_arguments_are_refused(refused, tmp_path):
     run = make_run(Path("runs/a"))
     Path("empty").mkdir()
     with refused(ValueError, "which run?"):
@@ -305,7 +319,7 @@ document.body.append(out)
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: install one, or set NANOGPT_ACCEL_BROWSER to its path")
-def test_in_a_browser(tmp_path):
+def test_curves_and_controls_work_in_a_browser(tmp_path):
     draw = random.Random(0)
     noisy = [{**line, "loss": line["loss"] + draw.random()} if "loss" in line else line for line in curve()]
     make_run(Path("runs/a"), samples=[{"step": 10, "text": NAUGHTY}])
@@ -344,10 +358,11 @@ def test_in_a_browser(tmp_path):
         assert all(re.search(rf"^{name} (training|validation) [\d.]+$", state["tip"], re.MULTILINE) for name in "ab")
         for x, y in (map(float, end.split(",")) for end in state["ends"]):
             assert 52 <= x <= state["box"][0] and 0 <= y <= state["box"][1]
-    assert "@" not in shown.stdout.split("<script>")[0].replace("@DATA@", "").replace("@media", "")
+    shown_text = shown.stdout.split("<script>")[0].replace("{{ data }} {% if %} {#", "")
+    assert not any(mark in shown_text for mark in ("{{", "{%", "{#"))
 
 
-def test_the_recipe_stands_there_whole():
+def test_the_page_shows_the_full_recipe():
     run = make_run(Path("runs/a"))
     text = read(run).text
     shown = text[text.index("a: run.yaml") + len("a: run.yaml") :].strip()

@@ -1,4 +1,4 @@
-"""metrics.py: throughput's arithmetic, scores, metrics.jsonl and its repair, and the mean loss of an evaluation."""
+"""metrics.py: scores, metrics.jsonl and its repair, and the mean loss of an evaluation."""
 
 import json
 import math
@@ -12,89 +12,9 @@ import torch
 
 from nanogpt_accel.batches import evaluation_batches, model_inputs
 from nanogpt_accel.evaluation import bits_per_byte, describe, mean_loss, perplexity, scores
-from nanogpt_accel.planning.hardware import device_name, peak_flops, peak_memory
-from nanogpt_accel.planning.sizing import flops_per_token
 from nanogpt_accel.tracking.metrics_log import MetricsLog, plot_losses, read_metrics
 
 # ---- arithmetic
-
-
-@pytest.mark.parametrize(
-    ("n_layer", "n_head", "n_embd", "block_size", "n_params"),
-    [(12, 12, 768, 1024, 123_551_232), (4, 4, 128, 64, 794_880)],
-)
-def test_flops_per_token_is_nanogpts(n_layer, n_head, n_embd, block_size, n_params):
-    N, L, H, Q, T = n_params, n_layer, n_head, n_embd // n_head, block_size  # estimate_mfu of its model.py
-    assert flops_per_token(n_params, n_layer, n_embd, block_size) == 6 * N + 12 * L * H * Q * T
-
-
-def test_mfu_of_nanogpts_notebook():
-    # 124M on an A100: 755 ms for 100 sequences of 1,024 tokens are 37 % (transformer_sizing.ipynb)
-    flops = flops_per_token(124_337_664 - 1024 * 768, 12, 768, 1024)
-    assert flops * 100 * 1024 / 0.755 / peak_flops("NVIDIA A100-SXM4-80GB") == pytest.approx(0.37, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("name", "flops"),
-    [  # dense bf16, NVIDIA's and AMD's data sheets
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H100 NVL", 835e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA GH200 480GB", 989e12),
-        ("NVIDIA B200", 2250e12),
-        ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("NVIDIA A100 80GB PCIe", 312e12),
-        ("NVIDIA A10G", 70e12),
-        ("NVIDIA A10", 125e12),
-        ("NVIDIA A40", 150e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA L40", 181e12),
-        ("NVIDIA GeForce RTX 4090", 165e12),
-        ("NVIDIA GeForce RTX 3090", 71e12),
-        ("NVIDIA RTX 6000 Ada Generation", 364e12),
-        ("AMD Instinct MI300X", 1307e12),
-        ("Tesla T4", 65e12),
-        ("Tesla V100-SXM2-16GB", 125e12),
-        ("CPU", None),
-        ("MPS", None),
-        ("NVIDIA GeForce GTX 1080", None),
-        ("", None),
-    ],
-)
-def test_peak_flops(name, flops):
-    assert peak_flops(name) == flops
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "Quadro RTX 4000",
-        "NVIDIA RTX A4000",
-        "NVIDIA RTX A1000",
-        "NVIDIA RTX 4000 Ada Generation",
-        "NVIDIA T400",
-        "NVIDIA T400 4GB",
-        "NVIDIA A16",
-        "NVIDIA A2",
-        "NVIDIA GeForce RTX 4080",
-        "NVIDIA T1000",
-    ],
-)
-def test_a_device_that_is_not_in_the_table_has_no_peak(name):
-    assert peak_flops(name) is None
-
-
-def test_device_name():
-    assert device_name(torch.device("cpu")) == "CPU"
-
-
-def test_peak_memory():
-    peak = peak_memory(torch.device("cpu"))
-    block = np.ones(64 * 2**20, dtype=np.uint8)
-    assert peak_memory(torch.device("cpu")) >= peak > 10 * 2**20  # bytes, and not a thousand of them
-    assert peak < 2**37 and len(block)
 
 
 def test_perplexity_and_bits_per_byte():

@@ -1,0 +1,346 @@
+"""Sizes computed from a shape: against the real model, counted tensors and nanoGPT's notebooks."""
+
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, LENGTH, config_of, counted_by_part
+
+from nanogpt_accel import model as model_file
+from nanogpt_accel.commands import bench
+from nanogpt_accel.model import GPT
+from nanogpt_accel.optim import make_optimizer
+from nanogpt_accel.planning import sizing
+from nanogpt_accel.planning.hardware import peak_flops
+from nanogpt_accel.planning.sizing import flops_per_token
+from nanogpt_accel.recipe import Optimizer, load_recipe
+
+BATCH = 4
+
+# ---- parameters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_of_every_family(family):
+    config = config_of(family)
+    assert sizing.parameters(config.to_dict()) == counted_by_part(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("gpt2", 124), ("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558)]
+)
+def test_openais_models_have_their_published_sizes(name, millions):  # as OpenAI names its files
+    assert sum(sizing.parameters(sizing.GPT2_SHAPES[name]).values()) / 1e6 == pytest.approx(millions, abs=0.5)
+
+
+# ---- nanoGPT's notebooks
+
+# transformer_sizing.ipynb: GPT-2 without biases, 50,257 rows
+NOTEBOOK = {**sizing.GPT2_SHAPES["gpt2"], "bias": False, "activation": "gelu"}
+
+
+def test_parameters_of_the_notebook():
+    parts = sizing.parameters(NOTEBOOK)
+    assert sum(parts.values()) == 124_337_664
+    assert parts == {
+        "position": 786_432,
+        "embedding": 38_597_376,
+        "attention": 12 * (1_769_472 + 589_824),
+        "mlp": 12 * 2 * 2_359_296,
+        "norms": 12 * 2 * 768 + 768,
+        "head": 0,
+    }
+
+
+def test_checkpoint_size_of_the_notebook():
+    assert f"{sizing.checkpoint_bytes(NOTEBOOK, 'adamw') / 1e9:.2f} GB" == "1.49 GB"
+    # 3.73 % of 40 GB are weights and buffers
+    needed = sizing.memory(NOTEBOOK, "ddp", 1, 1, batch=12, half=True, checkpointing=False)
+    assert f"{(needed['weights'] + needed['optimizer']) / 40e9:.2%}" == "3.73%"
+    # and its ckpt.pt measures within the 4 % of "fluff"
+    assert sizing.checkpoint_bytes(NOTEBOOK, "adamw") == pytest.approx(1_542_470_366, rel=0.04)
+
+
+def test_flops_of_the_notebook():
+    flops = sizing.forward_flops(NOTEBOOK)
+    assert flops == {
+        key: 12 * value
+        for key, value in {
+            "attention/qkv": 3_623_878_656,
+            "attention/scores": 1_610_612_736,
+            "attention/reduce": 1_610_612_736,
+            "attention/proj": 1_207_959_552,
+            "mlp/fc": 4_831_838_208,
+            "mlp/proj": 4_831_838_208,
+        }.items()
+    } | {"head": 79_047_426_048}
+    assert sum(flops.values()) == 291_648_307_200 and 3 * sum(flops.values()) == 874_944_921_600
+    assert flops_per_token(NOTEBOOK) * 1024 == 875_062_886_400  # PaLM's
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_per_token_is_nanogpts_estimate_mfu(family):
+    config = config_of(family)
+    with torch.device("meta"):
+        model = GPT(config)
+    tables = [model.transformer.wpe] + ([] if config.tie_word_embeddings else [model.transformer.wte])
+    N = model.num_parameters() - sum(table.weight.numel() for table in tables if table is not None)
+    L, H, Q, T = config.n_layer, config.n_head, config.head_dim, config.block_size
+    assert flops_per_token(config.to_dict()) == 6 * N + 12 * L * H * Q * T
+
+
+def test_mfu_of_nanogpts_notebook():
+    # 124M on an A100: 755 ms for 100 sequences of 1,024 tokens are 37 % (transformer_sizing.ipynb)
+    flops = flops_per_token(NOTEBOOK)
+    assert flops == 6 * 123_551_232 + 12 * 12 * 768 * 1024
+    assert flops * 100 * 1024 / 0.755 / peak_flops("NVIDIA A100-SXM4-80GB") == pytest.approx(0.37, abs=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_those_that_torch_counts(family):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = config_of(family)
+    model = GPT(config).eval()
+    model.set_attn_implementation("eager")  # attention in full, as the notebook counts it
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
+    assert sum(sizing.forward_flops(config.to_dict()).values()) == counter.get_total_flops()
+
+
+def test_compute_optimal_sizes_are_those_of_the_notebook():
+    # scaling_laws.ipynb, approach 2: the line fitted to the table gives 2.292426e+09 tokens for 124M parameters
+    assert sizing.optimal_tokens(124e6) == pytest.approx(2.292426e9, rel=1e-6)
+    # approach 3: the lowest loss that a search finds
+    loss = lambda n, d: 1.69 + 406.4 / n**0.34 + 410.7 / d**0.28  # noqa: E731
+    for flops in (2.21e19, 1e23):
+        n, tokens = sizing.optimal_size(flops)
+        sizes = 10 ** np.arange(7, 13, 1e-4)
+        assert n == pytest.approx(sizes[np.argmin(loss(sizes, flops / 6 / sizes))], rel=1e-3)
+        assert 6 * n * tokens == pytest.approx(flops)
+    # which the notebook's coarse search puts at 316.23M and 11.65B
+    n, tokens = sizing.optimal_size(2.21e19)
+    assert abs(math.log10(n / 316.23e6)) <= 2**-4 and abs(math.log10(tokens / 11.65e9)) <= 2**-4
+
+
+# ---- memory, tensors counted
+
+
+def kept_for_backward(model, ids, autocast):
+    """Bytes of all distinct tensors that a forward pass saves, parameters aside."""
+    seen = {parameter.untyped_storage().data_ptr(): None for parameter in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        seen.setdefault(storage.data_ptr(), (storage.nbytes(), tensor))  # (held, so that no address comes twice)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        loss = model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:]).loss
+    found = sum(entry[0] for entry in seen.values() if entry)
+    assert loss.requires_grad
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["gpt2", "openai", "llama", "qwen3", "nanochat"])
+def test_activations_are_those_that_torch_keeps(family, half, checkpointing):
+    config = config_of(family)
+    model, shape = GPT(config).train(), config.to_dict()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    autocast = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
+    kept = kept_for_backward(model, torch.randint(0, 512, (BATCH, LENGTH + 1)), autocast)
+    # at this place, of the logits the log-probabilities and what a soft-cap keeps; and copies in bfloat16
+    kept -= BATCH * LENGTH * 512 * (4 + 4 * (family == "nanochat"))
+    if half:
+        blocks = 0 if checkpointing else shape["n_layer"] * sum(sizing.block_matrices(shape))
+        kept -= 2 * (blocks + 512 * 128)
+    assert sizing.activation_bytes(shape, BATCH, half, checkpointing, cpu=True) == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("family", "rows", "checkpointing"),
+    [  # many rows: the loss is the peak
+        ("gpt2", 2048, False),
+        ("gpt2", 2048, True),
+        ("gpt2", 128, True),
+        ("llama", 128, False),
+        ("llama", 2048, True),
+        ("nanochat", 2048, False),
+    ],
+)
+def test_memory_is_the_peak_that_torch_tracks(family, rows, checkpointing):
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    config = config_of(family, vocab_size=rows)
+    model = GPT(config).train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    optimizer = make_optimizer(model, Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95))
+    ids = torch.randint(0, rows, (BATCH, LENGTH + 1))
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        for _ in range(2):
+            for _ in range(2):
+                tracker.reset_mod_stats()
+                model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    peak = sum(of_device["Total"] for of_device in tracker.get_tracker_snapshot("peak").values())
+    needed = sizing.memory(
+        config.to_dict(), "ddp", 1, 1, batch=BATCH, half=False, checkpointing=checkpointing, cpu=True
+    )
+    assert sum(needed.values()) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("family", ["gpt2", "nanochat"])
+def test_memory_is_what_bench_measures(family, precision):
+    """Large logits, which come in pieces."""
+    config = config_of(family, vocab_size=8192, block_size=256, n_layer=1)
+    recipe = load_recipe(
+        None,
+        {
+            "batch_size": 9,
+            "block_size": 256,
+            "gradient_accumulation_steps": 2,
+            "device": "cpu",
+            "mixed_precision": precision,
+        },
+    )
+    variant = bench.Variant(recipe, config, bench.RandomTokens(8192), 8191, "", {})
+    variant.step()
+    needed = sizing.memory(
+        config.to_dict(), "ddp", 1, 1, batch=9, half=precision == "bf16", checkpointing=False, cpu=True
+    )
+    assert sum(needed.values()) == pytest.approx(variant.peak_memory(), rel=0.1)
+    assert needed["logits"] < 2.5 * 9 * 256 * 8192 * 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta stands for GPUs: no kernel runs
+def test_chunks_of_the_loss_are_those_of_the_model(monkeypatch, device):
+    """model.py has its own copy of the limits and of the rounding, because it must not import the package."""
+    chunks = []
+
+    def noting(x, weight, targets, softcap, n_rows, needs_grad):
+        chunks.append(n_rows)
+        return x.new_zeros((), dtype=torch.float32)
+
+    monkeypatch.setattr(model_file.FusedLinearCrossEntropy, "apply", noting)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # not defined for meta
+    limit = sizing.LARGEST_LOGITS_CPU if device == "cpu" else sizing.LARGEST_LOGITS
+    for n_tokens, vocab_size in [(1024, limit // 1024), (1024, limit // 1024 + 1), (1000, limit // 128), (96, limit)]:
+        config = config_of("gpt2", vocab_size=vocab_size, block_size=n_tokens, n_layer=1, n_head=1, n_embd=2)
+        with torch.device("meta"):
+            model = GPT(config)
+        if device == "cpu":
+            model.to_empty(device="cpu")
+        ids = torch.zeros(1, n_tokens, dtype=torch.long, device=device)
+        chunks.clear()
+        model(input_ids=ids, shift_labels=ids, return_logits=False)
+        expected = sizing.rows_per_chunk(n_tokens, vocab_size, cpu=device == "cpu")
+        assert chunks == ([] if expected == n_tokens else [expected]), (n_tokens, vocab_size)
+        assert (expected == n_tokens) == (n_tokens * vocab_size <= limit)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "nanochat"])
+def test_memory_is_the_peak_on_a_gpu(family, checkpointing):
+    config = config_of(family, vocab_size=4096, block_size=512, n_layer=6, n_embd=512)
+    before = torch.cuda.memory_allocated()
+    model = GPT(config).train().cuda()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    optimizer = make_optimizer(model, Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95))
+    ids = torch.randint(0, 4096, (16, 513), device="cuda")
+    for step in range(2):
+        if step == 1:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:], return_logits=False).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    needed = sizing.memory(config.to_dict(), "ddp", 1, 1, batch=16, half=True, checkpointing=checkpointing)
+    assert sum(needed.values()) == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+@pytest.mark.parametrize("family", ["openai", "qwen3", "nanochat"])
+def test_weights_gradients_and_optimizer_are_exact(family, algorithm):
+    config = config_of(family)
+    model = GPT(config).train()
+    optimizer = make_optimizer(
+        model,
+        Optimizer(
+            learning_rate=1e-3,
+            weight_decay=0.1,
+            beta1=0.9,
+            beta2=0.95,
+            algorithm=algorithm,
+            muon_learning_rate=0.02,
+            muon_momentum=0.95,
+            muon_weight_decay=0.0,
+        ),
+    )
+    ids = torch.randint(0, 512, (BATCH, LENGTH + 1))
+    model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:]).loss.backward()
+    optimizer.step()
+    needed = sizing.memory(
+        config.to_dict(), "ddp", 1, 1, batch=BATCH, half=False, checkpointing=False, algorithm=algorithm
+    )
+    assert needed["weights"] == sum(p.nbytes for p in model.parameters())
+    assert needed["gradients"] == sum(p.grad.nbytes for p in model.parameters())
+    # (the count of steps aside, one number a tensor)
+    state = [t for fields in optimizer.state.values() for t in fields.values() if t.dim()]
+    assert needed["optimizer"] == sum(t.nbytes for t in state)
+
+
+def test_sharding_divides_weights_gradients_and_optimizer_state():
+    shape = config_of("llama", n_layer=64).to_dict()
+    size = {"batch": 1, "half": True, "checkpointing": False}
+    n = sum(sizing.parameters(shape).values())
+    alone = sizing.memory(shape, "ddp", 1, 1, **size)
+    ddp = sizing.memory(shape, "ddp", 1, 8, **size)
+    assert ddp["copies"] - alone["copies"] == 4 * n  # DDP's buckets
+    states = {
+        layout: [sizing.memory(shape, layout, 8, 8, **size)[key] for key in ("weights", "gradients", "optimizer")]
+        for layout in ("fsdp2", "zero2", "zero3")
+    }
+    assert states["fsdp2"] == [round(4 * n / 8), round(4 * n / 8), 8 * n / 8]
+    assert states["zero2"] == [2 * n, round(2 * n / 8), 8 * n / 8]
+    assert states["zero3"] == [round(2 * n / 8), round(2 * n / 8), 8 * n / 8]
+    for layout in states:
+        needed = sizing.memory(shape, layout, 8, 8, **size)
+        assert needed["activations"] == ddp["activations"] and sum(needed.values()) < sum(ddp.values())
+
+
+def test_exchange_seconds_of_ring_collectives():
+    shape = config_of("gpt2", n_layer=10).to_dict()
+    n = sum(sizing.parameters(shape).values())
+
+    def seconds(layout, shards, processes, micro_steps=1):
+        return sizing.exchange_seconds(
+            shape, layout, shards, processes, micro_steps=micro_steps, half=True, machine=8, near=1e10, far=1e9
+        )
+
+    assert seconds("ddp", 1, 1) == 0
+    # a ring's all-reduce sends each byte of the float32 gradients twice, but for the own share
+    assert seconds("ddp", 1, 4, micro_steps=9) == pytest.approx(2 * 4 * n * 3 / 4 / 1e10)
+    # between machines by eight wires at once
+    assert seconds("ddp", 1, 128) == pytest.approx(2 * 4 * n * 127 / 128 / 8e9)
+    # ZeRO's paper: stage 3 sends 1.5 times what a sum for all does, here in half precision
+    assert seconds("zero3", 4, 4) == pytest.approx(1.5 * 2 * 2 * n * 3 / 4 / 1e10)
+    assert seconds("zero2", 4, 4) == pytest.approx(2 * 2 * n * 3 / 4 / 1e10)  # and stage 2 as much
+    # in one machine all by the near wire; on 16, an eighth of the gradients by each far one
+    # (the gradients in float32), for every micro-batch
+    assert seconds("fsdp2", 8, 8) == pytest.approx((2 * 2 + 4) * n * 7 / 8 / 1e10)
+    assert seconds("fsdp2", 8, 128) - seconds("fsdp2", 8, 8) == pytest.approx(2 * 4 * n / 8 * 15 / 16 / 1e9)
+    assert seconds("fsdp2", 8, 128, micro_steps=3) == pytest.approx(3 * seconds("fsdp2", 8, 128))
