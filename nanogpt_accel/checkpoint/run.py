@@ -12,7 +12,7 @@ from ..hub.transfer import create
 from ..recipe import load_recipe
 from ..tracking.trackers import Trackers
 from .layout import read_trainer
-from .run_folder import best_checkpoint, lock_run, prepare_run_folder
+from .run_folder import LOCK, LOCK_HOLDER, best_checkpoint, lock_run, prepare_run_folder
 from .save import Saver
 from .verify import latest_valid
 
@@ -35,6 +35,7 @@ class Run:
         self._lock = self._metrics = self._samples = self._spikes = None
 
     def __enter__(self):
+        self._is_new = not self.folder.exists()
         if is_main():
             self._lock = lock_run(self.folder)
         return self
@@ -174,7 +175,13 @@ class Run:
                     log.close()
             self._end_training(kind, trace)
             if self._lock is not None:
+                if self._is_new and self.saver is None:  # the run did not start: leave no trace of it
+                    for name in (LOCK, LOCK_HOLDER):
+                        (self.folder / name).unlink(missing_ok=True)
                 self._lock.release()
+                if self._is_new and self.saver is None:
+                    with suppress(OSError):
+                        self.folder.rmdir()
 
     def _end_training(self, kind, trace):
         """End the trackers, and the process group if all ranks are here."""

@@ -13,7 +13,7 @@ from ..utils.files import remove_checkpoint
 from .layout import CHECKPOINT_NAME, checkpoint_path, is_checkpoint, list_checkpoints
 from .verify import find_corruption
 
-LOCK, HOLDER = ".lock", ".lock.json"  # of a run folder that is being trained in
+LOCK, LOCK_HOLDER = ".lock", ".lock.json"  # of a run folder that is being trained in
 # what a run, and `report` after it, writes beside the checkpoints
 _OUTPUT = re.compile(
     r"(metrics|samples)\.jsonl|expect\.json|loss\.png|nonfinite-\d+\.json|report\.html|"
@@ -81,7 +81,7 @@ def lock_run(run):
             f"out_dir={run}: {_holder(run)} is training in it; wait for its end, stop it, or take another out_dir"
         ) from None
     with suppress(OSError):  # only a help for others
-        (run / HOLDER).write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}), encoding="utf-8")
+        (run / LOCK_HOLDER).write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}), encoding="utf-8")
     return held
 
 
@@ -98,7 +98,7 @@ def check_lock(run):
 
 def _holder(run):
     try:
-        holder = json.loads((run / HOLDER).read_text(encoding="utf-8"))
+        holder = json.loads((run / LOCK_HOLDER).read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

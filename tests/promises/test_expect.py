@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import nanogpt_accel
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.recipe import load_recipe
+from nanogpt_accel.tracking.expectation import report_expectation
 from nanogpt_accel.tracking.metrics_log import read_metrics
 
 ROOT = Path(nanogpt_accel.__file__).parents[1]

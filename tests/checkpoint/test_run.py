@@ -1,0 +1,183 @@
+"""The Run around the loop: its lock comes before every decision, and it ends in order whatever happens in the loop."""
+
+import itertools
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from launching import write_recipe
+from shared import REPOSITORY
+
+from nanogpt_accel import train as module
+from nanogpt_accel.__main__ import main
+from nanogpt_accel.checkpoint.layout import list_checkpoints
+from nanogpt_accel.checkpoint.run_folder import check_lock
+from nanogpt_accel.recipe import load_recipe
+from nanogpt_accel.tracking.metrics_log import read_metrics
+from nanogpt_accel.train import train
+
+SMALL = {"steps": 8, "save": 4}
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return str(write_recipe(tmp_path, **SMALL))
+
+
+def steps_of(run):
+    return [line["step"] for line in read_metrics(Path(run) / "metrics.jsonl") if "loss" in line]
+
+
+# ---- the lock
+
+
+def test_the_checkpoint_is_chosen_under_the_lock(recipe, monkeypatch):
+    train(recipe, out_dir="run")
+    real, found = module.find_checkpoint, []
+
+    def find_checkpoint(recipe, data, console):
+        found.append(subprocess.run([sys.executable, "-c", PROBE, recipe.out_dir], cwd=REPOSITORY).returncode)
+        return real(recipe, data, console)
+
+    monkeypatch.setattr(module, "find_checkpoint", find_checkpoint)
+    out_dir = str(Path("run").absolute())
+    train(recipe, out_dir=out_dir, init_from="resume", max_iters=10)
+    assert found == [3], "another process could have taken the folder"
+    assert steps_of("run") == list(range(10))
+
+
+PROBE = """
+import sys
+from nanogpt_accel.checkpoint.run_folder import check_lock
+sys.exit(3 if check_lock(sys.argv[1]) else 0)
+"""
+
+
+@pytest.mark.parametrize("resume", ["auto", "no"])
+def test_a_run_that_another_process_wrote_meanwhile_is_kept(recipe, monkeypatch, resume):
+    """Between the checks of the command line and the lock, another process trains in the same folder and ends."""
+    real, calls = module.open_data, itertools.count()
+
+    def open_data(recipe, console):
+        if next(calls) == 0:
+            shutil.copytree("other", "run")
+        return real(recipe, console)
+
+    train(recipe, out_dir="other")
+    monkeypatch.setattr(module, "open_data", open_data)
+    before = Path("other/metrics.jsonl").read_bytes()
+    if resume == "no":
+        with pytest.raises(ValueError, match="already holds a run"):
+            train(recipe, out_dir="run")
+        assert Path("run/metrics.jsonl").read_bytes() == before
+    else:
+        train(recipe, out_dir="run", resume="auto", max_iters=10)
+        assert steps_of("run") == list(range(10))
+        assert Path("run/metrics.jsonl").read_bytes().startswith(before[: before.index(b'"step": 7')])
+    assert [path.name for path in list_checkpoints("run")][:2] == ["checkpoint-000004", "checkpoint-000008"]
+
+
+@pytest.mark.slow
+def test_of_two_resumes_at_once_one_trains(recipe, tmp_path):
+    train(recipe, out_dir="run")
+    command = [sys.executable, "-m", "nanogpt_accel", "train", str(tmp_path / "run"), "max_iters=600"]
+    jobs = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [job.communicate()[1] for job in jobs]
+    assert sorted(job.returncode for job in jobs) == [0, 2], errors
+    assert sum("is training in it" in error for error in errors) == 1
+    assert steps_of("run") == list(range(600))
+
+
+# ---- the end
+
+
+def fail_at(step, error):
+    """A replacement for Accelerator.backward that fails at a micro-step."""
+    backward, calls = Accelerator.backward, itertools.count()
+
+    def failing(self, loss, **options):
+        if next(calls) == step:
+            raise error
+        return backward(self, loss, **options)
+
+    return failing
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), FloatingPointError("nan")])
+def test_an_error_in_the_loop_ends_trackers_and_releases_the_lock(recipe, monkeypatch, error):
+    from accelerate.tracking import TensorBoardTracker
+
+    finished = []
+    monkeypatch.setattr(TensorBoardTracker, "finish", lambda self: finished.append(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "backward", fail_at(4 * 5, error))
+        with pytest.raises(type(error)) as caught:  # which keeps the frames alive, as a notebook does
+            train(recipe, out_dir="run", trackers="tensorboard")
+    assert finished == [1] and check_lock("run") == []
+    assert [path.name for path in list_checkpoints("run")] == ["checkpoint-000004"] and steps_of("run") == [*range(5)]
+    _, history = train("run/run.yaml", init_from="resume")
+    assert [line["step"] for line in history if "loss" in line] == [*range(8)]
+    del caught
+
+
+def test_a_run_that_cannot_start_leaves_nothing(recipe, monkeypatch):
+    monkeypatch.setattr(module, "set_up", lambda *args: (_ for _ in ()).throw(ValueError("no such device")))
+    with pytest.raises(ValueError, match="no such device"):
+        train(recipe, out_dir="runs/new")
+    assert not Path("runs/new").exists()
+
+
+def test_a_stop_after_a_step_that_was_not_logged_saves_no_nan(recipe, monkeypatch):
+    """The step's loss is finite and its gradient is not, so the weights that would be saved are NaN."""
+    calls, asked = itertools.count(), itertools.count()
+    clip = Accelerator.clip_grad_norm_
+
+    def clip_grad_norm_(self, parameters, max_norm):
+        norm = clip(self, parameters, max_norm)
+        return norm * math.nan if next(calls) == 2 else norm
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip_grad_norm_)
+    monkeypatch.setattr(module.Stopper, "all_ranks_agreed", lambda self: next(asked) == 3)
+    with pytest.raises(FloatingPointError, match="gradient norm of step 2 is nan"):
+        train(recipe, out_dir="run", log_interval=100, eval_interval=100)
+    assert list_checkpoints("run") == []
+
+
+def test_eval_only_of_a_resumed_run_ignores_a_stop_that_is_due(recipe, capsys):
+    train(recipe, out_dir="run")
+    before = sorted(path.name for path in Path("run").iterdir())
+    assert main(["train", "run", "eval_only=true", "max_hours=1e-9"]) == 0
+    assert "step 8: " in capsys.readouterr().out
+    assert sorted(path.name for path in Path("run").iterdir()) == before
+
+
+def test_the_error_of_a_run_without_a_checkpoint_is_not_hidden_by_its_push(recipe, monkeypatch, capsys):
+    """No checkpoint could be written, so there is nothing to push either; the disk's error is what the user sees."""
+    pushed = []
+
+    class Pusher:
+        repo, private, branch, pushed = "me/run", False, None, None
+
+        def __init__(self, *args):
+            pass
+
+        def push(self, path, message):
+            pushed.append(path)
+
+        def wait(self):
+            pass
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nanogpt_accel.checkpoint.run.BackgroundPush", Pusher)
+    monkeypatch.setattr("nanogpt_accel.train.create_repository", lambda recipe: "me/run")
+    monkeypatch.setattr("nanogpt_accel.checkpoint.save._write_model", full)
+    with pytest.raises(OSError, match="last checkpoint could not be written.*No space left"):
+        train(load_recipe(recipe, {"out_dir": "run"}))
+    assert pushed == [] and "the Hub has not got it" in capsys.readouterr().out
