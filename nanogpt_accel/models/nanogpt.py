@@ -3,7 +3,7 @@
 import pickle
 import re
 
-from .load import build_model, short_reason
+from .load import build_model, loading_error
 
 
 def read_nanogpt(path, activation="gelu"):
@@ -25,10 +25,10 @@ def read_nanogpt(path, activation="gelu"):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: refused, for more than tensors and plain values is in it ({short_reason(error)})"
+            f"{path}: refused, for more than tensors and plain values is in it ({loading_error(error)})"
         ) from None
     except Exception as error:  # torch raises almost anything for a file that is not what it should be
-        raise ValueError(f"{path}: not a file that torch.save wrote ({short_reason(error)})") from error
+        raise ValueError(f"{path}: not a file that torch.save wrote ({loading_error(error)})") from error
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ValueError(f"{path}: not a checkpoint of nanoGPT's train.py: no `model` and `model_args` in it")
     try:
@@ -43,5 +43,5 @@ def read_nanogpt(path, activation="gelu"):
             weights.pop(name, None)  # the causal mask of older versions; and the head, which is the embedding
         model = build_model(config, weights)
     except Exception as error:  # in such a file anything may stand under these names
-        raise ValueError(f"{path}: its weights do not fit its model_args ({short_reason(error)})") from error
+        raise ValueError(f"{path}: its weights do not fit its model_args ({loading_error(error)})") from error
     return model, {key: content.get(key) for key in ("iter_num", "best_val_loss", "config")}

@@ -1,4 +1,4 @@
-"""Numbers as text for people."""
+"""Format numbers and errors for people."""
 
 
 def counted(number, noun):
@@ -18,3 +18,13 @@ def duration(seconds):
     days, hours = divmod(hours, 24)
     text = f"{hours}:{minutes:02}:{seconds:02}" if hours or days else f"{minutes}:{seconds:02}"
     return f"{days}d {text}" if days else text
+
+
+def first_line(error):
+    """The first line of an error's message, or its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error, limit=200):
+    """The message of an error with its lines joined, at most `limit` characters; its type if it has no message."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -22,7 +22,7 @@ from nanogpt_accel.data.tokenizer import Tokenizer
 from nanogpt_accel.model import GPT, GPTConfig
 from nanogpt_accel.models.export import write_model
 from nanogpt_accel.models.load import fit_to_tokenizer
-from nanogpt_accel.models.stock import stock_form
+from nanogpt_accel.models.stock import nearest_architecture
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,12 @@ def folder(request, tmp_path_factory):
     fit_to_tokenizer(model, tokenizer)
     to = tmp_path_factory.mktemp("exports") / request.param
     write_model(
-        model, to, stock_form(model.config.to_dict())[0], tokenizer=tokenizer, card="", rows=tokenizer.vocab_size
+        model,
+        to,
+        nearest_architecture(model.config.to_dict())[0],
+        tokenizer=tokenizer,
+        card="",
+        rows=tokenizer.vocab_size,
     )
     return str(to)
 

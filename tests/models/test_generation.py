@@ -1,6 +1,7 @@
 """generation.py and `sample`: texts that depend on their seed and their prompt, and on nothing beside them."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -87,6 +88,25 @@ def test_the_models_own_generation_config_does_not_count():
     model.generation_config.update(repetition_penalty=5.0, num_beams=3, eos_token_id=before[0][2], max_length=3)
     assert write(model, PROMPTS, temperature=0) == before
     assert model.generation_config.num_beams == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_models_own_generation_config_is_never_modified(fails):
+    """A background save may read it at any time, so it is checked in every forward pass."""
+    model, unchanged = gpt(), []
+    model.generation_config.update(repetition_penalty=5.0, eos_token_id=3, suppress_tokens=[1, 2])
+    own, values = model.generation_config, model.generation_config.to_dict()
+
+    def check(*args):
+        unchanged.append(model.generation_config is own and own.to_dict() == values)
+        if fails and len(unchanged) == 3:
+            raise KeyboardInterrupt
+
+    model.lm_head.register_forward_hook(check)
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        write(model, PROMPTS[:1], decode=str, on_text=check)
+    check()
+    assert len(unchanged) == (4 if fails else 61) and all(unchanged)
 
 
 # ---- text

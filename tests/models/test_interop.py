@@ -35,7 +35,7 @@ from nanogpt_accel.model import GPT, GPTConfig
 from nanogpt_accel.models.export import export
 from nanogpt_accel.models.load import load_model, read_config
 from nanogpt_accel.models.nanogpt import read_nanogpt
-from nanogpt_accel.models.stock import FORMS, stock_form
+from nanogpt_accel.models.stock import ARCHITECTURES, nearest_architecture
 
 find_tokenizer = import_module("nanogpt_accel.commands.import_nanogpt").find_tokenizer  # its name is a keyword
 
@@ -421,7 +421,7 @@ def test_a_config_of_our_first_version_is_filled():
             "tie_word_embeddings": True,
         }.items()
     )
-    assert stock_form(filled) == ("gpt2", [])
+    assert nearest_architecture(filled) == ("gpt2", [])
     # and what is not said is what GPTConfig takes for granted
     Path("config.json").write_text(
         json.dumps({k: first[k] for k in ("model_type", "n_embd", "n_head", "n_layer", "block_size", "vocab_size")})
@@ -572,14 +572,19 @@ def test_a_tokenizer_with_more_symbols_than_the_model(capsys):
         ({**NANOCHAT, "bias": True}, "nanochat", ["bias=True"]),
     ],
 )
-def test_what_has_no_stock_form(refused, ids, switches, form, obstacles):
+def test_what_has_no_nearest_architecture(refused, ids, switches, form, obstacles):
     """The switches in the way are named, and no others; form=custom takes them all."""
     model = gpt(**switches)
     saved(model, "ours")
-    nearest, found = stock_form(read_config("ours"))
+    nearest, found = nearest_architecture(read_config("ours"))
     assert (nearest, set(found)) == (form, set(obstacles)) if form else len(found) == 1
     with refused(
-        ValueError, "ours: no stock model is the same", FORMS[nearest], *found, "form=custom", "trust_remote_code=True"
+        ValueError,
+        "ours: no stock model is the same",
+        ARCHITECTURES[nearest].model_class,
+        *found,
+        "form=custom",
+        "trust_remote_code=True",
     ):
         export("ours", "theirs", "stock")
     assert not Path("theirs").exists()
@@ -589,11 +594,11 @@ def test_what_has_no_stock_form(refused, ids, switches, form, obstacles):
     assert "trust_remote_code=True" in Path("custom/README.md").read_text()
 
 
-def test_a_default_gpt2_has_a_stock_form():
+def test_a_default_gpt2_has_a_nearest_architecture():
     config = GPTConfig().to_dict()
-    assert stock_form(config) == ("gpt2", [])
+    assert nearest_architecture(config) == ("gpt2", [])
     for key, value in (("bias", True), ("n_inner", 100), ("norm_eps", 1e-6), ("tie_word_embeddings", False)):
-        assert stock_form(config | {key: value}) == ("gpt2", [])
+        assert nearest_architecture(config | {key: value}) == ("gpt2", [])
 
 
 # ---- nanoGPT's checkpoints
