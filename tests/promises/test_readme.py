@@ -246,7 +246,7 @@ def check(workplace, monkeypatch):
         "commands.report.page",
         "commands.doctor.examine",
         "data.dataset.prepare",
-        "models.load.load_model",
+        "commands.sample.load_model",
         "commands.export.export",
         "commands.push.export",
         "commands.push.create",
