@@ -28,8 +28,6 @@ pytestmark = pytest.mark.slow
 
 PROMPT = "the first one, and"
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
 MODERN = {"norm": "rmsnorm", "position": "rotary", "rope_theta": 50_000.0, "activation": "swiglu", "n_kv_head": 2}
 SHAPES = {
     "gpt2": {},  # zero biases in the export, exact GELU, tied head
