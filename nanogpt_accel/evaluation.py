@@ -51,8 +51,8 @@ def mean_loss(model, tokens, batches, to_inputs, accelerator, progress=None):
         progress: called on all ranks with the number of batches completed since the last call.
     """
 
-    def batch_loss(inputs, batch, shape):
-        return model(**pad_inputs(inputs, shape), return_logits=False).loss.float()
+    def batch_loss(inputs, starts, length):
+        return model(**inputs, return_logits=False).loss.float()
 
     losses = _evaluate_batches(model, tokens, batches, to_inputs, accelerator, progress, batch_loss).tolist()
     weights = [len(starts) * length for starts, length in batches]
@@ -72,14 +72,13 @@ def window_losses(model, tokens, windows, to_inputs, accelerator, progress=None)
     import torch
     from torch.nn import functional as F
 
-    def window_sums(inputs, window, shape):
-        starts, length, counted = window
-        targets = inputs.pop("shift_labels")[:, length - counted :]
-        logits = model(**pad_inputs(inputs, shape), use_cache=False).logits
-        logits = logits[: len(starts), length - counted : length].float()
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    def window_sums(inputs, starts, length, counted):
+        targets = inputs.pop("shift_labels")  # (B, T)
+        logits = model(**inputs, use_cache=False).logits  # (B, T, V)
+        part = slice(len(starts)), slice(length - counted, length)
+        losses = F.cross_entropy(logits[part].float().flatten(0, 1), targets[part].flatten(), reduction="none")
         sums = losses.view(len(starts), counted).sum(1)
-        return F.pad(torch.stack([sums, torch.full_like(sums, counted)]), (0, shape[0] - len(starts)))  # (2, B)
+        return F.pad(torch.stack([sums, torch.full_like(sums, counted)]), (0, len(logits) - len(starts)))  # (2, B)
 
     found = _evaluate_batches(model, tokens, windows, to_inputs, accelerator, progress, window_sums)  # (n, 2, B)
     sums, counts = found.transpose(0, 1).flatten(1).cpu().double().numpy()
@@ -87,10 +86,8 @@ def window_losses(model, tokens, windows, to_inputs, accelerator, progress=None)
 
 
 def _evaluate_batches(model, tokens, batches, to_inputs, accelerator, progress, evaluate):
-    """Return evaluate(inputs, batch, shape) of every batch as one tensor, (n_batches, ...), on each rank.
-
-    shape: the largest batch size and length, (B, T).
-    """
+    """Return evaluate(inputs, *batch) of every batch as one tensor, (n_batches, ...), on each rank. inputs: padded to
+    the largest batch, because a compiled model recompiles for each new shape."""
     import torch
 
     was_training = model.training
@@ -102,8 +99,8 @@ def _evaluate_batches(model, tokens, batches, to_inputs, accelerator, progress, 
         # sharded models need the same number of calls on every rank; surplus results are dropped
         for i in range(0, len(batches), world):
             batch = batches[min(i + rank, len(batches) - 1)]
-            starts, length = batch[:2]
-            found.append(evaluate(to_inputs(tokens.rows(starts, length + 1)), batch, shape))
+            starts, length, *_ = batch
+            found.append(evaluate(pad_inputs(to_inputs(tokens.rows(starts, length + 1)), shape), *batch))
             if progress is not None:
                 progress(min(world, len(batches) - i))
     model.train(was_training)
@@ -112,8 +109,7 @@ def _evaluate_batches(model, tokens, batches, to_inputs, accelerator, progress, 
 
 
 def pad_inputs(inputs, shape):
-    """Pad the model's inputs, (b, t) each, to `shape`, (B, T), because a compiled model recompiles for each new shape;
-    the padding does not count."""
+    """Pad the model's inputs, (b, t) each, to `shape`, (B, T); the padding has no effect on the loss."""
     from torch.nn import functional as F
 
     def pad(values, value):

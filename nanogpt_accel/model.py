@@ -366,12 +366,6 @@ class GPT(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value):
         self.transformer.wte = value
 
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, value):
-        self.lm_head = value
-
     @can_return_tuple
     @capture_outputs
     def forward(

@@ -65,24 +65,9 @@ def main(argv):
             "to gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.",
             {"options": SampleOptions},
         )
-    target, options, prompts = parse(argv)
-    folder = find_model(target, warn=Console(stderr=True))
-    tokenizer = Tokenizer.load(folder)
-    if problems := check_prompts(folder, tokenizer, prompts, options):
-        raise ValueError("\n".join(problems))
-    write_texts(folder, tokenizer, prompts, options)
-
-
-def parse(argv):
-    """Return (target, options, prompts) of a command line.
-
-    Raises:
-        ValueError: a line for each mistake.
-    """
     fields = SampleOptions.model_fields
     target, given = cli.parse(argv, {**fields, "start": fields["prompt"], "json": fields["json_output"]})
-    # nanoGPT's options for the model
-    theirs = [given.pop(key) for key in ("out_dir", "init_from") if key in given]
+    theirs = [given.pop(key) for key in ("out_dir", "init_from") if key in given]  # nanoGPT's
     options, problems, _ = validate(SampleOptions, given)
     if "prompts" in given and not {"prompt", "start"}.isdisjoint(given):
         problems.append(f"prompts={options.prompts}: prompt is given too; one of the two")
@@ -97,7 +82,11 @@ def parse(argv):
         problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    return target, options, prompts
+    folder = find_model(target, warn=Console(stderr=True))
+    tokenizer = Tokenizer.load(folder)
+    if problems := check_prompts(folder, tokenizer, prompts, options):
+        raise ValueError("\n".join(problems))
+    write_texts(folder, tokenizer, prompts, options)
 
 
 def read_prompts(options):

@@ -38,7 +38,7 @@ def _require(stored, **values):
 
 
 def _read_keys(keys, stored):
-    """The fields of GPTConfig from config.json. keys: {field: key of config.json}."""
+    """Return the fields of GPTConfig from config.json. keys: {field: key of config.json}."""
     fields = {field: stored[key] for field, key in keys.items()}
     if "activation" in fields:
         if fields["activation"] not in _ACTIVATIONS:
@@ -54,16 +54,11 @@ def _write_keys(keys, config):
 # ---- GPT-2
 
 _GPT2_KEYS = {
-    "vocab_size": "vocab_size",
+    **{key: key for key in ("vocab_size", "n_layer", "n_head", "n_embd", "n_inner", "tie_word_embeddings")},
     "block_size": "n_positions",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-    "n_inner": "n_inner",
     "dropout": "resid_pdrop",
     "norm_eps": "layer_norm_epsilon",
     "activation": "activation_function",
-    "tie_word_embeddings": "tie_word_embeddings",
 }
 _GPT2_MODULES = ["wte", "wpe", "ln_f"] + [
     f"h.{{}}.{name}" for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
@@ -94,10 +89,10 @@ def _convert_gpt2(name, tensor, config):
 
 
 GPT2 = Architecture(
-    "GPT2LMHeadModel",
-    _read_gpt2,
-    _write_gpt2,
-    lambda config: {
+    model_class="GPT2LMHeadModel",
+    read_config=_read_gpt2,
+    write_config=_write_gpt2,
+    supported=lambda config: {
         "embd_norm": [False],
         "logit_softcap": [None],
         "norm": ["layernorm"],
@@ -107,8 +102,8 @@ GPT2 = Architecture(
         "head_dim": [config["n_embd"] / config["n_head"]],
         "activation": _UNGATED,
     },
-    {name: [name] for name in [f"transformer.{name}" for name in _GPT2_MODULES] + ["lm_head"]},
-    _convert_gpt2,
+    weight_names={name: [name] for name in [f"transformer.{name}" for name in _GPT2_MODULES] + ["lm_head"]},
+    convert_weight=_convert_gpt2,
 )
 
 # ---- Llama, and what Qwen3 and nanochat share with it
@@ -177,20 +172,18 @@ def _read_llama(stored):
     return {**_read_llama_keys(stored), "activation": "swiglu", "bias": bias}
 
 
-def _write_llama(config):
-    return _write_llama_keys(config, attention_bias=config["bias"], mlp_bias=config["bias"], hidden_act="silu")
-
-
 LLAMA = Architecture(
-    "LlamaForCausalLM",
-    _read_llama,
-    _write_llama,
-    lambda config: {
+    model_class="LlamaForCausalLM",
+    read_config=_read_llama,
+    write_config=lambda config: _write_llama_keys(
+        config, attention_bias=config["bias"], mlp_bias=config["bias"], hidden_act="silu"
+    ),
+    supported=lambda config: {
         **_LLAMA_SUPPORTED,
         "qk_norm": [False],
         "n_head": [config["n_head"]] if config["n_embd"] % config["n_head"] == 0 else [],  # LlamaConfig requires it
     },
-    _LLAMA_NAMES,
+    weight_names=_LLAMA_NAMES,
 )
 
 # ---- Qwen3
@@ -198,20 +191,18 @@ LLAMA = Architecture(
 
 def _read_qwen3(stored):
     _require(stored, hidden_act="silu", attention_bias=False)
-    layers = stored.get("layer_types") or [
-        "sliding_attention" if stored.get("use_sliding_window") else "full_attention"
-    ]
-    if set(layers) != {"full_attention"}:
+    has_window = stored.get("use_sliding_window")
+    if set(stored.get("layer_types") or ["sliding" if has_window else "full_attention"]) != {"full_attention"}:
         raise ValueError("sliding-window attention is not covered")
     return {**_read_llama_keys(stored, head_dim=128), "activation": "swiglu", "qk_norm": True}
 
 
 QWEN3 = Architecture(
-    "Qwen3ForCausalLM",
-    _read_qwen3,
-    lambda config: _write_llama_keys(config, hidden_act="silu"),
-    lambda config: {**_LLAMA_SUPPORTED, "qk_norm": [True], "bias": [False]},
-    _LLAMA_NAMES,
+    model_class="Qwen3ForCausalLM",
+    read_config=_read_qwen3,
+    write_config=lambda config: _write_llama_keys(config, hidden_act="silu"),
+    supported=lambda config: {**_LLAMA_SUPPORTED, "qk_norm": [True], "bias": [False]},
+    weight_names=_LLAMA_NAMES,
 )
 
 # ---- nanochat
@@ -234,10 +225,10 @@ def _convert_nanochat(name, tensor, config):
 
 
 NANOCHAT = Architecture(
-    "NanoChatForCausalLM",
-    _read_nanochat,
-    lambda config: _write_llama_keys(config, _NANOCHAT_KEYS),
-    lambda config: {
+    model_class="NanoChatForCausalLM",
+    read_config=_read_nanochat,
+    write_config=lambda config: _write_llama_keys(config, _NANOCHAT_KEYS),
+    supported=lambda config: {
         "norm": ["rmsnorm"],
         "position": ["rotary"],
         "qk_norm": [True],
@@ -246,12 +237,12 @@ NANOCHAT = Architecture(
         "norm_weight": [False],
         "embd_norm": [True],
     },
-    {
+    weight_names={
         **_LLAMA_NAMES,
         "transformer.h.{}.mlp.c_fc": ["model.layers.{}.mlp.fc1"],
         "transformer.h.{}.mlp.c_proj": ["model.layers.{}.mlp.fc2"],
     },
-    _convert_nanochat,
+    convert_weight=_convert_nanochat,
 )
 
 # model_type in config.json -> how to convert
@@ -280,14 +271,10 @@ def to_stock_config(model_type, config):
 def nearest_architecture(config):
     """Return (model_type, []) of the stock architecture that computes the same as GPT with this config, or the nearest
     one and the fields that it does not support, as a list of key=value."""
-    obstacles = {
-        model_type: [
-            f"{key}={config[key]}"
-            for key, values in architecture.supported(config).items()
-            if config[key] not in values
-        ]
-        for model_type, architecture in ARCHITECTURES.items()
-    }
+    obstacles = {}
+    for model_type, architecture in ARCHITECTURES.items():
+        supported = architecture.supported(config)
+        obstacles[model_type] = [f"{key}={config[key]}" for key in supported if config[key] not in supported[key]]
     nearest = min(obstacles, key=lambda model_type: len(obstacles[model_type]))
     return nearest, obstacles[nearest]
 
