@@ -92,9 +92,6 @@ def main(argv):
     evaluate(target, recipe, options, recipe.model.block_size if has_block_size else None)
 
 
-# ---- the loss on a split or a text
-
-
 class Text(NamedTuple):
     """What to evaluate on."""
 
@@ -110,14 +107,13 @@ def load_data_recipe(target, path, given):
     named = {key.removeprefix("data.") for key in given} & {"corpus", "data_dir", "tokenizer"}
     if path is None and named & {"corpus", "data_dir"}:
         if not named & {"tokenizer", "data_dir"}:
-            given = {**given, "tokenizer": tokenizer_of(target)}
+            folder = find_model(target, warn=lambda line: None, bars=is_main())
+            is_gpt2 = Tokenizer.load(folder).kind == "gpt2"
+            given = {**given, "tokenizer": "gpt2" if is_gpt2 else str(folder)}
     elif path is None:
         path = run_recipe(target)
-    return load_recipe(
-        path,
-        {"eval_iters": "all", **given},
-        check=lambda recipe: dataset.check(recipe.data, 1) + check_launcher(),
-    )
+    given = {"eval_iters": "all", **given}
+    return load_recipe(path, given, check=lambda recipe: dataset.check(recipe.data, 1) + check_launcher())
 
 
 def run_recipe(target):
@@ -130,12 +126,6 @@ def run_recipe(target):
         f"{target}: there is no run.yaml beside it to say which data to use; add --recipe RECIPE.yaml, or "
         f"corpus=... or data_dir=...{hint}"
     )
-
-
-def tokenizer_of(target):
-    """Return the `tokenizer` key for a model's own tokens: gpt2, or the folder that contains its tokenizer.json."""
-    folder = find_model(target, warn=lambda line: None, bars=is_main())
-    return "gpt2" if Tokenizer.load(folder).kind == "gpt2" else str(folder)
 
 
 def evaluate(target, recipe, options, block_size=None):
@@ -241,9 +231,6 @@ def compute_losses(folder, text, block_size, stride, recipe, accelerator, consol
         console.say("compiling: the first batch takes a while")
     with Progress("evaluating", len(windows), console, "batches") as progress:
         return window_losses(model, text.tokens, windows, to_inputs, accelerator, progress)
-
-
-# ---- lm-eval's tasks
 
 
 def run_tasks(target, recipe, options):

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
@@ -67,14 +68,6 @@ class _Sampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, ids, 0.0)  # (B, V)
 
 
-def _pad_left(sequences, device):
-    """Return (ids, attention_mask), (B, T) each."""
-    T = max(map(len, sequences))
-    ids = [[0] * (T - len(sequence)) + sequence for sequence in sequences]
-    mask = [[0] * (T - len(sequence)) + [1] * len(sequence) for sequence in sequences]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
 def generate(
     model,
     prompts,
@@ -126,14 +119,16 @@ def generate(
         ]
         if not active:
             break
-        ids, attention_mask = _pad_left([contexts[i] for i in active], model.device)
+        rows = [torch.tensor(contexts[i]) for i in active]
+        ids = pad_sequence(rows, batch_first=True, padding_side="left").to(model.device)  # (B, T)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         # until the first text is complete or its window is full
         settings.max_new_tokens = min(max_new_tokens - len(new_ids[i]) for i in active)
         if overflow != "extend":
             settings.max_new_tokens = min(settings.max_new_tokens, block_size - ids.shape[1])
         output = model.generate(
             ids,
-            attention_mask=attention_mask,
+            attention_mask=mask.to(model.device),
             generation_config=settings,
             logits_processor=[_Sampler([generators[i] for i in active], vocab_size, temperature, top_k, top_p)],
             streamer=streamer,
