@@ -1,4 +1,4 @@
-"""The GPT, whole in this file. It travels with every checkpoint, so it imports torch and transformers only.
+"""The whole GPT in one file. It is saved with every checkpoint, so it imports torch and transformers only.
 
 Names follow nanoGPT's model.py, the interface follows transformers: GPT is a PreTrainedModel with a KV cache,
 `generate`, and interchangeable attention back ends. The defaults are GPT-2 as nanoGPT trains it; the switches of
@@ -33,8 +33,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 @strict
 class GPTConfig(PreTrainedConfig):
-    """Shape of a GPT, under nanoGPT's names. The defaults are nanoGPT's GPT-2; the switches below `bias` lead away
-    from it one by one.
+    """Shape of a GPT, with nanoGPT's names. The defaults are nanoGPT's GPT-2; each switch below `bias` changes one
+    thing.
 
     References: RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), QK-norm (Henry et al. 2020,
     Dehghani et al. 2023), grouped KV heads (Ainslie et al. 2023), SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021),
@@ -58,8 +58,8 @@ class GPTConfig(PreTrainedConfig):
     n_head: int = 12
     n_embd: int = 768
     dropout: float | int = 0.0
-    bias: bool = False  # in the linear layers, and in the norms where these are LayerNorm
-    n_kv_head: int | None = None  # heads of keys and values, each shared by n_head / n_kv_head queries; None: n_head
+    bias: bool = False  # in the linear layers and in LayerNorm
+    n_kv_head: int | None = None  # key and value heads, each shared by n_head / n_kv_head query heads; None: n_head
     head_dim: int | None = None  # None: n_embd / n_head
     n_inner: int | None = None  # width inside the MLP; None: 4 * n_embd
     norm: str = "layernorm"  # or "rmsnorm"
@@ -70,10 +70,10 @@ class GPTConfig(PreTrainedConfig):
     position: str = "learned"  # or "rotary"
     rope_theta: float | int = 10000.0  # base of the rotary wavelengths
     activation: str = "gelu"  # exact, nanoGPT's; "gelu_new" (tanh form, OpenAI's weights), "relu2", "swiglu"
-    logit_softcap: float | int | None = None  # keep logits within +-this by tanh; None: leave them
+    logit_softcap: float | int | None = None  # limit logits to +-this with tanh; None: no limit
     tie_word_embeddings: bool = True  # the head is the embedding's matrix
     initializer_range: float = 0.02
-    zero_init: bool = False  # what adds to the residual stream begins as zeros, so each block as nothing
+    zero_init: bool = False  # start with zeros in the projections that add to the residual stream
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -87,10 +87,10 @@ class GPTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Called by transformers when the config is made.
+        """Check the shape; transformers calls this when it creates a config.
 
         Raises:
-            ValueError: a shape that no GPT can have.
+            ValueError: the shape is not valid.
         """
         if self.head_dim is None:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
@@ -118,7 +118,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         if self.weight is None:
             return super().forward(x)
-        # autocast leaves the weight in float32 beside queries in bfloat16; the kernel wants one type
+        # under autocast the weight is float32 and queries are bfloat16; the kernel needs one dtype
         return super().forward(x.to(self.weight.dtype))
 
 
@@ -135,24 +135,24 @@ def make_norm(config):
 
 
 def rotary_tables(config, position_ids):
-    """Cosines and sines of the angles by which positions turn queries and keys, (B, 1, T, hs / 2) each, in float32.
+    """Return cosines and sines of the rotary angles, (B, 1, T, hs / 2) each, in float32.
 
-    They are computed for every batch: cheap beside the rest, and there is no table that could be stale or too short.
+    They are computed for every batch, which is cheap; a stored table could be stale or too short.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim  # (hs / 2,)
-    # (a product of elements and not a matmul, which autocast would do in bfloat16)
+    # (an elementwise product, because autocast would compute a matmul in bfloat16)
     angles = position_ids[:, None, :, None].float() * (1.0 / config.rope_theta**pairs)  # (B, 1, T, hs / 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i + hs/2}) of a head by its angle, in float32. x: (B, heads, T, hs)."""
+    """Rotate each pair (x_i, x_{i + hs/2}) of a head by its angle, in float32. x: (B, heads, T, hs)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Attention written out: softmax(q k^T / sqrt(hs) + mask) v. SDPA computes the same without storing (T, T)."""
+    """Compute softmax(q k^T / sqrt(hs) + mask) v. SDPA computes the same without storing (T, T)."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, nh, T, hs)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     att = query @ key.transpose(-2, -1) * scaling  # (B, nh, T, T)
@@ -177,7 +177,7 @@ class CausalSelfAttention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps, elementwise_affine=config.norm_weight)
         self.config = config
         self.layer_idx = layer_idx
-        # these three are asked for by transformers' attention functions
+        # transformers' attention functions read these three
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
         self.num_key_value_groups = config.n_head // config.n_kv_head
@@ -192,7 +192,7 @@ class CausalSelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # norms and rotations are more exact than what half precision makes of them
+        q, k = q.to(v.dtype), k.to(v.dtype)  # norms and rotations compute in float32
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (B, nkv, T_past + T, hs)
 
@@ -200,14 +200,14 @@ class CausalSelfAttention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         y, weights = attention(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
-        y = y.reshape(B, T, -1)  # (B, T, nh * hs), all heads side by side
+        y = y.reshape(B, T, -1)  # (B, T, nh * hs), all heads concatenated
         return self.resid_dropout(self.c_proj(y)), weights
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        # SwiGLU has a gate beside what it gates, in a batch: rows 0 to n_inner - 1 are the gate's
+        # SwiGLU computes the gate and the gated values in one matrix: rows 0 to n_inner - 1 are the gate's
         self.is_gated = config.activation == "swiglu"
         self.c_fc = nn.Linear(config.n_embd, (2 if self.is_gated else 1) * config.n_inner, bias=config.bias)
         self.act = F.silu if self.is_gated else ACTIVATIONS[config.activation]
@@ -239,58 +239,58 @@ class Block(GradientCheckpointingLayer):
         return x  # (B, T, C)
 
 
-def chunk_loss(rows, weight, targets, softcap, needs_grad):
-    """Cross-entropy summed over some rows of x @ weight.T, and its gradient for these logits, (n, V), in the rows'
-    type. See SummedLoss."""
-    counts, targets = targets != -100, targets.clamp(min=0).unsqueeze(1)  # (n,), (n, 1)
-    logits = F.linear(rows, weight).float()  # (n, V)
+def chunk_cross_entropy(x, weight, targets, softcap, needs_grad):
+    """Return the summed cross-entropy of a chunk of rows, x: (n, C), and its gradient with respect to the logits,
+    (n, V), in the dtype of x. See FusedLinearCrossEntropy."""
+    is_counted, targets = targets != -100, targets.clamp(min=0).unsqueeze(1)  # (n,), (n, 1)
+    logits = F.linear(x, weight).float()  # (n, V)
     if softcap is not None:
         bounded = torch.tanh(logits / softcap)
         logits = softcap * bounded
     total = logits.logsumexp(1)  # (n,)
-    loss = ((total - logits.gather(1, targets).squeeze(1)) * counts).sum()
+    loss = ((total - logits.gather(1, targets).squeeze(1)) * is_counted).sum()
     if not needs_grad:
         return loss, None
-    # softmax less one at the target, and zeros where it is ignored
-    total = total.masked_fill(~counts, math.inf).unsqueeze(1)  # (n, 1)
-    if torch.compiler.is_compiling():  # one kernel, where scatter_add_ makes three
+    # softmax minus one at the target; zeros for ignored targets
+    total = total.masked_fill(~is_counted, math.inf).unsqueeze(1)  # (n, 1)
+    if torch.compiler.is_compiling():  # compiles to one kernel, scatter_add_ to three
         is_target = torch.arange(logits.shape[1], device=logits.device) == targets  # (n, V)
-        grad = (logits - total).exp() - (is_target & counts.unsqueeze(1)).float()
-    else:  # in the logits' own memory
+        grad = (logits - total).exp() - (is_target & is_counted.unsqueeze(1)).float()
+    else:  # reuses the memory of the logits
         grad = logits.sub_(total).exp_()
-        grad.scatter_add_(1, targets, -counts.float().unsqueeze(1))
+        grad.scatter_add_(1, targets, -is_counted.float().unsqueeze(1))
     if softcap is not None:
         grad *= bounded.square_().neg_().add_(1)  # the derivative of tanh
-    return loss, grad.to(rows.dtype)
+    return loss, grad.to(x.dtype)
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy summed over the rows of x @ weight.T, some rows at a time, so that the logits never stand in memory
-    as a whole; with the gradients of each piece while its logits are there, so that nothing is computed twice.
+    """Cross-entropy summed over the rows of x @ weight.T, computed in chunks of rows, so that the full logits are never
+    in memory. The forward pass also computes the gradients of each chunk, so that no logits are computed twice.
 
-    After Liger Kernel's fused linear cross-entropy (Hsu et al. 2024). torch's own F.linear_cross_entropy does the same,
-    but knows neither autocast nor a soft-cap, and breaks the graph of torch.compile.
+    After Liger Kernel's fused linear cross-entropy (Hsu et al. 2024). torch's F.linear_cross_entropy does the same,
+    but supports neither autocast nor a soft-cap, and breaks the graph of torch.compile.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap, n_rows, needs_grad):
-        """x: (N, C) and weight: (V, C) of one type. targets: (N,), -100 is ignored. Returns a float32 scalar."""
+    def forward(ctx, x, weight, targets, softcap, chunk_size, needs_grad):
+        """x: (N, C) and weight: (V, C) of one dtype. targets: (N,), -100 is ignored. Returns a float32 scalar."""
         loss = torch.zeros((), device=x.device)
         if needs_grad:
             grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, len(x), n_rows):
-            stop = start + n_rows
-            rows = x[start:stop]
-            loss_here, grad = chunk_loss(rows, weight, targets[start:stop], softcap, needs_grad)
-            loss += loss_here
+        for start in range(0, len(x), chunk_size):
+            stop = start + chunk_size
+            chunk = x[start:stop]
+            chunk_loss, grad = chunk_cross_entropy(chunk, weight, targets[start:stop], softcap, needs_grad)
+            loss += chunk_loss
             if not needs_grad:
                 continue
             grad_x[start:stop] = grad @ weight
             if grad.dtype == torch.float32:
-                grad_weight.addmm_(grad.t(), rows)
+                grad_weight.addmm_(grad.t(), chunk)
             else:
-                grad_weight += grad.t() @ rows  # (no kernel adds products of half precision to float32)
-            del grad  # before the next one is made
+                grad_weight += grad.t() @ chunk  # (no kernel accumulates half-precision products in float32)
+            del grad  # free its memory before the next chunk
         if needs_grad:
             ctx.save_for_backward(grad_x, grad_weight)
             ctx.dtype = weight.dtype
@@ -299,7 +299,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors
-        # in place, for they are large; a second backward pass is thereby an error
+        # in place because they are large, so a second backward pass is an error
         return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss).to(ctx.dtype), None, None, None, None
 
 
@@ -314,8 +314,8 @@ class GPT(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # how many logits may be in memory at once where the loss alone is wanted; of more, it is computed in pieces. None:
-    # 2**24 on a CPU, which are 64 MB in float32, and 2**27 elsewhere, for GPUs are at their best with a thousand rows
+    # largest number of logits in memory at once with return_logits=False; the loss of more is computed in chunks. None:
+    # 2**24 on a CPU, which is 64 MB in float32, and 2**27 elsewhere, because GPUs are fastest with a thousand rows
     largest_logits = None
     _can_record_outputs = {"attentions": CausalSelfAttention}
 
@@ -332,12 +332,12 @@ class GPT(PreTrainedModel, GenerationMixin):
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.post_init()  # draws the weights with _init_weights and ties lm_head to wte
+        self.post_init()  # initializes the weights with _init_weights and ties lm_head to wte
 
     def _init_weights(self, module):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            # what adds to the residual stream is scaled down, for it is added 2 * n_layer times (GPT-2 paper)
+            # scale down the projections that add to the residual stream, which are 2 * n_layer (GPT-2 paper)
             if hasattr(module, "adds_to_residual"):
                 std = 0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
@@ -351,8 +351,8 @@ class GPT(PreTrainedModel, GenerationMixin):
                 init.zeros_(module.bias)
 
     def set_block_size(self, block_size):
-        """Change the context length. Learned positions from block_size on are dropped, as nanoGPT does, and none can
-        be added; rotary ones have no end, so there it only says what the model is to be used for."""
+        """Change the context length. Learned positions can only be cropped, as in nanoGPT; with rotary positions only
+        the config changes."""
         self.config.block_size = block_size
         if self.config.position == "learned":
             wpe = self.transformer.wpe
@@ -365,12 +365,6 @@ class GPT(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value):
         self.transformer.wte = value
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, value):
-        self.lm_head = value
 
     @can_return_tuple
     @capture_outputs
@@ -391,34 +385,34 @@ class GPT(PreTrainedModel, GenerationMixin):
         past_key_values=None,
         **kwargs,
     ):
-        """Next-token logits, and the loss where targets are given.
+        """Return next-token logits, and the loss if targets are given.
 
         Args:
             input_ids: (B, T) int64; or inputs_embeds: (B, T, C).
             attention_mask: (B, T_past + T), 1 where a token may be attended to; None for all.
             position_ids: (B, T) or (1, T); None continues from the cache.
-            cache: a transformers Cache; past_key_values is its name before transformers 5.24.
-            labels: (B, T), as everywhere in transformers: the model shifts them; -100 is ignored.
+            cache: a transformers Cache; before transformers 5.24 the argument was past_key_values.
+            labels: (B, T), as in all of transformers: the model shifts them; -100 is ignored.
             shift_labels: (B, T), already shifted: shift_labels[:, t] is the token after input_ids[:, t].
-            use_cache: return a KV cache; None: as the config says, but never in training or beside a loss.
+            use_cache: return a KV cache; None: as in the config, but never in training or with targets.
             logits_to_keep: compute logits for this many last positions only, 0 for all; or a tensor of positions.
-            num_items_in_batch: divide the summed loss by this instead of the number of targets (Trainer's
-                way of accumulating).
-            output_hidden_states: also return what goes into each block, and what comes out of the last norm.
-            return_logits: False where the loss alone is wanted: then no more than largest_logits of them are in
-                memory at once, which changes the last bits of sums where there are more.
+            num_items_in_batch: divide the summed loss by this instead of the number of targets, as Trainer does for
+                gradient accumulation.
+            output_hidden_states: also return the input of each block, and the output of the last norm.
+            return_logits: False if only the loss is needed: then at most largest_logits of them are in memory at once.
+                The loss is the same up to rounding.
 
         Returns:
             CausalLMOutputWithPast: loss (nats a token, float32 scalar), logits (B, T, V), the cache, hidden_states
             (n_layer + 1 of (B, T, C)). logits are None with return_logits=False and targets.
 
         Raises:
-            ValueError: a sequence that is longer than block_size, where positions are learned.
+            ValueError: the sequence is longer than block_size and positions are learned.
         """
         has_targets = labels is not None or shift_labels is not None
         if use_cache is None:
             use_cache = self.config.use_cache and not (self.training or has_targets)
-        cache = past_key_values if cache is None else cache  # (outputs take it by position: there too its name changed)
+        cache = past_key_values if cache is None else cache  # (its name in the output changed too)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if output_hidden_states is None:
@@ -429,7 +423,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         T_past = cache.get_seq_length() if cache is not None else 0
         if self.config.position == "learned" and T_past + T > self.config.block_size:
             raise ValueError(f"a sequence of {T_past + T} tokens is longer than block_size={self.config.block_size}")
-        # a plain training batch needs no mask under SDPA, which is causal by itself
+        # a plain training batch needs no mask with SDPA, which is causal by default
         is_plain = attention_mask is None and position_ids is None and cache is None
         if not (is_plain and self.config._attn_implementation == "sdpa"):
             attention_mask = create_causal_mask(self.config, tok_emb, attention_mask, cache, position_ids)
@@ -454,15 +448,15 @@ class GPT(PreTrainedModel, GenerationMixin):
 
         if has_targets and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T), nothing follows the last one
-        most = self.largest_logits or (2**24 if x.device.type == "cpu" else 2**27)
-        n_pieces = math.ceil(x.shape[0] * x.shape[1] * self.config.vocab_size / most)
-        if has_targets and not return_logits and n_pieces > 1:
-            loss = self.loss_in_pieces(x, shift_labels, n_pieces, num_items_in_batch)
+        largest_logits = self.largest_logits or (2**24 if x.device.type == "cpu" else 2**27)
+        n_chunks = math.ceil(x.shape[0] * x.shape[1] * self.config.vocab_size / largest_logits)
+        if has_targets and not return_logits and n_chunks > 1:
+            loss = self.chunked_loss(x, shift_labels, n_chunks, num_items_in_batch)
             return CausalLMOutputWithPast(loss, None, cache, hidden_states)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])  # (B, T, V)
         if self.config.logit_softcap is not None:
-            logits = logits.float() if has_targets else logits  # as loss_in_pieces has them
+            logits = logits.float() if has_targets else logits  # as in chunked_loss
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         loss = None
         if has_targets:
@@ -478,21 +472,22 @@ class GPT(PreTrainedModel, GenerationMixin):
                 logits = None
         return CausalLMOutputWithPast(loss, logits, cache, hidden_states)
 
-    def loss_in_pieces(self, x, shift_labels, n_pieces, num_items_in_batch=None):
-        """The loss of forward without ever all logits in memory. x: (B, T, C); shift_labels: (B, T)."""
+    def chunked_loss(self, x, shift_labels, n_chunks, num_items_in_batch=None):
+        """Return the loss of forward without the full logits in memory. x: (B, T, C); shift_labels: (B, T)."""
         device, weight = x.device.type, self.lm_head.weight
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x, targets = x.flatten(0, 1), shift_labels.flatten()  # (B * T, C), (B * T,)
-        n_rows = math.ceil(len(x) / n_pieces)
-        n_rows = math.ceil(n_rows / 128) * 128 if n_rows > 128 else n_rows  # whole tiles for the matrix products
+        chunk_size = math.ceil(len(x) / n_chunks)
+        if chunk_size > 128:
+            chunk_size = math.ceil(chunk_size / 128) * 128  # full tiles for the matrix products
         loss = FusedLinearCrossEntropy.apply(
-            x.to(dtype), weight.to(dtype), targets, self.config.logit_softcap, n_rows, torch.is_grad_enabled()
+            x.to(dtype), weight.to(dtype), targets, self.config.logit_softcap, chunk_size, torch.is_grad_enabled()
         )
         return loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-# `AutoModelForCausalLM.from_pretrained` knows the class where this file is imported, and finds the copy of this
-# file that save_pretrained puts beside the weights where it is not (trust_remote_code=True)
+# AutoModelForCausalLM.from_pretrained knows the class if this file is imported; otherwise it uses the copy of the file
+# that save_pretrained writes next to the weights (trust_remote_code=True)
 AutoConfig.register(GPTConfig.model_type, GPTConfig, exist_ok=True)
 AutoModelForCausalLM.register(GPTConfig, GPT, exist_ok=True)
 GPTConfig.register_for_auto_class()

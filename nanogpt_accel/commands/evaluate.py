@@ -12,6 +12,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,7 +29,7 @@ from ..tracking.console import Console, Progress
 from ..utils import cli
 from ..utils.fields import Int
 
-# what counts of a recipe's train section, for the help page
+# the keys of a recipe's train section that have an effect, for the help page
 TRAIN = SimpleNamespace(
     model_fields={
         key: SECTIONS["train"].model_fields[key]
@@ -80,28 +81,43 @@ def main(argv):
         problems.append("which model? nanogpt-accel evaluate runs/NAME")
     if problems:
         raise ValueError("\n".join(problems))
-    device = {key: value for key, value in given.items() if key.rpartition(".")[2] in TRAIN.model_fields}
+    train_keys = {key: value for key, value in given.items() if key.rpartition(".")[2] in TRAIN.model_fields}
     if options.tasks:
-        return run_tasks(target, load_recipe(None, device), options)
+        return run_tasks(target, load_recipe(None, train_keys), options)
+    if options.text:
+        recipe = load_recipe(None, {"eval_iters": "all", **train_keys}, check=lambda recipe: check_launcher())
+    else:
+        recipe = load_data_recipe(target, options.recipe, given)
+    has_block_size = not {"block_size", "model.block_size"}.isdisjoint(given)
+    evaluate(target, recipe, options, recipe.model.block_size if has_block_size else None)
+
+
+class Text(NamedTuple):
+    """What to evaluate on."""
+
+    name: str
+    tokens: object  # with len() and rows(starts, length); None if the split does not exist
+    n_bytes: int | None  # None: unknown
+    eot_id: int | None
+
+
+def load_data_recipe(target, path, given):
+    """Load the recipe with the data to evaluate on: the recipe at `path`, else the data that the options name, in the
+    model's own tokens, else the recipe of the model's run. given: options as typed."""
     named = {key.removeprefix("data.") for key in given} & {"corpus", "data_dir", "tokenizer"}
-    is_named = not named.isdisjoint({"corpus", "data_dir"}) and options.recipe is None
-    # 1) the recipe that is given; 2) the data that the options name, in the tokens of the model; 3) the run's own data
-    path = None if options.text or is_named else recipe_path(target, options.recipe)
-    if is_named and named.isdisjoint({"tokenizer", "data_dir"}):
-        given["tokenizer"] = tokenizer_of(target)
-    recipe = load_recipe(
-        path,
-        {"eval_iters": "all", **(device if options.text else given)},
-        check=lambda r: ([] if options.text else dataset.check(r.data, 1)) + check_launcher(),
-    )
-    is_given = not {"block_size", "model.block_size"}.isdisjoint(given)
-    evaluate(target, recipe, options, recipe.model.block_size if is_given else None)
+    if path is None and named & {"corpus", "data_dir"}:
+        if not named & {"tokenizer", "data_dir"}:
+            folder = find_model(target, warn=lambda line: None, bars=is_main())
+            is_gpt2 = Tokenizer.load(folder).kind == "gpt2"
+            given = {**given, "tokenizer": "gpt2" if is_gpt2 else str(folder)}
+    elif path is None:
+        path = run_recipe(target)
+    given = {"eval_iters": "all", **given}
+    return load_recipe(path, given, check=lambda recipe: dataset.check(recipe.data, 1) + check_launcher())
 
 
-def recipe_path(target, recipe):
-    """The recipe to take the data from: the one that is given, or the run.yaml of the model's run."""
-    if recipe is not None:
-        return recipe
+def run_recipe(target):
+    """Return the run.yaml of a model's run."""
     for folder in (Path(target), Path(target).parent):
         if (folder / "run.yaml").is_file():
             return folder / "run.yaml"
@@ -112,28 +128,72 @@ def recipe_path(target, recipe):
     )
 
 
-def tokenizer_of(target):
-    """The `tokenizer` key that gives a model's own tokens: gpt2, or the folder that holds its tokenizer.json."""
-    folder = find_model(target, warn=lambda line: None, bars=is_main())
-    return "gpt2" if Tokenizer.load(folder).kind == "gpt2" else str(folder)
-
-
 def evaluate(target, recipe, options, block_size=None):
-    """Print the scores of the model `target` on a split of a recipe's data, or on options.text, and return them.
+    """Print the scores of a model on a split of a recipe's data or on options.text, and return them.
 
-    block_size: length of the samples in tokens; None: the longest that the model reads.
+    block_size: length of the samples in tokens; None: the model's context length.
     """
     console = Console(is_main(), stderr=True)
     folder = find_model(target, console, bars=console.is_heard)
     config = read_config(folder)
     block_size = block_size or config["block_size"]
-    name, tokens, text_bytes, eot_id, problems = (
-        open_text(options, folder) if options.text else open_split(recipe, options, folder, config, target, console)
-    )
-    if tokens is not None and len(tokens) <= block_size and not (options.text and options.stride):
+    if options.text:
+        text, problems = open_text(options, folder)
+    else:
+        text, problems = open_split(recipe, options, folder, config, target, console)
+    problems += check_windows(text, block_size, recipe, options, config, folder)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+    from ..evaluation import describe, mean_and_error, scores
+
+    accelerator = make_accelerator(recipe.train.device, recipe.train.mixed_precision, recipe.train.compile)
+    sums, counts = compute_losses(folder, text, block_size, options.stride, recipe, accelerator, console)
+    loss, error = mean_and_error(sums, counts)
+    split = "text" if options.text and Path(options.text).is_file() else options.split
+    found = scores(loss, len(text.tokens), text.n_bytes, split=split, error=error)
+    found["tokens"] = int(counts.sum())
+    if accelerator.is_main_process:
+        if options.json_output:
+            print(json.dumps({"model": str(folder), "data": text.name, "split": split, **found}))
+        else:
+            print(f"{folder} on {text.name}, {found.pop('tokens'):,} tokens: {describe(found)}")
+    accelerator.end_training()
+    return found
+
+
+def open_split(recipe, options, folder, config, target, console):
+    """Return (Text, problems) for a split of the recipe's data."""
+    data = dataset.ready(recipe.data, is_main(), report=console)
+    problems = dataset.require_tokenizer(data, folder, key=target) or check_tokenizer(data.tokenizer, config, folder)
+    name, split = str(data.folder), options.split
+    if split not in data.splits:
+        problems.append(f"split={split}: {data.folder} has {', '.join(data.splits)}")
+        return Text(name, None, None, None), problems
+    return Text(name, data.splits[split], data.text_bytes(split), data.tokenizer.eot_id), problems
+
+
+def open_text(options, folder):
+    """Return (Text, problems) for options.text, in the tokens of the model's own tokenizer."""
+    path = Path(options.text)
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else joined_text(options.text, options.split)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text={path}: not UTF-8 text at byte {error.start}: convert it (iconv -t utf-8)") from None
+    tokenizer = Tokenizer.load(folder)
+    tokens = TokenArray(tokenizer.encode(text))
+    problems = [] if len(tokens) > 1 else [f"text={path}: has {len(tokens)} tokens, and there is nothing to predict"]
+    return Text(options.text, tokens, len(text.encode()), tokenizer.eot_id), problems
+
+
+def check_windows(text, block_size, recipe, options, config, folder):
+    """Check block_size and stride against the model and the text. Return a list of problems."""
+    problems = []
+    has_windows = options.text and options.stride  # which may be shorter than block_size
+    if text.tokens is not None and len(text.tokens) <= block_size and not has_windows:
         problems.append(
-            f"block_size={block_size}: a sample takes {block_size + 1:,} tokens, but {name} has "
-            f"{len(tokens):,}: take a smaller block_size"
+            f"block_size={block_size}: a sample takes {block_size + 1:,} tokens, but {text.name} has "
+            f"{len(text.tokens):,}: take a smaller block_size"
         )
     if config["position"] == "learned" and block_size > config["block_size"]:
         problems.append(f"block_size={block_size}: {folder} reads at most {config['block_size']} tokens")
@@ -147,78 +207,34 @@ def evaluate(target, recipe, options, block_size=None):
             f"eval_iters={recipe.train.eval_iters}: windows with a stride cover the whole text; leave out "
             "one of the two"
         )
-    if problems:
-        raise ValueError("\n".join(problems))
+    return problems
 
-    from transformers.utils import logging as transformers_logging
 
+def compute_losses(folder, text, block_size, stride, recipe, accelerator, console):
+    """Load the model and return its (sums, counts) of evaluation.window_losses on the text."""
     from ..batches import evaluation_batches, model_inputs, sliding_windows
     from ..distributed import cpu
-    from ..evaluation import describe, mean_and_error, scores, window_losses
+    from ..evaluation import window_losses
 
-    transformers_logging.disable_progress_bar()
-    accelerator = make_accelerator(recipe.train.device, recipe.train.mixed_precision, recipe.train.compile)
+    train = recipe.train
     model = load_model(folder).to(accelerator.device)
     cpu.tune(model, accelerator)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    if options.stride:
-        windows = sliding_windows(len(tokens), block_size, options.stride, recipe.train.batch_size)
+    if stride:
+        windows = sliding_windows(len(text.tokens), block_size, stride, train.batch_size)
     else:
-        windows = [
-            (starts, length, length)
-            for starts, length in evaluation_batches(
-                len(tokens), block_size, recipe.train.batch_size, recipe.train.eval_iters
-            )
-        ]
-    to_inputs = partial(model_inputs, device=accelerator.device, eot_id=eot_id if recipe.data.document_mask else None)
+        batches = evaluation_batches(len(text.tokens), block_size, train.batch_size, train.eval_iters)
+        windows = [(starts, length, length) for starts, length in batches]
+    eot_id = text.eot_id if recipe.data.document_mask else None
+    to_inputs = partial(model_inputs, device=accelerator.device, eot_id=eot_id)
     if accelerator.state.dynamo_plugin.backend != "NO":
         console.say("compiling: the first batch takes a while")
     with Progress("evaluating", len(windows), console, "batches") as progress:
-        sums, counts = window_losses(model, tokens, windows, to_inputs, accelerator, progress)
-    loss, error = mean_and_error(sums, counts)
-    split = "text" if options.text and Path(options.text).is_file() else options.split
-    found = scores(loss, len(tokens), text_bytes, split=split, error=error)
-    found["tokens"] = int(counts.sum())
-    if accelerator.is_main_process:
-        if options.json_output:
-            print(json.dumps({"model": str(folder), "data": name, "split": split, **found}))
-        else:
-            print(f"{folder} on {name}, {found.pop('tokens'):,} tokens: {describe(found)}")
-    accelerator.end_training()
-    return found
-
-
-def open_split(recipe, options, folder, config, target, console):
-    """(name, tokens, bytes of its text, end-of-text id, problems) of a split of the recipe's data."""
-    data = dataset.ready(recipe.data, is_main(), report=console)
-    problems = dataset.require_tokenizer(data, folder, key=target) or check_tokenizer(data.tokenizer, config, folder)
-    if options.split not in data.splits:
-        problems.append(f"split={options.split}: {data.folder} has {', '.join(data.splits)}")
-        return str(data.folder), None, None, None, problems
-    return (
-        str(data.folder),
-        data.splits[options.split],
-        data.text_bytes(options.split),
-        data.tokenizer.eot_id,
-        problems,
-    )
-
-
-def open_text(options, folder):
-    """The same of a text, in the tokens of the model's own tokenizer."""
-    path = Path(options.text)
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else joined_text(options.text, options.split)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text={path}: not UTF-8 text at byte {error.start}: convert it (iconv -t utf-8)") from None
-    tokenizer = Tokenizer.load(folder)
-    tokens = TokenArray(tokenizer.encode(text))
-    problems = [] if len(tokens) > 1 else [f"text={path}: has {len(tokens)} tokens, and there is nothing to predict"]
-    return options.text, tokens, len(text.encode()), tokenizer.eot_id, problems
+        return window_losses(model, text.tokens, windows, to_inputs, accelerator, progress)
 
 
 def run_tasks(target, recipe, options):
-    """Print the scores of a model in tasks of lm-eval (EleutherAI's evaluation harness), and return them."""
+    """Print the scores of a model on tasks of lm-eval (EleutherAI's evaluation harness), and return them."""
     if find_spec("lm_eval") is None:
         raise ValueError(f"tasks={options.tasks}: lm-eval is not installed here: pip install 'nanogpt_accel[eval]'")
     console = Console(is_main(), stderr=True)
@@ -226,7 +242,7 @@ def run_tasks(target, recipe, options):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from .. import model  # noqa: F401 (lets AutoModelForCausalLM know the class)
+    from .. import model  # noqa: F401 (registers GPT with AutoModelForCausalLM)
 
     tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
     manager = TaskManager(include_path=options.tasks_dir)
@@ -247,7 +263,7 @@ def run_tasks(target, recipe, options):
         device=str(device),
         task_manager=manager,
     )
-    if found is None:  # on all processes but the first
+    if found is None:  # on all ranks but the first
         return None
     scores = {
         task: {key: value for key, value in values.items() if isinstance(value, (int, float))}
@@ -257,15 +273,18 @@ def run_tasks(target, recipe, options):
         print(json.dumps({"model": str(folder), "tasks": scores}))
     else:
         for task, values in scores.items():
-            # lm-eval's names are metric,filter; the error of a metric is metric_stderr,filter
-            shown = [
-                f"{key.split(',')[0]} {value:.4f}" + (f" +- {error:.4f}" if error is not None else "")
-                for key, value in values.items()
-                if "_stderr" not in key and "," in key
-                for error in [values.get(key.replace(",", "_stderr,"))]
-            ]
-            print(f"{folder} in {task}: {', '.join(shown)}")
+            print(f"{folder} in {task}: {describe_task(values)}")
     return scores
+
+
+def describe_task(values):
+    """Format a task's scores. lm-eval's keys are metric,filter, and metric_stderr,filter for the standard error."""
+    shown = []
+    for key, value in values.items():
+        if "," in key and "_stderr" not in key:
+            error = values.get(key.replace(",", "_stderr,"))
+            shown.append(f"{key.split(',')[0]} {value:.4f}" + (f" +- {error:.4f}" if error is not None else ""))
+    return ", ".join(shown)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def main(argv):
     fit_to_tokenizer(model, tokenizer)
     try:
         loss = f"{float(info['best_val_loss']):.4f} nats a token"
-    except (TypeError, ValueError, RuntimeError):  # the file holds none, or not a number
+    except (TypeError, ValueError, RuntimeError):  # missing, or not a number
         loss = "unknown"
     facts = f"{info['iter_num']} steps, best validation loss {loss}"
     card = model_card(
@@ -83,13 +83,13 @@ def main(argv):
 
 
 def find_tokenizer(asked, checkpoint_file, dataset, vocab_size):
-    """The Tokenizer that the checkpoint's ids belong to.
+    """Return the Tokenizer of the checkpoint's ids. asked: the option `tokenizer`.
 
     Raises:
-        ValueError: it cannot be found, or has more symbols than the model.
+        ValueError: it cannot be found, or has more tokens than the model.
     """
     meta = checkpoint_file.resolve().parent.parent / "data" / dataset / "meta.pkl"
-    has_meta = bool(dataset) and os.path.isfile(meta)  # (a name can be too long for a file; then it is none)
+    has_meta = bool(dataset) and os.path.isfile(meta)  # unlike Path.is_file, false for a name that is too long
     if asked == "auto" and not has_meta and vocab_size not in (50257, 50304):
         raise ValueError(
             f"{checkpoint_file}: a vocabulary of {vocab_size} symbols, and no {meta} to say which they "

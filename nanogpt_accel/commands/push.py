@@ -58,7 +58,7 @@ def main(argv):
     source = find_model(targets[0], warn=report)
     with tempfile.TemporaryDirectory() as folder:
         to = Path(folder) / targets[1].rpartition("/")[2]
-        # the Hub is asked first, for an export of a large model takes a while
+        # before the export, which is slow for a large model
         repo = create(targets[1], options.private, options.branch)
         name, difference, _ = export(source, to, options.form, dtype=options.dtype, report=report)
         report(f"{name}, largest difference of a logit from {source}: {difference:.1e}")

@@ -7,12 +7,15 @@ nanogpt-accel sample runs/gpt2 prompts=questions.txt batch_size=16 num_samples=1
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from ..data.tokenizer import Tokenizer
 from ..models.find import check_model, find_model
+from ..models.load import check_tokenizer, load_model, read_config
 from ..tracking.console import Console
 from ..utils import cli
 from ..utils.fields import Device, Float, Int, validate
@@ -79,76 +82,18 @@ def main(argv):
         problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-
-    # what the tokenizer and the config say is checked before torch is imported
-    from ..data.tokenizer import Tokenizer
-    from ..models.load import check_tokenizer, load_model, read_config
-
     folder = find_model(target, warn=Console(stderr=True))
-    tokenizer, config = Tokenizer.load(folder), read_config(folder)
-    problems += check_tokenizer(tokenizer, config, folder)
-    key = "prompts" if options.prompts else "prompt"
-    for prompt in prompts:
-        # a longer one slides, as everything that is longer does
-        problems += tokenizer.check_prompt(prompt, config["block_size"] if options.overflow == "stop" else None, key)
-    if options.overflow == "extend" and config["position"] != "rotary":
-        problems.append(
-            f"overflow=extend: {folder} has learned positions, which end at block_size="
-            f"{config['block_size']}: take slide or stop"
-        )
-    if problems:
+    tokenizer = Tokenizer.load(folder)
+    if problems := check_prompts(folder, tokenizer, prompts, options):
         raise ValueError("\n".join(problems))
-
-    from transformers.utils import logging as transformers_logging
-
-    from ..distributed import cpu
-    from ..distributed.accelerator import pick_device
-    from ..models.generation import generate, text_after
-
-    transformers_logging.set_verbosity_error()  # it warns of what the options ask for
-    device = pick_device(options.device)
-    model = load_model(folder).to(device)
-    cpu.tune_generation(model)
-    # the same text is written num_samples times, then the next prompt's
-    texts = [prompt for prompt in prompts for _ in range(options.num_samples)]
-    for i in range(0, len(texts), options.batch_size):
-        batch = texts[i : i + options.batch_size]
-        prompt_ids = [tokenizer.encode_prompt(text) for text in batch]
-        on_text = None
-        if len(batch) == 1 and not options.json_output:
-            on_text = lambda text: print(text, end="", flush=True)  # noqa: E731
-            on_text(batch[0])
-        new_ids = generate(
-            model,
-            prompt_ids,
-            seeds=range(options.seed + i, options.seed + i + len(batch)),
-            vocab_size=tokenizer.vocab_size,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            overflow=options.overflow,
-            decode=tokenizer.decode,
-            on_text=on_text,
-        )
-        for number, (text, before, ids) in enumerate(zip(batch, prompt_ids, new_ids, strict=True), i):
-            if on_text is not None:  # it is shown already
-                print("\n---------------", flush=True)
-                continue
-            after = text_after(tokenizer.decode, before, ids)
-            print(
-                json.dumps({"prompt": text, "text": after, "seed": options.seed + number})
-                if options.json_output
-                else f"{text}{after}\n---------------",
-                flush=True,
-            )
+    write_texts(folder, tokenizer, prompts, options)
 
 
 def read_prompts(options):
-    """The texts to begin with.
+    """Return the prompts of prompt=..., prompt=FILE:... or prompts=FILE.
 
     Raises:
-        ValueError: a file that cannot be read, or holds nothing.
+        ValueError: the file cannot be read, or is empty.
     """
     file = options.prompts or (options.prompt if options.prompt.startswith("FILE:") else None)
     if file is None:
@@ -165,6 +110,65 @@ def read_prompts(options):
     if not lines:
         raise ValueError(f"prompts={file}: no line with a prompt in it")
     return lines
+
+
+def check_prompts(folder, tokenizer, prompts, options):
+    """Check prompts and options against the model, before torch is imported. Return a list of problems."""
+    config = read_config(folder)
+    problems = check_tokenizer(tokenizer, config, folder)
+    key = "prompts" if options.prompts else "prompt"
+    max_tokens = config["block_size"] if options.overflow == "stop" else None  # otherwise a long prompt slides too
+    for prompt in prompts:
+        problems += tokenizer.check_prompt(prompt, max_tokens, key)
+    if options.overflow == "extend" and config["position"] != "rotary":
+        problems.append(
+            f"overflow=extend: {folder} has learned positions, which end at block_size="
+            f"{config['block_size']}: take slide or stop"
+        )
+    return problems
+
+
+def write_texts(folder, tokenizer, prompts, options):
+    """Print num_samples texts per prompt; a batch of one is streamed."""
+    from transformers.utils import logging as transformers_logging
+
+    from ..distributed import cpu
+    from ..distributed.accelerator import pick_device
+    from ..models.generation import generate, text_after
+
+    transformers_logging.set_verbosity_error()  # it warns about what the options ask for
+    model = load_model(folder).to(pick_device(options.device))
+    cpu.tune_generation(model)
+    prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
+    for i in range(0, len(prompts), options.batch_size):
+        batch = prompts[i : i + options.batch_size]
+        prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in batch]
+        seeds = range(options.seed + i, options.seed + i + len(batch))
+        is_streamed = len(batch) == 1 and not options.json_output
+        if is_streamed:
+            print(batch[0], end="", flush=True)
+        new_ids = generate(
+            model,
+            prompt_ids,
+            seeds=seeds,
+            vocab_size=tokenizer.vocab_size,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            overflow=options.overflow,
+            decode=tokenizer.decode,
+            on_text=partial(print, end="", flush=True) if is_streamed else None,
+        )
+        if is_streamed:
+            print("\n---------------", flush=True)
+            continue
+        for prompt, seed, before, ids in zip(batch, seeds, prompt_ids, new_ids, strict=True):
+            text = text_after(tokenizer.decode, before, ids)
+            if options.json_output:
+                print(json.dumps({"prompt": prompt, "text": text, "seed": seed}), flush=True)
+            else:
+                print(f"{prompt}{text}\n---------------", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,27 +8,27 @@ from pathlib import Path
 
 from .transfer import create, upload
 
-PUSH_TIMEOUT_S = 1800  # seconds that the end of a run waits for a push
+PUSH_TIMEOUT_S = 1800  # how long the end of a run waits for a push
 
 
 class BackgroundPush:
-    """Pushes checkpoints while the run goes on: one at a time, and where several wait, the newest.
+    """Pushes checkpoints in a thread, one at a time; if several wait, only the latest is pushed.
 
-    The files are linked aside at once, so that a checkpoint may be pruned while it is on its way. What fails is
-    reported in one line, once until a push succeeds, and done with: the next checkpoint tries again.
+    The files of a checkpoint are hard-linked first, so that it may be pruned before it is pushed. A failure gives one
+    warning, repeated only after a push has succeeded; the next checkpoint tries again.
     """
 
     def __init__(self, repo, folder, warn, private=False, branch=None):
-        """repo: on the Hub, made where it is missing. folder: of the run; the links stand in it. warn: takes a line."""
+        """repo: its name, created if it is missing. folder: of the run, for the links. warn: takes a line."""
         self.repo, self.private, self.branch, self.warn = repo, private, branch, warn
-        self.pushed = None  # the checkpoint that the Hub holds now, as far as this process knows
-        self._folder, self._is_warned = Path(folder), False
+        self.pushed = None  # the last checkpoint that this process pushed
+        self._folder, self._has_warned = Path(folder), False
         self._lock = threading.Lock()
         self._waiting = None  # (folder of links, checkpoint, message)
         self._worker = None
 
     def push(self, checkpoint, message):
-        """Push a checkpoint folder as soon as the one before it is through; returns at once."""
+        """Push a checkpoint folder when the push before it is done. Returns immediately."""
         links = self._folder / f".push-{Path(checkpoint).name}-{time.monotonic_ns()}"
         try:
             links.mkdir()
@@ -37,7 +37,7 @@ class BackgroundPush:
                     _link(file, links / file.name)
         except OSError as error:
             shutil.rmtree(links, ignore_errors=True)
-            self._fail(message, error)
+            self._report_failure(message, error)
             return
         with self._lock:
             if self._waiting is not None:
@@ -48,7 +48,7 @@ class BackgroundPush:
                 self._worker.start()
 
     def wait(self):
-        """Return when nothing is on its way any more; at the latest after PATIENCE, for a Hub that is silent."""
+        """Wait until every push is done, but at most PUSH_TIMEOUT_S, in case the Hub does not answer."""
         worker = self._worker
         if worker is not None:
             worker.join(PUSH_TIMEOUT_S)
@@ -63,21 +63,20 @@ class BackgroundPush:
             try:
                 self.repo = create(self.repo, self.private, self.branch)
                 upload(links, self.repo, message, self.branch)
-                self.pushed, self._is_warned = checkpoint, False
+                self.pushed, self._has_warned = checkpoint, False
             except OSError as error:
-                self._fail(message, error)
+                self._report_failure(message, error)
             finally:
                 shutil.rmtree(links, ignore_errors=True)
 
-    def _fail(self, message, error):
-        if self._is_warned:
-            return
-        self._is_warned = True
-        self.warn(f"warning: not pushed, the next checkpoint tries again: {message}: {error}")
+    def _report_failure(self, message, error):
+        if not self._has_warned:
+            self._has_warned = True
+            self.warn(f"warning: not pushed, the next checkpoint tries again: {message}: {error}")
 
 
-def _link(file, place):
+def _link(file, target):
     try:
-        os.link(file, place)
+        os.link(file, target)
     except OSError:  # a file system without hard links
-        shutil.copyfile(file, place)
+        shutil.copyfile(file, target)

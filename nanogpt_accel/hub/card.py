@@ -1,14 +1,14 @@
-"""Model cards: the README.md of a checkpoint or of a pushed model."""
+"""Write model cards: the README.md of a checkpoint or of an exported model."""
 
 from pathlib import Path
 
 
 def model_card(name, text, needs_code, more=""):
-    """README.md of a model folder in the Hub's form.
+    """Return the model card of a folder, with the metadata that the Hub reads.
 
     Args:
-        name: its title. text: what the model is, in Markdown; more: what comes after how to load it.
-        needs_code: whether it loads with the model.py beside it only.
+        name: the title. text: describes the model, in Markdown. more: follows the code that loads the model.
+        needs_code: whether the model needs the model.py of its folder.
     """
     remote = ", trust_remote_code=True" if needs_code else ""
     return f"""---
@@ -32,8 +32,8 @@ print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), m
 
 
 def converted_card(source, name, needs_code):
-    """The card of a model that was converted: the source folder's where this toolkit wrote it, else a short one with
-    `name` as its title."""
+    """Return the card of a converted model: that of the source folder if this toolkit wrote it, else a short new one
+    with `name` as its title."""
     own = Path(source) / "README.md"
     text = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else ""
     if "tags: [nanogpt_accel]" not in text:

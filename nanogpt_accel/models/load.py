@@ -4,16 +4,15 @@ import json
 import os
 from pathlib import Path
 
-from .stock import FORMS, GPT2_DEFAULTS, from_stock, from_stock_config
-
-# ---- what a folder holds
+from ..utils.text import one_line
+from .stock import ARCHITECTURES, DEFAULTS, from_stock_config, from_stock_weights
 
 
 def read_config(folder):
-    """The config of a model folder of any form, with every None resolved.
+    """Return the config of a model folder as a dict of GPTConfig's fields, every None of its shape resolved.
 
     Raises:
-        ValueError: a family or a switch that GPT does not cover; the message names it.
+        ValueError: an architecture or a feature that GPT does not support; the message names it.
     """
     try:
         stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
@@ -24,8 +23,8 @@ def read_config(folder):
     kind = stored.get("model_type")
     try:
         if kind == "nanogpt_accel":
-            config = {**GPT2_DEFAULTS, "bias": False, "bos_token_id": None, "eos_token_id": None, **stored}
-        elif kind in FORMS:
+            config = {**DEFAULTS, "bos_token_id": None, "eos_token_id": None, **stored}
+        elif kind in ARCHITECTURES:
             config = from_stock_config(kind, stored)
         else:
             raise ValueError(f"a model of type {kind}")
@@ -41,19 +40,19 @@ def read_config(folder):
         raise ValueError(f"{folder}: config.json of type {kind} lacks {error.args[0]}") from None
     except ValueError as error:
         raise ValueError(
-            f"{folder}: {error}; taken are this toolkit's own and {', '.join(FORMS)}, with plain rotary "
+            f"{folder}: {error}; taken are this toolkit's own and {', '.join(ARCHITECTURES)}, with plain rotary "
             "positions and full attention"
         ) from None
     return config
 
 
 def load_model(folder, **changes):
-    """The GPT of a model folder of any form, in float32 on the CPU and in eval mode.
+    """Load a model folder of any supported architecture as a GPT in float32 on the CPU, in eval mode.
 
     changes: fields of the config to set, such as dropout.
 
     Raises:
-        ValueError: a family or a switch that GPT does not cover, or weights that do not fit the config.
+        ValueError: an architecture or a feature that GPT does not support, or weights that do not fit the config.
     """
     from transformers import AutoModelForCausalLM
 
@@ -62,29 +61,26 @@ def load_model(folder, **changes):
     config = read_config(folder)
     if config.get("model_type") == "nanogpt_accel":
         return load_strict(GPT, folder, **changes)
-    # transformers knows the shards, the old names and the old files of its own models
+    # transformers reads the sharded and the older file formats of its own models
     stock = load_strict(AutoModelForCausalLM, folder)
     weights = {name: parameter.detach() for name, parameter in stock.named_parameters()}
-    # zero biases are how `export` writes that there are none
+    # `export` writes a model without biases as one with zero biases
     config["bias"] = any(tensor.any() for name, tensor in weights.items() if name.endswith(".bias"))
-    return build_model(GPTConfig(**{**config, **changes}), from_stock(stock.config.model_type, config, weights))
-
-
-def short_reason(error):
-    """The reason that an error gives, in one line of bearable length."""
-    text = str(error).split("WeightsUnpickler error: ")[-1].split("Re-running `torch.load`")[0]
-    return " ".join(text.split())[:200] or type(error).__name__
+    weights = from_stock_weights(stock.config.model_type, config, weights)
+    return build_model(GPTConfig(**{**config, **changes}), weights)
 
 
 def load_strict(model_class, folder, **changes):
-    """from_pretrained in float32, but weights that do not fit are an error; by itself it draws random ones in the place
-    of what is missing, and leaves out what is too many."""
+    """Load a folder with from_pretrained in float32, and raise an error if the weights do not fit.
+
+    from_pretrained alone initializes missing weights at random and ignores unexpected ones.
+    """
     import torch
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it would stand among our lines
+    logging.disable_progress_bar()  # it would mix with our output
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # and its table of what is missing is said in our words
+    logging.set_verbosity_error()  # the error below replaces its table of missing weights
     try:
         model, info = model_class.from_pretrained(
             folder,
@@ -94,29 +90,35 @@ def load_strict(model_class, folder, **changes):
             output_loading_info=True,
             **changes,
         )
-    except Exception as error:  # transformers raises almost anything for files that are not what they should be
-        raise ValueError(f"{folder}: cannot be loaded: {short_reason(error)}") from error
+    except Exception as error:  # damaged files raise almost any exception
+        raise ValueError(f"{folder}: cannot be loaded: {loading_error(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
     wrong = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    if model.config.model_type == "nanogpt_accel":  # others' files may hold tables that are of no use any more
+    if model.config.model_type == "nanogpt_accel":  # older files of other models may contain unused tables
         wrong |= set(info["unexpected_keys"])
     if wrong:
         raise ValueError(
             f"{folder}: model.safetensors does not fit config.json, for what is missing, too many or of "
             f"another shape there: {', '.join(sorted(wrong)[:3])}{', ...' if len(wrong) > 3 else ''}"
         )
-    if os.name == "nt":  # which deletes and replaces no file that is mapped into memory, as the weights are
+    if os.name == "nt":  # Windows cannot delete or replace a file while weights are memory-mapped from it
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     return model.eval()
 
 
+def loading_error(error):
+    """Return the reason of an error in one line, without torch.load's advice on weights_only."""
+    text = str(error).split("WeightsUnpickler error: ")[-1].split("Re-running `torch.load`")[0]
+    return one_line(text.strip() or type(error).__name__)
+
+
 def build_model(config, weights):
-    """A GPT with these weights, without the time that it takes to draw others first.
+    """Return a GPT with these weights, in eval mode; no time is spent on random initialization.
 
     Raises:
-        RuntimeError: a tensor is missing, too many, or of another shape.
+        RuntimeError: a tensor is missing, unexpected or has the wrong shape.
     """
     import torch
 
@@ -131,7 +133,7 @@ def build_model(config, weights):
 
 
 def check_tokenizer(tokenizer, config, folder):
-    """Whether the model of a folder has a row for each symbol, as a list of problems."""
+    """Check that the model has an embedding for every token. Return a list of problems."""
     if tokenizer.vocab_size <= config["vocab_size"]:
         return []
     return [
@@ -141,8 +143,7 @@ def check_tokenizer(tokenizer, config, folder):
 
 
 def fit_to_tokenizer(model, tokenizer):
-    """Tell a model what its ids mean, in place: which one ends a text, where that is not known yet, and that rows of
-    the embedding which only round it up are no tokens, so that no `generate` draws them."""
+    """Set the model's end-of-text token if it has none, and suppress the padding of the vocabulary in `generate`."""
     for config in (model.config, model.generation_config):
         if config.eos_token_id is None:
             config.bos_token_id = config.eos_token_id = tokenizer.eot_id

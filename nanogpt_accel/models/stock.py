@@ -1,233 +1,125 @@
-"""Configs and weights of stock architectures (GPT-2, Llama, Qwen3, nanochat), to and from ours."""
+"""Convert configs and weights between GPT and the stock architectures GPT-2, Llama, Qwen3 and nanochat.
+
+To add an architecture, write a section like the ones below and list it in ARCHITECTURES.
+"""
 
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
-# the class that transformers ships for each form
-FORMS = {
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "nanochat": "NanoChatForCausalLM",
-}
-# GPT-2's answer to each switch of GPTConfig; the other forms name where they differ
-GPT2_DEFAULTS = {
-    "n_kv_head": None,
-    "head_dim": None,
-    "n_inner": None,
-    "bias": True,
-    "norm": "layernorm",
-    "norm_weight": True,
-    "norm_eps": 1e-5,
-    "embd_norm": False,
-    "qk_norm": False,
-    "position": "learned",
-    "rope_theta": 10_000.0,
-    "activation": "gelu",
-    "logit_softcap": None,
-    "tie_word_embeddings": True,
-}
-_LLAMA = {
-    **GPT2_DEFAULTS,
-    "norm": "rmsnorm",
-    "norm_eps": 1e-6,
-    "position": "rotary",
-    "activation": "swiglu",
-    "tie_word_embeddings": False,
-}
-# transformers' names of the activations that are ours
+from ..recipe import Model
+
+# nanoGPT's GPT-2, from which each switch changes one thing; a recipe has the same defaults as GPTConfig
+DEFAULTS = Model().model_dump(
+    include={"n_kv_head", "head_dim", "n_inner", "bias", "norm", "norm_weight", "norm_eps", "embd_norm", "qk_norm"}
+    | {"position", "rope_theta", "activation", "logit_softcap", "tie_word_embeddings"}
+)
+# transformers' name of an activation -> GPTConfig's
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "relu2": "relu2"}
+_UNGATED = ["gelu", "gelu_new", "relu2"]
 
 
-# ---- configs
+class Architecture(NamedTuple):
+    """A model class of transformers, and how it corresponds to GPT."""
+
+    model_class: str
+    read_config: Callable  # config.json -> fields of GPTConfig that differ from DEFAULTS
+    write_config: Callable  # config -> arguments of the config class
+    supported: Callable  # config -> {field: the values that the class can express}
+    weight_names: dict  # module of GPT -> modules of the class; GPT concatenates the weights of several
+    # (name, tensor, config) -> the tensor as the other side stores it; name: of the class. It is its own inverse
+    convert_weight: Callable = lambda name, tensor, config: tensor
 
 
-def from_stock_config(form, stored):
-    """GPTConfig's fields for a stock config.json. Defaults are those of transformers' config classes.
-
-    Raises:
-        ValueError: a switch that GPT does not have. KeyError: something that it cannot do without.
-    """
-
-    def refuse(key, wanted):
-        if stored.get(key, wanted) != wanted:
+def _require(stored, **values):
+    for key, value in values.items():
+        if stored.get(key, value) != value:
             raise ValueError(f"{key}={stored[key]} is not covered")
 
-    special = {"bos_token_id": stored.get("bos_token_id"), "eos_token_id": stored.get("eos_token_id")}
-    if form == "gpt2":
-        refuse("scale_attn_weights", True)
-        refuse("scale_attn_by_inverse_layer_idx", False)
-        refuse("add_cross_attention", False)
-        return (
-            GPT2_DEFAULTS
-            | special
-            | {
-                "vocab_size": stored["vocab_size"],
-                "block_size": stored["n_positions"],
-                "n_layer": stored["n_layer"],
-                "n_head": stored["n_head"],
-                "n_embd": stored["n_embd"],
-                "n_inner": stored.get("n_inner"),
-                "dropout": stored.get("resid_pdrop", 0.1),
-                "norm_eps": stored.get("layer_norm_epsilon", 1e-5),
-                "activation": _activation(stored.get("activation_function", "gelu_new")),
-                "tie_word_embeddings": stored.get("tie_word_embeddings", True),
-            }
-        )
 
-    # since transformers 5 there is rope_parameters, before it were rope_theta and rope_scaling
-    rope = stored.get("rope_parameters") or {
-        "rope_theta": stored.get("rope_theta", 10_000.0),
-        **(stored.get("rope_scaling") or {}),
-    }
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"rotary positions of type {kind} are not covered")
-    config = (
-        _LLAMA
-        | special
-        | {
-            "vocab_size": stored["vocab_size"],
-            "block_size": stored["max_position_embeddings"],
-            "n_layer": stored["num_hidden_layers"],
-            "n_head": stored["num_attention_heads"],
-            "n_embd": stored["hidden_size"],
-            "n_inner": stored["intermediate_size"],
-            "n_kv_head": stored.get("num_key_value_heads"),
-            "head_dim": stored.get("head_dim"),
-            "dropout": stored.get("attention_dropout", 0.0),
-            "norm_eps": stored.get("rms_norm_eps", 1e-6),
-            "rope_theta": rope["rope_theta"],
-            "bias": stored.get("attention_bias", False),
-            "tie_word_embeddings": stored.get("tie_word_embeddings", False),
-        }
-    )
-    if form == "nanochat":
-        refuse("attention_bias", False)
-        return config | {
-            "norm_weight": False,
-            "embd_norm": True,
-            "qk_norm": True,
-            "activation": _activation(stored.get("hidden_act", "relu2")),
-            "logit_softcap": stored.get("final_logit_softcapping", 15.0),
-        }
-    refuse("hidden_act", "silu")
-    if form == "llama":
-        refuse("mlp_bias", config["bias"])
-        return config
-    refuse("attention_bias", False)
-    if any(kind != "full_attention" for kind in stored.get("layer_types") or []) or (
-        stored.get("use_sliding_window") and not stored.get("layer_types")
-    ):
-        raise ValueError("sliding-window attention is not covered")
-    return config | {"qk_norm": True, "head_dim": stored.get("head_dim", 128)}
+def _read_keys(keys, stored):
+    """Return the fields of GPTConfig from config.json. keys: {field: key of config.json}."""
+    fields = {field: stored[key] for field, key in keys.items()}
+    if "activation" in fields:
+        if fields["activation"] not in _ACTIVATIONS:
+            raise ValueError(f"the activation {fields['activation']} is not covered")
+        fields["activation"] = _ACTIVATIONS[fields["activation"]]
+    return fields
 
 
-def _activation(name):
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"the activation {name} is not covered")
-    return _ACTIVATIONS[name]
+def _write_keys(keys, config):
+    return {key: config[field] for field, key in keys.items()}
 
 
-def stock_form(config):
-    """(form, []) of the stock model that computes exactly the same, or (the nearest form, what stands in its way as a
-    list of key=value)."""
-    per_head = config["n_embd"] / config["n_head"]
-    rotary = {"norm": ["rmsnorm"], "position": ["rotary"]}
-    plain = {"embd_norm": [False], "logit_softcap": [None]}
-    fitting = {  # form -> {key: the values that it has an exact counterpart for}
-        "gpt2": {
-            **plain,
-            "norm": ["layernorm"],
-            "position": ["learned"],
-            "qk_norm": [False],
-            "n_kv_head": [config["n_head"]],
-            "head_dim": [per_head],
-            "activation": ["gelu", "gelu_new", "relu2"],
-        },
-        "llama": {
-            **plain,
-            **rotary,
-            "qk_norm": [False],
-            "activation": ["swiglu"],
-            "n_head": [config["n_head"]] if per_head.is_integer() else [],
-        },
-        "qwen3": {**plain, **rotary, "qk_norm": [True], "activation": ["swiglu"], "bias": [False]},
-        "nanochat": {
-            **rotary,
-            "qk_norm": [True],
-            "activation": ["gelu", "gelu_new", "relu2"],
-            "bias": [False],
-            "norm_weight": [False],
-            "embd_norm": [True],
-        },
-    }
-    obstacles = {
-        form: [f"{key}={config[key]}" for key, values in keys.items() if config[key] not in values]
-        for form, keys in fitting.items()
-    }
-    nearest = min(obstacles, key=lambda form: len(obstacles[form]))
-    return nearest, obstacles[nearest]
+# ---- GPT-2
 
-
-def stock_settings(form, config):
-    """The arguments of transformers' own config of a form."""
-    special = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    common = special | {
-        "vocab_size": config["vocab_size"],
-        "tie_word_embeddings": config["tie_word_embeddings"],
-        "initializer_range": config.get("initializer_range", 0.02),
-    }
-    if form == "gpt2":
-        return dict(
-            common,
-            n_positions=config["block_size"],
-            n_layer=config["n_layer"],
-            n_head=config["n_head"],
-            n_embd=config["n_embd"],
-            n_inner=config["n_inner"],
-            activation_function=config["activation"],
-            layer_norm_epsilon=config["norm_eps"],
-            resid_pdrop=config["dropout"],
-            embd_pdrop=config["dropout"],
-            attn_pdrop=config["dropout"],
-            n_ctx=config["block_size"],
-        )  # n_ctx: llama.cpp's converter reads this name
-    common |= dict(
-        max_position_embeddings=config["block_size"],
-        num_hidden_layers=config["n_layer"],
-        num_attention_heads=config["n_head"],
-        num_key_value_heads=config["n_kv_head"],
-        head_dim=config["head_dim"],
-        hidden_size=config["n_embd"],
-        intermediate_size=config["n_inner"],
-        rms_norm_eps=config["norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": float(config["rope_theta"])},
-    )
-    if form == "nanochat":
-        return dict(common, hidden_act=config["activation"], final_logit_softcapping=config["logit_softcap"])
-    if form == "llama":
-        common |= {"attention_bias": config["bias"], "mlp_bias": config["bias"]}
-    return dict(common, hidden_act="silu")
-
-
-# ---- weights
-
-_GPT2_NAMES = {
-    name: [name]
-    for name in (
-        "transformer.wte",
-        "transformer.wpe",
-        "transformer.h.{}.ln_1",
-        "transformer.h.{}.attn.c_attn",
-        "transformer.h.{}.attn.c_proj",
-        "transformer.h.{}.ln_2",
-        "transformer.h.{}.mlp.c_fc",
-        "transformer.h.{}.mlp.c_proj",
-        "transformer.ln_f",
-        "lm_head",
-    )
+_GPT2_KEYS = {
+    **{key: key for key in ("vocab_size", "n_layer", "n_head", "n_embd", "n_inner", "tie_word_embeddings")},
+    "block_size": "n_positions",
+    "dropout": "resid_pdrop",
+    "norm_eps": "layer_norm_epsilon",
+    "activation": "activation_function",
 }
-# our name -> theirs; several of theirs, one upon the other, are one of ours
+_GPT2_MODULES = ["wte", "wpe", "ln_f"] + [
+    f"h.{{}}.{name}" for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+]
+
+
+def _read_gpt2(stored):
+    _require(stored, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    defaults = {  # of GPT2Config
+        "n_inner": None,
+        "resid_pdrop": 0.1,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": True,
+    }
+    return {"bias": True, **_read_keys(_GPT2_KEYS, defaults | stored)}
+
+
+def _write_gpt2(config):
+    dropout = {"embd_pdrop": config["dropout"], "attn_pdrop": config["dropout"]}
+    # llama.cpp's converter reads n_ctx
+    return {**_write_keys(_GPT2_KEYS, config), **dropout, "n_ctx": config["block_size"]}
+
+
+def _convert_gpt2(name, tensor, config):
+    # OpenAI's Conv1D stores its matrices as (in, out)
+    return tensor.t() if (".attn." in name or ".mlp." in name) and tensor.dim() == 2 else tensor
+
+
+GPT2 = Architecture(
+    model_class="GPT2LMHeadModel",
+    read_config=_read_gpt2,
+    write_config=_write_gpt2,
+    supported=lambda config: {
+        "embd_norm": [False],
+        "logit_softcap": [None],
+        "norm": ["layernorm"],
+        "position": ["learned"],
+        "qk_norm": [False],
+        "n_kv_head": [config["n_head"]],
+        "head_dim": [config["n_embd"] / config["n_head"]],
+        "activation": _UNGATED,
+    },
+    weight_names={name: [name] for name in [f"transformer.{name}" for name in _GPT2_MODULES] + ["lm_head"]},
+    convert_weight=_convert_gpt2,
+)
+
+# ---- Llama, and what Qwen3 and nanochat share with it
+
+_LLAMA_KEYS = {
+    "vocab_size": "vocab_size",
+    "block_size": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "n_embd": "hidden_size",
+    "n_inner": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
 _LLAMA_NAMES = {
     "transformer.wte": ["model.embed_tokens"],
     "transformer.h.{}.ln_1": ["model.layers.{}.input_layernorm"],
@@ -241,58 +133,184 @@ _LLAMA_NAMES = {
     "transformer.ln_f": ["model.norm"],
     "lm_head": ["lm_head"],
 }
-_NANOCHAT_NAMES = _LLAMA_NAMES | {
-    "transformer.h.{}.mlp.c_fc": ["model.layers.{}.mlp.fc1"],
-    "transformer.h.{}.mlp.c_proj": ["model.layers.{}.mlp.fc2"],
+_LLAMA_SUPPORTED = {
+    "embd_norm": [False],
+    "logit_softcap": [None],
+    "norm": ["rmsnorm"],
+    "position": ["rotary"],
+    "activation": ["swiglu"],
 }
-_NAMES = {"gpt2": _GPT2_NAMES, "llama": _LLAMA_NAMES, "qwen3": _LLAMA_NAMES, "nanochat": _NANOCHAT_NAMES}
 
 
-def to_stock(form, config, weights):
-    """A stock model's tensors by name, from ours. What ours lacks (biases, gains of norms) is not in it."""
-    stock = {}
+def _read_llama_keys(stored, keys=_LLAMA_KEYS, **defaults):
+    # transformers 5 has rope_parameters, earlier versions rope_theta and rope_scaling
+    rope = stored.get("rope_parameters") or {
+        "rope_theta": stored.get("rope_theta", 10_000.0),
+        **(stored.get("rope_scaling") or {}),
+    }
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"rotary positions of type {kind} are not covered")
+    defaults |= {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    return {
+        **_read_keys(keys, {"head_dim": None} | defaults | stored),
+        "dropout": stored.get("attention_dropout", 0.0),
+        "norm": "rmsnorm",
+        "position": "rotary",
+        "rope_theta": rope["rope_theta"],
+    }
+
+
+def _write_llama_keys(config, keys=_LLAMA_KEYS, **more):
+    rope = {"rope_type": "default", "rope_theta": float(config["rope_theta"])}
+    return {**_write_keys(keys, config), "rope_parameters": rope, **more}
+
+
+def _read_llama(stored):
+    bias = stored.get("attention_bias", False)
+    _require(stored, hidden_act="silu", mlp_bias=bias)
+    return {**_read_llama_keys(stored), "activation": "swiglu", "bias": bias}
+
+
+LLAMA = Architecture(
+    model_class="LlamaForCausalLM",
+    read_config=_read_llama,
+    write_config=lambda config: _write_llama_keys(
+        config, attention_bias=config["bias"], mlp_bias=config["bias"], hidden_act="silu"
+    ),
+    supported=lambda config: {
+        **_LLAMA_SUPPORTED,
+        "qk_norm": [False],
+        "n_head": [config["n_head"]] if config["n_embd"] % config["n_head"] == 0 else [],  # LlamaConfig requires it
+    },
+    weight_names=_LLAMA_NAMES,
+)
+
+# ---- Qwen3
+
+
+def _read_qwen3(stored):
+    _require(stored, hidden_act="silu", attention_bias=False)
+    has_window = stored.get("use_sliding_window")
+    if set(stored.get("layer_types") or ["sliding" if has_window else "full_attention"]) != {"full_attention"}:
+        raise ValueError("sliding-window attention is not covered")
+    return {**_read_llama_keys(stored, head_dim=128), "activation": "swiglu", "qk_norm": True}
+
+
+QWEN3 = Architecture(
+    model_class="Qwen3ForCausalLM",
+    read_config=_read_qwen3,
+    write_config=lambda config: _write_llama_keys(config, hidden_act="silu"),
+    supported=lambda config: {**_LLAMA_SUPPORTED, "qk_norm": [True], "bias": [False]},
+    weight_names=_LLAMA_NAMES,
+)
+
+# ---- nanochat
+
+_NANOCHAT_KEYS = {**_LLAMA_KEYS, "activation": "hidden_act", "logit_softcap": "final_logit_softcapping"}
+
+
+def _read_nanochat(stored):
+    _require(stored, attention_bias=False)
+    fields = _read_llama_keys(stored, _NANOCHAT_KEYS, hidden_act="relu2", final_logit_softcapping=15.0)
+    return {**fields, "norm_weight": False, "embd_norm": True, "qk_norm": True}
+
+
+def _convert_nanochat(name, tensor, config):
+    if not re.search(r"\.[qk]_proj", name):
+        return tensor
+    # nanochat's rotary positions turn by -angle: flip the sign of the second half of each head to compensate
+    halves = tensor.unflatten(0, (-1, 2, config["head_dim"] // 2))  # (nh, 2, hs / 2, C)
+    return (halves * tensor.new_tensor([1.0, -1.0]).view(1, 2, 1, 1)).flatten(0, 2)
+
+
+NANOCHAT = Architecture(
+    model_class="NanoChatForCausalLM",
+    read_config=_read_nanochat,
+    write_config=lambda config: _write_llama_keys(config, _NANOCHAT_KEYS),
+    supported=lambda config: {
+        "norm": ["rmsnorm"],
+        "position": ["rotary"],
+        "qk_norm": [True],
+        "activation": _UNGATED,
+        "bias": [False],
+        "norm_weight": [False],
+        "embd_norm": [True],
+    },
+    weight_names={
+        **_LLAMA_NAMES,
+        "transformer.h.{}.mlp.c_fc": ["model.layers.{}.mlp.fc1"],
+        "transformer.h.{}.mlp.c_proj": ["model.layers.{}.mlp.fc2"],
+    },
+    convert_weight=_convert_nanochat,
+)
+
+# model_type in config.json -> how to convert
+ARCHITECTURES = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3, "nanochat": NANOCHAT}
+
+# ---- configs
+
+
+def from_stock_config(model_type, stored):
+    """Return GPTConfig's fields for a stock config.json, with the defaults of transformers' config classes.
+
+    Raises:
+        ValueError: the model has a feature that GPT does not support. KeyError: a required key is missing.
+    """
+    special = {key: stored.get(key) for key in ("bos_token_id", "eos_token_id")}
+    return DEFAULTS | special | ARCHITECTURES[model_type].read_config(stored)
+
+
+def to_stock_config(model_type, config):
+    """Return the arguments of transformers' config class."""
+    common = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    common["initializer_range"] = config.get("initializer_range", 0.02)
+    return common | ARCHITECTURES[model_type].write_config(config)
+
+
+def nearest_architecture(config):
+    """Return (model_type, []) of the stock architecture that computes the same as GPT with this config, or the nearest
+    one and the fields that it does not support, as a list of key=value."""
+    obstacles = {}
+    for model_type, architecture in ARCHITECTURES.items():
+        supported = architecture.supported(config)
+        obstacles[model_type] = [f"{key}={config[key]}" for key in supported if config[key] not in supported[key]]
+    nearest = min(obstacles, key=lambda model_type: len(obstacles[model_type]))
+    return nearest, obstacles[nearest]
+
+
+# ---- weights
+
+
+def to_stock_weights(model_type, config, weights):
+    """Return a stock model's tensors by name. Those that GPT lacks (biases, gains of norms) are not included."""
+    architecture, stock = ARCHITECTURES[model_type], {}
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")
         layer = re.search(r"\d+|$", module)[0]
-        theirs = _NAMES[form][re.sub(r"\.\d+\.", ".{}.", module)]
-        for their, piece in zip(theirs, _split(tensor, len(theirs), config), strict=True):
-            stock[f"{their.format(layer)}.{kind}"] = _transform(form, their, piece, config).contiguous()
+        modules = architecture.weight_names[re.sub(r"\.\d+\.", ".{}.", module)]
+        sizes = len(tensor) // len(modules)
+        if len(modules) == 3:  # queries, keys and values
+            sizes = [config[key] * config["head_dim"] for key in ("n_head", "n_kv_head", "n_kv_head")]
+        for module, part in zip(modules, tensor.split(sizes), strict=True):
+            stock[f"{module.format(layer)}.{kind}"] = architecture.convert_weight(module, part, config).contiguous()
     return stock
 
 
-def from_stock(form, config, stock):
-    """Our tensors by name, from a stock model's parameters; its zero biases are left out where config has no bias."""
+def from_stock_weights(model_type, config, stock):
+    """Return GPT's tensors by name; biases, which are zero then, are left out if config["bias"] is false."""
     import torch
 
-    weights, left = {}, {name for name in stock if config["bias"] or not name.endswith(".bias")}
-    for ours, theirs in _NAMES[form].items():
+    architecture, weights = ARCHITECTURES[model_type], {}
+    left = {name for name in stock if config["bias"] or not name.endswith(".bias")}
+    for ours, theirs in architecture.weight_names.items():
         for layer in range(config["n_layer"]) if "{}" in ours else [None]:
             for kind in ("weight", "bias"):
-                names = [f"{their.format(layer)}.{kind}" for their in theirs]
+                names = [f"{module.format(layer)}.{kind}" for module in theirs]
                 if left.issuperset(names):
-                    pieces = [_transform(form, name, stock[name], config) for name in names]
-                    weights[f"{ours.format(layer)}.{kind}"] = torch.cat(pieces).contiguous()
+                    parts = [architecture.convert_weight(name, stock[name], config) for name in names]
+                    weights[f"{ours.format(layer)}.{kind}"] = torch.cat(parts).contiguous()
                     left.difference_update(names)
     if left:
         raise ValueError(f"the weights {', '.join(sorted(left)[:3])} have no place in GPT")
     return weights
-
-
-def _split(tensor, parts, config):
-    """The tensors that stand one upon the other in ours: queries, keys and values; or a gate and what it gates."""
-    if parts == 3:
-        return tensor.split(
-            [heads * config["head_dim"] for heads in (config["n_head"], config["n_kv_head"], config["n_kv_head"])]
-        )
-    return tensor.chunk(parts)
-
-
-def _transform(form, name, tensor, config):
-    """What has to be done to one of their tensors, or to a piece of ours, on the way; it is its own inverse."""
-    if form == "gpt2" and (".attn." in name or ".mlp." in name) and tensor.dim() == 2:
-        return tensor.t()  # OpenAI's Conv1D keeps its matrices as (in, out)
-    if form == "nanochat" and re.search(r"\.[qk]_proj", name):
-        # its rotary positions turn by -angle: a change of sign in the second half of each head makes up for it
-        halves = tensor.unflatten(0, (-1, 2, config["head_dim"] // 2))  # (nh, 2, hs / 2, C)
-        return (halves * tensor.new_tensor([1.0, -1.0]).view(1, 2, 1, 1)).flatten(0, 2)
-    return tensor

@@ -1,4 +1,4 @@
-"""Numbers and errors as text for people."""
+"""Format numbers and errors for people."""
 
 
 def counted(number, noun):
@@ -21,5 +21,10 @@ def duration(seconds):
 
 
 def first_line(error):
-    """Return the first line of an error's message, or the name of its type if it has none."""
+    """The first line of an error's message, or its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error, limit=200):
+    """The message of an error with its lines joined, at most `limit` characters; its type if it has no message."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -76,7 +76,7 @@ def guide(folder, text, stride):
 
 
 @pytest.mark.parametrize("stride", [8, 16, 32])
-def test_perplexity_of_windows_is_the_guides(capsys, gpt2, text, stride):
+def test_perplexity_with_a_stride_is_that_of_transformers_guide(capsys, gpt2, text, stride):
     found = scores(
         capsys, "evaluate", str(gpt2), f"text={text}", f"stride={stride}", "device=cpu", "mixed_precision=no"
     )
@@ -108,7 +108,7 @@ def test_every_token_after_the_first_counts_once(n, block_size, stride):
     assert all(before >= min(place, block_size - stride) for place, before in least.items())
 
 
-def test_the_standard_error_is_that_of_the_windows():
+def test_the_standard_error_over_windows_agrees_with_the_bootstrap():
     draw = np.random.default_rng(2)
     sums, counts = draw.normal(30, 4, 50), np.full(50, 10.0)
     mean, error = mean_and_error(sums, counts)
@@ -123,7 +123,7 @@ def test_the_standard_error_is_that_of_the_windows():
     assert mean_and_error(sums[:1], counts[:1])[1] is None
 
 
-def test_without_a_stride_the_blocks_stand_side_by_side(capsys, gpt2, text):
+def test_without_a_stride_every_target_counts_once_within_its_block(capsys, gpt2, text):
     """As nanoGPT would: every target once, from what its block holds before it."""
     found = scores(capsys, "evaluate", str(gpt2), f"text={text}", "device=cpu", "mixed_precision=no", "batch_size=5")
     model = GPT2LMHeadModel.from_pretrained(gpt2).eval()
@@ -137,7 +137,7 @@ def test_without_a_stride_the_blocks_stand_side_by_side(capsys, gpt2, text):
     assert found["text_loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
 
 
-def test_a_long_one_says_how_far_it_is_and_leaves_stdout_to_programs(capsys, gpt2, text, monkeypatch):
+def test_progress_goes_to_stderr_and_json_to_stdout(capsys, gpt2, text, monkeypatch):
     expected = scores(capsys, "evaluate", str(gpt2), f"text={text}", "device=cpu", "batch_size=2")
     clock = itertools.count(0, 3)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
@@ -160,14 +160,14 @@ def test_a_long_one_says_how_far_it_is_and_leaves_stdout_to_programs(capsys, gpt
         (["stride=0", "text=TEXT"], ["stride=0"]),
     ],
 )
-def test_asked_wrongly(capsys, gpt2, text, words, expected):
+def test_wrong_options_are_reported(capsys, gpt2, text, words, expected):
     words = [word.replace("TEXT", str(text)) for word in words]
     assert main(["evaluate", str(gpt2), *words, "device=cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert [word for word in expected if word not in line] == []
 
 
-def test_without_lm_eval(capsys, gpt2, monkeypatch):
+def test_tasks_without_lm_eval_are_refused(capsys, gpt2, monkeypatch):
     monkeypatch.setattr("nanogpt_accel.commands.evaluate.find_spec", lambda name: None)
     assert main(["evaluate", str(gpt2), "tasks=hellaswag"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -189,7 +189,7 @@ metric_list: [{metric: acc}]
 
 
 @pytest.mark.slow
-def test_a_task_of_lm_evals(capsys, gpt2, tmp_path, monkeypatch):
+def test_accuracy_on_an_lm_eval_task_is_that_of_the_likelihoods(capsys, gpt2, tmp_path, monkeypatch):
     """A local task of two choices: the accuracy is that of the choice with the higher log-likelihood, by hand."""
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm-eval is not installed")

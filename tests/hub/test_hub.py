@@ -21,9 +21,6 @@ import pytest
 from hub_server import HubServer
 
 import nanogpt_accel
-from nanogpt_accel.checkpoint.run_folder import prepare_run_folder
-from nanogpt_accel.hub.background import BackgroundPush
-from nanogpt_accel.hub.transfer import is_model_id
 from nanogpt_accel.tracking.metrics_log import read_metrics
 
 PACKAGE = str(Path(nanogpt_accel.__file__).parents[1])
@@ -267,7 +264,7 @@ def commits(hub, repo, **more):
 # ---- push
 
 
-def test_a_push_in_the_stock_form(pushed, hub, run):
+def test_push_writes_a_stock_model_and_its_card(pushed, hub, run):
     (status, out, err), _ = pushed
     assert status == 0 and out.startswith(hub.url + "/me/tiny/commit/") and "GPT2LMHeadModel" in err
     files = hub.files("me/tiny")
@@ -280,7 +277,7 @@ def test_a_push_in_the_stock_form(pushed, hub, run):
     assert (run / "tokenizer.json").read_bytes() == files["tokenizer.json"]
 
 
-def test_a_push_in_our_own_form_to_a_private_branch(pushed, hub):
+def test_push_form_custom_to_a_branch_of_a_private_repository(pushed, hub):
     assert pushed[1][0] == 0
     files = hub.files("me/secret", "dev")
     assert files.keys() == EVERY_FILE | {".gitattributes", "model.py"}
@@ -289,7 +286,7 @@ def test_a_push_in_our_own_form_to_a_private_branch(pushed, hub):
     assert commits(hub, "me/secret") == [] and hub.repos["me/secret"].private
 
 
-def test_any_tool_loads_what_was_pushed(loaded, child):
+def test_transformers_alone_loads_a_pushed_model(loaded, child):
     """In a process that has never heard of this package."""
     (stock, theirs), (custom, ours) = loaded
     _, here = json.loads(child.python(LOGITS + "logits('runs/tiny')"))
@@ -297,7 +294,7 @@ def test_any_tool_loads_what_was_pushed(loaded, child):
     assert theirs == pytest.approx(here, abs=1e-5) and ours == pytest.approx(here, abs=1e-5)
 
 
-def test_a_second_push_sends_nothing(pushed, child, hub):
+def test_a_repeated_push_uploads_nothing(pushed, child, hub):
     sent, before = hub.bytes_received("PUT"), hub.commits("me/tiny")
     assert hub.url in child.ok("push", "runs/tiny", "me/tiny")
     assert hub.bytes_received("PUT") == sent and hub.commits("me/tiny") == before
@@ -306,7 +303,7 @@ def test_a_second_push_sends_nothing(pushed, child, hub):
     assert hub.bytes_received("PUT") == sent and hub.commits("me/secret", "dev") == before
 
 
-def test_a_push_that_breaks_off_goes_on(child, hub):
+def test_a_failed_push_resumes_without_sending_weights_again(child, hub):
     """The Hub breaks down when the weights are there and the commit is not."""
     hub.fail(1, 500, method="POST", path="/me/broken/commit/")
     line = child.refused("push", "runs/tiny", "me/broken", lines=5)
@@ -322,7 +319,7 @@ def test_a_push_that_breaks_off_goes_on(child, hub):
 # ---- pull
 
 
-def test_sample_takes_a_hub_id(pushed, child):
+def test_sample_accepts_a_hub_id(pushed, child):
     options = ["prompt=ab", "num_samples=1", "max_new_tokens=9", "temperature=0"]
     here = child.ok("sample", "runs/tiny", *options)
     assert here.startswith("ab")
@@ -331,14 +328,14 @@ def test_sample_takes_a_hub_id(pushed, child):
     assert child.ok("sample", "me/tiny@main", *options) == here
 
 
-def test_evaluate_takes_a_hub_id(pushed, child):
+def test_evaluate_accepts_a_hub_id(pushed, child):
     options = ["--recipe", "tiny.yaml", "--json"]
     there = json.loads(child.ok("evaluate", "me/tiny", *options))
     here = json.loads(child.ok("evaluate", "runs/tiny", *options))
     assert there["val_loss"] == pytest.approx(here["val_loss"], abs=1e-6) and there["tokens"] == here["tokens"]
 
 
-def test_a_run_begins_with_a_model_of_the_hub(pushed, child, place, run):
+def test_init_from_accepts_a_hub_id(pushed, child, place, run):
     child.ok("train", "tiny.yaml", "init_from=me/tiny", "out_dir=runs/next", "max_iters=2")
     before, after = losses(run, "val_loss"), losses(place / "runs" / "next", "val_loss")
     assert after[0] == pytest.approx(before[-1], abs=1e-6)
@@ -346,7 +343,7 @@ def test_a_run_begins_with_a_model_of_the_hub(pushed, child, place, run):
     assert losses(place / "runs" / "next", "step") == [0, 0, 1, 2, 2, 3]
 
 
-def test_export_takes_a_hub_id(pushed, child, place, hub):
+def test_export_accepts_a_hub_id(pushed, child, place, hub):
     child.ok("export", "me/secret@dev", "--to", "exported")
     files = {path.name: path.read_bytes() for path in (place / "exported").iterdir()}
     pushed = hub.files("me/tiny")
@@ -365,7 +362,7 @@ AutoTokenizer.from_pretrained("runs/tiny").save_pretrained("theirs")
 """
 
 
-def test_a_model_that_transformers_wrote(child, hub, place):
+def test_download_fetches_only_the_needed_files(child, hub, place):
     """Only what is needed is fetched of it: not the same weights again for others."""
     child.python(GPT2)
     files = {path.name: path.read_bytes() for path in (place / "theirs").iterdir()}
@@ -398,14 +395,14 @@ def test_a_model_that_transformers_wrote(child, hub, place):
     assert child.ok("sample", "they/old", *options, token=None) == text
 
 
-def test_a_model_of_the_hub_is_pushed_on(child, hub, place):
+def test_push_accepts_a_hub_id(child, hub, place):
     child.python(GPT2)
     hub.add("they/model", {path.name: path.read_bytes() for path in (place / "theirs").iterdir()})
     child.ok("push", "they/model", "me/copy", "--private")
     assert hub.files("me/copy").keys() == EVERY_FILE | {".gitattributes"} and hub.repos["me/copy"].private
 
 
-def test_the_card_of_a_model_of_the_hub_has_its_name(child, hub, place):
+def test_the_card_of_a_hub_model_has_its_name(child, hub, place):
     child.python(GPT2)
     hub.add("they/named", {path.name: path.read_bytes() for path in (place / "theirs").iterdir()})
     child.ok("export", "they/named", "to=named")
@@ -469,7 +466,7 @@ def mean_loss(*args):
     assert commits(hub, "me/steady") == [] and hub.repos["me/steady"].private
 
 
-def test_the_best_checkpoint_is_what_stays_on_top(child, hub, place):
+def test_the_best_checkpoint_is_pushed_last(child, hub, place):
     """The validation losses are dictated: the best is that of step 4."""
     dictated = "count = itertools.count()\nmean_loss = lambda *args: [4.0, 3.0, 2.0, 2.5, 2.5][next(count) // 2]"
     out = child.ok(*pushing("best"), mean_loss=dictated)
@@ -483,7 +480,7 @@ def test_the_best_checkpoint_is_what_stays_on_top(child, hub, place):
     assert files == {path.name: path.read_bytes() for path in best.iterdir() if path.is_file()}
 
 
-def test_a_hub_that_breaks_down_does_not_touch_the_run(child, hub, place, run):
+def test_failing_pushes_do_not_change_the_run(child, hub, place, run):
     hub.fail(math.inf, 500, method="POST", path="/commit/")
     status, out, err = child(*pushing("down"))
     folder = place / "runs" / "down"
@@ -499,7 +496,7 @@ def test_a_hub_that_breaks_down_does_not_touch_the_run(child, hub, place, run):
     assert commits(hub, "me/down") == ["down, checkpoint-000008"]
 
 
-def test_a_push_that_fails_is_made_up_for_at_the_next_save(child, hub):
+def test_a_failed_push_is_repeated_with_the_next_checkpoint(child, hub):
     hub.fail(1, 500, method="POST", path="/me/once/commit/")
     out = child.ok(*pushing("once"))
     (warning,) = [line for line in out.splitlines() if "warning" in line]
@@ -507,7 +504,7 @@ def test_a_push_that_fails_is_made_up_for_at_the_next_save(child, hub):
     assert closing(out) == "the Hub has it: me/once" and 8 in steps(commits(hub, "me/once"))
 
 
-def test_a_run_without_a_hub(no_hub, place, run):
+def test_a_run_without_network_finishes(no_hub, place, run):
     """It is out of reach from the beginning to the end."""
     status, out, err = no_hub(*pushing("alone"))
     assert (status, err) == (0, "")
@@ -518,13 +515,13 @@ def test_a_run_without_a_hub(no_hub, place, run):
     assert losses(folder) == losses(run) and leftovers(folder) == []
 
 
-def test_the_command_that_makes_up_for_it_is_as_private(no_hub):
+def test_the_suggested_push_command_keeps_private_and_branch(no_hub):
     _, out, _ = no_hub(*pushing("shy"), "hub_private=true", "hub_branch=nightly", "max_iters=2")
     assert "nanogpt-accel push runs/shy me/shy" in closing(out)
     assert "private=true" in closing(out) and "branch=nightly" in closing(out)
 
 
-def test_a_run_that_goes_on_pushes_what_comes(child, hub):
+def test_a_resumed_run_pushes_its_new_checkpoints(child, hub):
     """Its first part was pushed in vain, and under no name but the run's own."""
     hub.fail(math.inf, 500, method="POST", path="/commit/")
     child.ok("train", "tiny.yaml", "out_dir=runs/later", "push_to_hub=true", "max_iters=2")
@@ -535,7 +532,7 @@ def test_a_run_that_goes_on_pushes_what_comes(child, hub):
     assert steps(commits(hub, "me/later"))[0] == 4
 
 
-def test_a_run_that_is_done_does_not_say_that_the_hub_has_it(child, hub):
+def test_a_finished_run_does_not_claim_a_push_that_failed(child, hub):
     """The last push of the run failed, and there is no next save: it has to be pushed now, or else not be claimed."""
     hub.fail(math.inf, 500, method="POST", path="/me/never/commit/")
     child.ok(*pushing("never"), "max_iters=2")
@@ -602,7 +599,7 @@ def words_of(uses, name):
         ("a/b/c", "hf_test", ["a/b/c", "folder"]),
     ],
 )
-def test_a_model_that_cannot_be_had(child, others, no_run, name, token, words):
+def test_every_command_explains_why_a_download_fails(child, others, no_run, name, token, words):
     for argv in words_of(PULLS, name)[: None if token == "hf_test" else -1]:  # a push asks for its own token first
         line = child.refused(*argv, token=token)
         assert not [word for word in words if word not in line], line
@@ -629,7 +626,7 @@ def test_a_repository_without_weights_is_one_line(child, others):
         ("me/..bad", "hf_test", ["me/..bad", "USER/NAME"]),
     ],
 )
-def test_a_push_that_is_not_allowed(child, hub, no_run, repo, token, words):
+def test_a_refused_push_names_the_reason_and_creates_nothing(child, hub, no_run, repo, token, words):
     before = set(hub.repos)
     for argv in words_of(PUSHES, repo):
         line = child.refused(*argv, token=token)
@@ -637,14 +634,14 @@ def test_a_push_that_is_not_allowed(child, hub, no_run, repo, token, words):
     assert set(hub.repos) == before
 
 
-def test_a_push_to_what_another_owns(child, pushed, hub):
+def test_a_push_to_the_repository_of_another_user_is_refused(child, pushed, hub):
     """The repository is there and may be read, so only the push itself is refused."""
     before = hub.commits("me/tiny")
     line = child.refused("push", "runs/tiny", "me/tiny", token="hf_test_other")
     assert "me/tiny" in line and "may write" in line and hub.commits("me/tiny") == before
 
 
-def test_a_run_that_pushes_to_what_another_owns(child, pushed):
+def test_a_run_that_may_not_push_is_refused(child, pushed):
     child.refused(
         "train",
         "tiny.yaml",
@@ -656,7 +653,7 @@ def test_a_run_that_pushes_to_what_another_owns(child, pushed):
     )
 
 
-def test_a_refused_push_keeps_the_run_that_was_to_be_overwritten(child, place):
+def test_a_refused_push_does_not_overwrite_a_run(child, place):
     child.ok("train", "tiny.yaml", "out_dir=runs/mine", "max_iters=2")
     child.refused(
         "train", "tiny.yaml", "out_dir=runs/mine", "overwrite=true", "push_to_hub=true", "hub_model_id=they/new"
@@ -664,7 +661,7 @@ def test_a_refused_push_keeps_the_run_that_was_to_be_overwritten(child, place):
     assert (place / "runs" / "mine" / "checkpoint-000002").exists()
 
 
-def test_a_push_is_refused_before_anything_slow(child, place, no_run):
+def test_a_push_is_refused_before_data_is_prepared(child, place, no_run):
     (place / "other.txt").write_text("abcde " * 500)
     child.refused(
         "train", "tiny.yaml", "corpus=other.txt", "push_to_hub=true", "hub_model_id=they/new", "out_dir=runs/none"
@@ -672,7 +669,7 @@ def test_a_push_is_refused_before_anything_slow(child, place, no_run):
     assert not list((place / "data").glob("other*"))
 
 
-def test_offline_is_said_at_once(pushed, child, place, hub, no_run):
+def test_offline_mode_is_reported_before_torch_is_imported(pushed, child, place, hub, no_run):
     offline = Child(hub.env(place / "home3", HF_HUB_OFFLINE="1"), place, "offline")
     try:
         for argv in words_of(PUSHES, "me/new"):
@@ -686,7 +683,7 @@ def test_offline_is_said_at_once(pushed, child, place, hub, no_run):
         offline.close()
 
 
-def test_what_was_fetched_once_is_there_without_a_network(pushed, child, place, hub):
+def test_a_downloaded_model_is_found_offline(pushed, child, place, hub):
     child.ok("sample", "me/tiny", "prompt=ab", "num_samples=1", "max_new_tokens=2")
     script = "from nanogpt_accel.models.find import find_model; print(find_model('me/tiny'))"
     done = subprocess.run(
@@ -700,7 +697,7 @@ def test_what_was_fetched_once_is_there_without_a_network(pushed, child, place, 
     assert {path.name for path in Path(done.stdout.strip()).iterdir()} == EVERY_FILE
 
 
-def test_what_takes_a_while_is_said_outside_of_a_terminal(pushed, child, place, hub):
+def test_slow_transfers_are_reported_without_a_terminal(pushed, child, place, hub):
     hub.add(
         "they/slow",
         {path.name: path.read_bytes() for path in (place / "runs/tiny/checkpoint-000008").iterdir() if path.is_file()},
@@ -726,7 +723,7 @@ def test_what_takes_a_while_is_said_outside_of_a_terminal(pushed, child, place, 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
 @pytest.mark.parametrize("bars", [True, False])
-def test_a_terminal_gets_bars_where_they_are_wanted(pushed, place, hub, bars):
+def test_a_terminal_shows_progress_bars_only_on_request(pushed, place, hub, bars):
     """From a process in a terminal of its own. What transformers does to the bars changes nothing."""
     import fcntl
     import pty
@@ -758,7 +755,7 @@ def test_a_terminal_gets_bars_where_they_are_wanted(pushed, place, hub, bars):
     assert (b"100%" in shown) == bars
 
 
-def test_no_network_is_said_at_once(no_hub, no_run):
+def test_a_missing_network_is_reported(no_hub, no_run):
     for argv in words_of(PULLS[:-1], "me/never") + words_of(PUSHES[:1], "me/new"):
         line = no_hub.refused(*argv)
         assert ("me/never" in line or "me/new" in line) and "cannot be reached" in line
@@ -767,7 +764,7 @@ def test_no_network_is_said_at_once(no_hub, no_run):
 # ---- the token
 
 
-def test_the_token_is_never_written_down(child, no_hub, pushed, hub, place):
+def test_the_token_is_never_written(child, no_hub, pushed, hub, place):
     """In nothing that the tests above have left behind; they come first."""
     assert "hf_test" not in child.said + no_hub.said
     written = [path for path in place.rglob("*") if path.is_file() and "hf_test" in path.read_text(errors="replace")]
@@ -775,161 +772,3 @@ def test_the_token_is_never_written_down(child, no_hub, pushed, hub, place):
     for repo in hub.repos.values():
         for title, files in repo.commits.values():
             assert "hf_test" not in title and not [path for path in files if b"hf_test" in files[path]]
-
-
-# ---- pushes in the background, without any Hub
-
-
-class Uploads:
-    """Takes the place of hub.create and hub.upload. An upload waits for `go`, then fails as often as `fails` says."""
-
-    def __init__(self):
-        self.began, self.go, self.done, self.fails, self.created = threading.Event(), threading.Event(), [], 0, []
-
-    def create(self, repo, private, branch):
-        self.created.append((repo, private, branch))
-        return f"me/{repo}"
-
-    def upload(self, folder, repo, message, branch):
-        self.began.set()
-        assert self.go.wait(10)
-        if self.fails:
-            self.fails -= 1
-            raise ConnectionError("no answer")
-        self.done.append((message, {path.name: path.read_text() for path in Path(folder).iterdir()}))
-
-
-@pytest.fixture
-def uploads(monkeypatch):
-    uploads = Uploads()
-    monkeypatch.setattr("nanogpt_accel.hub.background.create", uploads.create)
-    monkeypatch.setattr("nanogpt_accel.hub.background.upload", uploads.upload)
-    return uploads
-
-
-def checkpoint(folder, step):
-    path = folder / f"checkpoint-{step}"
-    (path / "state").mkdir(parents=True)
-    (path / "config.json").write_text(f"step {step}")
-    (path / "state" / "trainer.json").touch()
-    return path
-
-
-def test_of_several_that_wait_the_newest_goes(uploads, tmp_path):
-    pusher = BackgroundPush("tiny", tmp_path, pytest.fail, private=True, branch="dev")
-    pusher.push(checkpoint(tmp_path, 1), "1")
-    assert uploads.began.wait(10)
-    for step in (2, 3, 4):
-        pusher.push(checkpoint(tmp_path, step), str(step))
-    assert len(leftovers(tmp_path)) == 2  # the one on its way and the one that waits
-    uploads.go.set()
-    pusher.wait()
-    assert uploads.done == [("1", {"config.json": "step 1"}), ("4", {"config.json": "step 4"})]
-    assert leftovers(tmp_path) == [] and pusher.pushed == tmp_path / "checkpoint-4"
-    assert uploads.created[0] == ("tiny", True, "dev") and pusher.repo.startswith("me/")
-
-
-def test_a_checkpoint_may_be_pruned_on_its_way(uploads, tmp_path):
-    pusher = BackgroundPush("tiny", tmp_path, pytest.fail)
-    path = checkpoint(tmp_path, 1)
-    pusher.push(path, "1")
-    (path / "config.json").unlink()
-    uploads.go.set()
-    pusher.wait()
-    assert uploads.done == [("1", {"config.json": "step 1"})]
-
-
-def test_what_fails_is_said_once_and_made_up_for(uploads, tmp_path):
-    uploads.fails, said = 1, []
-    uploads.go.set()
-    pusher = BackgroundPush("tiny", tmp_path, said.append)
-    pusher.push(checkpoint(tmp_path, 1), "one")
-    pusher.wait()
-    assert said == ["warning: not pushed, the next checkpoint tries again: one: no answer"]
-    assert pusher.pushed is None and uploads.done == [] and leftovers(tmp_path) == []
-    pusher.push(checkpoint(tmp_path, 2), "two")
-    pusher.wait()
-    assert pusher.pushed == tmp_path / "checkpoint-2" and [message for message, _ in uploads.done] == ["two"]
-
-
-def test_a_checkpoint_that_cannot_be_read_is_no_end(uploads, tmp_path):
-    said = []
-    pusher = BackgroundPush("tiny", tmp_path, said.append)
-    pusher.push(tmp_path / "gone", "gone")
-    pusher.wait()
-    assert len(said) == 1 and said[0].startswith("warning: not pushed, ") and pusher.pushed is None
-    assert uploads.created == []
-
-
-def test_a_checkpoint_that_cannot_be_read_leaves_nothing(uploads, tmp_path):
-    BackgroundPush("tiny", tmp_path, lambda line: None).push(tmp_path / "gone", "gone")
-    assert leftovers(tmp_path) == []
-
-
-def test_a_file_system_without_hard_links(uploads, tmp_path, monkeypatch):
-    def link(*args):
-        raise OSError("not here")
-
-    monkeypatch.setattr(os, "link", link)
-    uploads.go.set()
-    pusher = BackgroundPush("tiny", tmp_path, pytest.fail)
-    pusher.push(checkpoint(tmp_path, 1), "1")
-    pusher.wait()
-    assert uploads.done == [("1", {"config.json": "step 1"})]
-
-
-def test_a_silent_hub_does_not_hold_the_end_of_a_run_for_ever(uploads, tmp_path, monkeypatch):
-    monkeypatch.setattr("nanogpt_accel.hub.background.PUSH_TIMEOUT_S", 0.05)
-    pusher = BackgroundPush("tiny", tmp_path, pytest.fail)
-    pusher.wait()  # nothing is on its way
-    pusher.push(checkpoint(tmp_path, 1), "1")
-    pusher.wait()
-    assert pusher.pushed is None
-    monkeypatch.setattr("nanogpt_accel.hub.background.PUSH_TIMEOUT_S", 10)
-    uploads.go.set()
-    pusher.wait()
-    assert [message for message, _ in uploads.done] == ["1"]
-
-
-def test_what_a_killed_run_left_is_cleared_away(tmp_path):
-    (tmp_path / ".push-abc").mkdir()
-    (tmp_path / ".push-abc" / "config.json").touch()
-    prepare_run_folder(tmp_path, "seed: 1\n", is_resumed=True)
-    assert leftovers(tmp_path) == []
-
-
-# ---- names
-
-
-@pytest.mark.parametrize(
-    ("name", "is_id"),
-    [
-        ("gpt2", True),
-        ("me/tiny", True),
-        ("me/tiny-1.5_b", True),
-        ("me/tiny@dev", True),
-        ("gpt2@main", True),
-        ("me/tiny@refs/pr/1", True),
-        ("me/tiny@0123abc", True),
-        (Path("me/tiny"), True),
-        ("", False),
-        (".", False),
-        ("..", False),
-        ("./gone", False),
-        ("../gone", False),
-        ("~/gone", False),
-        ("/gone", False),
-        ("a/b/c", False),
-        ("me/", False),
-        ("/tiny", False),
-        ("me/tiny@", False),
-        ("@dev", False),
-        ("me/tiny@a@b", False),
-        ("me/my tiny", False),
-        ("C:\\gone", False),
-        ("me/tiny\n", False),
-        ("hf://me/tiny", False),
-    ],
-)
-def test_what_has_the_form_of_a_hub_id(name, is_id):
-    assert is_model_id(name) is is_id

@@ -22,14 +22,12 @@ from nanogpt_accel.data.tokenizer import Tokenizer
 from nanogpt_accel.model import GPT, GPTConfig
 from nanogpt_accel.models.export import write_model
 from nanogpt_accel.models.load import fit_to_tokenizer
-from nanogpt_accel.models.stock import stock_form
+from nanogpt_accel.models.stock import nearest_architecture
 
 pytestmark = pytest.mark.slow
 
 PROMPT = "the first one, and"
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
 MODERN = {"norm": "rmsnorm", "position": "rotary", "rope_theta": 50_000.0, "activation": "swiglu", "n_kv_head": 2}
 SHAPES = {
     "gpt2": {},  # zero biases in the export, exact GELU, tied head
@@ -59,7 +57,12 @@ def folder(request, tmp_path_factory):
     fit_to_tokenizer(model, tokenizer)
     to = tmp_path_factory.mktemp("exports") / request.param
     write_model(
-        model, to, stock_form(model.config.to_dict())[0], tokenizer=tokenizer, card="", rows=tokenizer.vocab_size
+        model,
+        to,
+        nearest_architecture(model.config.to_dict())[0],
+        tokenizer=tokenizer,
+        card="",
+        rows=tokenizer.vocab_size,
     )
     return str(to)
 

@@ -1,6 +1,7 @@
 """generation.py and `sample`: texts that depend on their seed and their prompt, and on nothing beside them."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def write(model, prompts, **options):
 
 @pytest.mark.parametrize("shape", [{}, ROTARY], ids=["learned", "rotary"])
 @pytest.mark.parametrize("overflow", ["slide", "stop", "extend"])
-def test_a_text_does_not_depend_on_the_ones_beside_it(shape, overflow):
+def test_a_text_does_not_depend_on_its_batch(shape, overflow):
     if overflow == "extend" and not shape:
         return
     model = gpt(**shape)
@@ -44,7 +45,7 @@ def test_a_text_does_not_depend_on_the_ones_beside_it(shape, overflow):
     assert together != write(model, PROMPTS, overflow=overflow, seeds=range(7, 11))
 
 
-def test_at_block_size_half_of_the_text_is_the_context():
+def test_slide_keeps_the_last_half_of_the_window():
     """Token by token, by hand: argmax of the logits of a window that is cut to its last half whenever it is full."""
     model, context, expected = gpt(initializer_range=0.6, tie_word_embeddings=False), PROMPTS[2], []
     with torch.no_grad():
@@ -55,7 +56,7 @@ def test_at_block_size_half_of_the_text_is_the_context():
     assert write(model, [PROMPTS[2]], temperature=0) == [expected] and len(set(expected)) > 3
 
 
-def test_top_k_top_p_and_temperature_are_what_they_say():
+def test_top_k_top_p_and_temperature_give_the_expected_distribution():
     """Shares of a thousand first tokens against the softmax, cut by hand."""
     model = gpt()
     with torch.no_grad():
@@ -77,16 +78,35 @@ def test_top_k_top_p_and_temperature_are_what_they_say():
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-9])
-def test_next_to_no_temperature_is_none(temperature):
+def test_a_tiny_temperature_is_greedy(temperature):
     model = gpt()
     assert write(model, PROMPTS, temperature=temperature) == write(model, PROMPTS, temperature=0)
 
 
-def test_the_models_own_generation_config_does_not_count():
+def test_the_models_generation_config_has_no_effect():
     model, before = gpt(), write(gpt(), PROMPTS, temperature=0)
     model.generation_config.update(repetition_penalty=5.0, num_beams=3, eos_token_id=before[0][2], max_length=3)
     assert write(model, PROMPTS, temperature=0) == before
     assert model.generation_config.num_beams == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_models_generation_config_is_never_modified(fails):
+    """A background save may read it at any time, so it is checked in every forward pass."""
+    model, unchanged = gpt(), []
+    model.generation_config.update(repetition_penalty=5.0, eos_token_id=3, suppress_tokens=[1, 2])
+    own, values = model.generation_config, model.generation_config.to_dict()
+
+    def check(*args):
+        unchanged.append(model.generation_config is own and own.to_dict() == values)
+        if fails and len(unchanged) == 3:
+            raise KeyboardInterrupt
+
+    model.lm_head.register_forward_hook(check)
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        write(model, PROMPTS[:1], decode=str, on_text=check)
+    check()
+    assert len(unchanged) == (4 if fails else 61) and all(unchanged)
 
 
 # ---- text
@@ -122,7 +142,7 @@ def llama(tmp_path, monkeypatch):
     Tokenizer(metaspace()).save("llama")
 
 
-def test_streamed_or_not_a_text_is_the_same(llama, capsys):
+def test_streamed_batched_and_json_texts_are_equal(llama, capsys):
     options = ["prompt=a b", "num_samples=4", "max_new_tokens=40", "seed=3"]
     assert main(["sample", "llama", *options]) == 0
     streamed = capsys.readouterr().out
@@ -148,7 +168,7 @@ def test_prompts_from_a_file(llama, capsys, tmp_path):
     assert [text[0] for text in texts[:-1]] == ["a", "a", "b", "b"]
 
 
-def test_a_prompt_longer_than_the_context(llama, capsys):
+def test_a_prompt_longer_than_block_size_slides_or_is_refused(llama, capsys):
     long = "a b c d e f g a b c d e"
     for overflow in ("slide", "extend"):
         options = ["num_samples=1", "max_new_tokens=4", f"overflow={overflow}"]
@@ -167,14 +187,14 @@ def test_a_prompt_longer_than_the_context(llama, capsys):
         (["overflow=wrap"], ["overflow=wrap"]),
     ],
 )
-def test_asked_wrongly(llama, capsys, tmp_path, words, said):
+def test_wrong_options_of_sample_are_reported(llama, capsys, tmp_path, words, said):
     (tmp_path / "empty.txt").touch()
     assert main(["sample", "llama", *words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(said) and all(word in line for word, line in zip(said, lines, strict=True))
 
 
-def test_learned_positions_do_not_extend(capsys, tmp_path, monkeypatch):
+def test_extend_with_learned_positions_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = Tokenizer.char(["abc"])
     gpt(vocab_size=3).save_pretrained("ours")

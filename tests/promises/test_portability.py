@@ -370,19 +370,16 @@ def test_the_stand_in_for_a_tensor_of_mps():
 
 
 def test_no_float64_on_mps():
-    class Model:
-        def eval(self):
-            pass
-
-        def __call__(self, **inputs):
+    class Model(torch.nn.Module):
+        def forward(self, **inputs):
             return SimpleNamespace(logits=torch.zeros(2, 9, 40).as_subclass(OnMps))
 
     tokens = SimpleNamespace(rows=lambda starts, length: np.ones((len(starts), length), np.int64))
     accelerator = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"), gather=lambda x: x)
     sums, counts = window_losses(Model(), tokens, [(np.array([0, 1]), 9, 5)], model_inputs, accelerator)
     assert sums.dtype == np.float64 and np.allclose(sums, 5 * np.log(40)) and counts.tolist() == [5, 5]
-    draw = generation._Draw([torch.Generator().manual_seed(1)], 40, temperature=0.8, top_k=5, top_p=0.9)
-    scores = draw(None, torch.randn(1, 40).as_subclass(OnMps))
+    sample = generation._Sampler([torch.Generator().manual_seed(1)], 40, temperature=0.8, top_k=5, top_p=0.9)
+    scores = sample(None, torch.randn(1, 40).as_subclass(OnMps))
     assert (scores == 0).sum() == 1
 
 

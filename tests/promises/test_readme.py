@@ -100,10 +100,10 @@ RUN_ELSEWHERE = {
     "nanogpt-accel plan recipes": "commands/test_plan.py::test_the_table_of_the_page_is_what_plan_computes",  # noqa: E501
     "nanogpt-accel COMMAND --help": "utils/test_cli.py::test_help_shows_every_key",
     "nanogpt-accel train --help": "utils/test_cli.py::test_help_shows_every_key",
-    "nanogpt-accel push": "hub/test_hub.py::test_a_push_in_the_stock_form",
+    "nanogpt-accel push": "hub/test_hub.py::test_push_writes_a_stock_model_and_its_card",
     "nanogpt-accel train recipes/gpt2.yaml push_to_hub=true": "hub/test_hub.py::test_every_checkpoint_is_a_commit_in_its_order",  # noqa: E501
-    "nanogpt-accel sample gpt2-xl": "hub/test_hub.py::test_sample_takes_a_hub_id",
-    "nanogpt-accel train recipes/finetune_shakespeare.yaml": "hub/test_hub.py::test_a_run_begins_with_a_model_of_the_hub",  # noqa: E501
+    "nanogpt-accel sample gpt2-xl": "hub/test_hub.py::test_sample_accepts_a_hub_id",
+    "nanogpt-accel train recipes/finetune_shakespeare.yaml": "hub/test_hub.py::test_init_from_accepts_a_hub_id",  # noqa: E501
     "python tests/support/torture.py": "promises/test_safety.py::test_the_torturer",
     "python -m nanogpt_accel.recipe": "test_recipe.py::test_the_schema_is_that_of_the_fields",
 }
@@ -246,7 +246,7 @@ def check(workplace, monkeypatch):
         "commands.report.page",
         "commands.doctor.examine",
         "data.dataset.prepare",
-        "models.load.load_model",
+        "commands.sample.load_model",
         "commands.export.export",
         "commands.push.export",
         "commands.push.create",

@@ -1,0 +1,262 @@
+"""`export`: stock models and our own form, compared by logits; nothing is left of a failed export."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from shared import WITHOUT_THE_PACKAGE
+from stock_models import CHARS, QWEN3, ROWS, STOCK, N, assert_close, gpt, logits, save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nanogpt_accel.__main__ import main
+from nanogpt_accel.data.tokenizer import Tokenizer
+from nanogpt_accel.model import GPT
+from nanogpt_accel.models.export import export
+
+
+@pytest.mark.parametrize("vocab", ["cut", "keep"])
+@pytest.mark.parametrize("case", STOCK)
+def test_export_writes_a_stock_model_with_the_same_logits(capsys, ids, case, vocab):
+    switches, stock_class, fields = STOCK[case]
+    model = gpt(**switches)
+    save_model(model, "ours")
+    assert main(["export", "ours", "--to", "theirs", f"vocab={vocab}"]) == 0
+    assert stock_class.__name__ in capsys.readouterr().out
+
+    theirs, info = AutoModelForCausalLM.from_pretrained("theirs", output_loading_info=True)
+    assert type(theirs) is stock_class
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    rows = N if vocab == "cut" else ROWS
+    assert_close(logits(theirs.eval(), ids), logits(model, ids)[..., :rows])
+
+    config = json.loads(Path("theirs/config.json").read_text())
+    fields = fields | {
+        "vocab_size": rows,
+        "bos_token_id": N - 1,
+        "eos_token_id": N - 1,
+        "dtype": "float32",
+        "architectures": [stock_class.__name__],
+    }
+    assert {key: config.get(key) for key in fields} == fields
+    assert "auto_map" not in config and not list(Path("theirs").glob("*.py"))
+    generation = json.loads(Path("theirs/generation_config.json").read_text())
+    assert generation.get("suppress_tokens") == (list(range(N, ROWS)) if vocab == "keep" else None)
+    assert generation["eos_token_id"] == N - 1
+    text = AutoTokenizer.from_pretrained("theirs")("To be, or not", return_tensors="np")["input_ids"][0]
+    assert "".join(CHARS[i] for i in text) == "To be, or not"
+
+
+def test_kept_vocabulary_padding_is_never_generated():
+    model = gpt()
+    with torch.no_grad():
+        model.transformer.wte.weight[N:] *= 30  # the likeliest by far
+    assert export(save_model(model, "ours"), "theirs", "stock", keep_padding=True)[0] == "GPT2LMHeadModel"
+    theirs = AutoModelForCausalLM.from_pretrained("theirs")
+    prompt = torch.arange(4)[None]
+    assert (logits(theirs, prompt)[0, -1].argmax() >= N) and theirs.generation_config.suppress_tokens
+    new = theirs.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert new.max() < N
+
+
+def test_export_stock_to_custom_to_stock_is_bitwise_equal(ids):
+    """What has gone through a stock form may go through another command again."""
+    model = gpt(**QWEN3)
+    save_model(model, "ours")
+    for source, to, form in (("ours", "one", "stock"), ("one", "two", "custom"), ("two", "three", "stock")):
+        assert main(["export", source, f"--to={to}", f"form={form}"]) == 0
+    assert type(AutoModelForCausalLM.from_pretrained("two")) is GPT
+    # and the card says each time how the folder is loaded
+    assert ["trust_remote_code" in Path(to, "README.md").read_text() for to in ("one", "two", "three")] == [
+        False,
+        True,
+        False,
+    ]
+    one, three = load_file("one/model.safetensors"), load_file("three/model.safetensors")
+    assert one.keys() == three.keys() and all(torch.equal(one[name], three[name]) for name in one)
+    assert json.loads(Path("one/config.json").read_text()) == json.loads(Path("three/config.json").read_text())
+
+
+@pytest.mark.parametrize("form", ["stock", "custom"])
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_folder_with_other_logits_is_not_kept(monkeypatch, form, existed):
+    save_model(gpt(), "ours")
+    if existed:
+        Path("theirs").mkdir()
+    save = Tokenizer.save
+
+    def save_and_spoil(tokenizer, folder, max_length):
+        save(tokenizer, folder, max_length)
+        weights = load_file(f"{folder}/model.safetensors")
+        weights["transformer.ln_f.weight"][0] += 1e-3
+        save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(Tokenizer, "save", save_and_spoil)
+    with pytest.raises(RuntimeError, match="theirs: the model as written differs from its source"):
+        export("ours", "theirs", form)
+    assert sorted(os.listdir()) == ["ours", "theirs"][: 1 + existed]
+    assert not existed or os.listdir("theirs") == []
+
+
+def test_export_into_the_current_folder(monkeypatch, tmp_path):
+    save_model(gpt(), "ours")
+    Path("here").mkdir()
+    monkeypatch.chdir("here")
+    assert main(["export", "../ours", "--to", "."]) == 0
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+
+
+def test_a_model_with_nan_logits_is_not_exported(refused):
+    model = gpt()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = torch.nan
+    save_model(model, "ours")
+    with refused(ValueError, "theirs: nothing was written", "nan"):
+        export("ours", "theirs", "stock")
+    assert os.listdir() == ["ours"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_or_interrupted_export_leaves_nothing(monkeypatch, refused, error):
+    save_model(gpt(), "ours")
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Tokenizer, "save", fail)
+    if isinstance(error, OSError):
+        with refused(OSError, "theirs: cannot be written", "No space left"):
+            export("ours", "theirs", "stock")
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            export("ours", "theirs", "stock")
+    assert os.listdir() == ["ours"]
+
+
+def test_export_into_an_empty_or_a_nested_folder():
+    save_model(gpt(), "ours")
+    Path("empty").mkdir()
+    for to in ("empty", "deep/er/theirs"):
+        assert main(["export", "ours", "--to", to]) == 0
+        assert sorted(os.listdir(to)) == [
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+    assert os.listdir("deep/er") == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["which model?", "where to?"]),
+        (["ours"], ["where to?"]),
+        (["ours", "to=full"], ["to=full: holds something already"]),
+        (["ours", "to=ours"], ["to=ours: holds something already"]),
+        (["ours", "to=full/file"], ["to=full/file: full/file is a file"]),
+        (["ours", "to=x", "form=llama"], ["form=llama: must be 'stock' or 'custom'"]),
+        (["nowhere/", "to=x"], ["nowhere/"]),
+        (["full", "to=x"], ["full: neither a run nor a model folder"]),
+    ],
+)
+def test_export_reports_every_wrong_option(capsys, argv, words):
+    save_model(gpt(), "ours")
+    Path("full").mkdir()
+    Path("full/file").touch()
+    assert main(["export", *argv]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True))
+    assert not Path("x").exists() and os.listdir("full") == ["file"]
+
+
+PIPELINES = (
+    WITHOUT_THE_PACKAGE
+    + """
+import json
+from transformers import pipeline
+
+json.dump({folder: pipeline("text-generation", model=folder)("To be", max_new_tokens=20, do_sample=False)[0]
+           for folder in sys.argv[1:]}, open("texts.json", "w"))
+"""
+)
+
+
+def test_transformers_pipeline_and_sample_write_the_same_text(capsys):
+    wanted = {}
+    for form, case, vocab in (
+        ("gpt2", "gpt2 without biases", "cut"),
+        ("llama", "llama with biases", "keep"),
+        ("qwen3", "qwen3", "cut"),
+        ("nanochat", "nanochat", "keep"),
+    ):
+        save_model(gpt(**STOCK[case][0], eos_token_id=None), f"{form}-ours")
+        assert main(["export", f"{form}-ours", f"to={form}", f"vocab={vocab}"]) == 0
+        capsys.readouterr()
+        assert (
+            main(["sample", f"{form}-ours", "prompt=To be", "temperature=0", "max_new_tokens=20", "num_samples=1"]) == 0
+        )
+        wanted[form] = {"generated_text": capsys.readouterr().out.removesuffix("\n---------------\n")}
+        assert len(set(wanted[form]["generated_text"])) > 6
+    Path("script.py").write_text(PIPELINES)
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run([sys.executable, "script.py", *wanted], env=env, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(Path("texts.json").read_text()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("to", "words"),
+    [
+        ("run/checkpoint-000999", "lies in the run"),
+        ("run/checkpoint-000002/copy", "lies in the run"),
+        ("run/x/y", "lies in the run"),
+        ("dangling", "a link to nothing"),
+    ],
+)
+def test_export_into_a_run_folder_is_refused(capsys, to, words):
+    """A run takes such a folder for its own checkpoint, and prunes it."""
+    Path("run").mkdir()
+    Path("run/run.yaml").touch()
+    Path("dangling").symlink_to("nowhere")
+    save_model(gpt(), "ours")
+    assert main(["export", "ours", f"to={to}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"to={to}" in line and words in line
+    assert os.listdir("run") == ["run.yaml"]
+
+
+def test_export_expands_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    save_model(gpt(), "ours")
+    assert main(["export", "ours", "to=~/out"]) == 0
+    assert (tmp_path / "home" / "out" / "config.json").is_file() and not Path("~").exists()
+
+
+@pytest.mark.parametrize("form", ["stock", "custom"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_export_rounds_weights_to_the_requested_dtype(form, dtype, ids):
+    model = gpt()
+    save_model(model, "ours")
+    assert main(["export", "ours", "to=out", f"dtype={dtype}", f"form={form}"]) == 0
+    written = load_file("out/model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {getattr(torch, dtype)}
+    assert json.loads(Path("out/config.json").read_text())["dtype"] == dtype
+    rounded = logits(model.to(getattr(torch, dtype)).float(), ids)[..., :N]
+    loaded = AutoModelForCausalLM.from_pretrained("out", dtype=torch.float32).eval()
+    assert_close(logits(loaded, ids)[..., :N], rounded)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"eos_token": {"a": 1}}', '{"eos_token": ["a"]}', '{"eos_token": 3}'])
+def test_export_ignores_an_invalid_tokenizer_config_and_readme(content):
+    save_model(gpt(), "ours")
+    Path("ours/tokenizer_config.json").write_text(content)
+    Path("ours/README.md").write_bytes(b"caf\xe9")
+    assert main(["export", "ours", "to=out"]) == 0
