@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .checkpoint.layout import checkpoint_path, list_checkpoints, read_trainer
 from .checkpoint.resume import load_optimizer
-from .checkpoint.run_folder import check_lock, check_run_folder, lock_run, prepare_run_folder
+from .checkpoint.run_folder import check_lock, check_run_folder, check_writable, lock_run, prepare_run_folder
 from .checkpoint.save import Saver
 from .checkpoint.verify import find_corruption, latest_valid, shape_differences
 from .data import dataset
@@ -38,7 +38,6 @@ from .tracking.console import Console
 from .tracking.trackers import Trackers, check_trackers
 from .utils import cli
 from .utils.fields import validate
-from .utils.files import check_writable
 from .utils.text import duration
 
 
@@ -621,9 +620,9 @@ def train(recipe, signals=None):
             f"stopped by {signals.received or 'a signal to another process'} after {step:,} of "
             f"{max_iters:,} steps; {how_to_go_on(out_dir)}"
         )
-    if not recipe.train.eval_only and saver.trouble:
+    if not recipe.train.eval_only and saver.error:
         raise OSError(
-            f"{out_dir}: all steps are done, but the last checkpoint could not be written ({saver.trouble}); "
+            f"{out_dir}: all steps are done, but the last checkpoint could not be written ({saver.error}); "
             f"{how_to_go_on(out_dir)}"
         )
     return raw_model

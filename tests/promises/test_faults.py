@@ -10,27 +10,21 @@ import random
 import resource
 import shutil
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 import transformers.modeling_utils
+from tiny_run import ACCELERATOR, TinyRun, make_adamw
 
 from nanogpt_accel.__main__ import main
-from nanogpt_accel.checkpoint.layout import checkpoint_path, list_checkpoints, read_trainer
+from nanogpt_accel.checkpoint.layout import checkpoint_path, list_checkpoints
 from nanogpt_accel.checkpoint.resume import load_optimizer
-from nanogpt_accel.checkpoint.save import Saver, _write_model
+from nanogpt_accel.checkpoint.save import _write_model
 from nanogpt_accel.checkpoint.verify import find_corruption, latest_valid
-from nanogpt_accel.data.tokenizer import Tokenizer
-from nanogpt_accel.hub.card import model_card
-from nanogpt_accel.model import GPT, GPTConfig
-from nanogpt_accel.optim import make_optimizer
+from nanogpt_accel.model import GPT
 from nanogpt_accel.tracking.metrics_log import MetricsLog, read_metrics
 
-TOKENIZER = Tokenizer.char(["it is a text, and ends\n"])
-ALONE = SimpleNamespace(distributed_type="NO", is_main_process=True, wait_for_everyone=lambda: None)
-CARD = model_card("a run", "a text", needs_code=True)
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 
 
@@ -93,39 +87,25 @@ class Written:
         return self._file.write(content)
 
 
-class Run:
-    """A tiny training with a Saver."""
+class Run(TinyRun):
+    """A run that remembers what it saved; the save may fail."""
 
     def __init__(self, folder, in_background):
-        torch.manual_seed(0)
-        self.folder, self.said = folder, []
-        self.model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=16))
-        self.optimizer = make_optimizer(self.model, learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
-        self.saver = Saver(folder, ALONE, TOKENIZER, 2, in_background, say=self.said.append)
+        super().__init__(folder, in_background=in_background)
         self.saved = {}  # step -> weights
 
     def save(self, step):
-        ids = torch.randint(TOKENIZER.vocab_size, (2, 8), generator=torch.Generator().manual_seed(step))
-        self.model(ids, labels=ids).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.start_save(step)
         self.saved[step] = self.model.transformer.wte.weight.detach().clone()
-        self.saver.save({"step": step, "best_step": None}, self.model, self.optimizer, CARD)
         self.saver.wait()
 
-    def newest(self):
-        """The step of the newest checkpoint, which loads as it was saved. All others are whole too."""
-        assert [find_corruption(path) for path in list_checkpoints(self.folder)] == [None] * len(
-            list_checkpoints(self.folder)
-        )
-        path = latest_valid(self.folder, warn=pytest.fail)
-        step = read_trainer(path)["step"]
+    def latest(self):
+        """The step of the latest checkpoint, which loads as it was saved. All others are valid, too."""
+        steps, path = self.steps(), latest_valid(self.folder, warn=pytest.fail)
         model = GPT.from_pretrained(path)
-        assert torch.equal(model.transformer.wte.weight, self.saved[step])
-        load_optimizer(
-            path, ALONE, model, make_optimizer(model, learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
-        )
-        return step
+        assert torch.equal(model.transformer.wte.weight, self.saved[steps[-1]])
+        load_optimizer(path, ACCELERATOR, model, make_adamw(model))
+        return steps[-1]
 
 
 @pytest.fixture
@@ -163,17 +143,17 @@ def sweep(run, faults, numbers=slice(None), kinds=ERRORS, lasting=1):
             run.save(step)
             assert len(faults.seen) >= number
             faults.arm(None)
-            trouble, newest = run.saver.trouble, run.newest()
-            if trouble is not None:
-                assert os.strerror(kind) in trouble and "NOT SAVED" in run.said[-1] and newest in (before, step)
+            error, latest = run.saver.error, run.latest()
+            if error is not None:
+                assert os.strerror(kind) in error and "NOT SAVED" in run.said[-1] and latest in (before, step)
             else:
-                assert newest == step and "NOT SAVED" not in "".join(run.said)
+                assert latest == step and "NOT SAVED" not in "".join(run.said)
             step += 1
             run.save(step)
             assert run.said[-1] == f"saved {checkpoint_path(run.folder, step)}"
             assert [find_corruption(path) for path in list_checkpoints(run.folder)] == [None, None]
             assert not list(run.folder.glob(".checkpoint-*"))
-    assert run.newest() == step
+    assert run.latest() == step
 
 
 @pytest.mark.parametrize("in_background", [False, True])
@@ -204,10 +184,10 @@ def test_files_that_the_disk_takes_in_part(tmp_path, in_background):
             run.save(2 * step + 2)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert "too large" in run.saver.trouble and "NOT SAVED" in run.said[-1]
-        assert run.newest() == 2 * step + 1
+        assert "too large" in run.saver.error and "NOT SAVED" in run.said[-1]
+        assert run.latest() == 2 * step + 1
         run.save(2 * step + 3)
-        assert run.newest() == 2 * step + 3 and not list(run.folder.glob(".checkpoint-*"))
+        assert run.latest() == 2 * step + 3 and not list(run.folder.glob(".checkpoint-*"))
 
 
 def test_a_defect_in_the_background_does_not_end_with_its_thread(tmp_path, monkeypatch):
