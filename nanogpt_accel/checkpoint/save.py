@@ -36,6 +36,7 @@ class _Snapshot:
     """What one process writes of a checkpoint. Training continues while it is written in the background."""
 
     final: Path  # the checkpoint folder
+    temporary: Path  # its name until it is complete
     is_saved: bool  # a valid checkpoint of this step exists already (known to the main process only)
     trainer: dict
     card: str
@@ -46,10 +47,6 @@ class _Snapshot:
     num_shards: int
     tensors: dict  # the shard: {"PARAMETER/FIELD": tensor}
     first_rows: dict  # {"PARAMETER/FIELD": row} of the tensors that are split over the shards
-
-    @property
-    def temporary(self):
-        return self.final.with_name(f".{self.final.name}.tmp")
 
 
 class Saver:
@@ -114,6 +111,7 @@ class Saver:
         is_saved = self.accelerator.is_main_process and final.exists() and find_corruption(final) is None
         return _Snapshot(
             final=final,
+            temporary=self.run / f".{final.name}.tmp",
             is_saved=is_saved,
             trainer=dict(trainer),
             card=card,
@@ -139,12 +137,16 @@ class Saver:
     def _write(self, snapshot):
         from safetensors import SafetensorError
 
+        temporary, is_main = snapshot.temporary, self.accelerator.is_main_process
         try:
-            if self.error is None:
-                self._write_files(snapshot)
+            if self.error is None and snapshot.shard is not None and temporary.is_dir():
+                _write_shard(temporary, snapshot)
+            if self.error is None and is_main and not snapshot.is_saved:
+                _write_model(temporary, snapshot, self.tokenizer)
+                _commit(temporary, snapshot.final, snapshot.num_shards)
         except (OSError, SafetensorError) as error:
             self.error = str(error)
-        if self.accelerator.is_main_process:
+        if is_main:
             self._finish(snapshot)
 
     def _write_in_background(self, snapshot):
@@ -153,14 +155,6 @@ class Saver:
             self._write(snapshot)
         except Exception as error:  # a bug; `wait` raises it in the main thread
             self._thread_error = error
-
-    def _write_files(self, snapshot):
-        temporary = snapshot.temporary
-        if snapshot.shard is not None and temporary.is_dir():
-            _write_shard(temporary, snapshot)
-        if self.accelerator.is_main_process and not snapshot.is_saved:
-            _write_model(temporary, snapshot, self.tokenizer)
-            _commit(temporary, snapshot.final, snapshot.num_shards)
 
     def _finish(self, snapshot):
         """Publish the new checkpoint and prune older ones, or report why it was not saved."""
@@ -220,8 +214,8 @@ def _write_model(temporary, snapshot, tokenizer):
 
 
 def _write_shard(temporary, snapshot):
-    """Write this process's shard of the optimizer state, then its entry of the index, for which the main process
-    waits."""
+    """Write this process's shard of the optimizer state, then the receipt that the main process waits for: the shard's
+    entry of the index, or the error."""
     from safetensors.torch import save_file
 
     file = temporary / shard_path(snapshot.shard, snapshot.num_shards)

@@ -142,9 +142,15 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
     """
     index, _ = shard_index(accelerator, model)
     tensors, first_rows = {}, {}
-    for name, parameter, fields in _states(accelerator, model, optimizer):
+    if is_deepspeed(accelerator):
+        _link_deepspeed(optimizer.optimizer)
+    for name, parameter in model.named_parameters():
+        if is_deepspeed(accelerator):
+            fields = _deepspeed_state(parameter, optimizer.optimizer)  # gathered by all processes
+        else:
+            fields = optimizer.state.get(parameter, {})
         if index is None:
-            continue  # (but DeepSpeed gathers each state from all processes)
+            continue
         for field, tensor in fields.items():
             if _is_dtensor(tensor):
                 tensor = tensor.to_local()
@@ -166,19 +172,6 @@ def _full_tensor(parameter):
 
         return safe_get_full_fp32_param(parameter)
     return parameter
-
-
-def _states(accelerator, model, optimizer):
-    """Yield (name, parameter, {field: tensor}) of each parameter that has state, in the order of the model."""
-    if is_deepspeed(accelerator):
-        _link_deepspeed(optimizer.optimizer)
-    for name, parameter in model.named_parameters():
-        if is_deepspeed(accelerator):
-            fields = _deepspeed_state(parameter, optimizer.optimizer)
-        else:
-            fields = optimizer.state.get(parameter, {})
-        if fields:
-            yield name, parameter, fields
 
 
 # ---- restore

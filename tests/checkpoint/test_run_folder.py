@@ -33,7 +33,7 @@ def test_the_run_folder_loads_as_the_best_checkpoint(run):
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
     assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT and tokenizer.model_max_length == 8
     assert tokenizer(TEXT).input_ids == [sorted(set(TEXT)).index(c) for c in TEXT]
-    # by links, and without what only resuming needs
+    # by links, and without the files that only resuming needs
     assert not (run.folder / "state").exists() and (run.folder / "model.safetensors").is_symlink()
     assert run.leftovers() == []
 
@@ -119,7 +119,7 @@ def test_the_previous_best_checkpoint_stays_if_the_best_could_not_be_saved(saved
 
 @pytest.mark.parametrize("keep_last", [1, 2])
 def test_a_run_that_resumed_before_a_corrupted_checkpoint_keeps_what_it_saves(run, keep_last):
-    """10 is whole, 20 is not: the run goes on from 10, and what it saves on its way to 20 stays."""
+    """10 is valid and 20 is corrupted: the run resumes from 10 and keeps the checkpoint 15."""
     run.save(10, 10, keep_last)
     shutil.rmtree(run.save(20, 10, keep_last) / "state")
     assert latest_valid(run.folder, warn=lambda line: None).name == "checkpoint-000010"
@@ -129,8 +129,8 @@ def test_a_run_that_resumed_before_a_corrupted_checkpoint_keeps_what_it_saves(ru
     assert run.steps()[-1] == 20
 
 
-def test_folders_of_the_user_are_neither_deleted_nor_in_the_way(saved):
-    """Folders and files that only have such names are neither deleted nor in the way."""
+def test_saving_keeps_files_of_the_user_that_have_a_name_of_ours(saved):
+    """They do not prevent a save or a resume either."""
     for name in ("checkpoint-000003", "checkpoint-000090", ".checkpoint-notes"):
         (saved.folder / name).mkdir()
         (saved.folder / name / "notes.txt").write_text("mine")

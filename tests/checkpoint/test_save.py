@@ -87,7 +87,7 @@ def test_a_background_save_writes_the_configs_of_the_moment_of_the_save(tmp_path
 # ---- a save that fails
 
 
-@pytest.mark.parametrize("where", ["model", "tokenizer", "optimizer", "trainer", "flush", "rename"])
+@pytest.mark.parametrize("where", ["model", "tokenizer", "optimizer", "trainer", "fsync", "flush", "rename"])
 def test_a_failed_save_leaves_older_checkpoints_untouched(saved, monkeypatch, where):
     best = weights(AutoModelForCausalLM.from_pretrained(saved.folder))
     with monkeypatch.context() as patch:
@@ -104,8 +104,10 @@ def test_a_failed_save_leaves_older_checkpoints_untouched(saved, monkeypatch, wh
             patch.setattr("safetensors.torch.save_file", disk_is_full)
         elif where == "trainer":
             patch.setattr("nanogpt_accel.checkpoint.save.json.dumps", disk_is_full)
-        elif where == "flush":
+        elif where == "fsync":
             patch.setattr(os, "fsync", disk_is_full)
+        elif where == "flush":
+            patch.setattr(save, "flush_tree", disk_is_full)
         else:
             patch.setattr(os, "rename", disk_is_full)
         with pytest.raises(OSError, match="No space left"):
