@@ -1,4 +1,4 @@
-"""A save that fails at any of its file operations loses nothing: the run goes on, and the next one is written."""
+"""A save that fails at any of its file operations loses nothing: the run continues, and the next save succeeds."""
 
 import builtins
 import errno
@@ -29,8 +29,8 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 
 
 class Faults:
-    """Every operation on files that change something is counted; the one with the number `at` fails, and so does
-    `lasting` operations after it."""
+    """Counts every operation that changes files; the one with the number `at` fails, and all of `lasting` operations
+    from there on."""
 
     def __init__(self, patch, folder):
         self.folder, self.seen, self.at, self.kind, self.lasting = str(folder), [], None, errno.ENOSPC, 1
@@ -114,9 +114,9 @@ def faults(monkeypatch, tmp_path):
 
 
 def sweep(run, faults, numbers=slice(None), kinds=ERRORS, lasting=1):
-    """Let operations of a save fail, one save for each of them and each kind of error.
+    """Let operations of a save fail: one save per operation and kind of error.
 
-    numbers: which of the operations, in their order. lasting: so many operations fail in a row.
+    numbers: which of the operations, in their order. lasting: number of operations that fail in a row.
     """
     for step in (1, 2, 3):  # so that there is something to prune
         faults.arm(None)
@@ -157,7 +157,7 @@ def sweep(run, faults, numbers=slice(None), kinds=ERRORS, lasting=1):
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_operations_of_a_save_fail(tmp_path, faults, in_background):
+def test_a_save_with_a_failing_operation_loses_nothing(tmp_path, faults, in_background):
     sweep(
         Run(tmp_path / "run", in_background), faults, slice(int(in_background), None, 8), kinds=[ERRORS[in_background]]
     )
@@ -166,13 +166,13 @@ def test_operations_of_a_save_fail(tmp_path, faults, in_background):
 @pytest.mark.slow
 @pytest.mark.parametrize("lasting", [1, 3, 1000])
 @pytest.mark.parametrize("in_background", [False, True])
-def test_every_operation_of_a_save_fails_with_every_error(tmp_path, faults, in_background, lasting):
+def test_a_save_with_any_failing_operation_and_any_error_loses_nothing(tmp_path, faults, in_background, lasting):
     sweep(Run(tmp_path / "run", in_background), faults, lasting=lasting)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_files_that_the_disk_takes_in_part(tmp_path, in_background):
-    """A limit on the size of files is a real error below all libraries, those in Rust too."""
+def test_files_that_are_written_only_in_part_lose_nothing(tmp_path, in_background):
+    """A limit on the size of files is a real error below all libraries, including those in Rust."""
     run = Run(tmp_path / "run", in_background)
     run.save(1)
     sizes = sorted({file.stat().st_size for file in list_checkpoints(run.folder)[0].rglob("*") if file.is_file()})
@@ -190,7 +190,7 @@ def test_files_that_the_disk_takes_in_part(tmp_path, in_background):
         assert run.latest() == 2 * step + 3 and not list(run.folder.glob(".checkpoint-*"))
 
 
-def test_a_defect_in_the_background_does_not_end_with_its_thread(tmp_path, monkeypatch):
+def test_a_bug_in_the_background_thread_is_raised_in_the_main_thread(tmp_path, monkeypatch):
     run = Run(tmp_path / "run", in_background=True)
     monkeypatch.setattr("nanogpt_accel.checkpoint.save._write_model", lambda *args: 1 // 0)
     with pytest.raises(ZeroDivisionError):
@@ -253,7 +253,7 @@ def full_at(patch, steps):
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_a_run_goes_on_where_a_save_fails(recipe, calm, tmp_path, monkeypatch, capsys, in_background):
+def test_a_run_continues_after_a_save_that_fails(recipe, calm, tmp_path, monkeypatch, capsys, in_background):
     run = tmp_path / "run"
     full_at(monkeypatch, {6, 9})
     assert main(["train", str(recipe), f"out_dir={run}", f"async_save={in_background}"]) == 0
@@ -264,7 +264,7 @@ def test_a_run_goes_on_where_a_save_fails(recipe, calm, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_a_run_whose_last_save_fails(recipe, calm, tmp_path, monkeypatch, capsys, in_background):
+def test_a_run_whose_last_save_fails_can_be_resumed(recipe, calm, tmp_path, monkeypatch, capsys, in_background):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         full_at(patch, {12})
@@ -289,11 +289,11 @@ def small_disk(tmp_path):
     ):
         pytest.skip("no right to mount a file system")
     yield folder
-    gc.collect()  # a model that was resumed lies in its file, and in a cycle
+    gc.collect()  # a resumed model is mapped from its file, and part of a reference cycle
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_is_full(recipe, calm, small_disk, capsys):
+def test_a_run_on_a_full_disk_can_be_resumed(recipe, calm, small_disk, capsys):
     """A real one. The first checkpoint fits; then another program takes all that is left."""
     run, ballast = small_disk / "run", small_disk / "ballast"
     assert main(["train", str(recipe), f"out_dir={run}", "max_iters=3", "lr_decay_iters=12"]) == 0
@@ -311,7 +311,7 @@ def test_a_disk_that_is_full(recipe, calm, small_disk, capsys):
     assert weights(run) == weights(calm) and numbers(run) == numbers(calm)
 
 
-def test_a_log_that_waits_for_room(tmp_path):
+def test_lines_that_a_full_disk_refused_are_written_later(tmp_path):
     """What a full disk did not take is written when there is room, in order and without a torn line."""
     said = []
     log = MetricsLog(tmp_path / "metrics.jsonl", warn=said.append)
