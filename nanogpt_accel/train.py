@@ -209,10 +209,10 @@ def run_training(recipe, signals):
             f"stopped by {stopper.reason} after {state.step:,} of {recipe.train.max_iters:,} steps; "
             f"{how_to_resume(recipe.out_dir)}"
         )
-    if run.saver.trouble:
+    if run.saver.error:
         raise OSError(
             f"{recipe.out_dir}: all steps are done, but the last checkpoint could not be written "
-            f"({run.saver.trouble}); {how_to_resume(recipe.out_dir)}"
+            f"({run.saver.error}); {how_to_resume(recipe.out_dir)}"
         )
     return model
 

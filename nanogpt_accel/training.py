@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .batches import Batches, evaluation_batches, model_inputs, seed_of
 from .checkpoint.layout import list_checkpoints, read_trainer
-from .checkpoint.run_folder import check_lock, check_run_folder
+from .checkpoint.run_folder import check_lock, check_run_folder, check_writable
 from .checkpoint.verify import find_corruption, latest_valid, shape_differences
 from .data import dataset
 from .distributed.accelerator import assert_ranks_agree, make_accelerator
@@ -27,7 +27,6 @@ from .planning.hardware import device_name, peak_flops
 from .recipe import SECTIONS
 from .tracking.trackers import check_trackers
 from .utils.fields import validate
-from .utils.files import check_writable
 from .utils.text import duration
 
 # ---- checks before anything slow

@@ -1,34 +1,41 @@
-"""Names and places of the files of a checkpoint."""
+"""Names and paths of checkpoints and of the files in them."""
 
 import json
 import re
 from pathlib import Path
 
 TRAINER = "state/trainer.json"
-INDEX = "state/index.json"  # size and hash of each file of a checkpoint
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")  # without these there is no model
+INDEX = "state/index.json"  # size and hash of every other file, except the README.md
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")  # required to load the model
 CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]{1,12})$")
-
-
-def checkpoint_path(run, step):
-    return Path(run) / checkpoint_name(step)
-
-
-def list_checkpoints(run):
-    """The checkpoint folders of a run, oldest first; whole or not."""
-    found = [path for path in Path(run).glob("checkpoint-*") if CHECKPOINT_NAME.match(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(CHECKPOINT_NAME.match(path.name)[1]))
+SHARD_PATH = re.compile(r"state/optimizer(-\d{5}-of-\d{5})?\.safetensors$")
 
 
 def checkpoint_name(step):
     return f"checkpoint-{step:06d}"
 
 
+def checkpoint_path(run, step):
+    return Path(run) / checkpoint_name(step)
+
+
+def shard_path(index, num_shards):
+    """Return the path of a shard of the optimizer state, relative to the checkpoint."""
+    number = "" if num_shards == 1 else f"-{index + 1:05d}-of-{num_shards:05d}"
+    return f"state/optimizer{number}.safetensors"
+
+
+def list_checkpoints(run):
+    """Return the checkpoint folders of a run, valid or not, oldest first."""
+    found = [path for path in Path(run).glob("checkpoint-*") if CHECKPOINT_NAME.match(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(CHECKPOINT_NAME.match(path.name)[1]))
+
+
 def is_checkpoint(path):
-    """Whether a folder holds anything of a checkpoint, and not only has its name."""
+    """Return whether a folder contains any file of a checkpoint; a folder of the user's can have such a name, too."""
     return any((path / name).is_file() for name in (*MODEL_FILES, TRAINER))
 
 
 def read_trainer(path):
-    """The trainer.json of a checkpoint."""
-    return json.loads((Path(path) / "state" / "trainer.json").read_text(encoding="utf-8"))
+    """Return the trainer.json of a checkpoint."""
+    return json.loads((Path(path) / TRAINER).read_text(encoding="utf-8"))

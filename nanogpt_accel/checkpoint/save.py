@@ -10,114 +10,159 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..utils.files import delete, flush_folder, flush_tree, remove_checkpoint, rename_folder, sha256
-from .layout import INDEX, checkpoint_name
+from ..utils.files import (
+    delete,
+    flush_folder,
+    flush_tree,
+    remove_checkpoint,
+    rename_folder,
+    sha256,
+    write_text_atomically,
+)
+from .layout import INDEX, TRAINER, checkpoint_name, shard_path
 from .run_folder import prune, publish
 from .verify import find_corruption
 
-LARGE = 5e8  # bytes of a checkpoint that takes some seconds to write
-SHARD_TIMEOUT_S = 1800  # seconds for a process to write its piece of the optimizer's state
+LARGE = 5e8  # bytes; a checkpoint of this size takes some seconds to write
+SHARD_TIMEOUT_S = 1800  # seconds for a process to write its shard of the optimizer state
 _LEFTOVER = re.compile(r"\.checkpoint-[0-9]{1,12}\.(tmp|old)$")
 
 
-class Saver:
-    """Saves the checkpoints of a run, one at a time: written beside their place, flushed to disk, renamed, read back,
-    and only then are older ones pruned.
+@dataclass
+class _Snapshot:
+    """What one process writes of a checkpoint. Training continues while it is written in the background."""
 
-    Every process of the run has one and calls `save` after the same steps. The main process writes the folder; where
-    the optimizer's state lies in pieces, each process writes its own. What cannot be written is said and done with:
-    the checkpoints before it are untouched, and the next one tries again.
+    final: Path  # the checkpoint folder
+    temporary: Path  # its name until it is complete
+    is_saved: bool  # a valid checkpoint of this step exists already (known to the main process only)
+    trainer: dict
+    card: str
+    config: object
+    generation_config: object
+    weights: dict  # {name: tensor}; empty on all processes but the main one
+    shard: int | None  # index of this process's shard of the optimizer state; None: it saves none
+    num_shards: int
+    tensors: dict  # the shard: {"PARAMETER/FIELD": tensor}
+    first_rows: dict  # {"PARAMETER/FIELD": row} of the tensors that are split over the shards
+
+
+class Saver:
+    """Saves the checkpoints of a run, one at a time.
+
+    Every process of the run has a Saver and calls `save` after the same steps. The main process writes the folder; if
+    the optimizer state is sharded, each process writes its own shard. If a save fails, the Saver reports it and keeps
+    the reason in `error`; older checkpoints are untouched, and the next save tries again.
 
     Args:
         run: the run folder. accelerator: Accelerate's.
         tokenizer: has save(folder, max_length).
-        keep_last: how many of the newest checkpoints stay; the best one stays besides.
-        in_background: write in a thread, while the training goes on with the next step.
+        keep_last: number of the latest checkpoints to keep, in addition to the best one.
+        in_background: write in a thread, while training continues with the next step.
         say: takes a line for the user. on_saved: called with the path of each checkpoint, on the main process.
     """
 
     def __init__(self, run, accelerator, tokenizer, keep_last, in_background=False, say=print, on_saved=None):
         self.run, self.accelerator, self.tokenizer, self.keep_last = Path(run), accelerator, tokenizer, keep_last
         self.in_background, self.say, self.on_saved = in_background, say, on_saved
-        self.trouble = None  # why the last checkpoint is not there, as text
-        self._thread = self._defect = None
+        self.error = None  # why the last save failed, as text
+        self._thread = self._thread_error = None
 
     def save(self, trainer, model, optimizer, card):
-        """Save a checkpoint; returns when it is written, or in_background when everything is copied.
+        """Save a checkpoint; return when it is written, or with in_background when everything is copied.
 
         Args:
-            trainer: what trainer.json holds; `step` (steps done) and `best_step` are used here.
+            trainer: content of trainer.json; `step` (steps done) and `best_step` are used here.
             model: the unwrapped GPT. optimizer: the prepared one of its parameters. card: text of README.md.
         """
-        from ..distributed import sharding
-
         self.wait()
-        sharding.reshard(model)
-        number, pieces = sharding.shard_index(self.accelerator, model)
-        weights = sharding.full_state_dict(self.accelerator, model, copy=self.in_background)
-        tensors, first_rows = sharding.optimizer_shard(self.accelerator, model, optimizer, copy=self.in_background)
-        final = self.run / checkpoint_name(trainer["step"])
-        is_main, temporary = self.accelerator.is_main_process, self.run / f".{final.name}.tmp"
-        self.trouble = None
-        # (an evaluation that comes after a resumed step makes it the best one: then it is there already)
-        is_there = is_main and final.exists() and find_corruption(final) is None
-        if is_main and not is_there:
-            n_bytes = sum(tensor.nbytes for tensor in weights.values())
-            n_bytes += pieces * sum(tensor.nbytes for tensor in tensors.values())
-            self._try(_prepare_temp_dir, temporary, n_bytes)
-            if n_bytes > LARGE and not self.in_background:
-                self.say(f"saving {final}, {n_bytes / 1e6:,.0f} MB")
-        self.accelerator.wait_for_everyone()  # nobody writes into what a killed process left
-
-        def write():
-            if number is not None and temporary.is_dir():
-                self._try(_write_shard, temporary, number, pieces, tensors, first_rows)
-            if is_main and not is_there:
-                self._try(_write_model, temporary, model, weights, self.tokenizer, card, trainer)
-                self._try(_commit, temporary, final, pieces)
-            if is_main:
-                self._close(temporary, final, trainer["best_step"])
-
-        def write_and_tell():
-            _lower_thread_priority()
-            try:
-                write()
-            except Exception as error:  # a defect, which must not end with its thread
-                self._defect = error
-
+        snapshot = self._take_snapshot(trainer, model, optimizer, card)
+        self.error = None
+        if self.accelerator.is_main_process and not snapshot.is_saved:
+            self._prepare(snapshot)
+        self.accelerator.wait_for_everyone()  # until the main process has removed what a killed one left
         if self.in_background:
-            self._thread = threading.Thread(target=write_and_tell)
+            self._thread = threading.Thread(target=self._write_in_background, args=(snapshot,))
             self._thread.start()
         else:
-            write()
+            self._write(snapshot)
             self.accelerator.wait_for_everyone()
 
     def wait(self):
-        """Return when nothing is being written any more."""
+        """Wait until no save is running."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._defect is not None:
-            raise self._defect
+        if self._thread_error is not None:
+            raise self._thread_error
 
-    def _try(self, step, *arguments):
-        """One step of a save, if those before it went well."""
+    def _take_snapshot(self, trainer, model, optimizer, card):
+        """Gather the weights and this process's shard of the optimizer state on the CPU; every process calls it."""
+        from ..distributed import sharding
+
+        sharding.reshard(model)
+        shard, num_shards = sharding.shard_index(self.accelerator, model)
+        weights = sharding.full_state_dict(self.accelerator, model, copy=self.in_background)
+        tensors, first_rows = sharding.optimizer_shard(self.accelerator, model, optimizer, copy=self.in_background)
+        final = self.run / checkpoint_name(trainer["step"])
+        # a resumed run evaluates first and may find its own checkpoint to be the best one
+        is_saved = self.accelerator.is_main_process and final.exists() and find_corruption(final) is None
+        return _Snapshot(
+            final=final,
+            temporary=self.run / f".{final.name}.tmp",
+            is_saved=is_saved,
+            trainer=dict(trainer),
+            card=card,
+            config=copy.deepcopy(model.config),
+            generation_config=copy.deepcopy(model.generation_config),
+            weights=weights,
+            shard=shard,
+            num_shards=num_shards,
+            tensors=tensors,
+            first_rows=first_rows,
+        )
+
+    def _prepare(self, snapshot):
+        n_bytes = sum(tensor.nbytes for tensor in snapshot.weights.values())
+        n_bytes += snapshot.num_shards * sum(tensor.nbytes for tensor in snapshot.tensors.values())
+        try:
+            _prepare_temp_dir(snapshot.temporary, n_bytes)
+        except OSError as error:
+            self.error = str(error)
+        if n_bytes > LARGE and not self.in_background:
+            self.say(f"saving {snapshot.final}, {n_bytes / 1e6:,.0f} MB")
+
+    def _write(self, snapshot):
         from safetensors import SafetensorError
 
-        if self.trouble is None:
-            try:
-                step(*arguments)
-            except (OSError, SafetensorError) as error:
-                self.trouble = str(error)
+        temporary, is_main = snapshot.temporary, self.accelerator.is_main_process
+        try:
+            if self.error is None and snapshot.shard is not None and temporary.is_dir():
+                _write_shard(temporary, snapshot)
+            if self.error is None and is_main and not snapshot.is_saved:
+                _write_model(temporary, snapshot, self.tokenizer)
+                _commit(temporary, snapshot.final, snapshot.num_shards)
+        except (OSError, SafetensorError) as error:
+            self.error = str(error)
+        if is_main:
+            self._finish(snapshot)
 
-    def _close(self, temporary, final, best_step):
-        """Make the new checkpoint known and prune, or say what was in the way."""
-        if self.trouble is not None:
-            shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not kept full by half a checkpoint
+    def _write_in_background(self, snapshot):
+        _lower_thread_priority()
+        try:
+            self._write(snapshot)
+        except Exception as error:  # a bug; `wait` raises it in the main thread
+            self._thread_error = error
+
+    def _finish(self, snapshot):
+        """Publish the new checkpoint and prune older ones, or report why it was not saved."""
+        final, best_step = snapshot.final, snapshot.trainer["best_step"]
+        if self.error is not None:
+            shutil.rmtree(snapshot.temporary, ignore_errors=True)  # makes room on a full disk
             self.say(
-                f"warning: {final} is NOT SAVED: {self.trouble}; the checkpoints before it are untouched, and the "
+                f"warning: {final} is NOT SAVED: {self.error}; the checkpoints before it are untouched, and the "
                 "next one tries again: make room"
             )
             return
@@ -125,27 +170,27 @@ class Saver:
         try:
             publish(self.run, best_step, final)
             prune(self.run, best_step, final, self.keep_last)
-        except OSError as error:  # the checkpoint itself is there
+        except OSError as error:  # the checkpoint itself is saved
             self.say(f"warning: {self.run}: cleaning up after {final.name} failed: {error}")
         if self.on_saved is not None:
             self.on_saved(final)
 
 
 def _lower_thread_priority():
-    """Leave the processors to this process's other threads. Beside a writer of equal rank, a step on 2 cores came as
-    late as if it had waited for the file. (Linux alone ranks single threads.)"""
+    """Let the training threads have the CPU first. With a writer of equal priority, a step on 2 cores took as long as
+    if it had waited for the file. (Only Linux has priorities of single threads.)"""
     if sys.platform == "linux":
-        with suppress(OSError):  # where that is forbidden
+        with suppress(OSError):  # not permitted
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _prepare_temp_dir(temporary, n_bytes):
-    """An empty folder to write into, where the disk has room for n_bytes."""
-    for leftover in temporary.parent.glob(".checkpoint-*"):  # of a process that was killed while it saved or pruned
+    """Make an empty folder to write to, delete what killed processes left, and check that n_bytes fit on the disk."""
+    for leftover in temporary.parent.glob(".checkpoint-*"):
         if leftover == temporary:
             delete(leftover)
         elif _LEFTOVER.match(leftover.name):
-            with suppress(OSError):  # Windows deletes nothing that somebody reads; the next save tries again
+            with suppress(OSError):  # Windows deletes no file that is open somewhere; the next save tries again
                 delete(leftover)
     (temporary / "state").mkdir(parents=True)
     free = shutil.disk_usage(temporary).free
@@ -153,79 +198,72 @@ def _prepare_temp_dir(temporary, n_bytes):
         raise OSError(errno.ENOSPC, f"it takes {n_bytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} are free")
 
 
-def _write_model(temporary, model, weights, tokenizer, card, trainer):
-    """Everything of a checkpoint but the optimizer's state. model: for its two configs."""
+def _write_model(temporary, snapshot, tokenizer):
+    """Write everything of a checkpoint except the optimizer state and the index."""
     import torch
 
     from ..model import GPT
 
     with torch.device("meta"):
-        shape = GPT(copy.deepcopy(model.config))  # (a wrapped model would be saved as its wrapper's class)
-    shape.generation_config = model.generation_config
-    shape.save_pretrained(temporary, state_dict=dict(weights))
-    tokenizer.save(temporary, max_length=model.config.block_size)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    (temporary / "state" / "trainer.json").write_text(json.dumps(trainer, indent=2), encoding="utf-8")
+        model = GPT(snapshot.config)  # (a wrapped model would be saved under the wrapper's class name)
+    model.generation_config = snapshot.generation_config
+    model.save_pretrained(temporary, state_dict=dict(snapshot.weights))
+    tokenizer.save(temporary, max_length=snapshot.config.block_size)
+    (temporary / "README.md").write_text(snapshot.card, encoding="utf-8")
+    (temporary / TRAINER).write_text(json.dumps(snapshot.trainer, indent=2), encoding="utf-8")
 
 
-def _write_shard(temporary, number, pieces, tensors, first_rows):
-    """One process's piece of the optimizer's state, and then a receipt for it, which the main process waits for."""
+def _write_shard(temporary, snapshot):
+    """Write this process's shard of the optimizer state, then the receipt that the main process waits for: the shard's
+    entry of the index, or the error."""
     from safetensors.torch import save_file
 
-    file = temporary / "state" / _shard_name(number, pieces)
+    file = temporary / shard_path(snapshot.shard, snapshot.num_shards)
     try:
-        save_file(tensors, file, {"first_rows": json.dumps(first_rows)})
-        receipt = _size_and_hash(file)
+        save_file(snapshot.tensors, file, {"first_rows": json.dumps(snapshot.first_rows)})
+        entry = _size_and_hash(file)
     except Exception as error:
-        receipt = {"error": f"{file.name}: {error}"}
+        entry = {"error": f"{file.name}: {error}"}
         raise
     finally:
-        temporary_receipt = file.with_suffix(".receipt.tmp")
-        temporary_receipt.write_text(json.dumps(receipt), encoding="utf-8")
-        os.replace(temporary_receipt, file.with_suffix(".receipt"))
+        write_text_atomically(file.with_suffix(".receipt"), json.dumps(entry))
 
 
-def _commit(temporary, final, pieces):
-    """Wait for all the pieces, write the index of the files, flush them to disk, and give the folder its name."""
-    facts = _wait_for_shards(temporary / "state", pieces)
+def _commit(temporary, final, num_shards):
+    """Wait for all shards, write the index, flush everything to disk, rename the folder, and verify it."""
+    index = _wait_for_shards(temporary, num_shards)
     for file in sorted(temporary.rglob("*")):
         name = file.relative_to(temporary).as_posix()
-        if file.is_file() and name != "README.md":  # the card is for people, who may write into it
-            facts.setdefault(name, _size_and_hash(file))
-    (temporary / INDEX).write_text(json.dumps({"files": facts}, indent=1), encoding="utf-8")
+        if file.is_file() and name != "README.md":  # people may edit the card
+            index.setdefault(name, _size_and_hash(file))
+    (temporary / INDEX).write_text(json.dumps({"files": index}, indent=1), encoding="utf-8")
     flush_tree(temporary)
-    if final.exists():  # a damaged one, which the run went back behind
+    if final.exists():  # corrupted; the run resumed from an earlier one
         remove_checkpoint(final)
     rename_folder(temporary, final)
     flush_folder(final.parent)
-    trouble = find_corruption(final, thorough=False)
-    if trouble:
-        raise OSError(f"the checkpoint did not reach the disk whole: {trouble}")
+    problem = find_corruption(final, thorough=False)
+    if problem:
+        raise OSError(f"the checkpoint did not reach the disk whole: {problem}")
 
 
-def _wait_for_shards(state, pieces):
-    """{file: facts} of the pieces of the optimizer's state, as soon as all processes have written theirs."""
-    facts = {}
-    give_up = time.monotonic() + SHARD_TIMEOUT_S
-    for number in range(pieces):
-        name = _shard_name(number, pieces)
-        receipt = state / Path(name).with_suffix(".receipt")
+def _wait_for_shards(temporary, num_shards):
+    """Return {file: index entry} of the shards of the optimizer state when all processes have written theirs."""
+    entries = {}
+    deadline = time.monotonic() + SHARD_TIMEOUT_S
+    for name in (shard_path(shard, num_shards) for shard in range(num_shards)):
+        receipt = (temporary / name).with_suffix(".receipt")
         while not receipt.is_file():
-            if time.monotonic() > give_up:
-                raise OSError(f"state/{name} did not come within {SHARD_TIMEOUT_S} s from its process")
+            if time.monotonic() > deadline:
+                raise OSError(f"{name} did not come within {SHARD_TIMEOUT_S} s from its process")
             time.sleep(0.05)
-        found = json.loads(receipt.read_text(encoding="utf-8"))
+        entry = json.loads(receipt.read_text(encoding="utf-8"))
         receipt.unlink()
-        if "error" in found:
-            raise OSError(found["error"])
-        facts[f"state/{name}"] = found
-    return facts
-
-
-def _shard_name(number, pieces):
-    return "optimizer.safetensors" if pieces == 1 else f"optimizer-{number + 1:05d}-of-{pieces:05d}.safetensors"
+        if "error" in entry:
+            raise OSError(entry["error"])
+        entries[name] = entry
+    return entries
 
 
 def _size_and_hash(file):
-    """Size and hash of a file, for the index."""
     return {"size": os.path.getsize(file), "sha256": sha256(file)}

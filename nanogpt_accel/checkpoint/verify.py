@@ -8,43 +8,60 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..utils.files import sha256
-from .layout import CHECKPOINT_NAME, INDEX, MODEL_FILES, TRAINER, list_checkpoints, read_trainer
+from .layout import CHECKPOINT_NAME, INDEX, MODEL_FILES, SHARD_PATH, TRAINER, list_checkpoints, read_trainer
 
-SHARD_PATH = re.compile(r"state/optimizer(-\d{5}-of-\d{5})?\.safetensors$")
+
+def latest_valid(run, warn=print, resumable=True, thorough=True):
+    """Return the latest valid checkpoint of a run, or None.
+
+    Args:
+        warn: takes a line about each corrupted checkpoint that is skipped.
+        resumable, thorough: as for find_corruption.
+    """
+    for path in reversed(list_checkpoints(run)):
+        problem = find_corruption(path, resumable, thorough)
+        if problem is None:
+            return path
+        warn(f"warning: {path}: {problem}; taking the checkpoint before it")
+    return None
 
 
 def find_corruption(path, resumable=True, thorough=True):
-    """What is missing or broken in a checkpoint folder, as text; None where it is whole.
+    """Return which file of a checkpoint is missing or damaged, as text, or None if the checkpoint is valid.
 
-    resumable: also look at state/, and insist on its index, which knows the size and hash of every file.
-    thorough: compare hashes, not sizes alone. Without an index (a folder that came without its state/), JSON files
-        have to parse and safetensors files to have the length that their header says.
+    Args:
+        resumable: also verify state/ and require its index, which has the size and hash of every file.
+        thorough: compare hashes, not only sizes. Without an index (a folder that was copied without its state/) JSON
+            files must parse and safetensors files must have the length that their header states.
     """
     path = Path(path)
-    facts = read_index(path)
-    if facts is None and resumable:
+    index = read_index(path)
+    if index is None and resumable:
         return f"{INDEX} is {'damaged' if (path / INDEX).exists() else 'missing'}"
-    if facts is None:
+    if index is None:
         return next(filter(None, (find_file_corruption(path, name) for name in MODEL_FILES)), None)
-    facts = {name: known for name, known in facts.items() if resumable or not name.startswith("state/")}
-    for name, known in facts.items():  # before anything is read
+    index = {name: entry for name, entry in index.items() if resumable or not name.startswith("state/")}
+    for name, entry in index.items():  # before anything is read
         if not (path / name).is_file():
             return f"{name} is missing"
-        if os.path.getsize(path / name) != known["size"]:
+        if os.path.getsize(path / name) != entry["size"]:
             return f"{name} is damaged"
     if resumable and not _has_matching_trainer(path):
         return f"{TRAINER} is not that of this checkpoint"
-    if thorough:
-        with ThreadPoolExecutor() as pool:
-            found = pool.map(_hash_of, [path / name for name in facts])
-            for (name, known), hash_now in zip(facts.items(), found, strict=True):
-                if hash_now != known["sha256"]:
-                    return f"{name} is damaged"
+    return _find_hash_mismatch(path, index) if thorough else None
+
+
+def _find_hash_mismatch(path, index):
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(_hash_of, [path / name for name in index])
+        for (name, entry), found in zip(index.items(), hashes, strict=True):
+            if found != entry["sha256"]:
+                return f"{name} is damaged"
     return None
 
 
 def find_file_corruption(path, name):
-    """Whether a JSON file parses and a safetensors file has the length that its header says, as `damage` tells it."""
+    """Return whether a JSON or safetensors file is missing or damaged, judged by the file alone, as text, or None."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -62,66 +79,51 @@ def find_file_corruption(path, name):
 
 
 def read_index(path):
-    """{file: {"size": bytes, "sha256": hash}} of a checkpoint, or None where there is no whole index."""
+    """Return {file: {"size": bytes, "sha256": hash}} of a checkpoint, or None if its index is missing or damaged."""
     try:
-        facts = json.loads((path / INDEX).read_text(encoding="utf-8"))["files"]
-        is_whole = (
-            facts.keys() >= {*MODEL_FILES, TRAINER}
-            and any(map(SHARD_PATH.match, facts))
-            and all(re.fullmatch(r"(state/)?[\w.-]{1,200}", name) for name in facts)
-            and all(known.keys() == {"size", "sha256"} for known in facts.values())
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))["files"]
+        is_valid = (
+            index.keys() >= {*MODEL_FILES, TRAINER}
+            and any(map(SHARD_PATH.match, index))
+            and all(re.fullmatch(r"(state/)?[\w.-]{1,200}", name) for name in index)
+            and all(entry.keys() == {"size", "sha256"} for entry in index.values())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return facts if is_whole else None
+    return index if is_valid else None
 
 
 def _has_matching_trainer(path):
-    """Whether trainer.json is that of a checkpoint of this name: its step decides where the run goes on."""
+    """Return whether trainer.json has the step of the folder's name: a run resumes at that step."""
     try:
         trainer = read_trainer(path)
-        return trainer["step"] == int(CHECKPOINT_NAME.match(path.name)[1]) and isinstance(
-            trainer["best_step"], (int, type(None))
-        )
+        has_step = trainer["step"] == int(CHECKPOINT_NAME.match(path.name)[1])
+        return has_step and isinstance(trainer["best_step"], (int, type(None)))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
 def _hash_of(file):
-    """The hash of a file, read once for as long as the file does not change."""
+    """Return the hash of a file, or None; an unchanged file is read only once."""
     try:
-        facts = os.stat(file)
-        return _hash_once(file, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+        stat = os.stat(file)
+        return _hash_once(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
     except OSError:
         return None
 
 
 @lru_cache(maxsize=1024)  # the files of some checkpoints; a long run writes many
-def _hash_once(file, size, changed, number):
+def _hash_once(file, size, mtime_ns, inode):
     return sha256(file)
 
 
-def latest_valid(run, warn=print, resumable=True, thorough=True):
-    """The newest whole checkpoint of a run, or None where there is none. `warn` gets a line for each damaged one.
-
-    resumable, thorough: as in `damage`.
-    """
-    for path in reversed(list_checkpoints(run)):
-        trouble = find_corruption(path, resumable, thorough)
-        if trouble is None:
-            return path
-        warn(f"warning: {path}: {trouble}; taking the checkpoint before it")
-    return None
-
-
 def shape_differences(path, config, shape):
-    """Where a model's shape, {key: value}, differs from the `config` of the checkpoint at `path`: a list of
-    problems."""
+    """Return a problem for each value of `shape` that differs from the `config` of the checkpoint at `path`."""
     differing = [key for key in shape if shape[key] != config[key]]
-    # these follow from n_head and n_embd unless they are given, and are no second mistake
-    own = [key for key in differing if key not in ("n_kv_head", "head_dim", "n_inner")]
+    # these follow from n_head and n_embd unless they are given, so they are not problems of their own
+    independent = [key for key in differing if key not in ("n_kv_head", "head_dim", "n_inner")]
     return [
         f"model.{key}={shape[key]}: the checkpoint {path} has {key}={config[key]}, and a run goes on with the "
         "shape that it began with"
-        for key in own or differing
+        for key in independent or differing
     ]

@@ -27,11 +27,11 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..checkpoint.run_folder import check_writable
 from ..distributed.accelerator import has_native_bf16, make_accelerator, should_compile
 from ..distributed.launcher import check_launcher, is_main
 from ..utils import cli
 from ..utils.fields import Int, validate
-from ..utils.files import check_writable
 from ..utils.text import first_line
 
 OPTIONAL = ("wandb", "tensorboard", "deepspeed", "torchao", "lm_eval", "triton")

@@ -10,8 +10,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..checkpoint.run_folder import check_empty
 from ..models.export import export
-from ..models.find import check_empty, check_model, find_model
+from ..models.find import check_model, find_model
 from ..tracking.console import Console
 from ..utils import cli
 from ..utils.fields import validate

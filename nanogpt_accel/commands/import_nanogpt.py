@@ -11,11 +11,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..checkpoint.run_folder import check_empty
 from ..data.token_files import read_meta
 from ..data.tokenizer import Tokenizer
 from ..hub.card import model_card
 from ..models.export import write_model
-from ..models.find import check_empty
 from ..models.load import fit_to_tokenizer
 from ..models.nanogpt import read_nanogpt
 from ..tracking.console import Console

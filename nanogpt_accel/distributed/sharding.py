@@ -1,13 +1,12 @@
-"""What differs where weights and optimizer state lie in pieces on several processes: FSDP2 (torch's fully_shard) and
-DeepSpeed's ZeRO.
+"""What differs if weights and optimizer state are sharded: FSDP2 (torch's fully_shard) and DeepSpeed ZeRO.
 
-A checkpoint is the same for all of them. Its weights are whole, and the optimizer's state is found by parameter, field
-and row, so a run goes on with another number of processes, sharded or not.
+Checkpoints do not differ. The weights are a full state dict, and the optimizer state is found by parameter, field and
+row, so a run can resume with another number of processes, sharded or not.
 
     reshard(model)
-    weights = whole_weights(accelerator, model)                           # for the main process
-    tensors, first_rows = optimizer_piece(accelerator, model, optimizer)  # what this process holds
-    restore_optimizer(accelerator, model, optimizer, fields, read)        # the same, whoever holds it now
+    weights = full_state_dict(accelerator, model)                         # on the main process
+    tensors, first_rows = optimizer_shard(accelerator, model, optimizer)  # of this process
+    restore_optimizer(accelerator, model, optimizer, fields, read)        # with any sharding
 """
 
 import torch
@@ -21,9 +20,16 @@ def is_deepspeed(accelerator):
     return accelerator.distributed_type == "DEEPSPEED"
 
 
+def _is_dtensor(tensor):
+    return isinstance(tensor, torch.distributed.tensor.DTensor)
+
+
+# ---- build and prepare the model
+
+
 def init_empty(make):
-    """The model that make() builds, with room for its weights but none in it: on Linux it takes no memory until it is
-    written to. FSDP2 fills it with the main process's weights, so only that one has to read or draw them."""
+    """Return the model that make() builds, with uninitialized weights; on Linux they take no memory until they are
+    written. FSDP2 fills them with the main process's weights, so only that process has to read or draw them."""
     with torch.device("meta"):
         model = make()
     model.to_empty(device="cpu")
@@ -32,16 +38,17 @@ def init_empty(make):
 
 
 def disable_zero3_init(accelerator):
-    """Keep transformers from taking every model that it loads to pieces as under ZeRO-3, as it does while this object
-    lives; `prepare` takes the one that is trained."""
+    """Keep transformers from sharding every model that it loads as for ZeRO-3, which it does while `dschf` lives.
+    `prepare` shards the model to train."""
     if is_deepspeed(accelerator):
         accelerator.state.deepspeed_plugin.dschf = None
 
 
 def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip):
-    """accelerator.prepare(model, optimizer), and around it what FSDP2 and DeepSpeed have to be told.
+    """Call accelerator.prepare(model, optimizer) with the settings that FSDP2 and DeepSpeed need.
 
-    batch_size: sequences of a micro-batch. micro_steps: micro-batches of a step on each process. grad_clip: 0 for none.
+    Args:
+        batch_size: sequences per micro-batch. micro_steps: micro-batches per step and process. grad_clip: 0 for none.
     """
     if is_fsdp(accelerator):
         _configure_fsdp(accelerator)
@@ -52,7 +59,7 @@ def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip
     )
     weights = {}
     if accelerator.mixed_precision != "no":
-        # it makes its copy in float32 of rounded weights; a run has to go on with the exact ones
+        # DeepSpeed makes its float32 copy of the rounded weights; a run must resume with the exact ones
         weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model, optimizer = accelerator.prepare(model, optimizer)
     for name, parameter in model.module.named_parameters():
@@ -62,96 +69,120 @@ def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip
 
 
 def _configure_fsdp(accelerator):
-    """Let FSDP2 sum in float32, and compile each block by itself."""
+    """Let FSDP2 reduce in float32, and compile each block separately."""
     plugin = accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy is not None:
-        # Accelerate's would round the loss, the rotary tables, and what the processes exchange to half precision too
-        low = plugin.mixed_precision_policy.param_dtype
+        # Accelerate's policy would also round the loss, the rotary tables and the reduced gradients to half precision
         plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(
-            param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    # the gradients of every micro-batch go to their shards at once: between them each process would keep whole ones
+    # reduce-scatter after every micro-batch: between them each process would keep full gradients
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-    # the model compiled as a whole is a module around it, which then holds what no block does, out of our reach
+    # compiling the whole model would wrap it in a module that owns the parameters outside of the blocks
     accelerator.state.dynamo_plugin.use_regional_compilation = True
 
 
+# ---- during training
+
+
 def as_float(norm):
-    """What clip_grad_norm_ returns, as a float: DeepSpeed has one already, FSDP2 has it in pieces."""
-    if isinstance(norm, torch.distributed.tensor.DTensor):
-        norm = norm.full_tensor()
-    return float(norm)
+    """Return the result of clip_grad_norm_ as a float: a float for DeepSpeed, a DTensor for FSDP2."""
+    return float(norm.full_tensor() if _is_dtensor(norm) else norm)
 
 
 def reshard(model):
-    """Let FSDP2 put the gathered weights of an evaluation away, which it keeps of the last layers: until then they
-    stand in the place of the parameters."""
+    """Let FSDP2 free the gathered weights of an evaluation; it keeps those of the last layers in place of the
+    sharded parameters."""
     for module in model.modules():
         if isinstance(module, torch.distributed.fsdp.FSDPModule):
             module.reshard()
 
 
+# ---- save
+
+
 def full_state_dict(accelerator, model, copy=False):
-    """{name: tensor on the CPU} of a model's weights, tied ones once; empty on all processes but the main one.
+    """Return {name: tensor on the CPU} of the weights, tied ones once; empty on all processes but the main one.
 
-    Every process has to call it. Parameters are gathered one by one, so no device holds all of them.
+    Every process has to call it. Parameters are gathered one by one, so no device stores all of them.
 
-    model: unwrapped. copy: even where a tensor lies on the CPU already.
+    Args:
+        model: unwrapped. copy: also copy tensors that are on the CPU already.
     """
     weights = {}
     for name, parameter in model.named_parameters():
-        whole = _full_tensor(parameter)
+        full = _full_tensor(parameter)
         if accelerator.is_main_process:
-            weights[name] = whole.detach().to("cpu", copy=copy)
+            weights[name] = full.detach().to("cpu", copy=copy)
     return weights
 
 
 def shard_index(accelerator, model):
-    """(number of this process's piece of the optimizer's state, number of pieces); None for a process that holds
-    nothing which another does not hold as well."""
+    """Return (index of this process's shard of the optimizer state, number of shards). The index is None if another
+    process saves the same shard."""
     parameter = next(model.parameters())
-    if not isinstance(parameter, torch.distributed.tensor.DTensor):
+    if not _is_dtensor(parameter):
         return (0 if accelerator.is_main_process else None), 1
-    mesh, number, pieces = parameter.device_mesh, 0, 1
-    for placement, place, size in zip(parameter.placements, mesh.get_coordinate(), mesh.shape, strict=True):
+    mesh, index, num_shards = parameter.device_mesh, 0, 1
+    for placement, coordinate, size in zip(parameter.placements, mesh.get_coordinate(), mesh.shape, strict=True):
         if placement.is_shard():
-            number, pieces = number * size + place, pieces * size
-        elif place > 0:  # (hybrid sharding: another node's copy)
-            number = None
+            index, num_shards = index * size + coordinate, num_shards * size
+        elif coordinate > 0:  # (hybrid sharding: another node's copy)
+            index = None
             break
-    return number, pieces
+    return index, num_shards
 
 
 def optimizer_shard(accelerator, model, optimizer, copy=False):
-    """What this process is to save of the optimizer's state; every process has to call it.
+    """Return what this process saves of the optimizer state; every process has to call it.
 
     Returns:
-        (tensors, first_rows): {"PARAMETER/FIELD": tensor on the CPU}, and for those that are some rows of a whole one
-        {"PARAMETER/FIELD": number of the first row}. Both empty where piece_number is None.
+        (tensors, first_rows): {"PARAMETER/FIELD": tensor on the CPU}, and {"PARAMETER/FIELD": index of the first row}
+        for those that are some rows of a full tensor. Both are empty if the index of shard_index is None.
     """
-    number, _ = shard_index(accelerator, model)
+    index, _ = shard_index(accelerator, model)
     tensors, first_rows = {}, {}
-    for name, parameter, fields in _states(accelerator, model, optimizer):
-        if number is None:
+    if is_deepspeed(accelerator):
+        _link_deepspeed(optimizer.optimizer)
+    for name, parameter in model.named_parameters():
+        if is_deepspeed(accelerator):
+            fields = _deepspeed_state(parameter, optimizer.optimizer)  # gathered by all processes
+        else:
+            fields = optimizer.state.get(parameter, {})
+        if index is None:
             continue
         for field, tensor in fields.items():
-            if isinstance(tensor, torch.distributed.tensor.DTensor):
-                start, _ = _local_rows(parameter)
+            if _is_dtensor(tensor):
                 tensor = tensor.to_local()
                 if not tensor.shape[0]:  # fewer rows than processes
                     continue
-                first_rows[f"{name}/{field}"] = start
-            elif number > 0:
-                continue  # the same on all, such as the count of steps
+                first_rows[f"{name}/{field}"] = _local_rows(parameter)[0]
+            elif index > 0:
+                continue  # the same on all processes, such as the step count
             tensors[f"{name}/{field}"] = tensor.detach().contiguous().to("cpu", copy=copy)
     return tensors, first_rows
 
 
-def restore_optimizer(accelerator, model, optimizer, fields, read):
-    """Put saved state into the optimizer of a prepared model.
+def _full_tensor(parameter):
+    """Return all of a parameter, gathered if it is sharded."""
+    if _is_dtensor(parameter):
+        return parameter.full_tensor()
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # DeepSpeed's: the float32 copy
+        from deepspeed.utils import safe_get_full_fp32_param
 
-    fields: the names of the saved fields of each parameter, by its name.
-    read: (name, field, first row, row after the last) -> tensor; the rows do not matter for a scalar.
+        return safe_get_full_fp32_param(parameter)
+    return parameter
+
+
+# ---- restore
+
+
+def restore_optimizer(accelerator, model, optimizer, fields, read):
+    """Load saved state into the optimizer of a prepared model.
+
+    Args:
+        fields: {parameter name: names of its saved fields}.
+        read: (name, field, first row, row after the last) -> tensor; the rows do not matter for a scalar.
     """
     if is_deepspeed(accelerator):
         return _restore_deepspeed(model, optimizer, fields, read)
@@ -166,20 +197,9 @@ def restore_optimizer(accelerator, model, optimizer, fields, read):
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _full_tensor(parameter):
-    """All of a parameter, gathered where it lies in pieces."""
-    if isinstance(parameter, torch.distributed.tensor.DTensor):
-        return parameter.full_tensor()
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # DeepSpeed's: its copy in float32
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter)
-    return parameter
-
-
 def _local_rows(parameter):
-    """(first row, row after the last) of a parameter that lie on this process; a scalar has one row."""
-    if isinstance(parameter, torch.distributed.tensor.DTensor):
+    """Return (first row, row after the last) of the rows of a parameter on this process; a scalar has one row."""
+    if _is_dtensor(parameter):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         shape, offset = compute_local_shape_and_global_offset(
@@ -190,8 +210,8 @@ def _local_rows(parameter):
 
 
 def _to_sharded(parameter, local):
-    """A tensor of this process's rows, as a piece of a whole one where the parameter is."""
-    if not isinstance(parameter, torch.distributed.tensor.DTensor) or not local.dim():
+    """Return a tensor of this process's rows, as a DTensor if the parameter is one."""
+    if not _is_dtensor(parameter) or not local.dim():
         return local
     return torch.distributed.tensor.DTensor.from_local(
         local.to(parameter.device),
@@ -203,28 +223,15 @@ def _to_sharded(parameter, local):
     )
 
 
-def _states(accelerator, model, optimizer):
-    """(name, parameter, {field: tensor}) of each parameter that has state, in the order of the model."""
-    if is_deepspeed(accelerator):
-        _link_deepspeed(optimizer.optimizer)
-    for name, parameter in model.named_parameters():
-        if is_deepspeed(accelerator):
-            fields = _deepspeed_state(parameter, optimizer.optimizer)
-        else:
-            fields = optimizer.state.get(parameter, {})
-        if fields:
-            yield name, parameter, fields
-
-
-# DeepSpeed's optimizer steps torch's on a few long vectors, each a process's part of many parameters in a row
+# ---- DeepSpeed: its optimizer steps torch's on a few flat vectors, each a process's part of many parameters in a row
 
 
 def _deepspeed_state(parameter, zero):
-    """{field: whole tensor} of a parameter. zero: DeepSpeed's optimizer, whose own `optimizer` is torch's."""
+    """Return {field: full tensor} of a parameter. zero: DeepSpeed's optimizer; its own `optimizer` is torch's."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     fields = next(iter(zero.optimizer.state.values()), {})
-    # what counts steps is the same for all
+    # scalars are step counts, which are the same for all
     return {
         field: safe_get_full_optimizer_state(parameter, field) if value.dim() else value.clone()
         for field, value in fields.items()
@@ -232,14 +239,15 @@ def _deepspeed_state(parameter, zero):
 
 
 def _link_deepspeed(zero):
-    """Let stages 1 and 2 know the state of every vector: their first step does it too early for all but one."""
+    """Let stages 1 and 2 link the parameters to the state of every vector: in their first step they do so before all
+    vectors but one have a state."""
     if hasattr(zero, "single_partition_of_fp32_groups"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
 def _restore_deepspeed(model, optimizer, fields, read):
-    """Fill the vectors' state, which DeepSpeed makes with the first step, before it."""
+    """Create and fill the state of the vectors before the first step, in which DeepSpeed would create it."""
     zero = optimizer.optimizer
     is_stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
     vectors = zero.fp32_partitioned_groups_flat if is_stage_3 else zero.single_partition_of_fp32_groups
@@ -258,10 +266,10 @@ def _restore_deepspeed(model, optimizer, fields, read):
 
 
 def _set_deepspeed(parameter, value, field=None):
-    """Set one field of a parameter's state, or without a field its copy in float32; each process keeps its part."""
+    """Set a field of a parameter's state, or without a field its float32 copy; each process stores its part."""
     if not hasattr(parameter, "ds_id"):  # stages 1 and 2
         return parameter.set_full_hp_param(value, field)
-    part = parameter.ds_tensor.numel()  # padded, so that all processes have as much
+    part = parameter.ds_tensor.numel()  # padded, so that all parts have the same size
     padded = value.new_zeros(part * torch.distributed.get_world_size())
     padded[: value.numel()] = value.flatten()
     start = part * torch.distributed.get_rank()

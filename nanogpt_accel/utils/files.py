@@ -1,38 +1,32 @@
-"""Files: check that a folder is writable, hash, flush to disk, rename and delete safely."""
+"""Files and folders: hash, write and flush to disk, rename, delete."""
 
 import hashlib
 import os
 import shutil
-import tempfile
 import time
 from contextlib import suppress
-from pathlib import Path
 
 
 def sha256(file):
-    digest, buffer = hashlib.sha256(), bytearray(2**22)
+    digest, buffer = hashlib.sha256(), bytearray(2**16)  # a larger one per file makes the heap grow, 41 MB with 4 MiB
     with open(file, "rb", buffering=0) as opened:
         while count := opened.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
 
 
-def check_writable(folder, key="out_dir"):
-    """Whether a folder can be made and written to, as a list of problems; the nearest one that exists is asked."""
-    place = Path(folder)
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        return [f"{key}={folder}: {place} is a file; take another folder"]
-    try:
-        with tempfile.TemporaryFile(dir=place):  # os.access says yes to root, even for /proc and /sys
-            return []
-    except OSError as error:
-        return [f"{key}={folder}: cannot write in {place} ({error.strerror}); take another folder"]
+def write_text_atomically(path, text):
+    """Write a text file completely or not at all, even if the machine goes down."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def remove_checkpoint(folder):
-    """Delete a checkpoint; under a hidden name first, so that a half-deleted one is never taken for a whole."""
+    """Rename a checkpoint to a hidden name, then delete it: a half-deleted one must not look like a checkpoint."""
     hidden = folder.with_name(f".{folder.name}.old")
     if hidden.exists():
         delete(hidden)
@@ -41,8 +35,8 @@ def remove_checkpoint(folder):
 
 
 def rename_folder(folder, target):
-    """os.rename of a folder. Windows refuses it while anybody has a file in it open, as a virus scanner has a new one
-    for a moment."""
+    """Rename a folder. Windows refuses this while a file in it is open, and virus scanners open new files for a
+    moment; so try again for 2 seconds."""
     for _ in range(20 if os.name == "nt" else 0):
         with suppress(PermissionError):
             return os.rename(folder, target)
@@ -58,7 +52,7 @@ def delete(path):
 
 
 def flush_tree(folder):
-    """fsync every file and folder below."""
+    """Flush a folder, and every file and folder in it, to disk."""
     for place, _, files in os.walk(folder):
         for name in files:
             # Windows flushes only what is open for writing

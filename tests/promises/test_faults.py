@@ -1,4 +1,4 @@
-"""A save that fails at any of its file operations loses nothing: the run goes on, and the next one is written."""
+"""A save that fails at any of its file operations loses nothing: the run continues, and the next save succeeds."""
 
 import builtins
 import errno
@@ -10,34 +10,27 @@ import random
 import resource
 import shutil
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 import transformers.modeling_utils
+from tiny_run import ACCELERATOR, TinyRun, make_adamw
 
 from nanogpt_accel.__main__ import main
-from nanogpt_accel.checkpoint.layout import checkpoint_path, list_checkpoints, read_trainer
+from nanogpt_accel.checkpoint.layout import checkpoint_path, list_checkpoints
 from nanogpt_accel.checkpoint.resume import load_optimizer
-from nanogpt_accel.checkpoint.save import Saver, _write_model
+from nanogpt_accel.checkpoint.save import _write_model
 from nanogpt_accel.checkpoint.verify import find_corruption, latest_valid
-from nanogpt_accel.data.tokenizer import Tokenizer
-from nanogpt_accel.hub.card import model_card
-from nanogpt_accel.model import GPT, GPTConfig
-from nanogpt_accel.optim import make_optimizer
-from nanogpt_accel.recipe import Optimizer
+from nanogpt_accel.model import GPT
 from nanogpt_accel.tracking.metrics_log import MetricsLog, read_metrics
 
-TOKENIZER = Tokenizer.char(["it is a text, and ends\n"])
-ALONE = SimpleNamespace(distributed_type="NO", is_main_process=True, wait_for_everyone=lambda: None)
-CARD = model_card("a run", "a text", needs_code=True)
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 
 
 class Faults:
-    """Every operation on files that change something is counted; the one with the number `at` fails, and so does
-    `lasting` operations after it."""
+    """Counts every operation that changes files; the one with the number `at` fails, and all of `lasting` operations
+    from there on."""
 
     def __init__(self, patch, folder):
         self.folder, self.seen, self.at, self.kind, self.lasting = str(folder), [], None, errno.ENOSPC, 1
@@ -94,44 +87,25 @@ class Written:
         return self._file.write(content)
 
 
-class Run:
-    """A tiny training with a Saver."""
+class Run(TinyRun):
+    """A run that remembers what it saved; the save may fail."""
 
     def __init__(self, folder, in_background):
-        torch.manual_seed(0)
-        self.folder, self.said = folder, []
-        self.model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=16))
-        self.optimizer = make_optimizer(
-            self.model, Optimizer(learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
-        )
-        self.saver = Saver(folder, ALONE, TOKENIZER, 2, in_background, say=self.said.append)
+        super().__init__(folder, in_background=in_background)
         self.saved = {}  # step -> weights
 
     def save(self, step):
-        ids = torch.randint(TOKENIZER.vocab_size, (2, 8), generator=torch.Generator().manual_seed(step))
-        self.model(ids, labels=ids).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.start_save(step)
         self.saved[step] = self.model.transformer.wte.weight.detach().clone()
-        self.saver.save({"step": step, "best_step": None}, self.model, self.optimizer, CARD)
         self.saver.wait()
 
-    def newest(self):
-        """The step of the newest checkpoint, which loads as it was saved. All others are whole too."""
-        assert [find_corruption(path) for path in list_checkpoints(self.folder)] == [None] * len(
-            list_checkpoints(self.folder)
-        )
-        path = latest_valid(self.folder, warn=pytest.fail)
-        step = read_trainer(path)["step"]
+    def latest(self):
+        """The step of the latest checkpoint, which loads as it was saved. All others are valid, too."""
+        steps, path = self.steps(), latest_valid(self.folder, warn=pytest.fail)
         model = GPT.from_pretrained(path)
-        assert torch.equal(model.transformer.wte.weight, self.saved[step])
-        load_optimizer(
-            path,
-            ALONE,
-            model,
-            make_optimizer(model, Optimizer(learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)),
-        )
-        return step
+        assert torch.equal(model.transformer.wte.weight, self.saved[steps[-1]])
+        load_optimizer(path, ACCELERATOR, model, make_adamw(model))
+        return steps[-1]
 
 
 @pytest.fixture
@@ -140,9 +114,9 @@ def faults(monkeypatch, tmp_path):
 
 
 def sweep(run, faults, numbers=slice(None), kinds=ERRORS, lasting=1):
-    """Let operations of a save fail, one save for each of them and each kind of error.
+    """Let operations of a save fail: one save per operation and kind of error.
 
-    numbers: which of the operations, in their order. lasting: so many operations fail in a row.
+    numbers: which of the operations, in their order. lasting: number of operations that fail in a row.
     """
     for step in (1, 2, 3):  # so that there is something to prune
         faults.arm(None)
@@ -169,21 +143,21 @@ def sweep(run, faults, numbers=slice(None), kinds=ERRORS, lasting=1):
             run.save(step)
             assert len(faults.seen) >= number
             faults.arm(None)
-            trouble, newest = run.saver.trouble, run.newest()
-            if trouble is not None:
-                assert os.strerror(kind) in trouble and "NOT SAVED" in run.said[-1] and newest in (before, step)
+            error, latest = run.saver.error, run.latest()
+            if error is not None:
+                assert os.strerror(kind) in error and "NOT SAVED" in run.said[-1] and latest in (before, step)
             else:
-                assert newest == step and "NOT SAVED" not in "".join(run.said)
+                assert latest == step and "NOT SAVED" not in "".join(run.said)
             step += 1
             run.save(step)
             assert run.said[-1] == f"saved {checkpoint_path(run.folder, step)}"
             assert [find_corruption(path) for path in list_checkpoints(run.folder)] == [None, None]
             assert not list(run.folder.glob(".checkpoint-*"))
-    assert run.newest() == step
+    assert run.latest() == step
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_operations_of_a_save_fail(tmp_path, faults, in_background):
+def test_a_save_with_a_failing_operation_loses_nothing(tmp_path, faults, in_background):
     sweep(
         Run(tmp_path / "run", in_background), faults, slice(int(in_background), None, 8), kinds=[ERRORS[in_background]]
     )
@@ -192,13 +166,13 @@ def test_operations_of_a_save_fail(tmp_path, faults, in_background):
 @pytest.mark.slow
 @pytest.mark.parametrize("lasting", [1, 3, 1000])
 @pytest.mark.parametrize("in_background", [False, True])
-def test_every_operation_of_a_save_fails_with_every_error(tmp_path, faults, in_background, lasting):
+def test_a_save_with_any_failing_operation_and_any_error_loses_nothing(tmp_path, faults, in_background, lasting):
     sweep(Run(tmp_path / "run", in_background), faults, lasting=lasting)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_files_that_the_disk_takes_in_part(tmp_path, in_background):
-    """A limit on the size of files is a real error below all libraries, those in Rust too."""
+def test_files_that_are_written_only_in_part_lose_nothing(tmp_path, in_background):
+    """A limit on the size of files is a real error below all libraries, including those in Rust."""
     run = Run(tmp_path / "run", in_background)
     run.save(1)
     sizes = sorted({file.stat().st_size for file in list_checkpoints(run.folder)[0].rglob("*") if file.is_file()})
@@ -210,13 +184,13 @@ def test_files_that_the_disk_takes_in_part(tmp_path, in_background):
             run.save(2 * step + 2)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert "too large" in run.saver.trouble and "NOT SAVED" in run.said[-1]
-        assert run.newest() == 2 * step + 1
+        assert "too large" in run.saver.error and "NOT SAVED" in run.said[-1]
+        assert run.latest() == 2 * step + 1
         run.save(2 * step + 3)
-        assert run.newest() == 2 * step + 3 and not list(run.folder.glob(".checkpoint-*"))
+        assert run.latest() == 2 * step + 3 and not list(run.folder.glob(".checkpoint-*"))
 
 
-def test_a_defect_in_the_background_does_not_end_with_its_thread(tmp_path, monkeypatch):
+def test_a_bug_in_the_background_thread_is_raised_in_the_main_thread(tmp_path, monkeypatch):
     run = Run(tmp_path / "run", in_background=True)
     monkeypatch.setattr("nanogpt_accel.checkpoint.save._write_model", lambda *args: 1 // 0)
     with pytest.raises(ZeroDivisionError):
@@ -279,7 +253,7 @@ def full_at(patch, steps):
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_a_run_goes_on_where_a_save_fails(recipe, calm, tmp_path, monkeypatch, capsys, in_background):
+def test_a_run_continues_after_a_save_that_fails(recipe, calm, tmp_path, monkeypatch, capsys, in_background):
     run = tmp_path / "run"
     full_at(monkeypatch, {6, 9})
     assert main(["train", str(recipe), f"out_dir={run}", f"async_save={in_background}"]) == 0
@@ -290,7 +264,7 @@ def test_a_run_goes_on_where_a_save_fails(recipe, calm, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_a_run_whose_last_save_fails(recipe, calm, tmp_path, monkeypatch, capsys, in_background):
+def test_a_run_whose_last_save_fails_can_be_resumed(recipe, calm, tmp_path, monkeypatch, capsys, in_background):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         full_at(patch, {12})
@@ -315,11 +289,11 @@ def small_disk(tmp_path):
     ):
         pytest.skip("no right to mount a file system")
     yield folder
-    gc.collect()  # a model that was resumed lies in its file, and in a cycle
+    gc.collect()  # a resumed model is mapped from its file, and part of a reference cycle
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_is_full(recipe, calm, small_disk, capsys):
+def test_a_run_on_a_full_disk_can_be_resumed(recipe, calm, small_disk, capsys):
     """A real one. The first checkpoint fits; then another program takes all that is left."""
     run, ballast = small_disk / "run", small_disk / "ballast"
     assert main(["train", str(recipe), f"out_dir={run}", "max_iters=3", "lr_decay_iters=12"]) == 0
@@ -337,7 +311,7 @@ def test_a_disk_that_is_full(recipe, calm, small_disk, capsys):
     assert weights(run) == weights(calm) and numbers(run) == numbers(calm)
 
 
-def test_a_log_that_waits_for_room(tmp_path):
+def test_lines_that_a_full_disk_refused_are_written_later(tmp_path):
     """What a full disk did not take is written when there is room, in order and without a torn line."""
     said = []
     log = MetricsLog(tmp_path / "metrics.jsonl", warn=said.append)

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 import nanogpt_accel
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.batches import model_inputs
-from nanogpt_accel.checkpoint.run_folder import _best_checkpoint, is_published, prepare_run_folder, publish
+from nanogpt_accel.checkpoint.run_folder import best_checkpoint, is_published, prepare_run_folder, publish
 from nanogpt_accel.checkpoint.save import _prepare_temp_dir
 from nanogpt_accel.commands import bench, doctor
 from nanogpt_accel.data import sources
@@ -213,7 +213,7 @@ def test_copies_in_the_place_of_links_are_known_for_what_they_are(copied):
     assert os.stat(copied / "model.safetensors").st_ino == before
     # a better checkpoint could not be saved: the one before it stays the best
     shutil.copytree(copied / "checkpoint-000008", copied / "checkpoint-000010")
-    assert _best_checkpoint(copied, 9, copied / "checkpoint-000010") == copied / "checkpoint-000008"
+    assert best_checkpoint(copied, 9, copied / "checkpoint-000010") == copied / "checkpoint-000008"
 
 
 def test_a_new_run_clears_copies_away_with_their_checkpoints(copied):
