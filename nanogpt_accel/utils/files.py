@@ -1,4 +1,4 @@
-"""Files: check that a folder is writable, hash, flush to disk, rename and delete safely."""
+"""Files: check that a folder is writable, hash, write, flush to disk, rename and delete safely."""
 
 import hashlib
 import os
@@ -9,12 +9,35 @@ from contextlib import suppress
 from pathlib import Path
 
 
+def cache_folder():
+    """Return the folder that keeps downloads. The Hub's and tiktoken's clients have folders of their own."""
+    in_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("NANOGPT_ACCEL_CACHE") or os.path.join(in_home, "nanogpt_accel")
+
+
 def sha256(file):
-    digest, buffer = hashlib.sha256(), bytearray(2**22)
+    """Return the SHA-256 of a file in hexadecimal."""
+    # a buffer of 4 MiB is no faster, and the heap grows by it
+    digest, buffer = hashlib.sha256(), bytearray(2**16)
     with open(file, "rb", buffering=0) as opened:
         while count := opened.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
+
+
+def write_atomically(path, content):
+    """Write a text or bytes to a file that appears complete or not at all, whatever happens meanwhile."""
+    temporary = f"{path}.tmp-{os.getpid()}"  # other processes may write the same file
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        flush_file(file)
+    os.replace(temporary, path)
+
+
+def flush_file(file):
+    """Write what an open file buffers to the disk: after a power failure it is there."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def check_writable(folder, key="out_dir"):

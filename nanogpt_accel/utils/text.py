@@ -1,4 +1,4 @@
-"""Numbers as text for people."""
+"""Numbers and errors as text for people."""
 
 
 def counted(number, noun):
@@ -18,3 +18,8 @@ def duration(seconds):
     days, hours = divmod(hours, 24)
     text = f"{hours}:{minutes:02}:{seconds:02}" if hours or days else f"{minutes}:{seconds:02}"
     return f"{days}d {text}" if days else text
+
+
+def one_line(error):
+    """Return the text of an error in one line of at most 200 characters, or its type if it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
