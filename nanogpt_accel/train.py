@@ -25,6 +25,7 @@ from .checkpoint.run_folder import check_lock, check_run_folder, lock_run, prepa
 from .checkpoint.save import Saver
 from .checkpoint.verify import find_corruption, latest_valid, shape_differences
 from .data import dataset
+from .data.prepare import ready
 from .distributed.accelerator import assert_ranks_agree, make_accelerator
 from .distributed.launcher import check_launch, is_main, launcher_requests, world_size
 from .distributed.stop import StopConsensus, StopSignals, lost_process
@@ -159,7 +160,7 @@ def open_data(recipe, console):
     Returns:
         (dataset, source): source is the folder whose weights the run begins with, None for a new model.
     """
-    data = dataset.ready(recipe.data, is_main(), console)
+    data = ready(recipe.data, is_main(), console)
     block_size, init_from = recipe.model.block_size, recipe.model.init_from
     problems = dataset.require_block(data, block_size)
     if recipe.train.sample_tokens:

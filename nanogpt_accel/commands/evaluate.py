@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..data import dataset
+from ..data.prepare import ready
 from ..data.sources import joined_text
 from ..data.token_files import TokenArray
 from ..data.tokenizer import Tokenizer
@@ -190,7 +191,7 @@ def evaluate(target, recipe, options, block_size=None):
 
 def open_split(recipe, options, folder, config, target, console):
     """(name, tokens, bytes of its text, end-of-text id, problems) of a split of the recipe's data."""
-    data = dataset.ready(recipe.data, is_main(), report=console)
+    data = ready(recipe.data, is_main(), report=console)
     problems = dataset.require_tokenizer(data, folder, key=target) or check_tokenizer(data.tokenizer, config, folder)
     if options.split not in data.splits:
         problems.append(f"split={options.split}: {data.folder} has {', '.join(data.splits)}")

@@ -13,6 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
+from ..utils.text import one_line
+
 EOT = "<|endoftext|>"  # stands between documents
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_SHA256 = {
@@ -49,7 +51,7 @@ class Tokenizer:
         try:
             self._backend = Backend.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"not a tokenizer.json: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"not a tokenizer.json: {one_line(error)}") from None
         self._backend.encode_special_tokens = True  # a corpus is plain text, whatever it happens to spell
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -207,9 +209,8 @@ class Tokenizer:
                 with open(beside, encoding="utf-8") as file:
                     config = json.load(file)
             except (ValueError, RecursionError) as error:
-                reason = " ".join(str(error).split())
                 raise ValueError(
-                    f"{beside}: not JSON ({reason}): mend it, or remove it where the end of text is {EOT}"
+                    f"{beside}: not JSON ({one_line(error)}): mend it, or remove it where the end of text is {EOT}"
                 ) from None
         try:
             with open(path, encoding="utf-8") as file:

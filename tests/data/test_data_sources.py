@@ -39,7 +39,9 @@ from data_files import (
 )
 
 from nanogpt_accel.__main__ import main
-from nanogpt_accel.data import dataset, sources, token_files
+from nanogpt_accel.data import dataset, encoding, hub_datasets, prepare, readers, sources, token_files
+from nanogpt_accel.data.corpus import Corpus
+from nanogpt_accel.data.manifest import is_data_folder
 from nanogpt_accel.recipe import SECTIONS
 
 
@@ -55,7 +57,7 @@ def work(tmp_path, monkeypatch):
 def test_the_same_documents_in_every_format_by_any_workers(monkeypatch, name):
     FORMATS[name](name, DOCS)
     for workers, chunk in ((1, 2**19), (2, 2**19), (2, 300), (1, 1), (3, 4000)):
-        monkeypatch.setattr(dataset, "CHUNK", chunk)
+        monkeypatch.setattr(encoding, "CHUNK", chunk)
         ours, _ = prepared(workers, corpus=name, lines=is_lines(name), data_dir=f"out {workers} {chunk}")
         for file, part in zip((ours.train, ours.val), dealt(DOCS), strict=True):
             assert file.paths[0].read_bytes() == np.array(char_ids(DOCS, part), "<u2").tobytes()
@@ -72,7 +74,7 @@ def test_the_tokens_are_tiktokens(gpt2_files, monkeypatch, name):
     gpt2 = tiktoken.get_encoding("gpt2")
     FORMATS[name](name, DOCS)
     for workers, chunk in ((1, 2**19), (2, 300)):
-        monkeypatch.setattr(dataset, "CHUNK", chunk)
+        monkeypatch.setattr(encoding, "CHUNK", chunk)
         ours, _ = prepared(workers, corpus=name, lines=is_lines(name), tokenizer="gpt2", data_dir=f"out {workers}")
         for file, part in zip((ours.train, ours.val), dealt(DOCS), strict=True):
             wanted = [i for text in part for i in [*gpt2.encode_ordinary(text), gpt2.eot_token]]
@@ -83,7 +85,7 @@ def test_a_bpe_of_our_own_does_not_depend_on_format_workers_or_chunks(monkeypatc
     found = []
     for name in ("x.parquet", "x.jsonl.gz", "x.csv", "x.txt"):
         for workers, chunk in ((1, 2**19), (2, 300)):
-            monkeypatch.setattr(dataset, "CHUNK", chunk)
+            monkeypatch.setattr(encoding, "CHUNK", chunk)
             FORMATS[name](name, DOCS)
             folder = f"out {name} {workers}"
             prepared(workers, corpus=name, lines=is_lines(name), tokenizer="bpe", vocab_size=400, data_dir=folder)
@@ -93,7 +95,7 @@ def test_a_bpe_of_our_own_does_not_depend_on_format_workers_or_chunks(monkeypatc
 
 @pytest.mark.parametrize("chunk", [1, 700, 2**19])
 def test_shards_follow_each_other_for_any_chunk(monkeypatch, chunk):
-    monkeypatch.setattr(dataset, "CHUNK", chunk)
+    monkeypatch.setattr(encoding, "CHUNK", chunk)
     jsonl("x.jsonl", DOCS)
     ours, _ = prepared(2, corpus="x.jsonl", shard_tokens=1000)
     for split, part in zip(("train", "val"), dealt(DOCS), strict=True):
@@ -163,7 +165,7 @@ def test_token_ids_are_cut_as_nanogpt_cuts_a_text_and_copied(
 ):
     import tiktoken
 
-    monkeypatch.setattr(sources, "IDS_AT_ONCE", at_once)
+    monkeypatch.setattr(readers, "IDS_AT_ONCE", at_once)
     text, gpt2 = shakespeare.read_text(encoding="utf-8"), tiktoken.get_encoding("gpt2")
     everything = gpt2.encode_ordinary(text)
     np.array(everything, np.uint16).tofile("x.bin")
@@ -182,7 +184,7 @@ def test_token_ids_are_cut_as_nanogpt_cuts_a_text_and_copied(
 
 @pytest.mark.parametrize("at_once", [2**22, 100, 1])
 def test_several_files_of_ids_are_one_sequence_in_the_order_of_their_names(monkeypatch, at_once):
-    monkeypatch.setattr(sources, "IDS_AT_ONCE", at_once)
+    monkeypatch.setattr(readers, "IDS_AT_ONCE", at_once)
     texts = [text.replace("<|endoftext|>", "the end") for text in DOCS[:40]]
     char = dataset.Tokenizer.char(texts)
     Path("tok").mkdir()
@@ -240,13 +242,13 @@ def test_ids_of_a_large_vocabulary_take_32_bits(capsys):
 
 
 def test_told_to_stop_amid_ids_it_goes_on_and_reads_no_more_than_the_rest(gpt2_files, monkeypatch):
-    monkeypatch.setattr(sources, "IDS_AT_ONCE", 100)
+    monkeypatch.setattr(readers, "IDS_AT_ONCE", 100)
     everything = np.random.default_rng(0).integers(0, 50257, 5000).astype("<u2")
     for name, part in (("a.bin", everything[:1950]), ("b.bin", everything[1950:])):
         part.tofile(name)
     given = {"corpus": "?.bin", "tokenizer": "gpt2", "shard_tokens": 1000}
     prepared(**given, data_dir="straight")
-    real, read, stops = sources._ids_at, [], [10, 35]
+    real, read, stops = readers._ids_at, [], [10, 35]
 
     def ids_at(spec, path, at, *rest):
         if stops and len(read) == stops[0]:
@@ -255,11 +257,11 @@ def test_told_to_stop_amid_ids_it_goes_on_and_reads_no_more_than_the_rest(gpt2_f
         read.append((path, at))
         return real(spec, path, at, *rest)
 
-    monkeypatch.setattr(sources, "_ids_at", ids_at)
+    monkeypatch.setattr(readers, "_ids_at", ids_at)
     for kept in (1, 1):  # a text without an end is one document
         said = []
         with pytest.raises(KeyboardInterrupt):
-            dataset.prepare(section(**given), said.append)
+            prepare.prepare(section(**given), said.append)
         assert said[-1] == f"out: interrupted; {kept} document is kept, the same command goes on"
     _, said = prepared(**given)
     assert "out: going on where an earlier attempt stopped" in said
@@ -275,8 +277,8 @@ def test_killed_when_all_ids_were_written(gpt2_files, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
             token_files,
-            "_write_text",
-            lambda path, text, real=token_files._write_text: (
+            "write_atomically",
+            lambda path, text, real=token_files.write_atomically: (
                 real(path, text) if "manifest" not in str(path) else (_ for _ in ()).throw(KeyboardInterrupt)
             ),
         )
@@ -290,10 +292,10 @@ def test_killed_when_all_ids_were_written(gpt2_files, monkeypatch):
 
 CHILD = """
 import json, os, signal, sys
-from nanogpt_accel.data import dataset, token_files as tokens
+from nanogpt_accel.data import encoding, prepare, token_files as tokens
 from nanogpt_accel.recipe import SECTIONS
-given, moves, dataset.COUNTED_BELOW, tokens.COMMIT_SECONDS = map(json.loads, sys.argv[1:])
-dataset.CHUNK = 400
+given, moves, prepare.COUNTED_BELOW, tokens.COMMIT_SECONDS = map(json.loads, sys.argv[1:])
+encoding.CHUNK = 400
 real = os.replace
 def replace(source, target):
     global moves
@@ -303,7 +305,7 @@ def replace(source, target):
         moves -= 1
     real(source, target)
 os.replace = replace
-dataset.prepare(SECTIONS["data"](**given), lambda line: print(line, flush=True), workers=2)
+prepare.prepare(SECTIONS["data"](**given), lambda line: print(line, flush=True), workers=2)
 """
 
 
@@ -367,7 +369,7 @@ def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes():
         if status == 0:
             break
         kills += 1
-        if token_files.is_data_folder("out"):  # killed in the very last line
+        if is_data_folder("out"):  # killed in the very last line
             break
         assert kills < 60
     assert kills >= 3
@@ -398,16 +400,16 @@ def test_told_to_stop_it_keeps_what_is_written(number):
 
 def test_told_to_stop_before_anything_is_written(monkeypatch):
     jsonl("x.jsonl", DOCS)
-    monkeypatch.setattr(dataset, "_make_tokenizer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(prepare, "_make_tokenizer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     said, before = [], signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        dataset.prepare(section(corpus="x.jsonl"), said.append)
+        prepare.prepare(section(corpus="x.jsonl"), said.append)
     assert said == ["out: interrupted; nothing is kept"] and not Path("out").exists()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_rate_is_that_of_this_attempt(monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK", 100)
+    monkeypatch.setattr(encoding, "CHUNK", 100)
     jsonl("x.jsonl", DOCS)
     real, calls = token_files.Writer.commit, iter(range(20))
 
@@ -454,7 +456,7 @@ def test_killed_between_the_moves(moves):
     given = {"corpus": "x.jsonl", "shard_tokens": 2000}
     process = child(moves, **given)
     assert process.wait() == -signal.SIGKILL
-    assert not token_files.is_data_folder("out") and not dataset.is_prepared(section(**given))
+    assert not is_data_folder("out") and not dataset.is_prepared(section(**given))
     ours, said = prepared(**given)
     assert [line for line in said if "B/s" in line] == [], "only the moves were left to do"
     assert child(**given, data_dir="straight/out").wait() == 0
@@ -464,7 +466,7 @@ def test_killed_between_the_moves(moves):
 
 @pytest.mark.parametrize("counted_below", [2**28, 0])
 def test_killed_between_the_moves_where_the_hash_leaves_val_empty(monkeypatch, counted_below):
-    monkeypatch.setattr(dataset, "COUNTED_BELOW", counted_below)
+    monkeypatch.setattr(prepare, "COUNTED_BELOW", counted_below)
     jsonl("x.jsonl", ["one", "two", "three"])
     given = {"corpus": "x.jsonl", "val_fraction": 1e-9}
     assert child(1, counted_below, **given).wait() == -signal.SIGKILL
@@ -497,7 +499,7 @@ def test_other_facts_begin_anew(change):
 
 
 def test_a_limit_of_tokens_means_the_same_after_a_kill(monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK", 400)
+    monkeypatch.setattr(encoding, "CHUNK", 400)
     monkeypatch.setattr(token_files, "COMMIT_SECONDS", 0)
     jsonl("x.jsonl", DOCS)
     prepared(corpus="x.jsonl", limit_tokens=3000, data_dir="straight")
@@ -509,7 +511,7 @@ def test_a_limit_of_tokens_means_the_same_after_a_kill(monkeypatch):
 
 
 def test_bad_documents_are_counted_once_after_a_kill(monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK", 400)
+    monkeypatch.setattr(encoding, "CHUNK", 400)
     monkeypatch.setattr(token_files, "COMMIT_SECONDS", 0)
     jsonl("x.jsonl", DOCS)
     Path("x.jsonl").write_text("{\n[]\n" + Path("x.jsonl").read_text())
@@ -529,7 +531,7 @@ def test_two_that_prepare_at_once():
     second = child(corpus="x.jsonl")
     try:
         assert f"(process {first.pid} on {platform.node()}); waiting for it" in second.stdout.readline()
-        assert not token_files.is_data_folder("out")
+        assert not is_data_folder("out")
     finally:
         first.send_signal(signal.SIGCONT)
     said = [process.communicate(timeout=60)[0] for process in (first, second)]
@@ -563,15 +565,15 @@ def test_one_that_waits_goes_on_where_the_other_was_killed():
 
 def test_another_finishes_while_this_one_makes_its_tokenizer(monkeypatch):
     jsonl("x.jsonl", DOCS)
-    real = dataset._make_tokenizer
+    real = prepare._make_tokenizer
 
     def slow(*args):
-        monkeypatch.setattr(dataset, "_make_tokenizer", real)
+        monkeypatch.setattr(prepare, "_make_tokenizer", real)
         prepared(corpus="x.jsonl")
         return real(*args)
 
-    monkeypatch.setattr(dataset, "_make_tokenizer", slow)
-    assert dataset.prepare(section(corpus="x.jsonl"), print) == Path("out")
+    monkeypatch.setattr(prepare, "_make_tokenizer", slow)
+    assert prepare.prepare(section(corpus="x.jsonl"), print) == Path("out")
 
 
 # ---- many shards
@@ -645,7 +647,7 @@ def refusal(capsys, *words):
     assert main(["prepare", "r.yaml", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert not token_files.is_data_folder("out") and not Path("out").exists()
+    assert not is_data_folder("out") and not Path("out").exists()
     return line
 
 
@@ -786,15 +788,15 @@ def test_a_disk_that_fills_up_leaves_nothing_that_counts_as_done():
     jsonl("x.jsonl", documents(3000))
     script = (
         "import resource, sys\n"
-        "from nanogpt_accel.data import dataset, token_files as tokens; from nanogpt_accel.__main__ import main\n"
+        "from nanogpt_accel.data import encoding, token_files as tokens; from nanogpt_accel.__main__ import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
-        "tokens.COMMIT_SECONDS, dataset.CHUNK = 0, 400\n"
+        "tokens.COMMIT_SECONDS, encoding.CHUNK = 0, 400\n"
         "sys.exit(main(['prepare', 'r.yaml', 'corpus=x.jsonl']))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], env=ENV, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "data_dir=out" in done.stderr and "File too large" in done.stderr and "make room" in done.stderr
-    assert not token_files.is_data_folder("out") and sorted(os.listdir("out")) == [".partial"]
+    assert not is_data_folder("out") and sorted(os.listdir("out")) == [".partial"]
     ours, said = prepared(corpus="x.jsonl")
     assert any("going on where an earlier attempt stopped" in line for line in said)
     texts = documents(3000)
@@ -838,7 +840,7 @@ def test_a_large_single_text_is_announced(monkeypatch):
     Path("x.txt").write_text("so it goes. " * 1000)
     assert not any("memory" in line for line in prepared(corpus="x.txt")[1])
     shutil.rmtree("out")
-    monkeypatch.setattr(dataset, "LARGE_TEXT", 10_000)
+    monkeypatch.setattr(prepare, "LARGE_TEXT", 10_000)
     (line,) = [line for line in prepared(corpus="x.txt")[1] if "memory" in line]
     assert "corpus=x.txt" in line and "lines=true" in line
     shutil.rmtree("out")
@@ -868,7 +870,7 @@ def test_a_limit_of_tokens_stops_at_the_end_of_the_document_that_reaches_it(monk
     jsonl("x.jsonl", DOCS)
     taken = reaching(DOCS, limit)
     for workers, chunk in ((1, 2**19), (2, 2**19), (2, 100), (1, 1)):
-        monkeypatch.setattr(dataset, "CHUNK", chunk)
+        monkeypatch.setattr(encoding, "CHUNK", chunk)
         ours, _ = prepared(workers, corpus="x.jsonl", limit_tokens=limit, data_dir=f"out {workers} {chunk}")
         assert [ids(ours.train), ids(ours.val)] == [char_ids(DOCS, part) for part in dealt(DOCS[:taken])]
 
@@ -876,7 +878,7 @@ def test_a_limit_of_tokens_stops_at_the_end_of_the_document_that_reaches_it(monk
 @pytest.mark.parametrize("counted_below", [2**27, 0])
 def test_a_limit_before_the_first_document_of_val(monkeypatch, counted_below):
     """The nearest one of those that are taken goes there, and none of those beyond."""
-    monkeypatch.setattr(dataset, "COUNTED_BELOW", counted_below)
+    monkeypatch.setattr(prepare, "COUNTED_BELOW", counted_below)
     jsonl("x.jsonl", DOCS)
     share = [int.from_bytes(hashlib.blake2b(f"2357 {i}".encode(), digest_size=8).digest(), "big") for i in range(200)]
     limit = sum(len(text) + 1 for text in DOCS[:5])
@@ -992,7 +994,7 @@ def test_a_shard_that_is_missing_or_cut(capsys):
 
 def corpus_of(monkeypatch, splits):
     """The recipe's corpus has these splits of its own: {split: documents}."""
-    found = sources.Corpus(
+    found = Corpus(
         "mine", {"kind": "hub", "name": "mine"}, False, lambda split, bad: iter(splits[split]), tuple(splits)
     )
     monkeypatch.setattr(dataset, "find_corpus", lambda spec, **options: found)
@@ -1015,7 +1017,7 @@ def test_splits_of_its_own_are_taken_as_they_are(monkeypatch):
     splits = {"train": DOCS[:100], "val": DOCS[100:103], "test": ["", *DOCS[150:]]}
     corpus_of(monkeypatch, splits)
     for number, chunk in enumerate((1, 2**19)):
-        monkeypatch.setattr(dataset, "CHUNK", chunk)
+        monkeypatch.setattr(encoding, "CHUNK", chunk)
         ours, _ = prepared(corpus="mine", data_dir=f"out{number}")
         used = DOCS[:103] + DOCS[150:]
         assert list(ours.splits) == ["train", "val", "test"]
@@ -1032,7 +1034,7 @@ def test_a_test_split_of_its_own_never_gets_into_train(monkeypatch):
 
 
 def test_killed_amid_the_second_of_its_own_splits(monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK", 300)
+    monkeypatch.setattr(encoding, "CHUNK", 300)
     monkeypatch.setattr(token_files, "COMMIT_SECONDS", 0)
     corpus_of(monkeypatch, {"train": DOCS[:100], "val": DOCS[100:150], "test": DOCS[150:]})
     prepared(corpus="mine", data_dir="straight")
@@ -1047,7 +1049,7 @@ def test_killed_amid_the_second_of_its_own_splits(monkeypatch):
 
     monkeypatch.setattr(token_files.Writer, "write", write)
     stops = 0
-    while not token_files.is_data_folder("out"):
+    while not is_data_folder("out"):
         try:
             prepared(corpus="mine")
         except KeyboardInterrupt:
@@ -1057,21 +1059,21 @@ def test_killed_amid_the_second_of_its_own_splits(monkeypatch):
 
 def test_an_article_begins_at_a_heading_of_the_first_level():
     """Rows of WikiText: ` = Title = `, ` = = Section = = `, empty ones and lines of text."""
-    articles = [text for text in sources.GROUPED["articles"](iter(ROWS)) if text]
+    articles = [text for text in hub_datasets.GROUPED["articles"](iter(ROWS)) if text]
     assert articles == ["".join(ROWS[1:11]), "".join(ROWS[11:15]), "".join(ROWS[15:])]
-    assert [text for text in sources.GROUPED["articles"](iter([])) if text] == []
+    assert [text for text in hub_datasets.GROUPED["articles"](iter([])) if text] == []
 
 
 def test_wikitexts_validation_split_is_sixty_articles(shared_data):
     rows = (shared_data / "wikitext2" / "valid.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     rows = ["" if row == " \n" else row for row in rows]  # as the Hub has an empty line
-    articles = list(sources.GROUPED["articles"](iter(rows)))
+    articles = list(hub_datasets.GROUPED["articles"](iter(rows)))
     assert len([*filter(None, articles)]) == 60, "as its paper says"
     assert "".join(articles) == "".join(rows) and articles[1].startswith(" = Homarus gammarus = \n")
 
 
 def test_sentences_are_put_together_in_pieces():
     rows = [f"sentence {i} ." for i in range(2500)]
-    pieces = list(sources.GROUPED["sentences"](iter(rows)))
+    pieces = list(hub_datasets.GROUPED["sentences"](iter(rows)))
     assert [piece.count("\n") + 1 for piece in pieces] == [1024, 1024, 452]
     assert "\n".join(pieces).split("\n") == rows

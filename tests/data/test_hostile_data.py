@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanogpt_accel.__main__ import main
-from nanogpt_accel.data import dataset, token_files
+from nanogpt_accel.data import dataset, prepare, readers, token_files
+from nanogpt_accel.data import manifest as manifests
 from nanogpt_accel.data.sources import find_corpus
 from nanogpt_accel.recipe import SECTIONS
 
@@ -249,7 +250,7 @@ def sound(tmp_path_factory):
     """A prepared folder, to be copied."""
     folder = tmp_path_factory.mktemp("sound")
     (folder / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    dataset.prepare(
+    prepare.prepare(
         SECTIONS["data"](
             corpus=str(folder / "x.jsonl"), tokenizer="char", val_fraction=0.2, data_dir=str(folder / "out")
         ),
@@ -291,7 +292,7 @@ def test_content_that_changed_at_the_same_size(capsys, out):
 
 
 def test_large_files_are_verified_where_it_is_asked_for(capsys, monkeypatch, out):
-    monkeypatch.setattr(token_files, "VERIFIED_BELOW", 0)
+    monkeypatch.setattr(manifests, "VERIFIED_BELOW", 0)
     ids = np.fromfile(out / "train.bin", "<u2")
     ids[7] = (ids[7] + 1) % 5
     ids.tofile(out / "train.bin")
@@ -301,7 +302,7 @@ def test_large_files_are_verified_where_it_is_asked_for(capsys, monkeypatch, out
 
 @pytest.mark.parametrize("verified", [0, 2**26])
 def test_ids_that_the_tokenizer_has_not(capsys, monkeypatch, out, verified):
-    monkeypatch.setattr(token_files, "VERIFIED_BELOW", verified)
+    monkeypatch.setattr(manifests, "VERIFIED_BELOW", verified)
     ids = np.fromfile(out / "train.bin", "<u2")
     ids[-1] = 60_000
     ids.tofile(out / "train.bin")
@@ -320,7 +321,7 @@ def test_a_nanogpt_folder_of_another_tokenizers_ids(capsys, gpt2_files):
 @pytest.mark.parametrize("length", [1, 63, 64, 640, 6400, 6399])
 def test_the_places_that_are_looked_at(monkeypatch, length):
     """First, last and evenly between; of what is short, all."""
-    monkeypatch.setattr(token_files, "LOOK_TOKENS", 10)
+    monkeypatch.setattr(manifests, "LOOK_TOKENS", 10)
     Path("out").mkdir()
     manifest = {"nanogpt": True, "dtype": "uint16", "splits": {"train": {"files": [{"name": "train.bin"}]}}}
     seen = np.zeros(length, bool)
@@ -333,14 +334,14 @@ def test_the_places_that_are_looked_at(monkeypatch, length):
 
     monkeypatch.setattr(token_files.TokenFile, "rows", rows)
     np.zeros(length, "<u2").tofile("out/train.bin")
-    token_files.check_content("out", manifest, 1)
+    manifests.check_content("out", manifest, 1)
     assert seen[0] and seen[-1] and seen.sum() >= min(length, 640)
     assert np.diff(np.flatnonzero(seen)).max(initial=0) <= length / 63 + 1
 
 
 def test_token_files_without_their_manifest_are_noticed_first(capsys, out, monkeypatch):
     (out / "manifest.json").unlink()
-    monkeypatch.setattr(dataset, "prepare", lambda *args: pytest.fail("the corpus is read"))
+    monkeypatch.setattr(prepare, "_prepare", lambda *args: pytest.fail("the corpus is read"))
     for command in ("prepare", "train"):
         expect(refused(capsys, command=command), "data_dir=out", "train.bin", "another data_dir")
     (out / "val.bin").unlink()
@@ -392,7 +393,7 @@ def test_ids_that_are_none(capsys, gpt2_files, raw, given, words):
 
 
 def test_which_of_many_files_of_ids_is_meant(capsys, gpt2_files, monkeypatch):
-    monkeypatch.setattr("nanogpt_accel.data.sources.IDS_AT_ONCE", 3)
+    monkeypatch.setattr(readers, "IDS_AT_ONCE", 3)
     for name in ("a.bin", "b.bin", "c.bin"):
         Path(name).write_bytes(one_wrong("<u2", 7, 60_000 if name == "b.bin" else 7))
     expect(refused(capsys, "corpus=?.bin", "tokenizer=gpt2"), "corpus=?.bin: b.bin: the id 60,000 at position 7,")
@@ -404,13 +405,14 @@ def test_which_of_many_files_of_ids_is_meant(capsys, gpt2_files, monkeypatch):
 
 
 def test_a_file_of_ids_that_changes_or_goes(capsys, gpt2_files, monkeypatch):
-    real = dataset._check_fits
+    real = dataset.check_fits
 
     def meanwhile(data, corpus):
         real(data, corpus)
         changes.pop(0)()
 
-    monkeypatch.setattr(dataset, "_check_fits", meanwhile)
+    for module in (dataset, prepare):
+        monkeypatch.setattr(module, "check_fits", meanwhile)
     file = Path("a.bin")
     for change, *words in (
         (lambda: os.truncate(file, 100), "corpus=a.bin: has become shorter", "file whole"),

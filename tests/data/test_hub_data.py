@@ -46,9 +46,9 @@ def parquet(texts, column="text", **options):
 # `prepare` twice: the first attempt fails after a few commits, and the second begins when the branch has moved
 MOVING = """
 import contextlib, sys
-from nanogpt_accel.data import dataset, token_files as tokens
+from nanogpt_accel.data import encoding, token_files as tokens
 from nanogpt_accel.__main__ import main
-dataset.CHUNK, dataset.AHEAD, tokens.COMMIT_SECONDS = 300, 0, 0
+encoding.CHUNK, encoding.AHEAD, tokens.COMMIT_SECONDS = 300, 0, 0
 commit, count = tokens.Writer.commit, 0
 class Stop(BaseException):
     pass

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nanogpt_accel.commands import prepare
-from nanogpt_accel.data import dataset
+from nanogpt_accel.commands import prepare as command
+from nanogpt_accel.data import dataset, encoding
 from nanogpt_accel.data.dataset import check, data_folder, is_prepared, open_dataset, require_block
+from nanogpt_accel.data.prepare import prepare
 from nanogpt_accel.data.tokenizer import Tokenizer
 from nanogpt_accel.recipe import SECTIONS, Data
 from nanogpt_accel.utils import cli
@@ -48,7 +49,7 @@ def ids(file):
 
 
 def prepared(data, report=lambda line: None):
-    dataset.prepare(data, report)
+    prepare(data, report)
     return open_dataset(data)
 
 
@@ -103,7 +104,7 @@ def test_a_text_too_short_to_cut(refused, work, text, val_fraction, split):
     (work / "x.txt").write_text(text)
     data = Data(corpus="x.txt", tokenizer="char", val_fraction=val_fraction)
     with refused(ValueError, "corpus=x.txt", f"nothing for {split}", f"val_fraction={val_fraction}"):
-        dataset.prepare(data)
+        prepare(data)
     assert not data_folder(data).exists()
 
 
@@ -151,7 +152,7 @@ def test_documents_of_gpt2(notes, gpt2_files):
 def test_the_result_does_not_depend_on_chunks(notes, monkeypatch):
     hashes = set()
     for size in (1, 50, 2**20):
-        monkeypatch.setattr(dataset, "CHUNK", size)
+        monkeypatch.setattr(encoding, "CHUNK", size)
         ours = prepared(Data(corpus="notes", tokenizer="bpe", val_fraction=0.3, data_dir=f"chunk{size}"))
         hashes.add(json.dumps([ours.manifest["splits"], ours.tokenizer.fingerprint]))
     assert len(hashes) == 1
@@ -172,7 +173,7 @@ def test_one_document_cannot_be_split(refused, notes):
     for tokenizer in ("char", "bpe"):
         data = Data(corpus="notes", tokenizer=tokenizer)
         with refused(ValueError, "corpus=notes", "one document"):
-            dataset.prepare(data, print)
+            prepare(data, print)
         assert not data_folder(data).exists()
 
 
@@ -208,15 +209,15 @@ def test_a_changed_corpus_gets_a_new_folder(notes):
 
 def test_prepare_twice_writes_once(notes):
     data, lines = Data(corpus="notes", tokenizer="char", val_fraction=0.3), []
-    folder = dataset.prepare(data, lines.append)
+    folder = prepare(data, lines.append)
     assert len(lines) == 2 and str(folder) in lines[1] and lines[1].endswith("B/s)")
     times = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
-    assert dataset.prepare(data, lines.append) == folder and len(lines) == 2
+    assert prepare(data, lines.append) == folder and len(lines) == 2
     assert times == {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
 
 
 def test_long_work_reports_its_progress(notes, monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK", 50)
+    monkeypatch.setattr(encoding, "CHUNK", 50)
     clock = iter(range(0, 10_000, 3))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     lines = []
@@ -228,10 +229,10 @@ def test_long_work_reports_its_progress(notes, monkeypatch):
 
 
 def test_the_command_reports_its_progress(recipe, capsys, monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK", 50)
+    monkeypatch.setattr(encoding, "CHUNK", 50)
     clock = iter(range(0, 10_000, 3))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    prepare.main([recipe])
+    command.main([recipe])
     assert capsys.readouterr().out.count(" documents (") > 3
 
 
@@ -259,10 +260,10 @@ def test_a_tokenizer_folder(refused, notes):
     Path("single").mkdir()
     Tokenizer.char([(notes / "01.txt").read_text()]).save("single")
     with refused(ValueError, "tokenizer=single", "end-of-text", "corpus=notes"):
-        dataset.prepare(Data(corpus="notes", tokenizer="single"))
+        prepare(Data(corpus="notes", tokenizer="single"))
     (notes / "z.md").write_text("€" * 10)
     with refused(ValueError, "'€' (U+20AC)"):
-        dataset.prepare(Data(corpus="notes/z.md", tokenizer="single", val_fraction=0.3))
+        prepare(Data(corpus="notes/z.md", tokenizer="single", val_fraction=0.3))
 
 
 # ---- an explicit data_dir
@@ -281,7 +282,7 @@ def test_data_dir_does_not_need_its_corpus(mine, monkeypatch):
     monkeypatch.setattr(dataset, "find_corpus", lambda spec: pytest.fail("the corpus was touched"))
     for data in (mine, Data(data_dir="mine"), Data(data_dir="mine", corpus="somewhere/else/notes/")):
         assert check(data, block_size=8) == [] and is_prepared(data)
-        assert dataset.prepare(data) == Path("mine")
+        assert prepare(data) == Path("mine")
         assert open_dataset(data).folder == Path("mine")
 
 
@@ -339,7 +340,7 @@ def test_a_nanogpt_folder_is_used_as_it_is(request, refused, work, meta):
         (folder / "meta.pkl").write_bytes(pickle.dumps(content))
     before = sorted(f.name for f in folder.iterdir())
     data = Data(corpus="no such corpus", tokenizer="bpe", data_dir=str(folder))
-    assert check(data) == [] and is_prepared(data) and dataset.prepare(data) == folder
+    assert check(data) == [] and is_prepared(data) and prepare(data) == folder
     ours = open_dataset(data)
     assert ours.tokenizer.kind == ("char" if meta else "gpt2")
     assert ours.tokenizer.decode(ours.train.rows([0], len(rows))[0]) == text
@@ -388,7 +389,7 @@ def recipe(notes):
 
 
 def test_the_command_prints_a_summary(recipe, capsys):
-    prepare.main([recipe])
+    command.main([recipe])
     first = capsys.readouterr().out
     (folder,) = Path("data").iterdir()
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -398,14 +399,14 @@ def test_the_command_prints_a_summary(recipe, capsys):
         counts = splits[split]
         assert f"{split}: {counts['tokens']:,} tokens, {counts['documents']} documents" in first
         assert f"{counts['bytes'] / counts['tokens']:.3f} bytes a token" in first
-    prepare.main([recipe])
+    command.main([recipe])
     assert capsys.readouterr().out.startswith(f"{folder}: prepared already\n")
-    prepare.main([recipe, f"data_dir={folder}", "corpus=notes"])
+    command.main([recipe, f"data_dir={folder}", "corpus=notes"])
     assert "prepared already" in capsys.readouterr().out
 
 
 def test_the_command_shows_its_keys(capsys):
-    prepare.main(["--help"])
+    command.main(["--help"])
     out = capsys.readouterr().out
     assert all(f"{key}=" in out for key in Data.model_fields) and "prepare RECIPE" in out
 
@@ -424,7 +425,7 @@ def test_the_command_shows_its_keys(capsys):
 )
 def test_mistakes_end_in_a_line_each(recipe, capsys, words, expected):
     Path("bad.txt").write_bytes(b"a\xff")
-    assert cli.run(prepare.main, words) == 2
+    assert cli.run(command.main, words) == 2
     err = capsys.readouterr().err
     assert all(word in err for word in expected) and "Traceback" not in err
     assert err.count("error: ") == err.count("\n") == max(1, len(words) - 1)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from nanogpt_accel.data import sources as module
+from nanogpt_accel.data.local_files import TABLE_SUFFIXES, TEXT_SUFFIXES
 from nanogpt_accel.data.sources import find_corpus, source_name
 
 
@@ -159,7 +160,7 @@ def test_the_page_names_every_suffix():
     page = (Path(module.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert [
         suffix
-        for suffix in module.TEXT_SUFFIXES + module.TABLE_SUFFIXES
+        for suffix in TEXT_SUFFIXES + TABLE_SUFFIXES
         if f"{suffix} " not in page.replace(",", " ").replace("\n", " ")
     ] == []
 

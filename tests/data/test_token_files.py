@@ -13,16 +13,10 @@ import sys
 import numpy as np
 import pytest
 
+from nanogpt_accel.data import manifest
 from nanogpt_accel.data import token_files as module
-from nanogpt_accel.data.token_files import (
-    TokenFile,
-    Writer,
-    differences,
-    is_data_folder,
-    read_manifest,
-    read_meta,
-    token_paths,
-)
+from nanogpt_accel.data.manifest import differences, is_data_folder, read_manifest, read_meta
+from nanogpt_accel.data.token_files import TokenFile, Writer, token_paths
 
 FACTS = {
     "corpus": {"kind": "files", "name": "input.txt"},
@@ -122,9 +116,9 @@ def test_whoever_is_told_to_stop_keeps_what_was_complete(tmp_path, error):
         raise error
     assert not is_data_folder(tmp_path / "data")
     if error is RuntimeError:
-        assert names(tmp_path) == [] and module.earlier_documents(tmp_path / "data") == 0
+        assert names(tmp_path) == [] and module.earlier_attempt(tmp_path / "data")[1] == 0
         return
-    assert module.earlier_documents(tmp_path / "data") == 4
+    assert module.earlier_attempt(tmp_path / "data")[1] == 4
     with Writer(tmp_path / "data", np.uint16, FACTS, 300) as writer:
         assert (writer.position, writer.counts) == (4, {"train": {"tokens": 800, "bytes": 36, "documents": 4}})
         writer.write("val", np.arange(5), 9)
@@ -527,7 +521,7 @@ def test_a_nanogpt_folder_with_meta_is_char(nanogpt, protocol):
 
 
 def test_large_files_are_hashed_in_part(nanogpt, monkeypatch):
-    monkeypatch.setattr(module, "SAMPLED_ABOVE", 2**21)
+    monkeypatch.setattr(manifest, "SAMPLED_ABOVE", 2**21)
     seen = set()
     for place in (None, 0, 2**21, 2**22 - 1):  # unchanged, the head, the middle, the tail
         ids = np.zeros(2**21, dtype=np.uint16)

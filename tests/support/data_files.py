@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanogpt_accel.data import dataset
+from nanogpt_accel.data.prepare import prepare
 from nanogpt_accel.recipe import SECTIONS
 
 ENV = os.environ | {"PYTHONPATH": str(Path(dataset.__file__).parents[2])}
@@ -59,7 +60,7 @@ def section(**given):
 
 def prepared(workers=None, **given):
     lines = []
-    folder = dataset.prepare(section(**given), lines.append, workers=workers)
+    folder = prepare(section(**given), lines.append, workers=workers)
     return dataset.open_dataset(SECTIONS["data"](data_dir=str(folder))), lines
 
 
