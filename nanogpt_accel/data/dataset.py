@@ -7,10 +7,10 @@ import difflib
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..utils.text import file_name
 from .manifest import check_content, differences, is_data_folder, read_manifest
 from .sources import find_corpus, source_name
 from .token_files import AGAIN, SPLITS, TokenFile, refuse_to_overwrite, token_paths
@@ -61,10 +61,8 @@ def data_folder(data):
         return Path(os.path.expanduser(data.data_dir))
     corpus = corpus_of(data)
     identity = json.dumps(facts_of(data, corpus), sort_keys=True)
-    name = os.path.basename(os.path.abspath(data.tokenizer))
-    if data.tokenizer == "bpe":
-        name = f"bpe{data.vocab_size}"
-    name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
+    is_bpe = data.tokenizer == "bpe"
+    name = f"bpe{data.vocab_size}" if is_bpe else file_name(os.path.basename(os.path.abspath(data.tokenizer)))
     return Path("data") / f"{corpus.name}_{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 

@@ -38,12 +38,12 @@ def tokenize(documents, number, split_of, tokenizer, workers=None):
             while pending:
                 yield pending.popleft().result()
         finally:
-            for chunk in pending:  # nobody waits for them where the work ends early
+            for chunk in pending:  # nobody waits for them if the work ends early
                 chunk.cancel()
 
 
 def _chunks(documents, number, split_of):
-    """Lists of (split, text), of about CHUNK characters each."""
+    """Yield lists of (split, text), of about CHUNK characters each."""
     chunk, size = [], 0
     for number, text in enumerate(documents, number):  # noqa: B020 (goes on from the number given)
         chunk.append((split_of(number), text))
@@ -56,8 +56,8 @@ def _chunks(documents, number, split_of):
 
 
 def _encode(tokenizer, chunk):
-    """The runs of a chunk: (split, ids with the end-of-text symbol after each document, sizes). sizes: the tokens and
-    the bytes of each, of shape (documents, 2)."""
+    """Return the runs of a chunk: (split, ids with the end-of-text token after each document, sizes). sizes: the tokens
+    and the bytes of each document, (documents, 2)."""
     runs = []
     for split, group in itertools.groupby(chunk, key=lambda document: document[0]):
         texts = [text for _, text in group]

@@ -5,7 +5,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from ..utils.text import one_line
+from ..utils.text import file_name, one_line
 from .corpus import Corpus
 from .readers import arrow_texts, check_column
 
@@ -53,7 +53,7 @@ def hub_corpus(spec, found):
     def read(split, bad):
         return _read(spec, found, found.splits.get(split) or all_splits()[split], bad)
 
-    short = re.sub(r"[^\w.-]+", "-", spec.removeprefix("hub:"), flags=re.ASCII)
+    short = file_name(spec.removeprefix("hub:"))
     short += f"-{found.config}" if not is_builtin and found.config else ""
     corpus = Corpus(short[:60], source, False, read, lambda: tuple(all_splits()), pin=pin)
     return corpus

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from ..utils.text import file_name
 from .corpus import Corpus, where
 from .readers import READERS, file_state, open_file, read_file, read_ids, suffix_of
 
@@ -52,7 +53,7 @@ def local_corpus(spec, column, lines):
         listing.update(f"{name}\0{n_bytes}\0{changed}\n".encode("utf-8", "surrogateescape"))
     name = base_name(spec)
     stem = os.path.splitext(name)[0] if len(files) == 1 else name
-    short = re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "text"
+    short = file_name(stem).strip("-.") or "text"
     size = sum(n_bytes for _, _, n_bytes, _ in files)
     source = {"kind": "files", "name": name, "files": len(files), "bytes": size, "listing": listing.hexdigest()}
     files = [file[1:] for file in files]

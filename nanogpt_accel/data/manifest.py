@@ -28,26 +28,26 @@ AGAIN_NANOGPT = "make it again with nanoGPT's prepare.py"
 
 
 def is_data_folder(folder):
-    """True where there is a data folder: ours, which has a manifest, or nanoGPT's, which has none."""
+    """Whether a folder has token files: ours, with a manifest, or nanoGPT's, without."""
     has = {name: (Path(folder) / name).is_file() for name in FILES}
     # .bin files beside a tokenizer.json are ours, amid the moves of finish() or after a crash between them
     return has["manifest.json"] or (has["train.bin"] and has["val.bin"] and not has["tokenizer.json"])
 
 
 def read_manifest(folder):
-    """What a data folder holds, after a look at the sizes of its files. Their content is check_content's matter.
+    """Return what a data folder contains, and check the sizes of its files. check_content checks what is in them.
 
-    A nanoGPT folder has no manifest.json; one is made in memory: dtype uint16, kind "char" and `stoi` where
-    there is a meta.pkl, else "gpt2"; "bytes" and "documents" are None, and `nanogpt` is true. Its "sha256" is
-    that of the whole file, or up to SAMPLED_ABOVE; of a larger one "sampled:" and that of its first and last
-    MiB and its size, so that a run's start does not read 17 GB.
+    A nanoGPT folder has no manifest.json; one is made in memory: dtype uint16, kind "char" and `stoi` if there is a
+    meta.pkl, else "gpt2"; "bytes" and "documents" are None, and `nanogpt` is true. Its "sha256" is that of the whole
+    file, or, above SAMPLED_ABOVE, "sampled:" and that of its first and last MiB and its size, so that a run's start
+    does not read 17 GB.
 
     Returns:
         {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "dtype", "splits": {"train" and "val", maybe
         "test": {"tokens", "bytes", "documents", "sha256", "files": [{"name", "tokens"}, ...]}}}
 
     Raises:
-        FileNotFoundError: no token files. ValueError: they are damaged; one line with the remedy.
+        FileNotFoundError: no token files. ValueError: they are damaged; one line with the fix.
     """
     folder = Path(folder)
     path = folder / "manifest.json"
@@ -91,7 +91,7 @@ def read_manifest(folder):
 
 
 def _instead(folder):
-    """What a folder without token files is, as far as that helps to find the right one."""
+    """Return what a folder without token files is, as far as that helps to find the right one."""
     if (folder / "run.yaml").is_file():
         import yaml
 
@@ -110,7 +110,7 @@ def _instead(folder):
 
 
 def _with_files(manifest):
-    """A manifest of version 1, which had one file for each split and no list of them, with that list put in."""
+    """Return a manifest of version 1, which had one file for each split and no list of them, with that list."""
     splits = manifest.get("splits")
     for split, counts in (splits if isinstance(splits, dict) else {}).items():
         if isinstance(counts, dict):
@@ -119,7 +119,7 @@ def _with_files(manifest):
 
 
 class _Form(BaseModel):
-    """A part of manifest.json. More keys than these may stand in it."""
+    """A part of manifest.json, which may have more keys than these."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -159,14 +159,14 @@ class _Manifest(_Form):
 
 
 def _check_form(manifest):
-    """Raise ValueError with the key of the first thing that is not as Writer.finish writes it."""
+    """Raise ValueError with the key of the first thing that Writer.finish would not write."""
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(key) for key in first["loc"] if key != "[key]")
         raise ValueError(f"{where}: {first['msg'].replace('Input should', 'must')}" if where else "no object") from None
-    if "nanogpt" in manifest:  # stands only in the one that is made in memory
+    if "nanogpt" in manifest:  # only the one that is made in memory has it
         raise ValueError("nanogpt: no key of this file")
     for split in SPLITS:
         if split not in manifest["splits"]:
@@ -184,14 +184,14 @@ def _check_form(manifest):
 
 
 def check_content(folder, manifest, vocab_size, whole=False):
-    """Hold the token files of a manifest against its hashes, and their ids against the size of the vocabulary.
+    """Verify the token files by the hashes of the manifest, and their ids by the vocabulary size.
 
-    Files of VERIFIED_BELOW bytes together are hashed, larger ones only where it is asked for by `whole`, for that
-    reads all of them. The ids are looked at in LOOKS places of each split, spread evenly: what is wrong between these
-    in a large file is not seen. A nanoGPT folder says no hashes to hold against.
+    Files of less than VERIFIED_BELOW bytes together are hashed, larger ones only if `whole`, because that reads all of
+    them. The ids are checked in LOOKS places of each split, spread evenly: what is wrong between these in a large file
+    is not found. A nanoGPT folder has no hashes to verify.
 
     Raises:
-        ValueError: other content, or an id that the tokenizer has not.
+        ValueError: other content, or an id that the tokenizer lacks.
     """
     paths = {split: token_paths(folder, manifest, split) for split in manifest["splits"]}
     again = AGAIN_NANOGPT if manifest.get("nanogpt") else AGAIN
@@ -258,14 +258,14 @@ def _sampled_sha256(path, size):
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, tuples, text and numbers. Whatever else a pickle names is refused, not imported."""
+    """Reads dicts, lists, tuples, text and numbers. Anything else that a pickle names is refused, not imported."""
 
     def find_class(self, module, name):
         raise ValueError(f"asks for {module}.{name}, and a pickle that asks for code is not read")
 
 
 def read_meta(path):
-    """stoi of a nanoGPT meta.pkl: {character: id}.
+    """Return the stoi of a nanoGPT meta.pkl: {character: id}.
 
     Raises:
         ValueError: the pickle holds more than plain values (none of it is run), or no stoi.
@@ -288,10 +288,10 @@ def read_meta(path):
 
 
 def differences(held, wanted, folder):
-    """What a run wants against what a data folder holds, both as {key: value}. folder: for the messages.
+    """Compare what a run wants with what a data folder has, both as {key: value}. folder: for the messages.
 
     Returns:
-        A list of problems, one line each; empty where the folder fits.
+        A list of problems, one line each; empty if the folder fits.
     """
     return [
         f"{key}={wanted[key]}, but data_dir={folder} was prepared with {key}={held[key]}: leave {key} "

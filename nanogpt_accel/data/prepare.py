@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..tracking.console import TextProgress
+from ..utils.files import nearest_existing
 from ..utils.text import counted, data_size
 from .corpus import Corpus
 from .dataset import SPLIT_SEED, check_fits, corpus_of, data_folder, facts_of, is_prepared, open_dataset
@@ -162,10 +163,9 @@ def _announce(folder, corpus, data, report):
 def _check_space(folder, corpus, data, report):
     # ids of 2 bytes; a BPE makes a token of some 4 bytes of text, and of 3 if it knows little of it
     need = corpus.bytes * (1 if corpus.ids else 2 if data.tokenizer == "char" else 2 / 3)
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in folder.glob(".partial/*.bin"))
+    free = shutil.disk_usage(nearest_existing(folder)).free + sum(
+        file.stat().st_size for file in folder.glob(".partial/*.bin")
+    )
     if need > 2**30:
         report(f"{folder}: about {need / 1e9:,.1f} GB on the disk, of which {free / 1e9:,.1f} GB are free")
     if need > free and not (data.limit_documents or data.limit_tokens):

@@ -50,7 +50,7 @@ class TokenFile:
         return self._ends[-1]
 
     def rows(self, starts, length):
-        """The ids at starts[i] ... starts[i] + length - 1, as int64 of shape (len(starts), length).
+        """Return the ids at starts[i] ... starts[i] + length - 1, as int64 of shape (len(starts), length).
 
         Raises:
             OSError: a file is gone, or has become shorter.
@@ -80,7 +80,7 @@ class TokenFile:
 
 
 class TokenArray:
-    """Token ids in memory, (n,), read as a TokenFile is."""
+    """Token ids in memory, (n,), read like a TokenFile."""
 
     def __init__(self, ids):
         self._ids = ids
@@ -89,30 +89,30 @@ class TokenArray:
         return len(self._ids)
 
     def rows(self, starts, length):
-        """The ids at starts[i] ... starts[i] + length - 1, as int64 of shape (len(starts), length)."""
+        """Return the ids at starts[i] ... starts[i] + length - 1, as int64 of shape (len(starts), length)."""
         return np.stack([self._ids[start : start + length] for start in starts]).astype(np.int64)
 
 
 class Writer:
-    """Writes a data folder as the tokens come, out of sight until all of it is there, and goes on where an interrupted
-    one stopped.
+    """Writes a data folder as the tokens come, hidden until it is complete, and continues where an interrupted attempt
+    stopped.
 
     The files grow in FOLDER/.partial, on the same disk whatever is mounted where. finish() moves them to their
-    places, the manifest last. What was committed stays for the next attempt; where nothing was, leaving the `with`
+    places, the manifest last. What was committed stays for the next attempt; if nothing was, leaving the `with`
     block without finish() removes all of it. Ctrl-C and sys.exit() commit all up to the last commit().
 
     Args:
         folder: the data folder. dtype: np.uint16 or np.uint32.
-        facts: plain values that decide the tokens. An attempt that was made of others is thrown away.
-        shard_tokens: a file that has so many is closed, and the next one begun.
+        facts: plain values that decide the tokens. An earlier attempt with others is thrown away.
+        shard_tokens: a file that has so many is closed, and the next one started.
 
     Attributes:
-        position: what the last commit() of an earlier attempt was given, 0 where there is none.
+        position: what the last commit() of an earlier attempt was given, 0 without one.
         is_finished: an earlier attempt had only the moves left to do; they are done, and so is all.
 
     Raises:
         ValueError: the folder holds such files already. OSError: it cannot be written.
-        BlockingIOError: another process is at work in it.
+        BlockingIOError: another process prepares it.
     """
 
     def __init__(self, folder, dtype, facts=None, shard_tokens=SHARD_TOKENS):
@@ -140,7 +140,7 @@ class Writer:
             raise
 
     def _continue(self):
-        """Take up what an earlier attempt committed, or begin anew."""
+        """Continue with what an earlier attempt committed, or start anew."""
         try:
             progress = json.loads((self.partial / "progress.json").read_text(encoding="utf-8"))
             self.position, self.counts, self.files = (progress[key] for key in ("position", "counts", "files"))
@@ -206,12 +206,14 @@ class Writer:
 
     def commit(self, position):
         """Say that all up to `position`, a plain value, is written; now and then this is made to last."""
-        self._progress = json.dumps(
-            {"facts": self._facts, "position": position, "counts": self.counts, "files": self.files}
-        )
+        self._note_progress(position)
         if time.monotonic() - self._committed_at >= COMMIT_SECONDS / (1 if self._has_committed else 10):
             with _naming(self.folder):
                 self._commit()
+
+    def _note_progress(self, position):
+        progress = {"facts": self._facts, "position": position, "counts": self.counts, "files": self.files}
+        self._progress = json.dumps(progress)
 
     def _commit(self):
         for file in self._open.values():
@@ -242,9 +244,7 @@ class Writer:
                 splits[split] = self.counts[split] | {"sha256": digest, "files": files}
             manifest = {"version": VERSION, **facts, "dtype": self.dtype.name, "splits": splits}
             save_tokenizer(self.partial)
-            self._progress = json.dumps(
-                {"facts": self._facts, "position": "all", "counts": self.counts, "files": self.files}
-            )
+            self._note_progress("all")
             self._commit()
             write_atomically(self.partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
             self._publish()
@@ -260,14 +260,14 @@ class Writer:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _final_name(self, name):
-        """The name that nanoGPT gives it, train.bin, for the only file of a split."""
+        """Return the name in the data folder: train.bin, as nanoGPT has it, for the only file of a split."""
         split = name.partition("-")[0]
         return f"{split}.bin" if name.endswith("-00000.bin") and len(self.files[split]) == 1 else name
 
 
 def refuse_to_overwrite(folder, moves=True):
-    """Raise ValueError where a Writer would overwrite files of a data folder. moves: let those be that an interrupted
-    one had moved there already, with others left to move."""
+    """Raise ValueError if a Writer would overwrite files of a data folder. moves: accept those that an interrupted one
+    had moved there already, with others left to move."""
     folder = Path(folder)
     if moves and (folder / ".partial" / "manifest.json").exists():
         return
@@ -281,7 +281,7 @@ def refuse_to_overwrite(folder, moves=True):
 
 @contextmanager
 def _naming(folder):
-    """Puts the data folder's name into the errors of the disk."""
+    """Put the data folder's name into the errors of the disk."""
     try:
         yield
     except OSError as error:
@@ -309,12 +309,12 @@ def at_work(folder):
 
 
 def token_paths(folder, manifest, split):
-    """The files of a split, in order."""
+    """Return the files of a split, in order."""
     return [Path(folder) / file["name"] for file in manifest["splits"][split]["files"]]
 
 
 def sha256_of_split(paths):
-    """The SHA-256 of a split: its file's, or that of the hexadecimal ones of its files, written one after the other."""
+    """Return the SHA-256 of a split: its file's, or that of those of its files in hexadecimal, one after the other."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib lets go of Python's lock
         hashes = list(pool.map(sha256, paths))
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

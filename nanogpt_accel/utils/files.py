@@ -40,11 +40,17 @@ def flush_file(file):
     os.fsync(file.fileno())
 
 
-def check_writable(folder, key="out_dir"):
-    """Whether a folder can be made and written to, as a list of problems; the nearest one that exists is asked."""
+def nearest_existing(folder):
+    """Return a folder, or the nearest one above it that exists."""
     place = Path(folder)
     while not place.exists() and place != place.parent:
         place = place.parent
+    return place
+
+
+def check_writable(folder, key="out_dir"):
+    """Whether a folder can be made and written to, as a list of problems; the nearest one that exists is asked."""
+    place = nearest_existing(folder)
     if not place.is_dir():
         return [f"{key}={folder}: {place} is a file; take another folder"]
     try:

@@ -1,5 +1,7 @@
 """Numbers and errors as text for people."""
 
+import re
+
 
 def counted(number, noun):
     """1 document, 2,000 documents."""
@@ -18,6 +20,11 @@ def duration(seconds):
     days, hours = divmod(hours, 24)
     text = f"{hours}:{minutes:02}:{seconds:02}" if hours or days else f"{minutes}:{seconds:02}"
     return f"{days}d {text}" if days else text
+
+
+def file_name(text):
+    """Return a text as part of a file name: letters, digits, _, . and - stay, anything else becomes -."""
+    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)
 
 
 def one_line(error):
