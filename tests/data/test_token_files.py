@@ -7,7 +7,6 @@ import platform
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,7 +227,7 @@ def test_a_crash_while_the_files_are_hashed_costs_nothing(monkeypatch, tmp_path)
         raise Dead
 
     with monkeypatch.context() as patch, pytest.raises(Dead):
-        patch.setattr(token_files, "_sha256", dead)
+        patch.setattr(token_files, "sha256_of_split", dead)
         write(tmp_path, shard_tokens=300)  # train has three files, val one
     with Writer(tmp_path, np.uint16, FACTS, 300) as writer:
         assert writer.position == 4, "all four documents were committed"
@@ -357,11 +356,11 @@ def test_a_file_that_shrinks_amid_a_run(refused, tmp_path):
         file.rows([980], 50)
 
 
-def test_many_shards_are_read_as_one_sequence():
+def test_many_shards_are_read_as_one_sequence(tmp_path):
     rng = np.random.default_rng(0)
     sizes = [1000, 1, 37, 0, 2500, 64, 700]
     parts = [rng.integers(0, 2**16, size).astype(np.uint16) for size in sizes]
-    paths = [Path(f"train-{i:05d}.bin") for i in range(len(parts))]
+    paths = [tmp_path / f"train-{i:05d}.bin" for i in range(len(parts))]
     for path, part in zip(paths, parts, strict=True):
         part.tofile(path)
     file, whole = token_files.TokenFile(paths, "uint16"), np.concatenate(parts)
@@ -387,8 +386,8 @@ def sparse(folder, files, n_bytes):
     return paths
 
 
-def test_a_run_on_18_gb_starts_at_once(work):
-    (path,) = sparse(work / "owt", 1, 18 * 10**9)
+def test_a_run_on_18_gb_starts_at_once(tmp_path):
+    (path,) = sparse(tmp_path / "owt", 1, 18 * 10**9)
     assert path.stat().st_blocks < 1000, "the test itself takes no room"
     from nanogpt_accel.batches import Batches
 
@@ -399,8 +398,8 @@ def test_a_run_on_18_gb_starts_at_once(work):
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_over_ten_thousand_batches(work):
-    paths = sparse(work / "many", 20, 2 * 10**8)
+def test_memory_stays_flat_over_ten_thousand_batches(tmp_path):
+    paths = sparse(tmp_path / "many", 20, 2 * 10**8)
     script = (
         "import resource, sys\n"
         "from nanogpt_accel.batches import Batches; from nanogpt_accel.data.token_files import TokenFile\n"
