@@ -811,7 +811,7 @@ def test_long_work_reports_its_progress(notes, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     lines = []
     data = Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3)
-    assert dataset.ready(data, True, lines.append).folder == data_folder(data)
+    assert prepare.ready(data, True, lines.append).folder == data_folder(data)
     assert lines[:2] == ["corpus=notes: 12 files to read", "training a BPE of 300 symbols on notes"]
     lines = [line for line in lines[2:-1] if "symbols only" not in line]
     assert len(lines) > 3 and all("document" in line and "B/s" in line for line in lines)
