@@ -15,6 +15,7 @@ from .checkpoint.layout import list_checkpoints, read_trainer
 from .checkpoint.run_folder import check_lock, check_run_folder, check_writable
 from .checkpoint.verify import find_corruption, latest_valid, shape_differences
 from .data import dataset
+from .data.prepare import ready
 from .distributed.accelerator import assert_ranks_agree, make_accelerator
 from .distributed.launcher import check_launch, is_main, launcher_requests
 from .evaluation import mean_loss, scores
@@ -120,7 +121,7 @@ def open_data(recipe, console):
     Raises:
         ValueError: too few tokens, a sample prompt that cannot be encoded, or a model that does not fit the data.
     """
-    data = dataset.ready(recipe.data, is_main(), console)
+    data = ready(recipe.data, is_main(), console)
     block_size, init_from, source = recipe.model.block_size, recipe.model.init_from, None
     problems = dataset.require_block(data, block_size)
     if recipe.train.sample_tokens:
@@ -205,7 +206,7 @@ def adopt_shape(recipe, config, source, console):
 
 @dataclass
 class Setup:
-    """What a step of training needs; made by `prepare`."""
+    """What a step of training needs; made by `make_setup`."""
 
     recipe: object
     accelerator: object
@@ -276,7 +277,7 @@ def accelerator_for(recipe):
     )
 
 
-def prepare(recipe, accelerator, model, tokens, eot_id):
+def make_setup(recipe, accelerator, model, tokens, eot_id):
     """Return the Setup of a model: moved to the device, with its optimizer, sharded or wrapped as the launcher says.
 
     tokens: the training tokens, with rows(starts, length). eot_id: id of the end-of-text token, or None.
@@ -352,7 +353,7 @@ def set_up(recipe, data, source, console):
     )
     if source is not None and not is_resumed:
         recipe = adopt_shape(recipe, model.config, source, console)
-    return prepare(recipe, accelerator, model, data.train, data.tokenizer.eot_id)
+    return make_setup(recipe, accelerator, model, data.train, data.tokenizer.eot_id)
 
 
 # ---- during the run

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..utils import locking
-from ..utils.files import remove_checkpoint, write_text_atomically
+from ..utils.files import nearest_existing, remove_checkpoint, write_atomically
 from .layout import CHECKPOINT_NAME, MODEL_FILES, checkpoint_path, is_checkpoint, list_checkpoints
 from .verify import find_corruption
 
@@ -27,9 +27,7 @@ _PUBLISHED = {*MODEL_FILES, "README.md", "model.py", "generation_config.json", "
 
 def check_writable(folder, key="out_dir"):
     """Check that files can be written to a folder that may not exist yet. key: the option that names the folder."""
-    place = Path(folder)
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = nearest_existing(folder)
     if not place.is_dir():
         return [f"{key}={folder}: {place} is a file; take another folder"]
     try:
@@ -116,7 +114,7 @@ def prepare_run_folder(run, recipe, is_resumed):
                 path.unlink()
         for path in filter(is_checkpoint, list_checkpoints(run)):  # last: is_published compares copies with them
             remove_checkpoint(path)
-    write_text_atomically(run / "run.yaml", recipe)  # with an empty run.yaml another run would resume
+    write_atomically(run / "run.yaml", recipe)  # with an empty run.yaml another run would resume
 
 
 # ---- after each save

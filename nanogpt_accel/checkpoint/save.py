@@ -20,7 +20,7 @@ from ..utils.files import (
     remove_checkpoint,
     rename_folder,
     sha256,
-    write_text_atomically,
+    write_atomically,
 )
 from .layout import INDEX, TRAINER, checkpoint_name, shard_path
 from .run_folder import prune, publish
@@ -226,7 +226,7 @@ def _write_shard(temporary, snapshot):
         entry = {"error": f"{file.name}: {error}"}
         raise
     finally:
-        write_text_atomically(file.with_suffix(".receipt"), json.dumps(entry))
+        write_atomically(file.with_suffix(".receipt"), json.dumps(entry))
 
 
 def _commit(temporary, final, num_shards):

@@ -25,7 +25,7 @@ from ..models.shape import model_shape
 from ..optim import learning_rate
 from ..planning.hardware import device_name
 from ..recipe import FIELDS, SECTIONS, load_recipe
-from ..training import accelerator_for, prepare
+from ..training import accelerator_for, make_setup
 from ..utils import cli
 from ..utils.fields import Int, Words, nearest
 
@@ -203,7 +203,7 @@ def figures_of(variant, steps):
 
 
 class Variant:
-    """A model and what trains it, made by training.prepare; `step` does one step and times its parts."""
+    """A model and what trains it, made by training.make_setup; `step` does one step and times its parts."""
 
     def __init__(self, recipe, config, tokens, eot_id, name, settings):
         """settings: what differs from the recipe, see AXES."""
@@ -218,7 +218,7 @@ class Variant:
         accelerator = accelerator_for(recipe)
         torch.manual_seed(recipe.seed)
         sharding.disable_zero3_init(accelerator)
-        self.setup = prepare(recipe, accelerator, GPT(config), tokens, eot_id)
+        self.setup = make_setup(recipe, accelerator, GPT(config), tokens, eot_id)
         model, self.device = self.setup.raw_model, accelerator.device
         if "in_pieces" in settings:  # several chunks, also if the model's rule makes one
             n_logits = recipe.train.batch_size * config.block_size * config.vocab_size

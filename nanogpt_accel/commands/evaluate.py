@@ -17,6 +17,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..data import dataset
+from ..data.prepare import ready
 from ..data.sources import joined_text
 from ..data.token_files import TokenArray
 from ..data.tokenizer import Tokenizer
@@ -164,7 +165,7 @@ def evaluate(target, recipe, options, block_size=None):
 
 def open_split(recipe, options, folder, config, target, console):
     """Return (Text, problems) for a split of the recipe's data."""
-    data = dataset.ready(recipe.data, is_main(), report=console)
+    data = ready(recipe.data, is_main(), report=console)
     problems = dataset.require_tokenizer(data, folder, key=target) or check_tokenizer(data.tokenizer, config, folder)
     name, split = str(data.folder), options.split
     if split not in data.splits:

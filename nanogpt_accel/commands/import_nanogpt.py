@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..checkpoint.run_folder import check_empty
-from ..data.token_files import read_meta
+from ..data.manifest import read_meta
 from ..data.tokenizer import Tokenizer
 from ..hub.card import model_card
 from ..models.export import write_model

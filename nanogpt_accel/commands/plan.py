@@ -14,6 +14,7 @@ from functools import partial
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..data import dataset
+from ..data.manifest import read_manifest
 from ..distributed.accelerator import auto_precision
 from ..models.shape import model_shape
 from ..planning import sizing
@@ -166,7 +167,7 @@ def find_data(recipe):
     """Return (vocabulary size of the tokenizer, training tokens or None, assumptions in words)."""
     data, assumed = recipe.data, []
     if dataset.is_prepared(data):
-        manifest = dataset.read_manifest(dataset.data_folder(data))
+        manifest = read_manifest(dataset.data_folder(data))
         return manifest["tokenizer"]["vocab_size"], manifest["splits"]["train"]["tokens"], assumed
     train_tokens = None if data.limit_documents else TRAIN_TOKENS.get((data.corpus, data.tokenizer))
     if train_tokens:

@@ -7,6 +7,7 @@ is made once; what changes the tokens changes the folder's name.
 import sys
 
 from ..data import dataset
+from ..data.prepare import prepare
 from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..tracking.console import Console
 from ..utils import cli
@@ -22,7 +23,7 @@ def main(argv):
     recipe = load_recipe(target, options, check=lambda recipe: dataset.check(recipe.data))
     was_prepared = dataset.is_prepared(recipe.data)
     if not was_prepared:
-        dataset.prepare(recipe.data, Console())
+        prepare(recipe.data, Console())
     manifest = dataset.open_dataset(recipe.data).manifest
     if was_prepared:
         print(f"{dataset.data_folder(recipe.data)}: prepared already")

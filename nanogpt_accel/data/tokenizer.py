@@ -1,8 +1,8 @@
 """Text to token ids and back: GPT-2's BPE, characters, a BPE trained on the corpus, or any tokenizer.json.
 
-Whatever the kind, a tokenizer is its tokenizer.json, so `save` writes what transformers' AutoTokenizer loads
-with no code of ours. Two kinds are encoded by faster means than the tokenizers library: characters by a
-table, and a BPE of GPT-2's form by tiktoken, which gives the same ids more than ten times as fast.
+A tokenizer of any kind is its tokenizer.json, so transformers' AutoTokenizer loads what `save` writes without our code.
+Two kinds are encoded faster than by the tokenizers library: characters by a table, and a BPE of GPT-2's form by
+tiktoken, which gives the same ids more than ten times as fast.
 """
 
 import copy
@@ -13,18 +13,20 @@ from functools import cached_property
 
 import numpy as np
 
-EOT = "<|endoftext|>"  # stands between documents
+from ..utils.text import one_line
+
+EOT = "<|endoftext|>"  # between documents
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-# SHA-256 of GPT-2's symbols in the order of their ids, a line each
+# SHA-256 of GPT-2's vocabulary in the order of the ids, one entry per line
 GPT2_SYMBOLS = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
-# how GPT-2 cuts a text into words, and tiktoken's r50k_pat_str; but here the first four kinds stand in a group: the
-# fancy-regex crate, which backtracks for the look-ahead, leaves that to an automaton. All takes 0.6 times as long
+# how GPT-2 splits a text into words, as tiktoken's r50k_pat_str, but with the first four kinds in a group: the
+# fancy-regex crate, which backtracks for the look-ahead, leaves that to an automaton and takes 0.6 times as long
 GPT2_WORDS = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
-LONGEST_WORD = 1000  # bytes that the training of a BPE takes for one word
+LONGEST_WORD = 1000  # bytes per word when a BPE is trained
 BPE_TEXT_LIMIT = 200_000_000  # characters a BPE is trained on: more costs memory and changes few merges
 
 
@@ -32,11 +34,11 @@ class Tokenizer:
     """A tokenizer.json and fast ways through it.
 
     Args:
-        text: the content of a tokenizer.json. eot: the symbol that ends a document, if it has that one.
+        text: the content of a tokenizer.json. eot: the token that ends a document, if it has that one.
 
     Attributes:
         kind: "gpt2", "char", "bpe" (another byte-level BPE), or the tokenizers library's name of the model.
-        vocab_size: number of ids. eot_id: id of the end-of-text symbol, or None.
+        vocab_size: number of ids. eot_id: id of the end-of-text token, or None.
         dtype: np.uint16, or np.uint32 where that is too small for the ids.
 
     Raises:
@@ -49,7 +51,7 @@ class Tokenizer:
         try:
             self._backend = Backend.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"not a tokenizer.json: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"not a tokenizer.json: {one_line(error)}") from None
         self._backend.encode_special_tokens = True  # a corpus is plain text, whatever it happens to spell
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -75,7 +77,7 @@ class Tokenizer:
 
     @cached_property
     def _table(self):
-        """Of characters: the ids by code point, -1 where there is none; the last row is for all above."""
+        """For characters: the ids by code point, -1 without one; the last entry is for all code points above."""
         if self.kind != "char":
             return None
         symbols = {ord(s): i for s, i in self.vocab.items() if s != self.eot}
@@ -85,7 +87,7 @@ class Tokenizer:
 
     @cached_property
     def _bpe(self):
-        """Of a byte-level BPE: the same as a tiktoken Encoding, if it can be one; made for the first text."""
+        """For a byte-level BPE: the same as a tiktoken Encoding, if it can be one; made for the first text."""
         if self.kind not in ("gpt2", "bpe"):
             return None
         # tiktoken joins any two that make a symbol, the tokenizers library only what its merges name. That is the same
@@ -96,8 +98,8 @@ class Tokenizer:
         return _tiktoken(self._spec, self.eot)
 
     def for_thread(self):
-        """The same tokenizer for the use of one thread alone. A regular expression of Rust's is fast in the thread that
-        used it first and takes locks in all others (regex-automata, util::pool): a shared one took 1.3 times as long.
+        """Return the same tokenizer for one thread. A regular expression of Rust's is fast in the thread that used it
+        first and takes locks in all others (regex-automata, util::pool): a shared one took 1.3 times as long.
         """
         own = copy.copy(self)
         if self._bpe is not None:
@@ -106,10 +108,10 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls):
-        """GPT-2's own, from the two files that tiktoken keeps, with the ids of tiktoken and transformers.
+        """Return GPT-2's own, from the two files that tiktoken caches, with the ids of tiktoken and transformers.
 
         Raises:
-            ValueError: they are not there and cannot be downloaded.
+            ValueError: they do not exist and cannot be downloaded.
         """
         from tiktoken.load import read_file_cached
         from tokenizers import models, processors
@@ -132,9 +134,9 @@ class Tokenizer:
 
     @classmethod
     def char(cls, documents, add_eot=None):
-        """One id for each character that occurs, in nanoGPT's order: sorted by code point.
+        """Make one id per character that occurs, in nanoGPT's order: sorted by code point.
 
-        add_eot: make the end-of-text symbol the last id; None: where there are several documents.
+        add_eot: make the end-of-text token the last id; None: if there are several documents.
         """
         symbols, count = set(), 0
         for count, text in enumerate(documents, 1):  # noqa: B007 (the count is read below)
@@ -145,10 +147,10 @@ class Tokenizer:
 
     @classmethod
     def char_from_meta(cls, stoi):
-        """The characters of a nanoGPT meta.pkl: stoi is {character: id}.
+        """Return the characters of a nanoGPT meta.pkl: stoi is {character: id}.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: stoi is something else.
         """
         if not (
             isinstance(stoi, dict)
@@ -161,11 +163,11 @@ class Tokenizer:
 
     @classmethod
     def train_bpe(cls, documents, vocab_size):
-        """A byte-level BPE with up to `vocab_size` symbols (fewer where the text has too few pairs).
+        """Train a byte-level BPE with up to `vocab_size` tokens (fewer if the text has too few pairs).
 
-        It is trained on all the documents, validation too, up to BPE_TEXT_LIMIT characters: 200 million. The
-        256 bytes are always in it, so that nothing is ever unknown; the last id is the end-of-text symbol.
-        The same documents give the same tokenizer.
+        It is trained on all the documents, validation too, up to BPE_TEXT_LIMIT characters: 200 million. It always has
+        the 256 bytes, so that nothing is ever unknown; the last id is the end-of-text token. The same documents give
+        the same tokenizer.
         """
         from tokenizers import Tokenizer as Backend
         from tokenizers import models, pre_tokenizers, trainers
@@ -186,7 +188,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder):
-        """The tokenizer of a folder that holds a tokenizer.json, ours or another's; or GPT-2's older two files.
+        """Load the tokenizer of a folder with a tokenizer.json, ours or another's, or with GPT-2's older two files.
 
         Raises:
             FileNotFoundError: no such file. ValueError: the file is not what its name says.
@@ -207,9 +209,8 @@ class Tokenizer:
                 with open(beside, encoding="utf-8") as file:
                     config = json.load(file)
             except (ValueError, RecursionError) as error:
-                reason = " ".join(str(error).split())
                 raise ValueError(
-                    f"{beside}: not JSON ({reason}): mend it, or remove it where the end of text is {EOT}"
+                    f"{beside}: not JSON ({one_line(error)}): mend it, or remove it where the end of text is {EOT}"
                 ) from None
         try:
             with open(path, encoding="utf-8") as file:
@@ -230,20 +231,20 @@ class Tokenizer:
             raise ValueError(f"{vocab}, {merges}: not the two files of GPT-2's BPE: {error}") from None
 
     def is_same(self, other):
-        """Whether both give every text the same ids. (GPT-2's own is published with unlike trimmings.)"""
+        """Whether both give every text the same ids. (GPT-2's own is published with different settings around it.)"""
         return self.fingerprint == other.fingerprint or self.kind == other.kind == "gpt2"
 
     @cached_property
     def fingerprint(self):
-        """SHA-256 of the tokenizer.json in a canonical form: layout, padding and truncation do not count."""
+        """The SHA-256 of the tokenizer.json in a canonical form: layout, padding and truncation do not count."""
         spec = self._spec | {"truncation": None, "padding": None}
         return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text):
-        """The ids of plain text, (n,) of self.dtype. Where it spells a special symbol, that is text like any.
+        """Return the ids of plain text, (n,) of self.dtype. A special token that the text spells is text like any.
 
         Raises:
-            ValueError: the text has symbols that the tokenizer lacks; they are named.
+            ValueError: the text has characters that the tokenizer lacks; they are named.
         """
         if self._table is not None:
             points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
@@ -263,8 +264,8 @@ class Tokenizer:
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def symbol_bytes(self):
-        """The bytes of UTF-8 that each id stands for, (vocab_size,), 0 for the end of text; None where a tokenizer is
-        neither of characters nor a BPE of GPT-2's form."""
+        """Return the bytes of UTF-8 per id, (vocab_size,), 0 for the end of text; None if a tokenizer is neither of
+        characters nor a BPE of GPT-2's form."""
         if self._table is None and self._bpe is None:
             return None
         sizes = np.zeros(self.vocab_size, np.int64)
@@ -273,18 +274,18 @@ class Tokenizer:
         return sizes
 
     def encode_batch(self, texts):
-        """encode() of each text. Callers may run it in threads, each with a for_thread() of its own: what takes the
-        time lets go of Python's lock."""
+        """Return encode() of each text. Callers may run it in threads, each with a for_thread() of its own: what takes
+        the time releases Python's lock."""
         if self._bpe is not None or self._table is not None:
             return [self.encode(text) for text in texts]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def encode_prompt(self, text):
-        """The ids of a prompt as list[int]; <|endoftext|>, or what this tokenizer has for it, is one symbol.
+        """Return the ids of a prompt as list[int]; <|endoftext|>, or what this tokenizer has for it, is one token.
 
         Raises:
-            ValueError: the tokenizer lacks a symbol of the prompt.
+            ValueError: the tokenizer lacks a character of the prompt.
         """
         if self.eot is None and EOT in text:
             raise ValueError(f"the tokenizer has no {EOT}")
@@ -294,9 +295,9 @@ class Tokenizer:
         return ids
 
     def check_prompt(self, text, block_size, key):
-        """What keeps a model from going on with a prompt, as a list of problems.
+        """Return what keeps a model from continuing a prompt, as a list of problems.
 
-        block_size: the longest one that it takes; None: any length. key: the prompt's name in the message.
+        block_size: the most tokens that it takes; None: any number. key: the prompt's name in the message.
         """
         try:
             length = len(self.encode_prompt(text))
@@ -311,7 +312,7 @@ class Tokenizer:
         ]
 
     def decode(self, ids):
-        """The text of ids; special symbols are shown, and bytes that are no whole character become U+FFFD."""
+        """Return the text of ids; special tokens are shown, and bytes that are no complete character become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, folder, max_length=None):
@@ -336,7 +337,7 @@ class Tokenizer:
 
 
 def _is_bare_gpt2(folder):
-    """Whether a folder holds a GPT-2 model alone, whose tokenizer is no question."""
+    """Whether a folder has a GPT-2 model without a tokenizer, which can only be GPT-2's."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
@@ -346,13 +347,13 @@ def _is_bare_gpt2(folder):
 
 
 def _show(symbols):
-    """A few symbols as a message names them."""
+    """Return a few characters as a message names them."""
     names = [f"{s!r} (U+{ord(s):04X})" for s in sorted(symbols)]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _capped(documents, limit):
-    """The documents up to `limit` characters in all."""
+    """Yield the documents up to `limit` characters in all."""
     for text in documents:
         yield text[:limit]
         limit -= len(text)
@@ -361,7 +362,7 @@ def _capped(documents, limit):
 
 
 def _char_json(vocab, add_eot):
-    """The tokenizer.json of single characters. vocab: {character: id}."""
+    """Return the tokenizer.json of single characters. vocab: {character: id}."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
@@ -376,7 +377,7 @@ def _char_json(vocab, add_eot):
 
 
 def _byte_level(model, post_processor=None):
-    """The tokenizer.json of a byte-level BPE as GPT-2 has it, with the end-of-text symbol last."""
+    """Return the tokenizer.json of a byte-level BPE as GPT-2 has it, with the end-of-text token last."""
     from tokenizers import AddedToken, decoders, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
@@ -390,9 +391,9 @@ def _byte_level(model, post_processor=None):
 
 
 def _tiktoken(spec, eot):
-    """A tokenizer.json's byte-level BPE as a tiktoken Encoding, or None where that would encode otherwise.
+    """Return a tokenizer.json's byte-level BPE as a tiktoken Encoding, or None if that would encode otherwise.
 
-    tiktoken joins the pair whose symbol has the lowest id, the tokenizers library the pair that comes first
+    tiktoken joins the pair whose token has the lowest id, the tokenizers library the pair that comes first
     among the merges; so the order of the two has to be one.
     """
     splitter, model = spec["pre_tokenizer"] or {}, spec["model"]

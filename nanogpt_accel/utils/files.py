@@ -5,24 +5,45 @@ import os
 import shutil
 import time
 from contextlib import suppress
+from pathlib import Path
+
+
+def cache_folder():
+    """Return the folder that keeps downloads. The Hub's and tiktoken's clients have folders of their own."""
+    in_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("NANOGPT_ACCEL_CACHE") or os.path.join(in_home, "nanogpt_accel")
 
 
 def sha256(file):
-    digest, buffer = hashlib.sha256(), bytearray(2**16)  # a larger one per file makes the heap grow, 41 MB with 4 MiB
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest, buffer = hashlib.sha256(), bytearray(2**16)  # 4 MiB are no faster, and the heap grows by them
     with open(file, "rb", buffering=0) as opened:
         while count := opened.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
 
 
-def write_text_atomically(path, text):
-    """Write a text file completely or not at all, even if the machine goes down."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def write_atomically(path, content):
+    """Write a text or bytes to a file that appears complete or not at all, whatever happens meanwhile."""
+    temporary = f"{path}.tmp-{os.getpid()}"  # other processes may write the same file
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        flush_file(file)
     os.replace(temporary, path)
+
+
+def flush_file(file):
+    """Write what an open file buffers to the disk: after a power failure it is there."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def nearest_existing(folder):
+    """Return a folder, or the nearest one above it that exists."""
+    place = Path(folder)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
 
 
 def remove_checkpoint(folder):

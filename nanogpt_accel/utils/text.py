@@ -1,5 +1,7 @@
 """Format numbers and errors for people."""
 
+import re
+
 
 def counted(number, noun):
     """1 document, 2,000 documents."""
@@ -21,10 +23,15 @@ def duration(seconds):
 
 
 def first_line(error):
-    """The first line of an error's message, or its type if it has no message."""
+    """Return the first line of an error's message, or its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_line(error, limit=200):
-    """The message of an error with its lines joined, at most `limit` characters; its type if it has no message."""
+    """Return an error's message in one line of at most `limit` characters, or its type if it has no message."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def file_name(text):
+    """Return a text as part of a file name: letters, digits, _, . and - stay, anything else becomes -."""
+    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)

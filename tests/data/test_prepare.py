@@ -1,55 +1,54 @@
-"""dataset.py and prepare.py: from a recipe's data section to token files, against nanoGPT's own algorithm."""
+"""From a data section to token files: nanoGPT's own algorithm, documents, limits, and interruptions at any moment."""
 
 import hashlib
 import json
 import os
-import pickle
+import platform
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from data_files import (
+    DOCS,
+    ENV,
+    char_ids,
+    content,
+    dealt,
+    documents,
+    error_line,
+    expect,
+    ids,
+    jsonl,
+    lines,
+    opened,
+    prepared,
+    refusal,
+    section,
+)
 
-from nanogpt_accel.commands import prepare
-from nanogpt_accel.data import dataset
-from nanogpt_accel.data.dataset import check, data_folder, is_prepared, open_dataset, require_block
-from nanogpt_accel.data.tokenizer import Tokenizer
+from nanogpt_accel.__main__ import main
+from nanogpt_accel.commands import prepare as command
+from nanogpt_accel.data import dataset, encoding, prepare, readers, token_files
+from nanogpt_accel.data.corpus import Corpus
+from nanogpt_accel.data.dataset import data_folder
+from nanogpt_accel.data.manifest import is_data_folder
 from nanogpt_accel.recipe import SECTIONS, Data
 from nanogpt_accel.utils import cli
 
 
 @pytest.fixture(autouse=True)
 def work(tmp_path, monkeypatch):
-    """The default data folders lie below the working directory."""
+    """Corpora and data folders lie below the working directory, and a recipe that leaves the corpus open."""
     monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("data: {tokenizer: char, val_fraction: 0.2, data_dir: out}\n")
     return tmp_path
-
-
-@pytest.fixture
-def notes(work):
-    """Twelve documents of different length."""
-    folder = work / "notes"
-    folder.mkdir()
-    for i in range(12):
-        (folder / f"{i:02}.txt").write_text(f"note {i}: " + "so it goes. " * i)
-    return folder
-
-
-def raw(file):
-    return b"".join(path.read_bytes() for path in file.paths)
-
-
-def ids(file):
-    return np.frombuffer(raw(file), dtype=file.dtype).tolist()
-
-
-def prepared(data, report=lambda line: None):
-    dataset.prepare(data, report)
-    return open_dataset(data)
 
 
 # ---- a single text
@@ -64,7 +63,7 @@ def test_shakespeare_char_is_nanogpts(shakespeare):
     train_ids = np.array([stoi[c] for c in data[: int(n * 0.9)]], dtype=np.uint16)
     val_ids = np.array([stoi[c] for c in data[int(n * 0.9) :]], dtype=np.uint16)
 
-    ours = prepared(Data(corpus=str(shakespeare), tokenizer="char", val_fraction=0.1))
+    ours = opened(Data(corpus=str(shakespeare), tokenizer="char", val_fraction=0.1))
     assert ours.train.paths[0].read_bytes() == train_ids.tobytes()
     assert ours.val.paths[0].read_bytes() == val_ids.tobytes()
     assert (len(ours.train), len(ours.val), ours.tokenizer.vocab_size) == (1_003_854, 111_540, 65)
@@ -79,7 +78,7 @@ def test_shakespeare_gpt2_is_nanogpts(shakespeare, gpt2_files):
 
     data = shakespeare.read_bytes().decode()
     enc = tiktoken.get_encoding("gpt2")
-    ours = prepared(Data(corpus=str(shakespeare), tokenizer="gpt2", val_fraction=0.1))
+    ours = opened(Data(corpus=str(shakespeare), tokenizer="gpt2", val_fraction=0.1))
     assert ids(ours.train) == enc.encode_ordinary(data[: int(len(data) * 0.9)])
     assert ids(ours.val) == enc.encode_ordinary(data[int(len(data) * 0.9) :])
     assert (len(ours.train), len(ours.val)) == (301_966, 36_059)
@@ -89,7 +88,7 @@ def test_shakespeare_gpt2_is_nanogpts(shakespeare, gpt2_files):
 def test_any_single_text(work, text):
     (work / "x.txt").write_bytes(text.encode())
     for tokenizer in ("char", "bpe"):
-        ours = prepared(Data(corpus="x.txt", tokenizer=tokenizer, vocab_size=300, val_fraction=0.25))
+        ours = opened(Data(corpus="x.txt", tokenizer=tokenizer, vocab_size=300, val_fraction=0.25))
         cut = int(len(text) * 0.75)
         assert ours.tokenizer.decode(ids(ours.train)) == text[:cut]
         assert ours.tokenizer.decode(ids(ours.val)) == text[cut:]
@@ -103,14 +102,14 @@ def test_a_text_too_short_to_cut(refused, work, text, val_fraction, split):
     (work / "x.txt").write_text(text)
     data = Data(corpus="x.txt", tokenizer="char", val_fraction=val_fraction)
     with refused(ValueError, "corpus=x.txt", f"nothing for {split}", f"val_fraction={val_fraction}"):
-        dataset.prepare(data)
+        prepare.prepare(data)
     assert not data_folder(data).exists()
 
 
 # ---- documents
 
 
-def dealt(texts, val_fraction):
+def dealt_one_each(texts, val_fraction):
     """The rule in words: blake2b of "SEED INDEX" as a fraction of 2**64, below val_fraction is val."""
     share = [
         int.from_bytes(hashlib.blake2b(f"2357 {i}".encode(), digest_size=8).digest(), "big") / 2**64
@@ -128,10 +127,10 @@ def dealt(texts, val_fraction):
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
 def test_documents_are_dealt_out_whole_and_end_with_eot(notes, tokenizer, val_fraction):
     texts = [f.read_text() for f in sorted(notes.iterdir())]
-    ours = prepared(Data(corpus="notes", tokenizer=tokenizer, vocab_size=300, val_fraction=val_fraction))
+    ours = opened(Data(corpus="notes", tokenizer=tokenizer, vocab_size=300, val_fraction=val_fraction))
     eot, encode = ours.tokenizer.eot_id, ours.tokenizer.encode
     assert eot == ours.tokenizer.vocab_size - 1
-    for file, part in zip((ours.train, ours.val), dealt(texts, val_fraction), strict=True):
+    for file, part in zip((ours.train, ours.val), dealt_one_each(texts, val_fraction), strict=True):
         assert part
         assert ids(file) == [i for text in part for i in [*encode(text).tolist(), eot]]
         counts = ours.manifest["splits"][file.paths[0].stem]
@@ -142,8 +141,8 @@ def test_documents_of_gpt2(notes, gpt2_files):
     import tiktoken
 
     enc = tiktoken.get_encoding("gpt2")
-    train, val = dealt([f.read_text() for f in sorted(notes.iterdir())], 0.3)
-    ours = prepared(Data(corpus="notes", tokenizer="gpt2", val_fraction=0.3))
+    train, val = dealt_one_each([f.read_text() for f in sorted(notes.iterdir())], 0.3)
+    ours = opened(Data(corpus="notes", tokenizer="gpt2", val_fraction=0.3))
     for file, part in ((ours.train, train), (ours.val, val)):  # data/openwebtext/prepare.py
         assert ids(file) == [i for text in part for i in [*enc.encode_ordinary(text), enc.eot_token]]
 
@@ -151,17 +150,17 @@ def test_documents_of_gpt2(notes, gpt2_files):
 def test_the_result_does_not_depend_on_chunks(notes, monkeypatch):
     hashes = set()
     for size in (1, 50, 2**20):
-        monkeypatch.setattr(dataset, "CHUNK", size)
-        ours = prepared(Data(corpus="notes", tokenizer="bpe", val_fraction=0.3, data_dir=f"chunk{size}"))
+        monkeypatch.setattr(encoding, "CHUNK", size)
+        ours = opened(Data(corpus="notes", tokenizer="bpe", val_fraction=0.3, data_dir=f"chunk{size}"))
         hashes.add(json.dumps([ours.manifest["splits"], ours.tokenizer.fingerprint]))
     assert len(hashes) == 1
 
 
 def test_empty_documents_do_not_count(notes):
     data = Data(corpus="notes", tokenizer="char", val_fraction=0.3)
-    before = prepared(data)
+    before = opened(data)
     (notes / "01 empty.txt").touch()
-    after = prepared(data)
+    after = opened(data)
     assert after.folder != before.folder
     assert after.manifest["splits"] == before.manifest["splits"]
 
@@ -172,210 +171,695 @@ def test_one_document_cannot_be_split(refused, notes):
     for tokenizer in ("char", "bpe"):
         data = Data(corpus="notes", tokenizer=tokenizer)
         with refused(ValueError, "corpus=notes", "one document"):
-            dataset.prepare(data, print)
+            prepare.prepare(data, print)
         assert not data_folder(data).exists()
 
 
 def test_python_corpus_offline():
-    ours = prepared(Data(corpus="python", tokenizer="char", val_fraction=0.05))
+    ours = opened(Data(corpus="python", tokenizer="char", val_fraction=0.05))
     assert len(ours.train) > 5_000_000 and 0.02 < len(ours.val) / len(ours.train) < 0.1
     assert ours.folder.name.startswith(f"python-{ours.manifest['corpus']['revision']}_char-")
 
 
-# ---- folders
+def corpus_of(monkeypatch, splits):
+    """The recipe's corpus has these splits of its own: {split: documents}."""
+    found = Corpus(
+        "mine", {"kind": "hub", "name": "mine"}, False, lambda split, bad: iter(splits[split]), tuple(splits)
+    )
+    monkeypatch.setattr(dataset, "find_corpus", lambda spec, **options: found)
 
 
-def test_every_key_that_decides_the_tokens_has_its_folder(notes):
-    base = {"corpus": "notes", "tokenizer": "bpe", "vocab_size": 300, "val_fraction": 0.1}
-    changes = [{}, {"vocab_size": 301}, {"val_fraction": 0.2}, {"tokenizer": "char"}, {"corpus": "notes/01.txt"}]
-    folders = [data_folder(Data(**base | change)) for change in changes]
-    assert len(set(folders)) == len(folders)
-    assert folders[0].parent == Path("data") and folders[0].name.startswith("notes_bpe300-")
-    # not what leaves the tokens as they are: the sampling, vocab_size without a bpe
-    assert data_folder(Data(**base, sampling="random")) == folders[0]
-    char = base | {"tokenizer": "char"}
-    assert data_folder(Data(**char | {"vocab_size": 999})) == folders[3]
+def test_splits_of_its_own_are_taken_as_they_are(monkeypatch):
+    splits = {"train": DOCS[:100], "val": DOCS[100:103], "test": ["", *DOCS[150:]]}
+    corpus_of(monkeypatch, splits)
+    for number, chunk in enumerate((1, 2**19)):
+        monkeypatch.setattr(encoding, "CHUNK", chunk)
+        ours, _ = prepared(corpus="mine", data_dir=f"out{number}")
+        used = DOCS[:103] + DOCS[150:]
+        assert list(ours.splits) == ["train", "val", "test"]
+        for split, texts in splits.items():
+            assert ids(ours.splits[split]) == char_ids(used, filter(None, texts))
+            assert ours.manifest["splits"][split]["documents"] == len([*filter(None, texts)])
 
 
-def test_a_changed_corpus_gets_a_new_folder(notes):
-    data = Data(corpus="notes", tokenizer="char", val_fraction=0.3)
-    before = prepared(data)
-    assert is_prepared(data)
-    (notes / "00.txt").write_text("something else")
-    assert not is_prepared(data)
-    assert prepared(data).folder != before.folder and before.folder.is_dir()
+def test_a_test_split_of_its_own_never_gets_into_train(monkeypatch):
+    corpus_of(monkeypatch, {"train": DOCS[:100], "test": DOCS[100:]})
+    ours, _ = prepared(corpus="mine")
+    assert [ids(ours.train), ids(ours.val)] == [char_ids(DOCS, part) for part in dealt(DOCS[:100])]
+    assert ids(ours.splits["test"]) == char_ids(DOCS, DOCS[100:])
+
+
+def test_killed_amid_the_second_of_its_own_splits(monkeypatch):
+    monkeypatch.setattr(encoding, "CHUNK", 300)
+    monkeypatch.setattr(token_files, "COMMIT_SECONDS", 0)
+    corpus_of(monkeypatch, {"train": DOCS[:100], "val": DOCS[100:150], "test": DOCS[150:]})
+    prepared(corpus="mine", data_dir="straight")
+    real, calls = token_files.Writer.write, 0
+
+    def write(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls in (10, 40, 62):
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    monkeypatch.setattr(token_files.Writer, "write", write)
+    stops = 0
+    while not is_data_folder("out"):
+        try:
+            prepared(corpus="mine")
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops >= 2 and content("out") == content("straight")
+
+
+# ---- token ids
+
+
+def sides(folder):
+    """The bytes of the two token files, each of which may lie in many."""
+    return [
+        b"".join(path.read_bytes() for path in sorted(Path(folder).glob(f"{split}*.bin"))) for split in ("train", "val")
+    ]
+
+
+@pytest.mark.parametrize(("at_once", "shard_tokens"), [(2**22, 10**8), (33_333, 10**8), (7001, 20_000)])
+def test_token_ids_are_cut_as_nanogpt_cuts_a_text_and_copied(
+    shakespeare, gpt2_files, monkeypatch, at_once, shard_tokens
+):
+    import tiktoken
+
+    monkeypatch.setattr(readers, "IDS_AT_ONCE", at_once)
+    text, gpt2 = shakespeare.read_text(encoding="utf-8"), tiktoken.get_encoding("gpt2")
+    everything = gpt2.encode_ordinary(text)
+    np.array(everything, np.uint16).tofile("x.bin")
+    n = len(everything)
+    train, val = everything[: int(n * 0.9)], everything[int(n * 0.9) :]
+    ours, said = prepared(corpus="x.bin", tokenizer="gpt2", val_fraction=0.1, shard_tokens=shard_tokens)
+    assert sides("out") == [np.array(part, "<u2").tobytes() for part in (train, val)]
+    assert [ids(ours.train), ids(ours.val)] == [train, val] and ours.tokenizer.kind == "gpt2"
+    held = ours.manifest
+    assert (held["corpus"]["kind"], held["corpus"]["bytes"], held["split_seed"]) == ("ids", 2 * n, None)
+    sizes = [len(gpt2.decode_bytes(part)) for part in (train, val)]
+    assert [counts["bytes"] for counts in held["splits"].values()] == sizes and sum(sizes) == len(text.encode())
+    assert [counts["documents"] for counts in held["splits"].values()] == [1, 1]
+    assert f"{2 * n / 1e3:,.1f} kB of token ids in " in said[-1]
+
+
+@pytest.mark.parametrize("at_once", [2**22, 100, 1])
+def test_several_files_of_ids_are_one_sequence_in_the_order_of_their_names(monkeypatch, at_once):
+    monkeypatch.setattr(readers, "IDS_AT_ONCE", at_once)
+    texts = [text.replace("<|endoftext|>", "the end") for text in DOCS[:40]]
+    char = dataset.Tokenizer.char(texts)
+    Path("tok").mkdir()
+    char.save("tok")
+    everything = np.array(char_ids(texts, texts), np.uint16)
+    Path("f").mkdir()
+    borders = [0, 3, 4, 997, len(everything)]
+    for i, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
+        everything[start:end].tofile(f"f/{5 * i}.bin")  # 10 comes after 5
+    for val_fraction in (0.2, (len(texts[-1]) + 0.5) / len(everything)):  # amid a document, and between two
+        name = f"out {val_fraction}"
+        ours, said = prepared(corpus="f/*.bin", tokenizer="tok", val_fraction=val_fraction, data_dir=name)
+        cut = int(len(everything) * (1 - val_fraction))
+        assert sides(name) == [everything[:cut].tobytes(), everything[cut:].tobytes()]
+        assert "corpus=f/*.bin: 4 files to read" in said
+        for part, counts in zip((everything[:cut], everything[cut:]), ours.manifest["splits"].values(), strict=True):
+            pieces = char.decode(part).removesuffix("<|endoftext|>").split("<|endoftext|>")
+            assert counts["documents"] == len(pieces)
+            assert counts["bytes"] == sum(len(piece.encode()) for piece in pieces)
+    assert counts["documents"] == 1 and char.decode(everything[cut:]) == texts[-1] + "<|endoftext|>"
+
+
+def test_ids_of_a_bpe_of_our_own_know_their_text():
+    text = " ".join(DOCS)
+    Path("x.txt").write_text(text, encoding="utf-8", newline="")
+    first, _ = prepared(corpus="x.txt", tokenizer="bpe", vocab_size=400, data_dir="text")
+    np.array(ids(first.train) + ids(first.val), np.uint16).tofile("x.bin")
+    ours, _ = prepared(corpus="x.bin", tokenizer="text")
+    assert ours.tokenizer.fingerprint == first.tokenizer.fingerprint
+    assert sum(counts["bytes"] for counts in ours.manifest["splits"].values()) == len(text.encode())
+
+
+def many_words():
+    """The folder of a tokenizer of 70,000 symbols, whose ids say nothing of the bytes of a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    Path("tok").mkdir()
+    backend = Tokenizer(models.WordLevel({f"word{i}": i for i in range(70_000)}, unk_token="word0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save("tok/tokenizer.json")
+
+
+def test_ids_of_a_large_vocabulary_take_32_bits(capsys):
+    many_words()
+    everything = np.random.default_rng(0).integers(0, 70_000, 3000).astype(np.uint32)
+    everything[[0, -1]] = 69_999
+    everything.tofile("x.bin")
+    assert main(["prepare", "r.yaml", "corpus=x.bin", "tokenizer=tok"]) == 0
+    assert sides("out") == [everything[:2400].tobytes(), everything[2400:].tobytes()]
+    ours = dataset.open_dataset(section(corpus="x.bin", tokenizer="tok"))
+    assert ours.manifest["dtype"] == "uint32" and ours.text_bytes("train") is ours.text_bytes("val") is None
+    assert "train: 2,400 tokens\nval: 600 tokens\n" in capsys.readouterr().out
+    assert main(["data", "out"]) == 0
+    assert "train: 2,400 tokens, 1 file\n" in capsys.readouterr().out
+
+
+def test_told_to_stop_amid_ids_it_goes_on_and_reads_no_more_than_the_rest(gpt2_files, monkeypatch):
+    monkeypatch.setattr(readers, "IDS_AT_ONCE", 100)
+    everything = np.random.default_rng(0).integers(0, 50257, 5000).astype("<u2")
+    for name, part in (("a.bin", everything[:1950]), ("b.bin", everything[1950:])):
+        part.tofile(name)
+    given = {"corpus": "?.bin", "tokenizer": "gpt2", "shard_tokens": 1000}
+    prepared(**given, data_dir="straight")
+    real, read, stops = readers._ids_at, [], [10, 35]
+
+    def ids_at(spec, path, at, *rest):
+        if stops and len(read) == stops[0]:
+            stops.pop(0)
+            raise KeyboardInterrupt
+        read.append((path, at))
+        return real(spec, path, at, *rest)
+
+    monkeypatch.setattr(readers, "_ids_at", ids_at)
+    for kept in (1, 1):  # a text without an end is one document
+        said = []
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(section(**given), said.append)
+        assert said[-1] == f"out: interrupted; {kept} document is kept, the same command goes on"
+    _, said = prepared(**given)
+    assert "out: going on where an earlier attempt stopped" in said
+    assert read == [("a.bin", at) for at in range(0, 1950, 100)] + [("b.bin", at) for at in range(0, 3050, 100)]
+    assert content("out") == content("straight")
+    assert sides("out") == [everything[:4000].tobytes(), everything[4000:].tobytes()]
+
+
+def test_killed_when_all_ids_were_written(gpt2_files, monkeypatch):
+    np.arange(3000, dtype=np.uint16).tofile("x.bin")
+    given = {"corpus": "x.bin", "tokenizer": "gpt2"}
+    prepared(**given, data_dir="straight")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            token_files,
+            "write_atomically",
+            lambda path, text, real=token_files.write_atomically: (
+                real(path, text) if "manifest" not in str(path) else (_ for _ in ()).throw(KeyboardInterrupt)
+            ),
+        )
+        prepared(**given)
+    assert json.loads(Path("out/.partial/progress.json").read_text())["position"] == "all"
+    prepared(**given)
+    assert content("out") == content("straight")
+
+
+# ---- limits
+
+
+def test_a_limit_of_documents_takes_the_first_ones():
+    jsonl("x.jsonl", DOCS)
+    ours, _ = prepared(corpus="x.jsonl", limit_documents=50)
+    assert [ids(ours.train), ids(ours.val)] == [char_ids(DOCS[:50], part) for part in dealt(DOCS[:50])]
+    one, other = (dataset.data_folder(section(corpus="x.jsonl", data_dir=None, limit_documents=n)) for n in (50, None))
+    assert one != other
+
+
+def reaching(texts, limit):
+    """How many of the texts, each with its end, have so many tokens."""
+    return next(n for n in range(1, len(texts) + 1) if sum(len(text) + 1 for text in texts[:n]) >= limit)
+
+
+@pytest.mark.parametrize("limit", [3000, sum(len(text) + 1 for text in DOCS[:9])])
+def test_a_limit_of_tokens_stops_at_the_end_of_the_document_that_reaches_it(monkeypatch, limit):
+    jsonl("x.jsonl", DOCS)
+    taken = reaching(DOCS, limit)
+    for workers, chunk in ((1, 2**19), (2, 2**19), (2, 100), (1, 1)):
+        monkeypatch.setattr(encoding, "CHUNK", chunk)
+        ours, _ = prepared(workers, corpus="x.jsonl", limit_tokens=limit, data_dir=f"out {workers} {chunk}")
+        assert [ids(ours.train), ids(ours.val)] == [char_ids(DOCS, part) for part in dealt(DOCS[:taken])]
+
+
+@pytest.mark.parametrize("counted_below", [2**27, 0])
+def test_a_limit_before_the_first_document_of_val(monkeypatch, counted_below):
+    """The nearest one of those that are taken goes there, and none of those beyond."""
+    monkeypatch.setattr(prepare, "COUNTED_BELOW", counted_below)
+    jsonl("x.jsonl", DOCS)
+    share = [int.from_bytes(hashlib.blake2b(f"2357 {i}".encode(), digest_size=8).digest(), "big") for i in range(200)]
+    limit = sum(len(text) + 1 for text in DOCS[:5])
+    nearest = min(range(5), key=share.__getitem__)
+    for name, val_fraction in (("a", 1e-9), ("b", (min(share) + 1) / 2**64)):  # none at all, and one beyond the limit
+        ours, _ = prepared(corpus="x.jsonl", limit_tokens=limit, val_fraction=val_fraction, data_dir=name)
+        assert ids(ours.val) == char_ids(DOCS, [DOCS[nearest]])
+        assert ids(ours.train) == char_ids(DOCS, DOCS[:nearest] + DOCS[nearest + 1 : 5])
+
+
+def test_a_limit_of_tokens_holds_for_each_split_of_its_own(monkeypatch):
+    splits = {"train": DOCS[:100], "val": DOCS[100:150], "test": DOCS[150:]}
+    corpus_of(monkeypatch, splits)
+    ours, _ = prepared(corpus="mine", limit_tokens=500)
+    for split, texts in splits.items():
+        assert ids(ours.splits[split]) == char_ids(DOCS, texts[: reaching(texts, 500)])
+
+
+@pytest.mark.parametrize("limit", ["limit_tokens=50", "limit_documents=5"])
+def test_a_single_text_has_no_documents_to_limit(capsys, limit):
+    lines("x.txt", DOCS)
+    line = refusal(capsys, "corpus=x.txt", limit)
+    assert f"{limit}: corpus=x.txt is one text" in line and "lines=true" in line
+    assert main(["prepare", "r.yaml", "corpus=x.txt", f"{limit}0", "lines=true"]) == 0
+
+
+def test_limits_that_leave_one_document(capsys):
+    jsonl("x.jsonl", DOCS)
+    assert "limit_documents=1: must be 2 or more, for one document cannot be both" in refusal(
+        capsys, "corpus=x.jsonl", "limit_documents=1"
+    )
+    assert "a limit_tokens above 1" in refusal(capsys, "corpus=x.jsonl", "limit_tokens=1")
+
+
+# ---- interruptions
+
+
+CHILD = """
+import json, os, signal, sys
+from nanogpt_accel.data import encoding, prepare, token_files as tokens
+from nanogpt_accel.recipe import SECTIONS
+given, moves, prepare.COUNTED_BELOW, tokens.COMMIT_SECONDS = map(json.loads, sys.argv[1:])
+encoding.CHUNK = 400
+real = os.replace
+def replace(source, target):
+    global moves
+    if os.path.basename(os.path.dirname(target)) == "out":  # a move to its place
+        if moves == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        moves -= 1
+    real(source, target)
+os.replace = replace
+prepare.prepare(SECTIONS["data"](**given), lambda line: print(line, flush=True), workers=2)
+"""
+
+
+def child(moves=-1, counted_below=2**28, commit_seconds=0, **given):
+    """A process that prepares, commits all the time, and kills itself after so many of the final moves."""
+    command = [
+        sys.executable,
+        "-c",
+        CHILD,
+        json.dumps(section(**given).model_dump()),
+        str(moves),
+        str(counted_below),
+        str(commit_seconds),
+    ]
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True)
+
+
+def until(condition, process=None, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition() and (process is None or process.poll() is None):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def stamp_of(path):
+    """Time of the last change; 0 where there is no such file."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def committed(folder):
+    """Files that the last commit calls finished: {name: inode}."""
+    try:
+        files = json.loads(Path(folder, ".partial", "progress.json").read_text())["files"].values()
+    except FileNotFoundError:
+        return {}
+    paths = [Path(folder, ".partial", file["name"]) for of_split in files for file in of_split[:-1]]
+    return {path.name: path.stat().st_ino for path in paths if path.exists()}
+
+
+def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes():
+    jsonl("x.jsonl", documents(3000))
+    given = {"corpus": "x.jsonl", "shard_tokens": 5000}
+    prepared(corpus="x.jsonl", shard_tokens=5000, data_dir="whole/out")  # with other chunks, for one thing
+    process = child(**given, data_dir="straight/out")
+    assert process.wait() == 0
+    whole = content("straight/out")
+    assert len(whole) > 12, "many shards"
+
+    rng, kills, finished, progress = random.Random(), 0, {}, Path("out/.partial/progress.json")
+    while True:
+        stamp = stamp_of(progress)
+        process = child(**given)
+        until(lambda stamp=stamp: stamp_of(progress) not in (0, stamp), process)  # it has got on a bit
+        time.sleep(rng.random() * 0.15 * 1.1**kills)  # a disk that others use gets longer and longer
+        process.kill()
+        status = process.wait()
+        finished |= {name: mark for name, mark in committed("out").items() if name not in finished}
+        if status == 0:
+            break
+        kills += 1
+        if is_data_folder("out"):  # killed in the very last line
+            break
+        assert kills < 60
+    assert kills >= 3
+    assert content("out") == whole
+    assert {name: Path("out", name).stat().st_ino for name in finished} == finished and len(finished) > 3
+    for split in ("train", "val"):
+        one, other = (dataset.open_dataset(SECTIONS["data"](data_dir=name)) for name in ("out", "whole/out"))
+        assert ids(one.splits[split]) == ids(other.splits[split])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_it_keeps_what_is_written(number):
+    jsonl("x.jsonl", documents(20_000))
+    process = child(commit_seconds=10**9, corpus="x.jsonl")
+    written = Path("out/.partial/train-00000.bin")
+    until(lambda: written.exists() and written.stat().st_size > 50_000, process)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 128 + signal.SIGTERM}[number]
+    counts = json.loads(Path("out/.partial/progress.json").read_text())["counts"]
+    kept = counts["train"]["documents"] + counts["val"]["documents"]
+    assert f"out: interrupted; {kept:,} documents are kept, the same command goes on\n" in said and kept > 100
+    _, lines = prepared(corpus="x.jsonl")
+    assert "out: going on where an earlier attempt stopped" in lines
+    prepared(corpus="x.jsonl", data_dir="straight")
+    assert content("out") == content("straight")
+
+
+def test_told_to_stop_before_anything_is_written(monkeypatch):
+    jsonl("x.jsonl", DOCS)
+    monkeypatch.setattr(prepare, "_make_tokenizer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    said, before = [], signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(section(corpus="x.jsonl"), said.append)
+    assert said == ["out: interrupted; nothing is kept"] and not Path("out").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_rate_is_that_of_this_attempt(monkeypatch):
+    monkeypatch.setattr(encoding, "CHUNK", 100)
+    jsonl("x.jsonl", DOCS)
+    real, calls = token_files.Writer.commit, iter(range(20))
+
+    def commit(self, position):
+        real(self, position)
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(token_files.Writer, "commit", commit)
+        prepared(corpus="x.jsonl")
+    earlier = json.loads(Path("out/.partial/progress.json").read_text())["counts"]
+    earlier = earlier["train"]["bytes"] + earlier["val"]["bytes"]
+    size = len("".join(DOCS).encode())
+    clock = iter(range(10**6))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    line = prepared(corpus="x.jsonl")[1][-1]
+    seconds = float(line.split(" in ")[1].split(" s ")[0])
+    assert f"{size / 1e3:,.1f} kB of text, {(size - earlier) / 1e3:,.1f} kB of it now, in " in line
+    assert line.endswith(f" ({(size - earlier) / 1e3 / seconds:,.1f} kB/s)")
+
+
+def test_a_finished_shard_is_not_written_again():
+    jsonl("x.jsonl", documents(2000))
+    given = {"corpus": "x.jsonl", "shard_tokens": 5000}
+    assert child(**given, data_dir="straight/out").wait() == 0
+    process = child(**given)
+    until(lambda: len(committed("out")) >= 2, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    marked = Path("out/.partial/train-00000.bin")
+    raw = bytearray(marked.read_bytes())
+    raw[100] ^= 255
+    marked.write_bytes(raw)  # what nobody would write: still there in the end if it was left alone
+    assert child(**given).wait() == 0
+    straight, ours = content("straight/out"), content("out")
+    assert ours["train-00000.bin"] == raw and sorted(ours) == sorted(straight)
+    assert {name for name in ours if ours[name] != straight[name]} == {"train-00000.bin", "manifest.json"}
+
+
+@pytest.mark.parametrize("moves", range(5))
+def test_killed_between_the_moves(moves):
+    jsonl("x.jsonl", DOCS)
+    given = {"corpus": "x.jsonl", "shard_tokens": 2000}
+    process = child(moves, **given)
+    assert process.wait() == -signal.SIGKILL
+    assert not is_data_folder("out") and not dataset.is_prepared(section(**given))
+    ours, said = prepared(**given)
+    assert [line for line in said if "B/s" in line] == [], "only the moves were left to do"
+    assert child(**given, data_dir="straight/out").wait() == 0
+    assert content("out") == content("straight/out")
+    assert ids(ours.train) == char_ids(DOCS, dealt(DOCS)[0])
+
+
+@pytest.mark.parametrize("counted_below", [2**28, 0])
+def test_killed_between_the_moves_where_the_hash_leaves_val_empty(monkeypatch, counted_below):
+    monkeypatch.setattr(prepare, "COUNTED_BELOW", counted_below)
+    jsonl("x.jsonl", ["one", "two", "three"])
+    given = {"corpus": "x.jsonl", "val_fraction": 1e-9}
+    assert child(1, counted_below, **given).wait() == -signal.SIGKILL
+    ours, _ = prepared(**given)
+    assert ours.manifest["splits"]["val"]["documents"] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"val_fraction": 0.3},
+        {"limit_documents": 100},
+        {"corpus": "y.jsonl"},
+        {"tokenizer": "bpe", "vocab_size": 300},
+        {"shard_tokens": 3000},
+    ],
+)
+def test_other_facts_begin_anew(change):
+    for name, texts in (("x.jsonl", documents(2000)), ("y.jsonl", documents(300, seed=6))):
+        jsonl(name, texts)
+    process = child(corpus="x.jsonl", shard_tokens=1000)
+    until(lambda: len(committed("out")) >= 2)
+    process.kill()
+    process.wait()
+    given = {"corpus": "x.jsonl", "shard_tokens": 1000} | change
+    ours, said = prepared(**given)
+    assert not any("going on" in line for line in said)
+    prepared(**given, data_dir="fresh")
+    assert content("out") == content("fresh")
+
+
+def test_a_limit_of_tokens_means_the_same_after_a_kill(monkeypatch):
+    monkeypatch.setattr(encoding, "CHUNK", 400)
+    monkeypatch.setattr(token_files, "COMMIT_SECONDS", 0)
+    jsonl("x.jsonl", DOCS)
+    prepared(corpus="x.jsonl", limit_tokens=3000, data_dir="straight")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(token_files.Writer, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepared(corpus="x.jsonl", limit_tokens=3000)
+    prepared(corpus="x.jsonl", limit_tokens=3000)
+    assert content("out") == content("straight")
+
+
+def test_bad_documents_are_counted_once_after_a_kill(monkeypatch):
+    monkeypatch.setattr(encoding, "CHUNK", 400)
+    monkeypatch.setattr(token_files, "COMMIT_SECONDS", 0)
+    jsonl("x.jsonl", DOCS)
+    Path("x.jsonl").write_text("{\n[]\n" + Path("x.jsonl").read_text())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(token_files.Writer, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepared(corpus="x.jsonl", skip_bad_documents=True)
+    _, said = prepared(corpus="x.jsonl", skip_bad_documents=True)
+    assert "2 bad documents were left out" in said
+
+
+def test_two_that_prepare_at_once():
+    """The second waits for the lock, then finds the work done. The first is stopped, to be sure of the order."""
+    jsonl("x.jsonl", documents(2000))
+    first = child(corpus="x.jsonl")
+    until(Path("out/.partial/progress.json").exists, first)
+    first.send_signal(signal.SIGSTOP)
+    second = child(corpus="x.jsonl")
+    try:
+        assert f"(process {first.pid} on {platform.node()}); waiting for it" in second.stdout.readline()
+        assert not is_data_folder("out")
+    finally:
+        first.send_signal(signal.SIGCONT)
+    said = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert [text.count("B/s)\n") for text in said] == [1, 0]
+    files = sorted(content("out"))
+    assert [*files, len(content("out")["train.bin"])] == [
+        "manifest.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "train.bin",
+        "val.bin",
+        2 * len(char_ids(documents(2000), dealt(documents(2000))[0])),
+    ]
+
+
+def test_one_that_waits_goes_on_where_the_other_was_killed():
+    jsonl("x.jsonl", documents(2000))
+    first = child(corpus="x.jsonl")
+    until(Path("out/.partial/progress.json").exists, first)
+    first.send_signal(signal.SIGSTOP)
+    second = child(corpus="x.jsonl")
+    assert "waiting for it" in second.stdout.readline()
+    first.kill()
+    first.wait()
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 0 and "going on where an earlier attempt stopped" in said
+    child(corpus="x.jsonl", data_dir="straight/out").wait()
+    assert content("out") == content("straight/out")
+
+
+def test_another_finishes_while_this_one_makes_its_tokenizer(monkeypatch):
+    jsonl("x.jsonl", DOCS)
+    real = prepare._make_tokenizer
+
+    def slow(*args):
+        monkeypatch.setattr(prepare, "_make_tokenizer", real)
+        prepared(corpus="x.jsonl")
+        return real(*args)
+
+    monkeypatch.setattr(prepare, "_make_tokenizer", slow)
+    assert prepare.prepare(section(corpus="x.jsonl"), print) == Path("out")
+
+
+# ---- the disk
+
+
+def test_a_disk_that_fills_up_leaves_nothing_that_counts_as_done():
+    jsonl("x.jsonl", documents(3000))
+    script = (
+        "import resource, sys\n"
+        "from nanogpt_accel.data import encoding, token_files as tokens; from nanogpt_accel.__main__ import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
+        "tokens.COMMIT_SECONDS, encoding.CHUNK = 0, 400\n"
+        "sys.exit(main(['prepare', 'r.yaml', 'corpus=x.jsonl']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "data_dir=out" in done.stderr and "File too large" in done.stderr and "make room" in done.stderr
+    assert not is_data_folder("out") and sorted(os.listdir("out")) == [".partial"]
+    ours, said = prepared(corpus="x.jsonl")
+    assert any("going on where an earlier attempt stopped" in line for line in said)
+    texts = documents(3000)
+    assert [ids(ours.train), ids(ours.val)] == [char_ids(texts, part) for part in dealt(texts)]
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_too_little_room_is_said_before_anything_is_written(capsys, monkeypatch):
+    lines("x.txt", documents(3000))
+    size = os.path.getsize("x.txt")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2 * size, size, size))  # a char takes two bytes
+    line = refusal(capsys, "corpus=x.txt", "lines=true")
+    assert "data_dir=out" in line and "GB" in line and "limit_tokens" in line
+    assert main(["prepare", "r.yaml", "corpus=x.txt", "lines=true", "limit_tokens=1000"]) == 0
+
+
+def test_ids_need_as_much_room_as_they_take(gpt2_files, capsys, monkeypatch):
+    np.arange(3000, dtype=np.uint16).tofile("x.bin")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9000, 3001, 5999))
+    line = refusal(capsys, "corpus=x.bin", "tokenizer=gpt2")
+    assert "data_dir=out" in line and "another disk" in line and "limit_tokens" not in line
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9000, 3000, 6000))
+    assert main(["prepare", "r.yaml", "corpus=x.bin", "tokenizer=gpt2"]) == 0
+
+
+def test_going_on_needs_room_for_the_rest_only(monkeypatch):
+    lines("x.txt", documents(3000))
+    process = child(corpus="x.txt", lines=True)
+    written = Path("out/.partial/train-00000.bin")
+    need = 2 * os.path.getsize("x.txt")
+    until(lambda: written.exists() and written.stat().st_size > need / 4, process)
+    process.kill()
+    process.wait()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need, need / 5, need * 4 / 5))
+    prepared(corpus="x.txt", lines=True)
+
+
+def test_a_large_single_text_is_announced(monkeypatch):
+    Path("x.txt").write_text("so it goes. " * 1000)
+    assert not any("memory" in line for line in prepared(corpus="x.txt")[1])
+    shutil.rmtree("out")
+    monkeypatch.setattr(prepare, "LARGE_TEXT", 10_000)
+    (line,) = [line for line in prepared(corpus="x.txt")[1] if "memory" in line]
+    assert "corpus=x.txt" in line and "lines=true" in line
+    shutil.rmtree("out")
+    lines("x.txt", DOCS * 10)
+    assert os.path.getsize("x.txt") > 10_000
+    assert not any("memory" in line for line in prepared(corpus="x.txt", lines=True)[1])
+
+
+# ---- what the user is told
 
 
 def test_prepare_twice_writes_once(notes):
     data, lines = Data(corpus="notes", tokenizer="char", val_fraction=0.3), []
-    folder = dataset.prepare(data, lines.append)
+    folder = prepare.prepare(data, lines.append)
     assert len(lines) == 2 and str(folder) in lines[1] and lines[1].endswith("B/s)")
     times = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
-    assert dataset.prepare(data, lines.append) == folder and len(lines) == 2
+    assert prepare.prepare(data, lines.append) == folder and len(lines) == 2
     assert times == {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
 
 
 def test_long_work_reports_its_progress(notes, monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK", 50)
+    monkeypatch.setattr(encoding, "CHUNK", 50)
     clock = iter(range(0, 10_000, 3))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     lines = []
     data = Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3)
-    assert dataset.ready(data, True, lines.append).folder == data_folder(data)
+    assert prepare.ready(data, True, lines.append).folder == data_folder(data)
     assert lines[:2] == ["corpus=notes: 12 files to read", "training a BPE of 300 symbols on notes"]
     lines = [line for line in lines[2:-1] if "symbols only" not in line]
     assert len(lines) > 3 and all("document" in line and "B/s" in line for line in lines)
 
 
 def test_the_command_reports_its_progress(recipe, capsys, monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK", 50)
+    monkeypatch.setattr(encoding, "CHUNK", 50)
     clock = iter(range(0, 10_000, 3))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    prepare.main([recipe])
+    command.main([recipe])
     assert capsys.readouterr().out.count(" documents (") > 3
 
 
-def test_plain_attributes_are_enough(notes):
-    section = SECTIONS["data"](corpus="notes", tokenizer="char", data_dir="here", val_fraction=0.3)
-    data = SimpleNamespace(**section.model_dump())
-    assert check(data) == []
-    assert prepared(data).folder == Path("here")
-    assert check(data) == check(section) == []
-    other = {"tokenizer": "bpe", "corpus": "python"}
-    assert len(check(SimpleNamespace(**vars(data) | other))) == len(check(section.model_copy(update=other))) == 2
+def test_thirty_bad_documents_are_three_and_a_number():
+    Path("x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCS) + "[]\n" * 30)
+    _, said = prepared(corpus="x.jsonl", skip_bad_documents=True)
+    at = next(i for i, line in enumerate(said) if "left out:" in line)
+    assert [line.split(":")[0] for line in said[at : at + 3]] == ["left out"] * 3
+    assert said[at + 3 : at + 5] == ["... and 27 more", "30 bad documents were left out"]
 
 
-def test_a_tokenizer_folder(refused, notes):
-    first = prepared(Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3))
-    data = Data(corpus="notes", tokenizer=str(first.folder), val_fraction=0.3)
-    again = prepared(data)
-    assert again.folder != first.folder and again.tokenizer.fingerprint == first.tokenizer.fingerprint
-    assert ids(again.train) == ids(first.train)
-    # the same content in another place is the same tokenizer
-    shutil.copytree(first.folder, "elsewhere")
-    elsewhere = data.model_copy(update={"tokenizer": "elsewhere"})
-    assert data_folder(elsewhere).name.split("-")[-1] == data_folder(data).name.split("-")[-1]
-    # one without an end-of-text cannot keep documents apart, and one without a symbol cannot read them
-    Path("single").mkdir()
-    Tokenizer.char([(notes / "01.txt").read_text()]).save("single")
-    with refused(ValueError, "tokenizer=single", "end-of-text", "corpus=notes"):
-        dataset.prepare(Data(corpus="notes", tokenizer="single"))
-    (notes / "z.md").write_text("€" * 10)
-    with refused(ValueError, "'€' (U+20AC)"):
-        dataset.prepare(Data(corpus="notes/z.md", tokenizer="single", val_fraction=0.3))
+def test_every_table_is_looked_at_before_a_bpe_is_trained(capsys):
+    Path("f").mkdir()
+    jsonl("f/a.jsonl", DOCS)
+    Path("f/b.csv").write_text("story\na\n")
+    Path("f/ignored.zip").touch()
+    assert main(["prepare", "r.yaml", "corpus=f", "tokenizer=bpe"]) == 2
+    out, err = capsys.readouterr()
+    assert err == "error: corpus=f: f/b.csv: no column text; there are story: give text_column\n"
+    assert out == "corpus=f: 2 files to read; 1 left out (1 .zip)\n" and not Path("out").exists()
+    Path("f/b.csv").unlink()
+    assert main(["prepare", "r.yaml", "corpus=f", "tokenizer=bpe", "vocab_size=9000"]) == 0
+    held = len(json.loads(Path("out/tokenizer.json").read_text())["model"]["vocab"]) + 1
+    assert f"pairs for {held:,} symbols only, fewer than vocab_size=9000" in capsys.readouterr().out and held < 9000
 
 
-# ---- an explicit data_dir
-
-
-@pytest.fixture
-def mine(notes):
-    """A prepared folder whose corpus is gone."""
-    data = Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3, data_dir="mine")
-    prepared(data)
-    shutil.rmtree(notes)
-    return data
-
-
-def test_data_dir_does_not_need_its_corpus(mine, monkeypatch):
-    monkeypatch.setattr(dataset, "find_corpus", lambda spec: pytest.fail("the corpus was touched"))
-    for data in (mine, Data(data_dir="mine"), Data(data_dir="mine", corpus="somewhere/else/notes/")):
-        assert check(data, block_size=8) == [] and is_prepared(data)
-        assert dataset.prepare(data) == Path("mine")
-        assert open_dataset(data).folder == Path("mine")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"corpus": "python"}, ["corpus=python", "corpus=notes"]),
-        ({"tokenizer": "char"}, ["tokenizer=char", "tokenizer=bpe vocab_size=300"]),
-        ({"vocab_size": 400}, ["tokenizer=bpe vocab_size=400", "tokenizer=bpe vocab_size=300"]),
-        ({"val_fraction": 0.1}, ["val_fraction=0.1", "val_fraction=0.3"]),
-    ],
-)
-def test_data_dir_that_holds_something_else(refused, mine, change, words):
-    data = mine.model_copy(update=change)
-    (problem,) = check(data)
-    assert all(word in problem for word in words) and "data_dir=mine" in problem
-    with refused(ValueError, *words, "data_dir=mine"):
-        open_dataset(data)
-
-
-def test_a_changed_tokenizer_in_the_data_folder(refused, mine):
-    Tokenizer.char(["abc"]).save("mine")
-    with refused(ValueError, Path("mine/tokenizer.json"), "prepare it again"):
-        open_dataset(mine)
-
-
-def test_a_truncated_data_folder(refused, mine):
-    with open("mine/train.bin", "ab") as file:
-        file.write(b"1")
-    (problem,) = check(mine)
-    assert "mine/train.bin" in problem and "prepare it again" in problem
-    with refused(ValueError, "mine/train.bin", "prepare it again"):
-        open_dataset(mine)
-
-
-def test_not_prepared(refused, notes):
-    with refused(FileNotFoundError, "data_dir=there", "prepare"):
-        open_dataset(Data(corpus="notes", data_dir="there"))
-
-
-@pytest.mark.parametrize("meta", [True, False])
-def test_a_nanogpt_folder_is_used_as_it_is(request, refused, work, meta):
-    if not meta:
-        request.getfixturevalue("gpt2_files")
-    folder = work / "shakespeare_char"
-    folder.mkdir()
-    text = "hello world, " * 20 if meta else "Hello world<|endoftext|>" * 60
-    chars = sorted(set(text))
-    stoi = {c: i for i, c in enumerate(chars)}
-    rows = [stoi[c] for c in text] if meta else [15496, 995, 50256] * 60
-    np.array(rows, dtype=np.uint16).tofile(folder / "train.bin")
-    np.array(rows[:99], dtype=np.uint16).tofile(folder / "val.bin")
-    if meta:
-        content = {"vocab_size": len(chars), "stoi": stoi, "itos": dict(enumerate(chars))}
-        (folder / "meta.pkl").write_bytes(pickle.dumps(content))
-    before = sorted(f.name for f in folder.iterdir())
-    data = Data(corpus="no such corpus", tokenizer="bpe", data_dir=str(folder))
-    assert check(data) == [] and is_prepared(data) and dataset.prepare(data) == folder
-    ours = open_dataset(data)
-    assert ours.tokenizer.kind == ("char" if meta else "gpt2")
-    assert ours.tokenizer.decode(ours.train.rows([0], len(rows))[0]) == text
-    assert ours.manifest["tokenizer"]["fingerprint"] == ours.tokenizer.fingerprint
-    assert sorted(f.name for f in folder.iterdir()) == before
-
-
-# ---- the pre-flight
-
-
-def test_check_finds_all_at_once(work):
-    (work / "file").touch()
-    problems = check(Data(corpus="pyton", tokenizer="chr"))
-    assert len(problems) == 2
-    assert "corpus=pyton" in problems[0] and "did you mean python?" in problems[0]
-    assert "tokenizer=chr" in problems[1] and "did you mean char?" in problems[1]
-    (problem,) = check(Data(corpus="python", data_dir="file"))
-    assert "data_dir=file" in problem and "not a folder" in problem
-    (work / "tok").mkdir()
-    (problem,) = check(Data(corpus="python", tokenizer="tok"))
-    assert "tok/tokenizer.json" in problem
-    assert os.listdir(work / "tok") == [] and not (work / "data").exists()
-
-
-def test_too_short_for_a_block(notes):
-    data = Data(corpus="notes", tokenizer="char", val_fraction=0.3)
-    ours = prepared(data)
-    train, val = len(ours.train), len(ours.val)
-    assert val < train
-    assert require_block(ours, val - 1) == []
-    for problems in (require_block(ours, val), check(data, block_size=val)):
-        (problem,) = problems
-        assert f"block_size={val}:" in problem and f"{ours.folder}/val.bin has {val}:" in problem
-        assert "larger val_fraction" in problem
-    assert len(require_block(ours, train)) == 2
-    assert len(check(data.model_copy(update={"data_dir": str(ours.folder)}), block_size=train)) == 2
+def test_the_command_that_shows_a_folder(capsys):
+    jsonl("x.jsonl", ["b" * 300, "a", "c"])
+    assert main(["prepare", "r.yaml", "corpus=x.jsonl", "val_fraction=1e-9"]) == 0
+    capsys.readouterr()
+    assert main(["data", "out", "peek=350"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) < 130 and out.index("\ntrain: ") < out.index("\nval: ")
+    assert ", 1 file; tokenizer" in out and ", 1 document, " in out and "1 documents" not in out
+    shown = [line for line in out.splitlines() if set(line) <= set(" b'")]
+    assert len(shown) >= 2 and all(len(line) <= 110 for line in shown), "in lines"
+    assert main(["data", "."]) == 2
+    assert capsys.readouterr().err == "error: data_dir=.: no data folder itself; give one of those in it: out\n"
 
 
 # ---- the command
@@ -388,7 +872,7 @@ def recipe(notes):
 
 
 def test_the_command_prints_a_summary(recipe, capsys):
-    prepare.main([recipe])
+    command.main([recipe])
     first = capsys.readouterr().out
     (folder,) = Path("data").iterdir()
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -398,14 +882,14 @@ def test_the_command_prints_a_summary(recipe, capsys):
         counts = splits[split]
         assert f"{split}: {counts['tokens']:,} tokens, {counts['documents']} documents" in first
         assert f"{counts['bytes'] / counts['tokens']:.3f} bytes a token" in first
-    prepare.main([recipe])
+    command.main([recipe])
     assert capsys.readouterr().out.startswith(f"{folder}: prepared already\n")
-    prepare.main([recipe, f"data_dir={folder}", "corpus=notes"])
+    command.main([recipe, f"data_dir={folder}", "corpus=notes"])
     assert "prepared already" in capsys.readouterr().out
 
 
 def test_the_command_shows_its_keys(capsys):
-    prepare.main(["--help"])
+    command.main(["--help"])
     out = capsys.readouterr().out
     assert all(f"{key}=" in out for key in Data.model_fields) and "prepare RECIPE" in out
 
@@ -424,7 +908,7 @@ def test_the_command_shows_its_keys(capsys):
 )
 def test_mistakes_end_in_a_line_each(recipe, capsys, words, expected):
     Path("bad.txt").write_bytes(b"a\xff")
-    assert cli.run(prepare.main, words) == 2
+    assert cli.run(command.main, words) == 2
     err = capsys.readouterr().err
     assert all(word in err for word in expected) and "Traceback" not in err
     assert err.count("error: ") == err.count("\n") == max(1, len(words) - 1)
@@ -440,3 +924,43 @@ def test_a_process_of_its_own(recipe):
     assert "File too large" in done.stderr and list(Path("data").iterdir()) == []
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0 and done.stderr == "" and "train: " in done.stdout
+
+
+def test_a_vocabulary_that_no_machine_holds(capsys):
+    expect(error_line(capsys, "tokenizer=bpe", "vocab_size=1e12"), "vocab_size", "1000000")
+
+
+# ---- a folder that is there already
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tokenizer=bpe"], ["tokenizer=bpe vocab_size=4096", "prepared with tokenizer=char"]),
+        (["corpus=y.jsonl"], ["corpus=y.jsonl", "prepared with corpus=x.jsonl"]),
+        (["val_fraction=0.5"], ["val_fraction=0.5", "prepared with val_fraction=0.2"]),
+        (["text_column=story"], ["text_column=story", "prepared with"]),
+    ],
+)
+def test_a_folder_that_holds_something_else(capsys, words, expected):
+    Path("x.jsonl").write_text("".join(json.dumps({"text": text, "story": text[::-1]}) + "\n" for text in DOCS))
+    jsonl("y.jsonl", DOCS)
+    assert main(["prepare", "r.yaml", "corpus=x.jsonl"]) == 0
+    before = content("out")
+    capsys.readouterr()
+    assert main(["prepare", "r.yaml", "corpus=x.jsonl", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert [word for word in [*expected, "data_dir=out"] if word not in line] == [], line
+    assert content("out") == before
+
+
+def test_a_shard_that_is_missing_or_cut(capsys):
+    jsonl("x.jsonl", documents(1000))
+    assert child(corpus="x.jsonl", shard_tokens=3000).wait() == 0
+    os.truncate("out/train-00001.bin", 10)
+    assert main(["prepare", "r.yaml", "corpus=x.jsonl"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out/train-00001.bin: 10 bytes" in line and "prepare it again" in line
+    os.remove("out/train-00001.bin")
+    assert main(["prepare", "r.yaml", "corpus=x.jsonl"]) == 2
+    assert "out/train-00001.bin: 0 bytes" in capsys.readouterr().err

@@ -245,7 +245,7 @@ def check(workplace, monkeypatch):
         "commands.evaluate.run_tasks",
         "commands.report.page",
         "commands.doctor.examine",
-        "data.dataset.prepare",
+        "commands.prepare.prepare",
         "commands.sample.load_model",
         "commands.export.export",
         "commands.push.export",

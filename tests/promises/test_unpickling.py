@@ -7,7 +7,7 @@ import nanogpt_accel
 
 
 def test_nothing_is_unpickled():
-    """Only two files name pickle: token_files.py, to refuse everything but plain values, and nanogpt.py, which reads
+    """Only two files name pickle: manifest.py, to refuse everything but plain values, and nanogpt.py, which reads
     nanoGPT's ckpt.pt with weights_only, for the name of the error that torch raises."""
     loaders = {"torch", "pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "np", "numpy"}
     uses = []
@@ -45,6 +45,6 @@ def test_nothing_is_unpickled():
     assert sorted(uses) == [
         ("nanogpt.py", "import pickle"),
         ("nanogpt.py", "torch.load"),
-        ("token_files.py", "import pickle"),
-        ("token_files.py", "pickle.Unpickler"),
+        ("manifest.py", "import pickle"),
+        ("manifest.py", "pickle.Unpickler"),
     ]

@@ -1,4 +1,4 @@
-"""Documents, and files of every format that hold them."""
+"""Documents, files of every format that contain them, and what the commands make of these."""
 
 import csv
 import gzip
@@ -12,7 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanogpt_accel.__main__ import main
 from nanogpt_accel.data import dataset
+from nanogpt_accel.data.dataset import open_dataset
+from nanogpt_accel.data.manifest import is_data_folder, read_manifest
+from nanogpt_accel.data.prepare import prepare
+from nanogpt_accel.data.sources import find_corpus
+from nanogpt_accel.data.token_files import Writer
 from nanogpt_accel.recipe import SECTIONS
 
 ENV = os.environ | {"PYTHONPATH": str(Path(dataset.__file__).parents[2])}
@@ -59,7 +65,7 @@ def section(**given):
 
 def prepared(workers=None, **given):
     lines = []
-    folder = dataset.prepare(section(**given), lines.append, workers=workers)
+    folder = prepare(section(**given), lines.append, workers=workers)
     return dataset.open_dataset(SECTIONS["data"](data_dir=str(folder))), lines
 
 
@@ -153,3 +159,98 @@ ROWS = [
     " None . \n",
     "",
 ]
+
+
+# ---- commands
+
+
+TEXTS = [f"{i} bottles of beer on the wall" for i in range(60)]
+
+
+MODEL = "{n_layer: 1, n_head: 1, n_embd: 8, block_size: 8}"
+
+
+def error_line(capsys, *words, command="prepare", target="r.yaml"):
+    """The one line that the command ends in."""
+    capsys.readouterr()
+    assert main([command, target, *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def expect(line, *words):
+    assert [word for word in words if word not in line] == [], line
+
+
+def documents_found(capsys, *words):
+    """The documents that prepare finds, as a set: which split takes one is another test's matter."""
+    assert main(["prepare", "r.yaml", *words]) == 0
+    found = dataset.open_dataset(SECTIONS["data"](data_dir="out"))
+    ids = np.concatenate([file.rows([0], len(file))[0] for file in found.splits.values()])
+    return set(found.tokenizer.decode(ids).split("<|endoftext|>")[:-1])
+
+
+def texts(path, **options):
+    return list(find_corpus(str(path), **options).documents())
+
+
+def refusal(capsys, *words):
+    """The one line that the command says, and that nothing is left which counts as done."""
+    assert main(["prepare", "r.yaml", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert not is_data_folder("out") and not Path("out").exists()
+    return line
+
+
+FACTS = {
+    "corpus": {"kind": "files", "name": "input.txt"},
+    "val_fraction": 0.1,
+    "seed": None,
+    "tokenizer": {"asked": "char", "kind": "char", "vocab_size": 9, "fingerprint": "f", "eot_id": None},
+}
+
+
+def save_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def write(folder, train=range(1000), val=(7, 8, 9), dtype=np.uint16, facts=FACTS, shard_tokens=10**8):
+    """Write three documents for train and one for val, or what is left of that after an earlier attempt."""
+    documents = [("train", part, len(part) * 2) for part in np.array_split(np.array(train), 3)]
+    documents.append(("val", np.array(val), 3))
+    with Writer(folder, dtype, facts, shard_tokens) as writer:
+        if writer.is_finished:
+            return read_manifest(folder)
+        done = len(documents) if writer.position == "all" else writer.position
+        for number, document in enumerate(documents[done:], done + 1):
+            writer.write(*document)
+            writer.commit(number)
+        return writer.finish(facts, save_tokenizer)
+
+
+def names(folder):
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*"))
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def raw(file):
+    return b"".join(path.read_bytes() for path in file.paths)
+
+
+def opened(data, report=lambda line: None):
+    prepare(data, report)
+    return open_dataset(data)
+
+
+def small_corpus_and_recipe():
+    """Write x.jsonl, and an r.yaml that prepares it and trains one step."""
+    Path("r.yaml").write_text(
+        f"data: {{corpus: x.jsonl, tokenizer: char, val_fraction: 0.2, data_dir: out}}\nmodel: {MODEL}\n"
+        "optimizer: {warmup_iters: 0}\ntrain: {max_iters: 1, eval_iters: 1, device: cpu}\nout_dir: run\n"
+    )
+    Path("x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -9,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_files import DOCS, ENV, GOOD, ROWS, dealt
+from data_files import DOCS, ENV, GOOD, ROWS, dealt, texts
 from hub_server import HubServer
 
-from nanogpt_accel.data import sources
+from nanogpt_accel.data import hub_datasets, sources
+from nanogpt_accel.data.sources import find_corpus
 
 # a process of its own, for the libraries read HF_ENDPOINT when they are imported; one for all, for that takes seconds.
 # Revisions of the table of builtin sets become those of the stand-in, whose commits have other names
@@ -46,9 +48,9 @@ def parquet(texts, column="text", **options):
 # `prepare` twice: the first attempt fails after a few commits, and the second begins when the branch has moved
 MOVING = """
 import contextlib, sys
-from nanogpt_accel.data import dataset, token_files as tokens
+from nanogpt_accel.data import encoding, token_files as tokens
 from nanogpt_accel.__main__ import main
-dataset.CHUNK, dataset.AHEAD, tokens.COMMIT_SECONDS = 300, 0, 0
+encoding.CHUNK, encoding.AHEAD, tokens.COMMIT_SECONDS = 300, 0, 0
 commit, count = tokens.Writer.commit, 0
 class Stop(BaseException):
     pass
@@ -136,6 +138,8 @@ CASES = {  # name -> the token, revisions for the table, and the words after `pr
     "skip": ("hf_me", {}, "corpus=hub:me/bad", "skip_bad_documents=true", "val_fraction=0.12"),
     "limit": ("hf_me", {}, "corpus=hub:me/three", "limit_documents=20"),
 }
+
+
 REFUSED = [
     ("hf_me", ["hub:me/bad"], ["corpus=hub:me/bad: row 5: no text in text", "skip_bad_documents=true"]),
     ("hf_other", ["hub:me/gated"], ["me/gated", "gated", "hf auth login"]),
@@ -363,3 +367,72 @@ def test_a_hub_out_of_reach(hub, tmp_path, more, word):
     assert tries == [] or "HF_ENDPOINT" in more  # lines of the client about its tries
     assert line.startswith("error: corpus=hub:me/one: cannot read me/one") and word in line
     assert not (tmp_path / "out").exists()
+
+
+# ---- without the stand-in
+
+
+def test_openwebtext_streams_the_rows_of_the_hub(monkeypatch):
+    import datasets
+
+    def load_dataset(path, config=None, **options):
+        asked.append((path, config, options))
+        return datasets.Dataset.from_dict({"n": [1, 2, 3], "text": ["a", "", "b"]}).to_iterable_dataset()
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    corpus = find_corpus("openwebtext")
+    assert asked == [] and not corpus.is_single
+    assert list(corpus.documents()) == ["a", "b"]
+    assert asked == [
+        (
+            "Skylion007/openwebtext",
+            "plain_text",
+            {"split": "train", "revision": corpus.source["revision"], "streaming": True},
+        )
+    ]
+    assert re.fullmatch("[0-9a-f]{40}", corpus.source["revision"]), "the same recipe means the same text"
+
+
+def test_openwebtext_without_a_network(refused):
+    with refused(ValueError, "corpus=openwebtext", "Skylion007/openwebtext", "HF_HUB_OFFLINE", "corpus=PATH"):
+        texts("openwebtext")
+
+
+def test_an_error_amid_the_stream(refused, monkeypatch):
+    import datasets
+
+    def rows():
+        yield {"text": "a"}
+        raise ConnectionResetError("reset by peer\nsecond line")
+
+    features = datasets.Features({"text": datasets.Value("string")})
+    stream = datasets.IterableDataset.from_generator(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config, **options: stream)
+    with refused(ValueError, "corpus=openwebtext", "ConnectionResetError: reset by peer"):
+        texts("openwebtext")
+
+
+# ---- rows to documents
+
+
+def test_an_article_begins_at_a_heading_of_the_first_level():
+    """Rows of WikiText: ` = Title = `, ` = = Section = = `, empty ones and lines of text."""
+    articles = [text for text in hub_datasets.GROUPED["articles"](iter(ROWS)) if text]
+    assert articles == ["".join(ROWS[1:11]), "".join(ROWS[11:15]), "".join(ROWS[15:])]
+    assert [text for text in hub_datasets.GROUPED["articles"](iter([])) if text] == []
+
+
+def test_wikitexts_validation_split_is_sixty_articles(shared_data):
+    rows = (shared_data / "wikitext2" / "valid.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = ["" if row == " \n" else row for row in rows]  # as the Hub has an empty line
+    articles = list(hub_datasets.GROUPED["articles"](iter(rows)))
+    assert len([*filter(None, articles)]) == 60, "as its paper says"
+    assert "".join(articles) == "".join(rows) and articles[1].startswith(" = Homarus gammarus = \n")
+
+
+def test_sentences_are_put_together_in_pieces():
+    rows = [f"sentence {i} ." for i in range(2500)]
+    pieces = list(hub_datasets.GROUPED["sentences"](iter(rows)))
+    assert [piece.count("\n") + 1 for piece in pieces] == [1024, 1024, 452]
+    assert "\n".join(pieces).split("\n") == rows

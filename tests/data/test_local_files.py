@@ -1,0 +1,225 @@
+"""A path, a folder or a glob as a corpus: which files it means, and which it refuses."""
+
+import gzip
+import json
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_files import TEXTS, documents_found, error_line, expect, jsonl, lines, small_corpus_and_recipe, table, texts
+
+from nanogpt_accel.data import sources
+from nanogpt_accel.data.local_files import TABLE_SUFFIXES, TEXT_SUFFIXES
+from nanogpt_accel.data.sources import find_corpus
+
+
+def test_a_folder_gives_its_text_files_in_order_and_unchanged(folder):
+    corpus = find_corpus(str(folder))
+    assert list(corpus.documents()) == ["pass\n", "one\r\n", "two", "ж€𝄞"]
+    assert list(corpus.documents()) == list(corpus.documents())
+    assert not corpus.is_single
+    assert corpus.name == "my-notes"
+    assert corpus.source["kind"] == "files" and corpus.source["files"] == 5
+
+
+def test_a_file_is_one_text(folder):
+    corpus = find_corpus(str(folder / "b" / "1.txt"))
+    assert corpus.is_single and corpus.name == "1" and list(corpus.documents()) == ["one\r\n"]
+
+
+def test_a_glob_takes_any_suffix(folder):
+    assert texts(folder / "*.png") == ["no"]
+    assert texts(folder / "**" / "*.md") == ["two"]
+
+
+def test_home_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert texts("~/b/2.md") == ["two"]
+
+
+def test_the_source_changes_with_the_content_and_not_with_the_place(folder, tmp_path):
+    before = find_corpus(str(folder)).source
+    assert json.loads(json.dumps(before)) == before
+    assert find_corpus(str(folder)).source == before
+    moved = folder.rename(tmp_path / "elsewhere").rename(folder)
+    assert find_corpus(str(moved)).source == before
+    (folder / "b" / "2.md").write_text("2.0")
+    assert find_corpus(str(folder)).source != before
+
+
+def test_a_folder_of_several_formats_is_read_in_the_order_of_its_names(work):
+    Path("f/sub").mkdir(parents=True)
+    jsonl("f/b.jsonl.gz", ["b0", "b1"])
+    table("f/a.parquet", ["a0", "a1"])
+    lines("f/c.txt.zst", ["c0", "c1"])
+    table("f/sub/d.csv", ["d0"])
+    Path("f/ignored.zip").write_bytes(b"PK")
+    assert list(sources.find_corpus("f").documents()) == ["a0", "a1", "b0", "b1", "c0\nc1\n", "d0"]
+    assert list(sources.find_corpus("f", lines=True).documents()) == ["a0", "a1", "b0", "b1", "c0", "c1", "d0"]
+    assert list(sources.find_corpus("f/*.jsonl.*").documents()) == ["b0", "b1"]
+
+
+def test_a_folder_without_text(refused, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"\x89PNG")
+    with refused(ValueError, f"corpus={tmp_path}", "no file of text", ".txt", ".parquet", "glob"):
+        find_corpus(str(tmp_path))
+
+
+def test_token_files_are_one_sequence_and_no_text(refused, tmp_path):
+    for name in ("train.bin", "val.bin"):
+        np.arange(100, dtype=np.uint16).tofile(tmp_path / name)
+    with refused(ValueError, f"corpus={tmp_path}: holds token ids", f"data_dir={tmp_path}"):
+        find_corpus(str(tmp_path))
+    for name, files in (("train.bin", 1), ("*.bin", 2)):
+        found = find_corpus(str(tmp_path / name))
+        assert found.is_single and found.read is None
+        assert (found.source["kind"], found.source["files"], found.bytes) == ("ids", files, 200 * files)
+        for start in (0, 1, 99, 100, 101, 200):
+            count, pieces = found.ids(np.uint16, 100, start)
+            assert count == 100 * files
+            assert [i for piece in pieces for i in piece] == [*range(100), *range(100)][start:count]
+    (tmp_path / "input.txt").write_text("nanoGPT's prepare.py leaves the text beside them")
+    assert texts(tmp_path) == ["nanoGPT's prepare.py leaves the text beside them"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "lines", "named"),
+    [("x.bin", True, ""), ("*", False, ": x.bin"), ("x.bin.gz", False, ""), ("*.bin*", False, ": x.bin")],
+)
+def test_token_ids_are_read_from_bin_files_alone(refused, tmp_path, monkeypatch, spec, lines, named):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.bin", "x.bin.gz", "y.txt"):
+        np.arange(100, dtype=np.uint16).tofile(name)
+    with refused(ValueError, f"corpus={spec}{named}", "holds token ids", "no file of text", ".gz", "leave out lines"):
+        find_corpus(spec, lines=lines)
+
+
+def test_what_is_left_out_is_counted(folder):
+    (folder / "b" / "x.PNG").touch()
+    (folder / "Makefile").touch()
+    found = find_corpus(str(folder))
+    assert found.left_out == {".png": 2, "without a suffix": 1} and found.source["files"] == 5
+    assert find_corpus(str(folder / "a.py")).left_out == {}
+
+
+def test_the_page_names_every_suffix():
+    page = (Path(sources.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert [
+        suffix
+        for suffix in TEXT_SUFFIXES + TABLE_SUFFIXES
+        if f"{suffix} " not in page.replace(",", " ").replace("\n", " ")
+    ] == []
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar.gz", "x.tgz", "x.pdf", "x.csv.xz"])
+def test_formats_that_are_not_known(refused, folder, name):
+    (folder / name).write_bytes(b"PK")
+    for spec in (folder / name, folder / f"*{name[1:]}"):
+        with refused(ValueError, f"corpus={spec}", "no known format", "unpack", ".parquet"):
+            find_corpus(str(spec))
+    assert name not in str(find_corpus(str(folder)).source)
+
+
+def test_json_whose_lines_are_objects_is_jsonl(refused, tmp_path):
+    path = tmp_path / "notes.json"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    with refused(ValueError, f"corpus={path}: each of its lines", "rename it to .jsonl", "text_column"):
+        find_corpus(str(path))
+    for text in ('{\n  "text": "a"\n}\n', '[{"text": "a"},\n{"text": "b"}]\n', "1\n2\n"):
+        path.write_text(text)
+        assert texts(path) == [text]
+
+
+def test_not_utf8_names_the_file_and_the_byte(refused, folder):
+    (folder / "b" / "3.txt").write_bytes(b"abc\xff")
+    with refused(ValueError, f"corpus={folder}", folder / "b" / "3.txt", "byte 3", "iconv"):
+        texts(folder)
+
+
+def test_empty_text(refused, tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).touch()
+    with refused(ValueError, "corpus=a.txt", "no text in it"):
+        texts(tmp_path / "a.txt")
+    with refused(ValueError, f"corpus={tmp_path.name}", "no text in it"):
+        texts(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_may_not_be_read(refused, folder):
+    (folder / "a.py").chmod(0)
+    with refused(ValueError, f"corpus={folder}", "a.py", "Permission denied"):
+        texts(folder)
+
+
+# ---- pipes, links and damaged files, seen from the command
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_corpus_and_recipe()
+    return tmp_path
+
+
+@pytest.mark.usefixtures("work")
+def test_pipes_and_sockets_below_a_folder_are_left_alone():
+    folder = Path("notes")
+    folder.mkdir()
+    (folder / "a.txt").write_text("a text")
+    os.mkfifo(folder / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(folder / "s.txt"))
+        assert texts("notes") == texts("notes/*.txt") == ["a text"]
+
+
+@pytest.mark.usefixtures("work")
+def test_a_pipe_or_a_device_as_corpus(capsys):
+    os.mkfifo("pipe.txt")
+    Path("gone.txt").symlink_to("nowhere.txt")
+    Path("round.txt").symlink_to("round.txt")
+    for name, word in (("pipe.txt", "a pipe"), ("/dev/zero", "device"), ("gone.txt", "link"), ("round.txt", "link")):
+        expect(error_line(capsys, f"corpus={name}"), f"corpus={name}", word, "another path")
+
+
+def broken(kind):
+    folder = Path("notes")
+    folder.mkdir()
+    for i in range(5):
+        (folder / f"{i}.txt").write_text(f"{i} bottles")
+    name = {"zst": "b.txt.zst", "gz": "b.jsonl.gz", "parquet": "b.parquet"}.get(kind, "b.txt")
+    if kind in ("dangling", "circular"):
+        (folder / name).symlink_to("nowhere.txt" if kind == "dangling" else name)
+    elif kind == "parquet":
+        pq.write_table(pa.table({"text": TEXTS}), folder / name)
+        (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+    elif kind == "gz":
+        (folder / name).write_bytes(gzip.compress(b'{"text": "a"}\n')[:-9])
+    else:
+        (folder / name).write_bytes(b"no zstd at all")
+    return f"notes/{name}"
+
+
+@pytest.mark.parametrize("kind", ["dangling", "circular", "zst", "gz", "parquet"])
+@pytest.mark.usefixtures("work")
+def test_a_file_that_cannot_be_read_is_named_or_left_out(capsys, kind):
+    name = broken(kind)
+    expect(error_line(capsys, "corpus=notes"), "corpus=notes", name, "mend it", "skip_bad_documents=true")
+    assert not Path("out").exists()
+    assert {f"{i} bottles" for i in range(5)} <= documents_found(capsys, "corpus=notes", "skip_bad_documents=true")
+    out = capsys.readouterr().out
+    assert name in out and "left out" in out
+
+
+@pytest.mark.usefixtures("work")
+def test_a_file_that_vanishes_while_the_corpus_is_read():
+    broken("gz")
+    found = find_corpus("notes")
+    os.remove("notes/3.txt")
+    problems = []
+    assert list(found.documents(bad=problems.append)) == [f"{i} bottles" for i in (0, 1, 2, 4)]
+    assert len(problems) == 2 and "notes/3.txt: No such file" in problems[0]

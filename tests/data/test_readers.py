@@ -1,0 +1,364 @@
+"""Files to documents and token ids: every format, and one line for what is damaged."""
+
+import csv
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_files import (
+    DOCS,
+    FORMATS,
+    GOOD,
+    dealt,
+    documents_found,
+    error_line,
+    expect,
+    ids,
+    packed,
+    refusal,
+    section,
+    small_corpus_and_recipe,
+    texts,
+)
+
+from nanogpt_accel.__main__ import main
+from nanogpt_accel.data import dataset, prepare, readers, sources
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_corpus_and_recipe()
+    return tmp_path
+
+
+# ---- what a file contains
+
+
+def test_a_document_keeps_its_line_ends_and_delimiters():
+    texts = ["a\r\nb\n\n", 'say "x, y"\r', "\n", "tab\there ", "  two  spaces  "]
+    for name in ("x.csv", "x.tsv", "x.jsonl", "x.parquet"):
+        FORMATS[name](name, texts)
+        assert list(sources.find_corpus(name).documents()) == texts, name
+    Path("x.txt").write_bytes(b"a\r\n\r\n b \xe2\x80\xa8c\x0cd\nlast")  # a line ends at \n and nowhere else
+    assert list(sources.find_corpus("x.txt", lines=True).documents()) == ["a", " b \u2028c\x0cd", "last"]
+
+
+def test_compressed_files_of_several_members_are_read_whole():
+    """As pigz, bgzip and `cat a.gz b.gz` make them."""
+    raw = [b'{"text": "a"}\n', b'{"text": "b"}\n{"te', b'xt": "c"}\n']
+    for name in ("x.jsonl.gz", "x.jsonl.zst"):
+        Path(name).write_bytes(b"".join(packed(name, part) for part in raw))
+        assert list(sources.find_corpus(name).documents()) == ["a", "b", "c"]
+
+
+def test_a_csv_with_a_byte_order_mark():
+    Path("x.csv").write_bytes("\ufefftext,n\r\na,1\r\nb,2\r\n".encode())
+    assert list(sources.find_corpus("x.csv").documents()) == ["a", "b"]
+
+
+def test_csv_as_pythons_own_reader_has_it():
+    """On sound files, with every quoting that the csv module writes, nothing but DictReader's answers."""
+    rows = [(i, text) for i, text in enumerate(["a", "b,c", '"q"', "x\ny", " s ", "\t", "'", "é\u2028", '""', "\\"])]
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC):
+        for end in ("\n", "\r\n"):
+            with open("t.csv", "w", encoding="utf-8", newline="") as file:
+                csv.writer(file, quoting=quoting, lineterminator=end).writerows([("n", "text"), *rows])
+            with open("t.csv", encoding="utf-8", newline="") as file:
+                assert texts("t.csv") == [row["text"] for row in csv.DictReader(file)] == [text for _, text in rows]
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str
+)
+def test_every_kind_of_text_of_arrow_is_text(kind):
+    values = ["a", "ж€", "a", "", "b" * 100]
+    column = pa.array(values).dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else pa.array(values, kind)
+    pq.write_table(pa.table({"text": column}), "t.parquet")
+    assert pq.read_schema("t.parquet").field("text").type == kind
+    assert texts("t.parquet") == [text for text in values if text]
+
+
+def test_a_byte_order_mark_is_no_text():
+    mark = b"\xef\xbb\xbf"
+    Path("t.txt").write_bytes(mark + "ж text\ufeff\n".encode())
+    Path("t.jsonl").write_bytes(mark + b'{"text": "a"}\n{"text": "b"}\n')
+    Path("t.tsv").write_bytes(mark + b"text\na\n")
+    assert texts("t.txt") == ["ж text\ufeff\n"] and texts("t.txt", lines=True) == ["ж text\ufeff"]
+    assert texts("t.jsonl") == ["a", "b"] and texts("t.tsv") == ["a"]
+
+
+# ---- bad documents
+
+
+def parquet(columns):
+    pq.write_table(pa.table(columns), "t.parquet")
+    return Path("t.parquet").read_bytes()
+
+
+LONG = "".join(json.dumps({"text": text}) + "\n" for text in DOCS).encode()
+
+
+BAD = [
+    # the column is missing: those that are there are named
+    ("x.jsonl", lambda: b'{"story": "a", "n": 1}\n', ["no column text", "story, n", "text_column"]),
+    ("x.csv", lambda: b"story,n\na,1\n", ["no column text", "story, n", "text_column"]),
+    ("x.tsv", lambda: b"story\tn\na\t1\n", ["no column text", "story, n", "text_column"]),
+    ("x.csv", lambda: b"", ["no column text", "text_column"]),
+    ("x.parquet", lambda: parquet({"story": ["a"], "n": [1]}), ["no column text", "story, n", "text_column"]),
+    # a broken line: the file and its number
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": "b"\n', ["x.jsonl, line 2", "not JSON", "skip_bad_documents=true"]),
+    ("x.jsonl.gz", lambda: gzip.compress(b'{"text": "a"}\n\n{"text": "b"\n'), ["x.jsonl.gz, line 3", "not JSON"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n["b"]\n', ["x.jsonl, line 2", "no object with a text in text"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n"text"\n', ["x.jsonl, line 2", "no object"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"n": 1}\n', ["x.jsonl, line 2", "no object"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": null}\n', ["x.jsonl, line 2", "no object"]),
+    ("x.jsonl", lambda: b'{"text": 3}\n', ["x.jsonl, line 1", "no object with a text in text"]),
+    ("x.csv", lambda: b"n,text\n1,a\n2\n", ["x.csv, line 3", "a row without text"]),
+    # not UTF-8
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": "b\xff"}\n', ["x.jsonl, line 2", "not UTF-8", "byte 11"]),
+    ("x.csv", lambda: b"text\na\nb\xff\n", ["x.csv", "line 3", "not UTF-8"]),
+    # cut off on the way
+    *[
+        (
+            f"x.jsonl{suffix}",
+            lambda suffix=suffix, cut=cut: packed(suffix, LONG)[:cut],
+            [f"x.jsonl{suffix}", f"not a whole {kind} file"],
+        )
+        for suffix, kind in ((".gz", "gzip"), (".zst", "zstd"))
+        for cut in (1, 1000, -1)
+    ],
+    ("x.jsonl.gz", lambda: LONG, ["x.jsonl.gz", "not a whole gzip file"]),
+    ("x.jsonl.zst", lambda: LONG, ["x.jsonl.zst", "not a whole zstd file"]),
+    ("x.txt.gz", lambda: gzip.compress(LONG)[:-5], ["x.txt.gz", "not a whole gzip file"]),
+    ("x.parquet", lambda: parquet({"text": DOCS})[:-1], ["x.parquet", "not a whole parquet file"]),
+    ("x.parquet", lambda: parquet({"text": DOCS})[:1000], ["x.parquet", "not a whole parquet file"]),
+    ("x.parquet", lambda: b"", ["x.parquet", "not a whole parquet file"]),
+    ("x.parquet", lambda: LONG, ["x.parquet", "not a whole parquet file"]),
+    # no text there
+    ("x.parquet", lambda: parquet({"text": [1, 2]}), ["x.parquet", "text holds int64, not text", "text_column"]),
+    ("x.parquet", lambda: parquet({"text": [["a"]]}), ["x.parquet", "text holds list<", "not text"]),
+    ("x.parquet", lambda: parquet({"text": ["a", None, "b"]}), ["x.parquet, row 2", "nothing in text"]),
+    ("x.parquet", lambda: parquet({"text": ["", ""]}), ["corpus=x.parquet", "no text in it"]),
+    ("x.jsonl", lambda: b"\n\n", ["corpus=x.jsonl", "no text in it"]),
+    ("x.csv", lambda: b"text\n", ["corpus=x.csv", "no text in it"]),
+    ("x.jsonl.gz", lambda: b"", ["corpus=x.jsonl.gz", "no text in it"]),
+    # one document cannot be two
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": ""}\n', ["corpus=x.jsonl", "one document cannot be both"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "words"),
+    [pytest.param(*row, id=f"{i}-{row[0]}-{row[2][1]}".replace("/", " ")) for i, row in enumerate(BAD)],
+)
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_one_line_for_bad_input(capsys, name, make, words, tokenizer):
+    Path(name).write_bytes(make())
+    line = refusal(capsys, f"corpus={name}", f"tokenizer={tokenizer}", "vocab_size=300")
+    assert [word for word in words if word not in line] == [], line
+
+
+def test_a_line_of_text_that_is_not_utf8(capsys):
+    Path("x.txt").write_bytes(b"a\nb\xff\nc\n")
+    line = refusal(capsys, "corpus=x.txt", "lines=true")
+    assert "x.txt, line 2: not UTF-8 text at byte 1 of the line" in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r'"\ud83d x"', '"x", "n": ' + "9" * 5000, '"x", "n": ' + "[" * 200_000],
+    ids=["half a surrogate pair", "a number of 5000 digits", "200,000 brackets"],
+)
+def test_json_that_python_stumbles_over(capsys, text):
+    Path("x.jsonl").write_text(f'{{"text": "a"}}\n{{"text": {text}}}\n{{"text": "b"}}\n')
+    assert "x.jsonl, line 2" in refusal(capsys, "corpus=x.jsonl")
+    assert main(["prepare", "r.yaml", "corpus=x.jsonl", "skip_bad_documents=true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "bad"),
+    [
+        (
+            "x.jsonl",
+            b'{"text": "a text"}\n{"text": 1}\n{"text": "b text"}\n{"te\n{"text": "\xff"}\n[]\n{"text": "c text"}\n'
+            b'{"text": ""}\n{"text": "d text"}\n',
+            4,
+        ),
+        ("x.txt", b"a text\nb text\n\xff\xff\n\nc text\nd\xe4\nd text", 2),
+        ("x.csv", b'n,text\n1,a text\n2\n3,"b text"\n4,\n5,c text\n6\n7,d text\n', 2),
+        ("x.parquet", {"text": ["a text", None, "b text", "", "c text", None, None, "d text"]}, 3),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_bad_documents_are_left_out_and_counted(capsys, name, raw, bad, tokenizer):
+    Path(name).write_bytes(parquet(raw) if isinstance(raw, dict) else raw)
+    words = [f"corpus={name}", "lines=true", f"tokenizer={tokenizer}", "vocab_size=300", "val_fraction=0.12"]
+    assert all(dealt(GOOD, 0.12)), "no second try, which would say it all again"
+    refusal(capsys, *words)
+    assert main(["prepare", "r.yaml", *words, "skip_bad_documents=true"]) == 0
+    out, err = capsys.readouterr()
+    assert f"\n{bad} bad documents were left out\n" in out and err == ""
+    assert out.count("left out: ") == min(bad, 3) and name in out
+    ours = dataset.open_dataset(section(corpus=name, tokenizer=tokenizer, vocab_size=300, val_fraction=0.12))
+    texts = [
+        text for file in (ours.train, ours.val) for text in ours.tokenizer.decode(ids(file)).split("<|endoftext|>")[:-1]
+    ]
+    assert sorted(texts) == GOOD
+    assert sum(counts["documents"] for counts in ours.manifest["splits"].values()) == len(GOOD)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.parquet"])
+def test_a_row_that_is_not_utf8_is_left_out_too(name):
+    if name == "x.csv":
+        Path(name).write_bytes(b"text\na text\nb\xff\nc text\nd text\n")
+    else:
+        offsets, data = pa.array([0, 6, 8, 14], pa.int32()).buffers()[1], pa.py_buffer(b"a textb\xffc text")
+        pq.write_table(pa.table({"text": pa.StringArray.from_buffers(3, offsets, data)}), name)
+    assert main(["prepare", "r.yaml", f"corpus={name}", "skip_bad_documents=true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"n,text\n1,a\n2,b, c\n3,d\n", ["line 3", "3 values", "2 columns", "skip_bad_documents"]),
+        (b"text\na\nb, c\n", ["line 3", "2 values", "1 column "]),
+        (b'n,text\n1,a\n2,"b\n3,c\n4,d\n', ["line 3", "not CSV", "quote", "skip_bad_documents"]),
+        (b'n,text\n1,a\n2,"b"c\n3,d\n', ["line 3", "not CSV"]),
+        (b"text,text\na,b\n", ["2 columns are named text", "rename", "text_column"]),
+        (b"", ["line 1", "empty", "no column text", "text_column"]),
+        (b"\ntext\na\n", ["line 1", "empty", "text_column"]),
+        (b"\xef\xbb\xbf", ["line 1", "empty", "text_column"]),
+    ],
+)
+def test_a_csv_that_is_none(capsys, raw, words):
+    Path("t.csv").write_bytes(raw)
+    expect(error_line(capsys, "corpus=t.csv"), "corpus=t.csv", "t.csv", *words)
+    assert not Path("out").exists()
+
+
+def test_the_rest_of_a_csv_outlives_its_bad_rows(capsys):
+    Path("t.csv").write_bytes(
+        b'n,text\n1,a text\n2,b,c\n3,"d"e\n\n4,"f ""text""\nin two lines"\n5\n6,g text\n7,"h\n8,i\n'
+    )
+    found = documents_found(capsys, "corpus=t.csv", "skip_bad_documents=true", "val_fraction=0.5")
+    assert found == {"a text", 'f "text"\nin two lines', "g text"}  # what follows the open quote is part of it
+
+
+def test_a_parquet_with_two_columns_of_that_name(capsys):
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), "t.parquet")
+    expect(error_line(capsys, "corpus=t.parquet"), "corpus=t.parquet", "2 columns are named text", "text_column")
+
+
+def test_a_wrong_column_is_said_alike_in_every_format(monkeypatch, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.chdir(tmp_path)
+    Path("x.jsonl").write_text('{"story": "a", "n": 1}\n')
+    Path("x.csv").write_text("story,n\na,1\n")
+    pq.write_table(pa.table({"story": ["a"], "n": [1]}), "x.parquet")
+    said = set()
+    for name in ("x.jsonl", "x.csv", "x.parquet"):
+        with pytest.raises(ValueError) as caught:
+            texts(name)
+        said.add(str(caught.value).replace(name, "FILE"))
+    assert said == {"corpus=FILE: no column text; there are story, n: give text_column"}
+
+
+def test_a_single_text_that_is_broken_has_its_own_remedy(capsys):
+    Path("t.txt.gz").write_bytes(gzip.compress(b"text")[:-5])
+    line = error_line(capsys, "corpus=t.txt.gz", "skip_bad_documents=true")
+    expect(line, "corpus=t.txt.gz", "not a whole gzip file", "another path")
+    assert "skip_bad_documents" not in line, "that is set, and does not help"
+
+
+def test_where_nothing_remains_the_first_reason_is_said(capsys):
+    Path("t.jsonl").write_text('{"text": 1}\n[]\n')
+    expect(
+        error_line(capsys, "corpus=t.jsonl", "skip_bad_documents=true"),
+        "corpus=t.jsonl",
+        "no text in it",
+        "t.jsonl, line 1: no object with a text in text",
+    )
+
+
+# ---- token ids
+
+
+def one_wrong(dtype, at, value):
+    ids = np.arange(3000, dtype=dtype)
+    ids[at] = value
+    return ids.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("raw", "given", "words"),
+    [
+        (b"", [], ["0 bytes are no token ids", "uint16", "50,257 symbols", "another path"]),
+        (b"\0", [], ["1 bytes are no token ids"]),
+        (bytes(3001), [], ["3,001 bytes are no token ids"]),
+        (bytes(2), [], ["1 token ids leave nothing for train", "val_fraction=0.2"]),
+        (bytes(6), ["val_fraction=0.9"], ["3 token ids leave nothing for train", "val_fraction=0.9"]),
+        (
+            one_wrong("<u2", 2345, 50257),
+            [],
+            ["the id 50,257 at position 2,345", "50,257 symbols", "tokenizer", "uint16"],
+        ),
+        (np.arange(1, 3000, dtype="<u4").tobytes(), [], ["every second id is 0", "wider numbers", "uint16"]),
+        (np.arange(1, 3000, dtype="<i8").tobytes(), [], ["every second id is 0", "wider numbers", "uint16"]),
+        (np.arange(1, 400, dtype="<u4").tobytes(), [], ["every second id is 0"]),
+        (b"\x93NUMPY\x01\x00" + b" " * 120 + bytes(6000), [], ["numpy.save", "header", "tofile"]),
+        (b"To be, or not to be:\n" * 100, [], ["looks like text"]),
+        (one_wrong("<i4", 0, -1), [], ["the id 65,535 at position 0", "uint16"]),
+        # the header of llm.c's and modded-nanogpt's files: 256 numbers, of which the first is this
+        (np.array([20240520, 1, 3000], "<i4").tobytes() + bytes(1012), [], ["position 0", "header"]),
+        (bytes(6000), ["tokenizer=char"], ["tokenizer=char", "made of a text", "corpus=a.bin holds token ids", "gpt2"]),
+        (bytes(6000), ["tokenizer=bpe"], ["tokenizer=bpe", "made of a text", "corpus=a.bin holds token ids", "gpt2"]),
+        (bytes(6000), ["limit_tokens=50"], ["limit_tokens=50", "is one text", "a shorter file"]),
+        (bytes(6000), ["limit_documents=5"], ["limit_documents=5", "is one text", "a shorter file"]),
+    ],
+)
+def test_ids_that_are_none(capsys, gpt2_files, raw, given, words):
+    Path("a.bin").write_bytes(raw)
+    line = error_line(capsys, "corpus=a.bin", "tokenizer=gpt2", *given)
+    expect(line, "corpus=a.bin", *words)
+    assert "lines=true" not in line and not Path("out").exists()
+
+
+def test_which_of_many_files_of_ids_is_meant(capsys, gpt2_files, monkeypatch):
+    monkeypatch.setattr(readers, "IDS_AT_ONCE", 3)
+    for name in ("a.bin", "b.bin", "c.bin"):
+        Path(name).write_bytes(one_wrong("<u2", 7, 60_000 if name == "b.bin" else 7))
+    expect(error_line(capsys, "corpus=?.bin", "tokenizer=gpt2"), "corpus=?.bin: b.bin: the id 60,000 at position 7,")
+    Path("c.bin").write_bytes(bytes(7))
+    for command in ("prepare", "train"):
+        line = error_line(capsys, "corpus=?.bin", "tokenizer=gpt2", command=command)
+        expect(line, "corpus=?.bin: c.bin: 7 bytes are no token ids")
+    assert not Path("out").exists() and not Path("run").exists()
+
+
+def test_a_file_of_ids_that_changes_or_goes(capsys, gpt2_files, monkeypatch):
+    real = dataset.check_fits
+
+    def meanwhile(data, corpus):
+        real(data, corpus)
+        changes.pop(0)()
+
+    for module in (dataset, prepare):
+        monkeypatch.setattr(module, "check_fits", meanwhile)
+    file = Path("a.bin")
+    for change, *words in (
+        (lambda: os.truncate(file, 100), "corpus=a.bin: has become shorter", "file whole"),
+        (file.unlink, "corpus=a.bin: No such file", "file whole"),
+        (lambda: file.write_bytes(b"\1\0" * 3000), "corpus=a.bin: has changed", "begin again"),
+    ):
+        file.write_bytes(bytes(6000))
+        changes = [lambda: None, change]  # asked first by the check of the recipe
+        expect(error_line(capsys, "corpus=a.bin", "tokenizer=gpt2"), *words)
+        assert not Path("out").exists()
