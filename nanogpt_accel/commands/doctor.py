@@ -32,6 +32,7 @@ from ..distributed.accelerator import has_native_bf16, make_accelerator, should_
 from ..distributed.launcher import check_launcher, is_main
 from ..utils import cli
 from ..utils.fields import Int, validate
+from ..utils.files import cache_folder
 from ..utils.text import first_line
 
 OPTIONAL = ("wandb", "tensorboard", "deepspeed", "torchao", "lm_eval", "triton")
@@ -308,12 +309,11 @@ def caches():
     """Check that the cache folders are writable."""
     from huggingface_hub import constants
 
-    own = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanogpt_accel")
     folders = {
         "HF_HOME": constants.HF_HOME,
         "TIKTOKEN_CACHE_DIR": os.environ.get("TIKTOKEN_CACHE_DIR")
         or os.path.join(tempfile.gettempdir(), "data-gym-cache"),
-        "NANOGPT_ACCEL_CACHE": os.environ.get("NANOGPT_ACCEL_CACHE") or own,
+        "NANOGPT_ACCEL_CACHE": cache_folder(),
     }
     return [
         ok("cache", f"{name}: {folder}")
