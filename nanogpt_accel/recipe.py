@@ -11,14 +11,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from .optim import OPTIMIZERS, SCHEDULES
-from .utils.fields import Device, Float, Int, Words, nearest, validate
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from .utils.fields import Device, Float, Int, Section, Words, nearest, raise_problems, validate
 
 
 def _none(value):
@@ -574,8 +570,7 @@ def load_recipe(path, overrides=None, check=None):
             problems.append(message(recipe))
     if check is not None:
         problems += check(recipe)
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
     if overrides and recipe.expect.val_loss is not None:
         changed = sorted({*recipe.expect.changed, *_changed(filed, recipe)})
         recipe = recipe.model_copy(update={"expect": recipe.expect.model_copy(update={"changed": changed})})

@@ -42,12 +42,12 @@ from .training import (
     find_checkpoint,
     is_sharded,
     open_data,
-    raise_problems,
     resolve_resume,
     set_up,
     write_sample,
 )
 from .utils import cli
+from .utils.fields import raise_problems
 
 _TRAINING = threading.Lock()  # one training per process
 

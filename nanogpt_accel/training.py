@@ -27,7 +27,7 @@ from .planning import sizing
 from .planning.hardware import device_name, peak_flops
 from .recipe import SECTIONS
 from .tracking.trackers import check_trackers
-from .utils.fields import validate
+from .utils.fields import raise_problems, validate
 from .utils.text import duration
 
 # ---- checks before anything slow
@@ -101,11 +101,6 @@ def check_out_dir(recipe):
             f"model.init_from={init_from}: lies in out_dir={out_dir}, which overwrite=true clears; take another out_dir"
         )
     return problems
-
-
-def raise_problems(problems):
-    if problems:
-        raise ValueError("\n".join(problems))
 
 
 # ---- data, and what the run starts from

@@ -12,12 +12,11 @@ import itertools
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..data import dataset
 from ..distributed.launcher import check_launch, is_main
@@ -27,7 +26,7 @@ from ..planning.hardware import device_name
 from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..training import accelerator_for, make_setup
 from ..utils import cli
-from ..utils.fields import Int, Words, nearest
+from ..utils.fields import Int, Section, Words, nearest, raise_problems
 
 # axis -> what its variants change, as (word, {key of the recipe or of Variant: value}); batch_size: see variants_of
 AXES = {
@@ -40,10 +39,8 @@ AXES = {
 PARTS = ("data", "forward", "backward", "optimizer")
 
 
-class BenchOptions(BaseModel):
+class BenchOptions(Section):
     """The options of `bench` itself; every key of a recipe can be given too."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: Int = Field(10, ge=1, description="steps that count; the medians are over these")
     warmup: Int = Field(3, ge=1, description="steps before them, which compile and reserve memory")
@@ -71,8 +68,7 @@ def main(argv):
             problems.append(f"compare={axis}: not an axis{nearest(axis, AXES)}; there are {', '.join(AXES)}")
     if options.profile and not Path(options.profile).absolute().parent.is_dir():
         problems.append(f"profile={options.profile}: no such folder; make it, or give another file")
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
     recipe = load_recipe(target, given, check=check)
     found = bench(recipe, options)
     if is_main():
@@ -361,7 +357,3 @@ def report(target, found):
         )
     if found["profile"]:
         yield f"\n{found['profile']}: open it at ui.perfetto.dev"
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, sys.argv[1:]))

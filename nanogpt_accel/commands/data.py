@@ -4,25 +4,22 @@ nanogpt-accel data data/shakespeare_char-1234abcd
 """
 
 import json
-import sys
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..data import dataset
 from ..recipe import SECTIONS
 from ..utils import cli
-from ..utils.fields import Int, validate
+from ..utils.fields import Int, Section, raise_problems
 from ..utils.text import counted
 
 WIDTH = 100  # characters of a line of the text that is shown
 COUNTED = 50_000_000  # tokens of a split that the commonest ones are counted in
 
 
-class DataOptions(BaseModel):
+class DataOptions(Section):
     """The options of `data`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     peek: Int = Field(60, ge=0, description="tokens shown from the beginning of each split")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
@@ -36,13 +33,10 @@ def main(argv):
             "tokens, and a look at the text. All of ours is held against its manifest's hashes.",
             {"options": DataOptions},
         )
-    fields = DataOptions.model_fields
-    target, given = cli.parse(argv, {"peek": fields["peek"], "json": fields["json_output"]})
-    options, problems, _ = validate(DataOptions, given)
+    target, options, problems = cli.parse_options(argv, DataOptions)
     if target is None:
         problems.append("which folder? nanogpt-accel data data/NAME")
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
     found = dataset.open_dataset(SECTIONS["data"](data_dir=target), verify=True)
     shown = {split: describe(found, split, options.peek) for split in found.splits}
     if options.json_output:
@@ -94,7 +88,3 @@ def describe(found, split, peek):
         "commonest": commonest,
         "begins": found.tokenizer.decode(begins),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, sys.argv[1:]))

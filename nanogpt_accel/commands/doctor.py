@@ -25,13 +25,13 @@ from importlib import metadata
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..checkpoint.run_folder import check_writable
 from ..distributed.accelerator import has_native_bf16, make_accelerator, should_compile
 from ..distributed.launcher import check_launcher, is_main
 from ..utils import cli
-from ..utils.fields import Int, validate
+from ..utils.fields import Int, Section, raise_problems
 from ..utils.files import cache_folder
 from ..utils.text import first_line
 
@@ -49,10 +49,8 @@ torch.testing.assert_close(compiled, model(x), rtol=1e-3, atol=1e-3)
 """
 
 
-class DoctorOptions(BaseModel):
+class DoctorOptions(Section):
     """The options of `doctor`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     compile_limit: Int = Field(
         120, ge=0, description="seconds that torch.compile may take to show that it works; 0: do not try"
@@ -68,13 +66,10 @@ def main(argv):
             "launch, disk and caches: what is there, and what to fix.",
             {"options": DoctorOptions},
         )
-    fields = DoctorOptions.model_fields
-    target, given = cli.parse(argv, {"compile_limit": fields["compile_limit"], "json": fields["json_output"]})
-    options, problems, _ = validate(DoctorOptions, given)
+    target, options, problems = cli.parse_options(argv, DoctorOptions)
     if target is not None:
         problems.append(f"{target}: doctor takes no target")
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
     findings = examine(options.compile_limit)
     if is_main():
         if options.json_output:
@@ -341,7 +336,3 @@ def tokens():
         ok("token", "Hugging Face: " + ("present" if get_token() else "none; push takes one: hf auth login")),
         ok("token", "wandb: " + ("present" if has_wandb else "none; trackers=wandb takes one: wandb login")),
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, sys.argv[1:]))

@@ -7,14 +7,13 @@ nanogpt-accel evaluate gpt2 tasks=hellaswag,lambada_openai
 """
 
 import json
-import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..data import dataset
 from ..data.prepare import ready
@@ -28,7 +27,7 @@ from ..models.load import check_tokenizer, load_model, read_config
 from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..tracking.console import Console, Progress
 from ..utils import cli
-from ..utils.fields import Int
+from ..utils.fields import Int, Section, raise_problems
 
 # the keys of a recipe's train section that have an effect, for the help page
 TRAIN = SimpleNamespace(
@@ -39,10 +38,8 @@ TRAIN = SimpleNamespace(
 )
 
 
-class EvaluateOptions(BaseModel):
+class EvaluateOptions(Section):
     """The options of `evaluate` itself; every key of a recipe can be given too."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     recipe: str | None = Field(None, description="whose data to use; none: the run's own, from its run.yaml")
     split: str = Field("val", description="what to evaluate on: val, train, or test where the corpus has one")
@@ -80,8 +77,7 @@ def main(argv):
     target, options, given, problems = cli.parse_with_recipe(argv, EvaluateOptions, FIELDS)
     if target is None:
         problems.append("which model? nanogpt-accel evaluate runs/NAME")
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
     train_keys = {key: value for key, value in given.items() if key.rpartition(".")[2] in TRAIN.model_fields}
     if options.tasks:
         return run_tasks(target, load_recipe(None, train_keys), options)
@@ -143,8 +139,7 @@ def evaluate(target, recipe, options, block_size=None):
     else:
         text, problems = open_split(recipe, options, folder, config, target, console)
     problems += check_windows(text, block_size, recipe, options, config, folder)
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
 
     from ..evaluation import describe, mean_and_error, scores
 
@@ -286,7 +281,3 @@ def describe_task(values):
             error = values.get(key.replace(",", "_stderr,"))
             shown.append(f"{key.split(',')[0]} {value:.4f}" + (f" +- {error:.4f}" if error is not None else ""))
     return ", ".join(shown)
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, sys.argv[1:]))

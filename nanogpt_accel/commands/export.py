@@ -5,23 +5,20 @@ nanogpt-accel export runs/odd --to my-gpt form=custom
 """
 
 import os
-import sys
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..checkpoint.run_folder import check_empty
 from ..models.export import export
 from ..models.find import check_model, find_model
 from ..tracking.console import Console
 from ..utils import cli
-from ..utils.fields import validate
+from ..utils.fields import Section, raise_problems
 
 
-class ExportOptions(BaseModel):
+class ExportOptions(Section):
     """The options of `export`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     to: str = Field("", description="the folder to write; it must not exist yet, or be empty")
     form: Literal["stock", "custom"] = Field(
@@ -47,8 +44,7 @@ def main(argv):
             "that `sample` takes.",
             {"options": ExportOptions},
         )
-    target, given = cli.parse(argv, ExportOptions.model_fields)
-    options, problems, _ = validate(ExportOptions, given)
+    target, options, problems = cli.parse_options(argv, ExportOptions)
     to = os.path.expanduser(options.to)
     if target is None:
         problems.append("which model? nanogpt-accel export runs/NAME --to FOLDER")
@@ -58,13 +54,8 @@ def main(argv):
         problems.append("where to? nanogpt-accel export runs/NAME --to FOLDER")
     else:
         problems += check_empty(to, "to")
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
     report = Console(stderr=True)
     source = find_model(target, warn=report)
     name, difference, tokens = export(source, to, options.form, options.vocab == "keep", options.dtype, report)
     print(f"{to}: {name}, largest difference of a logit from {source} over {tokens:,} tokens: {difference:.1e}")
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, sys.argv[1:]))

@@ -5,11 +5,10 @@ nanogpt-accel train recipes/shakespeare_char.yaml init_from=imported out_dir=run
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..checkpoint.run_folder import check_empty
 from ..data.manifest import read_meta
@@ -20,13 +19,11 @@ from ..models.load import fit_to_tokenizer
 from ..models.nanogpt import read_nanogpt
 from ..tracking.console import Console
 from ..utils import cli
-from ..utils.fields import validate
+from ..utils.fields import Section, raise_problems
 
 
-class ImportOptions(BaseModel):
+class ImportOptions(Section):
     """The options of `import`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     to: str = Field("", description="the folder to write; it must not exist yet, or be empty")
     tokenizer: str = Field(
@@ -47,8 +44,7 @@ def main(argv):
             "export, push, and as init_from of a run. Weights only; nothing in the file is executed.",
             {"options": ImportOptions},
         )
-    target, given = cli.parse(argv, ImportOptions.model_fields)
-    options, problems, _ = validate(ImportOptions, given)
+    target, options, problems = cli.parse_options(argv, ImportOptions)
     to = os.path.expanduser(options.to)
     if target is not None and (Path(target) / "ckpt.pt").is_file():
         target = str(Path(target) / "ckpt.pt")
@@ -60,8 +56,7 @@ def main(argv):
         problems.append("where to? nanogpt-accel import CKPT.pt --to FOLDER")
     else:
         problems += check_empty(to, "to")
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
 
     model, info = read_nanogpt(target, options.activation)
     dataset = str(info["config"].get("dataset", "")) if isinstance(info["config"], dict) else ""
@@ -112,7 +107,3 @@ def find_tokenizer(asked, checkpoint_file, dataset, vocab_size):
             f"{checkpoint_file}: it belongs to another model"
         )
     return tokenizer
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, sys.argv[1:]))

@@ -8,10 +8,9 @@ This is arithmetic on the recipe (planning/sizing.py): it answers immediately an
 
 import json
 import re
-import sys
 from functools import partial
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..data import dataset
 from ..data.manifest import read_manifest
@@ -21,7 +20,7 @@ from ..planning import sizing
 from ..planning.hardware import GPUS
 from ..recipe import FIELDS, SETTINGS, load_recipe
 from ..utils import cli
-from ..utils.fields import Float, Int, nearest
+from ..utils.fields import Float, Int, Section, nearest, raise_problems
 from ..utils.text import duration
 
 GIB = 2**30
@@ -37,10 +36,8 @@ TRAIN_TOKENS = {
 TITLES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 
 
-class PlanOptions(BaseModel):
+class PlanOptions(Section):
     """The options of `plan` itself; every key of a recipe can be given too."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     gpus: Int = Field(1, ge=1, description="how many")
     gpus_per_node: Int = Field(8, ge=1, description="GPUs of one machine")
@@ -66,8 +63,7 @@ def main(argv):
     target, options, given, problems = cli.parse_with_recipe(argv, PlanOptions, FIELDS)
     if target is None:
         problems.append("what to plan? nanogpt-accel plan RECIPE.yaml, such as recipes/gpt2.yaml")
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
     recipe = load_recipe(target, given, check=lambda recipe: check(recipe, options))
     found = plan(recipe, options)
     print(json.dumps({"recipe": target, **found}) if options.json_output else "\n".join(report(target, found)))
@@ -420,7 +416,3 @@ def flop_shares(flops):
         part = key.partition("/")[0]
         shares[part] = shares.get(part, 0) + value / total
     return shares
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, sys.argv[1:]))

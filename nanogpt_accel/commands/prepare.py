@@ -4,8 +4,6 @@ The folder it prints holds train.bin and val.bin as nanoGPT has them, the tokeni
 is made once; what changes the tokens changes the folder's name.
 """
 
-import sys
-
 from ..data import dataset
 from ..data.prepare import prepare
 from ..recipe import FIELDS, SECTIONS, load_recipe
@@ -35,7 +33,3 @@ def main(argv):
                 f", {counted(counts['documents'], 'document')}, {counts['bytes'] / counts['tokens']:.3f} bytes a token"
             )
         print(line)
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, sys.argv[1:]))

@@ -4,25 +4,22 @@ nanogpt-accel push runs/gpt2 me/my-gpt
 nanogpt-accel push runs/gpt2 me/my-gpt form=custom branch=step-5000 private=true
 """
 
-import sys
 import tempfile
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..hub.transfer import check_push, create, upload
 from ..models.export import export
 from ..models.find import check_model, find_model
 from ..tracking.console import Console
 from ..utils import cli
-from ..utils.fields import validate
+from ..utils.fields import Section, raise_problems
 
 
-class PushOptions(BaseModel):
+class PushOptions(Section):
     """The options of `push`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     form: Literal["stock", "custom"] = Field(
         "stock",
@@ -45,15 +42,13 @@ def main(argv):
             "`hf auth login`, or HF_TOKEN.",
             {"options": PushOptions},
         )
-    targets, given = cli.parse(argv, PushOptions.model_fields, n_targets=2)
-    options, problems, _ = validate(PushOptions, given)
+    targets, options, problems = cli.parse_options(argv, PushOptions, 2)
     if len(targets) < 2:
         problems.append("what, and where to? nanogpt-accel push runs/NAME USER/NAME")
     else:
         problems += check_push(targets[1], "push")
         problems += check_model(targets[0])
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
     report = Console(stderr=True)
     source = find_model(targets[0], warn=report)
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +60,3 @@ def main(argv):
         local = Path(targets[0])
         title = f"{local.resolve().name}, {source.name}" if local.is_dir() else f"the model of {targets[0]}"
         print(upload(to, repo, title, options.branch, report, bars=True))
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, sys.argv[1:]))

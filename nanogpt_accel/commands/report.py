@@ -12,16 +12,15 @@ import json
 import math
 import re
 import statistics
-import sys
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..checkpoint.run_folder import check_lock
 from ..recipe import SECTION_OF, Recipe, load_recipe
 from ..tracking.metrics_log import read_metrics
 from ..utils import cli
-from ..utils.fields import show_value, validate
+from ..utils.fields import Section, raise_problems, show_value
 from ..utils.text import duration, first_line
 
 MOST_RUNS, MOST_POINTS, MOST_SAMPLES = 8, 800, 30
@@ -36,10 +35,8 @@ CHARTS = {  # name in metrics.jsonl: (title, unit, divisor)
 }
 
 
-class ReportOptions(BaseModel):
+class ReportOptions(Section):
     """The options of `report`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     out: str = Field("", description="the page to write; empty: report.html, in the folder of the run where it is one")
 
@@ -51,8 +48,7 @@ def main(argv):
             "One HTML page, and PNGs beside it, about one run or several laid over each other.",
             {"options": ReportOptions},
         )
-    targets, given = cli.parse(argv, ReportOptions.model_fields, n_targets=MOST_RUNS)
-    options, problems, _ = validate(ReportOptions, given)
+    targets, options, problems = cli.parse_options(argv, ReportOptions, MOST_RUNS)
     if not targets:
         problems.append("which run? nanogpt-accel report runs/NAME")
     for target in targets:
@@ -63,8 +59,7 @@ def main(argv):
         problems.append(f"out={out}: a page's name ends with .html")
     elif options.out and not out.parent.is_dir():
         problems.append(f"out={out}: there is no folder {out.parent}")
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
     runs = [read_run(Path(target), name) for target, name in zip(targets, names(targets), strict=True)]
     text = page(runs)
     try:
@@ -299,7 +294,3 @@ def page(runs):
 def visible(text):
     """Replace control characters, which HTML does not allow."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, sys.argv[1:]))

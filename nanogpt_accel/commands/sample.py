@@ -6,25 +6,22 @@ nanogpt-accel sample runs/gpt2 prompts=questions.txt batch_size=16 num_samples=1
 """
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, Field
 
 from ..data.tokenizer import Tokenizer
 from ..models.find import check_model, find_model
 from ..models.load import check_tokenizer, load_model, read_config
 from ..tracking.console import Console
 from ..utils import cli
-from ..utils.fields import Device, Float, Int, validate
+from ..utils.fields import Device, Float, Int, Section, raise_problems, validate
 
 
-class SampleOptions(BaseModel):
+class SampleOptions(Section):
     """The options of `sample`; the defaults are nanoGPT's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     prompt: str = Field(
         "\n",
@@ -80,8 +77,7 @@ def main(argv):
         prompts = read_prompts(options)
     except ValueError as error:
         problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
     folder = find_model(target, warn=Console(stderr=True))
     tokenizer = Tokenizer.load(folder)
     if problems := check_prompts(folder, tokenizer, prompts, options):
@@ -169,7 +165,3 @@ def write_texts(folder, tokenizer, prompts, options):
                 print(json.dumps({"prompt": prompt, "text": text, "seed": seed}), flush=True)
             else:
                 print(f"{prompt}{text}\n---------------", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, sys.argv[1:]))

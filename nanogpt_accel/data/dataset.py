@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..utils.fields import raise_problems
 from ..utils.text import file_name
 from .manifest import check_content, differences, is_data_folder, read_manifest
 from .sources import find_corpus, source_name
@@ -211,8 +212,7 @@ def open_dataset(data, verify=False):
     """
     folder = data_folder(data)
     manifest = read_manifest(folder)
-    if problems := _differences(data, manifest):
-        raise ValueError("\n".join(problems))
+    raise_problems(_differences(data, manifest))
     if not manifest.get("nanogpt"):
         tokenizer = _own_tokenizer(folder, manifest)
     else:

@@ -4,6 +4,7 @@ import os
 import sys
 from datetime import timedelta
 
+from ..utils.fields import raise_problems
 from .launcher import launcher_requests, world_size
 
 
@@ -124,8 +125,7 @@ def assert_ranks_agree(accelerator, **facts):
                 "all have to see the same recipe, options and files"
                 for key in differing
             ]
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems(problems)
 
 
 def should_compile(compile, device_type):

@@ -79,20 +79,27 @@ def parse(argv, fields, n_targets=1):
     return (targets[0] if targets else None), options
 
 
-def parse_with_recipe(argv, own, fields):
-    """`parse` for a command that has options of its own beside the keys of a recipe.
+def parse_with_recipe(argv, own, fields, n_targets=1):
+    """Parse the words of a command that has options and also takes the keys of a recipe.
 
-    own: pydantic model class of the options; an alias is the name that is typed.
-    fields: the recipe's keys, as `parse` takes them.
+    Args:
+        own: Section class of the options; an alias is the name that is typed.
+        fields: the recipe's keys, as `parse` takes them.
 
     Returns:
-        (target, options, given, problems): options as an `own`, what is left of the words for the recipe, and one line
-        for each option that is wrong.
+        (target, options, given, problems): options as an `own`, the recipe's keys as text, and one line for each
+        option that is wrong.
     """
     names = {field.alias or name: field for name, field in own.model_fields.items()}
-    target, given = parse(argv, {**fields, **names})
+    target, given = parse(argv, {**fields, **names}, n_targets)
     options, problems, _ = validate(own, {key: given.pop(key) for key in names if key in given})
     return target, options, given, problems
+
+
+def parse_options(argv, own, n_targets=1):
+    """Parse the words of a command that has only options of its own; return (target, options, problems)."""
+    target, options, unknown, problems = parse_with_recipe(argv, own, {}, n_targets)
+    return target, options, problems + validate(own, unknown)[1]
 
 
 class Stopped(Exception):

@@ -4,7 +4,7 @@ import difflib
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 
 def _whole_number(value):
@@ -42,6 +42,12 @@ def _split_words(value):
         words = [word.strip() for word in value.strip("[]").split(",")]
         return [word for word in words if word and word != "none"]
     return [] if value is None else value
+
+
+class Section(BaseModel):
+    """A group of settings: a section of a recipe, or the options of a command. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Device = Annotated[str, AfterValidator(_device_name)]
@@ -106,3 +112,9 @@ def nearest(name, names):
     """The closest of `names` as ` (did you mean X?)`, or nothing."""
     match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f" (did you mean {match[0]}?)" if match else ""
+
+
+def raise_problems(problems):
+    """Raise a ValueError with all problems, one per line, if there are any."""
+    if problems:
+        raise ValueError("\n".join(problems))
