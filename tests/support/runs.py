@@ -51,7 +51,7 @@ def make_text(n_words, letters="etaoinshrdlu", seed=2):
     """Return text made of 150 different words, so that a tiny model can learn something."""
     rng = random.Random(seed)
     words = ["".join(rng.choice(letters) for _ in range(rng.randint(2, 7))) for _ in range(150)]
-    return " ".join(rng.choice(words) for _ in range(n_words))
+    return "".join(rng.choice(words) + rng.choice("     \n") for _ in range(n_words))
 
 
 def write_recipe(folder, name="tiny.yaml", **settings):

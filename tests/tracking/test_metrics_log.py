@@ -1,4 +1,4 @@
-"""metrics.py: throughput's arithmetic, scores, metrics.jsonl and its repair, and the mean loss of an evaluation."""
+"""metrics.jsonl and its repair, scores and the mean loss of an evaluation, FLOPs and MFU."""
 
 import json
 import math
@@ -23,12 +23,12 @@ from nanogpt_accel.tracking.metrics_log import MetricsLog, plot_losses, read_met
     ("n_layer", "n_head", "n_embd", "block_size", "n_params"),
     [(12, 12, 768, 1024, 123_551_232), (4, 4, 128, 64, 794_880)],
 )
-def test_flops_per_token_is_nanogpts(n_layer, n_head, n_embd, block_size, n_params):
+def test_flops_per_token_equals_nanogpt(n_layer, n_head, n_embd, block_size, n_params):
     N, L, H, Q, T = n_params, n_layer, n_head, n_embd // n_head, block_size  # estimate_mfu of its model.py
     assert flops_per_token(n_params, n_layer, n_embd, block_size) == 6 * N + 12 * L * H * Q * T
 
 
-def test_mfu_of_nanogpts_notebook():
+def test_mfu_equals_nanogpts_notebook():
     # 124M on an A100: 755 ms for 100 sequences of 1,024 tokens are 37 % (transformer_sizing.ipynb)
     flops = flops_per_token(124_337_664 - 1024 * 768, 12, 768, 1024)
     assert flops * 100 * 1024 / 0.755 / peak_flops("NVIDIA A100-SXM4-80GB") == pytest.approx(0.37, abs=0.01)
@@ -63,7 +63,7 @@ def test_mfu_of_nanogpts_notebook():
         ("", None),
     ],
 )
-def test_peak_flops(name, flops):
+def test_peak_flops_of_known_devices(name, flops):
     assert peak_flops(name) == flops
 
 
@@ -82,31 +82,31 @@ def test_peak_flops(name, flops):
         "NVIDIA T1000",
     ],
 )
-def test_a_device_that_is_not_in_the_table_has_no_peak(name):
+def test_peak_flops_of_unknown_devices_is_none(name):
     assert peak_flops(name) is None
 
 
-def test_device_name():
+def test_device_name_of_the_cpu():
     assert device_name(torch.device("cpu")) == "CPU"
 
 
-def test_peak_memory():
+def test_peak_memory_is_in_bytes():
     peak = peak_memory(torch.device("cpu"))
     block = np.ones(64 * 2**20, dtype=np.uint8)
-    assert peak_memory(torch.device("cpu")) >= peak > 10 * 2**20  # bytes, and not a thousand of them
+    assert peak_memory(torch.device("cpu")) >= peak > 10 * 2**20  # in bytes, not in kB
     assert peak < 2**37 and len(block)
 
 
 def test_perplexity_and_bits_per_byte():
     assert perplexity(0.0) == 1.0 and perplexity(math.log(50_257)) == pytest.approx(50_257)
     assert perplexity(1e4) == math.inf and perplexity(math.inf) == math.inf
-    # guessing among 256 equally likely bytes takes 8 bits a byte, whatever a token is
+    # guessing one of 256 bytes takes 8 bits per byte, for any tokenizer
     assert bits_per_byte(math.log(256), tokens=100, text_bytes=100) == pytest.approx(8)
     assert bits_per_byte(2 * math.log(256), tokens=50, text_bytes=100) == pytest.approx(8)
     assert bits_per_byte(1.0, 100, None) is None
 
 
-def test_scores():
+def test_scores_and_their_description():
     assert scores(math.log(4), 100, 200) == {
         "val_loss": math.log(4),
         "perplexity": pytest.approx(4),
@@ -140,7 +140,7 @@ def steps(lines, key):
     return [line["step"] for line in lines if key in line]
 
 
-def test_a_line_is_there_as_soon_as_it_is_written(path):
+def test_line_is_on_disk_as_soon_as_it_is_written(path):
     log = MetricsLog(path)
     log.write(step=0, loss=1 / 3, mfu=None)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 0, "loss": 1 / 3, "mfu": None}]
@@ -150,7 +150,7 @@ def test_a_line_is_there_as_soon_as_it_is_written(path):
 
 
 @pytest.mark.parametrize("stopped", [12, 15, 17, 19])
-def test_after_a_resume_each_step_stands_once(path, stopped):
+def test_each_step_is_logged_once_after_a_resume(path, stopped):
     """The run is killed at step `stopped` and goes on from the checkpoint of step 10."""
     a_run(path, 0, 40, tag="whole")
     whole = [(line["step"], "loss" in line) for line in read_metrics(path)]
@@ -172,7 +172,7 @@ def test_after_a_resume_each_step_stands_once(path, stopped):
     assert all(line["by"] == ("first" if line["step"] < 10 else "second") for line in lines if line["step"] != 10)
 
 
-def test_a_resume_at_the_end_keeps_all(path):
+def test_resume_of_a_finished_run_keeps_all_lines(path):
     a_run(path, 0, 10)
     before = path.read_text()
     MetricsLog(path, resume_step=10).close()
@@ -180,7 +180,7 @@ def test_a_resume_at_the_end_keeps_all(path):
 
 
 @pytest.mark.parametrize("torn", ['{"step": 7, "lo', "{", '{"step": 7, "loss": 4', "\0\0\0\0", '"'])
-def test_a_torn_last_line_is_mended(path, torn):
+def test_incomplete_last_line_is_repaired(path, torn):
     a_run(path, 0, 7)
     before = read_metrics(path)
     with open(path, "a") as file:
@@ -195,7 +195,7 @@ def test_a_torn_last_line_is_mended(path, torn):
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_resuming_without_a_log_begins_one(path):
+def test_resume_without_a_log_starts_one(path):
     assert read_metrics(path) == []
     log = MetricsLog(path, resume_step=5)
     log.write(step=5, loss=1.0)
@@ -212,7 +212,7 @@ def png_size(path):
     return struct.unpack(">II", data[16:24])
 
 
-@pytest.mark.filterwarnings("error")  # such as matplotlib's, of a legend of nothing
+@pytest.mark.filterwarnings("error")  # for example matplotlib's about an empty legend
 @pytest.mark.parametrize(
     "lines",
     [
@@ -221,7 +221,7 @@ def png_size(path):
         [{"step": 0, "loss": 2.0}],
     ],
 )
-def test_plot_losses(path, tmp_path, lines):
+def test_plot_losses_writes_a_png(path, tmp_path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     plot_losses(path, tmp_path / "loss.png")
     width, height = png_size(tmp_path / "loss.png")
@@ -232,7 +232,7 @@ def test_plot_losses(path, tmp_path, lines):
 
 
 class Reading:
-    """Tokens in memory, as a token file gives them."""
+    """Tokens in memory, with the interface of a token file."""
 
     def __init__(self, ids):
         self.ids = np.asarray(ids)
@@ -258,15 +258,15 @@ class Bigram(torch.nn.Module):
 
 
 class Processes:
-    """An accelerator that is one of several; what the others gave is put in beforehand."""
+    """The Accelerator of one rank of several; `others` is what gather returns."""
 
     def __init__(self, world=1, rank=0, others=None):
         self.num_processes, self.process_index, self.others = world, rank, others
         self.device = torch.device("cpu")
-        self.given = None
+        self.gathered = None
 
     def gather(self, tensor):
-        self.given = tensor
+        self.gathered = tensor
         return tensor if self.others is None else torch.cat(self.others)
 
 
@@ -280,24 +280,24 @@ def data():
 
 
 @pytest.mark.parametrize(("block_size", "batch_size"), [(10, 4), (10, 1), (16, 3), (102, 2), (51, 2), (100, 1)])
-def test_mean_loss_is_over_tokens(data, block_size, batch_size):
+def test_mean_loss_is_the_mean_over_tokens(data, block_size, batch_size):
     table, ids, by_hand = data
     model = Bigram(table).train()
     batches = evaluation_batches(len(ids), block_size, batch_size, "all")
     loss = mean_loss(model, Reading(ids), batches, model_inputs, Processes())
     assert loss == pytest.approx(by_hand, rel=1e-6) and model.calls == len(batches)
-    assert len(model.shapes) == 1  # or a compiled model would be compiled again
-    assert model.training  # as it was
+    assert len(model.shapes) == 1  # otherwise torch.compile would compile again
+    assert model.training  # restored
     mean_loss(model.eval(), Reading(ids), batches, model_inputs, Processes())
     assert not model.training
 
 
-def test_batches_of_unequal_size_count_by_their_tokens(data):
+def test_batches_are_weighted_by_their_tokens(data):
     table, ids, by_hand = data
     batches = evaluation_batches(len(ids), 10, 4, "all")  # 40, 40, 20 and a tail of 2 targets
     assert [len(starts) * length for starts, length in batches] == [40, 40, 20, 2]
     means = [mean_loss(Bigram(table), Reading(ids), [batch], model_inputs, Processes()) for batch in batches]
-    assert abs(sum(means) / 4 - by_hand) > 1e-3  # so the mean of means would show
+    assert abs(sum(means) / 4 - by_hand) > 1e-3  # so the test would notice a mean of means
     mean = mean_loss(Bigram(table), Reading(ids), batches, model_inputs, Processes())
     assert mean == pytest.approx(by_hand, rel=1e-6)
 
@@ -311,7 +311,7 @@ def test_mean_loss_is_the_same_on_any_number_of_processes(data, world):
     for model, rank in zip(models, ranks, strict=True):
         mean_loss(model, Reading(ids), batches, model_inputs, rank)
     assert len({model.calls for model in models}) == 1  # sharded models need the same number of calls
-    shared = [rank.given for rank in ranks]
+    shared = [rank.gathered for rank in ranks]
     for rank in range(world):
         loss = mean_loss(Bigram(table), Reading(ids), batches, model_inputs, Processes(world, rank, shared))
         assert loss == pytest.approx(by_hand, rel=1e-6)
