@@ -4,7 +4,7 @@ import os
 from contextlib import contextmanager
 
 import pytest
-from shared import DATA
+from shared import DATA, FAST
 
 # before any test imports the libraries that read them once
 os.environ["OMP_NUM_THREADS"] = "1"  # sums of floats depend on the number of threads, and the models are tiny
@@ -12,6 +12,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 if (DATA / "tiktoken").is_dir():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(DATA / "tiktoken")
+
+
+def _is_fast_file(path):
+    return any(path.match(f"tests/{pattern}") for pattern in FAST)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m fast`, do not import the other test files."""
+    if config.option.markexpr == "fast" and collection_path.name.startswith("test_"):
+        return None if _is_fast_file(collection_path) else True
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items):
+    """Mark the tests of the FAST files, unless they are slow or need a GPU."""
+    for item in items:
+        if _is_fast_file(item.path) and not any(item.get_closest_marker(name) for name in ("slow", "gpu")):
+            item.add_marker("fast")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""batches.py: which tokens a step reads, checked by counting, by chi-square and against the published SplitMix64."""
+"""batches.py: the tokens of each step, checked by counting, by chi-square and against the published SplitMix64."""
 
 import itertools
 import math

@@ -195,16 +195,19 @@ both_families = pytest.mark.parametrize(("bias", "activation"), [(True, "gelu_ne
 # ---- the same function as GPT-2
 
 
+def check_logits_and_loss(mine, theirs, min_std):
+    assert theirs.logits.std() > min_std  # not a comparison of zeros
+    torch.testing.assert_close(mine.logits, theirs.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(mine.loss, theirs.loss, rtol=0, atol=1e-5)
+
+
 @both_families
 def test_logits_loss_and_gradients_equal_gpt2(ids, bias, activation):
     ours, gpt2 = pair(bias, activation)
     labels = ids.clone()
     labels[0, :7] = -100
     mine, theirs = ours(ids, labels=labels), gpt2(ids, labels=labels)
-    assert theirs.logits.std() > 1  # not a comparison of zeros
-    torch.testing.assert_close(mine.logits, theirs.logits, rtol=0, atol=1e-5)
-    torch.testing.assert_close(mine.loss, theirs.loss, rtol=0, atol=1e-5)
-
+    check_logits_and_loss(mine, theirs, min_std=1)
     mine.loss.backward()
     theirs.loss.backward()
     wanted = dict(gpt2.named_parameters())
@@ -223,10 +226,7 @@ def test_logits_loss_and_gradients_equal_llama_qwen3_nanochat(ids, case):
             model.set_attn_implementation(attention)
             model.zero_grad()
         mine, theirs = ours(ids, labels=labels), stock(ids, labels=labels)
-        assert theirs.logits.std() > 0.7  # not a comparison of zeros
-        torch.testing.assert_close(mine.logits, theirs.logits, rtol=0, atol=1e-5)
-        torch.testing.assert_close(mine.loss, theirs.loss, rtol=0, atol=1e-5)
-
+        check_logits_and_loss(mine, theirs, min_std=0.7)
         mine.loss.backward()
         theirs.loss.backward()
         wanted = translated(stock, lambda p: p.grad)

@@ -320,7 +320,7 @@ def test_zero_gradients_change_nothing():
     model = modern()
     optimizer = make_optimizer(model, **MUON | {"muon_weight_decay": 0.0})
     before = copy.deepcopy(model.state_dict())
-    model.transformer.h[0].mlp.c_fc.weight.grad = torch.zeros(48, 32)  # and the others have none at all
+    model.transformer.h[0].mlp.c_fc.weight.grad = torch.zeros(48, 32)  # the other gradients are None
     optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert list(optimizer.state) == [model.transformer.h[0].mlp.c_fc.weight]
@@ -375,7 +375,7 @@ def test_muon_continues_exactly_from_its_state_dict():
 
 
 def test_muon_skips_steps_with_overflowed_fp16_gradients():
-    """float16's gradient scaler looks at them by itself, for this optimizer is no kernel that would."""
+    """The gradient scaler checks the gradients, because Muon, unlike a fused optimizer, does not."""
     model = modern()
     optimizer = make_optimizer(model, **MUON)
     before = copy.deepcopy(model.state_dict())

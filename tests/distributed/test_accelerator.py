@@ -151,7 +151,7 @@ def test_arguments_for_accelerator(machine, made, here, device, compile, is_cpu,
     assert asked["cpu"] is is_cpu and asked["mixed_precision"] == "no"
     assert asked["dynamo_plugin"].backend.value.lower() == ("inductor" if is_compiled else "no")
     assert asked["log_with"] == ["tensorboard"] and asked["project_dir"] == "runs/x"
-    # the loop accumulates by itself, so that the environment cannot change it
+    # the training loop accumulates, so that the environment cannot change it
     assert "gradient_accumulation_steps" not in asked
     assert torch.get_float32_matmul_precision() == "high"
 

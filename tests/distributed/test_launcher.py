@@ -1,4 +1,4 @@
-"""launcher.py: what is wrong with a launch, found from the environment before torch is imported."""
+"""launcher.py: mistakes in a launch, found in the environment before torch is imported."""
 
 import re
 

@@ -1,5 +1,5 @@
 """The promise of `expect`: a run reports whether it reproduced the loss that its recipe expects. Also samples during
-training, which change no number, and quiet runs."""
+training, which do not change it, and quiet runs."""
 
 import json
 import re
@@ -265,36 +265,18 @@ def test_parameter_counts_by_part_add_up(runs):
 
 
 def test_overwriting_a_run_deletes_its_samples(runs, call):
-    call(
-        "train",
-        "tiny.yaml",
-        "out_dir=runs/sampling2",
-        "max_iters=2",
-        "eval_interval=2",
-        "warmup_iters=0",
-        "sample_tokens=5",
-        "sample_interval=1",
-        "sample_prompt=the",
-    )
-    assert [line["step"] for line in samples("runs/sampling2")] == [1, 2]
-    (Path("runs/sampling2") / "expect.json").write_text("{}")
-    out = call(
-        "train",
-        "tiny.yaml",
-        "out_dir=runs/sampling2",
-        "max_iters=2",
-        "eval_interval=2",
-        "warmup_iters=0",
-        "overwrite=true",
-        "quiet=true",
-        "sample_tokens=5",
-        "sample_prompt=the",
-    )
-    assert not {"samples.jsonl", "expect.json"} & {path.name for path in Path("runs/sampling2").iterdir()}
+    out_dir = Path("runs/overwritten")
+    train_words = ["train", "tiny.yaml", f"out_dir={out_dir}", "max_iters=2", "eval_interval=2", "warmup_iters=0"]
+    train_words += ["sample_tokens=5", "sample_prompt=the"]
+    call(*train_words, "sample_interval=1")
+    assert [line["step"] for line in samples(out_dir)] == [1, 2]
+    (out_dir / "expect.json").write_text("{}")
+    out = call(*train_words, "overwrite=true", "quiet=true")
+    assert not {"samples.jsonl", "expect.json"} & {path.name for path in out_dir.iterdir()}
     # a quiet run prints the last evaluation and the run folder
     first, blank, *rest = out.splitlines()
     assert first.startswith("step 2: train loss") and blank == ""
-    assert rest[0].startswith("The run is in runs/sampling2") and len(rest) == 4
+    assert rest[0].startswith(f"The run is in {out_dir}") and len(rest) == 4
 
 
 def test_quiet_console_prints_warnings(capsys):

@@ -371,7 +371,7 @@ def test_fake_mps_tensor_refuses_float64():
     assert torch.ones(2).as_subclass(OnMps).cpu().double().dtype == torch.float64
 
 
-def test_evaluation_and_sampling_use_no_float64_on_mps():
+def test_no_float64_on_mps():
     class Model:
         def eval(self):
             pass

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import package_env, parse_launch, run_python, torchrun_variables
-from shared import REPOSITORY
+from shared import FAST, REPOSITORY
 
 from nanogpt_accel.__main__ import COMMANDS, import_command, main
 from nanogpt_accel.commands.bench import BenchOptions
@@ -23,7 +23,7 @@ from nanogpt_accel.recipe import FIELDS, SECTION_OF
 
 PAGES = [
     str(path.relative_to(REPOSITORY))
-    for folder in ("", "recipes", "configs", "benchmarks")
+    for folder in ("", "recipes", "configs", "benchmarks", "tests")
     for path in sorted((REPOSITORY / folder).glob("*.md"))
 ]
 HEADERS = sorted(
@@ -511,6 +511,10 @@ def test_every_command_is_run_or_has_a_reason():
 def test_tests_named_in_run_elsewhere_exist(test):
     file, _, name = test.partition("::")
     assert f"\ndef {name}(" in (REPOSITORY / "tests" / file).read_text()
+
+
+def test_files_of_the_marker_fast_exist():
+    assert [pattern for pattern in FAST if not list((REPOSITORY / "tests").glob(pattern))] == []
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def test_tensorboard_has_each_step_once_after_a_resume(recipe, tmp_path):
 
 def test_wandb_resumes_the_same_run(recipe, tmp_path, monkeypatch, request):
     wandb = pytest.importorskip("wandb")
-    request.addfinalizer(wandb.teardown)  # wandb keeps its mode for the whole process
+    request.addfinalizer(wandb.teardown)  # wandb keeps its mode until the process ends
     asked, init = [], wandb.init
     monkeypatch.setattr(wandb, "init", lambda **options: (asked.append(options), init(mode="disabled"))[1])
     first_run = ["train", str(recipe), f"out_dir={tmp_path / 'run'}", "trackers=wandb", "max_iters=1"]
@@ -258,7 +258,7 @@ def test_any_changed_byte_of_a_checkpoint_is_found_and_named(copy):
                 # a changed index may name the file whose hash or name it contains
                 suspects = files if name == INDEX else [name]
                 assert found == older and str(newer) in line and any(name in line for name in suspects), (name, line)
-            assert sorted(copy.rglob("*")) == listed  # nothing is deleted
+            assert sorted(copy.rglob("*")) == listed  # no file is deleted
             file.write_bytes(original)
     _hash_once.cache_clear()
     assert latest_valid(copy, pytest.fail) == newer
