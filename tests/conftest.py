@@ -1,52 +1,78 @@
-"""What the tests share: real data where they are, no network, and what every refusal has in common."""
+"""Fixtures for all tests: no network, real data if they are there, commands and their errors; and the marker `fast`."""
 
 import os
 from contextlib import contextmanager
 
 import pytest
-from shared import DATA
+from shared import DATA, FAST
 
 # before any test imports the libraries that read them once
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and threads that wait for each other cost more
+os.environ["OMP_NUM_THREADS"] = "1"  # sums of floats depend on the number of threads, and the models are tiny
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 if (DATA / "tiktoken").is_dir():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(DATA / "tiktoken")
 
 
+def _is_fast_file(path):
+    return any(path.match(f"tests/{pattern}") for pattern in FAST)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m fast`, do not import the other test files."""
+    if config.option.markexpr == "fast" and collection_path.name.startswith("test_"):
+        return None if _is_fast_file(collection_path) else True
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items):
+    """Mark the tests of the FAST files, unless they are slow or need a GPU."""
+    for item in items:
+        if _is_fast_file(item.path) and not any(item.get_closest_marker(name) for name in ("slow", "gpu")):
+            item.add_marker("fast")
+
+
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch, tmp_path_factory):
-    """Downloads go to a folder of the test's own."""
+    """Give each test its own empty download folder."""
     monkeypatch.setenv("NANOGPT_ACCEL_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def _there(path):
+def _require(path):
     if not path.exists():
-        pytest.skip(f"no {path}: set NANOGPT_ACCEL_TEST_DATA to a folder that holds it")
+        pytest.skip(f"no {path}: set NANOGPT_ACCEL_TEST_DATA to a folder that contains it")
     return path
 
 
 @pytest.fixture
 def shared_data():
-    """The folder of real data: tinyshakespeare/input.txt, wikitext2/valid.txt, tiktoken/."""
-    return _there(DATA)
+    """Return the folder of real data: tinyshakespeare/input.txt, wikitext2/valid.txt, tiktoken/."""
+    return _require(DATA)
 
 
 @pytest.fixture
 def shakespeare():
-    """Path of the tiny Shakespeare text."""
-    return _there(DATA / "tinyshakespeare" / "input.txt")
+    """Return the path of the tiny Shakespeare text."""
+    return _require(DATA / "tinyshakespeare" / "input.txt")
 
 
 @pytest.fixture(scope="session")
 def gpt2_files():
-    """For tests that need GPT-2's vocabulary without a network."""
-    return _there(DATA / "tiktoken")
+    """Require GPT-2's vocabulary, which tiktoken would download."""
+    return _require(DATA / "tiktoken")
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    """Remove the variables of torchrun and `accelerate launch` from the environment."""
+    for name in list(os.environ):
+        if name.startswith("ACCELERATE_") or name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture
 def call(capsys):
-    """call("sample", ...) -> what that command printed; it has to end well, or with the `status` that is given."""
+    """call("sample", ..., status=0) -> what the command printed, after a check of its exit status."""
     from nanogpt_accel.__main__ import main
 
     def call(*words, status=0):
@@ -60,7 +86,7 @@ def call(capsys):
 
 @pytest.fixture
 def refused():
-    """`with refused(ValueError, "a word", "another"):` the block must end in one clear line to the user."""
+    """`with refused(ValueError, "a word", "another"):` the block must raise a one-line error with these words."""
     from nanogpt_accel.utils import cli
 
     @contextmanager

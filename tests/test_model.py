@@ -1,5 +1,5 @@
-"""model.py: the GPT against transformers' GPT-2, Llama, Qwen3 and nanochat with the same weights, and its promises as a
-Hugging Face model."""
+"""model.py: the GPT compared with GPT-2, Llama, Qwen3 and nanochat of transformers with the same weights, and its
+behaviour as a Hugging Face model."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def tiny(**changes):
 
 
 def pair(bias, activation):
-    """GPT-2 as transformers has it, all its parameters random, and ours with the same weights."""
+    """Return our GPT and GPT-2 of transformers, with the same random parameters."""
     torch.manual_seed(2)
     gpt2 = GPT2LMHeadModel(
         GPT2Config(
@@ -61,7 +61,7 @@ def pair(bias, activation):
             if name.endswith("bias") and not bias:
                 p.zero_()
             else:
-                weights[name] = p.t() if name.endswith(TRANSPOSED) else p  # Conv1D holds its matrix transposed
+                weights[name] = p.t() if name.endswith(TRANSPOSED) else p  # the matrix of Conv1D is transposed
         assert sorted(weights) == sorted(name for name, _ in ours.named_parameters())
         for name, p in ours.named_parameters():
             p.copy_(weights[name])
@@ -73,7 +73,7 @@ STOCK = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "nanochat": (NanoChatConfig, NanoChatForCausalLM),
 }
-# an eps that is seen in the fifth digit, and wavelengths unlike the default's
+# an eps that changes the fifth digit, and a rope_theta other than the default
 ROTARY = {"norm": "rmsnorm", "norm_eps": 3e-3, "position": "rotary", "rope_theta": 500.0}
 NANOCHAT = {**ROTARY, "norm_weight": False, "embd_norm": True, "qk_norm": True, "activation": "relu2"}
 MODERN = {
@@ -100,8 +100,11 @@ MODERN = {
 
 
 def translated(stock, of):
-    """`of` each parameter of a modern stock model, under our names and laid out as ours: what `of` gives is linear in
-    the parameter, so that it may be the parameter itself or its gradient."""
+    """Return {our name: of(parameter)} for a model of transformers, in our layout.
+
+    Args:
+        of: returns the parameter itself, or something linear in it, such as its gradient.
+    """
     config = stock.config
     names = {
         "model.embed_tokens": "wte",
@@ -128,7 +131,7 @@ def translated(stock, of):
         _, _, layer, inner = module.split(".", 3) if ".layers." in module else (None, None, None, module)
         place = "transformer." + (f"h.{layer}." if layer else "")
         if config.model_type == "nanochat" and inner in ("self_attn.q_proj", "self_attn.k_proj"):
-            # cos(-a) = cos(a), sin(-a) = -sin(a): turning (x, y) by -a is turning (x, -y) by a, and its y negated
+            # cos(-a) = cos(a), sin(-a) = -sin(a): rotating (x, y) by -a is rotating (x, -y) by a and negating y
             tensor = tensor.clone()
             for head in tensor.split(config.head_dim):
                 head[config.head_dim // 2 :].neg_()
@@ -141,7 +144,7 @@ def translated(stock, of):
 
 
 def modern(case):
-    """A modern model as transformers has it, all its parameters random, and ours with the same weights."""
+    """Return our GPT and a modern model of transformers, with the same random parameters."""
     form, switches = MODERN[case]
     ours = tiny(**switches)
     c = ours.config
@@ -181,7 +184,7 @@ def modern(case):
 
 @pytest.fixture
 def ids():
-    # without 0, which pads in generate
+    # without 0, which is the padding token in generate
     return torch.randint(1, V, (3, T_MAX), generator=torch.Generator().manual_seed(3))
 
 
@@ -192,16 +195,19 @@ both_families = pytest.mark.parametrize(("bias", "activation"), [(True, "gelu_ne
 # ---- the same function as GPT-2
 
 
+def check_logits_and_loss(mine, theirs, min_std):
+    assert theirs.logits.std() > min_std  # not a comparison of zeros
+    torch.testing.assert_close(mine.logits, theirs.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(mine.loss, theirs.loss, rtol=0, atol=1e-5)
+
+
 @both_families
-def test_logits_loss_and_gradients_are_gpt2s(ids, bias, activation):
+def test_logits_loss_and_gradients_equal_gpt2(ids, bias, activation):
     ours, gpt2 = pair(bias, activation)
     labels = ids.clone()
     labels[0, :7] = -100
     mine, theirs = ours(ids, labels=labels), gpt2(ids, labels=labels)
-    assert theirs.logits.std() > 1  # not a comparison of zeros
-    torch.testing.assert_close(mine.logits, theirs.logits, rtol=0, atol=1e-5)
-    torch.testing.assert_close(mine.loss, theirs.loss, rtol=0, atol=1e-5)
-
+    check_logits_and_loss(mine, theirs, min_std=1)
     mine.loss.backward()
     theirs.loss.backward()
     wanted = dict(gpt2.named_parameters())
@@ -211,7 +217,7 @@ def test_logits_loss_and_gradients_are_gpt2s(ids, bias, activation):
 
 
 @each_modern
-def test_logits_loss_and_gradients_are_the_modern_models(ids, case):
+def test_logits_loss_and_gradients_equal_llama_qwen3_nanochat(ids, case):
     ours, stock = modern(case)
     labels = ids.clone()
     labels[0, :7] = -100
@@ -220,10 +226,7 @@ def test_logits_loss_and_gradients_are_the_modern_models(ids, case):
             model.set_attn_implementation(attention)
             model.zero_grad()
         mine, theirs = ours(ids, labels=labels), stock(ids, labels=labels)
-        assert theirs.logits.std() > 0.7  # not a comparison of zeros
-        torch.testing.assert_close(mine.logits, theirs.logits, rtol=0, atol=1e-5)
-        torch.testing.assert_close(mine.loss, theirs.loss, rtol=0, atol=1e-5)
-
+        check_logits_and_loss(mine, theirs, min_std=0.7)
         mine.loss.backward()
         theirs.loss.backward()
         wanted = translated(stock, lambda p: p.grad)
@@ -246,15 +249,15 @@ def test_logits_loss_and_gradients_are_the_modern_models(ids, case):
         ("nanochat", {"logit_softcap": 5}),
     ],
 )
-def test_every_switch_changes_the_function(ids, case, switch):
-    """So that the comparisons above would see a switch that is forgotten."""
+def test_every_switch_changes_the_logits(ids, case, switch):
+    """So the comparisons above would notice an ignored switch."""
     ours, stock = modern(case)
     other = tiny(**{**MODERN[case][1], **switch})
     other.load_state_dict(ours.state_dict(), strict=False)
     assert (other(ids).logits - stock(ids).logits).abs().max() > 1e-3
 
 
-def test_a_norm_without_gain_is_one_whose_gain_is_one(ids):
+def test_norm_without_weight_equals_weight_one(ids):
     for switches in (MODERN["qwen3"][1], {"bias": False}):
         plain, gained = tiny(**{**switches, "norm_weight": False}), tiny(**switches)
         gained.load_state_dict(plain.state_dict(), strict=False)
@@ -262,7 +265,7 @@ def test_a_norm_without_gain_is_one_whose_gain_is_one(ids):
         assert torch.equal(plain(ids).logits, gained(ids).logits)
 
 
-def test_the_two_gelus_are_two_functions(ids):
+def test_gelu_and_gelu_new_differ(ids):
     exact, tanh = tiny(activation="gelu"), tiny(activation="gelu_new")
     x = torch.linspace(-4, 4, 101)
     torch.testing.assert_close(exact.transformer.h[0].mlp.act(x), x / 2 * (1 + torch.erf(x / math.sqrt(2))))
@@ -271,7 +274,7 @@ def test_the_two_gelus_are_two_functions(ids):
     assert (exact(ids).logits - tanh(ids).logits).abs().max() > 1e-4
 
 
-def test_shapes_without_biases():
+def test_model_without_bias_has_no_bias_parameters():
     names = [name for name, _ in tiny().named_parameters()]
     assert len(names) == 2 + 2 * 6 + 1 and all(name.endswith("weight") for name in names)
 
@@ -286,20 +289,20 @@ def test_labels_are_shifted_and_shift_labels_are_not(ids):
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
     output = model(ids, labels=labels)
     assert torch.equal(output.loss, model(ids, shift_labels=shifted).loss)
-    # by hand: the mean over all that is not ignored of -log p(next)
+    # by hand: the mean of -log p(next) over all targets that are not ignored
     log_p = output.logits.double().log_softmax(-1)
     terms = [-log_p[b, t, labels[b, t + 1]] for b in range(3) for t in range(T_MAX - 1) if labels[b, t + 1] >= 0]
     assert len(terms) == 3 * (T_MAX - 1) - 4
     assert output.loss.item() == pytest.approx(sum(terms).item() / len(terms), abs=1e-5)
     assert output.loss.dtype == torch.float32 and output.past_key_values is None
-    # the last column has a target too where it is given
+    # shift_labels may have a target for the last position
     full = torch.randint(V, ids.shape)
     assert model(ids, shift_labels=full).loss.item() == pytest.approx(
         F.nll_loss(log_p.flatten(0, 1), full.flatten()).item(), abs=1e-5
     )
 
 
-def test_num_items_in_batch_makes_unequal_micro_batches_add_up(ids):
+def test_num_items_in_batch_weights_unequal_micro_batches(ids):
     model = tiny()
     labels = ids.clone()
     labels[0, 3:] = -100  # two targets in the first row, all others in the second and third
@@ -308,7 +311,7 @@ def test_num_items_in_batch_makes_unequal_micro_batches_add_up(ids):
     parts = [model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=count).loss for i in range(3)]
     torch.testing.assert_close(sum(parts), whole)
     plain = [model(ids[i : i + 1], labels=labels[i : i + 1]).loss for i in range(3)]
-    assert abs(sum(plain) / 3 - whole) > 1e-3  # the mean of means is something else
+    assert abs(sum(plain) / 3 - whole) > 1e-3  # the mean of means differs
 
 
 # ---- attention, masks and the cache
@@ -316,7 +319,7 @@ def test_num_items_in_batch_makes_unequal_micro_batches_add_up(ids):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("chunks", [[1] * T_MAX, [7, 1, 5, 11], [T_MAX - 1, 1]])
-def test_cached_logits_are_the_full_ones(ids, attention, chunks):
+def test_logits_with_cache_equal_those_without(ids, attention, chunks):
     model = tiny(bias=True)
     full = model(ids).logits
     model.set_attn_implementation(attention)
@@ -330,7 +333,7 @@ def test_cached_logits_are_the_full_ones(ids, attention, chunks):
 
 @each_modern
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_cached_logits_are_the_modern_models(ids, case, attention):
+def test_logits_with_cache_equal_llama_qwen3_nanochat(ids, case, attention):
     ours, stock = modern(case)
     full = stock(ids).logits
     ours.set_attn_implementation(attention)
@@ -339,11 +342,11 @@ def test_cached_logits_are_the_modern_models(ids, case, attention):
         output = ours(ids[:, done : done + size], past_key_values=cache, use_cache=True)
         torch.testing.assert_close(output.logits, full[:, done : done + size], rtol=0, atol=1e-5)
         cache, done = output.past_key_values, done + size
-    # shared heads are kept once, which is what they are for
+    # the cache contains shared heads once
     assert cache.layers[0].keys.shape == (3, ours.config.n_kv_head, T_MAX, ours.config.head_dim)
 
 
-def test_eager_and_sdpa_agree(ids):
+def test_eager_and_sdpa_attention_agree(ids):
     model = tiny(bias=True)
     mask = torch.ones_like(ids)
     mask[0, :6] = mask[2, :1] = 0
@@ -356,7 +359,7 @@ def test_eager_and_sdpa_agree(ids):
         torch.testing.assert_close(model(ids, **kwargs).logits[seen], sdpa[seen], rtol=0, atol=1e-5)
 
 
-def test_no_position_sees_a_later_one(ids):
+def test_attention_is_causal(ids):
     model = tiny()
     before = model(ids).logits
     ids[:, 10] = (ids[:, 10] + 1) % V
@@ -364,7 +367,7 @@ def test_no_position_sees_a_later_one(ids):
     assert change[:10].max() == 0 and change[10:].min() > 1e-4
 
 
-def test_attentions_are_given_by_eager_and_sum_to_one(ids):
+def test_eager_attention_weights_sum_to_one(ids):
     model = tiny(attn_implementation="eager")
     attentions = model(ids, output_attentions=True).attentions
     assert [a.shape for a in attentions] == [(3, 4, T_MAX, T_MAX)] * 2
@@ -378,16 +381,16 @@ def test_attentions_are_given_by_eager_and_sum_to_one(ids):
 
 @both_families
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_greedy_generate_is_gpt2s(ids, bias, activation, use_cache):
+def test_greedy_generation_equals_gpt2(ids, bias, activation, use_cache):
     ours, gpt2 = pair(bias, activation)
     arguments = {"max_new_tokens": T_MAX - 5, "do_sample": False, "pad_token_id": 0, "use_cache": use_cache}
     mine, theirs = ours.generate(ids[:, :5], **arguments), gpt2.generate(ids[:, :5], **arguments)
     assert mine.shape == (3, T_MAX) and torch.equal(mine, theirs)
-    assert len(set(mine[:, 5:].flatten().tolist())) > 3  # not one token over and over
+    assert len(set(mine[:, 5:].flatten().tolist())) > 3  # not one repeated token
 
 
 @each_modern
-def test_greedy_generate_is_the_modern_models_and_goes_past_block_size(ids, case):
+def test_greedy_generation_beyond_block_size_equals_llama_qwen3_nanochat(ids, case):
     ours, stock = modern(case)
     arguments = {"max_new_tokens": T_MAX, "do_sample": False, "pad_token_id": 0}
     mine, theirs = ours.generate(ids[:, :5], **arguments), stock.generate(ids[:, :5], **arguments)
@@ -397,7 +400,7 @@ def test_greedy_generate_is_the_modern_models_and_goes_past_block_size(ids, case
 
 @each_modern
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_left_padded_logits_are_the_modern_models(ids, case, attention):
+def test_left_padded_logits_equal_llama_qwen3_nanochat(ids, case, attention):
     ours, stock = modern(case)
     mask = torch.ones_like(ids)
     mask[0, :9] = mask[2, :1] = 0
@@ -406,14 +409,14 @@ def test_left_padded_logits_are_the_modern_models(ids, case, attention):
     mine, seen = ours(ids, attention_mask=mask, position_ids=places).logits, mask.bool()
     theirs = stock(ids, attention_mask=mask, position_ids=places).logits
     torch.testing.assert_close(mine[seen], theirs[seen], rtol=0, atol=1e-5)
-    # and what is on the right is what it is alone; rotary positions are relative, so without position_ids too
+    # and equal to the sequence without padding; rotary positions are relative, so also without position_ids
     alone = stock(ids[:1, 9:]).logits[0]
     torch.testing.assert_close(mine[0, 9:], alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours(ids, attention_mask=mask).logits[0, 9:], alone, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("switches", [{"bias": True}, *(MODERN[case][1] for case in ("qwen3", "nanochat"))])
-def test_left_padding_changes_nothing(ids, switches):
+def test_left_padding_does_not_change_generation(ids, switches):
     model = tiny(**switches)
     prompts = [ids[0, :9], ids[1, :4], ids[2, :1]]
     batch = torch.stack([F.pad(p, (9 - len(p), 0), value=7) for p in prompts])
@@ -428,7 +431,7 @@ def test_left_padding_changes_nothing(ids, switches):
 # ---- options of forward
 
 
-def test_logits_to_keep(ids):
+def test_logits_to_keep_last_positions(ids):
     model = tiny()
     full = model(ids).logits
     assert full.shape == (3, T_MAX, V) and torch.equal(model(ids, logits_to_keep=0).logits, full)
@@ -439,7 +442,7 @@ def test_logits_to_keep(ids):
 
 
 @pytest.mark.parametrize("case", ["qwen3", "nanochat"])
-def test_logits_to_keep_are_positions(ids, case):
+def test_logits_to_keep_given_positions(ids, case):
     ours, stock = modern(case)
     full = stock(ids).logits
     for keep in ([0], [3, 17, 5], [T_MAX - 1, -1]):
@@ -447,28 +450,28 @@ def test_logits_to_keep_are_positions(ids, case):
         torch.testing.assert_close(kept, full[:, keep], rtol=0, atol=1e-5)
 
 
-def test_inputs_embeds_stand_for_input_ids(ids):
+def test_inputs_embeds_replace_input_ids(ids):
     model = tiny()
     assert torch.equal(model(inputs_embeds=model.transformer.wte(ids)).logits, model(ids).logits)
 
 
-def test_hidden_states_are_gpt2s(ids):
+def test_hidden_states_equal_gpt2(ids):
     ours, gpt2 = pair(True, "gelu_new")
     mine = ours(ids, output_hidden_states=True).hidden_states
     theirs = gpt2(ids, output_hidden_states=True).hidden_states
-    assert len(mine) == len(theirs) == 3  # what goes into each block, and what comes out of the last norm
+    assert len(mine) == len(theirs) == 3  # the input of each block, and the output of the last norm
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     assert ours(ids).hidden_states is None
 
 
-def test_a_tuple_on_request(ids):
+def test_return_dict_false_returns_a_tuple(ids):
     model = tiny()
     loss, logits = model(ids, labels=ids, return_dict=False)
     assert loss.shape == () and logits.shape == (3, T_MAX, V)
 
 
-def test_no_cache_in_training_or_beside_a_loss(ids):
+def test_no_cache_in_training_or_with_a_loss(ids):
     model = tiny()
     assert model(ids).past_key_values.get_seq_length() == T_MAX
     assert model(ids, labels=ids).past_key_values is None
@@ -478,7 +481,7 @@ def test_no_cache_in_training_or_beside_a_loss(ids):
 # ---- refusals
 
 
-def test_longer_than_block_size_is_refused(refused, ids):
+def test_sequence_longer_than_block_size_is_refused(refused, ids):
     model = tiny()
     with refused(ValueError, f"sequence of {T_MAX + 1} tokens", f"block_size={T_MAX}"):
         model(torch.cat([ids, ids[:, :1]], dim=1))
@@ -488,7 +491,7 @@ def test_longer_than_block_size_is_refused(refused, ids):
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3", "nanochat"])
-def test_rotary_positions_go_past_block_size(ids, case):
+def test_rotary_positions_extend_beyond_block_size(ids, case):
     ours, stock = modern(case)
     long = torch.cat([ids, ids.flip(1), ids], dim=1)  # three times block_size
     wanted = stock(long).logits
@@ -512,7 +515,7 @@ def test_rotary_positions_go_past_block_size(ids, case):
         ({"position": "alibi"}, "position='alibi': there are learned, rotary"),
     ],
 )
-def test_no_such_gpt(change, words):
+def test_invalid_shapes_are_refused(change, words):
     with pytest.raises(StrictDataclassClassValidationError, match=words):
         tiny(**change)
 
@@ -521,7 +524,7 @@ def test_no_such_gpt(change, words):
 
 
 @pytest.mark.parametrize("n_layer", [2, 8])
-def test_what_adds_to_the_residual_stream_starts_smaller(n_layer):
+def test_residual_projections_start_with_smaller_weights(n_layer):
     C = 128
     model = GPT(GPTConfig(vocab_size=512, block_size=128, n_layer=n_layer, n_head=4, n_embd=C, bias=True))
     scaled = 0
@@ -534,17 +537,17 @@ def test_what_adds_to_the_residual_stream_starts_smaller(n_layer):
             is_scaled = name.endswith("c_proj.weight")
             scaled += is_scaled
             std = 0.02 / math.sqrt(2 * n_layer) if is_scaled else 0.02
-            # the std of n normal draws is off by std / sqrt(2 n) or so, their mean by std / sqrt(n)
+            # of n normal numbers, the std has standard error std / sqrt(2 n), the mean std / sqrt(n)
             n = p.numel()
             assert abs(p.std().item() / std - 1) < 5 / math.sqrt(2 * n), name
             assert abs(p.mean().item()) < 5 * std / math.sqrt(n), name
-            # normal, and not only of that width: 4.55 % lie beyond two of it
+            # normally distributed: 4.55 % are beyond two standard deviations
             beyond = (p.abs() > 2 * std).float().mean().item()
             assert abs(beyond - 0.0455) < 5 * math.sqrt(0.0455 * 0.9545 / n), name
     assert scaled == 2 * n_layer
 
 
-def test_the_modern_weights_start_as_the_others_do():
+def test_initial_weights_of_a_modern_gpt():
     C, L, width = 128, 3, 96
     model = GPT(
         GPTConfig(
@@ -575,7 +578,7 @@ def test_the_modern_weights_start_as_the_others_do():
     }
     for name, p in weights.items():
         std = next((std for end, std in stds.items() if name.endswith(f"{end}.weight")), None)
-        if std is None:  # a bias, or the gain of a norm
+        if std is None:  # a bias, or the weight of a norm
             assert torch.equal(p, torch.full_like(p, float(name.endswith("weight")))), name
         else:
             assert abs(p.std().item() / std - 1) < 5 / math.sqrt(2 * p.numel()), name
@@ -584,17 +587,17 @@ def test_the_modern_weights_start_as_the_others_do():
     assert not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
 
 
-def test_blocks_that_begin_as_nothing(ids):
+def test_zero_init_makes_blocks_the_identity(ids):
     model = tiny(zero_init=True)
     hidden = model(ids, output_hidden_states=True).hidden_states
-    assert torch.equal(hidden[0], hidden[1])  # what goes into the first block and into the second
+    assert torch.equal(hidden[0], hidden[1])  # the inputs of the first and of the second block
     for name, p in model.named_parameters():
         assert p.any() != name.endswith("c_proj.weight"), name
-    model(ids, labels=ids).loss.backward()  # and they can leave it
+    model(ids, labels=ids).loss.backward()  # and they can be trained
     assert all(block.attn.c_proj.weight.grad.any() for block in model.transformer.h)
 
 
-def test_initial_loss_is_that_of_a_guess(ids):
+def test_initial_loss_is_log_of_the_vocabulary_size(ids):
     loss = tiny(initializer_range=0.02)(ids, labels=ids).loss
     assert loss.item() == pytest.approx(math.log(V), abs=0.1)
 
@@ -610,7 +613,7 @@ def test_initial_loss_is_that_of_a_guess(ids):
         (50304, False, 124_337_664 + 47 * 768),
     ],
 )
-def test_the_size_of_gpt2(vocab_size, bias, count):
+def test_number_of_parameters_of_gpt2(vocab_size, bias, count):
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=vocab_size, bias=bias))
         if vocab_size == 50257 and bias:
@@ -620,12 +623,12 @@ def test_the_size_of_gpt2(vocab_size, bias, count):
 
 
 @pytest.mark.parametrize("form", STOCK)
-def test_the_size_of_a_modern_gpt2(form):
-    """GPT-2's depth and width, with a third of the heads for keys and values."""
+def test_number_of_parameters_equals_llama_qwen3_nanochat(form):
+    """Depth and width of GPT-2, with a third of the heads for keys and values."""
     C, L, nh, nkv, hs, vocab = 768, 12, 12, 4, 64, 50304
     matrices = C * (nh + 2 * nkv) * hs + nh * hs * C
     count = {
-        "llama": 2 * vocab * C + L * (matrices + 3 * C * 2048 + 2 * C) + C,  # a gate of 8/3 C, two gains a block
+        "llama": 2 * vocab * C + L * (matrices + 3 * C * 2048 + 2 * C) + C,  # a gate of 8/3 C, two norms per block
         "qwen3": vocab * C + L * (matrices + 3 * C * 2048 + 2 * C + 2 * hs) + C,
         "nanochat": 2 * vocab * C + L * (matrices + 2 * C * 4 * C),
     }[form]
@@ -653,7 +656,7 @@ def test_the_size_of_a_modern_gpt2(form):
     assert model.num_parameters() == stock.num_parameters() == count
 
 
-def test_the_head_is_the_embedding(tmp_path, ids):
+def test_head_and_embedding_stay_tied(tmp_path, ids):
     model = tiny()
     model.save_pretrained(tmp_path)
     loaded = GPT.from_pretrained(tmp_path)
@@ -664,7 +667,7 @@ def test_the_head_is_the_embedding(tmp_path, ids):
     torch.optim.SGD(loaded.parameters(), lr=1.0).step()
     assert loaded.lm_head.weight.data_ptr() == loaded.transformer.wte.weight.data_ptr()
     assert not torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    # the file holds it once
+    # the file contains it once
     from safetensors import safe_open
 
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -676,7 +679,7 @@ def test_the_head_is_the_embedding(tmp_path, ids):
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 @pytest.mark.parametrize("switches", [{"bias": True}, *(MODERN[case][1] for case in ("qwen3", "nanochat"))])
-def test_gradient_checkpointing_changes_no_gradient(ids, switches):
+def test_gradient_checkpointing_keeps_gradients_with_dropout(ids, switches):
     def gradients(seed, checkpointing):
         model = tiny(dropout=0.2, **switches).train()
         if checkpointing:
@@ -695,12 +698,12 @@ def test_gradient_checkpointing_changes_no_gradient(ids, switches):
 
 
 @each_modern
-def test_bf16_autocast_stays_near_float32(ids, case):
-    """bfloat16 rounds to 2^-9 of a value. Some twenty roundings lie one after another in two blocks, some of them made
-    larger by the softmax: a few per cent of the logits' spread; and ours are to be no worse than transformers'."""
+def test_bf16_autocast_is_close_to_float32(ids, case):
+    """bfloat16 rounds to 2^-9 of a value. Two blocks round about twenty times, and the softmax amplifies some of it, so
+    a few per cent of the standard deviation of the logits are expected, and no more than in transformers."""
     ours, stock = modern(case)
     was_always = torch.is_warn_always_enabled()
-    torch.set_warn_always(True)  # else a warning that another test has seen would not come again
+    torch.set_warn_always(True)  # otherwise a warning that another test has seen is not repeated
     try:
         with warnings.catch_warnings(), torch.autocast("cpu", dtype=torch.bfloat16):
             warnings.simplefilter("error")
@@ -718,8 +721,8 @@ def test_bf16_autocast_stays_near_float32(ids, case):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_dropout_is_where_gpt2_has_it(ids, attention):
-    """In training, and drawing the same numbers in the same order, the two compute the same."""
+def test_dropout_equals_gpt2(ids, attention):
+    """In training, with the same random numbers, both compute the same."""
     ours, gpt2 = pair(True, "gelu_new")
     for model in (ours, gpt2):
         model.set_attn_implementation(attention)
@@ -727,7 +730,7 @@ def test_dropout_is_where_gpt2_has_it(ids, attention):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.3
         model.train()
-    ours.config.dropout = 0.3  # of the attention's weights
+    ours.config.dropout = 0.3  # for the attention weights
     for block in gpt2.transformer.h:
         block.attn.attn_dropout.p = 0.3
     logits = []
@@ -737,11 +740,11 @@ def test_dropout_is_where_gpt2_has_it(ids, attention):
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
     with torch.no_grad():
         assert not torch.equal(ours(ids).logits, logits[0])
-        # out of training it is off, and the weights are not scaled
+        # in evaluation there is no dropout and no scaling
         torch.testing.assert_close(ours.eval()(ids).logits, gpt2.eval()(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_dropout_is_the_configs():
+def test_dropout_probability_is_that_of_the_config():
     model = tiny(dropout=0.25)
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
     assert sum(isinstance(m, torch.nn.Dropout) for m in model.modules()) == 1 + 2 * 2
@@ -750,7 +753,7 @@ def test_dropout_is_the_configs():
 # ---- folders
 
 
-def test_auto_model_loads_the_folder(tmp_path, ids):
+def test_auto_model_loads_a_saved_folder(tmp_path, ids):
     model = tiny(bias=True, activation="gelu_new", eos_token_id=3)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -780,7 +783,7 @@ for folder in sys.argv[1:]:
 )
 
 
-def test_a_process_without_the_package_loads_the_folder(tmp_path, ids):
+def test_process_without_the_package_loads_a_saved_folder(tmp_path, ids):
     models = {
         "gpt2": tiny(bias=True, activation="gelu_new"),
         "qwen3": modern("qwen3")[0],
@@ -810,7 +813,7 @@ def test_a_process_without_the_package_loads_the_folder(tmp_path, ids):
 
 
 @each_modern
-def test_a_folder_keeps_every_switch(tmp_path, ids, case):
+def test_saved_folder_keeps_every_switch(tmp_path, ids, case):
     ours, stock = modern(case)
     ours.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -820,8 +823,8 @@ def test_a_folder_keeps_every_switch(tmp_path, ids, case):
     torch.testing.assert_close(loaded(ids).logits, stock(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_a_config_of_the_first_version_loads(tmp_path, ids):
-    """It has none of the switches below `bias`, and another name for the eps of the norms."""
+def test_config_of_the_first_version_loads(tmp_path, ids):
+    """It has none of the switches added later, and another name for norm_eps."""
     model = tiny()
     model.save_pretrained(tmp_path)
     first = {
@@ -853,7 +856,7 @@ def test_a_config_of_the_first_version_loads(tmp_path, ids):
 # ---- another context length
 
 
-def test_set_block_size(refused, tmp_path, ids):
+def test_smaller_block_size_keeps_the_function(refused, tmp_path, ids):
     model = tiny(bias=True)
     full = model(ids).logits
     whole_size = model.num_parameters()
@@ -870,14 +873,14 @@ def test_set_block_size(refused, tmp_path, ids):
     assert loaded.transformer.wpe.weight.grad.shape == (10, 32)
 
 
-def test_crop_to_the_same_length_changes_nothing(ids):
+def test_same_block_size_changes_nothing(ids):
     model = tiny()
     before = model(ids).logits
     model.set_block_size(T_MAX)
     assert torch.equal(model(ids).logits, before)
 
 
-def test_rotary_models_may_have_a_longer_context(tmp_path, ids):
+def test_rotary_models_may_have_a_larger_block_size(tmp_path, ids):
     ours, stock = modern("qwen3")
     size = ours.num_parameters()
     for length in (2 * T_MAX, 10):

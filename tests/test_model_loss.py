@@ -1,14 +1,15 @@
-"""The loss in pieces, which never has all logits in memory: its value and its gradients are those of the plain form."""
+"""The chunked loss, which never has all logits in memory: its value and gradients equal those of the plain loss."""
 
 import pytest
 import torch
-from launching import finish, numbers, write_recipe
+from launching import train_on_ranks
+from runs import SMALL, numbers, write_recipe
 
 from nanogpt_accel.model import GPT, GPTConfig
 
 B, T, V = 3, 200, 150
-PIECES = V * 90  # logits at once: 600 rows come in pieces of 86, the last one of 84
-AT_ONCE = float("inf")
+CHUNKED = V * 90  # number of logits at once: 600 rows in chunks of 86, the last one of 84
+NOT_CHUNKED = float("inf")
 FAMILIES = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
@@ -46,12 +47,12 @@ def loss_and_gradients(model, largest_logits, scale=1.0, **inputs):
 
 
 def largest_error(gradients, true):
-    """The largest distance of a gradient from the true one, as a share of that one's norm."""
+    """Return the largest relative error of a gradient, in the 2-norm."""
     return max(((gradients[name] - true[name]).norm() / true[name].norm()).item() for name in true)
 
 
 def inputs_of(ids, how):
-    if how == "labels":  # shifted by the model, which leaves the last place without a target
+    if how == "labels":  # shifted by the model, so the last position has no target
         labels = ids[:, :-1].clone()
         labels[0, 20:90] = -100
         return {"input_ids": ids[:, :-1], "labels": labels}
@@ -59,52 +60,52 @@ def inputs_of(ids, how):
     return inputs | ({"num_items_in_batch": 1234} if how == "num_items" else {})
 
 
-@pytest.mark.parametrize("compiling", [False, True])  # what torch.compile is given stands in another form
+@pytest.mark.parametrize("compiling", [False, True])  # torch.compile takes another code path
 @pytest.mark.parametrize("how", ["shifted", "labels", "num_items"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_the_plain_form(monkeypatch, family, how, compiling):
+def test_chunked_loss_and_gradients_equal_the_plain_ones(monkeypatch, family, how, compiling):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     model, ids = make(family)
     inputs = inputs_of(ids, how)
     model.zero_grad()
-    loss = model(**inputs).loss  # with logits it is always the plain form
+    loss = model(**inputs).loss  # with logits the loss is never chunked
     loss.backward()
     true = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    for largest in (PIECES, V * 300):  # the latter rounded up to whole tiles, 384 rows and the other 216
-        in_pieces, gradients = loss_and_gradients(model, largest, **inputs)
-        assert in_pieces.dtype == torch.float32 and in_pieces.item() == pytest.approx(loss.item(), rel=1e-6)
+    for largest in (CHUNKED, V * 300):  # the latter is rounded up to 384 rows, and 216 are left
+        chunked, gradients = loss_and_gradients(model, largest, **inputs)
+        assert chunked.dtype == torch.float32 and chunked.item() == pytest.approx(loss.item(), rel=1e-6)
         assert largest_error(gradients, true) < 2e-6
     with torch.no_grad():
-        assert model.eval()(**inputs, return_logits=False).loss.item() == in_pieces.item()
+        assert model.eval()(**inputs, return_logits=False).loss.item() == chunked.item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_bfloat16_the_gradients_are_as_near_the_truth_as_the_plain_form(family):
+def test_chunked_gradients_in_bfloat16_are_as_accurate_as_the_plain_ones(family):
     model, ids = make(family)
     inputs = inputs_of(ids, "shifted")
-    true_loss, true = loss_and_gradients(model, AT_ONCE, **inputs)
+    true_loss, true = loss_and_gradients(model, NOT_CHUNKED, **inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, plain = loss_and_gradients(model, AT_ONCE, **inputs)
-        in_pieces, gradients = loss_and_gradients(model, PIECES, **inputs)
-    assert in_pieces.dtype == torch.float32
-    assert abs(in_pieces - true_loss) <= 1.1 * abs(loss - true_loss) + 1e-3
+        loss, plain = loss_and_gradients(model, NOT_CHUNKED, **inputs)
+        chunked, gradients = loss_and_gradients(model, CHUNKED, **inputs)
+    assert chunked.dtype == torch.float32
+    assert abs(chunked - true_loss) <= 1.1 * abs(loss - true_loss) + 1e-3
     assert 1e-4 < largest_error(gradients, true) < 1.2 * largest_error(plain, true) < 0.05
 
 
-def test_in_float16_small_gradients_survive_as_with_a_grad_scaler():
-    """Divided by 600 before they are rounded, the smallest ones would be lost, as no scale of the loss brings back."""
+def test_chunked_gradients_in_float16_do_not_underflow_with_a_grad_scaler():
+    """Divided by 600 before rounding, the smallest ones would underflow, whatever the scale of the loss."""
     model, ids = make("untied")
     inputs = inputs_of(ids, "shifted")
-    _, true = loss_and_gradients(model, AT_ONCE, **inputs)
+    _, true = loss_and_gradients(model, NOT_CHUNKED, **inputs)
     with torch.autocast("cpu", torch.float16):
-        _, plain = loss_and_gradients(model, AT_ONCE, scale=2.0**10, **inputs)
-        _, gradients = loss_and_gradients(model, PIECES, scale=2.0**10, **inputs)
+        _, plain = loss_and_gradients(model, NOT_CHUNKED, scale=2.0**10, **inputs)
+        _, gradients = loss_and_gradients(model, CHUNKED, scale=2.0**10, **inputs)
     assert largest_error(gradients, true) < 1.2 * largest_error(plain, true) < 0.01
 
 
-def test_gradients_add_up_over_micro_batches():
+def test_chunked_gradients_accumulate_over_micro_batches():
     model, ids = make("tied")
-    _, once = loss_and_gradients(model, PIECES, **inputs_of(ids, "shifted"))
+    _, once = loss_and_gradients(model, CHUNKED, **inputs_of(ids, "shifted"))
     once = {name: gradient.clone() for name, gradient in once.items()}
     model.zero_grad()
     for row in ids:
@@ -112,16 +113,16 @@ def test_gradients_add_up_over_micro_batches():
     assert largest_error({name: p.grad for name, p in model.named_parameters()}, once) < 2e-6
 
 
-def test_a_second_backward_pass_is_an_error():
+def test_second_backward_of_the_chunked_loss_is_an_error():
     model, ids = make("tied")
-    model.largest_logits = PIECES
+    model.largest_logits = CHUNKED
     loss = model(**inputs_of(ids, "shifted"), return_logits=False).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
 
 
-def test_small_logits_take_the_plain_form():
+def test_loss_is_chunked_only_above_largest_logits():
     model, ids = make("tied")
     inputs = inputs_of(ids, "shifted")
     plain = model(**inputs)
@@ -133,24 +134,25 @@ def test_small_logits_take_the_plain_form():
         model(**inputs, return_logits=False).loss.grad_fn.next_functions[0][0].name()
         == "FusedLinearCrossEntropyBackward"
     )
-    assert model(input_ids=ids[:, 1:], return_logits=False).logits is not None  # without targets they are all there is
+    assert model(input_ids=ids[:, 1:], return_logits=False).logits is not None  # the only output without targets
 
 
-def always_in_pieces():
+def always_chunk():
+    """In a rank: chunk the loss of every model."""
     from nanogpt_accel.model import GPT
 
     GPT.largest_logits = 500  # of 4 * 32 rows of 13 characters
 
 
 @pytest.mark.slow
-def test_sharded_and_ddp(tmp_path):
-    """The head's weights are whole where the pieces are computed, and its gradients find their way back."""
-    recipe = write_recipe(tmp_path)
-    words = [str(recipe), "max_iters=6", "eval_interval=3"]
-    finish(tmp_path / "plain", [*words, f"out_dir={tmp_path}/plain"])
+def test_chunked_loss_with_ddp_and_fsdp2(tmp_path):
+    """FSDP2 gathers the weights of the head for the chunks, and shards their gradients again."""
+    settings = SMALL | {"bias": True, "learning_rate": 3e-3}
+    recipe = write_recipe(tmp_path, **settings, max_iters=6, eval_interval=3)
+    train_on_ranks(tmp_path / "plain", [recipe, f"out_dir={tmp_path}/plain"])
     for config in ("cpu_2proc.yaml", "fsdp2.yaml"):
         run = tmp_path / config
-        finish(run, [*words, f"out_dir={run}"], config=config, processes=2, before=always_in_pieces)
+        train_on_ranks(run, [recipe, f"out_dir={run}"], config=config, processes=2, before=always_chunk)
         pairs = list(zip(numbers(tmp_path / "plain"), numbers(run), strict=True))
         assert len(pairs) == 9
         for a, b in pairs:
@@ -159,11 +161,11 @@ def test_sharded_and_ddp(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
-def test_compiled(half):
+def test_compiled_chunked_loss(half):
     model, ids = make("softcap")
     inputs = inputs_of(ids, "shifted")
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        loss, true = loss_and_gradients(model, PIECES, **inputs)
+        loss, true = loss_and_gradients(model, CHUNKED, **inputs)
         true = {name: gradient.clone() for name, gradient in true.items()}
         model.zero_grad()
         found = torch.compile(model, fullgraph=True)(**inputs, return_logits=False).loss

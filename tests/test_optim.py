@@ -1,4 +1,4 @@
-"""optim.py: nanoGPT's learning rate and groups, torch's AdamW, and Muon beside torch's."""
+"""optim.py: learning rate and parameter groups as in nanoGPT, AdamW as in torch, and Muon compared with torch's."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import nanogpt_lr
-from safetensors.torch import load_file
+from runs import SMALL, checkpoint, losses, numbers, tensors, write_recipe
 from torch import distributed
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -18,7 +18,6 @@ from nanogpt_accel.model import GPT, GPTConfig
 from nanogpt_accel.muon import check_unsharded, orthogonalize
 from nanogpt_accel.optim import learning_rate, make_optimizer, parameter_groups
 from nanogpt_accel.recipe import Optimizer
-from nanogpt_accel.tracking.metrics_log import read_metrics
 
 # ---- the learning rate
 
@@ -31,12 +30,12 @@ from nanogpt_accel.tracking.metrics_log import read_metrics
         {"learning_rate": 6e-4, "warmup_iters": 1, "lr_decay_iters": 3, "min_lr": 6e-4},
     ],
 )
-def test_the_cosine_is_nanogpts(schedule):
+def test_cosine_schedule_equals_nanogpt(schedule):
     for step in range(schedule["lr_decay_iters"] + 300):
         assert learning_rate(step, schedule="cosine", **schedule) == nanogpt_lr(step, **schedule), step
 
 
-def test_landmarks_of_the_cosine():
+def test_cosine_schedule_at_known_points():
     def rate(step):
         return learning_rate(step, schedule="cosine", learning_rate=1.0, warmup_iters=9, lr_decay_iters=109, min_lr=0.2)
 
@@ -47,7 +46,7 @@ def test_landmarks_of_the_cosine():
     assert falling == sorted(falling, reverse=True) and min(falling) >= 0.2
 
 
-def test_warm_up_up_to_the_end():
+def test_warmup_may_end_at_the_last_decay_step():
     # the recipe lets warmup_iters reach lr_decay_iters, where nanoGPT divides by zero
     rates = [
         learning_rate(step, schedule="cosine", learning_rate=1.0, warmup_iters=4, lr_decay_iters=4, min_lr=0.1)
@@ -56,7 +55,7 @@ def test_warm_up_up_to_the_end():
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.1, 0.1])
 
 
-def test_constant():
+def test_constant_schedule():
     rates = [
         learning_rate(step, schedule="constant", learning_rate=0.5, warmup_iters=4, lr_decay_iters=10, min_lr=0.1)
         for step in range(1000)
@@ -64,8 +63,8 @@ def test_constant():
     assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4]) and rates[4:] == [0.5] * 996
 
 
-def test_the_trapezoid():
-    """Up, along, and down in a line: in exact fractions, by the corners (-1, 0), (w, 1), (N - d, 1) and (N, low)."""
+def test_warmup_stable_decay_schedule():
+    """Compared with exact fractions: linear between the points (-1, 0), (w, top), (N - d, top) and (N, low)."""
     top, low, w, N, fraction = Fraction(3, 2), Fraction(1, 4), 5, 40, Fraction(3, 8)
     d = N * fraction
     for step in range(60):
@@ -91,7 +90,7 @@ def test_the_trapezoid():
 
 
 @pytest.mark.parametrize("warmup_iters", [0, 1])
-def test_a_line_from_the_first_step_to_the_last(warmup_iters):
+def test_warmup_stable_decay_with_decay_from_the_first_step(warmup_iters):
     rates = [
         learning_rate(
             step,
@@ -116,13 +115,13 @@ def model(request):
     return GPT(GPTConfig(vocab_size=17, block_size=8, n_layer=2, n_head=2, n_embd=32, bias=request.param))
 
 
-def test_matrices_decay_and_nothing_else(model):
+def test_weight_decay_applies_to_matrices_and_embeddings_only(model):
     decay, plain = parameter_groups(model, weight_decay=0.3)
     assert (decay["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     name_of = {id(p): name for name, p in model.named_parameters()}
     decayed = [name_of[id(p)] for p in decay["params"]]
     others = [name_of[id(p)] for p in plain["params"]]
-    # by what the layers are, not by their dimensions
+    # listed by layer, independent of the rule by dimensions
     blocks = [
         f"transformer.h.{i}.{layer}.weight"
         for i in range(2)
@@ -133,7 +132,7 @@ def test_matrices_decay_and_nothing_else(model):
     biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
     assert sorted(others) == sorted([f"{norm}.weight" for norm in norms] + biases)
     assert len(biases) == (13 if model.config.bias else 0)
-    # in the order of the model, so that a saved state finds its parameters again; and each one once, the tied too
+    # in the order of the model, so that a saved state matches its parameters; each one once, also the tied one
     order = [name for name, _ in model.named_parameters()]
     assert [name for name in order if name in decayed] == decayed
     assert [name for name in order if name in others] == others
@@ -141,7 +140,7 @@ def test_matrices_decay_and_nothing_else(model):
     assert any(p is model.lm_head.weight for p in decay["params"])
 
 
-def test_frozen_parameters_are_left_out(model):
+def test_frozen_parameters_are_in_no_group(model):
     model.transformer.wpe.weight.requires_grad_(False)
     params = [p for group in parameter_groups(model, 0.1) for p in group["params"]]
     assert len(params) == len(list(model.parameters())) - 1
@@ -159,7 +158,7 @@ def adamw_step(p, grad, state, lr, beta1, beta2, weight_decay, t):
     return p - lr * (m / (v.sqrt() + 1e-8) + weight_decay * p)
 
 
-def test_the_optimizer_is_adamw(model):
+def test_optimizer_is_adamw(model):
     arguments = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95}
     ours = make_optimizer(model, Optimizer(learning_rate=1e-2, **arguments))
     assert type(ours) is torch.optim.AdamW and ours.defaults["fused"] is True
@@ -206,7 +205,7 @@ MUON = {
 
 
 def modern(seed=0, activation="relu2"):
-    """With matrices that are tall, wide and square, norms with gains, and a head of its own."""
+    """A GPT with tall, wide and square matrices, RMSNorm weights, and an untied head."""
     torch.manual_seed(seed)
     return GPT(
         GPTConfig(
@@ -227,7 +226,7 @@ def modern(seed=0, activation="relu2"):
 
 
 def give_gradients(models, seed):
-    """The same random gradients to each model, of a size that differs between the parameters."""
+    """Give each model the same random gradients, whose scale differs between parameters."""
     generator = torch.Generator().manual_seed(seed)
     for i, parameters in enumerate(zip(*(model.parameters() for model in models), strict=True)):
         grad = torch.randn(parameters[0].shape, generator=generator) * 10.0 ** (i % 5 - 3)
@@ -235,19 +234,19 @@ def give_gradients(models, seed):
             p.grad = grad.clone()
 
 
-def beside_torchs(steps, activation):
-    """Two models after so many steps: by our Muon, and by torch's Muon and AdamW."""
+def train_ours_and_torchs(steps, activation):
+    """Return two models after some steps: one trained by our Muon, one by torch's Muon and AdamW."""
     ours, theirs = modern(activation=activation), modern(activation=activation)
     optimizer = make_optimizer(ours, Optimizer(**MUON))
     named = dict(theirs.named_parameters())
-    # torch's is given each matrix by itself, and these hold several
+    # these contain several matrices, which torch's Muon gets one by one
     rows = {"c_attn": [32, 16, 16], "c_fc": [48, 48] if activation == "swiglu" else [48]}
-    pieces = {
+    matrices = {
         name: list(map(torch.nn.Parameter, p.detach().clone().split(rows.get(name.split(".")[-2], 999))))
         for name, p in named.items()
         if ".h." in name and p.dim() == 2
     }
-    hidden = [piece for name in pieces for piece in pieces[name]]
+    hidden = [matrix for name in matrices for matrix in matrices[name]]
     others = [p for name, p in named.items() if ".h." not in name and p.dim() == 2]
     vectors = [p for p in named.values() if p.dim() == 1]
     assert len(hidden) == 3 * (7 if activation == "swiglu" else 6) and len(others) == 2 and len(vectors) == 3 * 4 + 1
@@ -265,40 +264,42 @@ def beside_torchs(steps, activation):
         for group in adamw.param_groups:
             group["lr"] = 1e-2 / (t + 1)
         give_gradients((ours, theirs), t)
-        for name in pieces:
-            for piece, grad in zip(pieces[name], named[name].grad.split([len(p) for p in pieces[name]]), strict=True):
-                piece.grad = grad
+        for name in matrices:
+            for matrix, grad in zip(
+                matrices[name], named[name].grad.split([len(p) for p in matrices[name]]), strict=True
+            ):
+                matrix.grad = grad
         for one in (optimizer, muon, adamw):
             one.step()
-    for name in pieces:
-        named[name].data = torch.cat([piece.data for piece in pieces[name]])
+    for name in matrices:
+        named[name].data = torch.cat([matrix.data for matrix in matrices[name]])
     return ours, theirs
 
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
-def test_muon_is_torchs(monkeypatch, activation):
-    # torch's, but for its rounding to bfloat16, which ours does on GPUs alone
+def test_muon_equals_torch_in_float32(monkeypatch, activation):
+    # torch always rounds to bfloat16, ours only on GPUs
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     start = modern(activation=activation)
-    ours, theirs = beside_torchs(5, activation)
+    ours, theirs = train_ours_and_torchs(5, activation)
     for (name, p), q, begin in zip(ours.named_parameters(), theirs.parameters(), start.parameters(), strict=True):
         moved = (q - begin).abs().max()
         assert moved > 1e-2, name
         assert (p - q).abs().max() <= 1e-4 * moved, name
         if ".h." not in name or p.dim() == 1:
-            assert torch.equal(p, q), name  # the very kernel
+            assert torch.equal(p, q), name  # the same kernel
 
 
-def test_muon_is_torchs_up_to_bfloat16():
+def test_muon_equals_torch_up_to_bfloat16():
     start = modern()
-    ours, theirs = beside_torchs(1, "relu2")
+    ours, theirs = train_ours_and_torchs(1, "relu2")
     for (name, p), q, begin in zip(ours.named_parameters(), theirs.parameters(), start.parameters(), strict=True):
         assert (p - q).norm() <= 0.03 * (q - begin).norm(), name
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 48), (1, 1, 5)])
-def test_orthogonal(shape):
-    """By the singular value decomposition in float64: the vectors stay, the values come near 1."""
+def test_orthogonalize_keeps_singular_vectors_and_sets_values_near_one(shape):
+    """Compared with the singular value decomposition in float64."""
     torch.manual_seed(0)
     matrices = torch.randn(shape, dtype=torch.float64)
     found = orthogonalize(matrices * torch.tensor([1e-3, 1.0, 1e3][: shape[0]]).view(-1, 1, 1)).double()
@@ -307,7 +308,7 @@ def test_orthogonal(shape):
     values = u.mT @ found @ vh.mT
     diagonal = values.diagonal(dim1=-2, dim2=-1)
     assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-4
-    # the polynomial on each singular value by itself
+    # the Newton-Schulz polynomial applied to each singular value
     x = s / matrices.norm(dim=(-2, -1))[:, None]
     for _ in range(5):
         x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
@@ -315,20 +316,20 @@ def test_orthogonal(shape):
     assert (diagonal[s > 0.1 * s.amax(-1, keepdim=True)] > 0.6).all() and (diagonal < 1.25).all()
 
 
-def test_nothing_comes_of_nothing():
-    # a matrix without gradients, such as zero_init gives the first layers of each block at the first step
+def test_zero_gradients_change_nothing():
+    # with zero_init, the first layers of each block have zero gradients at the first step
     assert not orthogonalize(torch.zeros(2, 4, 3)).any()
     model = modern()
     optimizer = make_optimizer(model, Optimizer(**MUON | {"muon_weight_decay": 0.0}))
     before = copy.deepcopy(model.state_dict())
-    model.transformer.h[0].mlp.c_fc.weight.grad = torch.zeros(48, 32)  # and the others have none at all
+    model.transformer.h[0].mlp.c_fc.weight.grad = torch.zeros(48, 32)  # the other gradients are None
     optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert list(optimizer.state) == [model.transformer.h[0].mlp.c_fc.weight]
 
 
-def test_what_muon_is_for():
-    """The matrices inside the blocks; not the embeddings, the head and the gains."""
+def test_muon_gets_the_matrices_of_the_blocks_only():
+    """Embeddings, head and norms are for AdamW."""
     model = modern()
     optimizer = make_optimizer(model, Optimizer(**MUON))
     name_of = {id(p): name for name, p in model.named_parameters()}
@@ -349,14 +350,13 @@ def test_what_muon_is_for():
         for p in group["params"]
         for q in (model.transformer.wte.weight, model.lm_head.weight)
     )
-    # frozen ones belong to neither
+    # frozen parameters are in neither
     model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
     left = [p for group in make_optimizer(model, Optimizer(**MUON)).param_groups for p in group["params"]]
     assert len(left) == len(name_of) - 1
 
 
-def test_its_state_goes_away_and_comes_back():
-    """What state_dict holds goes on as if it had never been away."""
+def test_muon_continues_exactly_from_its_state_dict():
     ours, twin = modern(), modern()
     optimizer = make_optimizer(ours, Optimizer(**MUON))
     for t in range(3):
@@ -376,8 +376,8 @@ def test_its_state_goes_away_and_comes_back():
         assert found == ({"momentum_buffer"} if is_hidden else {"step", "exp_avg", "exp_avg_sq"}), name
 
 
-def test_gradients_that_overflowed_leave_the_step_out():
-    """float16's gradient scaler looks at them by itself, for this optimizer is no kernel that would."""
+def test_muon_skips_steps_with_overflowed_fp16_gradients():
+    """The gradient scaler checks the gradients, because Muon, unlike a fused optimizer, does not."""
     model = modern()
     optimizer = make_optimizer(model, Optimizer(**MUON))
     before = copy.deepcopy(model.state_dict())
@@ -401,7 +401,7 @@ def mesh():
 
 
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
-def test_a_sharded_matrix(refused, mesh, placement):
+def test_muon_with_sharded_parameters_is_refused(refused, mesh, placement):
     model = modern()
     optimizer = make_optimizer(model, Optimizer(**MUON))
     check_unsharded(optimizer)
@@ -409,39 +409,52 @@ def test_a_sharded_matrix(refused, mesh, placement):
     hidden[1] = torch.nn.Parameter(distribute_tensor(hidden[1].detach(), mesh, [placement]))
     with refused(ValueError, "optimizer.algorithm=muon", "FSDP", "algorithm=adamw"):
         check_unsharded(optimizer)
-    # DeepSpeed's are cut from one long vector; AdamW takes pieces of any form
+    # DeepSpeed slices one flat vector, which AdamW supports
     hidden[1] = torch.nn.Parameter(torch.zeros(100))
     with refused(ValueError, "optimizer.algorithm=muon", "DeepSpeed", "algorithm=adamw"):
         check_unsharded(optimizer)
     check_unsharded(make_optimizer(model, Optimizer(**MUON | {"algorithm": "adamw"})))
 
 
-RECIPE = """
-data: {corpus: text.txt, tokenizer: char, val_fraction: 0.1}
-model: {n_layer: 2, n_embd: 32, n_head: 2, block_size: 16, dropout: 0.1, norm: rmsnorm, position: rotary,
-        activation: relu2, qk_norm: true, tie_word_embeddings: false, zero_init: true}
-optimizer: {algorithm: muon, learning_rate: 1e-2, muon_learning_rate: 0.03, muon_weight_decay: 0.1,
-            schedule: warmup_stable_decay, warmup_iters: 2, decay_fraction: 0.5, min_lr: 0, lr_decay_iters: 12}
-train: {batch_size: 4, gradient_accumulation_steps: 2, max_iters: 12, eval_interval: 6, eval_iters: 2, device: cpu}
-"""
+MUON_RECIPE = SMALL | {
+    "mixed_precision": None,
+    "block_size": 16,
+    "dropout": 0.1,
+    "norm": "rmsnorm",
+    "position": "rotary",
+    "activation": "relu2",
+    "qk_norm": True,
+    "tie_word_embeddings": False,
+    "zero_init": True,
+    "algorithm": "muon",
+    "learning_rate": 1e-2,
+    "muon_learning_rate": 0.03,
+    "muon_weight_decay": 0.1,
+    "schedule": "warmup_stable_decay",
+    "warmup_iters": 2,
+    "decay_fraction": 0.5,
+    "min_lr": 0.0,
+    "lr_decay_iters": 12,
+    "gradient_accumulation_steps": 2,
+    "max_iters": 12,
+    "eval_interval": 6,
+    "eval_iters": 2,
+}
 
 
-def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path, monkeypatch, capsys):
+def test_muon_run_resumes_bitwise_equal(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("the sea, the sea; a ship and no sea. " * 60)
-    Path("tiny.yaml").write_text(RECIPE)
+    write_recipe(tmp_path, **MUON_RECIPE, corpus="text.txt")
     whole, parts = Path("runs/whole"), Path("runs/parts")
     assert main(["train", "tiny.yaml", f"out_dir={whole}"]) == 0
     assert main(["train", "tiny.yaml", f"out_dir={parts}", "max_iters=6"]) == 0
     assert main(["train", str(parts), "max_iters=12"]) == 0
-    for name in ("model.safetensors", os.path.join("state", "optimizer.safetensors")):
-        files = [load_file(run / "checkpoint-000012" / name) for run in (whole, parts)]
-        assert files[0].keys() == files[1].keys()
-        assert all(torch.equal(files[0][key], files[1][key]) for key in files[0]), name
-    logs = [
-        {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line}
-        for run in (whole, parts)
-    ]
-    assert logs[0] == logs[1] and len(logs[0]) == 12 and logs[0][11] < 0.8 * logs[0][0]
-    rates = {line["step"]: line["learning_rate"] for line in read_metrics(whole / "metrics.jsonl") if "loss" in line}
+    saved = [tensors(checkpoint(run, 12)) for run in (whole, parts)]
+    assert saved[0].keys() == saved[1].keys()
+    assert {file for file, _ in saved[0]} == {"model.safetensors", os.path.join("state", "optimizer.safetensors")}
+    assert [key for key in saved[0] if not torch.equal(saved[0][key], saved[1][key])] == []
+    found = losses(whole)
+    assert found == losses(parts) and len(found) == 12 and found[11] < 0.8 * found[0]
+    rates = {line["step"]: line["learning_rate"] for line in numbers(whole) if "loss" in line}
     assert rates == pytest.approx({step: 1e-2 * min(1, (step + 1) / 3, (12 - step) / 6) for step in range(12)})

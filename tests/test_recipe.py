@@ -1,4 +1,4 @@
-"""recipe.py: what a recipe may say, which value wins, and that everything wrong is said at once."""
+"""recipe.py: valid keys and values, which value wins, and that all problems are reported at once."""
 
 import dataclasses
 import itertools
@@ -68,7 +68,7 @@ def load(text="", check=None, **overrides):
 
 
 def value(recipe, key):
-    """A key's value, as the run uses it."""
+    """Return the value of a key, as the run uses it."""
     if key in ("min_lr", "lr_decay_iters", "save_interval"):
         return getattr(recipe, key)
     return getattr(getattr(recipe, SECTION_OF[key]) if SECTION_OF[key] else recipe, key)
@@ -84,11 +84,11 @@ def problems(text="", **overrides):
 # ---- the fields
 
 
-def test_every_leaf_name_is_unique_and_described():
+def test_every_key_is_unique_and_described():
     leaves = [key for section in SECTIONS.values() for key in section.model_fields]
     leaves += [key for key in Recipe.model_fields if key not in SECTIONS]
     assert len(leaves) == len(set(leaves)) == len(SECTION_OF) > 40
-    assert not set(leaves) & set(SECTIONS)  # nor is one a section's name
+    assert not set(leaves) & set(SECTIONS)  # and none is the name of a section
     for key in leaves:
         assert len(FIELDS[key].description or "") > 8, key
         assert not FIELDS[key].description.endswith("."), key
@@ -102,10 +102,10 @@ def test_a_recipe_is_frozen():
             setattr(section, key, 1)
 
 
-def test_the_defaults_are_nanogpts():
+def test_defaults_equal_nanogpt():
     recipe = load()
     assert {key: value(recipe, key) for key in NANOGPT_DEFAULTS} == pytest.approx(NANOGPT_DEFAULTS)
-    # each other key of nanoGPT is a key here too, or explained
+    # every other key of nanoGPT is a key here, or explained
     assert set(NANOGPT_OTHERS) - set(SECTION_OF) == set(NANOGPT_KEYS)
     assert not set(NANOGPT_KEYS) & set(SECTION_OF)
 
@@ -113,19 +113,19 @@ def test_the_defaults_are_nanogpts():
 # ---- the shape of the model
 
 
-def test_the_models_defaults_are_gpt_configs():
-    """The two lists of defaults are written down in two files, so that a recipe is read without torch."""
+def test_model_defaults_equal_gpt_config():
+    """The defaults are in two files, so that a recipe can be read without torch."""
     from nanogpt_accel.model import GPTConfig
 
     config, model = GPTConfig(), load().model
     fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
     shared = fields.keys() & SECTIONS["model"].model_fields.keys()
-    assert len(shared) == 21 and shared >= load().shape.keys()  # what goes into a GPTConfig is a field of it
+    assert len(shared) == 21 and shared >= load().shape.keys()  # every key of the shape is a field of GPTConfig
     assert {key: getattr(model, key) for key in shared} == {key: fields[key] for key in shared}
     assert {key: getattr(config, key) for key in load().shape} == load().shape
 
 
-def test_the_shape_is_resolved_as_gpt_config_does_it():
+def test_shape_is_resolved_as_in_gpt_config():
     from nanogpt_accel.model import GPTConfig
 
     given = {"n_layer": "3", "n_head": "6", "n_embd": "96", "position": "rotary", "norm": "rmsnorm"}
@@ -137,12 +137,12 @@ def test_the_shape_is_resolved_as_gpt_config_does_it():
     for resolved in (shape, other):
         config = GPTConfig(vocab_size=100, **resolved)
         assert {key: getattr(config, key) for key in resolved} == resolved
-    # what is not of the shape, and may change from run to run
+    # not in the shape: may differ between runs
     assert not {"init_from", "dropout", "pad_vocab_to_multiple_of", "initializer_range", "zero_init"} & shape.keys()
     assert load(**given, n_kv_head="none", head_dim="none", n_inner="none").shape == load(**given).shape
 
 
-def test_yaml_says_none_of_the_widths():
+def test_widths_may_be_none_in_yaml():
     for nothing in ("none", "null", "~", "", "None"):
         model = load(
             f"model:\n  n_kv_head: {nothing}\n  head_dim: {nothing}\n  n_inner: {nothing}\n  logit_softcap: {nothing}\n"
@@ -176,8 +176,7 @@ def test_yaml_says_none_of_the_widths():
         ),
     ],
 )
-def test_shapes_that_no_gpt_has(given, words, remedies):
-    """One message, and what it says helps."""
+def test_invalid_shape_gets_one_message_with_a_fix_that_works(given, words, remedies):
     from nanogpt_accel.model import GPTConfig
 
     (line,) = problems(**{key: str(number) for key, number in given.items()})
@@ -189,7 +188,7 @@ def test_shapes_that_no_gpt_has(given, words, remedies):
 
 
 @pytest.mark.parametrize("n_embd", [12, 14, 30])
-def test_what_a_recipe_takes_a_gpt_has(n_embd):
+def test_recipe_and_gpt_config_accept_the_same_shapes(n_embd):
     from nanogpt_accel.model import GPTConfig
 
     unlike = []
@@ -217,7 +216,7 @@ def test_every_recipe_loads(name):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     assert recipe.out_dir == str(Path("runs") / name)
     text = (RECIPES / f"{name}.yaml").read_text()
-    # what the file says is what holds, by YAML's own reading of it
+    # the values are those of the file, as YAML reads them
     for section, keys in yaml.safe_load(text).items():
         for key, said in (keys if section in SECTIONS else {section: keys}).items():
             held = value(recipe, key)
@@ -225,13 +224,13 @@ def test_every_recipe_loads(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_survives_to_yaml(name):
+def test_recipe_is_unchanged_by_to_yaml(name):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     Path("run.yaml").write_text(recipe.to_yaml())
     assert load_recipe("run.yaml") == recipe
 
 
-def test_odd_values_survive_to_yaml():
+def test_unusual_values_are_unchanged_by_to_yaml():
     recipe = load(
         sample_prompt="true",
         project="1e3",
@@ -312,7 +311,7 @@ TRAIN_GPT2 = {  # config/train_gpt2.py
         ("gpt2", TRAIN_GPT2, "openwebtext", "gpt2"),
     ],
 )
-def test_the_values_are_nanogpts(name, changes, corpus, tokenizer):
+def test_recipes_have_the_values_of_nanogpts_configs(name, changes, corpus, tokenizer):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     wanted = NANOGPT_DEFAULTS | changes
     wanted.pop("compile", None)
@@ -320,12 +319,12 @@ def test_the_values_are_nanogpts(name, changes, corpus, tokenizer):
     assert recipe.train.compile in (False, "auto")  # auto does not compile on a CPU
     assert (recipe.data.corpus, recipe.data.tokenizer, recipe.data.sampling) == (corpus, tokenizer, "random")
     assert recipe.model.activation == "gelu" and recipe.optimizer.algorithm == "adamw"
-    # 65 symbols have 65 rows there, and GPT-2's 50,257 have 50,304
+    # nanoGPT pads only GPT-2's vocabulary, from 50,257 to 50,304
     assert recipe.model.pad_vocab_to_multiple_of == (64 if tokenizer == "gpt2" else 1)
     assert recipe.optimizer.schedule == "cosine"
 
 
-def test_nanogpts_command_line_works_as_it_is():
+def test_command_line_of_nanogpts_readme_works_unchanged():
     words = [
         "--device=cpu",
         "--compile=False",
@@ -349,7 +348,7 @@ def test_nanogpts_command_line_works_as_it_is():
 # ---- which value wins
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults():
+def test_command_line_overrides_the_file_and_the_file_the_defaults():
     text = "model:\n  n_layer: 3\n  n_embd: 96\nseed: 5\n"
     assert (load(text).model.n_layer, load(text).model.n_head, load(text).seed) == (3, 12, 5)
     recipe = load(text, n_layer="4", seed="6")
@@ -369,18 +368,18 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults():
         ["model.n_layer=3", "n_layer=6"],
     ],
 )
-def test_one_key_in_all_spellings(words):
+def test_key_can_be_spelled_in_all_ways(words):
     Path("mine.yaml").touch()
     target, options = cli.parse(["mine.yaml", *words], FIELDS)
     assert target == "mine.yaml" and load_recipe(target, options).model.n_layer == 6
 
 
-def test_what_is_not_given_follows_from_what_is():
+def test_derived_defaults():
     assert load().out_dir == str(Path("runs/mine")) and load(out_dir="x").out_dir == "x"
     recipe = load(learning_rate="1e-3", max_iters="9000")
     assert recipe.min_lr == pytest.approx(1e-4) and recipe.lr_decay_iters == 9000
     assert load(eval_interval="7").save_interval == 7 and load(eval_interval="7", save_interval="3").save_interval == 3
-    assert load(min_lr="0").min_lr == 0  # zero is a value, none is not
+    assert load(min_lr="0").min_lr == 0  # zero is a value
     assert load(max_iters="0", warmup_iters="0").lr_decay_iters >= 1
 
 
@@ -476,7 +475,7 @@ def test_yaml_is_read_by_the_declared_type(line, key, expected):
     assert held == expected and type(held) is type(expected)
 
 
-def test_yaml_lists_numbers_and_nothing():
+def test_yaml_lists_numbers_and_empty_values():
     assert load("tracking:\n  trackers: [wandb, tensorboard]").tracking.trackers == ["wandb", "tensorboard"]
     assert load("tracking:\n  trackers: wandb, tensorboard").tracking.trackers == ["wandb", "tensorboard"]
     assert load("tracking:\n  trackers:\n").tracking.trackers == []
@@ -520,7 +519,7 @@ def test_yaml_lists_numbers_and_nothing():
         ("vocab_size", "256", "data.vocab_size=256: must be greater than or equal to 257"),
     ],
 )
-def test_a_value_that_is_refused(key, text, words):
+def test_invalid_value_is_refused_with_the_constraint(key, text, words):
     (line,) = problems(**{key: text})
     assert line.startswith(words)
 
@@ -540,7 +539,7 @@ def test_a_value_that_is_refused(key, text, words):
         ("seed.seed", "unknown key seed.seed"),
     ],
 )
-def test_unknown_keys_on_the_command_line(key, words):
+def test_unknown_keys_on_the_command_line_are_refused(key, words):
     (line,) = problems(**{key: "6"})
     assert words in line
     assert ("did you mean" in line) == (key not in ("zzz", "model"))
@@ -560,17 +559,17 @@ def test_unknown_keys_on_the_command_line(key, words):
         ("train:\n  dtype: bfloat16", "mine.yaml: unknown key train.dtype: nanoGPT's dtype is here mixed_precision"),
     ],
 )
-def test_keys_of_a_file_that_do_not_belong_there(text, words):
+def test_unknown_and_misplaced_keys_of_a_file_are_refused(text, words):
     (line,) = problems(text)
     assert words in line
 
 
 @pytest.mark.parametrize("key", sorted(NANOGPT_KEYS))
-def test_nanogpts_other_keys_are_explained(key):
+def test_keys_of_nanogpt_that_we_lack_are_explained(key):
     for lines in (problems(**{key: "x"}), problems(f"{key}: x")):
         (line,) = lines
         assert f"unknown key {key}: nanoGPT's {key} is here" in line
-    # what the remedy names is a key
+    # the keys that the message names exist
     named = re.findall(r"\b([a-z_]+)=", NANOGPT_KEYS[key])
     assert all(name in SECTION_OF for name in named) and (named or key in ("backend", "always_save_checkpoint"))
 
@@ -578,7 +577,7 @@ def test_nanogpts_other_keys_are_explained(key):
 # ---- everything at once
 
 
-def test_all_problems_come_at_once():
+def test_all_problems_are_reported_at_once():
     text = """
 foo: 1
 seed: x
@@ -604,13 +603,13 @@ train: {eval_iters: -1, batch_size: 0}
         "corpus=x: not there",
     ):
         assert sum(words in line for line in lines) == 1, words
-    assert len(lines) == 11  # nothing about n_head or min_lr, whose partners are wrong by themselves
+    assert len(lines) == 11  # no message about n_head or min_lr, because the values they are compared with are invalid
 
 
-def test_checks_that_span_sections():
+def test_checks_across_sections():
     assert problems(n_embd="100")[0].startswith("model.n_embd=100 is not divisible by model.n_head=12")
     assert "take n_embd=108" in problems(n_embd="100")[0]
-    assert load(n_embd="108").model.n_embd == 108  # the remedy is one
+    assert load(n_embd="108").model.n_embd == 108  # the suggested value is valid
     (line,) = problems(min_lr="0.1", learning_rate="0.01")
     assert "optimizer.min_lr=0.1 is above optimizer.learning_rate=0.01" in line
     (line,) = problems(warmup_iters="500", max_iters="100")
@@ -625,13 +624,13 @@ def test_checks_that_span_sections():
     assert len(problems(n_embd="100", min_lr="1", warmup_iters="1e9")) == 3
 
 
-def test_a_commands_own_check_sees_the_recipe():
+def test_check_of_a_command_gets_the_recipe():
     seen = []
     load(n_layer="5", check=lambda recipe: seen.append(recipe.model.n_layer) or [])
     assert seen == [5]
 
 
-# ---- files that are none
+# ---- files that are not recipes
 
 
 @pytest.mark.parametrize(
@@ -647,19 +646,19 @@ def test_a_commands_own_check_sees_the_recipe():
         ("just text", ["this is a str"]),
     ],
 )
-def test_what_is_no_recipe(refused, text, words):
+def test_files_that_are_not_recipes_are_refused(refused, text, words):
     with refused(ValueError, "mine.yaml", *words):
         load(text)
     assert not Path("hacked").exists()
 
 
-def test_binary_files_are_no_recipes(refused):
+def test_binary_file_is_refused(refused):
     Path("mine.yaml").write_bytes(b"seed: \xff")
     with refused(ValueError, "mine.yaml: not a UTF-8 text file (byte 6)"):
         load_recipe("mine.yaml")
 
 
-def test_a_recipe_that_is_not_there(refused):
+def test_missing_recipe_is_refused_with_the_nearest_name(refused):
     Path("recipes").mkdir()
     for name in ("quickstart", "gpt2"):
         Path(f"recipes/{name}.yaml").touch()
@@ -668,7 +667,7 @@ def test_a_recipe_that_is_not_there(refused):
     with refused(FileNotFoundError, "recipes/zzzzz.yaml: no such recipe", "there are: gpt2", "quickstart"):
         load_recipe("recipes/zzzzz.yaml")
     with refused(FileNotFoundError, "recipes/gpt2: no such recipe", "did you mean gpt2.yaml?"):
-        load_recipe("recipes/gpt2")  # without the ending
+        load_recipe("recipes/gpt2")  # without the suffix
     with refused(FileNotFoundError, "nowhere/x.yaml: no such recipe"):
         load_recipe("nowhere/x.yaml")
     with refused(FileNotFoundError, "recipes: no such recipe"):
@@ -678,7 +677,7 @@ def test_a_recipe_that_is_not_there(refused):
 # ---- for trackers
 
 
-def test_flat_is_plain_values():
+def test_flat_returns_plain_values():
     flat = load(trackers="wandb", n_layer="3").flat()
     assert set(flat) == {key for key, section in SECTION_OF.items() if section != "expect"}
     assert flat["n_layer"] == 3 and flat["learning_rate"] == 6e-4
@@ -688,14 +687,14 @@ def test_flat_is_plain_values():
 # ---- for editors
 
 
-def test_the_schema_is_that_of_the_fields():
+def test_schema_file_is_up_to_date():
     assert (RECIPES / "recipe.schema.json").read_text(encoding="utf-8") == schema(), (
         "python -m nanogpt_accel.recipe > recipes/recipe.schema.json"
     )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_names_its_schema_and_follows_it(name):
+def test_recipe_names_its_schema_and_follows_it(name):
     text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.splitlines()[0] == "# yaml-language-server: $schema=recipe.schema.json"
     found = json.loads(schema())

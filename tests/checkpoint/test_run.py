@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from launching import write_recipe
+from runs import SMALL, write_recipe
 from shared import REPOSITORY
 
 from nanogpt_accel import train as module
@@ -20,13 +20,13 @@ from nanogpt_accel.recipe import load_recipe
 from nanogpt_accel.tracking.metrics_log import read_metrics
 from nanogpt_accel.train import train
 
-SMALL = {"steps": 8, "save": 4}
+SETTINGS = SMALL | {"max_iters": 8, "eval_interval": 4}
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return str(write_recipe(tmp_path, **SMALL))
+    return str(write_recipe(tmp_path, **SETTINGS))
 
 
 def steps_of(run):

@@ -1,4 +1,4 @@
-"""cpu.py: linear layers by oneDNN and attention in bfloat16 against torch's own, and which models are left alone."""
+"""cpu.py: linear layers by oneDNN and attention in bfloat16 compared with torch's, and models that stay unchanged."""
 
 import copy
 import resource
@@ -28,8 +28,8 @@ def twins(n_in, n_out, bias):
 @needs_mkldnn
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(48,), (1, 48), (64, 48), (4, 16, 48), (1, 1, 48), (2, 3, 4, 48)])
-@pytest.mark.parametrize("n_out", [32, 192])  # one branch of the weight's gradient each
-def test_it_is_nn_linear(shape, n_out, bias):
+@pytest.mark.parametrize("n_out", [32, 192])  # one value for each branch of the weight gradient
+def test_onednn_linear_equals_nn_linear(shape, n_out, bias):
     plain, ours = twins(48, n_out, bias)
     x = torch.randn(shape)
     grad = torch.randn(*shape[:-1], n_out)
@@ -51,17 +51,17 @@ def test_it_is_nn_linear(shape, n_out, bias):
             continue
         scale = found[2].abs().max()
         assert (found[1] - found[0]).abs().max() <= 1e-5 * scale
-        assert (found[1] - found[2]).abs().max() <= 1e-5 * scale  # and as near to the truth
+        assert (found[1] - found[2]).abs().max() <= 1e-5 * scale  # and as accurate
 
 
 @needs_mkldnn
-def test_inputs_in_any_layout():
+def test_onednn_linear_takes_any_memory_layout():
     plain, ours = twins(48, 32, True)
     wide = torch.randn(6, 5, 3 * 48)
     for x in (torch.randn(48, 7).t(), wide[..., 48:96], wide[::2, :, :48], torch.randn(1, 48).expand(9, 48)):
         assert not x.is_contiguous()
         torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
-    # and gradients that come back transposed or expanded
+    # and transposed or expanded gradients
     x = torch.randn(7, 48)
     for reduce in (lambda y: (y.t() * torch.arange(7.0)).sum(), lambda y: y.sum()):
         grads = [torch.autograd.grad(reduce(m(x)), m.parameters()) for m in (plain, ours)]
@@ -70,7 +70,7 @@ def test_inputs_in_any_layout():
 
 
 @needs_mkldnn
-def test_only_the_gradients_that_are_needed():
+def test_onednn_linear_computes_only_required_gradients():
     _, ours = twins(48, 32, True)
     x = torch.randn(5, 48, requires_grad=True)
     ours.requires_grad_(False)
@@ -83,7 +83,7 @@ def test_only_the_gradients_that_are_needed():
 
 
 @needs_mkldnn
-def test_repeatable_to_the_bit():
+def test_onednn_linear_is_bitwise_repeatable():
     _, ours = twins(48, 32, True)
     x, grad = torch.randn(40, 8, 48), torch.randn(40, 8, 32)
 
@@ -94,12 +94,12 @@ def test_repeatable_to_the_bit():
 
     first = once()
     for _ in range(5):
-        torch.empty(1_000_003).fill_(1.0)  # other memory, other alignment
+        torch.empty(1_000_003).fill_(1.0)  # so that memory and alignment differ
         assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
 
 
 @needs_mkldnn
-def test_a_model_computes_the_same(tmp_path, monkeypatch):
+def test_tuned_model_computes_the_same_and_is_saved_untuned(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32, bias=True))
     ids = torch.randint(64, (4, 16))
@@ -126,7 +126,7 @@ def test_a_model_computes_the_same(tmp_path, monkeypatch):
     ("device", "precision", "compile"),
     [("cuda", "no", False), ("cuda", "bf16", False), ("mps", "no", False), ("cpu", "fp16", False), ("cpu", "no", True)],
 )
-def test_the_layers_of_others_are_left_alone(monkeypatch, device, precision, compile):
+def test_tune_changes_no_layers_on_other_devices_or_if_compiled(monkeypatch, device, precision, compile):
     monkeypatch.setattr(cpu, "keep_memory", lambda: device == "cpu" or pytest.fail("looked at this CPU"))
     monkeypatch.setattr(cpu, "has_slow_mkl", lambda: pytest.fail("looked at this CPU"))
     model = nn.Sequential(nn.Linear(4, 4))
@@ -137,7 +137,7 @@ def test_the_layers_of_others_are_left_alone(monkeypatch, device, precision, com
 
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("slow", [True, False])
-def test_tune_says_what_it_did(monkeypatch, memory, slow):
+def test_tune_reports_its_changes(monkeypatch, memory, slow):
     class Special(nn.Linear):
         pass
 
@@ -146,7 +146,7 @@ def test_tune_says_what_it_did(monkeypatch, memory, slow):
     model = nn.Sequential(nn.Linear(4, 4), Special(4, 4), nn.LayerNorm(4))
     said = cpu.tune(model, SimpleNamespace(device=torch.device("cpu"), mixed_precision="no"), "auto")
     assert ("memory" in said, "oneDNN" in said) == (memory, slow)
-    # another class's forward is not taken from it
+    # a subclass keeps its forward
     assert [type(m) for m in model] == [OneDNNLinear if slow else nn.Linear, Special, nn.LayerNorm]
 
 
@@ -159,7 +159,7 @@ def test_tune_says_what_it_did(monkeypatch, memory, slow):
         ("AVX512", False, "AuthenticAMD", False),
     ],
 )
-def test_has_slow_mkl(monkeypatch, tmp_path, capability, mkldnn, vendor, expected):
+def test_has_slow_mkl_only_on_amd_with_avx512_and_onednn(monkeypatch, tmp_path, capability, mkldnn, vendor, expected):
     (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id : {vendor}\n")
     monkeypatch.setattr(cpu, "Path", lambda name: tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
@@ -167,7 +167,7 @@ def test_has_slow_mkl(monkeypatch, tmp_path, capability, mkldnn, vendor, expecte
     assert cpu.has_slow_mkl() is expected
 
 
-def test_memory_is_kept():
+def test_keep_memory_avoids_page_faults():
     if not cpu.keep_memory():
         pytest.skip("this C library has no mallopt")
 
@@ -176,20 +176,20 @@ def test_memory_is_kept():
         torch.empty(size // 4).fill_(1.0)  # freed at once
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    # 40 MiB, which glibc by itself maps anew each time: 10,240 pages of 4 kB. It takes a few rounds until all free
-    # places that are large enough have been used once
+    # 40 MiB, which glibc maps again each time by default: 10,240 pages of 4 kB. It takes a few rounds until all free
+    # blocks that are large enough have been used once
     size = 40 * 2**20
     assert min(sum(faults(size) for _ in range(5)) for _ in range(8)) < 500
 
 
-def test_without_mallopt_nothing_happens(monkeypatch):
+def test_keep_memory_without_mallopt_does_nothing(monkeypatch):
     monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: SimpleNamespace())
     assert cpu.keep_memory() is False
 
 
 @needs_mkldnn
-def test_loss_and_linear_of_one_row():
-    # a single token, as generate with a cache feeds it
+def test_onednn_linear_of_a_single_token():
+    # as in generate with a cache
     plain, ours = twins(48, 32, False)
     x = torch.randn(1, 1, 48)
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_loss_and_linear_of_one_row():
 
 
 def heads(n_head, n_kv_head, T=48, hs=16):
-    """Queries, keys, values and a gradient, in bfloat16 and laid out as the model's are."""
+    """Return queries, keys, values and a gradient in bfloat16, with the memory layout of the model."""
     torch.manual_seed(0)
     make = lambda n: torch.randn(3, T, n, hs, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()  # noqa: E731
     return make(n_head), make(n_kv_head), make(n_kv_head), torch.randn(3, T, n_head, hs, dtype=torch.bfloat16)
@@ -212,13 +212,13 @@ def error(found, exact):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-def test_attention_is_no_farther_from_the_truth_than_torchs(n_kv_head, masked):
+def test_attention_in_bf16_is_as_accurate_as_torchs(n_kv_head, masked):
     q, k, v, grad = heads(4, n_kv_head)
     module = SimpleNamespace(num_key_value_groups=4 // n_kv_head, is_causal=True, training=True)
     mask = torch.ones(48, 48, dtype=torch.bool).tril()
     if masked:  # two documents
         mask[30:, :30] = False
-    # the truth: attention written out, in float64
+    # exact: attention in float64, written out
     q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
     wide = [x.repeat_interleave(4 // n_kv_head, dim=1) for x in (k64, v64)]
     scores = (q64 @ wide[0].mT * 0.3).masked_fill(~mask, -torch.inf)
@@ -236,7 +236,7 @@ def test_attention_is_no_farther_from_the_truth_than_torchs(n_kv_head, masked):
         assert ours <= 0.005 and ours <= 1.1 * theirs
 
 
-def test_attention_for_which_there_is_nothing_to_do_is_torchs():
+def test_attention_without_gradients_or_in_float32_is_torchs():
     q, k, v, _ = heads(4, 2)
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
     theirs = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -247,7 +247,7 @@ def test_attention_for_which_there_is_nothing_to_do_is_torchs():
     assert torch.equal(ours, plain) and type(ours.grad_fn) is type(plain.grad_fn)
 
 
-def test_attention_with_dropout_drops_as_torch_does():
+def test_attention_uses_the_dropout_mask_of_torch():
     q, k, v, grad = heads(4, 4)
     module = SimpleNamespace(num_key_value_groups=1, is_causal=True, training=True)
     wanted = [x.detach().float().requires_grad_() for x in (q, k, v)]
@@ -262,11 +262,11 @@ def test_attention_with_dropout_drops_as_torch_does():
 
 
 @pytest.mark.parametrize("switches", [{}, {"position": "rotary", "qk_norm": True, "norm": "rmsnorm", "n_kv_head": 1}])
-def test_a_model_in_bf16_has_the_gradients_of_float32(switches):
+def test_tuned_model_in_bf16_has_the_gradients_of_float32(switches):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=64, block_size=32, n_layer=2, n_head=2, n_embd=32, **switches))
     ids = torch.randint(64, (8, 32))
-    # documents that begin anew within a row: positions do, and so the mask
+    # two documents in a row: positions restart, and the mask with them
     position_ids = torch.arange(32).remainder(20).expand(8, 32)
     for documents in ({}, {"position_ids": position_ids}):
         grads = {}
@@ -283,7 +283,7 @@ def test_a_model_in_bf16_has_the_gradients_of_float32(switches):
         assert errors["ours"] <= 0.02 and errors["ours"] <= 1.1 * errors["torch"]
 
 
-def test_what_is_saved_asks_for_no_attention_of_ours(tmp_path):
+def test_saved_config_does_not_name_our_attention(tmp_path):
     model = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=32))
     cpu.tune(model, SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16"))
     model.save_pretrained(tmp_path)

@@ -1,74 +1,76 @@
-"""A run that is told to stop, or loses a process, ends on all its processes with a whole checkpoint, and goes on as if
-nothing had been."""
+"""A run that gets a signal, reaches max_hours or loses a process ends on all ranks with a valid checkpoint, and resumes
+exactly."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from launching import ROOT, Ranks, finish, losses, numbers, trainer, write_recipe
+import torch
+from launching import Ranks, run_python, torchrun_variables, train_on_ranks
+from runs import SMALL, checkpoint, losses, numbers, trainer, weights, write_recipe
 
-from nanogpt_accel.checkpoint.layout import checkpoint_path, list_checkpoints
+from nanogpt_accel.checkpoint.layout import list_checkpoints
 from nanogpt_accel.checkpoint.verify import find_corruption
+from nanogpt_accel.distributed.stop import lost_process
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and fork are POSIX's")
-LONG = 80  # steps: enough for a signal to meet the run on its way
-OPTIONS = [f"max_iters={LONG}", "eval_interval=40", "keep_last=20"]
+STEPS = 80  # enough for a signal to arrive before the end
+SETTINGS = SMALL | {"bias": True, "learning_rate": 3e-3}
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    return write_recipe(tmp_path_factory.mktemp("signals"))
+    folder = tmp_path_factory.mktemp("signals")
+    return write_recipe(folder, **SETTINGS, max_iters=STEPS, eval_interval=40, keep_last=20)
 
 
 @pytest.fixture(scope="module")
-def calm(recipe):
-    """calm(processes): a run that nobody disturbed."""
+def undisturbed(recipe):
+    """undisturbed(processes) -> the folder of a run to the end."""
     runs = {}
 
     def get(processes):
         if processes not in runs:
-            runs[processes] = recipe.parent / f"calm_{processes}"
-            begin(recipe, runs[processes], processes).end()
+            runs[processes] = recipe.parent / f"undisturbed_{processes}"
+            start(recipe, runs[processes], processes).end()
         return runs[processes]
 
     return get
 
 
-def begin(recipe, run, processes, *options, **more):
+def start(recipe, run, processes, *options, **more):
     return Ranks(
         run,
-        [str(recipe), f"out_dir={run}", *OPTIONS, *options],
+        [recipe, f"out_dir={run}", *options],
         "multi_gpu.yaml" if processes > 1 else None,
         processes,
         **more,
     )
 
 
-def stopped_well(job, run):
-    """All ranks ended alike, after the same step, and saved it; returns the step."""
+def check_stopped(job, run):
+    """Check that all ranks ended with status 75 after the same step and saved it; return the step."""
     assert set(job.end()) == {75}, job.says()
     said = job.says()
     (line,) = [line for line in said.splitlines() if line.startswith("stopped ")]
     step = int(line.split("after ")[1].split(" of ")[0])
     assert f"go on from checkpoint-{step:06d} with: nanogpt-accel train {run}" in line
     assert "Traceback" not in said and "error" not in said
-    path = checkpoint_path(run, step)
+    path = checkpoint(run, step)
     assert find_corruption(path) is None and trainer(run, step)["step"] == step
     assert max(losses(run)) == step - 1
     return step
 
 
-def goes_on_as_if_nothing_had_been(recipe, run, calm, processes):
-    finish(run, [str(run)], "multi_gpu.yaml" if processes > 1 else None, processes)
-    assert numbers(run) == numbers(calm)
-    name = f"checkpoint-{LONG:06d}/model.safetensors"
-    assert (run / name).read_bytes() == (calm / name).read_bytes()
+def check_resume(run, reference, processes):
+    """Resume a run, and check that it equals the undisturbed one."""
+    train_on_ranks(run, [run], "multi_gpu.yaml" if processes > 1 else None, processes)
+    assert numbers(run) == numbers(reference)
+    assert weights(run, STEPS) == weights(reference, STEPS)
 
 
-# ---- told to stop
+# ---- signals and max_hours
 
 
 @pytest.mark.parametrize(
@@ -80,53 +82,52 @@ def goes_on_as_if_nothing_had_been(recipe, run, calm, processes):
         pytest.param(signal.SIGINT, [0, 1], marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_are_told(recipe, calm, tmp_path, number, ranks):
+def test_signal_to_any_rank_stops_both_after_the_same_step(recipe, undisturbed, tmp_path, number, ranks):
     run = tmp_path / "run"
-    job = begin(recipe, run, 2)
+    job = start(recipe, run, 2)
     job.wait_for_step(20)
     job.signal(number, *ranks)
-    assert 20 < stopped_well(job, run) < LONG
+    assert 20 < check_stopped(job, run) < STEPS
     assert ("stopped by " + number.name in job.says()) == (0 in ranks)
-    goes_on_as_if_nothing_had_been(recipe, run, calm(2), 2)
+    check_resume(run, undisturbed(2), 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", [39, 40])
-def test_told_around_an_evaluation(recipe, calm, tmp_path, when):
-    """The step at which the run stops may be one that evaluates and saves by itself."""
+def test_stop_signal_around_an_evaluation_resumes_exactly(recipe, undisturbed, tmp_path, when):
+    """The run may stop at a step that evaluates and saves anyway."""
     run = tmp_path / "run"
     for stop in (when, when + 15, when + 30):
-        options = [f"max_iters={LONG}"]
-        job = Ranks(run, [str(run), *options]) if run.exists() else begin(recipe, run, 1)
+        options = [f"max_iters={STEPS}"]
+        job = Ranks(run, [run, *options]) if run.exists() else start(recipe, run, 1)
         job.wait_for_step(stop)
         job.signal(signal.SIGUSR1)
-        stopped_well(job, run)
-    goes_on_as_if_nothing_had_been(recipe, run, calm(1), 1)
+        check_stopped(job, run)
+    check_resume(run, undisturbed(1), 1)
 
 
 @pytest.mark.slow
-def test_a_run_that_saves_in_the_background(recipe, calm, tmp_path):
+def test_stop_signal_with_async_save_resumes_exactly(recipe, undisturbed, tmp_path):
     run = tmp_path / "run"
-    job = begin(recipe, run, 2, "async_save=true")
+    job = start(recipe, run, 2, "async_save=true")
     job.wait_for_step(30)
     job.signal(signal.SIGTERM, 1)
-    stopped_well(job, run)
-    goes_on_as_if_nothing_had_been(recipe, run, calm(2), 2)
+    check_stopped(job, run)
+    check_resume(run, undisturbed(2), 2)
 
 
 @pytest.mark.slow
-def test_out_of_time(recipe, calm, tmp_path):
-    """max_hours; and `resume=auto` with the same command goes on, or begins."""
-    for hours in ("1e-4", "2e-4", "4e-4", "8e-4"):  # 0.36 s may be over before the first step is made
+def test_max_hours_stops_the_run_and_resume_auto_continues_it(recipe, undisturbed, tmp_path):
+    for hours in ("1e-4", "2e-4", "4e-4", "8e-4"):  # 0.36 s may be over before the first step
         run = tmp_path / hours
-        job = begin(recipe, run, 1, f"max_hours={hours}", "resume=auto")
+        job = start(recipe, run, 1, f"max_hours={hours}", "resume=auto")
         job.end()
         if list_checkpoints(run):
             break
-    assert 0 < stopped_well(job, run) < LONG
-    begun_again = begin(recipe, run, 1, "resume=auto")
-    assert begun_again.end() == [0] and "resuming" in begun_again.says()
-    assert numbers(run) == numbers(calm(1))
+    assert 0 < check_stopped(job, run) < STEPS
+    resumed = start(recipe, run, 1, "resume=auto")
+    assert resumed.end() == [0] and "resuming" in resumed.says()
+    assert numbers(run) == numbers(undisturbed(1))
 
 
 CTRL_C = """
@@ -151,33 +152,27 @@ with StopSignals() as signals:
         (False, [0], 1, ""),
     ],
 )
-def test_ctrl_c(armed, pauses, status, out):
-    """The first one is noted, the second one leaves at once; outside of the loop the first one does."""
-    done = subprocess.run(
-        [sys.executable, "-c", CTRL_C.format(armed=armed, pauses=pauses)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+def test_first_ctrl_c_is_noted_and_a_later_one_ends_the_process(armed, pauses, status, out):
+    """Outside of the training loop (armed=False), the first one ends the process, as usual in Python."""
+    done = run_python("-c", CTRL_C.format(armed=armed, pauses=pauses), status=None)
     assert done.returncode in (status, -signal.SIGINT) if status == 1 else done.returncode == status, done.stderr
     assert done.stdout == out and ("KeyboardInterrupt" in done.stderr) == (not armed)
 
 
-# ---- a process that is gone, or silent
+# ---- a process that is killed or hangs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "victim"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
-def test_a_lost_process(recipe, calm, tmp_path, number, victim):
+def test_losing_a_process_ends_the_other_and_the_run_resumes_exactly(recipe, undisturbed, tmp_path, number, victim):
     run, time_out = tmp_path / "run", 8
-    job = begin(recipe, run, 2, f"collective_timeout={time_out}")
+    job = start(recipe, run, 2, f"collective_timeout={time_out}")
     job.wait_for_step(50)  # there is a checkpoint
     job.signal(number, victim)
-    began = time.monotonic()
+    start_time = time.monotonic()
     job.processes[1 - victim].join(time_out + 30)
-    status, seconds = job.exit_codes()[1 - victim], time.monotonic() - began
-    job.kill()  # the one that was stopped
+    status, seconds = job.exit_codes()[1 - victim], time.monotonic() - start_time
+    job.kill()  # the one that hangs, after SIGSTOP
     print(f"{number.name} to rank {victim}: status {status} after {seconds:.1f} s")
     said = job.says()
     assert status == 2, said
@@ -185,18 +180,36 @@ def test_a_lost_process(recipe, calm, tmp_path, number, victim):
     assert "another process of this run is gone" in line and "go on from checkpoint-000040 with: " in line
     assert "Traceback" not in said
     assert [find_corruption(path) for path in list_checkpoints(run)] == [None]
-    finish(run, [str(run), "collective_timeout=600"], "multi_gpu.yaml", 2)
-    assert numbers(run) == numbers(calm(2))
+    train_on_ranks(run, [run, "collective_timeout=600"], "multi_gpu.yaml", 2)
+    assert numbers(run) == numbers(undisturbed(2))
 
 
-# ---- processes that are about to do different things
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (torch.distributed.DistBackendError("NCCL watchdog\nmore"), True),
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3"), True),
+        (RuntimeError("Timed out waiting 8000ms for recv operation to complete"), True),
+        (RuntimeError("CUDA out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+    ],
+)
+def test_errors_of_a_lost_process_are_recognized(monkeypatch, error, is_lost):
+    assert lost_process(error) is None  # with a single process
+    for name, value in torchrun_variables(0, 2).items():
+        monkeypatch.setenv(name, value)
+    reason = lost_process(error)
+    assert (reason is not None) == is_lost and "\n" not in (reason or "")
+
+
+# ---- ranks with different settings
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["learning_rate=1e-3", "seed=2"])
-def test_different_recipes(recipe, tmp_path, option):
+def test_ranks_with_different_recipes_refuse_to_start(recipe, tmp_path, option):
     run = tmp_path / "run"
-    words = [str(recipe), f"out_dir={run}"]
+    words = [recipe, f"out_dir={run}"]
     job = Ranks(run, [words, [*words, option]], "multi_gpu.yaml", 2)
     assert job.end() == [2, 2]
     lines = [line for line in job.says().splitlines() if "error: " in line]
@@ -204,31 +217,29 @@ def test_different_recipes(recipe, tmp_path, option):
     assert "Traceback" not in job.says() and not run.exists()
 
 
-def test_stopped_where_an_evaluation_was_due(tmp_path, monkeypatch):
-    """The evaluation is left for the next time, which also finds that its checkpoint is the best one."""
+def test_stop_before_a_due_evaluation_leaves_it_to_the_resumed_run(tmp_path, monkeypatch):
+    """The resumed run evaluates first, and then knows whether the checkpoint is the best one."""
     from nanogpt_accel.__main__ import main
     from nanogpt_accel.distributed.stop import Stopper
 
     monkeypatch.chdir(tmp_path)
-    options = ["max_iters=6", "eval_interval=2", "device=cpu"]
-    recipe = write_recipe(tmp_path)
-    assert main(["train", str(recipe), "out_dir=calm", *options]) == 0
+    recipe = write_recipe(tmp_path, **SETTINGS, max_iters=6, eval_interval=2)
+    assert main(["train", str(recipe), "out_dir=undisturbed"]) == 0
     calls = iter(range(100))
     with monkeypatch.context() as patch:
         patch.setattr(Stopper, "all_ranks_agreed", lambda self: next(calls) == 4)
-        assert main(["train", str(recipe), "out_dir=told", *options]) == 75
-    path = tmp_path / "told" / "checkpoint-000004"
+        assert main(["train", str(recipe), "out_dir=stopped"]) == 75
+    path = checkpoint(tmp_path / "stopped", 4)
     before = (path / "state" / "trainer.json").stat().st_mtime_ns
-    assert trainer(tmp_path / "told", 4)["evaluated"] is False and find_corruption(path) is None
-    assert main(["train", "told"]) == 0
-    assert numbers(tmp_path / "told") == numbers(tmp_path / "calm")
+    assert trainer(tmp_path / "stopped", 4)["evaluated"] is False and find_corruption(path) is None
+    assert main(["train", "stopped"]) == 0
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "undisturbed")
     assert not path.exists() or (path / "state" / "trainer.json").stat().st_mtime_ns == before
-    assert [trainer(tmp_path / run, 6)["best_step"] for run in ("told", "calm")] == [6, 6]
-    weights = [(tmp_path / run / "checkpoint-000006" / "model.safetensors").read_bytes() for run in ("told", "calm")]
-    assert weights[0] == weights[1]
+    assert [trainer(tmp_path / run, 6)["best_step"] for run in ("stopped", "undisturbed")] == [6, 6]
+    assert weights(tmp_path / "stopped", 6) == weights(tmp_path / "undisturbed", 6)
 
 
-def test_skipping_does_not_go_with_deepspeed(tmp_path, monkeypatch, capsys):
+def test_on_nonfinite_skip_with_deepspeed_is_refused(tmp_path, monkeypatch, capsys):
     from nanogpt_accel.__main__ import main
 
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

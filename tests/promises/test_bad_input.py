@@ -1,41 +1,29 @@
-"""The table of bad input: each mistake ends in one line, exit status 2, no traceback, before anything slow."""
+"""The promise about bad input: each mistake gets one line and exit status 2, no traceback, before anything slow."""
 
 import contextlib
 import http.server
 import io
 import json
 import os
-import random
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
+from launching import free_port, run_python, torchrun_variables
+from runs import make_text, write_recipe
 
-import nanogpt_accel
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.data import sources
-
-ENV = os.environ | {"PYTHONPATH": str(Path(nanogpt_accel.__file__).parents[1])}
-RECIPE = """
-data: {corpus: text.txt, tokenizer: char, val_fraction: 0.1}
-model: {n_layer: 1, n_embd: 16, n_head: 2, block_size: 16}
-optimizer: {learning_rate: 1e-2, warmup_iters: 2}
-train: {batch_size: 2, gradient_accumulation_steps: 4, max_iters: 6, eval_interval: 2, eval_iters: 2, device: cpu}
-"""
-RANK_0_OF_2 = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder with a text, a recipe, and runs/tiny, trained on them."""
     folder = tmp_path_factory.mktemp("bad_input")
-    draw = random.Random(3)
-    (folder / "text.txt").write_text("".join(draw.choice("abcde ") for _ in range(3000)))
-    (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "text.txt").write_text(make_text(600, letters="abcde"))
+    settings = {"dropout": None, "warmup_iters": 2, "gradient_accumulation_steps": 4, "keep_last": None}
+    write_recipe(folder, **settings, max_iters=6, eval_interval=2, corpus="text.txt")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.chdir(folder)
         assert main(["train", "tiny.yaml"]) == 0
@@ -56,7 +44,7 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def there(workplace, monkeypatch):
-    """Every test stands in the folder, and leaves it as it was."""
+    """Run every test in the folder, and check that it leaves no files there."""
     monkeypatch.chdir(workplace)
     before = files(workplace)
     yield
@@ -64,23 +52,23 @@ def there(workplace, monkeypatch):
 
 
 def files(folder):
-    """All but the prepared data, which are nobody's loss."""
+    """Return the paths of all files but the prepared data."""
     return sorted(str(path) for path in folder.rglob("*") if "data" not in path.relative_to(folder).parts)
 
 
 def refusal(capsys, *words):
-    """The lines of a command that must be refused, without their `error: `."""
+    """Run a command that must be refused; return its error lines without `error: `."""
     assert main([str(word) for word in words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(line.startswith("error: ") for line in lines), lines
     return [line.removeprefix("error: ") for line in lines]
 
 
-def holds(line, words):
-    return [word for word in words if word not in line] == []
+def has_all(line, words):
+    return all(word in line for word in words)
 
 
-# ---- what is known from the words and the files alone. Below it is also shown that none of these waits for torch.
+# ---- mistakes in the command and the files, which are found without torch
 
 TINY = ["train", "tiny.yaml", "out_dir=new"]
 EARLY = [
@@ -143,7 +131,7 @@ EARLY = [
     ([*TINY, "corpus=latin.txt"], ["corpus=latin.txt", "not UTF-8", "byte 0", "iconv"]),
     ([*TINY, "corpus=short.txt", "val_fraction=0.5"], ["train.bin", "17 tokens"], ["val.bin", "17 tokens"]),
     ([*TINY, "corpus=few.txt"], ["val.bin", "block_size=16", "has 12", "larger val_fraction"]),
-    # out_dir not writable, or holding a run
+    # out_dir not writable, or already a run
     (["train", "tiny.yaml", "out_dir=text.txt/run"], ["out_dir=text.txt/run", "text.txt is a file"]),
     (["train", "tiny.yaml", "out_dir=/proc/run"], ["out_dir=/proc/run", "cannot write", "another folder"]),
     (
@@ -171,7 +159,7 @@ EARLY = [
     (["sample", "runs/tiny", "--start=FILE:latin.txt"], ["prompt=FILE:latin.txt", "not UTF-8"]),
     ([*TINY, "sample_tokens=9", "sample_prompt=ROMEO"], ["sample_prompt='ROMEO'", "'E' (U+0045)", "another prompt"]),
     ([*TINY, "sample_tokens=9", "sample_prompt=" + "abcde" * 4], ["sample_prompt=", "20 tokens", "block_size=16"]),
-    # models that are not there
+    # missing models
     (["sample"], ["which model?", "runs/NAME"]),
     (["sample", "--out_dir=out", "--start=hi"], ["which model?", "nanogpt-accel sample out"]),  # nanoGPT's command
     (["sample", "./gone"], ["./gone", "no such folder"]),
@@ -188,15 +176,15 @@ EARLY = [
 @pytest.mark.parametrize(
     ("argv", "expected"), [pytest.param(argv, words, id=" ".join(argv)[:60]) for argv, *words in EARLY]
 )
-def test_one_line_a_mistake(capsys, argv, expected):
+def test_each_mistake_gets_one_line(capsys, argv, expected):
     lines = refusal(capsys, *argv)
     assert len(lines) == len(expected), lines
     for words in expected:
-        assert any(holds(line, words) for line in lines), (words, lines)
+        assert any(has_all(line, words) for line in lines), (words, lines)
 
 
-def test_before_anything_slow():
-    """All of the above in a fresh process: none of them has imported what takes seconds to import."""
+def test_mistakes_are_found_before_anything_slow_is_imported():
+    """All of the above in one new process."""
     script = """
 import contextlib, io, json, sys
 from nanogpt_accel.__main__ import main
@@ -207,10 +195,7 @@ for argv in json.load(sys.stdin):
 """
     argvs = [["--help"], *([command, "--help"] for command in ("prepare", "train", "sample", "evaluate"))]
     argvs += [argv for argv, *_ in EARLY]
-    done = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps(argvs), env=ENV, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", script, input=json.dumps(argvs))
     answers = list(map(json.loads, done.stdout.splitlines()))
     assert len(answers) == len(argvs)
     assert [answer for answer in answers if answer[2]] == []
@@ -218,11 +203,8 @@ for argv in json.load(sys.stdin):
 
 
 @pytest.mark.parametrize(("argv", "status"), [(["--help"], 0), ([*TINY, "n_layr=3", "dropout=2"], 2)])
-def test_a_process_of_its_own(argv, status):
-    done = subprocess.run(
-        [sys.executable, "-m", "nanogpt_accel", *argv], env=ENV, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == status
+def test_exit_status_and_streams_of_the_process(argv, status):
+    done = run_python("-m", "nanogpt_accel", *argv, status=status)
     if status:
         assert done.stdout == "" and [line[:6] for line in done.stderr.splitlines()] == ["error:"] * 2
     else:
@@ -232,20 +214,14 @@ def test_a_process_of_its_own(argv, status):
 # ---- downloads
 
 
-def closed_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def test_download_impossible(capsys, monkeypatch):
-    url = f"http://127.0.0.1:{closed_port()}/input.txt"
+def test_failed_download_names_the_url_and_an_alternative(capsys, monkeypatch):
+    url = f"http://127.0.0.1:{free_port()}/input.txt"
     monkeypatch.setitem(sources.URLS, "shakespeare", (url, sources.URLS["shakespeare"][1]))
     (line,) = refusal(capsys, *TINY, "corpus=shakespeare")
-    assert holds(line, ["corpus=shakespeare", url, "cannot download", "refused", "corpus=PATH"])
+    assert has_all(line, ["corpus=shakespeare", url, "cannot download", "refused", "corpus=PATH"])
 
 
-def test_download_with_a_wrong_hash(capsys, monkeypatch, tmp_path):
+def test_download_with_a_wrong_hash_is_refused_and_deleted(capsys, monkeypatch, tmp_path):
     (tmp_path / "input.txt").write_text("First Citizen: I am another text.\n" * 99)
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -261,51 +237,51 @@ def test_download_with_a_wrong_hash(capsys, monkeypatch, tmp_path):
         monkeypatch.setitem(sources.URLS, "shakespeare", (url, sources.URLS["shakespeare"][1]))
         (line,) = refusal(capsys, *TINY, "corpus=shakespeare")
         server.shutdown()
-    assert holds(line, ["corpus=shakespeare", url, "SHA-256", sources.URLS["shakespeare"][1], "corpus=PATH"])
+    assert has_all(line, ["corpus=shakespeare", url, "SHA-256", sources.URLS["shakespeare"][1], "corpus=PATH"])
     assert not any(Path(os.environ["NANOGPT_ACCEL_CACHE"]).iterdir())
 
 
-def test_the_hub_out_of_reach(capsys):
+def test_unreachable_hub_is_one_line(capsys):
     for argv in (["sample", "nobody/nothing"], [*TINY, "init_from=nobody/nothing"]):
         (line,) = refusal(capsys, *argv)
-        assert holds(line, ["nobody/nothing", "no such folder here", "Hub cannot be reached"])
+        assert has_all(line, ["nobody/nothing", "no such folder here", "Hub cannot be reached"])
 
 
 # ---- resuming
 
 
-def test_resume_with_a_changed_text(capsys, workplace):
-    """The same recipe, but the file behind its words is another; the run's own run.yaml goes on with the old tokens."""
+def test_resume_with_a_changed_corpus_file_is_refused(capsys, workplace):
+    """The recipe is the same, but the file has changed. Resuming by the run folder uses the old tokens."""
     text = (workplace / "text.txt").read_text()
     try:
         (workplace / "text.txt").write_text(text[::-1])
         (line,) = refusal(capsys, "train", "tiny.yaml", "init_from=resume", "out_dir=runs/tiny", "max_iters=8")
         before = (workplace / "runs" / "tiny" / "run.yaml").read_text()
-        assert main(["train", "runs/tiny"]) == 0  # all its steps are done: nothing is trained
-        assert (workplace / "runs" / "tiny" / "run.yaml").read_text() == before  # with what it began from
+        assert main(["train", "runs/tiny"]) == 0  # all steps are done, nothing is trained
+        assert (workplace / "runs" / "tiny" / "run.yaml").read_text() == before  # unchanged
     finally:
         (workplace / "text.txt").write_text(text)
-    assert holds(line, ["checkpoint-000006", "other data", "data_dir", "new run"])
+    assert has_all(line, ["checkpoint-000006", "other data", "data_dir", "new run"])
 
 
-def test_files_of_the_users_own_are_not_overwritten(capsys, workplace):
+def test_files_of_the_user_are_not_overwritten(capsys, workplace):
     (workplace / "nothing" / "README.md").write_text("mine")
     try:
         (line,) = refusal(capsys, "train", "tiny.yaml", "out_dir=nothing")
         assert (workplace / "nothing" / "README.md").read_text() == "mine"
     finally:
         (workplace / "nothing" / "README.md").unlink()
-    assert holds(line, ["out_dir=nothing", "README.md", "another out_dir"])
+    assert has_all(line, ["out_dir=nothing", "README.md", "another out_dir"])
 
 
-def test_overwriting_what_the_run_begins_with(capsys):
+def test_overwriting_the_model_of_init_from_is_refused(capsys):
     (line,) = refusal(capsys, "train", "tiny.yaml", "out_dir=runs/tiny", "init_from=runs/tiny", "overwrite=true")
-    assert holds(line, ["init_from=runs/tiny", "overwrite=true", "another out_dir"])
+    assert has_all(line, ["init_from=runs/tiny", "overwrite=true", "another out_dir"])
 
 
 @pytest.fixture
 def copy(workplace, tmp_path):
-    """runs/tiny at another place, where a test may break it."""
+    """A copy of runs/tiny, for tests that damage it."""
     shutil.copytree(workplace / "runs" / "tiny", tmp_path / "tiny", symlinks=True)
     return tmp_path / "tiny"
 
@@ -326,20 +302,20 @@ def cut(file, size):
         ("tokenizer.json", 99),
     ],
 )
-def test_a_truncated_checkpoint_falls_back(capsys, workplace, copy, name, size):
+def test_resume_falls_back_from_a_truncated_checkpoint(capsys, workplace, copy, name, size):
     cut(copy / "checkpoint-000006" / name, size)
     assert main(["train", str(copy)]) == 0
     out = capsys.readouterr().out
     (warning,) = [line for line in out.splitlines() if "warning" in line]
-    assert holds(warning, [str(copy / "checkpoint-000006"), f"{name} is damaged", "the checkpoint before it"])
+    assert has_all(warning, [str(copy / "checkpoint-000006"), f"{name} is damaged", "the checkpoint before it"])
     assert f"resuming {copy} from checkpoint-000004" in out and "iter 5:" in out and "iter 3:" not in out
     again, first = (run / "checkpoint-000006" for run in (copy, workplace / "runs" / "tiny"))
     for file in ("model.safetensors", "config.json", "state/optimizer.safetensors", "tokenizer.json"):
         assert (again / file).read_bytes() == (first / file).read_bytes()
 
 
-def test_the_optimizer_of_another_run(capsys, workplace, copy, tmp_path):
-    """Whole and of the same length, but not what was saved: the hashes tell."""
+def test_resume_falls_back_from_the_optimizer_of_another_run(capsys, workplace, copy, tmp_path):
+    """The file is complete and of the same size, but its hash differs."""
     assert main(["train", "tiny.yaml", "seed=2", f"out_dir={tmp_path / 'other'}"]) == 0
     state = Path("checkpoint-000006") / "state" / "optimizer.safetensors"
     shutil.copyfile(tmp_path / "other" / state, copy / state)
@@ -347,21 +323,21 @@ def test_the_optimizer_of_another_run(capsys, workplace, copy, tmp_path):
     assert main(["train", str(copy)]) == 0
     out = capsys.readouterr().out
     (warning,) = [line for line in out.splitlines() if "warning" in line]
-    assert holds(warning, [str(copy / "checkpoint-000006"), "state/optimizer.safetensors is damaged"])
+    assert has_all(warning, [str(copy / "checkpoint-000006"), "state/optimizer.safetensors is damaged"])
     assert f"resuming {copy} from checkpoint-000004" in out
 
 
-def test_a_truncated_checkpoint_and_sample(capsys, copy):
+def test_sample_falls_back_from_a_truncated_checkpoint(capsys, copy):
     cut(copy / "checkpoint-000006" / "model.safetensors", 900)
     assert main(["sample", str(copy), "num_samples=1", "max_new_tokens=2", "prompt=a"]) == 0
     assert "checkpoint-000006: model.safetensors is damaged" in capsys.readouterr().err
 
 
-def test_no_whole_checkpoint(capsys, copy):
+def test_run_without_a_valid_checkpoint_is_refused(capsys, copy):
     for path in copy.glob("checkpoint-*"):
         cut(path / "model.safetensors", 900)
     (line,) = refusal(capsys, "train", copy)
-    assert holds(line, ["nothing to resume", "no whole checkpoint", str(copy), "init_from=scratch"])
+    assert has_all(line, ["nothing to resume", "no whole checkpoint", str(copy), "init_from=scratch"])
     assert main(["sample", str(copy)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {copy}: no whole checkpoint in this run folder"
 
@@ -370,26 +346,26 @@ def test_no_whole_checkpoint(capsys, copy):
 
 
 @pytest.mark.parametrize(("processes", "fits"), [(3, ["3 or 6", "1 or 2 processes"]), (8, ["to 8", "1 or 2 or 4"])])
-def test_accumulation_that_cannot_be_shared(capsys, monkeypatch, processes, fits):
-    for key, value in (RANK_0_OF_2 | {"WORLD_SIZE": str(processes)}).items():
+def test_accumulation_not_divisible_by_the_processes_is_refused(capsys, monkeypatch, processes, fits):
+    for key, value in torchrun_variables(0, processes).items():
         monkeypatch.setenv(key, value)
     (line,) = refusal(capsys, *TINY)
-    assert holds(line, ["gradient_accumulation_steps=4", f"{processes} processes", *fits])
+    assert has_all(line, ["gradient_accumulation_steps=4", f"{processes} processes", *fits])
 
 
 @pytest.mark.parametrize("argv", [TINY, ["evaluate", "runs/tiny"]])
-def test_world_size_without_a_launcher(capsys, monkeypatch, argv):
+def test_world_size_without_a_launcher_is_refused(capsys, monkeypatch, argv):
     monkeypatch.setenv("WORLD_SIZE", "2")
     (line,) = refusal(capsys, *argv)
-    assert holds(line, ["WORLD_SIZE=2", "MASTER_ADDR", "accelerate launch"])
+    assert has_all(line, ["WORLD_SIZE=2", "MASTER_ADDR", "accelerate launch"])
 
 
-def test_accelerate_sees_one_process(capsys, monkeypatch):
-    """The trap of FACTS.md: a launcher started two, but each would be the only one and train by itself."""
+def test_launched_process_that_accelerate_runs_alone_is_refused(capsys, monkeypatch):
+    """A launcher started two, but each would train alone."""
     from accelerate.state import PartialState
 
-    assert PartialState().num_processes == 1  # the training of the fixture has settled that for this process
-    for key, value in RANK_0_OF_2.items():
+    assert PartialState().num_processes == 1  # fixed for this process by the training in the fixture
+    for key, value in torchrun_variables(0, 2).items():
         monkeypatch.setenv(key, value)
     (line,) = refusal(capsys, *TINY)
-    assert holds(line, ["WORLD_SIZE=2", "Accelerate sees 1", "ACCELERATE_USE_CPU=true", "--multi_gpu"])
+    assert has_all(line, ["WORLD_SIZE=2", "Accelerate sees 1", "ACCELERATE_USE_CPU=true", "--multi_gpu"])

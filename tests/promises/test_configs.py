@@ -1,6 +1,10 @@
-"""configs/: every file parses in accelerate's own loader and, launched for good, gives the loop the processes it
-names, as far as CPU processes can stand in; the SLURM scripts run in bash, with stand-ins for srun and scontrol."""
+"""The promise of configs/: every file parses in accelerate's own loader and launches the processes that it names.
 
+CPU processes replace the GPUs, at most two per file. The SLURM scripts run in bash with replacements for srun and
+scontrol.
+"""
+
+import math
 import os
 import re
 import shutil
@@ -15,18 +19,17 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from launching import (
     CONFIGS,
-    LIMIT,
+    TIMEOUT_S,
     find_spec,
-    finish,
     free_port,
     launch,
-    launch_command,
-    losses,
-    numbers,
-    relative_difference,
-    trainer,
-    write_recipe,
+    launch_env,
+    launch_words,
+    package_env,
+    run_python,
+    train_on_ranks,
 )
+from runs import SMALL, losses, numbers, relative_difference, trainer, write_recipe
 
 from nanogpt_accel.commands.plan import find_layouts
 
@@ -45,58 +48,54 @@ WANTED = {
     "deepspeed_zero3": ("DEEPSPEED", 8, 1),
 }
 STEPS = 4
-SHORT = [f"max_iters={STEPS}", "eval_interval=2", "warmup_iters=1"]
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    return write_recipe(tmp_path_factory.mktemp("configs"))
+    settings = SMALL | {"bias": True, "learning_rate": 3e-3, "warmup_iters": 1}
+    return write_recipe(tmp_path_factory.mktemp("configs"), **settings, max_iters=STEPS, eval_interval=2)
 
 
 @pytest.fixture(scope="module")
 def reference(recipe):
-    """A run of STEPS steps by one process, which was launched by nothing."""
+    """The folder of a run of STEPS steps by one process without a launcher."""
     run = recipe.parent / "one"
-    finish(run, [str(recipe), f"out_dir={run}", *SHORT])
+    train_on_ranks(run, [recipe, f"out_dir={run}"])
     return run
 
 
 # ---- the files
 
 
-def test_all_are_here():
+def test_every_config_is_tested():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == WANTED.keys()
 
 
 @pytest.mark.parametrize("name", WANTED)
-def test_parses(name):
+def test_config_parses_and_sets_only_what_belongs_to_the_launcher(name):
     found = load_config_from_file(str(CONFIGS / f"{name}.yaml"))  # (refuses unknown keys)
     assert (found.distributed_type, found.num_processes, found.num_machines) == WANTED[name]
-    assert found.mixed_precision == ("fp8" if name == "fp8" else None)  # the recipe's, everywhere else
-    # the batch is the recipe's business: a file that sets it would win over the recipe without a word
+    assert found.mixed_precision == ("fp8" if name == "fp8" else None)  # the recipe sets it for all others
+    # the recipe sets the batch; a config that sets it would silently override the recipe
     assert "gradient_accumulation_steps" not in {**found.deepspeed_config, **found.fsdp_config}
     assert found.dynamo_config == {}
     if found.distributed_type == "FSDP":
         assert found.fsdp_config["fsdp_version"] == 2 and not found.fsdp_config["fsdp_activation_checkpointing"]
     if found.parallelism_config:
-        sizes = found.parallelism_config.values()
-        product = 1
-        for size in sizes:
-            product *= size
-        assert product == found.num_processes
+        assert math.prod(found.parallelism_config.values()) == found.num_processes
         assert found.parallelism_config["parallelism_config_dp_replicate_size"] == found.num_machines
 
 
 @pytest.mark.parametrize("name", WANTED)
-def test_opens_with_its_command(name):
-    """What it is for, the command with this file (test_readme.py parses it), and what to change."""
+def test_config_opens_with_its_command(name):
+    """Its header has the command, which test_readme.py parses, and says what to change."""
     text = (CONFIGS / f"{name}.yaml").read_text()
     head = text.split("compute_environment")[0]
     assert f"\n#   accelerate launch --config_file configs/{name}.yaml " in head and "\n# Change " in head
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
-def test_the_files_that_plan_names():
+def test_configs_that_plan_recommends_exist():
     named = {
         file
         for gpus in (1, 2, 8, 9, 64)
@@ -106,38 +105,38 @@ def test_the_files_that_plan_names():
     assert len(named) > 5 and {Path(file).stem for file in named} <= WANTED.keys()
 
 
-def test_the_files_that_texts_name():
+def test_configs_that_pages_and_code_name_exist():
     texts = [
         *CONFIGS.glob("*.md"),
         *CONFIGS.glob("*.yaml"),
         *CONFIGS.glob("slurm/*"),
         CONFIGS.parent / "README.md",
-        *(CONFIGS.parent / "nanogpt_accel").glob("*.py"),
+        *(CONFIGS.parent / "nanogpt_accel").rglob("*.py"),
     ]
     for text in texts:
         for named in re.findall(r"\bconfigs/[\w./]*\w", text.read_text()):
             assert (CONFIGS.parent / named).exists(), f"{text}: {named}"
 
 
-# ---- launched
+# ---- launching
 
 
-def processes(out):
-    """The number of processes that the loop says it has."""
+def n_processes(out):
+    """Return the number of processes that the training reports."""
     (line,) = [line for line in out.splitlines() if line.startswith("batch: ")]
     return int(re.search(r"processes: (\d+),", line)[1])
 
 
-def test_cpu_2proc_is_two(recipe, reference, tmp_path):
-    out = launch("cpu_2proc.yaml", cwd=tmp_path, argv=[recipe, f"out_dir={tmp_path}/run", *SHORT])
-    assert processes(out) == 2 and trainer(tmp_path / "run", STEPS)["processes"] == 2
+def test_cpu_2proc_starts_two_processes(recipe, reference, tmp_path):
+    out = launch("cpu_2proc.yaml", cwd=tmp_path, argv=[recipe, f"out_dir={tmp_path}/run"])
+    assert n_processes(out) == 2 and trainer(tmp_path / "run", STEPS)["processes"] == 2
     assert relative_difference(tmp_path / "run", reference) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, (_, _, machines) in WANTED.items() if machines == 1])
-def test_launches(name, recipe, reference, tmp_path):
-    """As many processes as it names, but 2 for its 8 GPUs, and sharded where it says so."""
+def test_config_launches_and_trains(name, recipe, reference, tmp_path):
+    """With 2 processes instead of 8 GPUs, and sharded if the config says so."""
     kind, wanted, _ = WANTED[name]
     if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
         pytest.skip("pip install deepspeed")
@@ -146,10 +145,8 @@ def test_launches(name, recipe, reference, tmp_path):
     wanted = min(wanted, 2)
     options = [] if wanted == 1 else ["--num_processes=2", "--main_process_port=0"]
     module = "sharded_on_cpu" if kind in ("FSDP", "DEEPSPEED") else "nanogpt_accel.train"
-    out = launch(
-        f"{name}.yaml", *options, module=module, cwd=tmp_path, argv=[recipe, f"out_dir={tmp_path}/run", *SHORT]
-    )
-    assert processes(out) == wanted and trainer(tmp_path / "run", STEPS)["processes"] == wanted
+    out = launch(f"{name}.yaml", *options, module=module, cwd=tmp_path, argv=[recipe, f"out_dir={tmp_path}/run"])
+    assert n_processes(out) == wanted and trainer(tmp_path / "run", STEPS)["processes"] == wanted
     difference = relative_difference(tmp_path / "run", reference)
     print(f"{name}: {difference:.1e}")
     if name == "fp8":
@@ -160,8 +157,7 @@ def test_launches(name, recipe, reference, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "each"), [("multi_node", 1), ("multi_node", 2), ("fsdp2_multi_node", 2)])
-def test_two_nodes(name, each, recipe, reference, tmp_path):
-    """Two launchers, which know of each other by an address alone, train together."""
+def test_two_launchers_of_a_multi_node_config_train_together(name, each, recipe, reference, tmp_path):
     port, nodes = free_port(), []
     module = "sharded_on_cpu" if name.startswith("fsdp2") else "nanogpt_accel.train"
     options = [
@@ -173,21 +169,22 @@ def test_two_nodes(name, each, recipe, reference, tmp_path):
     if name.startswith("fsdp2"):
         options += ["--parallelism_config_dp_replicate_size=2", "--parallelism_config_dp_shard_size=2"]
     for rank in range(2):
-        command, env = launch_command(
-            f"{name}.yaml",
-            f"--machine_rank={rank}",
-            *options,
-            module=module,
-            argv=[recipe, f"out_dir={tmp_path}/run", *SHORT],
+        words = launch_words(
+            f"{name}.yaml", f"--machine_rank={rank}", *options, module=module, argv=[recipe, f"out_dir={tmp_path}/run"]
         )
         nodes.append(
             subprocess.Popen(
-                command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                [sys.executable, *words],
+                cwd=tmp_path,
+                env=launch_env(name),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
         )
-    outs = [node.communicate(timeout=LIMIT)[0] for node in nodes]
+    outs = [node.communicate(timeout=TIMEOUT_S)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outs
-    assert processes(outs[0]) == 2 * each and "batch: " not in outs[1]
+    assert n_processes(outs[0]) == 2 * each and "batch: " not in outs[1]
     assert trainer(tmp_path / "run", STEPS)["processes"] == 2 * each
     difference = relative_difference(tmp_path / "run", reference)
     print(f"{name}, two of {each}: {difference:.1e}")
@@ -195,37 +192,29 @@ def test_two_nodes(name, each, recipe, reference, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_config_of_the_users_own(recipe, reference, tmp_path):
-    """What `accelerate config default` writes, found where it lies by default."""
-    env = launch_command("cpu.yaml", argv=[])[1] | {"HF_HOME": str(tmp_path)}
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
-    subprocess.run([*accelerate, "config", "default"], check=True, env=env, timeout=LIMIT, capture_output=True)
+def test_default_config_of_accelerate_is_used(recipe, reference, tmp_path):
+    """`accelerate config default` writes it, and `accelerate launch` finds it without --config_file."""
+    env = package_env(HF_HOME=str(tmp_path))
+    accelerate = ["-m", "accelerate.commands.accelerate_cli"]
+    run_python(*accelerate, "config", "default", env=env)
     assert (tmp_path / "accelerate" / "default_config.yaml").is_file()
-    done = subprocess.run(
-        [*accelerate, "launch", "-m", "nanogpt_accel.train", str(recipe), f"out_dir={tmp_path}/run", *SHORT],
-        env=env,
-        timeout=LIMIT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_python(*accelerate, "launch", "-m", "nanogpt_accel.train", recipe, f"out_dir={tmp_path}/run", env=env)
     assert relative_difference(tmp_path / "run", reference) < 1e-5
 
 
 @pytest.mark.slow
 def test_multi_cpu_is_refused(recipe, tmp_path):
-    """The type that accelerate's own questions lead to on a CPU: it would run one process of two."""
+    """`accelerate config` writes this type on a CPU, with which Accelerate runs one process instead of two."""
     config = yaml.safe_load((CONFIGS / "cpu_2proc.yaml").read_text()) | {"distributed_type": "MULTI_CPU"}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
-    command, env = launch_command(tmp_path / "mine.yaml", argv=[recipe, f"out_dir={tmp_path}/run"])
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT)
+    done = run_python(*launch_words(tmp_path / "mine.yaml", argv=[recipe, f"out_dir={tmp_path}/run"]), status=None)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "MULTI_CPU" in line and "configs/cpu_2proc.yaml" in line and not (tmp_path / "run").exists()
 
 
 # ---- SLURM
 
-# As SLURM does: srun starts a task on each machine, and hands its signals to the tasks alone, not to their children
+# like SLURM's: starts one task per machine, and forwards signals to the tasks, not to their children
 SRUN = """#!{python}
 import os, signal, subprocess, sys
 words = sys.argv[1:]
@@ -234,11 +223,11 @@ while words[0].startswith("-"):
 nodes = int(os.environ["SLURM_NNODES"])
 tasks = [subprocess.Popen(words, env=os.environ | {{"SLURM_NODEID": str(i), "SLURM_PROCID": str(i)}})
          for i in range(nodes)]
-def hand_on(number, frame):
+def forward(number, frame):
     for task in tasks:
         task.send_signal(number)
 for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, hand_on)
+    signal.signal(number, forward)
 sys.exit(max(task.wait() for task in tasks))
 """
 SCONTROL = """#!/bin/bash
@@ -248,7 +237,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "{calls}"; fi
 
 @pytest.fixture
 def job(tmp_path):
-    """job(script, env, argv) -> Popen: a batch job as SLURM starts it; `job.calls` lists what scontrol was told."""
+    """job(script, config, argv) -> Popen of a batch job as SLURM starts it; job.calls() lists the calls of scontrol."""
     bin, started = tmp_path / "bin", []
     bin.mkdir()
     calls = tmp_path / "calls"
@@ -263,7 +252,7 @@ def job(tmp_path):
         (bin / name).chmod(0o755)
 
     def start(script, config, argv, nodes=1, gpus=1):
-        env = launch_command(config, argv=[])[1]
+        env = launch_env(config)
         env |= {
             "PATH": f"{bin}:{env['PATH']}",
             "CONFIG": str(CONFIGS / config),
@@ -290,65 +279,68 @@ def job(tmp_path):
     yield start
     for process in started:
         if process.poll() is None:
-            process.terminate()  # on_each_node.sh and the launcher hand it on
-            process.wait(LIMIT)
+            process.terminate()  # on_each_node.sh and the launcher forward it
+            process.wait(TIMEOUT_S)
 
 
-def until_time_is_up(job, process, run):
-    """Wait for two steps, and send what SLURM sends before the time limit, to the script alone."""
-    end = time.monotonic() + LIMIT
+def reach_time_limit(job, process, run):
+    """Wait for two steps, and send the script what SLURM sends it shortly before the time limit."""
+    end = time.monotonic() + TIMEOUT_S
     while not (run / "metrics.jsonl").is_file() or len(losses(run)) < 2:
         assert process.poll() is None and time.monotonic() < end, job.log.read_text()
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(LIMIT) != 0
+    assert process.wait(TIMEOUT_S) != 0
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("pkill") is None, reason="on_each_node.sh takes pkill")
-def test_a_requeued_job(job, recipe, tmp_path):
-    run, calm = tmp_path / "run", tmp_path / "calm"
+@pytest.mark.skipif(shutil.which("pkill") is None, reason="on_each_node.sh uses pkill")
+def test_slurm_job_is_requeued_and_resumes_exactly(job, recipe, tmp_path):
+    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     argv = [str(recipe), f"out_dir={run}", "max_iters=100", "eval_interval=50", "eval_first=false"]
     process = job("single_node.sbatch", "cpu.yaml", argv)
-    until_time_is_up(job, process, run)
+    reach_time_limit(job, process, run)
     (saved,) = run.glob("checkpoint-*")
     assert 0 < int(saved.name[-6:]) < 100
     assert job.calls() == [f"requeue {os.getpid()}"]
 
-    assert job("single_node.sbatch", "cpu.yaml", argv).wait(LIMIT) == 0  # as SLURM starts it again
+    assert job("single_node.sbatch", "cpu.yaml", argv).wait(TIMEOUT_S) == 0  # as SLURM starts it again
     log = job.log.read_text()
     assert "stopped by SIGUSR1" in log and f"resuming {run} from {saved.name}" in log
     assert len(job.calls()) == 1
-    argv[1] = f"out_dir={calm}"
-    finish(calm, argv)
-    assert numbers(run) == numbers(calm)
+    argv[1] = f"out_dir={undisturbed}"
+    train_on_ranks(undisturbed, argv)
+    assert numbers(run) == numbers(undisturbed)
 
 
 @pytest.mark.slow
-def test_a_requeued_job_of_two_machines(job, recipe, tmp_path):
-    run, calm = tmp_path / "run", tmp_path / "calm"
+def test_slurm_job_of_two_machines_is_requeued_and_resumes(job, recipe, tmp_path):
+    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     argv = [str(recipe), f"out_dir={run}", "max_iters=100", "eval_interval=50", "eval_first=false"]
     process = job("multi_node.sbatch", "multi_node.yaml", argv, nodes=2, gpus=2)
-    until_time_is_up(job, process, run)
+    reach_time_limit(job, process, run)
     assert job.calls() == [f"requeue {os.getpid()}"]
-    assert job("multi_node.sbatch", "multi_node.yaml", argv, nodes=2, gpus=2).wait(LIMIT) == 0
+    assert job("multi_node.sbatch", "multi_node.yaml", argv, nodes=2, gpus=2).wait(TIMEOUT_S) == 0
     log = job.log.read_text()
     assert "stopped by SIGUSR1" in log and log.count("processes: 4,") == 2 and len(job.calls()) == 1
-    argv[1] = f"out_dir={calm}"
-    finish(calm, argv, "multi_gpu.yaml", 4)
-    assert relative_difference(run, calm) < 1e-5
+    argv[1] = f"out_dir={undisturbed}"
+    train_on_ranks(undisturbed, argv, "multi_gpu.yaml", 4)
+    assert relative_difference(run, undisturbed) < 1e-5
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_is_not_requeued(job, recipe, tmp_path):
-    assert job("single_node.sbatch", "cpu.yaml", [str(recipe), f"out_dir={tmp_path}/run", "n_heads=3"]).wait(LIMIT) != 0
+def test_slurm_job_that_fails_is_not_requeued(job, recipe, tmp_path):
+    assert (
+        job("single_node.sbatch", "cpu.yaml", [str(recipe), f"out_dir={tmp_path}/run", "n_heads=3"]).wait(TIMEOUT_S)
+        != 0
+    )
     assert "n_head" in job.log.read_text() and job.calls() == []
 
 
-def test_the_scripts_are_bash():
+def test_slurm_scripts_are_valid_bash():
     scripts = sorted((CONFIGS / "slurm").iterdir())
     assert [path.name for path in scripts] == ["multi_node.sbatch", "on_each_node.sh", "single_node.sbatch"]
     for path in scripts:
-        subprocess.run(["bash", "-n", str(path)], check=True, timeout=LIMIT)
+        subprocess.run(["bash", "-n", str(path)], check=True, timeout=TIMEOUT_S)
         if path.suffix == ".sbatch":
             assert {"#SBATCH --signal=B:USR1@300", "#SBATCH --requeue"} <= set(path.read_text().splitlines())

@@ -1,64 +1,55 @@
-"""What a recipe expects and whether a run came to it; samples while a run goes on; and runs that are quiet."""
+"""The promise of `expect`: a run reports whether it reproduced the loss that its recipe expects. Also samples during
+training, which do not change it, and quiet runs."""
 
 import json
-import random
 import re
 from pathlib import Path
 
 import pytest
+import yaml
+from runs import SMALL, numbers, val_losses, write_recipe
 from safetensors.torch import load_file
+from shared import REPOSITORY
 
-import nanogpt_accel
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.recipe import load_recipe
 from nanogpt_accel.tracking.expectation import report_expectation
-from nanogpt_accel.tracking.metrics_log import read_metrics
 
-ROOT = Path(nanogpt_accel.__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 STEPS, EVERY, BLOCK = 24, 8, 32
-RECIPE = f"""
-data: {{corpus: text.txt, tokenizer: char, val_fraction: 0.1, data_dir: tokens}}
-model: {{n_layer: 2, n_embd: 32, n_head: 2, block_size: {BLOCK}, dropout: 0.2}}
-optimizer: {{learning_rate: 1e-2, warmup_iters: 5, lr_decay_iters: {STEPS}}}
-train: {{batch_size: 4, gradient_accumulation_steps: 2, max_iters: {STEPS}, eval_interval: {EVERY}, eval_iters: 3,
-         device: cpu, mixed_precision: no}}
-checkpoint: {{keep_last: 9}}
-"""
+SETTINGS = SMALL | {
+    "block_size": BLOCK,
+    "gradient_accumulation_steps": 2,
+    "max_iters": STEPS,
+    "lr_decay_iters": STEPS,
+    "eval_interval": EVERY,
+}
 SAMPLES = ["sample_tokens=50", f"sample_interval={EVERY}", "sample_prompt=the"]
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("expect")
-    draw = random.Random(3)
-    words = ["".join(draw.choice("adehilnorstuw") for _ in range(draw.randint(2, 6))) for _ in range(120)]
-    (folder / "text.txt").write_text(" ".join(draw.choice(words) for _ in range(3000)))
-    (folder / "tiny.yaml").write_text(RECIPE)
+    write_recipe(folder, **SETTINGS)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def there(workplace, monkeypatch):
+def work_in_the_folder(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
 
 
-def numbers(run):
-    """metrics.jsonl without what a clock or the system measured."""
-    return [
-        {key: value for key, value in line.items() if key not in ("tokens_per_second", "peak_memory")}
-        for line in read_metrics(Path(run) / "metrics.jsonl")
-    ]
+def write_expecting(block):
+    """Write expecting.yaml, the tiny recipe with this expect section."""
+    recipe = yaml.safe_load(Path("tiny.yaml").read_text()) | {"expect": yaml.safe_load(block)}
+    Path("expecting.yaml").write_text(yaml.safe_dump(recipe))
 
 
 def samples(run):
     return [json.loads(line) for line in (Path(run) / "samples.jsonl").read_text().splitlines()]
 
 
-# ---- the block in a recipe
-
-
-EXPECTING = RECIPE + "expect: {val_loss: 2.5, tolerance: 0.1}\n"
+# ---- the expect section of a recipe
 
 
 @pytest.mark.parametrize(
@@ -83,7 +74,10 @@ EXPECTING = RECIPE + "expect: {val_loss: 2.5, tolerance: 0.1}\n"
             },
             [],
         ),
-        ({"batch_size": "4", "learning_rate": "0.01", "n_layer": "2", "max_iters": "24"}, []),  # the file's own values
+        (
+            {"batch_size": "4", "learning_rate": "0.01", "n_layer": "2", "max_iters": "24"},
+            [],
+        ),  # the same values as the file
         ({"batch_size": "8"}, ["batch_size"]),
         (
             {"optimizer.learning_rate": "1e-3", "n_layer": "3", "corpus": "other.txt"},
@@ -95,19 +89,19 @@ EXPECTING = RECIPE + "expect: {val_loss: 2.5, tolerance: 0.1}\n"
         ({"eval_only": "true"}, ["eval_only"]),
     ],
 )
-def test_what_makes_an_expectation_void(overrides, changed):
-    Path("expecting.yaml").write_text(EXPECTING)
+def test_changed_settings_make_an_expectation_void(overrides, changed):
+    write_expecting("{val_loss: 2.5, tolerance: 0.1}")
     recipe = load_recipe("expecting.yaml", overrides)
     assert recipe.expect.changed == changed
-    # run.yaml remembers it: a run that goes on under other options is not that of the file
+    # run.yaml stores them: a run resumed with other options is not the run of the file
     Path("run.yaml").write_text(recipe.to_yaml())
     assert load_recipe("run.yaml").expect.changed == changed
     again = load_recipe("run.yaml", {"init_from": "resume", "out_dir": "runs/x", "weight_decay": "0.5"})
     assert again.expect.changed == sorted({*changed, "weight_decay"})
 
 
-def test_it_is_no_setting(refused):
-    Path("expecting.yaml").write_text(EXPECTING)
+def test_expect_cannot_be_set_on_the_command_line(refused):
+    write_expecting("{val_loss: 2.5, tolerance: 0.1}")
     with refused(ValueError, "val_loss: what a recipe expects stands in its file"):
         load_recipe("expecting.yaml", {"val_loss": "1"})
     with refused(ValueError, "steps: what a recipe expects", "max_iters"):
@@ -116,20 +110,20 @@ def test_it_is_no_setting(refused):
         load_recipe("expecting.yaml", {"expect.tolerance": "1"})
     recipe = load_recipe("expecting.yaml")
     assert not {"val_loss", "tolerance", "source"} & recipe.flat().keys() and "expect" not in recipe.to_yaml(brief=True)
-    Path("wrong.yaml").write_text(RECIPE + "expect: {val_loss: 1.5, tolerance: -1}\n")
+    write_expecting("{val_loss: 1.5, tolerance: -1}")
     with refused(ValueError, "expect.tolerance=-1"):
-        load_recipe("wrong.yaml")
+        load_recipe("expecting.yaml")
 
 
 # ---- the end of a run
 
 
-class Notes:
+class Lines:
     def __init__(self):
         self.lines = []
 
     def say(self, line, always=False):
-        assert always  # a quiet run says it too
+        assert always  # also in a quiet run
         self.lines.append(line)
 
 
@@ -178,10 +172,10 @@ class Notes:
         ("{source: nobody}", {}, 1.5, 1.5, None),
     ],
 )
-def test_the_verdict(tmp_path, block, overrides, last, best, line):
-    (tmp_path / "a.yaml").write_text(RECIPE + f"expect: {block}\n")
-    console = Notes()
-    recipe = load_recipe(tmp_path / "a.yaml", {**overrides, "out_dir": str(tmp_path)})
+def test_verdict_of_a_run(tmp_path, block, overrides, last, best, line):
+    write_expecting(block)
+    console = Lines()
+    recipe = load_recipe("expecting.yaml", {**overrides, "out_dir": str(tmp_path)})
     report_expectation(recipe, last, best, console)
     assert console.lines == ([line] if line else [])
     assert (tmp_path / "expect.json").exists() == bool(line)
@@ -192,24 +186,24 @@ def test_the_verdict(tmp_path, block, overrides, last, best, line):
         assert found["changed"] == [key for key in overrides if key != "seed"]
 
 
-# ---- samples while a run goes on
+# ---- samples during training
 
 
 @pytest.fixture(scope="module")
 def runs(workplace):
-    """The same run without samples, with them, and with them in two parts; what the second printed in output.txt."""
+    """The same run without samples, with samples (its output in output.txt), and with samples and a resume."""
     with pytest.MonkeyPatch.context() as patch, open(workplace / "output.txt", "w") as out:
         patch.chdir(workplace)
         assert main(["train", "tiny.yaml", "out_dir=runs/plain"]) == 0
         patch.setattr("sys.stdout", out)
-        (workplace / "sampling.yaml").write_text(RECIPE + "expect: {val_loss: 99, tolerance: 98}\n")
-        assert main(["train", "sampling.yaml", "out_dir=runs/sampling", "trackers=tensorboard", *SAMPLES]) == 0
+        write_expecting("{val_loss: 99, tolerance: 98}")
+        assert main(["train", "expecting.yaml", "out_dir=runs/sampling", "trackers=tensorboard", *SAMPLES]) == 0
         assert main(["train", "tiny.yaml", "out_dir=runs/parts", f"max_iters={2 * EVERY}", *SAMPLES]) == 0
         assert main(["train", "runs/parts", f"max_iters={STEPS}"]) == 0
     return workplace / "runs"
 
 
-def test_samples_leave_the_training_as_it_is(runs):
+def test_samples_change_no_number_of_the_training(runs):
     assert numbers(runs / "plain") == numbers(runs / "sampling")
     last = f"checkpoint-{STEPS:06}/model.safetensors"
     one, two = load_file(runs / "plain" / last), load_file(runs / "sampling" / last)
@@ -217,11 +211,11 @@ def test_samples_leave_the_training_as_it_is(runs):
     assert not (runs / "plain" / "samples.jsonl").exists()
 
 
-def test_a_sample_is_what_the_model_of_that_step_writes(runs, call):
+def test_sample_equals_the_output_of_that_checkpoint(runs, call):
     kept = samples(runs / "sampling")
     assert [line["step"] for line in kept] == [EVERY, 2 * EVERY, STEPS]
     for line in kept:
-        assert line["text"].startswith("the") and len(line["text"]) == 3 + 50  # a character is a token
+        assert line["text"].startswith("the") and len(line["text"]) == 3 + 50  # one token per character
         written = call(
             "sample",
             runs / "sampling" / f"checkpoint-{line['step']:06}",
@@ -236,29 +230,29 @@ def test_a_sample_is_what_the_model_of_that_step_writes(runs, call):
     assert f"sample after {EVERY} steps: {kept[0]['text']}\n" in (runs.parent / "output.txt").read_text()
 
 
-def test_a_run_in_two_parts_has_each_sample_once(runs):
+def test_resumed_run_has_each_sample_once(runs):
     assert samples(runs / "parts") == samples(runs / "sampling")
 
 
-def test_trackers_get_the_samples(runs):
+def test_tensorboard_gets_the_samples(runs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    file = max((runs / "sampling").rglob("*tfevents*"), key=lambda path: path.stat().st_size)  # others hold the recipe
+    file = max((runs / "sampling").rglob("*tfevents*"), key=lambda path: path.stat().st_size)  # others have the recipe
     events = EventAccumulator(str(file))
     events.Reload()
     got = [(event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors("sample/text_summary")]
     assert got == [(line["step"], line["text"]) for line in samples(runs / "sampling")]
 
 
-def test_the_end_of_a_real_run(runs):
-    last = [line["val_loss"] for line in read_metrics(runs / "sampling" / "metrics.jsonl") if "val_loss" in line][-1]
+def test_run_ends_with_its_verdict(runs):
+    last = val_losses(runs / "sampling")[-1]
     assert f"expected 99.000 +- 98, got {last:.3f}: reproduced\n" in (runs.parent / "output.txt").read_text()
     found = json.loads((runs / "sampling" / "expect.json").read_text())
     assert found["got"] == last and found["verdict"] == "reproduced"
     assert not (runs / "plain" / "expect.json").exists()
 
 
-def test_parameters_are_told_by_part(runs):
+def test_parameter_counts_by_part_add_up(runs):
     line = next(line for line in (runs.parent / "output.txt").read_text().splitlines() if line.startswith("model: "))
     total, parts = re.match(r"model: ([\d,]+) parameters \((.*?)\),", line).groups()
     weights = load_file(runs / "sampling" / "model.safetensors")
@@ -270,40 +264,22 @@ def test_parameters_are_told_by_part(runs):
     assert numbers_by_part["mlp"] == sum(w.numel() for key, w in weights.items() if ".mlp." in key)
 
 
-def test_a_new_run_clears_the_samples_of_the_one_before(runs, call):
-    call(
-        "train",
-        "tiny.yaml",
-        "out_dir=runs/sampling2",
-        "max_iters=2",
-        "eval_interval=2",
-        "warmup_iters=0",
-        "sample_tokens=5",
-        "sample_interval=1",
-        "sample_prompt=the",
-    )
-    assert [line["step"] for line in samples("runs/sampling2")] == [1, 2]
-    (Path("runs/sampling2") / "expect.json").write_text("{}")
-    out = call(
-        "train",
-        "tiny.yaml",
-        "out_dir=runs/sampling2",
-        "max_iters=2",
-        "eval_interval=2",
-        "warmup_iters=0",
-        "overwrite=true",
-        "quiet=true",
-        "sample_tokens=5",
-        "sample_prompt=the",
-    )
-    assert not {"samples.jsonl", "expect.json"} & {path.name for path in Path("runs/sampling2").iterdir()}
-    # quiet: the last evaluation, and where the run is
+def test_overwriting_a_run_deletes_its_samples(runs, call):
+    out_dir = Path("runs/overwritten")
+    train_words = ["train", "tiny.yaml", f"out_dir={out_dir}", "max_iters=2", "eval_interval=2", "warmup_iters=0"]
+    train_words += ["sample_tokens=5", "sample_prompt=the"]
+    call(*train_words, "sample_interval=1")
+    assert [line["step"] for line in samples(out_dir)] == [1, 2]
+    (out_dir / "expect.json").write_text("{}")
+    out = call(*train_words, "overwrite=true", "quiet=true")
+    assert not {"samples.jsonl", "expect.json"} & {path.name for path in out_dir.iterdir()}
+    # a quiet run prints the last evaluation and the run folder
     first, blank, *rest = out.splitlines()
     assert first.startswith("step 2: train loss") and blank == ""
-    assert rest[0].startswith("The run is in runs/sampling2") and len(rest) == 4
+    assert rest[0].startswith(f"The run is in {out_dir}") and len(rest) == 4
 
 
-def test_quiet_leaves_warnings(capsys):
+def test_quiet_console_prints_warnings(capsys):
     from nanogpt_accel.tracking.console import Console
 
     console = Console(quiet=True)
@@ -318,14 +294,14 @@ def test_quiet_leaves_warnings(capsys):
 
 
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_a_model_in_pieces_writes_no_samples(monkeypatch, name, call):
+def test_samples_of_a_sharded_model_are_refused(monkeypatch, name, call):
     monkeypatch.setenv(name, "true")
     said = call("train", "tiny.yaml", "out_dir=runs/none", *SAMPLES, status=2)
     assert f"error: train.sample_interval={EVERY}: a model that lies in pieces" in said
     assert not Path("runs/none").exists()
 
 
-def test_samples_of_no_tokens_are_refused(refused):
+def test_sample_interval_without_sample_tokens_is_refused(refused):
     with refused(ValueError, "train.sample_interval=8", "sample_tokens=200"):
         load_recipe("tiny.yaml", {"sample_interval": "8"})
 
@@ -334,12 +310,12 @@ def test_samples_of_no_tokens_are_refused(refused):
 
 
 def number_words(expect):
-    """How the README writes what a recipe expects: 1.91 +- 0.01."""
+    """Return the expected loss as the README writes it: 1.91 +- 0.01."""
     return f"{expect.val_loss:g}" + (f" +- {expect.tolerance:g}" if expect.tolerance else "")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_says_what_to_expect(path):
+def test_every_recipe_has_its_expected_loss_in_its_header(path):
     expect = load_recipe(path).expect
     header = " ".join(line.lstrip("# ") for line in path.read_text().split("\n\ndata:")[0].splitlines())
     assert expect.source and expect.hardware and not expect.changed
@@ -349,11 +325,11 @@ def test_every_recipe_says_what_to_expect(path):
     else:
         assert f"{expect.val_loss:g}" in header
         if expect.tolerance is None:
-            assert "not run" in expect.source  # only who ran it knows how far it varies
+            assert "not run" in expect.source  # the spread is known only from runs
 
 
-def test_the_readme_agrees():
-    table = (ROOT / "README.md").read_text().split("## Recipes")[1].split("\n\n")[1].splitlines()[2:]
+def test_expected_losses_of_the_readme_are_those_of_the_recipes():
+    table = (REPOSITORY / "README.md").read_text().split("## Recipes")[1].split("\n\n")[1].splitlines()[2:]
     rows = {
         name: row.rstrip(" |").split(" | ")[-1] for row in table for name in re.findall(r"recipes/(\w+)\.yaml", row)
     }

@@ -1,5 +1,5 @@
-"""Recipes and command lines that went wrong by chance: each passes the checks of `train`, or is answered with exit
-status 2 and one line for each mistake; none with a traceback, and none keeps its user waiting."""
+"""The promise that no recipe and no command line gets a traceback: random mistakes either pass the checks of `train` or
+get exit status 2 and one line per mistake, within seconds."""
 
 import os
 import random
@@ -14,7 +14,7 @@ from nanogpt_accel.__main__ import main
 from nanogpt_accel.recipe import FIELDS, SECTIONS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-LIMIT = 20  # seconds of a check, which takes milliseconds
+TIMEOUT_S = 20  # for one check, which takes milliseconds
 VALUES = [
     "",
     "0",
@@ -121,15 +121,15 @@ VALUES = [
 ]
 
 
-def words(draw):
-    """Some options as a user might type them, most of them wrong."""
+def random_options(rng):
+    """Return some options as a user might type them, most of them wrong."""
     found = []
-    for _ in range(draw.choice((0, 1, 1, 2, 3, 6))):
-        key = draw.choice(list(FIELDS))
-        if draw.random() < 0.1:
-            key = mutated(draw, key)
-        value = draw.choice(VALUES)
-        found += draw.choice(
+    for _ in range(rng.choice((0, 1, 1, 2, 3, 6))):
+        key = rng.choice(list(FIELDS))
+        if rng.random() < 0.1:
+            key = mutate(rng, key)
+        value = rng.choice(VALUES)
+        found += rng.choice(
             (
                 [f"{key}={value}"],
                 [f"--{key}={value}"],
@@ -140,54 +140,54 @@ def words(draw):
                 [f"{key.replace('_', '-')}={value}"],
             )
         )
-    return [word.replace("\0", "") for word in found]  # which no command line can hold
+    return [word.replace("\0", "") for word in found]  # not possible on a command line
 
 
-def mutated(draw, text):
-    """A text with one accident."""
+def mutate(rng, text):
+    """Return a text with one random mistake."""
     if not text:
-        return draw.choice(VALUES)
-    i, j = sorted((draw.randrange(len(text)), draw.randrange(len(text))))
-    return draw.choice(
+        return rng.choice(VALUES)
+    i, j = sorted((rng.randrange(len(text)), rng.randrange(len(text))))
+    return rng.choice(
         (
             text[:i] + text[j:],
             text[:j] + text[i:j] + text[j:],
-            text[:i] + draw.choice(VALUES) + text[i:],
-            text[:i] + draw.choice("\0\t \n:-[]{}#&*!|>'\"%@`,?=é\x85\u2028") + text[i + 1 :],
+            text[:i] + rng.choice(VALUES) + text[i:],
+            text[:i] + rng.choice("\0\t \n:-[]{}#&*!|>'\"%@`,?=é\x85\u2028") + text[i + 1 :],
             text[:i],
         )
     )
 
 
-def damaged(draw, recipe):
-    """The bytes of a recipe in which something went wrong."""
+def damage_recipe(rng, recipe):
+    """Return the bytes of a recipe with random mistakes."""
     values = yaml.safe_load(recipe)
-    for _ in range(draw.choice((0, 1, 2, 4))):  # values of the wrong kind in the right place
-        section = draw.choice(list(SECTIONS))
+    for _ in range(rng.choice((0, 1, 2, 4))):  # values of the wrong kind in the right place
+        section = rng.choice(list(SECTIONS))
         keys = values.setdefault(section, {})
-        if draw.random() < 0.1:
-            values[section] = draw.choice([None, 3, "x", [], [1], {1: 2}, {None: None}, True, {"a": {"b": {}}}])
+        if rng.random() < 0.1:
+            values[section] = rng.choice([None, 3, "x", [], [1], {1: 2}, {None: None}, True, {"a": {"b": {}}}])
         elif isinstance(keys, dict):
-            keys[draw.choice(list(SECTIONS[section].model_fields))] = draw.choice(
+            keys[rng.choice(list(SECTIONS[section].model_fields))] = rng.choice(
                 [*VALUES, 0, -1, 3, 10**30, 1.5, float("nan"), float("inf"), None, True, [], {}, [1], {"a": 1}, b"x"]
             )
-    text = draw.choice((recipe, yaml.safe_dump(values), yaml.safe_dump(values)))
-    for _ in range(draw.choice((0, 0, 1, 2))):
+    text = rng.choice((recipe, yaml.safe_dump(values), yaml.safe_dump(values)))
+    for _ in range(rng.choice((0, 0, 1, 2))):
         lines = text.split("\n")
-        i, j = draw.randrange(len(lines)), draw.randrange(len(lines))
-        text = draw.choice(
+        i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
+        text = rng.choice(
             (
-                mutated(draw, text),
+                mutate(rng, text),
                 "\n".join(lines[:i] + lines[i + 1 :]),
                 "\n".join(lines[:i] + [lines[j]] + lines[i:]),
                 "\n".join(lines[:i] + ["  " + lines[i]] + lines[i + 1 :]),
-                "\n".join(lines[:i] + [mutated(draw, lines[i])] + lines[i + 1 :]),
+                "\n".join(lines[:i] + [mutate(rng, lines[i])] + lines[i + 1 :]),
             )
         )
     raw = text.encode("utf-8", "surrogatepass")
-    if draw.random() < 0.1:
-        i = draw.randrange(len(raw) + 1)
-        raw = raw[:i] + bytes([draw.randrange(256)]) + raw[i + 1 :]
+    if rng.random() < 0.1:
+        i = rng.randrange(len(raw) + 1)
+        raw = raw[:i] + bytes([rng.randrange(256)]) + raw[i + 1 :]
     return raw
 
 
@@ -202,15 +202,15 @@ def workplace(tmp_path, monkeypatch):
     return reached
 
 
-def too_long(number, frame):
-    raise AssertionError("it hangs")
+def fail_on_alarm(number, frame):
+    raise AssertionError("the check did not end")
 
 
 def check(capsys, reached, case, argv):
-    """Run a command; its answer has to be one of the two."""
+    """Run a command; require that it passes, or prints errors and returns 2. Return its status."""
     before = len(reached)
-    signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(LIMIT)
+    signal.signal(signal.SIGALRM, fail_on_alarm)
+    signal.alarm(TIMEOUT_S)
     try:
         status = main(argv)
     except BaseException as error:
@@ -230,26 +230,26 @@ def check(capsys, reached, case, argv):
 def fuzz(capsys, reached, cases):
     counts = {0: 0, 2: 0}
     for case in cases:
-        draw = random.Random(case)
-        recipe = draw.choice(RECIPES).read_text()
-        if draw.random() < 0.5:
-            Path("recipe.yaml").write_bytes(damaged(draw, recipe))
-            options = words(draw) if draw.random() < 0.2 else []
+        rng = random.Random(case)
+        recipe = rng.choice(RECIPES).read_text()
+        if rng.random() < 0.5:
+            Path("recipe.yaml").write_bytes(damage_recipe(rng, recipe))
+            options = random_options(rng) if rng.random() < 0.2 else []
         else:
             Path("recipe.yaml").write_text(recipe)
-            options = words(draw)
-        argv = ["train", draw.choice(["recipe.yaml"] * 9 + [draw.choice(VALUES).replace("\0", "")]), *options]
+            options = random_options(rng)
+        argv = ["train", rng.choice(["recipe.yaml"] * 9 + [rng.choice(VALUES).replace("\0", "")]), *options]
         counts[check(capsys, reached, case, argv)] += 1
-    assert min(counts.values()) > len(cases) // 20, counts  # both answers are met
-    assert {path.name for path in Path().iterdir()} <= {"text.txt", "recipe.yaml"}, "a check leaves nothing behind"
+    assert min(counts.values()) > len(cases) // 20, counts  # both answers occur
+    assert {path.name for path in Path().iterdir()} <= {"text.txt", "recipe.yaml"}, "a check leaves no files"
 
 
-def test_recipes_and_command_lines_by_chance(capsys, workplace):
+def test_random_mistakes_get_an_answer_and_no_traceback(capsys, workplace):
     fuzz(capsys, workplace, range(150))
 
 
 @pytest.mark.slow
-def test_very_many_recipes_and_command_lines_by_chance(capsys, workplace):
+def test_2000_random_mistakes_get_an_answer_and_no_traceback(capsys, workplace):
     fuzz(capsys, workplace, range(1000, 3000))
 
 
@@ -280,13 +280,13 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{chr(b + 1)}: &{chr(b + 1)} [*{chr(b)}, *{ch
     ],
     ids=range(18),
 )
-def test_hostile_yaml(capsys, workplace, text):
+def test_malicious_yaml_gets_an_answer_and_no_traceback(capsys, workplace, text):
     Path("recipe.yaml").write_text(text)
     check(capsys, workplace, text[:20], ["train", "recipe.yaml"])
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "link to itself", "no permission", "name"])
-def test_what_is_no_file(capsys, workplace, kind):
+def test_recipe_path_that_is_not_a_file_is_refused(capsys, workplace, kind):
     place = Path("recipe.yaml")
     if kind == "folder":
         place.mkdir()

@@ -1,4 +1,4 @@
-"""Losses and gradients that are no numbers: stop or skip, what is kept of them, spikes, and fp16's scaler."""
+"""The promise about NaN and Inf: a run stops and keeps the batch, or skips the step; fp16's scaler resumes exactly."""
 
 import json
 import math
@@ -9,38 +9,39 @@ import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from runs import losses, numbers, weights, write_recipe
 from safetensors.torch import load_file
 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.checkpoint.layout import list_checkpoints, read_trainer
 from nanogpt_accel.distributed.accelerator import make_accelerator
 from nanogpt_accel.model import GPT
-from nanogpt_accel.tracking.metrics_log import Spikes, read_metrics
+from nanogpt_accel.tracking.metrics_log import Spikes
 
-BLOCK, ROWS, MICRO = 16, 3, 2
-RECIPE = f"""
-data: {{corpus: text.txt, tokenizer: char, val_fraction: 0.1, data_dir: tokens}}
-model: {{n_layer: 1, n_embd: 16, n_head: 2, block_size: {BLOCK}, dropout: 0.2}}
-optimizer: {{learning_rate: 1e-2, warmup_iters: 0, lr_decay_iters: 12}}
-train: {{batch_size: {ROWS}, gradient_accumulation_steps: {MICRO}, max_iters: 12, eval_interval: 2, eval_iters: 2,
-         device: cpu}}
-checkpoint: {{keep_last: 9}}
-"""
+BLOCK, ROWS, MICRO = 16, 3, 2  # block_size, batch_size and micro-batches per step
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("numerics")
-    draw = random.Random(3)
-    (folder / "text.txt").write_text("".join(draw.choice("etaoin \n") for _ in range(5000)))
-    (folder / "recipe.yaml").write_text(RECIPE)
+    write_recipe(
+        folder,
+        block_size=BLOCK,
+        batch_size=ROWS,
+        gradient_accumulation_steps=MICRO,
+        max_iters=12,
+        lr_decay_iters=12,
+        eval_interval=2,
+    )
     return folder
 
 
 @pytest.fixture
 def poison(workplace, monkeypatch):
-    """poison(bad, first=0): the loss is nan in these steps of the next run, which begins with step `first`. Returns the
-    list of what each training step reads, micro-batch by micro-batch."""
+    """poison(bad, first=0): make the loss NaN in these steps of the next run, which starts at step `first`.
+
+    Returns the list of the inputs of every training micro-batch, which the run fills.
+    """
     monkeypatch.chdir(workplace)
     forward = GPT.forward
 
@@ -61,17 +62,9 @@ def poison(workplace, monkeypatch):
     return poison
 
 
-def weights(run, step):
-    return (Path(run) / f"checkpoint-{step:06d}" / "model.safetensors").read_bytes()
-
-
-def losses(run):
-    return [(line["step"], line["loss"]) for line in read_metrics(Path(run) / "metrics.jsonl") if "loss" in line]
-
-
-def test_stop_names_the_step_and_keeps_its_batch(workplace, poison, capsys):
+def test_stop_on_nan_names_the_step_and_keeps_its_batch(workplace, poison, capsys):
     seen = poison({5})
-    assert main(["train", "recipe.yaml", "out_dir=stopped", "save_interval=2", "log_interval=100"]) == 1
+    assert main(["train", "tiny.yaml", "out_dir=stopped", "save_interval=2", "log_interval=100"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the loss of step 5 is nan") and "stopped/nonfinite-5.json" in line
     assert "last good checkpoint is stopped/checkpoint-000004" in line and "learning_rate=..." in line
@@ -79,23 +72,23 @@ def test_stop_names_the_step_and_keeps_its_batch(workplace, poison, capsys):
         assert all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
     kept = json.loads(Path("stopped/nonfinite-5.json").read_text())
     assert kept["step"] == 5 and len(kept["sequences"]) == ROWS * MICRO
-    # the tokens are the symbols of the text in their order, so the text itself is what was read
+    # token ids are the sorted characters of the text, so the kept batch can be compared with the text
     text = (workplace / "text.txt").read_text()
     tokens = np.fromfile("tokens/train.bin", np.uint16)
     assert "".join(sorted(set(text))[i] for i in tokens) == text[: len(tokens)]
     for sequence in kept["sequences"]:
         assert sequence["text"] == text[sequence["start"] : sequence["start"] + BLOCK + 1]
-    read = torch.cat(seen[5 * MICRO : 6 * MICRO]).tolist()  # what the model saw in that step
+    read = torch.cat(seen[5 * MICRO : 6 * MICRO]).tolist()  # the inputs of the model in that step
     assert ["".join(sorted(set(text))[i] for i in row) for row in read] == [s["text"][:-1] for s in kept["sequences"]]
-    # the run goes on from there, and a new one in its place clears it away
+    # the run resumes from the checkpoint, and a new run in the same folder deletes the kept batch
     poison(set())
     assert main(["train", "stopped"]) == 0
-    assert main(["train", "recipe.yaml", "out_dir=stopped", "overwrite=true", "max_iters=1", "warmup_iters=0"]) == 0
+    assert main(["train", "tiny.yaml", "out_dir=stopped", "overwrite=true", "max_iters=1", "warmup_iters=0"]) == 0
     assert not Path("stopped/nonfinite-5.json").exists()
 
 
-def test_skip_is_a_run_without_that_step(poison, monkeypatch, capsys):
-    """The truth: a run whose numbers are right, and whose optimizer is left alone in these steps."""
+def test_skip_equals_a_run_without_the_update_of_that_step(poison, monkeypatch, capsys):
+    """The reference has finite losses and calls no optimizer step at these steps."""
     bad = {3, 7, 8}
     with monkeypatch.context() as patch:
         step, calls = AcceleratedOptimizer.step, []
@@ -107,26 +100,24 @@ def test_skip_is_a_run_without_that_step(poison, monkeypatch, capsys):
 
         patch.setattr(AcceleratedOptimizer, "step", step_or_not)
         poison(set())
-        assert main(["train", "recipe.yaml", "out_dir=by_hand", "eval_interval=12"]) == 0
+        assert main(["train", "tiny.yaml", "out_dir=by_hand", "eval_interval=12"]) == 0
         assert len(calls) == 12
     poison(bad)
-    assert main(["train", "recipe.yaml", "out_dir=skipped", "on_nonfinite=skip", "max_iters=8"]) == 0
+    assert main(["train", "tiny.yaml", "out_dir=skipped", "on_nonfinite=skip", "max_iters=8"]) == 0
     poison(bad, first=8)
     assert main(["train", "skipped", "max_iters=12"]) == 0
     assert "3 steps left out" in capsys.readouterr().out
-    for (step, right), (_, found) in zip(losses("by_hand"), losses("skipped"), strict=True):
+    for (step, right), (_, found) in zip(losses("by_hand").items(), losses("skipped").items(), strict=True):
         assert found == (None if step in bad else right), step
     assert weights("skipped", 12) == weights("by_hand", 12)
-    counted = {
-        line["step"]: line.get("skipped_steps", 0) for line in read_metrics("skipped/metrics.jsonl") if "loss" in line
-    }
-    assert counted == {step: sum(other <= step for other in bad) for step in range(12)}  # over the resume too
+    counted = {line["step"]: line.get("skipped_steps", 0) for line in numbers("skipped") if "loss" in line}
+    assert counted == {step: sum(other <= step for other in bad) for step in range(12)}  # also across the resume
 
 
 @pytest.mark.parametrize(("bad", "ends"), [({3, 4, 5, 7, 8, 9}, None), ({0, 1, 2, 3}, 3), ({5, 7, 8, 9, 10}, 10)])
-def test_too_many_skips_in_a_row(poison, capsys, bad, ends):
+def test_more_than_max_skips_in_a_row_stop_the_run(poison, capsys, bad, ends):
     poison(bad)
-    argv = ["train", "recipe.yaml", "out_dir=many", "overwrite=true", "on_nonfinite=skip", "max_skips=3"]
+    argv = ["train", "tiny.yaml", "out_dir=many", "overwrite=true", "on_nonfinite=skip", "max_skips=3"]
     assert main(argv) == (0 if ends is None else 1)
     errors = capsys.readouterr().err.splitlines()
     if ends is None:
@@ -137,10 +128,10 @@ def test_too_many_skips_in_a_row(poison, capsys, bad, ends):
         assert ("no checkpoint was saved yet" in errors[0]) == (ends == 3 and not list_checkpoints("many"))
 
 
-def test_skips_in_a_row_go_on_after_a_resume(poison, capsys):
+def test_skips_in_a_row_are_counted_across_a_resume(poison, capsys):
     poison({4, 5})
     argv = ["out_dir=rows", "on_nonfinite=skip", "max_skips=2", "max_iters=6"]
-    assert main(["train", "recipe.yaml", *argv]) == 0
+    assert main(["train", "tiny.yaml", *argv]) == 0
     poison({6}, first=6)
     assert main(["train", "rows", "max_iters=12"]) == 1
     assert "steps 4 to 6 had no finite gradient" in capsys.readouterr().err
@@ -165,8 +156,8 @@ def log_of(path, losses):
         (0, 9, False),
     ],
 )
-def test_a_spike_by_its_definition(tmp_path, n, above, expected):
-    """Losses that alternate around 4 by 0.25 have this mean and exactly this standard deviation."""
+def test_spike_is_seven_standard_deviations_above_the_mean(tmp_path, n, above, expected):
+    """Losses that alternate between 3.75 and 4.25 have mean 4 and standard deviation 0.25."""
     before = [4 + 0.25 * (-1) ** i for i in range(n)]
     loss = 4 + above * 0.25
     assert Spikes(log_of(tmp_path / "metrics.jsonl", before)).is_one(loss) is expected
@@ -174,14 +165,14 @@ def test_a_spike_by_its_definition(tmp_path, n, above, expected):
     assert [live.is_one(value) for value in before] == [False] * n and live.is_one(loss) is expected
 
 
-def test_spikes_forget_what_is_long_ago_and_leave_out_what_is_no_number(tmp_path):
+def test_spikes_use_recent_finite_losses_only(tmp_path):
     old, new = [9.0 + i % 2 for i in range(500)], [4 + 0.25 * (-1) ** i for i in range(1000)]
     spikes = Spikes(log_of(tmp_path / "metrics.jsonl", old + new))
     assert not spikes.is_one(math.nan) and not spikes.is_one(5.74)
     assert spikes.is_one(9.5) and not spikes.is_one(-9.5)
 
 
-def test_a_resumed_run_marks_the_same_spikes(tmp_path):
+def test_resumed_run_marks_the_same_spikes(tmp_path):
     draw = random.Random(4)
     losses = [draw.gauss(3, 0.1) + 3 * (i % 90 == 89) for i in range(600)]
     live = Spikes(tmp_path / "none")
@@ -197,7 +188,7 @@ def test_a_resumed_run_marks_the_same_spikes(tmp_path):
 
 @pytest.fixture
 def scaled(monkeypatch):
-    """Autocast to fp16 with a scaler, on a CPU, where Accelerate has none. scaled(scale): where it begins."""
+    """scaled(scale): autocast to fp16 with a gradient scaler of this initial scale, which Accelerate lacks on a CPU."""
     make = make_accelerator
 
     def scaled(scale):
@@ -212,12 +203,12 @@ def scaled(monkeypatch):
     return scaled
 
 
-def test_the_scaler_survives_a_resume(poison, scaled):
+def test_fp16_scaler_resumes_exactly(poison, scaled):
     scaled(2.0**8)
-    assert main(["train", "recipe.yaml", "out_dir=fp16"]) == 0
-    assert main(["train", "recipe.yaml", "out_dir=fp16_parts", "max_iters=4"]) == 0
+    assert main(["train", "tiny.yaml", "out_dir=fp16"]) == 0
+    assert main(["train", "tiny.yaml", "out_dir=fp16_parts", "max_iters=4"]) == 0
     assert main(["train", "fp16_parts", "max_iters=12"]) == 0
-    # it doubles with every third step
+    # it doubles every third step
     for run in ("fp16", "fp16_parts"):
         found = {read_trainer(path)["step"]: read_trainer(path)["scaler"] for path in list_checkpoints(run)}
         assert {step: state["scale"] for step, state in found.items()} == {
@@ -227,11 +218,11 @@ def test_the_scaler_survives_a_resume(poison, scaled):
 
 
 @pytest.mark.parametrize("mode", ["stop", "skip"])
-def test_the_scaler_finds_its_scale_by_itself(poison, scaled, mode):
-    """Steps that overflow are the scaler's own business in either mode, and are counted where it is asked for."""
+def test_fp16_scaler_skips_overflowing_steps_in_either_mode(poison, scaled, mode):
+    """The scaler lowers its scale; only on_nonfinite=skip counts the skipped steps."""
     scaled(2.0**24)
-    assert main(["train", "recipe.yaml", f"out_dir=over_{mode}", f"on_nonfinite={mode}"]) == 0
-    lines = [line for line in read_metrics(f"over_{mode}/metrics.jsonl") if "loss" in line]
+    assert main(["train", "tiny.yaml", f"out_dir=over_{mode}", f"on_nonfinite={mode}"]) == 0
+    lines = [line for line in numbers(f"over_{mode}") if "loss" in line]
     overflown = sum(line["grad_norm"] is None for line in lines)
     assert 0 < overflown < 12 and all(line["loss"] is not None for line in lines)
     assert lines[-1].get("skipped_steps", 0) == (overflown if mode == "skip" else 0)

@@ -1,5 +1,8 @@
-"""What Windows and a Mac's GPU do otherwise. There is neither here: commands run with as much of Windows as can be
-acted out under Linux (as_on_windows.py), and of MPS the decisions are tried, not the arithmetic."""
+"""The promise for Windows and macOS, checked on Linux.
+
+All commands run while as_on_windows.py imitates Windows. For MPS, the choices (device, precision, compilation, no
+float64) are tested with fakes, not the arithmetic.
+"""
 
 import ast
 import io
@@ -25,7 +28,6 @@ from shared import REPOSITORY
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from transformers import AutoModelForCausalLM
 
-import nanogpt_accel
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.batches import model_inputs
 from nanogpt_accel.checkpoint.run_folder import best_checkpoint, is_published, prepare_run_folder, publish
@@ -43,7 +45,7 @@ from nanogpt_accel.tracking.metrics_log import read_metrics
 from nanogpt_accel.utils import cli, files
 from nanogpt_accel.utils.files import rename_folder
 
-PACKAGE = Path(nanogpt_accel.__file__).parent
+PACKAGE = REPOSITORY / "nanogpt_accel"
 RECIPE = """
 out_dir: runs/tiny
 data: {corpus: texts, tokenizer: char, val_fraction: 0.3}
@@ -55,7 +57,7 @@ checkpoint: {keep_last: 1}
 """
 COMMANDS = [
     "train recipe.yaml",
-    "train runs/tiny max_iters=8",  # whose first checkpoint is pruned while it is in use
+    "train runs/tiny max_iters=8",  # prunes the first checkpoint while it is in use
     "train recipe.yaml out_dir=runs/other init_from=runs/tiny max_iters=2",
     "train recipe.yaml out_dir=runs/other overwrite=true async_save=true max_iters=2",
     "sample runs/tiny num_samples=1 max_new_tokens=30",
@@ -68,8 +70,8 @@ COMMANDS = [
 ]
 
 
-def write_recipe(folder):
-    """A recipe in a folder, on files whose characters are more than cp1252 has."""
+def write_project(folder):
+    """Write a recipe and its texts, with characters that cp1252 lacks."""
     draw = random.Random(2)
     words = ["".join(draw.choice("etaoinshrdlu☃привет") for _ in range(draw.randint(2, 7))) for _ in range(150)]
     (folder / "texts" / "deeper").mkdir(parents=True)
@@ -82,9 +84,9 @@ def write_recipe(folder):
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """The folder of a run of eight steps as Linux does it."""
+    """The folder of a run of eight steps on Linux."""
     folder = tmp_path_factory.mktemp("linux")
-    write_recipe(folder)
+    write_project(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(["train", "recipe.yaml", "max_iters=8"]) == 0
@@ -93,11 +95,11 @@ def here(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory, here):
-    """(folder, output) of all commands as under Windows."""
+    """(folder, output) of all commands as on Windows."""
     if sys.platform != "linux":
-        pytest.skip("Windows is acted out on Linux: /proc says which files are open")
+        pytest.skip("as_on_windows.py needs Linux: it reads the open files from /proc")
     folder = tmp_path_factory.mktemp("windows")
-    write_recipe(folder)
+    write_project(folder)
     (data,) = (path.name for path in (here / "data").iterdir())
     commands = [command.format(data=data).split(" ") for command in COMMANDS]
     done = subprocess.run(
@@ -122,16 +124,16 @@ def there(tmp_path_factory, here):
 # ---- Windows
 
 
-def test_every_command_ends_well_and_nothing_was_in_the_way(there):
+def test_every_command_succeeds_as_on_windows(there):
     folder, output = there
-    assert "warning: " not in output and "?" in output  # for characters that its terminal has not
+    assert "warning: " not in output and "?" in output  # for characters that the terminal lacks
     left = {path.name for run in (folder / "runs").iterdir() for path in run.iterdir() if path.is_dir()}
     assert left == {"checkpoint-000008", "checkpoint-000002"}  # (of the other run)
     assert [path for path in folder.rglob(".*") if path.name != ".lock.json"] == []
     assert re.search(r"stock: GPT2LMHeadModel, largest difference of a logit .*: [0-9.]+e-\d+|: 0\.0e\+00", output)
 
 
-def test_the_numbers_are_those_of_linux(here, there):
+def test_numbers_as_on_windows_equal_those_of_linux(here, there):
     folder, _ = there
     ours, theirs = (read_metrics(run / "runs" / "tiny" / "metrics.jsonl") for run in (here, folder))
     assert len(ours) == 13  # 8 steps and 5 evaluations
@@ -139,14 +141,14 @@ def test_the_numbers_are_those_of_linux(here, there):
         assert other.pop("peak_memory", None) == (2**28 if "loss" in mine else None)
         for key in mine.keys() - {"tokens_per_second", "peak_memory"}:
             assert mine[key] == other[key], (mine["step"], key)
-    (name,) = (path.name for path in (here / "data").iterdir())  # a hash of what decides the tokens: names and slashes
+    (name,) = (path.name for path in (here / "data").iterdir())  # a hash of names with slashes, among others
     for file in ("train.bin", "val.bin", "tokenizer.json"):
         assert (here / "data" / name / file).read_bytes() == (folder / "data" / name / file).read_bytes()
     mine, other = (json.loads((run / "data" / name / "manifest.json").read_text()) for run in (here, folder))
     assert mine == other
 
 
-def test_a_run_without_links_loads_as_its_best_checkpoint(there):
+def test_run_folder_without_links_loads_as_its_best_checkpoint(there):
     folder, _ = there
     run = folder / "runs" / "tiny"
     assert not any(path.is_symlink() for path in run.iterdir())
@@ -155,7 +157,7 @@ def test_a_run_without_links_loads_as_its_best_checkpoint(there):
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
 
 
-def test_no_file_has_a_name_that_windows_refuses(there):
+def test_file_names_are_valid_on_windows(there):
     folder, _ = there
     for path in folder.rglob("*"):
         assert re.fullmatch(r'[^<>:"/\\|?*\x00-\x1f]*[^<>:"/\\|?*\x00-\x1f. ]', path.name), path
@@ -163,7 +165,7 @@ def test_no_file_has_a_name_that_windows_refuses(there):
         assert len(str(path.relative_to(folder))) < 120
 
 
-def test_names_that_windows_lacks_stand_only_where_they_are_asked_for():
+def test_posix_only_names_are_used_only_after_a_check():
     assert {name for name in POSIX_OS if hasattr(os, name)} > {"getuid", "setpriority", "kill"}
     found = set()
     for path in PACKAGE.rglob("*.py"):
@@ -181,7 +183,7 @@ def test_names_that_windows_lacks_stand_only_where_they_are_asked_for():
         ("save", "os.setpriority"),
         ("save", "os.PRIO_PROCESS"),  # on Linux alone
         ("hardware", "resource"),
-    }  # an ImportError is expected
+    }  # its ImportError is handled
 
 
 @pytest.fixture
@@ -203,32 +205,32 @@ def copied(here, tmp_path, no_links):
     return run
 
 
-def test_copies_in_the_place_of_links_are_known_for_what_they_are(copied):
+def test_copies_instead_of_links_are_recognized(copied):
     (copied / "notes.txt").write_text("mine")
     assert is_published(copied / "model.safetensors") and is_published(copied / "README.md")
     assert not is_published(copied / "notes.txt") and not is_published(copied / "run.yaml")
-    # they are not made again while they are right, for a model may be large
+    # correct copies are not written again, because a model may be large
     before = os.stat(copied / "model.safetensors").st_ino
     publish(copied, 8, copied / "checkpoint-000008")
     assert os.stat(copied / "model.safetensors").st_ino == before
-    # a better checkpoint could not be saved: the one before it stays the best
+    # if a better checkpoint could not be saved, the previous one stays the best
     shutil.copytree(copied / "checkpoint-000008", copied / "checkpoint-000010")
     assert best_checkpoint(copied, 9, copied / "checkpoint-000010") == copied / "checkpoint-000008"
 
 
-def test_a_new_run_clears_copies_away_with_their_checkpoints(copied):
+def test_new_run_deletes_copies_with_their_checkpoints(copied):
     (copied / "notes.txt").write_text("mine")
     prepare_run_folder(copied, "seed: 1\n", is_resumed=False)
-    # or find_model would take what is left for a model
+    # otherwise find_model would load the remaining files
     assert {path.name for path in copied.iterdir()} == {"run.yaml", "notes.txt"}
 
 
-def test_a_folder_that_is_busy_for_a_moment_is_renamed_after_it(tmp_path, monkeypatch):
+def test_rename_of_a_busy_folder_is_retried(tmp_path, monkeypatch):
     tries = []
 
     def rename(source, target):
         tries.append(source)
-        if len(tries) < 3:  # a virus scanner has a file of it open
+        if len(tries) < 3:  # as if a virus scanner has one of its files open
             raise PermissionError(13, "Access is denied")
         os.rename(source, target)
 
@@ -238,7 +240,7 @@ def test_a_folder_that_is_busy_for_a_moment_is_renamed_after_it(tmp_path, monkey
     assert len(tries) == 3 and (tmp_path / "final").is_dir()
 
 
-def test_a_leftover_that_somebody_reads_does_not_keep_a_checkpoint_from_being_saved(tmp_path, monkeypatch):
+def test_undeletable_leftovers_do_not_prevent_a_save(tmp_path, monkeypatch):
     def rmtree(path, **more):
         raise PermissionError(13, "The process cannot access the file because it is being used by another process")
 
@@ -246,12 +248,12 @@ def test_a_leftover_that_somebody_reads_does_not_keep_a_checkpoint_from_being_sa
     monkeypatch.setattr(files.shutil, "rmtree", rmtree)
     _prepare_temp_dir(tmp_path / ".checkpoint-000004.tmp", 1)
     assert (tmp_path / ".checkpoint-000004.tmp" / "state").is_dir()
-    with pytest.raises(PermissionError):  # but nothing is written into another checkpoint's files
+    with pytest.raises(PermissionError):  # but it never writes into the files of another checkpoint
         _prepare_temp_dir(tmp_path / ".checkpoint-000004.tmp", 1)
 
 
-def test_ctrl_break_stops_a_run_in_order(monkeypatch):
-    number = signal.SIGUSR2  # under Windows SIGBREAK has 21
+def test_ctrl_break_is_a_stop_signal(monkeypatch):
+    number = signal.SIGUSR2  # SIGBREAK is 21 on Windows
     monkeypatch.setattr(signal, "SIGBREAK", number, raising=False)
     monkeypatch.delattr(signal, "SIGUSR1")
     before = signal.signal(number, signal.SIG_IGN)
@@ -267,7 +269,7 @@ def test_ctrl_break_stops_a_run_in_order(monkeypatch):
         signal.signal(number, before)
 
 
-def test_a_log_that_lacks_characters_ends_no_run(monkeypatch):
+def test_output_replaces_characters_that_its_encoding_lacks(monkeypatch):
     log = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", log)
     console = Console()
@@ -277,7 +279,7 @@ def test_a_log_that_lacks_characters_ends_no_run(monkeypatch):
     assert log.buffer.getvalue().decode("cp1252").replace(os.linesep, "\n") == "a ???? b\n?t? ?"
 
 
-def test_a_name_that_windows_refuses_is_the_users_to_mend(capsys):
+def test_invalid_file_name_is_an_error_for_the_user(capsys):
     def command(argv):
         error = OSError(22, "The filename, directory name, or volume label syntax is incorrect: 'runs/a?b'")
         error.winerror = 123
@@ -287,7 +289,7 @@ def test_a_name_that_windows_refuses_is_the_users_to_mend(capsys):
     assert "runs/a?b" in capsys.readouterr().err
 
 
-def test_a_glob_of_another_drive(tmp_path, monkeypatch):
+def test_corpus_glob_on_another_drive(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("some words")
     monkeypatch.chdir(tmp_path)
 
@@ -298,7 +300,7 @@ def test_a_glob_of_another_drive(tmp_path, monkeypatch):
     assert list(sources.find_corpus(f"{tmp_path}/*.txt").documents()) == ["some words"]
 
 
-def test_the_library_of_a_python_with_other_line_ends_is_the_same_text(tmp_path, monkeypatch):
+def test_corpus_python_with_windows_line_endings_is_the_same_text(tmp_path, monkeypatch):
     (tmp_path / "os.py").write_bytes(b"import abc\r\n\r\nname = 'nt'\r\n")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     assert list(sources.find_corpus("python").documents()) == ["import abc\n\nname = 'nt'\n"]
@@ -322,26 +324,26 @@ def windows(monkeypatch):
         (False, "cuda", False, False),
     ],
 )
-def test_what_is_compiled_where(request, compile, device, elsewhere, under_windows):
+def test_should_compile_by_device_and_system(request, compile, device, elsewhere, under_windows):
     assert should_compile(compile, device) is elsewhere
     request.getfixturevalue("windows")
     assert should_compile(compile, device) is under_windows
 
 
-def test_doctor_asks_for_the_compiler_of_the_system(windows, monkeypatch):
+def test_doctor_names_the_compiler_of_the_system(windows, monkeypatch):
     monkeypatch.setattr(doctor, "COMPILE", "import sys; sys.stderr.buffer.write(b'no \\x81 compiler'); sys.exit(1)")
     (finding,) = doctor.compiling(torch.device("cuda"), 60)
-    assert finding["state"] == "warning" and "cl, of Visual Studio" in finding["fix"]  # nothing needs it by itself
+    assert finding["state"] == "warning" and "cl, of Visual Studio" in finding["fix"]  # not needed by default
 
 
-def test_several_gpus_under_windows_are_refused(windows, monkeypatch, refused):
+def test_several_gpus_on_windows_are_refused(windows, monkeypatch, refused):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(accelerator, "pick_device", lambda device: torch.device("cuda"))
     with refused(ValueError, "WORLD_SIZE=2", "NCCL", "WSL2"):
         make_accelerator()
 
 
-def test_memory_under_windows(monkeypatch):
+def test_peak_memory_on_windows(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)  # an import of it fails
     monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(peak_wset=12345))
     assert peak_memory(torch.device("cpu")) == 12345
@@ -351,7 +353,7 @@ def test_memory_under_windows(monkeypatch):
 
 
 class OnMps(torch.Tensor):
-    """A tensor that refuses float64 until it is brought to the processor, as those of MPS do."""
+    """A tensor that refuses float64 until it is copied to the CPU, like those of MPS."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -363,7 +365,7 @@ class OnMps(torch.Tensor):
         return found
 
 
-def test_the_stand_in_for_a_tensor_of_mps():
+def test_fake_mps_tensor_refuses_float64():
     with pytest.raises(TypeError):
         torch.ones(2).as_subclass(OnMps).double()
     assert torch.ones(2).as_subclass(OnMps).cpu().double().dtype == torch.float64
@@ -391,16 +393,16 @@ def mps(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_device_and_precision_of_a_mac(mps, monkeypatch, refused):
+def test_device_and_precision_on_a_mac(mps, monkeypatch, refused):
     assert pick_device("auto") == pick_device("mps") == torch.device("mps")
     assert pick_precision("auto", "mps") == "no"
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: (major, minor) < (14, 0))
     with refused(ValueError, "mixed_precision=bf16", "macOS 14", "fp16"):
         make_accelerator("mps", "bf16")
-    assert "mps" in _get_fused_kernels_supported_devices()  # as optim.make_optimizer takes for granted
+    assert "mps" in _get_fused_kernels_supported_devices()  # optim.make_optimizer relies on it
 
 
-def test_times_on_mps_are_the_clocks(monkeypatch):
+def test_bench_on_mps_uses_the_clock(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waited.append(1))
     variant = bench.Variant.__new__(bench.Variant)
@@ -410,7 +412,7 @@ def test_times_on_mps_are_the_clocks(monkeypatch):
     assert variant.peak_memory() is None
 
 
-def test_doctor_does_not_ask_mps_for_kernels_of_cuda(monkeypatch):
+def test_doctor_does_not_look_for_cuda_kernels_on_mps(monkeypatch):
     randn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *sizes, device, **more: randn(*sizes, **more))
     finding = doctor.attention(SimpleNamespace(type="mps"))

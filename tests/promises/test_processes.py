@@ -1,35 +1,22 @@
-"""The three doors lead to one function, and two processes are two: launched as a user launches them."""
+"""The promise that the command, `python -m` and `accelerate launch` train the same, and that two processes are two."""
 
 import contextlib
 import io
-import json
-import os
-import random
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launching import package_env, run_python
+from runs import SMALL, largest_difference, make_text, numbers, trainer, weights, write_recipe
 
-import nanogpt_accel
 from nanogpt_accel.__main__ import main
-from nanogpt_accel.tracking.metrics_log import read_metrics
 
-LIMIT = 120  # seconds for one launch
 STEPS = 4
-RECIPE = f"""
-data: {{corpus: text.txt, tokenizer: char, val_fraction: 0.1}}
-model: {{n_layer: 2, n_embd: 32, n_head: 2, block_size: 32, dropout: 0.2}}
-optimizer: {{learning_rate: 1e-2, warmup_iters: 2}}
-train: {{batch_size: 4, gradient_accumulation_steps: 4, max_iters: {STEPS}, eval_interval: 2, eval_iters: 3,
-         device: cpu, mixed_precision: no}}
-"""
-DOORS = {
-    "command": None,  # nanogpt-accel, whose entry point is called in this process
+ENTRY_POINTS = {
+    "command": None,  # nanogpt-accel, called in this process
     "module": ["-m", "nanogpt_accel.train"],
     "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "nanogpt_accel.train"],
-    # two processes on a CPU, FACTS.md: with --cpu alone it would silently be one
+    # with --cpu instead of --multi_gpu, Accelerate would silently start one process
     "two": [
         "-m",
         "accelerate.commands.launch",
@@ -42,8 +29,8 @@ DOORS = {
 }
 
 
-def here(folder, argv):
-    """main(argv) in that folder, with one thread, as the launched ones have."""
+def run_here(folder, argv):
+    """Run main(argv) in a folder, with one thread as in the launched processes."""
     threads, out = torch.get_num_threads(), io.StringIO()
     torch.set_num_threads(1)
     try:
@@ -57,85 +44,58 @@ def here(folder, argv):
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """launched(door, ...) runs the recipe through a door in a folder of its own; returns the folder and the output."""
+    """launched(entry_point, ...) -> (folder, CompletedProcess) of the recipe trained in a new folder."""
 
-    def launch(door, *options):
-        folder = tmp_path_factory.mktemp(door)
-        draw = random.Random(4)
-        (folder / "text.txt").write_text("".join(draw.choice("abcdefgh ") for _ in range(20_000)))
+    def launch(entry_point, *options):
+        folder = tmp_path_factory.mktemp(entry_point)
+        (folder / "text.txt").write_text(make_text(4000))
         (folder / "latin.txt").write_bytes("Übung ".encode("latin-1") * 99)
-        (folder / "tiny.yaml").write_text(RECIPE)
-        if door == "command":
-            return folder, here(folder, ["train", "tiny.yaml", *options])
-        env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
-        env |= {
-            "OMP_NUM_THREADS": "1",
-            "HF_HOME": str(folder / "no accelerate config"),
-            "PYTHONPATH": str(Path(nanogpt_accel.__file__).parents[1]),
-        }
-        if door == "two":
+        settings = SMALL | {"warmup_iters": 2, "max_iters": STEPS, "eval_interval": 2}
+        write_recipe(folder, **settings, corpus="text.txt")
+        if entry_point == "command":
+            return folder, run_here(folder, ["train", "tiny.yaml", *options])
+        env = package_env(HF_HOME=str(folder / "no accelerate config"))
+        if entry_point == "two":
             env["ACCELERATE_USE_CPU"] = "true"
-        done = subprocess.run(
-            [sys.executable, *DOORS[door], "tiny.yaml", *options],
-            cwd=folder,
-            env=env,
-            text=True,
-            capture_output=True,
-            timeout=LIMIT,
-        )
-        return folder, done
+        return folder, run_python(*ENTRY_POINTS[entry_point], "tiny.yaml", *options, status=None, env=env, cwd=folder)
 
     return launch
 
 
 @pytest.fixture(scope="module")
 def runs(launched):
-    """{door: (run folder, what it printed)} of all the doors, each on data that were not prepared before."""
+    """{entry point: (run folder, output)}, each on data that were not prepared before."""
     found = {}
-    for door in DOORS:
-        folder, done = launched(door)
+    for entry_point in ENTRY_POINTS:
+        folder, done = launched(entry_point)
         assert done.returncode == 0, done.stderr
-        found[door] = (folder / "runs" / "tiny", done.stdout)
+        found[entry_point] = (folder / "runs" / "tiny", done.stdout)
     return found
 
 
-def numbers(run):
-    return [
-        {k: v for k, v in line.items() if k not in ("tokens_per_second", "mfu", "peak_memory")}
-        for line in read_metrics(run / "metrics.jsonl")
-    ]
-
-
-def trainer(run):
-    return json.loads((run / f"checkpoint-{STEPS:06d}" / "state" / "trainer.json").read_text())
-
-
-def test_three_doors_to_one_function(runs):
+def test_all_entry_points_compute_the_same(runs):
     first = runs["command"][0]
     assert len(numbers(first)) == STEPS + 3
-    for door in ("module", "accelerate"):
-        run = runs[door][0]
+    for entry_point in ("module", "accelerate"):
+        run = runs[entry_point][0]
         assert numbers(run) == numbers(first)
-        model = "checkpoint-000004/model.safetensors"
-        assert (run / model).read_bytes() == (first / model).read_bytes()
-        assert trainer(run) == trainer(first)
-    assert trainer(first)["processes"] == 1
+        assert weights(run, STEPS) == weights(first, STEPS)
+        assert trainer(run, STEPS) == trainer(first, STEPS)
+    assert trainer(first, STEPS)["processes"] == 1
 
 
-def test_two_launched_are_two(runs):
+def test_launching_two_processes_gives_two_ranks_and_the_same_batch(runs):
     run, out = runs["two"]
-    assert trainer(run)["processes"] == 2
+    assert trainer(run, STEPS)["processes"] == 2
     (arithmetic,) = [line for line in out.splitlines() if line.startswith("batch: ")]
     assert "512 tokens a step" in arithmetic and "512 tokens a step" in runs["command"][1]
 
 
-def test_two_do_what_one_does(runs):
-    one, two = numbers(runs["command"][0]), numbers(runs["two"][0])
-    assert [list(line) for line in one] == [list(line) for line in two]
-    assert max(abs(a[key] - b[key]) for a, b in zip(one, two, strict=True) for key in a) < 1e-5
+def test_two_processes_compute_the_same_as_one(runs):
+    assert largest_difference(runs["command"][0], runs["two"][0]) < 1e-5
 
 
-def test_missing_data_are_prepared_once(runs):
+def test_missing_data_is_prepared_once(runs):
     for run, out in runs.values():
         (folder,) = (run.parents[1] / "data").iterdir()
         (line,) = [line for line in out.splitlines() if line.startswith("data/")]
@@ -149,15 +109,17 @@ def test_missing_data_are_prepared_once(runs):
         ]
 
 
-def test_one_process_speaks(runs):
-    """Two processes print what one prints: no line twice, and the same ones."""
-    one, two = ([line.split(":")[0] for line in runs[door][1].splitlines()] for door in ("command", "two"))
-    assert one[0].startswith("data/") and two[0].startswith("data/")  # a name that depends on the file's time
+def test_only_the_main_process_prints(runs):
+    """Two processes print the same lines as one, each once."""
+    one, two = (
+        [line.split(":")[0] for line in runs[entry_point][1].splitlines()] for entry_point in ("command", "two")
+    )
+    assert one[0].startswith("data/") and two[0].startswith("data/")  # the name depends on the file's time
     assert one[1:] == two[1:]
 
 
-def test_a_mistake_that_only_the_main_process_meets(launched):
-    """The text is found unfit when it is prepared, while the other process waits for the data: both end."""
+def test_error_in_the_main_process_ends_both(launched):
+    """The main process finds invalid text while the other one waits for the data."""
     folder, done = launched("two", "corpus=latin.txt")
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

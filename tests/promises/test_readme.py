@@ -1,20 +1,19 @@
-"""The pages: every command that they show is parsed and checked by the command itself, up to where its work begins, and
-every command of the *.md pages is run somewhere, or stands below with the reason why not.
+"""The promise that every command of the documentation works.
 
-A placeholder of the pages (RECIPE, MODEL, runs/NAME, FOLDER, ...) is a real thing of that name in the tests' folder.
-What a recipe's or a config's header shows is parsed here; test_configs.py launches the configs.
+Every command in the *.md pages and in the headers of recipes and configs is parsed and checked by the command itself,
+up to the start of its work. Every command of the pages is also run: here (RUN, slow), by another test (RUN_ELSEWHERE),
+or NOT_RUN gives the reason. The placeholders of the pages (RECIPE, MODEL, runs/NAME, FOLDER, ...) are real files with
+these names in the folder of the tests.
 """
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launching import LIMIT, ROOT, parse_launch
+from launching import package_env, parse_launch, run_python, torchrun_variables
+from shared import FAST, REPOSITORY
 
 from nanogpt_accel.__main__ import COMMANDS, import_command, main
 from nanogpt_accel.commands.bench import BenchOptions
@@ -23,29 +22,29 @@ from nanogpt_accel.models.find import find_model
 from nanogpt_accel.recipe import FIELDS, SECTION_OF
 
 PAGES = [
-    str(path.relative_to(ROOT))
-    for folder in ("", "recipes", "configs", "benchmarks")
-    for path in sorted((ROOT / folder).glob("*.md"))
+    str(path.relative_to(REPOSITORY))
+    for folder in ("", "recipes", "configs", "benchmarks", "tests")
+    for path in sorted((REPOSITORY / folder).glob("*.md"))
 ]
 HEADERS = sorted(
-    str(path.relative_to(ROOT))
+    str(path.relative_to(REPOSITORY))
     for pattern in ("recipes/*.yaml", "configs/*.yaml", "configs/slurm/*")
-    for path in ROOT.glob(pattern)
+    for path in REPOSITORY.glob(pattern)
 )
 COMMAND = re.compile(
     r"(\w+=\S+ )*(nanogpt-accel|accelerate (launch|config)|python -m nanogpt_accel|"
     r"python (benchmarks|tests)/|pytest|sbatch|pip install)"
 )
 
-# a model and a run so small that a command is over when it has begun
+# a model and a run so small that every command takes a second
 CPU = "device=cpu"
 TINY = (
     f"{CPU} n_layer=1 n_embd=32 n_head=2 block_size=16 batch_size=2 max_iters=2 warmup_iters=0 lr_decay_iters=2 "
     "eval_interval=1 eval_iters=1 sample_tokens=4 sample_prompt=RO"
 )
-ALONE = "gradient_accumulation_steps=1"
+ONE_MICRO_BATCH = "gradient_accumulation_steps=1"
 TEXT = "corpus=text.txt tokenizer=char val_fraction=0.1"
-# each command that is run here: (what is added to make it small, what it says). A later word wins
+# command that is run here -> (options that make it small, expected output). The last of two options wins
 RUN = {
     "nanogpt-accel train recipes/quickstart.yaml": (
         f"{TINY} limit_documents=30 vocab_size=300",
@@ -76,10 +75,10 @@ RUN = {
     "nanogpt-accel plan RECIPE gpus=8 gpu=h100": ("", "H100"),
     "nanogpt-accel prepare RECIPE": (TEXT, "train: "),
     "nanogpt-accel data FOLDER": ("", "commonest"),
-    "nanogpt-accel train RECIPE": (f"{TINY} {TEXT} {ALONE}", "The run is in runs/RECIPE"),
+    "nanogpt-accel train RECIPE": (f"{TINY} {TEXT} {ONE_MICRO_BATCH}", "The run is in runs/RECIPE"),
     "nanogpt-accel sample MODEL": (f"{CPU} num_samples=1 max_new_tokens=4 start=ROMEO:", "ROMEO:"),
     "nanogpt-accel evaluate MODEL": (CPU, "perplexity"),
-    "nanogpt-accel bench RECIPE": (f"{TINY} {ALONE} steps=1 warmup=1", "tokens/s"),
+    "nanogpt-accel bench RECIPE": (f"{TINY} {ONE_MICRO_BATCH} steps=1 warmup=1", "tokens/s"),
     "nanogpt-accel report RUN [RUN ...]": ("out=both.html", "wrote both.html"),
     "nanogpt-accel doctor": ("compile_limit=0", "torch"),
     "accelerate launch -m nanogpt_accel doctor": ("compile_limit=0", "torch"),
@@ -87,16 +86,16 @@ RUN = {
     "nanogpt-accel export runs/NAME --to my-gpt": ("", "GPT2LMHeadModel"),
     "nanogpt-accel import CKPT.pt --to FOLDER": ("to=imported2 tokenizer=MODEL", "7 steps"),
 }
-# the first words of a command -> the test that runs it, or one like it
+# start of a command -> the test that runs it, or one like it
 RUN_ELSEWHERE = {
-    "accelerate launch --config_file configs/multi_gpu.yaml": "promises/test_configs.py::test_launches",
-    "accelerate launch --config_file configs/fsdp2.yaml": "promises/test_configs.py::test_launches",
-    "accelerate launch -m nanogpt_accel.train recipes/gpt2.yaml": "promises/test_configs.py::test_a_config_of_the_users_own",  # noqa: E501
-    "accelerate config": "promises/test_configs.py::test_a_config_of_the_users_own",
-    "sbatch configs/slurm/multi_node.sbatch": "promises/test_configs.py::test_a_requeued_job_of_two_machines",  # noqa: E501
-    "sbatch --nodes=4 configs/slurm/multi_node.sbatch": "promises/test_configs.py::test_a_requeued_job_of_two_machines",  # noqa: E501
-    "sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_a_requeued_job",
-    "CONFIG=configs/fsdp2.yaml sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_a_requeued_job",  # noqa: E501
+    "accelerate launch --config_file configs/multi_gpu.yaml": "promises/test_configs.py::test_config_launches_and_trains",  # noqa: E501
+    "accelerate launch --config_file configs/fsdp2.yaml": "promises/test_configs.py::test_config_launches_and_trains",
+    "accelerate launch -m nanogpt_accel.train recipes/gpt2.yaml": "promises/test_configs.py::test_default_config_of_accelerate_is_used",  # noqa: E501
+    "accelerate config": "promises/test_configs.py::test_default_config_of_accelerate_is_used",
+    "sbatch configs/slurm/multi_node.sbatch": "promises/test_configs.py::test_slurm_job_of_two_machines_is_requeued_and_resumes",  # noqa: E501
+    "sbatch --nodes=4 configs/slurm/multi_node.sbatch": "promises/test_configs.py::test_slurm_job_of_two_machines_is_requeued_and_resumes",  # noqa: E501
+    "sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_slurm_job_is_requeued_and_resumes_exactly",  # noqa: E501
+    "CONFIG=configs/fsdp2.yaml sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_slurm_job_is_requeued_and_resumes_exactly",  # noqa: E501
     "nanogpt-accel plan recipes": "commands/test_plan.py::test_the_table_of_the_page_is_what_plan_computes",  # noqa: E501
     "nanogpt-accel COMMAND --help": "utils/test_cli.py::test_help_shows_every_key",
     "nanogpt-accel train --help": "utils/test_cli.py::test_help_shows_every_key",
@@ -104,24 +103,23 @@ RUN_ELSEWHERE = {
     "nanogpt-accel train recipes/gpt2.yaml push_to_hub=true": "hub/test_hub.py::test_every_checkpoint_is_a_commit_in_its_order",  # noqa: E501
     "nanogpt-accel sample gpt2-xl": "hub/test_hub.py::test_sample_accepts_a_hub_id",
     "nanogpt-accel train recipes/finetune_shakespeare.yaml": "hub/test_hub.py::test_init_from_accepts_a_hub_id",  # noqa: E501
-    "python tests/support/torture.py": "promises/test_safety.py::test_the_torturer",
-    "python -m nanogpt_accel.recipe": "test_recipe.py::test_the_schema_is_that_of_the_fields",
+    "python tests/support/torture.py": "promises/test_safety.py::test_run_survives_random_kills",
+    "python -m nanogpt_accel.recipe": "test_recipe.py::test_schema_file_is_up_to_date",
 }
-# the first words of a command -> why no test runs it
+# start of a command -> why no test runs it
 NOT_RUN = {
-    "pip install": "takes the network and gigabytes; `-e .` by hand in an empty environment, 1 minute from a mirror",  # noqa: E501
+    "pip install": "needs the network and gigabytes; `-e .` was tried by hand in an empty environment",  # noqa: E501
     "pytest": "these are the tests",
-    "python benchmarks": "a measurement by hand: its output is the table where it stands",
+    "python benchmarks": "a measurement by hand, whose result is in the page",
     "nanogpt-accel train recipes/shakespeare_char_cpu.yaml max_iters=250": "a measurement by hand, as is the next one",  # noqa: E501
     "nanogpt-accel evaluate runs/NAME/checkpoint-002000": "of a run of 2,000 steps",
-    "nanogpt-accel train recipes/gpt2.yaml n_layer=6": "OpenWebText cannot be had without a network",
-    "nanogpt-accel train recipes/eval_gpt2.yaml": "OpenAI's weights and OpenWebText cannot be had without a network",  # noqa: E501
+    "nanogpt-accel train recipes/gpt2.yaml n_layer=6": "OpenWebText needs the network",
+    "nanogpt-accel train recipes/eval_gpt2.yaml": "OpenAI's weights and OpenWebText need the network",  # noqa: E501
 }
 
 
 def commands(text, is_page=True):
-    """The shell commands of a page (its sh blocks, and inline code) or of the comment that a file opens with: a list of
-    lists of words."""
+    """Return the shell commands of a page (sh blocks and inline code) or of the header of a file, as lists of words."""
     if is_page:
         blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
         lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
@@ -146,33 +144,33 @@ def commands(text, is_page=True):
     return [words for words in found if words]
 
 
-def of(page):
-    return commands((ROOT / page).read_text(encoding="utf-8"), page.endswith(".md"))
+def commands_of(page):
+    return commands((REPOSITORY / page).read_text(encoding="utf-8"), page.endswith(".md"))
 
 
-def is_a_name(words):
-    """True of `nanogpt-accel train` and `accelerate launch`, which name a command and are none."""
-    *door, name = words
+def is_only_a_name(words):
+    """Return whether the words only name a command, like `nanogpt-accel train` and `accelerate launch`."""
+    *program, name = words
     return " ".join(words) in ("accelerate launch", "accelerate launch -m nanogpt_accel.train") or (
-        door in (["nanogpt-accel"], ["python", "-m"])
+        program in (["nanogpt-accel"], ["python", "-m"])
         and name.removeprefix("nanogpt_accel.") in COMMANDS.keys() - {"doctor"}
     )  # which takes no target
 
 
-# ---- the folder where the placeholders are real
+# ---- the folder with the placeholders
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with all that the pages speak of: recipes/ and so on as links, a small run, a nanoGPT checkpoint."""
+    """A folder with what the commands need: links to recipes/ and so on, a small run, a checkpoint of nanoGPT."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("recipes", "configs", "benchmarks", "tests"):
-        (folder / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(REPOSITORY / name)
     (folder / "text.txt").write_text("ROMEO: The quick brown fox jumps over a lazy dog.\n" * 60)
     (folder / "my_texts").mkdir()
     for i in range(30):
         (folder / "my_texts" / f"{i}.txt").write_text(f"The text number {i} of them all.\n" * 30)
-    (folder / "RECIPE").write_text((ROOT / "recipes" / "gpt2.yaml").read_text())
+    (folder / "RECIPE").write_text((REPOSITORY / "recipes" / "gpt2.yaml").read_text())
     (folder / "FILE").write_text("a line\n")
     (folder / "out").mkdir()
     weights = nanogpt_weights(n_embd=32, block_size=16, vocab_size=len(set((folder / "text.txt").read_text())))
@@ -181,7 +179,18 @@ def workplace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert (
-            main(["train", "RECIPE", *TINY.split(), *TEXT.split(), ALONE, "data_dir=FOLDER", "out_dir=runs/NAME"]) == 0
+            main(
+                [
+                    "train",
+                    "RECIPE",
+                    *TINY.split(),
+                    *TEXT.split(),
+                    ONE_MICRO_BATCH,
+                    "data_dir=FOLDER",
+                    "out_dir=runs/NAME",
+                ]
+            )
+            == 0
         )
     for name in ("MODEL", "RUN"):
         (folder / name).symlink_to(folder / "runs" / "NAME")
@@ -189,7 +198,7 @@ def workplace(tmp_path_factory):
 
 
 def nanogpt_weights(n_embd, block_size, vocab_size):
-    """A ckpt.pt of nanoGPT's train.py: one block, no biases."""
+    """Return a ckpt.pt of nanoGPT's train.py with one block and no biases."""
     block = {
         "ln_1": [n_embd],
         "attn.c_attn": [3 * n_embd, n_embd],
@@ -227,12 +236,12 @@ def nanogpt_weights(n_embd, block_size, vocab_size):
 
 
 class Reached(Exception):
-    """A command has found nothing wrong and begins its work."""
+    """The command found no mistake and starts its work."""
 
 
 @pytest.fixture
 def check(workplace, monkeypatch):
-    """check(words) raises a ValueError or an OSError where a command of a page is wrong."""
+    """check(words): raise ValueError or OSError if a command of a page is wrong."""
     monkeypatch.chdir(workplace)
 
     def reached(*args, **kwargs):
@@ -254,51 +263,45 @@ def check(workplace, monkeypatch):
     ):
         monkeypatch.setattr(f"nanogpt_accel.{target}", reached)
 
-    def find(target, warn=print, bars=True):  # what the Hub has is MODEL here
+    def find(target, warn=print, bars=True):  # MODEL replaces models of the Hub
         return find_model(target if Path(target).is_dir() else "MODEL", warn)
 
     for command in ("bench", "evaluate", "export", "plan", "push", "sample"):
         monkeypatch.setattr(f"nanogpt_accel.commands.{command}.find_model", find, raising=False)
-    for user in ("training", "commands.push"):  # it asks for a token
+    for user in ("training", "commands.push"):  # it needs a token
         monkeypatch.setattr(f"nanogpt_accel.{user}.check_push", lambda name, key: [])
 
-    def ours(command, words):
+    def check_own(command, words):
         if command not in COMMANDS:
             raise ValueError(f"unknown command {command}")
         words = [re.sub(r"^runs/\w+", "runs/NAME", word) for word in words if word not in ("[RUN", "...]")]
         if "--to" in words:
-            words.append("to=new")  # FOLDER is one of tokens, which is there
+            words.append("to=new")  # FOLDER is the existing folder of tokens
         try:
             import_command(command).main(words)
         except Reached:
             pass
 
-    def launched(words):
+    def check_launched(words):
         try:
             args = parse_launch(words)
         except SystemExit:
             raise ValueError(f"accelerate launch refuses {' '.join(words)}") from None
         with monkeypatch.context() as patch:
-            for name, value in (
-                ("WORLD_SIZE", args.num_processes or 1),
-                ("RANK", 0),
-                ("LOCAL_RANK", 0),
-                ("MASTER_ADDR", "127.0.0.1"),
-                ("MASTER_PORT", 1),
-            ):
-                patch.setenv(name, str(value))
+            for name, value in torchrun_variables(0, args.num_processes or 1).items():
+                patch.setenv(name, value)
             if args.training_script == "nanogpt_accel":
-                ours(args.training_script_args[0], args.training_script_args[1:])
+                check_own(args.training_script_args[0], args.training_script_args[1:])
             else:
-                ours(args.training_script.removeprefix("nanogpt_accel."), args.training_script_args)
+                check_own(args.training_script.removeprefix("nanogpt_accel."), args.training_script_args)
 
-    def batch(config, words):
-        """What SLURM makes of it, see the script."""
+    def check_batch_job(config, words):
+        """Check what the script launches under SLURM."""
         script = next(word for word in words if not word.startswith("--"))
         text = Path(script).read_text()
         asked = dict(re.findall(r"--([\w-]+)=(\d+)", text) + re.findall(r"--([\w-]+)=(\d+)", " ".join(words)))
         nodes = int(asked["nodes"])
-        launched(
+        check_launched(
             [
                 "--config_file",
                 config or re.search(r"CONFIG:-(\S+)}", text)[1],
@@ -313,7 +316,7 @@ def check(workplace, monkeypatch):
         )
 
     def check(words):
-        if is_a_name(words):
+        if is_only_a_name(words):
             return
         config = None
         if words[0].startswith("CONFIG="):
@@ -321,19 +324,19 @@ def check(workplace, monkeypatch):
         match words:
             case ["nanogpt-accel", "COMMAND", "--help"]:
                 for command in COMMANDS:
-                    ours(command, ["--help"])
+                    check_own(command, ["--help"])
             case ["nanogpt-accel", command, *rest]:
-                ours(command, rest)
-            case ["python", "-m", "nanogpt_accel.recipe"]:  # which writes the schema
+                check_own(command, rest)
+            case ["python", "-m", "nanogpt_accel.recipe"]:  # writes the schema
                 pass
             case ["python", "-m", module, *rest]:
-                ours(module.removeprefix("nanogpt_accel."), rest)
+                check_own(module.removeprefix("nanogpt_accel."), rest)
             case ["accelerate", "launch", *rest]:
-                launched(rest)
+                check_launched(rest)
             case ["accelerate", "config"]:
                 pass
             case ["sbatch", *rest]:
-                batch(config, rest)
+                check_batch_job(config, rest)
             case ["python", script, *_]:
                 Path(script).stat()
             case ["pytest", *rest]:
@@ -353,20 +356,20 @@ def check(workplace, monkeypatch):
 
 
 def setup_cfg():
-    return (ROOT / "setup.cfg").read_text()
+    return (REPOSITORY / "setup.cfg").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page(check, page):
-    found = of(page)
+def test_commands_of_a_page_are_valid(check, page):
+    found = commands_of(page)
     assert len(found) > 5
     for words in found:
         check(words)
 
 
-def test_the_commands_that_files_open_with(check):
+def test_commands_in_headers_of_recipes_and_configs_are_valid(check):
     for file in HEADERS:
-        found = of(file)
+        found = commands_of(file)
         assert found or file.endswith(("recipe.schema.json", "on_each_node.sh")), file
         for words in found:
             check(words)
@@ -420,10 +423,10 @@ def test_the_commands_that_files_open_with(check):
         ("configs/multi_node.yaml", "--machine_rank 0", "--machine 0", "accelerate launch refuses"),
     ],
 )
-def test_a_wrong_command_is_found(check, page, old, new, says):
-    text = (ROOT / page).read_text(encoding="utf-8")
+def test_check_finds_a_wrong_command(check, page, old, new, says):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
     assert old in text
-    known = of(page)
+    known = commands_of(page)
     wrong = [words for words in commands(text.replace(old, new), page.endswith(".md")) if words not in known]
     assert wrong
     for words in wrong:
@@ -431,9 +434,9 @@ def test_a_wrong_command_is_found(check, page, old, new, says):
             check(words)
 
 
-def test_the_options_that_the_table_of_commands_names(check):
-    """`key=value` and `--key value` beside a command are options of that command, and a key alone is too."""
-    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Commands")[1].split("\n\n")[2]
+def test_options_in_the_table_of_commands_exist(check):
+    """In the row of a command, `key=value`, `--key value` and a key alone are options of that command."""
+    table = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Commands")[1].split("\n\n")[2]
     seen = 0
     for row in table.splitlines()[2:]:
         _, command, does, _ = re.split(r"(?<!\\)\|", row)
@@ -444,15 +447,15 @@ def test_the_options_that_the_table_of_commands_names(check):
                 word = option if re.match(r"--|\w+=", option) else f"{option}={values.get(option, 1)}"
                 try:
                     check([*shlex.split(code), *shlex.split(word)])
-                except ValueError as error:  # a value that was made up here may be refused, a key not
+                except ValueError as error:  # the value 1 may be refused, the key not
                     assert word != option and "unknown" not in str(error), f"{code}: {option}: {error}"
                 seen += 1
     assert seen > 20
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_keys_that_a_page_names(page):
-    """Inline code of the form key=value names a key of a recipe, or of some command."""
+def test_keys_in_a_page_exist(page):
+    """Inline code of the form key=value has a key of recipes or of some command."""
     options = [import_command(command) for command in COMMANDS]
     known = {
         field.alias or key
@@ -462,8 +465,8 @@ def test_the_keys_that_a_page_names(page):
         for key, field in section.model_fields.items()
     }
     known |= {*FIELDS, "start", "key"}  # (the grammar itself is key=value)
-    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    ours = re.sub(r"^\| `.*?` \|", "|", text, flags=re.MULTILINE)  # the first column may be nanoGPT's
+    text = re.sub(r"^```.*?^```", "", (REPOSITORY / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    ours = re.sub(r"^\| `.*?` \|", "|", text, flags=re.MULTILINE)  # the first column may have nanoGPT's keys
     named = [
         key
         for code in re.findall(r"`([^`]+)`", ours)
@@ -474,64 +477,63 @@ def test_the_keys_that_a_page_names(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links(page):
-    """Files that a page links to are there, with the heading that it names."""
-    text = (ROOT / page).read_text(encoding="utf-8")
+def test_links_of_a_page_exist(page):
+    """Local files, and their headings if the link has an anchor."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
         file, _, anchor = link.partition("#")
-        linked = (ROOT / page).parent / file
+        linked = (REPOSITORY / page).parent / file
         assert linked.exists(), link
         if anchor:
             headings = re.findall(r"^#+ (.*)", linked.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], link
 
 
-# ---- run
+# ---- running the commands
 
 
 def group_of(command):
-    """The entries of the three tables above that a command belongs to, the longest one of each."""
+    """Return the entries of the three tables above for a command: the same command, or the longest start of it."""
     found = [command] if command in RUN else []
     starts = [key for key in (*RUN_ELSEWHERE, *NOT_RUN) if f"{command} ".startswith((f"{key} ", f"{key}/"))]
     return found + ([max(starts, key=len)] if starts and not found else [])
 
 
-def test_each_command_is_run_or_the_reason_is_known():
-    shown = [" ".join(words) for page in PAGES for words in of(page) if not is_a_name(words)]
-    assert [command for command in shown if not group_of(command)] == [], "runs it nowhere, see the tables above"
+def test_every_command_is_run_or_has_a_reason():
+    shown = [" ".join(words) for page in PAGES for words in commands_of(page) if not is_only_a_name(words)]
+    assert [command for command in shown if not group_of(command)] == [], "not run by any test, see the tables above"
     used = {key for command in shown for key in group_of(command)}
-    assert {*RUN, *RUN_ELSEWHERE, *NOT_RUN} - used == set(), "no page shows it any more"
+    assert {*RUN, *RUN_ELSEWHERE, *NOT_RUN} - used == set(), "no page has it any more"
     assert group_of("nanogpt-accel train recipes/new.yaml") == group_of("nanogpt-accel plan RECIPE gpus=9") == []
 
 
 @pytest.mark.parametrize("test", sorted(set(RUN_ELSEWHERE.values())))
-def test_the_tests_that_are_named_are_there(test):
+def test_tests_named_in_run_elsewhere_exist(test):
     file, _, name = test.partition("::")
-    assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text()
+    assert f"\ndef {name}(" in (REPOSITORY / "tests" / file).read_text()
+
+
+def test_files_of_the_marker_fast_exist():
+    assert [pattern for pattern in FAST if not list((REPOSITORY / "tests").glob(pattern))] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUN)
-def test_run(workplace, tmp_path, command):
-    """As it stands in the page, with words behind it that make it small."""
+def test_command_runs(workplace, tmp_path, command):
+    """With additional options that make it small."""
     words, (smaller, says) = shlex.split(command.replace("[RUN ...]", "RUN")), RUN[command]
     words = [re.sub(r"^runs/\w+", "runs/NAME", word) for word in words]
     if words[0] == "nanogpt-accel":
-        words[:1] = [sys.executable, "-m", "nanogpt_accel"]
-    else:  # (port 0: any that is free)
-        words[:2] = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
-    env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [*words, *smaller.split()], cwd=workplace, env=env, capture_output=True, text=True, timeout=LIMIT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+        words[:1] = ["-m", "nanogpt_accel"]
+    else:  # accelerate launch, with any free port
+        words[:2] = ["-m", "accelerate.commands.launch", "--main_process_port=0"]
+    done = run_python(*words, *smaller.split(), env=package_env(HF_HOME=str(tmp_path)), cwd=workplace)
     assert says in done.stdout, done.stdout
 
 
 # ---- nanoGPT's settings
 
-# the globals of its scripts; those of config/*.py are among them
+# the globals of its scripts, which include those of config/*.py
 NANOGPT = {
     "train.py": "out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log "
     "wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head "
@@ -548,13 +550,13 @@ OURS = {
 
 
 @pytest.mark.parametrize("script", NANOGPT)
-def test_nanogpts_settings_beside_ours(script):
-    page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+def test_table_of_nanogpts_settings_is_complete(script):
+    page = (REPOSITORY / "recipes" / "README.md").read_text(encoding="utf-8")
     table = page.split(f"\n### {script}\n\n")[1].split("\n\n")[0].splitlines()[2:]
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table]
     assert [theirs for theirs, _, _ in rows] == [f"`{name}`" for name in NANOGPT[script].split()]
     for theirs, ours, differs in rows:
         keys = re.findall(r"`([^`]+)`", ours)
         assert set(keys) <= OURS[script], theirs
-        # what has another name, or none, is explained
+        # a setting with another name, or none, has an explanation
         assert differs or [key.rpartition(".")[2] for key in keys] == [theirs.strip("`")], theirs

@@ -1,11 +1,11 @@
-"""Run commands of the package on Linux as they would run under Windows, as far as that can be acted out here.
+"""Run commands of the package on Linux with the restrictions of Windows, as far as Linux can imitate them.
 
     python -X warn_default_encoding tests/support/as_on_windows.py '[["plan", "recipe.yaml"], ["train", "recipe.yaml"]]'
 
-What the package's own modules see: `os`, `signal` and `sys` without what Windows has not, no module of POSIX alone, and
-text files whose lines end in CR LF. What all see: no symbolic links, and a file that somebody has open or mapped can be
-neither renamed, replaced nor deleted, and no folder renamed around it. A text file that is opened in the encoding of
-the machine is an error. The statuses of the commands are the last line of standard output.
+For the modules of the package, `os`, `signal` and `sys` lack the names that Windows lacks, POSIX modules cannot be
+imported, and text files have CR LF line ends. For all code, there are no symbolic links, and a file that is open or
+mapped cannot be renamed, replaced or deleted, nor its folder renamed. Opening a text file in the default encoding is an
+error. The exit statuses of the commands are the last line of standard output.
 """
 
 import builtins
@@ -25,7 +25,7 @@ import filelock
 import psutil
 
 POSIX_MODULES = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog", "posix"}
-# of `os` and `signal`, what their documentation calls Unix
+# the names of `os` and `signal` that their documentation marks as Unix
 POSIX_OS = {
     "chown",
     "chroot",
@@ -133,20 +133,20 @@ def refused(path, number=errno.EACCES):
 
 
 def check_free(path):
-    """Raise where a file, or one in a folder, is open or mapped in this process."""
+    """Raise if a file, or one in a folder, is open or mapped in this process."""
     path = os.path.realpath(os.path.dirname(path) or ".") + os.sep + os.path.basename(path)
     with open("/proc/self/maps", encoding="utf-8") as file:
         busy = {line.split(maxsplit=5)[5].strip() for line in file if len(line.split(maxsplit=5)) == 6}
     for handle in os.listdir("/proc/self/fd"):
         try:
             busy.add(os.readlink(f"/proc/self/fd/{handle}"))
-        except OSError:  # that of the listing
+        except OSError:  # of the listing itself
             pass
     if any(name == path or name.startswith(path + os.sep) for name in busy):
         raise refused(path)
 
 
-def act():
+def imitate_windows():
     real = types.SimpleNamespace(
         **{name: getattr(os, name) for name in ("rename", "replace", "unlink", "remove", "open", "fsync")},
         signal=signal.signal,
@@ -169,7 +169,7 @@ def act():
         real.replace(source, target, **folders)
 
     def unlink(path, **folders):
-        if sys._getframe(1).f_globals.get("__name__") != "tempfile":  # which tells Windows to do it with the closing
+        if sys._getframe(1).f_globals.get("__name__") != "tempfile":  # Windows deletes those at close
             check_free(os.fspath(path))
         real.unlink(path, **folders)
 
@@ -219,7 +219,7 @@ def act():
     shutil._use_fd_functions = False
     builtins.open, pathlib.Path.write_text = open_file, write_text
 
-    # what exists elsewhere in another form
+    # what differs on Windows
     released = filelock.FileLock._release
 
     def release(self):
@@ -251,12 +251,12 @@ def act():
         return real.imported(name, globals, locals, fromlist, level)
 
     builtins.__import__ = imported
-    warnings.simplefilter("ignore", EncodingWarning)  # others' are theirs
+    warnings.simplefilter("ignore", EncodingWarning)  # in other packages
     warnings.filterwarnings("error", category=EncodingWarning, module="nanogpt_accel")
 
 
 if __name__ == "__main__":
-    act()
+    imitate_windows()
     import nanogpt_accel
     from nanogpt_accel.__main__ import main
 

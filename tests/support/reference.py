@@ -1,4 +1,4 @@
-"""What our numbers are compared with: arithmetic of other projects."""
+"""Arithmetic of other projects, to compare ours with."""
 
 import math
 

@@ -1,5 +1,7 @@
-"""What the tests launch in place of `-m nanogpt_accel.train` to shard over CPU processes, where Accelerate otherwise
-trains unsharded: it shards on GPUs alone, and takes gloo's processes for such here."""
+"""Replaces `-m nanogpt_accel.train` in tests of FSDP2 and DeepSpeed over CPU processes.
+
+Accelerate shards on GPUs only, and ignores the settings on a CPU. With the type MULTI_GPU it shards over gloo.
+"""
 
 import os
 import sys

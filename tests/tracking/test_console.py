@@ -1,10 +1,9 @@
-"""console.py: plain lines in a file, a live line in a terminal, silence on the other processes."""
+"""console.py: plain lines in a file, a live line in a terminal, no output on the other processes."""
 
 import io
 import re
 import sys
 import time
-from datetime import timedelta
 
 import pytest
 
@@ -18,13 +17,13 @@ class Terminal(io.StringIO):
 
 
 def shown(terminal):
-    """What a terminal was sent, without the codes that move its cursor."""
+    """Return the text that a terminal got, without control sequences."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
 
 
 @pytest.fixture
 def terminals(monkeypatch):
-    """Puts two of them in the place of stdout and stderr, where pytest has its own until a test begins."""
+    """terminals() -> (stdout, stderr), replaced by terminals; not earlier, because pytest replaces them, too."""
 
     def put():
         monkeypatch.setenv("TERM", "xterm")
@@ -39,13 +38,13 @@ def terminals(monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that goes on where it is told to."""
+    """A list with the time, which only the test changes."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
 
 
-def test_plain_lines_where_no_terminal_is(capsys, clock):
+def test_output_to_a_file_is_plain_lines(capsys, clock):
     console = Console()
     console.start(0, 100, 1000)
     console.say("model: small [bold]x[/bold]")
@@ -59,15 +58,15 @@ def test_plain_lines_where_no_terminal_is(capsys, clock):
     console.say()
     assert capsys.readouterr().out.splitlines() == [
         "model: small [bold]x[/bold]",
-        "iter 3: loss 2.3457, time 12.34ms, 9,877 tokens/s",  # the first report is no measure
+        "iter 3: loss 2.3457, time 12.34ms, 9,877 tokens/s",  # the first step is not representative
         "iter 4: loss 2.0000, time 2000.00ms, 1,234,568 tokens/s, mfu 43.21%, spike, 3:10 left",  # 95 steps of 2 s
         "ROMEO",
     ]
 
 
 @pytest.mark.parametrize("interval", [7, 10, 30, 1000])
-def test_the_time_left_is_right_where_all_goes_on_as_before(capsys, clock, interval):
-    """A run as the loop makes it: steps of 3 s, evaluations of 40 s, and what comes first is slow."""
+def test_time_left_is_exact_if_steps_and_evaluations_keep_their_durations(capsys, clock, interval):
+    """Steps take 3 s and evaluations 40 s; the first ones are slower."""
     console, first, last = Console(), 4, 50
     total = 900 + 3 * (last - first) + 40 * (2 + len([s for s in range(first + 1, last) if s % interval == 0]))
     console.start(first, last, interval, is_compiled=True)
@@ -100,7 +99,7 @@ def test_the_time_left_is_right_where_all_goes_on_as_before(capsys, clock, inter
     assert clock[0] == 100 + total
 
 
-def test_silent_where_disabled(monkeypatch, capsys):
+def test_disabled_console_prints_nothing(monkeypatch, capsys):
     for stdout in (sys.stdout, Terminal()):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stdout)
@@ -114,7 +113,7 @@ def test_silent_where_disabled(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_terminal_gets_a_live_line(terminals):
+def test_terminal_shows_a_live_line(terminals):
     terminal, _ = terminals()
     console = Console()
     console.start(10, 50, 5)
@@ -123,15 +122,15 @@ def test_a_terminal_gets_a_live_line(terminals):
     console.step(29, 1.2345, 0.5, 6789.0, 0.25)
     console.stop()
     console.say("after")
-    console.stop()  # once more does nothing
+    console.stop()  # a second stop does nothing
     text = shown(terminal)
-    assert long in text  # neither cut nor wrapped nor read as markup
+    assert long in text  # not cut, wrapped or interpreted as markup
     assert "10/50" in text and "30/50, loss 1.2345, 6,789 tokens/s, mfu 25.00%" in text
     assert text.endswith("after\n")
-    assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h")  # the cursor is back
+    assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h")  # it is visible again
 
 
-def test_an_evaluation_has_a_live_line_of_its_own(terminals, clock):
+def test_evaluation_has_its_own_live_line(terminals, clock):
     out, _ = terminals()
     console = Console()
     console.start(0, 50, 5)
@@ -146,11 +145,11 @@ def test_an_evaluation_has_a_live_line_of_its_own(terminals, clock):
     console.step(0, 1.0, 0.5, 1.0, None)
     console.stop()
     *_, last = shown(out).splitlines()
-    assert last.startswith("step") and "1/50" in last  # which stays, the evaluation's does not
+    assert last.startswith("step") and "1/50" in last  # it stays, unlike that of the evaluation
     assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h")
 
 
-def test_a_log_hears_of_a_long_evaluation_once_a_minute(capsys, clock):
+def test_long_evaluation_is_logged_once_per_minute(capsys, clock):
     console = Console()
     console.start(0, 50, 5)
     with console.evaluating(200) as progress:
@@ -160,10 +159,10 @@ def test_a_log_hears_of_a_long_evaluation_once_a_minute(capsys, clock):
     assert capsys.readouterr().out.splitlines() == ["evaluating: 120 of 200 batches, about 0:40 left"]
 
 
-def test_counted_work_reports_every_few_seconds(clock):
+def test_progress_is_logged_every_few_seconds(clock):
     lines = []
     with Progress("evaluating", 1000, lines.append, "batches") as progress:
-        clock[0] += 60  # what comes once is no measure
+        clock[0] += 60  # the first report is not representative
         progress(10)
         for _ in range(99):
             clock[0] += 1
@@ -174,16 +173,16 @@ def test_counted_work_reports_every_few_seconds(clock):
     assert done == list(range(10, 1000, 50))
 
 
-def test_a_text_of_unknown_size_that_goes_on(clock):
+def test_progress_of_resumed_work_of_unknown_size(clock):
     lines = []
     with TextProgress("train", None, lines.append) as progress:
-        progress(documents=1000, bytes=50_000_000, tokens=9)  # of an earlier attempt
+        progress(documents=1000, bytes=50_000_000, tokens=9)  # from an earlier run
         clock[0] += 10
         progress(documents=1100, bytes=53_000_000, tokens=2000)
     assert lines == ["train: 1,100 documents (10/s), 53.0 MB (300.0 kB/s), 2,000 tokens"]
 
 
-def test_a_live_line_of_counted_work_goes_away(terminals, clock):
+def test_live_line_of_progress_is_removed_at_the_end(terminals, clock):
     out, err = terminals()
     console = Console(stderr=True)
     with Progress("evaluating", 30, console, "batches") as progress:
@@ -193,14 +192,14 @@ def test_a_live_line_of_counted_work_goes_away(terminals, clock):
         console("warning: a line that stays")
         print("the result")
     console.say("after")
-    assert console.live is None and out.getvalue() == "the result\n"  # where a program reads
+    assert console.live is None and out.getvalue() == "the result\n"  # for programs
     text = shown(err)
     assert "10 of 30 batches" in text and text.endswith("after\n") and "warning: a line that stays\n" in text
     assert err.getvalue().count("\x1b[?25l") == err.getvalue().count("\x1b[?25h")
 
 
 @pytest.mark.parametrize("settings", [{"enabled": False}, {"quiet": True}])
-def test_who_is_not_heard_shows_no_work(terminals, clock, settings):
+def test_disabled_and_quiet_consoles_show_no_progress(terminals, clock, settings):
     out, err = terminals()
     console = Console(**settings)
     console.start(0, 50, 5, is_compiled=True)
@@ -214,33 +213,10 @@ def test_who_is_not_heard_shows_no_work(terminals, clock, settings):
     assert out.getvalue() == err.getvalue() == ""
 
 
-def test_a_terminal_that_cannot_move_its_cursor_gets_lines(terminals, clock, monkeypatch):
+def test_dumb_terminal_gets_plain_lines(terminals, clock, monkeypatch):
     out, _ = terminals()
     monkeypatch.setenv("TERM", "dumb")
     console = Console()
     console.start(0, 50, 5)
     console.step(0, 1.0, 1.0, 1.0, None)
     assert out.getvalue() == "iter 0: loss 1.0000, time 1000.00ms, 1 tokens/s\n"
-
-
-@pytest.mark.parametrize("seconds", [0, 1, 59, 60, 61, 125, 3599, 3600, 3725, 86399, 86400, 90061, 263125, 8640000])
-def test_duration(seconds):
-    text = duration(seconds)
-    match = re.fullmatch(r"(?:(\d+)d )?(?:(\d+):)?(\d+):(\d\d)", text)
-    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
-    assert timedelta(days=days, hours=hours, minutes=minutes, seconds=rest).total_seconds() == seconds
-    assert hours < 24 and minutes < 60 and rest < 60
-    assert match[1] is not None or seconds < 86400
-    if seconds >= 3600:
-        assert len(match[3]) == 2
-
-
-def test_duration_as_it_is_read():
-    assert [duration(s) for s in (0.4, 5, 59.6, 125, 3725, 263_125)] == [
-        "0:00",
-        "0:05",
-        "1:00",
-        "2:05",
-        "1:02:05",
-        "3d 1:05:25",
-    ]

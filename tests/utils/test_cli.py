@@ -1,24 +1,21 @@
-"""cli.py and __main__.py: the grammar, the help pages, how a command ends, and what it does not import."""
+"""cli.py and __main__.py: the grammar of the command line, help pages, exit statuses, and no heavy imports."""
 
 import errno
 import gc
 import json
-import os
 import re
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from launching import package_env, run_python
 
 import nanogpt_accel
 from nanogpt_accel.__main__ import COMMANDS, main
 from nanogpt_accel.commands import bench, data, doctor, evaluate, export, plan, push, report, sample
 from nanogpt_accel.recipe import FIELDS, SECTION_OF, SECTIONS, Recipe, load_recipe
 from nanogpt_accel.utils import cli
-from nanogpt_accel.utils.fields import nearest
 
 
 @pytest.fixture(autouse=True)
@@ -45,17 +42,17 @@ def work(tmp_path, monkeypatch):
         (["--eval_only", "false", "a.yaml"], "a.yaml", {"eval_only": "false"}),
         (["--eval_only", "No"], None, {"eval_only": "No"}),
         (["--train.eval_only", "a.yaml"], "a.yaml", {"train.eval_only": "true"}),
-        (["n_layer=5", "--n_layer=6"], None, {"n_layer": "6"}),  # the later word wins
+        (["n_layer=5", "--n_layer=6"], None, {"n_layer": "6"}),  # the last one wins
         (["sample_prompt=a=b\nc"], None, {"sample_prompt": "a=b\nc"}),
         (["--sample_prompt", "x=1"], None, {"sample_prompt": "x=1"}),
         (["--sample_prompt", "--"], None, {"sample_prompt": "--"}),
         (["--learning_rate", "-1"], None, {"learning_rate": "-1"}),
         (["min_lr="], None, {"min_lr": ""}),
-        (["runs/a=b"], "runs/a=b", {}),  # a path, for a key has no slash
+        (["runs/a=b"], "runs/a=b", {}),  # a path: keys have no slash
         (["./a=b.yaml"], "./a=b.yaml", {}),
     ],
 )
-def test_parse(words, target, options):
+def test_parse_targets_and_options(words, target, options):
     before = list(words)
     assert cli.parse(words, FIELDS) == (target, options)
     assert words == before
@@ -69,16 +66,17 @@ def test_parse(words, target, options):
         (["a", "b", "c", "--compile"], ["--compile needs a value", "one target is taken, got 3"]),
     ],
 )
-def test_parse_refuses(words, messages):
+def test_parse_refuses_bad_command_lines(words, messages):
     with pytest.raises(ValueError) as caught:
         cli.parse(words, FIELDS)
     lines = str(caught.value).splitlines()
     assert len(lines) == len(messages) and all(m in line for m, line in zip(messages, lines, strict=True))
 
 
-def test_nearest():
-    assert nearest("n_layr", FIELDS) == " (did you mean n_layer?)"
-    assert nearest("xyzzy", FIELDS) == ""
+def test_parse_takes_any_pydantic_fields():
+    """parse needs only their annotation, so it works for recipes and for options of a command."""
+    fields = {"json": SimpleNamespace(annotation=bool), "recipe": SimpleNamespace(annotation=str)}
+    assert cli.parse(["x", "--json", "--recipe", "a.yaml"], fields) == ("x", {"json": "true", "recipe": "a.yaml"})
 
 
 # ---- the help pages
@@ -95,7 +93,7 @@ OWN = {
     "report": report.ReportOptions,
     "doctor": doctor.DoctorOptions,
 }
-SETTINGS = {key for key, section in SECTION_OF.items() if section != "expect"}  # which stands in a file alone
+SETTINGS = {key for key, section in SECTION_OF.items() if section != "expect"}  # set in recipe files only
 TAKEN = {
     "train": sorted(SETTINGS),
     "prepare": list(SECTIONS["data"].model_fields),
@@ -117,7 +115,7 @@ TAKEN = {
 
 
 def words_of(text):
-    """A text without its line breaks and indents."""
+    """Return a text without line breaks and indents."""
     return " ".join(text.split())
 
 
@@ -134,12 +132,12 @@ def test_help_shows_every_key(capsys, command, word):
         assert words_of(fields[key].description) in words_of(out), key
 
 
-def test_help_comes_before_any_check(capsys):
+def test_help_is_shown_in_spite_of_mistakes(capsys):
     assert main(["train", "no/such.yaml", "n_layr=6", "--help"]) == 0
     assert "n_layer=" in capsys.readouterr().out
 
 
-def test_help_shows_types_and_defaults_as_they_are_typed(capsys):
+def test_help_shows_types_and_defaults_that_can_be_typed(capsys):
     main(["train", "--help"])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     shown = {line.partition("=")[0]: line for line in lines if re.match(r"[a-z_0-9]+=", line)}
@@ -154,7 +152,7 @@ def test_help_shows_types_and_defaults_as_they_are_typed(capsys):
         "compile": ["auto|regional|true|false"],
     }.items():
         assert all(word in shown[key] for word in words), shown[key]
-    # and typing a default gives that default
+    # every default, typed as shown, is read as the default
     typed = {key: match[1] for key, line in shown.items() if (match := re.search(r"\[(.*)\]$", line))}
     typed = {key: text for key, text in typed.items() if key not in ("out_dir", "sample_prompt")}
     assert len(typed) > 35
@@ -165,7 +163,7 @@ def test_help_shows_types_and_defaults_as_they_are_typed(capsys):
 # ---- the table of commands
 
 
-def test_the_table(capsys):
+def test_list_of_commands_and_version(capsys):
     for words in ([], ["--help"], ["-h"], ["help"]):
         assert main(words) == 0
         out = capsys.readouterr().out
@@ -195,7 +193,7 @@ def test_the_table(capsys):
         (["train", "a.yaml", "b.yaml"], "one target is taken"),
     ],
 )
-def test_a_mistake_ends_in_one_line_and_status_2(capsys, words, message):
+def test_mistake_prints_one_line_and_exits_with_2(capsys, words, message):
     assert main(words) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
@@ -206,7 +204,7 @@ def test_a_mistake_ends_in_one_line_and_status_2(capsys, words, message):
 
 
 def ends(monkeypatch, error):
-    """The exit status of a command that ends with `error`, raised by a function of the package."""
+    """Return the exit status of a command in which a function of the package raises `error`."""
 
     def look():
         raise error
@@ -215,7 +213,7 @@ def ends(monkeypatch, error):
     return cli.run(lambda argv: look(), [])
 
 
-def test_status_and_messages(monkeypatch, capsys):
+def test_exit_status_and_message_of_each_kind_of_error(monkeypatch, capsys):
     assert ends(monkeypatch, ValueError("first\nsecond")) == 2
     assert capsys.readouterr() == ("", "error: first\nerror: second\n")
     assert ends(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "x")) == 2
@@ -233,33 +231,27 @@ def test_status_and_messages(monkeypatch, capsys):
     assert capsys.readouterr().err == "rank 3: error: first\nrank 3: error: second\n"
 
 
-def test_threads_do_not_wait_spinning_unless_they_are_told(monkeypatch):
-    """Seen from a process that imports torch after it, whose OpenMP prints what it goes by."""
+def test_openmp_threads_spin_less_unless_the_user_set_it(monkeypatch):
+    """In a new process that imports torch later, whose OpenMP prints its settings."""
     script = "from nanogpt_accel.utils import cli; cli.run(lambda argv: __import__('torch').ones(9).sum(), [])"
     for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)):
-        bare = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            env=bare | given | {"OMP_DISPLAY_ENV": "VERBOSE"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        bare = {key: value for key, value in package_env().items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        done = run_python("-c", script, env=bare | given | {"OMP_DISPLAY_ENV": "VERBOSE"})
         found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
         if not found:
-            pytest.skip("this torch has another OpenMP than GNU's")
+            pytest.skip("this torch does not use GNU OpenMP")
         assert expected in (found[0], None) and (expected or int(found[0]) > 1000)
 
 
-def test_garbage_is_looked_for_as_often_as_before(monkeypatch):
+def test_garbage_collection_threshold_is_restored(monkeypatch):
     before, within = gc.get_threshold(), []
     assert cli.run(lambda argv: within.append(gc.get_threshold()), []) == 0
     assert ends(monkeypatch, ValueError("no")) == 2
     assert within[0][0] > before[0] and gc.get_threshold() == before
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch):
-    with pytest.raises(ValueError):  # out of another library
+def test_errors_that_are_not_the_users_keep_their_traceback(monkeypatch):
+    with pytest.raises(ValueError):  # raised in another library
         cli.run(lambda argv: json.loads("{"), [])
     with pytest.raises(KeyError):
         ends(monkeypatch, KeyError("x"))
@@ -325,12 +317,10 @@ print(json.dumps(seen))
 """
 
 
-def test_a_mistake_is_answered_before_anything_heavy_is_imported():
+def test_mistakes_are_found_before_anything_heavy_is_imported():
     Path("good.yaml").write_text("data: {corpus: python}\n")
     Path("bad.yaml").write_text("model: {n_layer: six}\n")
-    done = subprocess.run([sys.executable, "-c", SCRIPT, " ".join(LIGHT)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    seen = json.loads(run_python("-c", SCRIPT, " ".join(LIGHT)).stdout)
     assert len(seen) == 1 + len(LIGHT) + 10 + len(COMMANDS)
     assert {what: names for what, names in seen.items() if names} == {}
 
@@ -345,9 +335,3 @@ def test_public_names_load_lazily_and_are_documented():
     assert nanogpt_accel.Recipe is Recipe and nanogpt_accel.load_recipe is load_recipe
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = nanogpt_accel.nothing
-
-
-def test_fields_may_be_any_pydantic_fields():
-    # parse needs the annotation only, so that a command's own options work as a recipe's do
-    fields = {"json": SimpleNamespace(annotation=bool), "recipe": SimpleNamespace(annotation=str)}
-    assert cli.parse(["x", "--json", "--recipe", "a.yaml"], fields) == ("x", {"json": "true", "recipe": "a.yaml"})

@@ -1,0 +1,31 @@
+"""text.py: durations, sizes and counts as people read them."""
+
+import re
+from datetime import timedelta
+
+import pytest
+
+from nanogpt_accel.utils.text import duration
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 59, 60, 61, 125, 3599, 3600, 3725, 86399, 86400, 90061, 263125, 8640000])
+def test_duration_can_be_read_back(seconds):
+    text = duration(seconds)
+    match = re.fullmatch(r"(?:(\d+)d )?(?:(\d+):)?(\d+):(\d\d)", text)
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+    assert timedelta(days=days, hours=hours, minutes=minutes, seconds=rest).total_seconds() == seconds
+    assert hours < 24 and minutes < 60 and rest < 60
+    assert match[1] is not None or seconds < 86400
+    if seconds >= 3600:
+        assert len(match[3]) == 2
+
+
+def test_duration_examples():
+    assert [duration(s) for s in (0.4, 5, 59.6, 125, 3725, 263_125)] == [
+        "0:00",
+        "0:05",
+        "1:00",
+        "2:05",
+        "1:02:05",
+        "3d 1:05:25",
+    ]
