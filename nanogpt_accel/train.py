@@ -23,11 +23,9 @@ from pathlib import Path
 from .checkpoint.layout import read_trainer
 from .checkpoint.resume import load_optimizer
 from .checkpoint.run import Run, create_repository, how_to_resume
-from .checkpoint.verify import latest_valid
 from .distributed.launcher import is_main
 from .distributed.stop import Stopper, StopSignals, lost_process
 from .evaluation import describe
-from .models.load import load_model
 from .optim import learning_rate
 from .recipe import FIELDS, SETTINGS, Recipe, load_recipe
 from .tracking.console import Console
@@ -40,6 +38,7 @@ from .training import (
     describe_run,
     evaluate,
     find_checkpoint,
+    finished_model,
     is_sharded,
     open_data,
     resolve_resume,
@@ -78,9 +77,9 @@ class TrainState:
             self.best_step, self.best_val_loss = self.step, val_loss
         return is_best
 
-    def advance(self):
-        """Note that a step is done."""
-        self.step, self.evaluated = self.step + 1, False
+    def advance(self, lr):
+        """Note that a step is done, with learning rate lr."""
+        self.step, self.evaluated, self.learning_rate = self.step + 1, False, lr
 
 
 def training_loop(setup, data, run, state, stopper, console):
@@ -90,7 +89,7 @@ def training_loop(setup, data, run, state, stopper, console):
     recipe, accelerator, model, optimizer = setup.recipe, setup.accelerator, setup.model, setup.optimizer
     first_step, grad_clip = state.step, recipe.optimizer.grad_clip or math.inf
     last_step = max(first_step, recipe.train.max_iters)
-    resumed_step = first_step  # its checkpoint exists; 0 has none and needs none
+    saved_step = first_step  # a resumed run starts from a checkpoint, and a new model needs none
     nonfinite = NonFinite(setup, run, data.tokenizer)
     losses, grad_norm = [], None  # of the steps since the last logged one
 
@@ -100,7 +99,7 @@ def training_loop(setup, data, run, state, stopper, console):
         is_last = step == last_step
         is_stopping = stopper.all_ranks_agreed() and not is_last
 
-        # evaluate; a resumed step was evaluated before, unless the run was stopped there
+        # evaluate, unless this step was evaluated before the run was resumed
         is_best = False
         if (is_last or recipe.should_evaluate(step)) and not (state.evaluated or is_stopping):
             scores = evaluate(setup, data, console)
@@ -109,14 +108,16 @@ def training_loop(setup, data, run, state, stopper, console):
             run.log_evaluation(step, scores)
             is_best = state.record(scores["val_loss"])
 
-        # save: the best checkpoint whatever save_interval says, and the last one
-        is_save_due = (recipe.should_save(step) or is_last or is_stopping) and step > resumed_step
-        if is_save_due or (is_best and step > 0):
-            if losses:  # the last step was not logged, so nobody has looked at its numbers yet
+        # save: at save_interval, at the end, and whenever the validation loss is the best so far
+        is_due = (recipe.should_save(step) or is_last or is_stopping) and step > saved_step
+        if is_due or (is_best and step > 0):
+            if losses:  # the last step was not logged, so its numbers were not checked yet
                 nonfinite.check(step - 1, losses, grad_norm)
             run.save(state, optimizer)
         if is_last or is_stopping:
             return is_stopping
+
+        # sample
         if recipe.should_sample(step) and is_main():
             text = recipe.train.sample_prompt + write_sample(recipe, data.tokenizer, setup.raw_model)
             console.say(f"sample after {step} steps: {text}")
@@ -126,8 +127,6 @@ def training_loop(setup, data, run, state, stopper, console):
         lr = learning_rate(step, **recipe.lr_schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        if step == first_step and state.learning_rate is not None:
-            warn_if_schedule_changed(recipe, state.learning_rate, lr, console)
 
         # forward and backward over the micro-batches; gradients are exchanged with the last one
         if not losses:
@@ -137,20 +136,21 @@ def training_loop(setup, data, run, state, stopper, console):
             with accelerator.accumulate(model):
                 setup.seed_dropout(step, micro_step)
                 micro_loss = model(**inputs, return_logits=False).loss
-                # fetch the next batch while the device is at work on this one
+                # fetch the next inputs while the device works; after the last micro-batch, those of the next step
                 inputs = setup.fetch(step, micro_step + 1)
                 accelerator.backward(micro_loss)  # divides by the number of micro-steps
                 loss += micro_loss.detach() / setup.micro_steps
 
         # clip and step
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip)
-        nonfinite.step_or_skip(state, grad_norm)
+        if not nonfinite.should_skip(grad_norm):
+            optimizer.step()
         optimizer.zero_grad()
+        nonfinite.count_skips(state, grad_norm)
         losses.append(loss)
-        state.learning_rate = lr
-        state.advance()
+        state.advance(lr)
 
-        # log; the only place where the processor waits for the device
+        # log; only here does the CPU wait for the device
         if recipe.should_log(step):
             losses, norm = nonfinite.check(step, losses, grad_norm)
             seconds = (time.perf_counter() - since) / len(losses)
@@ -180,7 +180,7 @@ def run_training(recipe, signals):
     repository = create_repository(recipe)
     data, source = open_data(recipe, console)
     with Run(recipe, console, repository) as run:
-        # only now is it sure that no other process writes checkpoints into this folder
+        # only under the lock is it certain that no other process writes checkpoints
         recipe = resolve_resume(recipe)
         raise_problems(check_out_dir(recipe))
         is_resumed = recipe.model.init_from == "resume"
@@ -192,11 +192,12 @@ def run_training(recipe, signals):
             state = TrainState.load(source)
             load_optimizer(source, setup.accelerator, setup.raw_model, setup.optimizer)
             load_scaler(source, setup.accelerator)
+            warn_if_schedule_changed(recipe, state, console)
         stopper = Stopper(setup.accelerator, signals, recipe.train.max_hours, started, recipe.train.collective_timeout)
         run.start(setup, data, state, stopper, is_resumed)
         describe_run(setup, data, state.step, console)
         console.start(state.step, recipe.train.max_iters, recipe.train.eval_interval, setup.is_compiled)
-        gc.set_threshold(*cli.GC_THRESHOLD)  # imports are done, and a checkpoint leaves a copy of the model in a cycle
+        gc.set_threshold(*cli.GC_THRESHOLD)  # cli.run raised it for the imports
         is_stopped = training_loop(setup, data, run, state, stopper, console)
         console.stop()
         run.saver.wait()
@@ -211,7 +212,7 @@ def run_training(recipe, signals):
         )
     if run.saver.error:
         raise OSError(
-            f"{recipe.out_dir}: all steps are done, but the last checkpoint could not be written "
+            f"{recipe.out_dir}: training is complete, but the last checkpoint could not be written "
             f"({run.saver.error}); {how_to_resume(recipe.out_dir)}"
         )
     return model
@@ -242,25 +243,20 @@ def load_scaler(source, accelerator):
         accelerator.scaler.load_state_dict(saved)
 
 
-def warn_if_schedule_changed(recipe, before, now, console):
-    """Say that the learning rate jumps at the first step of a resumed run, because settings were changed."""
-    if not math.isclose(now, before, rel_tol=0.2, abs_tol=0.05 * recipe.optimizer.learning_rate):
+def warn_if_schedule_changed(recipe, state, console):
+    """Print that the learning rate jumps at the first step of a resumed run, because settings were changed."""
+    before, now = state.learning_rate, learning_rate(state.step, **recipe.lr_schedule)
+    if state.step < recipe.train.max_iters and not math.isclose(
+        now, before, rel_tol=0.2, abs_tol=0.05 * recipe.optimizer.learning_rate
+    ):
         console.say(
-            f"the learning rate goes on with {now:.2e} after {before:.2e}: the schedule "
-            "is another one now (max_iters, lr_decay_iters, learning_rate)"
+            f"the learning rate changes from {before:.2e} to {now:.2e}, because the schedule was changed "
+            "(max_iters, lr_decay_iters or learning_rate)"
         )
 
 
-def finished_model(setup, recipe):
-    """Return the trained GPT. A sharded one is complete only in its checkpoint, which the main process loads."""
-    if not is_sharded(setup.accelerator):
-        return setup.raw_model
-    saved = latest_valid(recipe.out_dir) if is_main() else None
-    return load_model(saved).to(setup.accelerator.device) if saved else None
-
-
 def finish(recipe, data, model, run, state, console):
-    """Show what a finished run has reached: the loss curve, a sample, the expectation, and what to try next."""
+    """Plot the losses, write a sample, print what to try next, and compare the result with the expectation."""
     try:
         plot_losses(run.folder / "metrics.jsonl", run.folder / "loss.png")
     except OSError as error:
@@ -289,18 +285,18 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel train RECIPE.yaml | RUN_FOLDER [key=value ...]",
-            "Train a recipe, or continue a run folder from its newest checkpoint.",
+            "Train a recipe, or continue a run from its latest checkpoint.",
             {"run": Recipe, **SETTINGS},
         )
     target, options = cli.parse(argv, FIELDS)
     if target is None:
-        raise ValueError("what to train? nanogpt-accel train RECIPE.yaml, such as recipes/quickstart.yaml")
+        raise ValueError("no recipe given: nanogpt-accel train RECIPE.yaml, for example recipes/quickstart.yaml")
     if Path(target).is_dir():
         if not (Path(target) / "run.yaml").is_file():
-            raise ValueError(f"{target}: no run.yaml in this folder, so it is no run; give a recipe or a run folder")
+            raise ValueError(f"{target}: not a run folder, it has no run.yaml; give a recipe or a run folder")
         if "out_dir" in options:
             raise ValueError(
-                f"out_dir={options['out_dir']}: the run goes on in {target}; for another folder begin a "
+                f"out_dir={options['out_dir']}: a resumed run stays in {target}; to write to another folder, start a "
                 f"new run with init_from={target}"
             )
         options = {"init_from": "resume", "resume": "no", **options, "out_dir": target}
@@ -314,8 +310,8 @@ def main(argv):
     except RuntimeError as error:
         if reason := lost_process(error):
             raise ConnectionError(
-                f"another process of this run is gone or did not answer within collective_timeout="
-                f"{recipe.train.collective_timeout:g} s ({reason}): {how_to_resume(recipe.out_dir)}"
+                f"another process of this run ended or did not answer within collective_timeout="
+                f"{recipe.train.collective_timeout:g} s ({reason}); {how_to_resume(recipe.out_dir)}"
             ) from error
         raise
 
@@ -338,8 +334,8 @@ def train(recipe, **overrides):
         raise_problems(check_recipe(recipe))
     if not _TRAINING.acquire(blocking=False):
         raise ValueError(
-            "another thread of this process is training, and the two would share their random "
-            "numbers: wait for it, or train in a process of its own"
+            "another thread of this process is training, and both would share a random number generator; "
+            "wait for it, or train in another process"
         )
     try:
         model = run_training(resolve_resume(recipe), StopSignals())

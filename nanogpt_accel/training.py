@@ -48,13 +48,13 @@ def check_recipe(recipe):
     problems += check_launch(train.gradient_accumulation_steps) + check_trackers(recipe.tracking.trackers)
     if train.sample_interval and (launcher_requests("FSDP") or launcher_requests("DEEPSPEED")):
         problems.append(
-            f"train.sample_interval={train.sample_interval}: a model that lies in pieces writes no "
-            "samples; leave it out with FSDP2 and DeepSpeed"
+            f"train.sample_interval={train.sample_interval}: sampling during training is not supported for sharded "
+            "models; leave it out with FSDP2 and DeepSpeed"
         )
     if train.on_nonfinite == "skip" and launcher_requests("DEEPSPEED"):
         problems.append(
-            "train.on_nonfinite=skip: DeepSpeed makes its step with the backward pass, and leaves none "
-            "out; take on_nonfinite=stop, or configs/fsdp2.yaml"
+            "train.on_nonfinite=skip: not supported with DeepSpeed, which makes its step in the backward pass; "
+            "use on_nonfinite=stop, or configs/fsdp2.yaml"
         )
     # while another process trains in the folder, everything else about it may change
     locked = check_lock(out_dir) if is_main() and not train.eval_only else []
@@ -74,31 +74,31 @@ def check_out_dir(recipe):
     problems = []
     if init_from == "resume" and latest is None:
         problems.append(
-            f"nothing to resume: {'no whole checkpoint' if saved else 'no checkpoint'} in out_dir={out_dir}; to start "
-            "over: the same command with init_from=scratch"
+            f"out_dir={out_dir}: nothing to resume, it has no {'valid ' * bool(saved)}checkpoint; to start over, use "
+            "init_from=scratch"
         )
     elif init_from == "resume":
         problems += shape_differences(latest, read_config(latest), recipe.shape)
     elif saved and is_new and latest is None:
         problems.append(
-            f"out_dir={out_dir} holds a run without a whole checkpoint ({saved[-1].name}: "
-            f"{find_corruption(saved[-1])}): replace it with overwrite=true, or take another out_dir"
+            f"out_dir={out_dir}: contains a run without a valid checkpoint ({saved[-1].name}: "
+            f"{find_corruption(saved[-1])}); overwrite it with overwrite=true, or set another out_dir"
         )
     elif saved and is_new:
         problems.append(
-            f"out_dir={out_dir} already holds a run ({saved[-1].name}): go on with `nanogpt-accel train "
-            f"{out_dir}`, replace it with overwrite=true, or take another out_dir"
+            f"out_dir={out_dir}: already contains a run ({saved[-1].name}); continue it with `nanogpt-accel train "
+            f"{out_dir}`, overwrite it with overwrite=true, or set another out_dir"
         )
     elif not saved and not recipe.train.eval_only:
         problems += check_run_folder(out_dir)
     if init_from not in ("scratch", "resume") and not may_be_model(init_from):
         problems.append(
             f"model.init_from={init_from}: "
-            + (nanogpt_hint(init_from) or "neither scratch, resume, a folder that exists, nor a Hub id")
+            + (nanogpt_hint(init_from) or "must be scratch, resume, an existing folder or a Hub id")
         )
     if recipe.overwrite and out_dir.resolve() in (Path(init_from).resolve(), Path(init_from).resolve().parent):
         problems.append(
-            f"model.init_from={init_from}: lies in out_dir={out_dir}, which overwrite=true clears; take another out_dir"
+            f"model.init_from={init_from}: is in out_dir={out_dir}, which overwrite=true clears; set another out_dir"
         )
     return problems
 
@@ -130,7 +130,7 @@ def open_data(recipe, console):
         longest = config["block_size"]
         if config["position"] == "learned" and block_size > longest:
             problems.append(
-                f"model.block_size={block_size}: {source} reads at most {longest} tokens; "
+                f"model.block_size={block_size}: the context length of {source} is {longest}; "
                 f"set block_size={longest} or less"
             )
     raise_problems(problems)
@@ -146,8 +146,8 @@ def find_checkpoint(recipe, data, console):
     source = latest_valid(recipe.out_dir, console)
     if read_trainer(source)["data"] != data.identity:
         raise ValueError(
-            f"{source} was trained on other data than {data.folder} holds now: set data_dir to the "
-            f"folder it began with, or begin a new run with init_from={source} and another out_dir"
+            f"{source} was trained on other data than {data.folder} contains now; set data_dir to the "
+            f"folder that it was trained on, or start a new run with init_from={source} and another out_dir"
         )
     return source
 
@@ -189,10 +189,10 @@ def adopt_shape(recipe, config, source, console):
         if recipe.shape[key] != shape[key]
     ]
     if ignored:
-        console.say(f"their shape holds, and not the recipe's {', '.join(sorted(ignored))}")
+        console.say(f"using the architecture of {source}; ignoring the recipe's {', '.join(sorted(ignored))}")
     section, problems, _ = validate(SECTIONS["model"], recipe.model.model_dump() | shape, "model.")
     if problems:
-        raise ValueError(f"{source}: no run can have its shape: {'; '.join(problems)}")
+        raise ValueError(f"{source}: its architecture is not valid in a recipe: {'; '.join(problems)}")
     return recipe.model_copy(update={"model": section})
 
 
@@ -333,7 +333,7 @@ def set_up(recipe, data, source, console):
 
     transformers_logging.disable_progress_bar()
     accelerator = accelerator_for(recipe)
-    assert_ranks_agree(accelerator, recipe=recipe.flat(), data=data.identity, beginning={"source": str(source)})
+    assert_ranks_agree(accelerator, recipe=recipe.flat(), data=data.identity, init_from={"source": str(source)})
     torch.manual_seed(recipe.seed)
     sharding.disable_zero3_init(accelerator)
     on_meta = sharding.is_fsdp(accelerator) and not accelerator.is_main_process
@@ -342,9 +342,9 @@ def set_up(recipe, data, source, console):
     console.say(
         f"resuming {recipe.out_dir} from {source.name}"
         if is_resumed
-        else f"beginning with the weights of {source}"
+        else f"starting from the weights of {source}"
         if source
-        else "beginning with new weights"
+        else "starting from new weights"
     )
     if source is not None and not is_resumed:
         recipe = adopt_shape(recipe, model.config, source, console)
@@ -370,11 +370,17 @@ def evaluate(setup, data, console):
     return scores(val_loss, len(data.val), data.text_bytes("val"), train_loss)
 
 
-class NonFinite:
-    """Decides what a loss or a gradient norm that is NaN or Inf means: the end of the run, or a skipped step.
+def is_finite(grad_norm):
+    """Return whether a gradient norm, which may be a tensor on the device, is finite. Waits for the device."""
+    from .distributed.sharding import as_float
 
-    on_nonfinite=skip waits for the device at every step. fp16's gradient scaler meets infinities while it searches its
-    scale, and skips those steps itself (inside the fused AdamW, so Accelerate does not know).
+    return math.isfinite(as_float(grad_norm))
+
+
+class NonFinite:
+    """Decides what follows from a loss or a gradient norm that is NaN or Inf: the run ends, or the step is skipped.
+
+    fp16's gradient scaler finds infinities while it searches for its scale, and skips those steps itself.
     """
 
     def __init__(self, setup, run, tokenizer):
@@ -382,25 +388,24 @@ class NonFinite:
         self.accelerator, train = setup.accelerator, setup.recipe.train
         self.may_skip, self.max_skips = train.on_nonfinite == "skip", train.max_skips
 
-    def step_or_skip(self, state, grad_norm):
-        """Make the optimizer's step, unless the gradient is not finite and the recipe says to skip such steps.
+    def should_skip(self, grad_norm):
+        """Return whether to skip the optimizer's step, because the gradient is not finite and the recipe says so."""
+        return self.may_skip and self.accelerator.scaler is None and not is_finite(grad_norm)
+
+    def count_skips(self, state, grad_norm):
+        """Count the step, after the optimizer, if it was skipped.
 
         Raises:
             FloatingPointError: more than max_skips steps in a row were skipped.
         """
-        from .distributed.sharding import as_float
-
-        skips = self.may_skip and not math.isfinite(as_float(grad_norm))
-        if self.accelerator.scaler is not None or not skips:
-            self.setup.optimizer.step()
         if not self.may_skip:
             return
-        skips = skips or self.accelerator.optimizer_step_was_skipped
-        state.skips += skips
-        state.skips_in_a_row = (state.skips_in_a_row + 1) * skips
+        was_skipped = self.accelerator.optimizer_step_was_skipped or not is_finite(grad_norm)
+        state.skips += was_skipped
+        state.skips_in_a_row = (state.skips_in_a_row + 1) * was_skipped
         if state.skips_in_a_row > self.max_skips:
             first = state.step - state.skips_in_a_row + 1
-            raise self.error(f"steps {first} to {state.step} had no finite gradient", state.step)
+            raise self.error(f"gradients of steps {first} to {state.step} are not finite", state.step)
 
     def check(self, step, losses, grad_norm):
         """Return (losses of the steps up to `step`, means over all ranks; the last gradient norm) as floats.
@@ -439,15 +444,15 @@ class NonFinite:
             if self.accelerator.is_main_process:
                 with suppress(OSError):
                     self.write_batch(file, step)
-            what += f" (its batch: {file})"
+            what += f" (its batch is in {file})"
         saved = latest_valid(out_dir)
-        remedy = "no checkpoint was saved yet; begin again with a lower learning_rate"
+        fix = "no checkpoint was saved yet; start over with a lower learning_rate"
         if saved:
-            remedy = (
-                f"the last good checkpoint is {saved}; go on from it with a lower rate: nanogpt-accel train {out_dir} "
-                "learning_rate=..."
+            fix = (
+                f"the latest valid checkpoint is {saved}; resume from it with a lower learning rate: "
+                f"nanogpt-accel train {out_dir} learning_rate=..."
             )
-        return FloatingPointError(f"the {what}: {remedy}")
+        return FloatingPointError(f"{what}; {fix}")
 
     def write_batch(self, path, step):
         """Write the global batch of a step: the start of each sequence in the training tokens, and its text."""
@@ -485,6 +490,14 @@ def write_sample(recipe, tokenizer, model, on_text=None):
     return text_after(tokenizer.decode, prompt, ids)
 
 
+def finished_model(setup, recipe):
+    """Return the trained GPT. A sharded one is complete only in its checkpoint, which the main process loads."""
+    if not is_sharded(setup.accelerator):
+        return setup.raw_model
+    saved = latest_valid(recipe.out_dir) if is_main() else None
+    return load_model(saved).to(setup.accelerator.device) if saved else None
+
+
 # ---- lines at the start of a run
 
 
@@ -494,10 +507,10 @@ def describe_model(model):
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     return (
-        f"{model.num_parameters():,} parameters ({parts}), {config.n_layer} layers of {config.n_head} "
-        f"heads, {config.n_embd} wide, {config.vocab_size:,} rows of vocabulary; weight decay on {len(decayed)} "
-        f"tensors with {sum(p.numel() for p in decayed):,}, none on {len(others)} with "
-        f"{sum(p.numel() for p in others):,}"
+        f"{model.num_parameters():,} parameters ({parts}); n_layer {config.n_layer}, n_head {config.n_head}, "
+        f"n_embd {config.n_embd}, vocabulary size {config.vocab_size:,}; weight decay on {len(decayed)} tensors "
+        f"({sum(p.numel() for p in decayed):,} parameters), not on {len(others)} "
+        f"({sum(p.numel() for p in others):,})"
     )
 
 
@@ -508,28 +521,28 @@ def describe_run(setup, data, first_step, console):
     console.say(f"model: {setup.summary}")
     console.say(
         f"data: {data.folder}, {len(data.train):,} training and {len(data.val):,} validation tokens, "
-        f"{data.tokenizer.vocab_size:,} symbols"
+        f"vocabulary size {data.tokenizer.vocab_size:,}"
     )
     if not train.eval_only:
         n_tokens, micro_batches = train.max_iters * tokens_per_step, train.gradient_accumulation_steps
         console.say(
             f"batch: {train.batch_size} sequences of {recipe.model.block_size} tokens x {micro_batches} "
-            f"micro-batch{'es' * (micro_batches != 1)} (processes: {accelerator.num_processes}, of each: "
-            f"{setup.micro_steps}) = {tokens_per_step:,} tokens a step; {train.max_iters:,} steps are "
-            f"{n_tokens:,} tokens, {n_tokens / len(data.train):.2f} epochs"
+            f"micro-batch{'es' * (micro_batches != 1)} ({accelerator.num_processes} "
+            f"process{'es' * (accelerator.num_processes != 1)} x {setup.micro_steps}) = {tokens_per_step:,} tokens per "
+            f"step; {train.max_iters:,} steps are {n_tokens:,} tokens, {n_tokens / len(data.train):.2f} epochs"
         )
         if setup.peak_flops:
             flops = max(train.max_iters - first_step, 0) * tokens_per_step * setup.flops_per_token
             seconds = flops / (0.4 * setup.peak_flops * accelerator.num_processes)
-            console.say(f"time: {duration(seconds)} if it comes to an MFU of 40%; measured after a few steps")
+            console.say(f"time: {duration(seconds)} at an MFU of 40%; measured after a few steps")
     details = [
         f"device: {device_name(device)}",
         f"mixed precision {accelerator.mixed_precision}",
         f"attention {setup.raw_model.config._attn_implementation}",
         "compiled" if setup.is_compiled else None,
         setup.cpu_tuning,
-        None if setup.peak_flops or device.type == "cpu" else "no MFU: the table has no peak FLOP/s of this device",
+        None if setup.peak_flops or device.type == "cpu" else "no MFU: peak FLOP/s of this device unknown",
     ]
     console.say(", ".join(filter(None, details)))
     if first_step >= train.max_iters and not train.eval_only:
-        console.say(f"the run has done its max_iters={train.max_iters} steps; a higher max_iters goes on")
+        console.say(f"all max_iters={train.max_iters} steps are done; set a higher max_iters to continue")

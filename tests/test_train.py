@@ -175,7 +175,7 @@ def test_another_run_from_its_weights(call, run):
     first, *_, end = read_metrics("runs/next/metrics.jsonl")
     assert (first["step"], end["step"]) == (0, 2)
     assert first["val_loss"] == pytest.approx(score["val_loss"], rel=1e-6)  # (summed window by window there)
-    assert f"beginning with the weights of {last(run)}" in out
+    assert f"starting from the weights of {last(run)}" in out
     # and it can go on
     call("train", "runs/next", "max_iters=3")
     assert losses(Path("runs/next"), "step")[-1] == 3
@@ -351,9 +351,9 @@ def test_a_loss_that_is_no_number(call):
         "eval_interval=9",
         status=1,
     )
-    assert err.startswith("error: the loss of step ") and err.count("\n") == 1
+    assert err.startswith("error: loss of step ") and err.count("\n") == 1
     step, newest = int(err.split("loss of step ")[1].split()[0]), last(Path("runs/high"))
-    assert f"last good checkpoint is {newest}" in err and "nanogpt-accel train runs/high learning_rate=" in err
+    assert f"latest valid checkpoint is {newest}" in err and "nanogpt-accel train runs/high learning_rate=" in err
     assert newest.name == f"checkpoint-{step:06d}" and all(map(finite, Path("runs/high").glob("checkpoint-*")))
     assert all("NaN" not in line for line in Path("runs/high/metrics.jsonl").read_text().splitlines())
 
@@ -362,7 +362,7 @@ def test_a_loss_that_is_no_number_at_once(call, monkeypatch):
     monkeypatch.setattr(F, "cross_entropy", lambda logits, *args, **kwargs: logits.sum() * math.inf)
     monkeypatch.setattr("nanogpt_accel.training.mean_loss", lambda *args: 4.0)
     err = call("train", "tiny.yaml", *TINY, "out_dir=runs/at_once", status=1)
-    assert "the loss of step 0 is" in err and "no checkpoint was saved yet" in err
+    assert "loss of step 0 is" in err and "no checkpoint was saved yet" in err
     assert not list(Path("runs/at_once").glob("checkpoint-*"))
 
 
@@ -403,7 +403,7 @@ def test_the_time_to_expect_where_the_peak_of_the_device_is_known(call, run, mon
     flops = (6 * n_params + 12 * 2 * 32 * BLOCK) * 2 * 4 * BLOCK  # of two steps with 4 sequences each
     monkeypatch.setattr("nanogpt_accel.training.peak_flops", lambda name: flops / 0.4 / 125)
     out = call("train", "tiny.yaml", *TINY, "out_dir=runs/timed")
-    assert "\ntime: 2:05 if it comes to an MFU of 40%" in out
+    assert "\ntime: 2:05 at an MFU of 40%" in out
     monkeypatch.setattr("nanogpt_accel.training.peak_flops", lambda name: None)
     assert "\ntime: " not in call("train", "tiny.yaml", *TINY, "out_dir=runs/untimed")
 

@@ -111,7 +111,7 @@ class Run:
             values["mfu"] = setup.flops_per_token * speed / (setup.peak_flops * setup.accelerator.num_processes)
         self._metrics.write(step=step, **values)
         self.trackers.log(values, step)
-        notes = ["spike"] * ("spike" in values) + [f"{skips} steps left out"] * bool(skips)
+        notes = ["spike"] * ("spike" in values) + [f"{skips} steps skipped"] * bool(skips)
         self.console.step(step, metrics["loss"], seconds, speed, values.get("mfu"), notes)
 
     def log_sample(self, step, text):
@@ -141,12 +141,12 @@ class Run:
         pusher = self.pusher
         if pusher is None:
             return
-        self.console.say(f"waiting for the Hub to take {self.folder.name}")
+        self.console.say(f"waiting for pushes of {self.folder.name} to the Hub")
         pusher.wait()
         top = best_checkpoint(self.folder, best_step)
         if top is not None and pusher.pushed != top:
             step = read_trainer(top)["step"]
-            pusher.push(top, f"{self.folder.name}, step {step}{', the best one' if step == best_step else ''}")
+            pusher.push(top, f"{self.folder.name}, step {step}{', best validation loss' if step == best_step else ''}")
             pusher.wait()
         command = (
             f"nanogpt-accel push {self.folder} {pusher.repo} form=custom"
@@ -155,7 +155,7 @@ class Run:
         )
         is_pushed = top is not None and pusher.pushed == top
         self.console.say(
-            f"the Hub has it: {pusher.repo}" if is_pushed else f"the Hub has not got it: {command}", always=True
+            f"pushed to the Hub: {pusher.repo}" if is_pushed else f"not pushed to the Hub; try: {command}", always=True
         )
 
     def _push(self, path):
@@ -215,7 +215,7 @@ def create_repository(recipe):
     try:
         return create(repository, recipe.hub.hub_private, recipe.hub.hub_branch)
     except ConnectionError as error:
-        print(f"warning: {error}; the run goes on, and every checkpoint tries again")
+        print(f"warning: {error}; the run continues, and every checkpoint tries again")
         return repository
 
 
@@ -245,13 +245,13 @@ def checkpoint_card(recipe, data, trainer):
 
 
 def loss_text(trainer):
-    return "not evaluated" if trainer["val_loss"] is None else f"{trainer['val_loss']:.4f} nats a token"
+    return "not evaluated" if trainer["val_loss"] is None else f"{trainer['val_loss']:.4f} nats per token"
 
 
 def how_to_resume(out_dir):
     """Return the command that continues a run, as part of a message."""
     saved = latest_valid(out_dir, thorough=False)
     if saved is None:
-        return f"no checkpoint was saved yet; to begin again: nanogpt-accel train {out_dir} init_from=scratch"
-    launched = " (or the same launch, with this folder in the recipe's place)" * (world_size() > 1)
-    return f"go on from {saved.name} with: nanogpt-accel train {out_dir}{launched}"
+        return f"no checkpoint was saved yet; start over with: nanogpt-accel train {out_dir} init_from=scratch"
+    launched = " (or the same launch command with this folder instead of the recipe)" * (world_size() > 1)
+    return f"resume from {saved.name} with: nanogpt-accel train {out_dir}{launched}"

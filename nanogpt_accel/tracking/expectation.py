@@ -23,9 +23,9 @@ def report_expectation(recipe, last, best, console):
         return
     steps, outcome, condition = max_iters if expect.steps is None else expect.steps, None, ""
     if expect.changed:
-        condition = f" with the recipe unchanged (here other: {', '.join(expect.changed)})"
+        condition = f" for the unchanged recipe (changed here: {', '.join(expect.changed)})"
     elif steps != max_iters and not recipe.train.eval_only:
-        condition = f" after {steps:,} steps (here {max_iters:,})"
+        condition = f" after {steps:,} steps (this run: {max_iters:,})"
     elif expect.tolerance is not None:
         outcome = verdict(got, expect.val_loss, expect.tolerance)
     expected = f"{expect.val_loss:.3f}" + (f" +- {expect.tolerance:g}" if expect.tolerance is not None else "")

@@ -72,7 +72,7 @@ def test_a_run_that_another_process_wrote_meanwhile_is_kept(recipe, monkeypatch,
     monkeypatch.setattr(module, "open_data", open_data)
     before = Path("other/metrics.jsonl").read_bytes()
     if resume == "no":
-        with pytest.raises(ValueError, match="already holds a run"):
+        with pytest.raises(ValueError, match="already contains a run"):
             train(recipe, out_dir="run")
         assert Path("run/metrics.jsonl").read_bytes() == before
     else:
@@ -180,4 +180,4 @@ def test_the_error_of_a_run_without_a_checkpoint_is_not_hidden_by_its_push(recip
     monkeypatch.setattr("nanogpt_accel.checkpoint.save._write_model", full)
     with pytest.raises(OSError, match="last checkpoint could not be written.*No space left"):
         train(load_recipe(recipe, {"out_dir": "run"}))
-    assert pushed == [] and "the Hub has not got it" in capsys.readouterr().out
+    assert pushed == [] and "not pushed to the Hub" in capsys.readouterr().out

@@ -55,7 +55,7 @@ def check_stopped(job, run):
     said = job.says()
     (line,) = [line for line in said.splitlines() if line.startswith("stopped ")]
     step = int(line.split("after ")[1].split(" of ")[0])
-    assert f"go on from checkpoint-{step:06d} with: nanogpt-accel train {run}" in line
+    assert f"resume from checkpoint-{step:06d} with: nanogpt-accel train {run}" in line
     assert "Traceback" not in said and "error" not in said
     path = checkpoint(run, step)
     assert find_corruption(path) is None and trainer(run, step)["step"] == step
@@ -177,7 +177,7 @@ def test_losing_a_process_ends_the_other_and_the_run_resumes_exactly(recipe, und
     said = job.says()
     assert status == 2, said
     (line,) = [line for line in said.splitlines() if "error: " in line]
-    assert "another process of this run is gone" in line and "go on from checkpoint-000040 with: " in line
+    assert "another process of this run ended" in line and "resume from checkpoint-000040 with: " in line
     assert "Traceback" not in said
     assert [find_corruption(path) for path in list_checkpoints(run)] == [None]
     train_on_ranks(run, [run, "collective_timeout=600"], "multi_gpu.yaml", 2)
@@ -244,4 +244,4 @@ def test_on_nonfinite_skip_with_deepspeed_is_refused(tmp_path, monkeypatch, caps
 
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert main(["train", str(write_recipe(tmp_path)), f"out_dir={tmp_path / 'run'}", "on_nonfinite=skip"]) == 2
-    assert "train.on_nonfinite=skip: DeepSpeed" in capsys.readouterr().err
+    assert "train.on_nonfinite=skip: not supported with DeepSpeed" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def test_train_is_callable_after_any_order_of_imports(tiny, first):
     assert [line["step"] for line in history if "val_loss" in line] == [0, 2, 3]
     assert [line["step"] for line in history if "grad_norm" in line] == [0, 1, 2]
     # a second run in the same folder needs overwrite; and train takes a Recipe as well as a path
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already contains a run"):
         train(tiny)
     model, history = train(load_recipe(tiny, {"overwrite": True, "max_iters": 2}))
     assert history[-1]["step"] == 2

@@ -114,7 +114,7 @@ EARLY = [
         ["init_from=./gone"],
     ),
     # recipe missing or not YAML
-    (["train"], ["what to train?"]),
+    (["train"], ["no recipe given"]),
     (["train", "tinny.yaml"], ["tinny.yaml", "no such recipe", "did you mean tiny"]),
     (["train", "gone/tiny.yaml"], ["gone/tiny.yaml", "no such recipe"]),
     (["train", "torn.yaml"], ["torn.yaml", "not YAML", "line 4"]),
@@ -136,10 +136,10 @@ EARLY = [
     (["train", "tiny.yaml", "out_dir=/proc/run"], ["out_dir=/proc/run", "cannot write", "another folder"]),
     (
         ["train", "tiny.yaml"],
-        ["out_dir=runs/tiny already holds a run", "`nanogpt-accel train runs/tiny`", "overwrite=true"],
+        ["out_dir=runs/tiny: already contains a run", "`nanogpt-accel train runs/tiny`", "overwrite=true"],
     ),
     # nothing to resume
-    ([*TINY, "init_from=resume"], ["nothing to resume", "out_dir=new", "same command with init_from=scratch"]),
+    ([*TINY, "init_from=resume"], ["nothing to resume", "out_dir=new", "to start over, use init_from=scratch"]),
     (["train", "nothing"], ["nothing", "no run.yaml"]),
     # resume with another shape
     (
@@ -337,7 +337,7 @@ def test_run_without_a_valid_checkpoint_is_refused(capsys, copy):
     for path in copy.glob("checkpoint-*"):
         cut(path / "model.safetensors", 900)
     (line,) = refusal(capsys, "train", copy)
-    assert has_all(line, ["nothing to resume", "no whole checkpoint", str(copy), "init_from=scratch"])
+    assert has_all(line, ["nothing to resume", "no valid checkpoint", str(copy), "init_from=scratch"])
     assert main(["sample", str(copy)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {copy}: no whole checkpoint in this run folder"
 

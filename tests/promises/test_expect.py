@@ -159,14 +159,14 @@ class Lines:
             {"n_layer": "1", "seed": "2"},
             1.5,
             1.5,
-            "expected 1.470 +- 0.5 with the recipe unchanged (here other: n_layer), got 1.500",
+            "expected 1.470 +- 0.5 for the unchanged recipe (changed here: n_layer), got 1.500",
         ),
         (
             "{val_loss: 1.47, tolerance: 0.5, steps: 2000}",
             {},
             1.5,
             1.5,
-            "expected 1.470 +- 0.5 after 2,000 steps (here 24), got 1.500",
+            "expected 1.470 +- 0.5 after 2,000 steps (this run: 24), got 1.500",
         ),
         ("{val_loss: 1.47, tolerance: 0.5}", {}, None, None, None),
         ("{source: nobody}", {}, 1.5, 1.5, None),
@@ -254,7 +254,7 @@ def test_run_ends_with_its_verdict(runs):
 
 def test_parameter_counts_by_part_add_up(runs):
     line = next(line for line in (runs.parent / "output.txt").read_text().splitlines() if line.startswith("model: "))
-    total, parts = re.match(r"model: ([\d,]+) parameters \((.*?)\),", line).groups()
+    total, parts = re.match(r"model: ([\d,]+) parameters \((.*?)\);", line).groups()
     weights = load_file(runs / "sampling" / "model.safetensors")
     numbers_by_part = {
         name: int(number.replace(",", "")) for name, number in (part.split() for part in parts.split(", "))
@@ -297,7 +297,7 @@ def test_quiet_console_prints_warnings(capsys):
 def test_samples_of_a_sharded_model_are_refused(monkeypatch, name, call):
     monkeypatch.setenv(name, "true")
     said = call("train", "tiny.yaml", "out_dir=runs/none", *SAMPLES, status=2)
-    assert f"error: train.sample_interval={EVERY}: a model that lies in pieces" in said
+    assert f"error: train.sample_interval={EVERY}: sampling during training is not supported for sharded models" in said
     assert not Path("runs/none").exists()
 
 

@@ -271,7 +271,7 @@ def test_a_run_whose_last_save_fails_can_be_resumed(recipe, calm, tmp_path, monk
         assert main(["train", str(recipe), f"out_dir={run}", f"async_save={in_background}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "No space left" in line
-    assert f"go on from checkpoint-000009 with: nanogpt-accel train {run}" in line
+    assert f"resume from checkpoint-000009 with: nanogpt-accel train {run}" in line
     assert main(["train", str(run)]) == 0  # room was made
     assert weights(run) == weights(calm) and numbers(run) == numbers(calm)
 
@@ -305,7 +305,7 @@ def test_a_run_on_a_full_disk_can_be_resumed(recipe, calm, small_disk, capsys):
     said, errors = capsys.readouterr()
     (line,) = errors.splitlines()
     assert said.count("is NOT SAVED") == 3 and "loss.png cannot be written" in said
-    assert line.startswith("error: ") and "go on from checkpoint-000003" in line
+    assert line.startswith("error: ") and "resume from checkpoint-000003" in line
     ballast.unlink()
     assert main(["train", str(run)]) == 0
     assert weights(run) == weights(calm) and numbers(run) == numbers(calm)

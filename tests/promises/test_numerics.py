@@ -66,8 +66,8 @@ def test_stop_on_nan_names_the_step_and_keeps_its_batch(workplace, poison, capsy
     seen = poison({5})
     assert main(["train", "tiny.yaml", "out_dir=stopped", "save_interval=2", "log_interval=100"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: the loss of step 5 is nan") and "stopped/nonfinite-5.json" in line
-    assert "last good checkpoint is stopped/checkpoint-000004" in line and "learning_rate=..." in line
+    assert line.startswith("error: loss of step 5 is nan") and "stopped/nonfinite-5.json" in line
+    assert "latest valid checkpoint is stopped/checkpoint-000004" in line and "learning_rate=..." in line
     for path in list_checkpoints("stopped"):
         assert all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
     kept = json.loads(Path("stopped/nonfinite-5.json").read_text())
@@ -106,7 +106,7 @@ def test_skip_equals_a_run_without_the_update_of_that_step(poison, monkeypatch, 
     assert main(["train", "tiny.yaml", "out_dir=skipped", "on_nonfinite=skip", "max_iters=8"]) == 0
     poison(bad, first=8)
     assert main(["train", "skipped", "max_iters=12"]) == 0
-    assert "3 steps left out" in capsys.readouterr().out
+    assert "3 steps skipped" in capsys.readouterr().out
     for (step, right), (_, found) in zip(losses("by_hand").items(), losses("skipped").items(), strict=True):
         assert found == (None if step in bad else right), step
     assert weights("skipped", 12) == weights("by_hand", 12)
@@ -123,7 +123,7 @@ def test_more_than_max_skips_in_a_row_stop_the_run(poison, capsys, bad, ends):
     if ends is None:
         assert errors == []
     else:
-        assert len(errors) == 1 and f"steps {ends - 3} to {ends} had no finite gradient" in errors[0]
+        assert len(errors) == 1 and f"gradients of steps {ends - 3} to {ends} are not finite" in errors[0]
         assert Path(f"many/nonfinite-{ends}.json").is_file() and f"many/nonfinite-{ends}.json" in errors[0]
         assert ("no checkpoint was saved yet" in errors[0]) == (ends == 3 and not list_checkpoints("many"))
 
@@ -134,7 +134,7 @@ def test_skips_in_a_row_are_counted_across_a_resume(poison, capsys):
     assert main(["train", "tiny.yaml", *argv]) == 0
     poison({6}, first=6)
     assert main(["train", "rows", "max_iters=12"]) == 1
-    assert "steps 4 to 6 had no finite gradient" in capsys.readouterr().err
+    assert "gradients of steps 4 to 6 are not finite" in capsys.readouterr().err
 
 
 # ---- spikes

@@ -88,7 +88,7 @@ def test_launching_two_processes_gives_two_ranks_and_the_same_batch(runs):
     run, out = runs["two"]
     assert trainer(run, STEPS)["processes"] == 2
     (arithmetic,) = [line for line in out.splitlines() if line.startswith("batch: ")]
-    assert "512 tokens a step" in arithmetic and "512 tokens a step" in runs["command"][1]
+    assert "512 tokens per step" in arithmetic and "512 tokens per step" in runs["command"][1]
 
 
 def test_two_processes_compute_the_same_as_one(runs):

@@ -179,12 +179,12 @@ def test_list_of_commands_and_version(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train"], "what to train?"),
+        (["train"], "no recipe given"),
         (["prepare"], "prepare needs a recipe"),
         (["sample"], "which model?"),
         (["evaluate"], "which model?"),
         (["train", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
-        (["train", "."], ".: no run.yaml in this folder"),
+        (["train", "."], ".: not a run folder, it has no run.yaml"),
         (["prepare", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
         (["evaluate", "runs/x"], "runs/x: there is no run.yaml beside it to say which data to use"),
         (["sample", "./nowhere"], "./nowhere: no such folder"),
