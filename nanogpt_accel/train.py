@@ -8,7 +8,7 @@ From Python: `from nanogpt_accel.train import train; model, history = train("rec
 
 Read `training_loop` first: it shows what happens in a run, in the order in which it happens. Everything is a function
 of (seed, step), so a checkpoint needs no more than the weights, the optimizer's state and `TrainState`.
-What the loop uses is built in training.py; what it writes goes through checkpoint/run.py.
+training.py builds everything that the loop uses; checkpoint/run.py writes everything that a run leaves.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""What the loop needs, built from a recipe: data, model, optimizer, precision. `train` and `bench` share it.
+"""Build what the loop needs from a recipe: data, model, optimizer, precision. `train` and `bench` share it.
 
 Nothing heavy is imported at the top, so that `check_recipe` answers before torch is loaded.
 """
@@ -41,7 +41,7 @@ def resolve_resume(recipe):
 
 
 def check_recipe(recipe):
-    """Return everything that can be known to be wrong before anything slow starts, as a list of problems."""
+    """Return all problems that can be found before anything slow starts, as a list of messages."""
     recipe = resolve_resume(recipe)
     out_dir, train = Path(recipe.out_dir), recipe.train
     problems = dataset.check(recipe.data, recipe.model.block_size)
@@ -56,7 +56,7 @@ def check_recipe(recipe):
             "train.on_nonfinite=skip: not supported with DeepSpeed, which makes its step in the backward pass; "
             "use on_nonfinite=stop, or configs/fsdp2.yaml"
         )
-    # while another process trains in the folder, everything else about it may change
+    # the state of the folder means nothing while another process trains in it
     locked = check_lock(out_dir) if is_main() and not train.eval_only else []
     problems += locked or check_out_dir(recipe)
     if not train.eval_only:
@@ -67,7 +67,7 @@ def check_recipe(recipe):
 
 
 def check_out_dir(recipe):
-    """Return a list of problems: what the run would resume, overwrite or start from."""
+    """Check what the run would resume, overwrite or start from; return a list of messages."""
     out_dir, init_from = Path(recipe.out_dir), recipe.model.init_from
     saved, is_new = list_checkpoints(out_dir), not (recipe.overwrite or recipe.train.eval_only)
     latest = latest_valid(out_dir, warn=lambda line: None, thorough=False)
@@ -103,7 +103,7 @@ def check_out_dir(recipe):
     return problems
 
 
-# ---- data, and what the run starts from
+# ---- data and initial weights
 
 
 def open_data(recipe, console):
@@ -177,10 +177,10 @@ def make_model(recipe, tokenizer, source, on_meta=False):
 
 
 def adopt_shape(recipe, config, source, console):
-    """Return the recipe with the shape of the model that it starts from, as run.yaml has to say to be resumable.
+    """Return the recipe with the architecture of the model that it starts from, so that run.yaml can be resumed.
 
     Raises:
-        ValueError: a shape that no recipe can have.
+        ValueError: a recipe cannot express the architecture.
     """
     shape = {key: getattr(config, key) for key in recipe.shape}
     ignored = [
@@ -196,12 +196,12 @@ def adopt_shape(recipe, config, source, console):
     return recipe.model_copy(update={"model": section})
 
 
-# ---- model, optimizer and precision in Accelerate's hands
+# ---- model and optimizer, prepared by Accelerate
 
 
 @dataclass
 class Setup:
-    """What a step of training needs; made by `make_setup`."""
+    """Everything that a training step needs; see make_setup."""
 
     recipe: object
     accelerator: object
@@ -209,10 +209,10 @@ class Setup:
     raw_model: object  # the GPT inside
     optimizer: object
     batches: Batches
-    to_inputs: object  # rows of tokens -> keyword arguments of the model, on their way to the device
-    micro_steps: int  # micro-batches of a step on each rank
+    to_inputs: object  # rows of tokens -> keyword arguments of the model, on the device
+    micro_steps: int  # micro-batches per step on each rank
     num_parameters: int
-    cpu_tuning: str  # what was changed to train faster on a CPU, for the log
+    cpu_tuning: str  # changes that make training on a CPU faster, for the log
     summary: str  # of the model, for the log
 
     @property
@@ -226,7 +226,7 @@ class Setup:
 
     @property
     def peak_flops(self):
-        """FLOP/s of the device, or None if the table of hardware does not have it."""
+        """Peak FLOP/s of the device, or None if planning/hardware.py does not list it."""
         return peak_flops(device_name(self.accelerator.device))
 
     @property
@@ -234,22 +234,22 @@ class Setup:
         return self.accelerator.state.dynamo_plugin.backend != "NO"
 
     def micro_batch(self, micro_step):
-        """Number of this rank's micro-batch among those of a step on all ranks."""
+        """Return the number of this rank's micro-batch among all micro-batches of a step."""
         return micro_step * self.accelerator.num_processes + self.accelerator.process_index
 
     def fetch(self, step, micro_step):
-        """The model's inputs for this rank's micro-batch, on their way to the device."""
+        """Return the model's inputs for this rank's micro-batch; the copy to the device is asynchronous."""
         return self.to_inputs(self.batches(step, self.micro_batch(micro_step)))
 
     def seed_dropout(self, step, micro_step):
-        """Let dropout follow from the micro-batch, not from the rank that computes it or from what was drawn before:
-        a resumed run repeats it bit by bit, on any number of ranks."""
+        """Seed dropout by the number of the micro-batch, so that a resumed run repeats it exactly on any number of
+        ranks."""
         import torch
 
         torch.manual_seed(seed_of(self.recipe.seed, 0, step, self.micro_batch(micro_step)))
 
     def release(self):
-        """Let go of the model, the optimizer and what Accelerate keeps of them."""
+        """Free the model and the optimizer, also in Accelerate."""
         self.model = self.optimizer = None
         self.accelerator.free_memory()
 
@@ -260,7 +260,7 @@ def is_sharded(accelerator):
 
 
 def accelerator_for(recipe):
-    """Return the Accelerator of a recipe, see distributed/accelerator.py."""
+    """Return the Accelerator of a recipe; see distributed/accelerator.py."""
     train = recipe.train
     return make_accelerator(
         train.device,
@@ -273,7 +273,7 @@ def accelerator_for(recipe):
 
 
 def make_setup(recipe, accelerator, model, tokens, eot_id):
-    """Return the Setup of a model: moved to the device, with its optimizer, sharded or wrapped as the launcher says.
+    """Move a model to the device, create its optimizer, let Accelerate wrap or shard both, and return the Setup.
 
     tokens: the training tokens, with rows(starts, length). eot_id: id of the end-of-text token, or None.
     """
@@ -325,7 +325,7 @@ def make_setup(recipe, accelerator, model, tokens, eot_id):
 
 def set_up(recipe, data, source, console):
     """Return the Setup of a run: a new model, or one with the weights of the folder `source`."""
-    # torch and transformers take seconds to import, so they wait until everything else is known to be right
+    # torch and transformers take seconds to import: only after all checks
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -351,11 +351,11 @@ def set_up(recipe, data, source, console):
     return make_setup(recipe, accelerator, model, data.train, data.tokenizer.eot_id)
 
 
-# ---- during the run
+# ---- called by the loop
 
 
 def evaluate(setup, data, console):
-    """Return the scores of the model, {name: number}: fixed batches of both splits, shared by all ranks."""
+    """Evaluate the model on fixed batches of both splits, shared by all ranks; return {name: score}."""
     recipe, train_loss = setup.recipe, None
     block_size, batch_size = recipe.model.block_size, recipe.train.batch_size
     val_batches = evaluation_batches(len(data.val), block_size, batch_size, recipe.train.eval_iters)
@@ -466,9 +466,9 @@ class NonFinite:
 
 
 def write_sample(recipe, tokenizer, model, on_text=None):
-    """Return the text that the model writes after sample_prompt. on_text: called with each piece of it as it comes.
+    """Return the text that the model generates after sample_prompt. on_text: called with each chunk of it.
 
-    It draws from a generator of its own, so the training continues as without it.
+    It uses a separate random number generator, so the training is not affected.
     """
     from .models.generation import generate, text_after
 
@@ -498,7 +498,7 @@ def finished_model(setup, recipe):
     return load_model(saved).to(setup.accelerator.device) if saved else None
 
 
-# ---- lines at the start of a run
+# ---- the first lines of a run
 
 
 def describe_model(model):
@@ -515,7 +515,7 @@ def describe_model(model):
 
 
 def describe_run(setup, data, first_step, console):
-    """Print what is about to happen: model, data, batch, time, device."""
+    """Print model, data, batch, expected time and device."""
     recipe, accelerator = setup.recipe, setup.accelerator
     train, tokens_per_step, device = recipe.train, setup.tokens_per_step, accelerator.device
     console.say(f"model: {setup.summary}")

@@ -1,4 +1,4 @@
-"""A run: its folder, and everything that writes there or reports from there while the loop runs."""
+"""A run: its folder, and everything that writes to it or reports from it while the loop runs."""
 
 import traceback
 from contextlib import suppress
@@ -28,7 +28,7 @@ class Run:
     """
 
     def __init__(self, recipe, console, repository=None):
-        """repository: where checkpoints are pushed to, see create_repository; None for no pushes."""
+        """repository: Hub repository for the checkpoints, see create_repository; None: do not push."""
         self.recipe, self.console, self.repository = recipe, console, repository
         self.folder = Path(recipe.out_dir)
         self.setup = self.stopper = self.saver = self.trackers = self.pusher = None
@@ -43,8 +43,8 @@ class Run:
     def start(self, setup, data, state, stopper, is_resumed):
         """Write run.yaml and open the logs, the trackers and the saver.
 
-        A run that is not resumed removes what an earlier run left in the folder; a resumed one removes the lines that
-        a lost part of the run wrote after the checkpoint.
+        A new run removes the files of an earlier run from the folder. A resumed run removes the lines that were logged
+        after its checkpoint.
         """
         from ..tracking.metrics_log import MetricsLog, Spikes, read_metrics
 
@@ -81,7 +81,7 @@ class Run:
                 if line["step"] == state.step:
                     self.trackers.log({key: value for key, value in line.items() if key != "step"}, state.step)
 
-    # ---- what the loop calls
+    # ---- called by the loop
 
     def log_evaluation(self, step, scores):
         """Write the scores of an evaluation to metrics.jsonl and the trackers."""
@@ -222,8 +222,8 @@ def create_repository(recipe):
 def recipe_to_save(recipe, data):
     """Return the recipe for run.yaml and the model cards.
 
-    It names the folder of the token files, so that a resumed run reads the same tokens whatever happens to the text;
-    it names what the run started from; and it does not ask to overwrite the run it is in.
+    It names the folder of the token files, so that a resumed run reads the same tokens even if the text changes; it
+    keeps the original init_from; and it does not ask to overwrite its own run.
     """
     init_from = recipe.model.init_from
     if init_from == "resume":
