@@ -6,7 +6,6 @@ Nothing heavy is imported at the top, so that `check_recipe` answers before torc
 import json
 import math
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -199,26 +198,47 @@ def adopt_shape(recipe, config, source, console):
 # ---- model and optimizer, prepared by Accelerate
 
 
-@dataclass
 class Setup:
-    """Everything that a training step needs; see make_setup."""
+    """Everything that a training step needs: the model and its optimizer, prepared by Accelerate, and the batches.
 
-    recipe: object
-    accelerator: object
-    model: object  # as accelerator.prepare returns it; call this one
-    raw_model: object  # the GPT inside
-    optimizer: object
-    batches: Batches
-    to_inputs: object  # rows of tokens -> keyword arguments of the model, on the device
-    micro_steps: int  # micro-batches per step on each rank
-    num_parameters: int
-    cpu_tuning: str  # changes that make training on a CPU faster, for the log
-    summary: str  # of the model, for the log
+    Args:
+        model: a GPT on the CPU.
+        tokens: the training tokens, with rows(starts, length). eot_id: id of the end-of-text token, or None.
 
-    @property
-    def tokens_per_step(self):
-        train = self.recipe.train
-        return train.gradient_accumulation_steps * train.batch_size * self.recipe.model.block_size
+    Attributes:
+        model: as accelerator.prepare returns it; call this one. raw_model: the GPT inside it.
+        micro_steps: micro-batches per step on each rank.
+        cpu_tuning: changes that make training on a CPU faster; summary: of the model. Texts for the log.
+    """
+
+    def __init__(self, recipe, accelerator, model, tokens, eot_id):
+        from .distributed import cpu, sharding
+        from .muon import check_unsharded
+
+        self.recipe, self.accelerator, train = recipe, accelerator, recipe.train
+        self.summary, self.num_parameters, self.cpu_tuning = describe_model(model), model.num_parameters(), ""
+        if train.activation_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if not is_sharded(accelerator):  # a sharded model is moved shard by shard
+            model.to(accelerator.device)
+            self.cpu_tuning = cpu.tune(model, accelerator, train.compile)
+        micro_batches = train.gradient_accumulation_steps  # over all ranks
+        batch_size, block_size = train.batch_size, recipe.model.block_size
+        self.micro_steps = accelerator.gradient_accumulation_steps = micro_batches // accelerator.num_processes
+        self.tokens_per_step = micro_batches * batch_size * block_size
+        self.batches = Batches(tokens, block_size, batch_size, micro_batches, recipe.seed, recipe.data.sampling)
+        eot_id = eot_id if recipe.data.document_mask else None
+        self.to_inputs = partial(model_inputs, device=accelerator.device, eot_id=eot_id)
+        self.model, self.optimizer = sharding.prepare(
+            accelerator,
+            model,
+            make_optimizer(model, recipe.optimizer),
+            batch_size=batch_size,
+            micro_steps=self.micro_steps,
+            grad_clip=recipe.optimizer.grad_clip,
+        )
+        self.raw_model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        check_unsharded(self.optimizer)
 
     @property
     def flops_per_token(self):
@@ -272,57 +292,6 @@ def accelerator_for(recipe):
     )
 
 
-def make_setup(recipe, accelerator, model, tokens, eot_id):
-    """Move a model to the device, create its optimizer, let Accelerate wrap or shard both, and return the Setup.
-
-    tokens: the training tokens, with rows(starts, length). eot_id: id of the end-of-text token, or None.
-    """
-    from .distributed import cpu, sharding
-    from .muon import check_unsharded
-
-    train = recipe.train
-    if train.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    cpu_tuning = ""
-    if not is_sharded(accelerator):  # a sharded model is moved shard by shard
-        model.to(accelerator.device)
-        cpu_tuning = cpu.tune(model, accelerator, train.compile)
-    # gradient_accumulation_steps counts micro-batches over all ranks
-    micro_steps = train.gradient_accumulation_steps // accelerator.num_processes
-    accelerator.gradient_accumulation_steps = micro_steps
-    num_parameters, summary = model.num_parameters(), describe_model(model)
-    optimizer = make_optimizer(model, recipe.optimizer)
-    model, optimizer = sharding.prepare(
-        accelerator,
-        model,
-        optimizer,
-        batch_size=train.batch_size,
-        micro_steps=micro_steps,
-        grad_clip=recipe.optimizer.grad_clip,
-    )
-    check_unsharded(optimizer)
-    return Setup(
-        recipe,
-        accelerator,
-        model,
-        accelerator.unwrap_model(model, keep_torch_compile=False),
-        optimizer,
-        Batches(
-            tokens,
-            recipe.model.block_size,
-            train.batch_size,
-            train.gradient_accumulation_steps,
-            recipe.seed,
-            recipe.data.sampling,
-        ),
-        partial(model_inputs, device=accelerator.device, eot_id=eot_id if recipe.data.document_mask else None),
-        micro_steps,
-        num_parameters,
-        cpu_tuning,
-        summary,
-    )
-
-
 def set_up(recipe, data, source, console):
     """Return the Setup of a run: a new model, or one with the weights of the folder `source`."""
     # torch and transformers take seconds to import: only after all checks
@@ -348,7 +317,7 @@ def set_up(recipe, data, source, console):
     )
     if source is not None and not is_resumed:
         recipe = adopt_shape(recipe, model.config, source, console)
-    return make_setup(recipe, accelerator, model, data.train, data.tokenizer.eot_id)
+    return Setup(recipe, accelerator, model, data.train, data.tokenizer.eot_id)
 
 
 # ---- called by the loop

@@ -24,7 +24,7 @@ from ..models.shape import model_shape
 from ..optim import learning_rate
 from ..planning.hardware import device_name
 from ..recipe import FIELDS, SECTIONS, load_recipe
-from ..training import accelerator_for, make_setup
+from ..training import Setup, accelerator_for
 from ..utils import cli
 from ..utils.fields import Int, Section, Words, nearest, raise_problems
 
@@ -199,7 +199,7 @@ def figures_of(variant, steps):
 
 
 class Variant:
-    """A model and what trains it, made by training.make_setup; `step` does one step and times its parts."""
+    """A model and what trains it, made by training.Setup; `step` does one step and times its parts."""
 
     def __init__(self, recipe, config, tokens, eot_id, name, settings):
         """settings: what differs from the recipe, see AXES."""
@@ -214,7 +214,7 @@ class Variant:
         accelerator = accelerator_for(recipe)
         torch.manual_seed(recipe.seed)
         sharding.disable_zero3_init(accelerator)
-        self.setup = make_setup(recipe, accelerator, GPT(config), tokens, eot_id)
+        self.setup = Setup(recipe, accelerator, GPT(config), tokens, eot_id)
         model, self.device = self.setup.raw_model, accelerator.device
         if "in_pieces" in settings:  # several chunks, also if the model's rule makes one
             n_logits = recipe.train.batch_size * config.block_size * config.vocab_size
