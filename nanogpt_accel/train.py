@@ -6,9 +6,9 @@
 
 From Python: `from nanogpt_accel.train import train; model, history = train("recipes/quickstart.yaml", max_iters=100)`
 
-Read `training_loop` first: it shows what happens in a run, in the order in which it happens. Everything is a function
-of (seed, step), so a checkpoint needs no more than the weights, the optimizer's state and `TrainState`.
-training.py builds everything that the loop uses; checkpoint/run.py writes everything that a run leaves.
+Read `training_loop` first: it shows what happens in a run, in the order in which it happens. Data order, dropout and
+learning rate are functions of (seed, step), so a checkpoint needs only the weights, the optimizer's state and
+`TrainState`. training.py builds everything that the loop uses; checkpoint/run.py writes all files of a run.
 """
 
 import gc
@@ -53,10 +53,10 @@ _TRAINING = threading.Lock()  # one training per process
 
 @dataclass
 class TrainState:
-    """Where a run is. A checkpoint stores it in state/trainer.json."""
+    """The progress of a run. A checkpoint stores it in state/trainer.json."""
 
-    step: int = 0  # optimizer steps done
-    evaluated: bool = False  # whether val_loss is of this step
+    step: int = 0  # steps done, including skipped ones
+    evaluated: bool = False  # whether val_loss was measured at this step
     val_loss: float | None = None  # of the last evaluation, nats per token
     best_step: int | None = None
     best_val_loss: float | None = None
@@ -70,7 +70,7 @@ class TrainState:
         return cls(**{field.name: trainer[field.name] for field in fields(cls)})
 
     def record(self, val_loss):
-        """Note an evaluation of this step; return whether it is the best so far."""
+        """Record the validation loss of this step; return whether it is the best so far."""
         self.evaluated, self.val_loss = True, val_loss
         is_best = self.best_val_loss is None or val_loss < self.best_val_loss
         if is_best:
@@ -78,8 +78,9 @@ class TrainState:
         return is_best
 
     def advance(self, lr):
-        """Note that a step is done, with learning rate lr."""
-        self.step, self.evaluated, self.learning_rate = self.step + 1, False, lr
+        """Record that a step with learning rate `lr` is done."""
+        self.step += 1
+        self.evaluated, self.learning_rate = False, lr
 
 
 def training_loop(setup, data, run, state, stopper, console):
@@ -87,11 +88,10 @@ def training_loop(setup, data, run, state, stopper, console):
     import torch
 
     recipe, accelerator, model, optimizer = setup.recipe, setup.accelerator, setup.model, setup.optimizer
-    first_step, grad_clip = state.step, recipe.optimizer.grad_clip or math.inf
+    first_step = state.step  # 0, or the step of the checkpoint that the run resumes from
     last_step = max(first_step, recipe.train.max_iters)
-    saved_step = first_step  # a resumed run starts from a checkpoint, and a new model needs none
     nonfinite = NonFinite(setup, run, data.tokenizer)
-    losses, grad_norm = [], None  # of the steps since the last logged one
+    losses = []  # of the steps since the last logged one, on the device
 
     model.train()
     inputs = setup.fetch(first_step, 0)
@@ -99,7 +99,7 @@ def training_loop(setup, data, run, state, stopper, console):
         is_last = step == last_step
         is_stopping = stopper.all_ranks_agreed() and not is_last
 
-        # evaluate, unless this step was evaluated before the run was resumed
+        # evaluate, unless the resumed checkpoint was saved after the evaluation of this step
         is_best = False
         if (is_last or recipe.should_evaluate(step)) and not (state.evaluated or is_stopping):
             scores = evaluate(setup, data, console)
@@ -109,9 +109,9 @@ def training_loop(setup, data, run, state, stopper, console):
             is_best = state.record(scores["val_loss"])
 
         # save: at save_interval, at the end, and whenever the validation loss is the best so far
-        is_due = (recipe.should_save(step) or is_last or is_stopping) and step > saved_step
+        is_due = (recipe.should_save(step) or is_last or is_stopping) and step > first_step
         if is_due or (is_best and step > 0):
-            if losses:  # the last step was not logged, so its numbers were not checked yet
+            if losses:  # the previous step was not logged, so its numbers were not checked yet
                 nonfinite.check(step - 1, losses, grad_norm)
             run.save(state, optimizer)
         if is_last or is_stopping:
@@ -128,7 +128,7 @@ def training_loop(setup, data, run, state, stopper, console):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-        # forward and backward over the micro-batches; gradients are exchanged with the last one
+        # forward and backward over the micro-batches; gradients are all-reduced in the last one
         if not losses:
             since = time.perf_counter()
         loss = torch.zeros((), device=accelerator.device)
@@ -141,20 +141,20 @@ def training_loop(setup, data, run, state, stopper, console):
                 accelerator.backward(micro_loss)  # divides by the number of micro-steps
                 loss += micro_loss.detach() / setup.micro_steps
 
-        # clip and step
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip)
+        # clip and step; with on_nonfinite=skip the CPU waits here for the gradient norm
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip or math.inf)
         if not nonfinite.should_skip(grad_norm):
             optimizer.step()
-        optimizer.zero_grad()
         nonfinite.count_skips(state, grad_norm)
+        optimizer.zero_grad()
         losses.append(loss)
         state.advance(lr)
 
-        # log; only here does the CPU wait for the device
+        # log: copy the losses from the device, check them, and write the last one with the other metrics
         if recipe.should_log(step):
-            losses, norm = nonfinite.check(step, losses, grad_norm)
+            loss_values, norm = nonfinite.check(step, losses, grad_norm)
             seconds = (time.perf_counter() - since) / len(losses)
-            metrics = {"loss": losses[-1], "learning_rate": lr, "grad_norm": norm}
+            metrics = {"loss": loss_values[-1], "learning_rate": lr, "grad_norm": norm}
             run.log_step(step, metrics, seconds, state.skips)
             losses = []
 
@@ -165,10 +165,11 @@ def run_training(recipe, signals):
     signals: a StopSignals.
 
     Returns:
-        The trained GPT; of a sharded run only on the main process, from its last checkpoint.
+        The trained GPT. If it is sharded: on the main process a GPT with the weights of the last checkpoint, None on
+        the others.
 
     Raises:
-        ValueError: something in the recipe cannot be done here.
+        ValueError: the recipe cannot run on this machine.
         FloatingPointError: the loss is not finite; the message names the step and the last checkpoint.
         OSError: the last checkpoint could not be written.
         cli.Stopped: a signal or max_hours ended the run early; the message says how to resume.
@@ -180,7 +181,7 @@ def run_training(recipe, signals):
     repository = create_repository(recipe)
     data, source = open_data(recipe, console)
     with Run(recipe, console, repository) as run:
-        # only under the lock is it certain that no other process writes checkpoints
+        # check again under the lock: another process may have trained in this folder since the first check
         recipe = resolve_resume(recipe)
         raise_problems(check_out_dir(recipe))
         is_resumed = recipe.model.init_from == "resume"
@@ -197,7 +198,7 @@ def run_training(recipe, signals):
         run.start(setup, data, state, stopper, is_resumed)
         describe_run(setup, data, state.step, console)
         console.start(state.step, recipe.train.max_iters, recipe.train.eval_interval, setup.is_compiled)
-        gc.set_threshold(*cli.GC_THRESHOLD)  # cli.run raised it for the imports
+        gc.set_threshold(*cli.GC_THRESHOLD)  # imports are done, and saving leaves models in reference cycles
         is_stopped = training_loop(setup, data, run, state, stopper, console)
         console.stop()
         run.saver.wait()
@@ -244,8 +245,9 @@ def load_scaler(source, accelerator):
 
 
 def warn_if_schedule_changed(recipe, state, console):
-    """Print that the learning rate jumps at the first step of a resumed run, because settings were changed."""
+    """Warn if the learning rate jumps at the first step of a resumed run, because settings were changed."""
     before, now = state.learning_rate, learning_rate(state.step, **recipe.lr_schedule)
+    # a normal step changes it by much less than a fifth; near the end of a decay, the absolute change counts
     if state.step < recipe.train.max_iters and not math.isclose(
         now, before, rel_tol=0.2, abs_tol=0.05 * recipe.optimizer.learning_rate
     ):
@@ -261,13 +263,13 @@ def finish(recipe, data, model, run, state, console):
         plot_losses(run.folder / "metrics.jsonl", run.folder / "loss.png")
     except OSError as error:
         console.say(f"warning: {run.folder / 'loss.png'} cannot be written ({error})")
-    text = prompt = recipe.train.sample_prompt
+    prompt = recipe.train.sample_prompt
     if recipe.train.sample_tokens and model is not None:
         console.say(f"\nA sample of {recipe.train.sample_tokens} tokens:\n{'-' * 60}")
         console.write(prompt)
-        text += write_sample(recipe, data.tokenizer, model, on_text=console.write)
+        text = write_sample(recipe, data.tokenizer, model, on_text=console.write)
         console.say(f"\n{'-' * 60}")
-    run.log_sample(state.step, text)
+        run.log_sample(state.step, prompt + text)
     console.say(
         f"\nThe run is in {run.folder}: metrics.jsonl, loss.png and checkpoints. To try next:\n"
         f"  nanogpt-accel sample {run.folder} --prompt {json.dumps(prompt.strip() or 'The', ensure_ascii=False)}\n"
@@ -278,7 +280,7 @@ def finish(recipe, data, model, run, state, console):
     report_expectation(recipe, state.val_loss, state.best_val_loss, console)
 
 
-# ---- the command, and the function for notebooks
+# ---- the command and the Python function
 
 
 def main(argv):
@@ -299,13 +301,14 @@ def main(argv):
                 f"out_dir={options['out_dir']}: a resumed run stays in {target}; to write to another folder, start a "
                 f"new run with init_from={target}"
             )
+        # init_from=resume requires a checkpoint; resume=auto of the recipe would accept a folder without one
         options = {"init_from": "resume", "resume": "no", **options, "out_dir": target}
         target = Path(target) / "run.yaml"
     recipe = resolve_resume(load_recipe(target, options, check=check_recipe))
     try:
         with StopSignals() as signals:
             run_training(recipe, signals)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # Ctrl-C before the loop, which handles it otherwise
         raise KeyboardInterrupt(how_to_resume(recipe.out_dir)) from None
     except RuntimeError as error:
         if reason := lost_process(error):
@@ -320,13 +323,13 @@ def train(recipe, **overrides):
     """Run a recipe from Python.
 
     Args:
-        recipe: the path of one, with overrides such as max_iters=100; or a Recipe as load_recipe returns it.
+        recipe: path of a recipe, or a Recipe from load_recipe. overrides: settings of it, such as max_iters=100.
 
     Returns:
         (model, history): the trained GPT, and the objects of metrics.jsonl, one per logged step and evaluation.
 
     Raises:
-        ValueError: one line for each thing that is wrong; and what `run_training` raises.
+        ValueError: one line per problem. Also everything that `run_training` raises.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides, check_recipe)
@@ -338,7 +341,7 @@ def train(recipe, **overrides):
             "wait for it, or train in another process"
         )
     try:
-        model = run_training(resolve_resume(recipe), StopSignals())
+        model = run_training(resolve_resume(recipe), StopSignals())  # no handlers: signals act as usual
     finally:
         _TRAINING.release()
     return model, read_metrics(Path(recipe.out_dir) / "metrics.jsonl")
