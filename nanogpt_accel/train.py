@@ -79,8 +79,7 @@ class TrainState:
 
     def advance(self, lr):
         """Record that a step with learning rate `lr` is done."""
-        self.step += 1
-        self.evaluated, self.learning_rate = False, lr
+        self.step, self.evaluated, self.learning_rate = self.step + 1, False, lr
 
 
 def training_loop(setup, data, run, state, stopper, console):
@@ -91,7 +90,7 @@ def training_loop(setup, data, run, state, stopper, console):
     first_step = state.step  # 0, or the step of the checkpoint that the run resumes from
     last_step = max(first_step, recipe.train.max_iters)
     nonfinite = NonFinite(setup, run, data.tokenizer)
-    losses = []  # of the steps since the last logged one, on the device
+    losses, grad_norm = [], None  # on the device: losses of the steps that are not logged yet, last gradient norm
 
     model.train()
     inputs = setup.fetch(first_step, 0)
@@ -326,7 +325,7 @@ def train(recipe, **overrides):
         recipe: path of a recipe, or a Recipe from load_recipe. overrides: settings of it, such as max_iters=100.
 
     Returns:
-        (model, history): the trained GPT, and the objects of metrics.jsonl, one per logged step and evaluation.
+        (model, history): the trained GPT, and the lines of metrics.jsonl as dictionaries.
 
     Raises:
         ValueError: one line per problem. Also everything that `run_training` raises.
