@@ -23,8 +23,8 @@ def pick_device(device):
         return torch.device("cpu" if is_cpu else available[0])
     chosen = torch.device(device)
     if chosen.type not in available:
-        fix = f"device=auto uses {available[0]}"
-        raise ValueError(f"device={device}: torch {torch.__version__} finds no such device; {fix}")
+        problem = f"torch {torch.__version__} finds no such device"
+        raise ValueError(f"device={device}: {problem}; device=auto uses {available[0]}")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={device}: the last CUDA device is cuda:{torch.cuda.device_count() - 1}")
     return chosen
@@ -93,14 +93,8 @@ def make_accelerator(
 
 
 def assert_ranks_agree(accelerator, **facts):
-    """Check that all ranks have the same settings and data.
-
-    Args:
-        facts: {name of a group, such as "recipe": {key: plain value}}.
-
-    Raises:
-        ValueError: on every rank, with each difference.
-    """
+    """Raise a ValueError on every rank unless all ranks have the same `facts`: dictionaries of plain values, such as
+    recipe={"seed": 1}."""
     from accelerate.utils import gather_object
 
     if accelerator.num_processes == 1:
@@ -119,22 +113,16 @@ def assert_ranks_agree(accelerator, **facts):
 
 
 def should_compile(compile, device_type):
-    """Return whether a recipe's `compile` setting compiles the model.
-
-    "auto" does so on CUDA, except on Windows, where torch has no Triton, and with DeepSpeed, whose hooks torch.compile
-    does not support.
-    """
+    """Return whether a recipe's `compile` setting compiles the model. "auto" does so on CUDA, except on Windows (torch
+    has no Triton there) and with DeepSpeed (torch.compile does not support its hooks)."""
     if compile != "auto":
         return bool(compile)
     return device_type == "cuda" and sys.platform != "win32" and not launcher_requests("DEEPSPEED")
 
 
 def pick_precision(mixed_precision, device_type):
-    """Return no, fp16, bf16 or fp8.
-
-    auto: the launcher's setting, unless it is "no", which `accelerate launch` also passes on by default; then
-    auto_precision.
-    """
+    """Return no, fp16, bf16 or fp8. auto: the launcher's setting, or auto_precision if that is "no", which `accelerate
+    launch` also passes on by default."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision != "auto":
         return mixed_precision

@@ -40,11 +40,8 @@ def disable_zero3_init(accelerator):
 
 
 def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip):
-    """Call accelerator.prepare(model, optimizer) with the settings that FSDP2 and DeepSpeed need.
-
-    Args:
-        batch_size: sequences per micro-batch. micro_steps: micro-batches per step and process. grad_clip: 0 for none.
-    """
+    """Call accelerator.prepare(model, optimizer) with the settings that FSDP2 and DeepSpeed need. batch_size: sequences
+    per micro-batch. micro_steps: micro-batches per step and process. grad_clip: 0 for none."""
     if is_fsdp(accelerator):
         _configure_fsdp(accelerator)
     if not is_deepspeed(accelerator):
@@ -52,14 +49,13 @@ def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
         train_micro_batch_size_per_gpu=batch_size, gradient_accumulation_steps=micro_steps, gradient_clipping=grad_clip
     )
-    weights = {}
-    if accelerator.mixed_precision != "no":
-        # DeepSpeed copies the rounded weights to float32, but a run must resume with the exact ones
-        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    # DeepSpeed copies the rounded weights to float32, but a run must resume with the exact ones
+    is_rounded = accelerator.mixed_precision != "no"
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()} if is_rounded else {}
     model, optimizer = accelerator.prepare(model, optimizer)
-    for name, parameter in model.module.named_parameters():
-        if name in weights:
-            _set_deepspeed(parameter, weights[name])
+    parameters = dict(model.module.named_parameters())
+    for name, value in weights.items():
+        _set_deepspeed(parameters[name], value)
     return model, optimizer
 
 
@@ -129,8 +125,8 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
     """Return the part of the optimizer state that this process saves. All processes call it.
 
     Returns:
-        (tensors, first_rows): {"PARAMETER/FIELD": tensor on the CPU}, and {"PARAMETER/FIELD": index of the first row}
-        of those that are sharded. Both are empty if the index of shard_index is None.
+        ({"PARAMETER/FIELD": tensor on the CPU}, {"PARAMETER/FIELD": first row} of those that are sharded). Both are
+        empty if the index of shard_index is None.
     """
     index, _ = shard_index(accelerator, model)
     tensors, first_rows = {}, {}
