@@ -173,7 +173,7 @@ def test_keep_memory_avoids_page_faults():
 
     def faults(size):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.empty(size // 4).fill_(1.0)  # freed at once
+        torch.empty(size // 4).fill_(1.0)  # freed immediately
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     # 40 MiB, which glibc maps again each time by default: 10,240 pages of 4 kB. It takes a few rounds until all free
