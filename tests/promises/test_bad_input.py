@@ -122,7 +122,7 @@ EARLY = [
     (["train", "twice.yaml"], ["twice.yaml", "line 3", "n_layer stands twice"]),
     (["train", "words.yaml"], ["words.yaml", "sections with keys"]),
     (["train", "latin.txt"], ["latin.txt", "UTF-8", "byte 0"]),
-    (["train", "tiny.yaml", "other.yaml"], ["one target", "other.yaml"]),
+    (["train", "tiny.yaml", "other.yaml"], ["expected at most 1 target", "other.yaml"]),
     # corpus missing, empty, not UTF-8, shorter than a block, and a val split shorter than one
     ([*TINY, "corpus=gone.txt"], ["corpus=gone.txt", "no such corpus"]),
     ([*TINY, "corpus=shakespear"], ["corpus=shakespear", "did you mean shakespeare?"]),
