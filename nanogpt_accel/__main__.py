@@ -1,4 +1,4 @@
-"""`nanogpt-accel COMMAND ...`: the table of commands. A command is imported only when it runs."""
+"""`nanogpt-accel COMMAND ...`: the table of commands. Only the command that runs is imported."""
 
 import sys
 from importlib import import_module
@@ -8,18 +8,18 @@ from .utils import cli
 from .utils.fields import nearest
 
 COMMANDS = {
-    "prepare": "turn a recipe's corpus into token files (train does it when needed)",
-    "data": "show what is in a data folder",
-    "plan": "what a recipe needs: parameters, memory, time, and which of configs/ fits",
-    "bench": "how fast a recipe trains here, by part; variants side by side",
-    "train": "train a recipe, or continue a run folder",
-    "sample": "write text with a model: a run folder, a checkpoint folder or a Hub id",
-    "evaluate": "loss, perplexity and bits per byte of a model on a validation set",
-    "report": "a page about one run or several: curves, samples, recipes",
-    "export": "write a model as a stock architecture that any tool loads",
-    "import": "read a checkpoint of nanoGPT",
+    "prepare": "tokenize the corpus of a recipe; train does this if needed",
+    "data": "show the contents of a data folder",
+    "plan": "estimate parameters, memory and time of a recipe, and suggest one of configs/",
+    "bench": "measure the training speed of a recipe, by part; compare variants",
+    "train": "train a recipe, or resume a run",
+    "sample": "generate text with a model: a run folder, a checkpoint folder or a Hub id",
+    "evaluate": "compute loss, perplexity and bits per byte of a model on a validation set",
+    "report": "write a page about one or more runs: curves, samples, recipes",
+    "export": "convert a model to a stock architecture that any tool loads",
+    "import": "convert a checkpoint of nanoGPT",
     "push": "push a model to the Hugging Face Hub",
-    "doctor": "what this machine and this launch can do, and what to fix",
+    "doctor": "check this machine and this launch, and suggest fixes",
 }
 
 
@@ -38,7 +38,7 @@ def _dispatch(argv):
         print("\n`nanogpt-accel COMMAND --help` lists a command's options. Start with:")
         print("  nanogpt-accel train recipes/quickstart.yaml")
     elif argv[0] not in COMMANDS:
-        raise ValueError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; there are: {', '.join(COMMANDS)}")
+        raise ValueError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; commands: {', '.join(COMMANDS)}")
     else:
         import_command(argv[0]).main(argv[1:])
 

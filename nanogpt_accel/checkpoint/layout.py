@@ -1,22 +1,18 @@
-"""Names and paths of checkpoints and of the files in them."""
+"""Names and paths of checkpoints and of their files."""
 
 import json
 import re
 from pathlib import Path
 
 TRAINER = "state/trainer.json"
-INDEX = "state/index.json"  # size and hash of every other file, except the README.md
+INDEX = "state/index.json"  # size and hash of every other file, except README.md
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")  # required to load the model
 CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]{1,12})$")
 SHARD_PATH = re.compile(r"state/optimizer(-\d{5}-of-\d{5})?\.safetensors$")
 
 
-def checkpoint_name(step):
-    return f"checkpoint-{step:06d}"
-
-
 def checkpoint_path(run, step):
-    return Path(run) / checkpoint_name(step)
+    return Path(run) / f"checkpoint-{step:06d}"
 
 
 def shard_path(index, num_shards):
@@ -27,12 +23,12 @@ def shard_path(index, num_shards):
 
 def list_checkpoints(run):
     """Return the checkpoint folders of a run, valid or not, oldest first."""
-    found = [path for path in Path(run).glob("checkpoint-*") if CHECKPOINT_NAME.match(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(CHECKPOINT_NAME.match(path.name)[1]))
+    folders = [path for path in Path(run).glob("checkpoint-*") if CHECKPOINT_NAME.match(path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: int(CHECKPOINT_NAME.match(path.name)[1]))
 
 
 def is_checkpoint(path):
-    """Return whether a folder contains any file of a checkpoint; a folder of the user's can have such a name, too."""
+    """Return whether a folder contains files of a checkpoint. A user's folder can have the name of one."""
     return any((path / name).is_file() for name in (*MODEL_FILES, TRAINER))
 
 

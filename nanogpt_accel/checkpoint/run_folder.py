@@ -13,76 +13,75 @@ from .layout import CHECKPOINT_NAME, MODEL_FILES, checkpoint_path, is_checkpoint
 from .verify import find_corruption
 
 LOCK, LOCK_HOLDER = ".lock", ".lock.json"  # while a process trains in the folder
-# what a run, and `report` after it, writes next to the checkpoints
+# files that a run and `report` write next to the checkpoints
 _OUTPUT = re.compile(
     r"(metrics|samples)\.jsonl|expect\.json|loss\.png|nonfinite-\d+\.json|report\.html|"
     r"report-(loss|learning_rate|grad_norm|tokens_per_second|peak_memory|mfu)\.png"
 )
-# the files that `publish` links from a checkpoint
+# files that `publish` links from a checkpoint
 _PUBLISHED = {*MODEL_FILES, "README.md", "model.py", "generation_config.json", "tokenizer_config.json"}
 
 
-# ---- check: each returns a list of problems
+# ---- checks: each returns a list of problems
 
 
 def check_writable(folder, key="out_dir"):
     """Check that files can be written to a folder that may not exist yet. key: the option that names the folder."""
     place = nearest_existing(folder)
     if not place.is_dir():
-        return [f"{key}={folder}: {place} is a file; take another folder"]
+        return [f"{key}={folder}: {place} is a file; set another folder"]
     try:
-        with tempfile.TemporaryFile(dir=place):  # os.access says yes to root, even for /proc and /sys
+        with tempfile.TemporaryFile(dir=place):  # for root, os.access is true even in /proc and /sys
             return []
     except OSError as error:
-        return [f"{key}={folder}: cannot write in {place} ({error.strerror}); take another folder"]
+        return [f"{key}={folder}: cannot write to {place} ({error.strerror}); set another folder"]
 
 
 def check_empty(folder, key):
-    """Check that a new model folder can be made: writable, empty, and outside of runs, which prune their folder."""
+    """Check that a new model folder is writable, empty, and outside of any run, which would prune it."""
     folder = Path(folder)
     if folder.is_symlink() and not folder.exists():
-        return [f"{key}={folder}: a link to nothing; give another folder"]
-    if folder.is_dir() and any(file.name != ".tmp" for file in folder.iterdir()):  # (of an export that was killed)
-        return [f"{key}={folder}: holds something already; give a folder that does not exist yet, or is empty"]
+        return [f"{key}={folder}: broken link; set another folder"]
+    if folder.is_dir() and any(file.name != ".tmp" for file in folder.iterdir()):  # .tmp: of an export that was killed
+        return [f"{key}={folder}: the folder is not empty; set a new or empty folder"]
     for parent in folder.absolute().resolve().parents:
         if CHECKPOINT_NAME.match(parent.name) or (parent / "run.yaml").is_file():
-            return [f"{key}={folder}: lies in the run {parent}; give a folder outside"]
+            return [f"{key}={folder}: inside the run {parent}; set a folder outside of it"]
     return check_writable(folder, key)
 
 
 def check_run_folder(folder):
-    """Check that a new run in a folder overwrites no files of the user's."""
+    """Check that a new run in a folder overwrites no files of the user."""
     folder = Path(folder)
-    folders = [name for name in ("run.yaml", "metrics.jsonl", "samples.jsonl", "loss.png") if (folder / name).is_dir()]
-    if folders:
-        return [
-            f"out_dir={folder}: {', '.join(folders)} is a folder there, and a run writes such a file; take another "
-            "out_dir"
-        ]
-    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    names = [name for name in found if name in _PUBLISHED or _OUTPUT.fullmatch(name)]
-    users = [name for name in names if not is_published(folder / name)]
-    if users and not (folder / "run.yaml").exists():  # every run has one
-        return [f"out_dir={folder}: holds {', '.join(users)}, but no run; take another out_dir"]
+    problems = [
+        f"out_dir={folder}: {name} is a folder, but a run writes a file {name}; set another out_dir"
+        for name in ("run.yaml", "metrics.jsonl", "samples.jsonl", "loss.png")
+        if (folder / name).is_dir()
+    ]
+    if problems or not folder.is_dir() or (folder / "run.yaml").exists():  # every run has a run.yaml
+        return problems
+    names = sorted(path.name for path in folder.iterdir() if path.name in _PUBLISHED or _OUTPUT.fullmatch(path.name))
+    names = [name for name in names if not is_published(folder / name)]
+    if names:
+        return [f"out_dir={folder}: contains {', '.join(names)}, which a run would overwrite; set another out_dir"]
     return []
 
 
 def check_lock(run):
     """Check that no other process is training in a run folder."""
-    if not (Path(run) / LOCK).exists():
-        return []
     try:
-        lock_run(run).release()
+        if (Path(run) / LOCK).exists():
+            lock_run(run).release()
+        return []
     except ValueError as error:
         return [str(error)]
-    return []
 
 
 # ---- start of a run
 
 
 def lock_run(run):
-    """Lock a run folder for this process, until it ends or calls release() of the lock that is returned.
+    """Lock a run folder for this process. Return the lock, which is released by release() or when the process ends.
 
     Raises:
         ValueError: another process is training in the folder.
@@ -92,21 +91,18 @@ def lock_run(run):
     try:
         return locking.acquire(run / LOCK, run / LOCK_HOLDER)
     except BlockingIOError as holder:
-        raise ValueError(
-            f"out_dir={run}: {holder} is training in it; wait for its end, stop it, or take another out_dir"
-        ) from None
+        problem = f"{holder} is training in it; wait until it ends, stop it"
     except OSError as error:
-        raise ValueError(
-            f"out_dir={run}: {run / LOCK} cannot be locked ({error.strerror}); move it away, or take another out_dir"
-        ) from None
+        problem = f"cannot lock {run / LOCK} ({error.strerror}); remove this file"
+    raise ValueError(f"out_dir={run}: {problem}, or set another out_dir")
 
 
 def prepare_run_folder(run, recipe, is_resumed):
-    """Make the run folder and write run.yaml, with the text `recipe`. If the run is not resumed, first delete the
+    """Create the run folder and write run.yaml, with the text `recipe`. If the run is not resumed, first delete the
     checkpoints, links and logs of the previous run."""
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
-    for leftover in run.glob(".push-*"):  # links of a process that was killed while it pushed
+    for leftover in run.glob(".push-*"):  # links of a process that was killed during a push
         shutil.rmtree(leftover, ignore_errors=True)
     if not is_resumed:
         for path in run.iterdir():
@@ -121,9 +117,7 @@ def prepare_run_folder(run, recipe, is_resumed):
 
 
 def best_checkpoint(run, best_step, latest=None):
-    """Return the best checkpoint of a run that exists, else the latest one, else None.
-
-    If the best one could not be saved, the one that is published is the best before it.
+    """Return the best checkpoint of a run, else the published one (if saving the best one failed), else the latest one.
 
     Args:
         best_step: step of the best validation loss; None if the run was not evaluated.
@@ -138,8 +132,8 @@ def best_checkpoint(run, best_step, latest=None):
 
 
 def publish(run, best_step, latest):
-    """Make the run folder load as its best checkpoint: link each file of the checkpoint into it, one by one. Where
-    links are not allowed (Windows without the privilege), copy the files."""
+    """Link each file of the best checkpoint into the run folder, so that the folder loads as a model. Copy the files
+    if links are not allowed, as on Windows without the privilege."""
     checkpoint = best_checkpoint(run, best_step, latest)
     for file in checkpoint.iterdir():
         if file.is_file() and _published_from(run / file.name) != checkpoint:
@@ -148,17 +142,17 @@ def publish(run, best_step, latest):
             try:
                 temporary.symlink_to(Path(checkpoint.name) / file.name)
             except OSError:
-                shutil.copy2(file, temporary)  # keeps the time, by which _published_from recognizes it
+                shutil.copy2(file, temporary)  # _published_from recognizes the copy by its modification time
             os.replace(temporary, run / file.name)
 
 
 def is_published(path):
-    """Return whether a file is one of the links or copies that `publish` makes."""
+    """Return whether a file is a link or copy made by `publish`."""
     return _published_from(path) is not None
 
 
 def _published_from(path):
-    """Return the checkpoint folder to which a file of the run folder is linked, or from which it is copied, or None."""
+    """Return the checkpoint folder that a file of the run folder is linked to or copied from, or None."""
     if path.is_symlink():
         name = os.path.dirname(os.readlink(path))
         return path.parent / name if CHECKPOINT_NAME.match(name) else None
@@ -172,12 +166,11 @@ def _published_from(path):
 
 def prune(run, best_step, latest, keep_last):
     """Delete all checkpoints except the last `keep_last` and the best one. latest: the one that was just saved."""
-    found = list_checkpoints(run)
-    until_latest = found[: found.index(latest) + 1]
+    checkpoints = list_checkpoints(run)
+    until_latest = checkpoints[: checkpoints.index(latest) + 1]
     kept = {best_checkpoint(run, best_step, latest), *until_latest[-keep_last:]}
-    # a later one is deleted only if it is corrupted, because the run resumed before it; a valid one belongs to another
-    # run, and a folder without files of a checkpoint to the user
-    corrupted = [path for path in found[len(until_latest) :] if find_corruption(path) is not None]
+    # delete later ones only if corrupted, because the run resumed before them: a valid one belongs to another run
+    corrupted = [path for path in checkpoints[len(until_latest) :] if find_corruption(path) is not None]
     for path in filter(is_checkpoint, until_latest + corrupted):
         if path not in kept:
             remove_checkpoint(path)

@@ -13,16 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..utils.files import (
-    delete,
-    flush_folder,
-    flush_tree,
-    remove_checkpoint,
-    rename_folder,
-    sha256,
-    write_atomically,
-)
-from .layout import INDEX, TRAINER, checkpoint_name, shard_path
+from ..utils.files import delete, flush_folder, flush_tree, remove_checkpoint, rename_folder, sha256, write_atomically
+from .layout import INDEX, TRAINER, checkpoint_path, shard_path
 from .run_folder import prune, publish
 from .verify import find_corruption
 
@@ -33,17 +25,17 @@ _LEFTOVER = re.compile(r"\.checkpoint-[0-9]{1,12}\.(tmp|old)$")
 
 @dataclass
 class _Snapshot:
-    """What one process writes of a checkpoint. Training continues while it is written in the background."""
+    """The part of a checkpoint that one process writes, unchanged by the training that continues meanwhile."""
 
     final: Path  # the checkpoint folder
     temporary: Path  # its name until it is complete
-    is_saved: bool  # a valid checkpoint of this step exists already (known to the main process only)
+    is_saved: bool  # a valid checkpoint of this step exists already; only known to the main process
     trainer: dict
     card: str
     config: object
     generation_config: object
-    weights: dict  # {name: tensor}; empty on all processes but the main one
-    shard: int | None  # index of this process's shard of the optimizer state; None: it saves none
+    weights: dict  # {name: tensor}; empty except on the main process
+    shard: int | None  # index of this process's shard of the optimizer state; None: another process saves it
     num_shards: int
     tensors: dict  # the shard: {"PARAMETER/FIELD": tensor}
     first_rows: dict  # {"PARAMETER/FIELD": row} of the tensors that are split over the shards
@@ -53,25 +45,24 @@ class Saver:
     """Saves the checkpoints of a run, one at a time.
 
     Every process of the run has a Saver and calls `save` after the same steps. The main process writes the folder; if
-    the optimizer state is sharded, each process writes its own shard. If a save fails, the Saver reports it and keeps
-    the reason in `error`; older checkpoints are untouched, and the next save tries again.
+    the optimizer state is sharded, each process writes its shard. If a save fails, the Saver reports it and stores the
+    reason in `error`; older checkpoints are untouched, and the next save tries again.
 
     Args:
-        run: the run folder. accelerator: Accelerate's.
-        tokenizer: has save(folder, max_length).
+        run: the run folder. accelerator: Accelerate's. tokenizer: has save(folder, max_length).
         keep_last: number of the latest checkpoints to keep, in addition to the best one.
         in_background: write in a thread, while training continues with the next step.
-        say: takes a line for the user. on_saved: called with the path of each checkpoint, on the main process.
+        say: called with a line for the user. on_saved: called on the main process with the path of each checkpoint.
     """
 
     def __init__(self, run, accelerator, tokenizer, keep_last, in_background=False, say=print, on_saved=None):
         self.run, self.accelerator, self.tokenizer, self.keep_last = Path(run), accelerator, tokenizer, keep_last
         self.in_background, self.say, self.on_saved = in_background, say, on_saved
-        self.error = None  # why the last save failed, as text
+        self.error = None  # the reason why the last save failed
         self._thread = self._thread_error = None
 
     def save(self, trainer, model, optimizer, card):
-        """Save a checkpoint; return when it is written, or with in_background when everything is copied.
+        """Save a checkpoint. Return when it is written or, with in_background, when everything is copied.
 
         Args:
             trainer: content of trainer.json; `step` (steps done) and `best_step` are used here.
@@ -81,8 +72,15 @@ class Saver:
         snapshot = self._take_snapshot(trainer, model, optimizer, card)
         self.error = None
         if self.accelerator.is_main_process and not snapshot.is_saved:
-            self._prepare(snapshot)
-        self.accelerator.wait_for_everyone()  # until the main process has removed what a killed one left
+            n_bytes = sum(tensor.nbytes for tensor in snapshot.weights.values())
+            n_bytes += snapshot.num_shards * sum(tensor.nbytes for tensor in snapshot.tensors.values())
+            try:
+                _prepare_temp_dir(snapshot.temporary, n_bytes)
+            except OSError as error:
+                self.error = str(error)
+            if n_bytes > LARGE and not self.in_background:
+                self.say(f"saving {snapshot.final}, {n_bytes / 1e6:,.0f} MB")
+        self.accelerator.wait_for_everyone()  # the main process first removes leftovers of a killed process
         if self.in_background:
             self._thread = threading.Thread(target=self._write_in_background, args=(snapshot,))
             self._thread.start()
@@ -99,40 +97,21 @@ class Saver:
             raise self._thread_error
 
     def _take_snapshot(self, trainer, model, optimizer, card):
-        """Gather the weights and this process's shard of the optimizer state on the CPU; every process calls it."""
+        """Gather the weights and this process's shard of the optimizer state on the CPU. All processes call it."""
         from ..distributed import sharding
 
         sharding.reshard(model)
-        shard, num_shards = sharding.shard_index(self.accelerator, model)
         weights = sharding.full_state_dict(self.accelerator, model, copy=self.in_background)
-        tensors, first_rows = sharding.optimizer_shard(self.accelerator, model, optimizer, copy=self.in_background)
-        final = self.run / checkpoint_name(trainer["step"])
-        # a resumed run evaluates first and may find its own checkpoint to be the best one
+        shard = sharding.shard_index(self.accelerator, model)
+        state = sharding.optimizer_shard(self.accelerator, model, optimizer, copy=self.in_background)
+        config, generation_config = copy.deepcopy((model.config, model.generation_config))
+        final = checkpoint_path(self.run, trainer["step"])
+        temporary = final.with_name(f".{final.name}.tmp")
+        # a resumed run evaluates first, and its own checkpoint may turn out to be the best one
         is_saved = self.accelerator.is_main_process and final.exists() and find_corruption(final) is None
         return _Snapshot(
-            final=final,
-            temporary=self.run / f".{final.name}.tmp",
-            is_saved=is_saved,
-            trainer=dict(trainer),
-            card=card,
-            config=copy.deepcopy(model.config),
-            generation_config=copy.deepcopy(model.generation_config),
-            weights=weights,
-            shard=shard,
-            num_shards=num_shards,
-            tensors=tensors,
-            first_rows=first_rows,
+            final, temporary, is_saved, dict(trainer), card, config, generation_config, weights, *shard, *state
         )
-
-    def _prepare(self, snapshot):
-        n_bytes = sum(tensor.nbytes for tensor in snapshot.weights.values())
-        n_bytes += snapshot.num_shards * sum(tensor.nbytes for tensor in snapshot.tensors.values())
-        try:
-            _prepare_temp_dir(snapshot.temporary, n_bytes)
-        except OSError as error:
-            self.error = str(error)
-        if n_bytes > LARGE and not self.in_background:
-            self.say(f"saving {snapshot.final}, {n_bytes / 1e6:,.0f} MB")
 
     def _write(self, snapshot):
         from safetensors import SafetensorError
@@ -150,7 +129,10 @@ class Saver:
             self._finish(snapshot)
 
     def _write_in_background(self, snapshot):
-        _lower_thread_priority()
+        if sys.platform == "linux":  # only Linux has priorities of single threads
+            with suppress(OSError):  # not permitted
+                # with equal priorities on 2 cores, the next step took as long as if it had waited for the file
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             self._write(snapshot)
         except Exception as error:  # a bug; `wait` raises it in the main thread
@@ -160,10 +142,10 @@ class Saver:
         """Publish the new checkpoint and prune older ones, or report why it was not saved."""
         final, best_step = snapshot.final, snapshot.trainer["best_step"]
         if self.error is not None:
-            shutil.rmtree(snapshot.temporary, ignore_errors=True)  # makes room on a full disk
+            shutil.rmtree(snapshot.temporary, ignore_errors=True)  # frees space on a full disk
             self.say(
-                f"warning: {final} is NOT SAVED: {self.error}; the checkpoints before it are untouched, and the "
-                "next one tries again: make room"
+                f"warning: {final} is NOT SAVED: {self.error}; check the disk space and permissions. Older checkpoints "
+                "are intact, and the next save will try again"
             )
             return
         self.say(f"saved {final}")
@@ -176,26 +158,18 @@ class Saver:
             self.on_saved(final)
 
 
-def _lower_thread_priority():
-    """Let the training threads have the CPU first. With a writer of equal priority, a step on 2 cores took as long as
-    if it had waited for the file. (Only Linux has priorities of single threads.)"""
-    if sys.platform == "linux":
-        with suppress(OSError):  # not permitted
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
 def _prepare_temp_dir(temporary, n_bytes):
-    """Make an empty folder to write to, delete what killed processes left, and check that n_bytes fit on the disk."""
+    """Create an empty folder to write to, delete leftovers of killed processes, and check that n_bytes fit the disk."""
     for leftover in temporary.parent.glob(".checkpoint-*"):
         if leftover == temporary:
             delete(leftover)
         elif _LEFTOVER.match(leftover.name):
-            with suppress(OSError):  # Windows deletes no file that is open somewhere; the next save tries again
+            with suppress(OSError):  # Windows cannot delete open files; the next save tries again
                 delete(leftover)
     (temporary / "state").mkdir(parents=True)
-    free = shutil.disk_usage(temporary).free
-    if free < n_bytes:
-        raise OSError(errno.ENOSPC, f"it takes {n_bytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} are free")
+    needed, free = n_bytes / 1e6, shutil.disk_usage(temporary).free / 1e6
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"the checkpoint needs {needed:,.0f} MB, but only {free:,.0f} MB are free")
 
 
 def _write_model(temporary, snapshot, tokenizer):
@@ -205,7 +179,7 @@ def _write_model(temporary, snapshot, tokenizer):
     from ..model import GPT
 
     with torch.device("meta"):
-        model = GPT(snapshot.config)  # (a wrapped model would be saved under the wrapper's class name)
+        model = GPT(snapshot.config)  # a wrapped model would be saved under the class name of the wrapper
     model.generation_config = snapshot.generation_config
     model.save_pretrained(temporary, state_dict=dict(snapshot.weights))
     tokenizer.save(temporary, max_length=snapshot.config.block_size)
@@ -214,14 +188,14 @@ def _write_model(temporary, snapshot, tokenizer):
 
 
 def _write_shard(temporary, snapshot):
-    """Write this process's shard of the optimizer state, then the receipt that the main process waits for: the shard's
-    entry of the index, or the error."""
+    """Write this process's shard of the optimizer state. Then write the receipt that the main process waits for: the
+    index entry of the shard, or the error."""
     from safetensors.torch import save_file
 
     file = temporary / shard_path(snapshot.shard, snapshot.num_shards)
     try:
         save_file(snapshot.tensors, file, {"first_rows": json.dumps(snapshot.first_rows)})
-        entry = _size_and_hash(file)
+        entry = _index_entry(file)
     except Exception as error:
         entry = {"error": f"{file.name}: {error}"}
         raise
@@ -234,8 +208,8 @@ def _commit(temporary, final, num_shards):
     index = _wait_for_shards(temporary, num_shards)
     for file in sorted(temporary.rglob("*")):
         name = file.relative_to(temporary).as_posix()
-        if file.is_file() and name != "README.md":  # people may edit the card
-            index.setdefault(name, _size_and_hash(file))
+        if file.is_file() and name != "README.md":  # users may edit the model card
+            index.setdefault(name, _index_entry(file))
     (temporary / INDEX).write_text(json.dumps({"files": index}, indent=1), encoding="utf-8")
     flush_tree(temporary)
     if final.exists():  # corrupted; the run resumed from an earlier one
@@ -244,18 +218,18 @@ def _commit(temporary, final, num_shards):
     flush_folder(final.parent)
     problem = find_corruption(final, thorough=False)
     if problem:
-        raise OSError(f"the checkpoint did not reach the disk whole: {problem}")
+        raise OSError(f"verification failed: {problem}")
 
 
 def _wait_for_shards(temporary, num_shards):
-    """Return {file: index entry} of the shards of the optimizer state when all processes have written theirs."""
+    """Return {file: index entry} of all shards of the optimizer state, after all processes have written theirs."""
     entries = {}
     deadline = time.monotonic() + SHARD_TIMEOUT_S
     for name in (shard_path(shard, num_shards) for shard in range(num_shards)):
         receipt = (temporary / name).with_suffix(".receipt")
         while not receipt.is_file():
             if time.monotonic() > deadline:
-                raise OSError(f"{name} did not come within {SHARD_TIMEOUT_S} s from its process")
+                raise OSError(f"{name} was not written within {SHARD_TIMEOUT_S} s")
             time.sleep(0.05)
         entry = json.loads(receipt.read_text(encoding="utf-8"))
         receipt.unlink()
@@ -265,5 +239,5 @@ def _wait_for_shards(temporary, num_shards):
     return entries
 
 
-def _size_and_hash(file):
+def _index_entry(file):
     return {"size": os.path.getsize(file), "sha256": sha256(file)}

@@ -1,8 +1,7 @@
-"""What torch leaves undone on CPUs.
+"""Faster training and sampling on CPUs. Results change only by rounding.
 
-`tune`, for training, makes the step of nanoGPT's CPU setting a third shorter in float32 on 2 cores of an AMD EPYC with
-AVX-512 (36 ms without it, 24 with), and half as long in bfloat16 on 2 of an Intel Xeon with AMX (40 ms and 20).
-`tune_generation` is for sampling. Nothing here changes what is computed, only how floats are rounded.
+Steps of nanoGPT's CPU setting, without and with `tune`: 36 and 24 ms in float32 on 2 cores of an AMD EPYC with AVX-512,
+40 and 20 ms in bfloat16 on 2 cores of an Intel Xeon with AMX. `tune_generation` is for sampling.
 """
 
 import ctypes
@@ -17,43 +16,39 @@ from transformers.masking_utils import sdpa_mask
 
 
 def tune(model, accelerator, compile=False):
-    """Make a model that trains on the CPU faster in place; leave any other as it is.
-
-    Returns:
-        What was done, in words for the log; empty where nothing was.
-    """
+    """Make training faster in place if the model is on the CPU. Return the changes as text for the log, or ""."""
     if accelerator.device.type != "cpu":
         return ""
-    done = []
+    changes = []
     if keep_memory():
-        done.append("memory kept between steps")
+        changes.append("memory kept between steps")
     if accelerator.mixed_precision == "no" and compile is not True and has_slow_mkl():
         for module in model.modules():
             if type(module) is nn.Linear:
-                module.__class__ = OneDNNLinear  # the same parameters under the same names, another forward
-        done.append("linear layers by oneDNN")
+                module.__class__ = OneDNNLinear  # keeps parameters and their names
+        changes.append("linear layers with oneDNN")
     if accelerator.mixed_precision == "bf16" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("sdpa_float32_backward")
-    return ", ".join(done)
+    return ", ".join(changes)
 
 
 def tune_generation(model):
-    """Make a model on the CPU faster at one token at a time, in place; elsewhere leave it as it is. Not for training.
+    """Make generation faster in place if the model is on the CPU. Not for training.
 
-    Then a linear layer is a matrix times a vector, which takes as long as it takes to read the matrix. MKL reads one
-    that widens 1.4 times as fast, and the head twice as fast, where the input dimension comes first in memory.
-    (Measured on 2 cores: 13 and 19 GB/s for 768 x 3072, float32.)
+    With one token at a time, a linear layer multiplies a matrix by a vector and is limited by reading the matrix. If
+    out_features > in_features, MKL reads it 1.4 times as fast with the input dimension first in memory (13 and 19 GB/s
+    for 768 x 3072 in float32 on 2 cores), and the lm_head twice as fast.
     """
     if model.device.type != "cpu":
         return
     for module in model.modules():
         if type(module) is nn.Linear and module.out_features > module.in_features:
-            module.weight.data = module.weight.data.t().contiguous().t()  # the same matrix, laid out by columns
+            module.weight.data = module.weight.data.t().contiguous().t()  # column-major
 
 
 def keep_memory():
-    """Tell glibc's malloc to keep what is freed. Otherwise every step gives its activations back to the system and
-    gets them again page by page: 2,500 page faults a step. Returns False where there is no such malloc."""
+    """Let glibc's malloc keep freed memory, and return whether that is supported. By default every step returns its
+    activations to the system and gets them back page by page: 2,500 page faults per step."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -63,7 +58,7 @@ def keep_memory():
 
 
 def has_slow_mkl():
-    """True on AMD processors with AVX-512: MKL, torch's default for float32, does not use it there; oneDNN does."""
+    """Return whether this is an AMD processor with AVX-512, which oneDNN uses, but MKL, torch's default, does not."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
     cpuinfo = Path("/proc/cpuinfo")
@@ -72,7 +67,7 @@ def has_slow_mkl():
 
 
 class OneDNNLinear(nn.Linear):
-    """nn.Linear whose three products are oneDNN's, through the operator that torch.compile uses on CPUs."""
+    """nn.Linear that uses oneDNN, forward and backward, with the operator that torch.compile uses on CPUs."""
 
     def forward(self, x):
         return _OneDNNLinear.apply(x, self.weight, self.bias)
@@ -87,19 +82,14 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # (..., N)
         x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])  # (M, N)
+        rows, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # (M, N), (M, K)
         grad_x = _times(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        grad_weight = grad_bias = None
+        grad_weight = None
         if ctx.needs_input_grad[1]:
-            x = x.reshape(-1, x.shape[-1])  # (M, K)
-            # the first operand is copied, so let it be the smaller one
-            if rows.shape[1] <= x.shape[1]:
-                grad_weight = _times(rows.t(), x.t())  # (N, K)
-            else:
-                grad_weight = _times(x.t(), rows.t()).t()
-        if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias
+            # (N, K); the first operand is copied, so it should be the smaller one
+            is_smaller = rows.shape[1] <= x.shape[1]
+            grad_weight = _times(rows.t(), x.t()) if is_smaller else _times(x.t(), rows.t()).t()
+        return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def _times(x, weight, bias=None):
@@ -108,18 +98,17 @@ def _times(x, weight, bias=None):
 
 
 def sdpa_float32_backward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """transformers' "sdpa" for training in bfloat16 on a CPU, where torch's backward pass of it takes five times as
-    long as in float32 (12 x 4 heads, 64 x 32 each: 4.8 ms and 0.9), for its matrices are too small for AMX.
+    """transformers' "sdpa" with a float32 backward pass, for training in bfloat16 on CPUs. The matrices are too small
+    for AMX: torch's backward pass takes 4.8 ms in bfloat16 and 0.9 ms in float32 for 12 x 4 heads of 64 x 32.
 
     query: (B, nh, T, hs), key and value: (B, nkv, T, hs). Returns (B, T, nh, hs), and None for the weights.
     """
     if query.dtype != torch.bfloat16 or not (torch.is_grad_enabled() and query.requires_grad):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if attention_mask is not None or dropout > 0:  # for these torch has other kernels, which are slow both ways
+    if attention_mask is not None or dropout > 0:  # torch's kernels for these are slow in both passes
+        inputs = query.float(), key.float(), value.float()
         with torch.autocast("cpu", enabled=False):
-            y, _ = sdpa_attention_forward(
-                module, query.float(), key.float(), value.float(), attention_mask, dropout, scaling, **kwargs
-            )
+            y, _ = sdpa_attention_forward(module, *inputs, attention_mask, dropout, scaling, **kwargs)
         return y.to(query.dtype), None
     if module.num_key_value_groups > 1:
         key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, nh, T, hs)
@@ -128,7 +117,7 @@ def sdpa_float32_backward(module, query, key, value, attention_mask, dropout=0.0
 
 
 class _CausalAttention(torch.autograd.Function):
-    """The operators of scaled_dot_product_attention on CPUs, forward as they are, backward in float32."""
+    """torch's CPU operators of scaled_dot_product_attention, with the backward pass in float32."""
 
     @staticmethod
     def forward(ctx, query, key, value, scaling):  # (B, nh, T, hs) each

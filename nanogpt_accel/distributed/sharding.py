@@ -1,12 +1,7 @@
-"""What differs if weights and optimizer state are sharded: FSDP2 (torch's fully_shard) and DeepSpeed ZeRO.
+"""Everything that depends on how weights and optimizer state are sharded: FSDP2 (fully_shard) and DeepSpeed ZeRO.
 
-Checkpoints do not differ. The weights are a full state dict, and the optimizer state is found by parameter, field and
-row, so a run can resume with another number of processes, sharded or not.
-
-    reshard(model)
-    weights = full_state_dict(accelerator, model)                         # on the main process
-    tensors, first_rows = optimizer_shard(accelerator, model, optimizer)  # of this process
-    restore_optimizer(accelerator, model, optimizer, fields, read)        # with any sharding
+Checkpoints do not depend on it. The weights are a full state dict, and the optimizer state is stored by parameter,
+field and row, so a run can resume with another number of processes, sharded or not.
 """
 
 import torch
@@ -28,8 +23,8 @@ def _is_dtensor(tensor):
 
 
 def init_empty(make):
-    """Return the model that make() builds, with uninitialized weights; on Linux they take no memory until they are
-    written. FSDP2 fills them with the main process's weights, so only that process has to read or draw them."""
+    """Return the model that make() builds, with uninitialized weights, which on Linux take no memory until they are
+    written. FSDP2 broadcasts the weights of the main process, so only that process has to load or draw them."""
     with torch.device("meta"):
         model = make()
     model.to_empty(device="cpu")
@@ -38,18 +33,15 @@ def init_empty(make):
 
 
 def disable_zero3_init(accelerator):
-    """Keep transformers from sharding every model that it loads as for ZeRO-3, which it does while `dschf` lives.
-    `prepare` shards the model to train."""
+    """Keep transformers from sharding every loaded model with ZeRO-3, as it does while `dschf` exists. `prepare` shards
+    the model to train."""
     if is_deepspeed(accelerator):
         accelerator.state.deepspeed_plugin.dschf = None
 
 
 def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip):
-    """Call accelerator.prepare(model, optimizer) with the settings that FSDP2 and DeepSpeed need.
-
-    Args:
-        batch_size: sequences per micro-batch. micro_steps: micro-batches per step and process. grad_clip: 0 for none.
-    """
+    """Call accelerator.prepare(model, optimizer) with the settings that FSDP2 and DeepSpeed need. batch_size: sequences
+    per micro-batch. micro_steps: micro-batches per step and process. grad_clip: 0 for none."""
     if is_fsdp(accelerator):
         _configure_fsdp(accelerator)
     if not is_deepspeed(accelerator):
@@ -57,28 +49,27 @@ def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
         train_micro_batch_size_per_gpu=batch_size, gradient_accumulation_steps=micro_steps, gradient_clipping=grad_clip
     )
-    weights = {}
-    if accelerator.mixed_precision != "no":
-        # DeepSpeed makes its float32 copy of the rounded weights; a run must resume with the exact ones
-        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    # DeepSpeed copies the rounded weights to float32, but a run must resume with the exact ones
+    is_rounded = accelerator.mixed_precision != "no"
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()} if is_rounded else {}
     model, optimizer = accelerator.prepare(model, optimizer)
-    for name, parameter in model.module.named_parameters():
-        if name in weights:
-            _set_deepspeed(parameter, weights[name])
+    parameters = dict(model.module.named_parameters())
+    for name, value in weights.items():
+        _set_deepspeed(parameters[name], value)
     return model, optimizer
 
 
 def _configure_fsdp(accelerator):
-    """Let FSDP2 reduce in float32, and compile each block separately."""
+    """Configure FSDP2 to reduce gradients in float32 and to compile each block separately."""
     plugin = accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy is not None:
         # Accelerate's policy would also round the loss, the rotary tables and the reduced gradients to half precision
         plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(
             param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    # reduce-scatter after every micro-batch: between them each process would keep full gradients
+    # reduce-scatter after every micro-batch; otherwise each process keeps full gradients between them
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-    # compiling the whole model would wrap it in a module that owns the parameters outside of the blocks
+    # compiling the full model would wrap it in a module that owns the parameters outside of the blocks
     accelerator.state.dynamo_plugin.use_regional_compilation = True
 
 
@@ -86,13 +77,12 @@ def _configure_fsdp(accelerator):
 
 
 def as_float(norm):
-    """Return the result of clip_grad_norm_ as a float: a float for DeepSpeed, a DTensor for FSDP2."""
+    """Return the result of clip_grad_norm_ as a float; DeepSpeed returns a float, FSDP2 a DTensor."""
     return float(norm.full_tensor() if _is_dtensor(norm) else norm)
 
 
 def reshard(model):
-    """Let FSDP2 free the gathered weights of an evaluation; it keeps those of the last layers in place of the
-    sharded parameters."""
+    """Free the weights that FSDP2 gathered for an evaluation; it keeps those of the last layers."""
     for module in model.modules():
         if isinstance(module, torch.distributed.fsdp.FSDPModule):
             module.reshard()
@@ -102,12 +92,10 @@ def reshard(model):
 
 
 def full_state_dict(accelerator, model, copy=False):
-    """Return {name: tensor on the CPU} of the weights, tied ones once; empty on all processes but the main one.
+    """Return {name: tensor on the CPU} of the weights, with tied weights once; empty except on the main process.
 
-    Every process has to call it. Parameters are gathered one by one, so no device stores all of them.
-
-    Args:
-        model: unwrapped. copy: also copy tensors that are on the CPU already.
+    All processes call it, with the unwrapped model. Parameters are gathered one by one, so no device stores all of
+    them. copy: also copy tensors that are on the CPU already.
     """
     weights = {}
     for name, parameter in model.named_parameters():
@@ -119,7 +107,7 @@ def full_state_dict(accelerator, model, copy=False):
 
 def shard_index(accelerator, model):
     """Return (index of this process's shard of the optimizer state, number of shards). The index is None if another
-    process saves the same shard."""
+    process saves this shard."""
     parameter = next(model.parameters())
     if not _is_dtensor(parameter):
         return (0 if accelerator.is_main_process else None), 1
@@ -127,18 +115,18 @@ def shard_index(accelerator, model):
     for placement, coordinate, size in zip(parameter.placements, mesh.get_coordinate(), mesh.shape, strict=True):
         if placement.is_shard():
             index, num_shards = index * size + coordinate, num_shards * size
-        elif coordinate > 0:  # (hybrid sharding: another node's copy)
+        elif coordinate > 0:  # hybrid sharding: a replica of another node's shard
             index = None
             break
     return index, num_shards
 
 
 def optimizer_shard(accelerator, model, optimizer, copy=False):
-    """Return what this process saves of the optimizer state; every process has to call it.
+    """Return the part of the optimizer state that this process saves. All processes call it.
 
     Returns:
-        (tensors, first_rows): {"PARAMETER/FIELD": tensor on the CPU}, and {"PARAMETER/FIELD": index of the first row}
-        for those that are some rows of a full tensor. Both are empty if the index of shard_index is None.
+        ({"PARAMETER/FIELD": tensor on the CPU}, {"PARAMETER/FIELD": first row} of those that are sharded). Both are
+        empty if the index of shard_index is None.
     """
     index, _ = shard_index(accelerator, model)
     tensors, first_rows = {}, {}
@@ -158,16 +146,16 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
                     continue
                 first_rows[f"{name}/{field}"] = _local_rows(parameter)[0]
             elif index > 0:
-                continue  # the same on all processes, such as the step count
+                continue  # replicated, such as the step count
             tensors[f"{name}/{field}"] = tensor.detach().contiguous().to("cpu", copy=copy)
     return tensors, first_rows
 
 
 def _full_tensor(parameter):
-    """Return all of a parameter, gathered if it is sharded."""
+    """Return a full parameter, gathered if it is sharded."""
     if _is_dtensor(parameter):
         return parameter.full_tensor()
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # DeepSpeed's: the float32 copy
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # DeepSpeed: the float32 copy
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)
@@ -182,7 +170,7 @@ def restore_optimizer(accelerator, model, optimizer, fields, read):
 
     Args:
         fields: {parameter name: names of its saved fields}.
-        read: (name, field, first row, row after the last) -> tensor; the rows do not matter for a scalar.
+        read: (name, field, start, stop) -> tensor of rows start to stop - 1; a scalar ignores them.
     """
     if is_deepspeed(accelerator):
         return _restore_deepspeed(model, optimizer, fields, read)
@@ -198,7 +186,7 @@ def restore_optimizer(accelerator, model, optimizer, fields, read):
 
 
 def _local_rows(parameter):
-    """Return (first row, row after the last) of the rows of a parameter on this process; a scalar has one row."""
+    """Return (start, stop) of the rows of a parameter on this process; a scalar has one row."""
     if _is_dtensor(parameter):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -210,44 +198,39 @@ def _local_rows(parameter):
 
 
 def _to_sharded(parameter, local):
-    """Return a tensor of this process's rows, as a DTensor if the parameter is one."""
+    """Return a tensor of this process's rows as a DTensor if the parameter is one."""
     if not _is_dtensor(parameter) or not local.dim():
         return local
+    local, layout = local.to(parameter.device), {"shape": parameter.shape, "stride": parameter.stride()}
     return torch.distributed.tensor.DTensor.from_local(
-        local.to(parameter.device),
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        local, parameter.device_mesh, parameter.placements, run_check=False, **layout
     )
 
 
-# ---- DeepSpeed: its optimizer steps torch's on a few flat vectors, each a process's part of many parameters in a row
+# ---- DeepSpeed: torch's optimizer updates a few flat vectors; each is this process's part of many parameters
 
 
 def _deepspeed_state(parameter, zero):
-    """Return {field: full tensor} of a parameter. zero: DeepSpeed's optimizer; its own `optimizer` is torch's."""
+    """Return {field: full tensor} of a parameter. zero: DeepSpeed's optimizer, which wraps torch's."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    fields = next(iter(zero.optimizer.state.values()), {})
-    # scalars are step counts, which are the same for all
     return {
+        # scalars are step counts, equal for all parameters
         field: safe_get_full_optimizer_state(parameter, field) if value.dim() else value.clone()
-        for field, value in fields.items()
+        for field, value in next(iter(zero.optimizer.state.values()), {}).items()
     }
 
 
 def _link_deepspeed(zero):
-    """Let stages 1 and 2 link the parameters to the state of every vector: in their first step they do so before all
-    vectors but one have a state."""
+    """Link the parameters to the state of all vectors in stages 1 and 2. DeepSpeed does so in the first step, when only
+    one vector has a state."""
     if hasattr(zero, "single_partition_of_fp32_groups"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
 def _restore_deepspeed(model, optimizer, fields, read):
-    """Create and fill the state of the vectors before the first step, in which DeepSpeed would create it."""
+    """Create and fill the state of the vectors. DeepSpeed itself creates it in the first step."""
     zero = optimizer.optimizer
     is_stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
     vectors = zero.fp32_partitioned_groups_flat if is_stage_3 else zero.single_partition_of_fp32_groups
@@ -266,11 +249,10 @@ def _restore_deepspeed(model, optimizer, fields, read):
 
 
 def _set_deepspeed(parameter, value, field=None):
-    """Set a field of a parameter's state, or without a field its float32 copy; each process stores its part."""
+    """Set a field of a parameter's state or, without a field, its float32 copy. Each process stores its part."""
     if not hasattr(parameter, "ds_id"):  # stages 1 and 2
         return parameter.set_full_hp_param(value, field)
-    part = parameter.ds_tensor.numel()  # padded, so that all parts have the same size
-    padded = value.new_zeros(part * torch.distributed.get_world_size())
-    padded[: value.numel()] = value.flatten()
-    start = part * torch.distributed.get_rank()
-    parameter._z3_optimizer.set_local_hp_param(padded[start : start + part], parameter, field)
+    part = parameter.ds_tensor.numel()  # the last part is padded to the same size
+    padded = value.new_zeros(torch.distributed.get_world_size(), part)
+    padded.view(-1)[: value.numel()] = value.flatten()
+    parameter._z3_optimizer.set_local_hp_param(padded[torch.distributed.get_rank()], parameter, field)

@@ -1,4 +1,4 @@
-"""Stop a run in order on all ranks: signals, consensus, lost processes."""
+"""Stop a run on all ranks after the same step: signals, consensus, lost processes."""
 
 import math
 import os
@@ -8,45 +8,42 @@ import threading
 import time
 from datetime import timedelta
 
+from ..utils.text import first_line
 from .launcher import world_size
 
 
 def lost_process(error):
-    """Why a collective operation failed, as one line, where `error` says that another process is gone or silent; else
-    None."""
+    """Return the first line of an error if it means that another process ended or does not answer, else None."""
     import torch
 
     words = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "socket")
-    text = str(error)
-    is_lost = isinstance(error, torch.distributed.DistError) or any(word in text.lower() for word in words)
-    return (text.strip().splitlines() or [type(error).__name__])[0] if is_lost and world_size() > 1 else None
+    is_lost = isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in words)
+    return first_line(error) if is_lost and world_size() > 1 else None
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGINT, SIGUSR1 and Windows' SIGBREAK, for the loop to stop in order; a second Ctrl-C leaves at
-    once.
+    """Records SIGTERM, SIGINT, SIGUSR1 and Windows' SIGBREAK. A second Ctrl-C ends the process immediately.
 
-    with StopSignals() as signals: ...; `armed` says that there is a loop which looks at `received`. Until then all but
-    SIGUSR1 end the process as always.
+    Use it as a context manager. Set `armed` while a loop checks `received`; before that, all signals except SIGUSR1
+    end the process as usual.
     """
 
     def __init__(self):
-        self.received, self.armed, self._last, self._before = None, False, 0.0, {}
+        self.received, self.armed, self._last, self._handlers = None, False, 0.0, {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            # (SIGUSR1 is there under POSIX, SIGBREAK under Windows: Ctrl-Break, and what one process can send another)
-            for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK"):
+        if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK"):  # SIGUSR1: only POSIX; SIGBREAK: only Windows
                 if hasattr(signal, name):
-                    self._before[name] = signal.signal(getattr(signal, name), self._note)
+                    self._handlers[name] = signal.signal(getattr(signal, name), self._handle)
         return self
 
     def __exit__(self, *error):
-        for name, handler in self._before.items():
+        for name, handler in self._handlers.items():
             signal.signal(getattr(signal, name), handler)
 
-    def _note(self, number, frame):
-        # Ctrl-C reaches the processes of a launcher twice: from the terminal, and from the launcher
+    def _handle(self, number, frame):
+        # processes of a launcher get a Ctrl-C twice: from the terminal and from the launcher
         is_second = number == signal.SIGINT and self.received and time.monotonic() - self._last > 2
         self._last = time.monotonic()
         if is_second:
@@ -62,7 +59,7 @@ class Stopper:
     """Stops a run early, by a signal or after max_hours, on all ranks after the same step.
 
     Args:
-        signals: a StopSignals; from now on it notes signals instead of ending the process.
+        signals: a StopSignals; from now on it records signals instead of ending the process.
         max_hours: None for no limit. started: time.monotonic() when the run started.
         collective_timeout: seconds to wait for the other ranks.
     """
@@ -78,30 +75,30 @@ class Stopper:
         signals.armed = True
 
     def all_ranks_agreed(self):
-        """Return whether the run has to stop now. Call it on all ranks, once per step.
+        """Return whether the run should stop now. Call it on all ranks, once per step.
 
-        With several ranks the answer is that of the step before: the exchange, over gloo between the CPUs, is done by
-        then, so no rank waits for its device.
+        With several ranks, the result is that of the previous step: its all_reduce over gloo, between CPUs, is
+        complete by now, so that no rank waits for its device.
         """
         import torch
 
         if time.monotonic() > self._deadline:
             self._signals.received = self._signals.received or f"max_hours={self._max_hours:g}"
-        wants_stop = self._signals.received is not None
+        should_stop = self._signals.received is not None
         if self._num_processes == 1:
-            return wants_stop
-        before, flag = self._pending, torch.tensor([int(wants_stop)])
+            return should_stop
+        previous, flag = self._pending, torch.tensor([int(should_stop)])
         self._pending = (torch.distributed.all_reduce(flag, group=self._group, async_op=True), flag)
-        if before is None:
+        if previous is None:
             return False
-        before[0].wait()
-        return bool(before[1].item())
+        previous[0].wait()
+        return bool(previous[1].item())
 
     @property
     def reason(self):
         return self._signals.received or "a signal to another process"
 
     def close(self):
-        """Wait for the last exchange, which the other ranks may still need."""
+        """Wait for the last all_reduce, which the other ranks may still need."""
         if self._pending is not None:
             self._pending[0].wait()

@@ -1,4 +1,4 @@
-"""The one grammar of every command, and how a command ends."""
+"""The command-line grammar of all commands, and how a command ends."""
 
 import atexit
 import errno
@@ -10,48 +10,34 @@ import time
 import traceback
 from pathlib import Path
 
-from .fields import show_value, type_name, validate
+from .fields import raise_problems, show_value, type_name, validate
+from .text import counted
 
-GC_THRESHOLD = gc.get_threshold()  # how often Python looks for garbage by itself
-# what the machine refuses whoever asks it; the text names the file
-_SYSTEM_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ESTALE,
-    errno.ENOTCONN,
-}
-_INVALID_NAME = 123  # Windows' ERROR_INVALID_NAME, for a colon or a question mark in a file's name
+GC_THRESHOLD = gc.get_threshold()  # Python's default
+# errors of the machine, not of the code; their text names the file
+_SYSTEM_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM ENAMETOOLONG ELOOP EMFILE ENFILE ESTALE ENOTCONN"
+_SYSTEM_ERRORS = {getattr(errno, name) for name in _SYSTEM_ERRORS.split()}
+_INVALID_NAME = 123  # Windows' ERROR_INVALID_NAME, for a colon or a question mark in a file name
 # `key=value` is an option; a path such as runs/a=b or ./a=b is not, because a key has no slash
 _ASSIGNMENT = re.compile(r"^(?:--)?([A-Za-z][\w.-]*)=(.*)$", re.DOTALL)
 
 
 def parse(argv, fields, n_targets=1):
-    """Split a command line into its target and its options.
+    """Split a command line into its target and its options. The last of several values of an option wins.
 
     Args:
-        argv: the words after the command's name.
-        fields: {key: pydantic FieldInfo}, the keys that the command knows, dotted or leaf.
-        n_targets: how many positional words the command takes.
+        argv: the arguments after the command name.
+        fields: {key, dotted or leaf: pydantic FieldInfo} of the known options.
+        n_targets: the maximum number of positional arguments.
 
     Returns:
-        (target, options): the positional word or None, or a list of those that are there where n_targets is more
-        than one; and {key as typed: text}. Values stay text; the model they are meant for converts them by its
-        declared types. A later word wins.
+        (target, options): the positional argument or None, or a list of them if n_targets is above 1; and
+        {key as typed: text}, to be converted by the pydantic model of the options.
 
     Raises:
-        ValueError: too many positional words, or an option without its value.
+        ValueError: too many positional arguments, or an option without a value.
     """
-    targets, options, problems = [], {}, []
-    words = list(argv)
+    targets, options, problems, words = [], {}, [], list(argv)
     while words:
         word = words.pop(0)
         if match := _ASSIGNMENT.match(word):
@@ -60,7 +46,6 @@ def parse(argv, fields, n_targets=1):
             key = word[2:].replace("-", "_")
             field = fields.get(key)
             is_flag = field is not None and field.annotation is bool
-            # a switch may stand alone: `--eval_only`
             if is_flag and (not words or words[0].lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}):
                 options[key] = "true"
             elif words:
@@ -70,124 +55,111 @@ def parse(argv, fields, n_targets=1):
         else:
             targets.append(word)
     if len(targets) > n_targets:
-        taken = "one target is" if n_targets == 1 else f"{n_targets} targets are"
-        problems.append(f"{taken} taken, got {len(targets)}: {' '.join(targets)} (quote what holds spaces)")
-    if problems:
-        raise ValueError("\n".join(problems))
-    if n_targets > 1:
-        return targets, options
-    return (targets[0] if targets else None), options
+        most, typed = counted(n_targets, "target"), " ".join(targets)
+        problems.append(f"expected at most {most}, got {len(targets)}: {typed}; quote arguments that contain spaces")
+    raise_problems(problems)
+    return (targets if n_targets > 1 else next(iter(targets), None)), options
 
 
 def parse_with_recipe(argv, own, fields, n_targets=1):
-    """Parse the words of a command that has options and also takes the keys of a recipe.
+    """Parse the arguments of a command that has its own options and also accepts the keys of a recipe.
 
     Args:
-        own: Section class of the options; an alias is the name that is typed.
-        fields: the recipe's keys, as `parse` takes them.
+        own: Section class of the command's options; a field with an alias is typed by its alias.
+        fields: see `parse`, for the recipe's keys.
 
     Returns:
-        (target, options, given, problems): options as an `own`, the recipe's keys as text, and one line for each
-        option that is wrong.
+        (target, options, settings, problems): options as an `own`, the recipe's keys as text, and one line for each
+        invalid option.
     """
     names = {field.alias or name: field for name, field in own.model_fields.items()}
-    target, given = parse(argv, {**fields, **names}, n_targets)
-    options, problems, _ = validate(own, {key: given.pop(key) for key in names if key in given})
-    return target, options, given, problems
+    target, settings = parse(argv, {**fields, **names}, n_targets)
+    options, problems, _ = validate(own, {key: settings.pop(key) for key in names if key in settings})
+    return target, options, settings, problems
 
 
 def parse_options(argv, own, n_targets=1):
-    """Parse the words of a command that has only options of its own; return (target, options, problems)."""
+    """Parse the arguments of a command that accepts only its own options; return (target, options, problems)."""
     target, options, unknown, problems = parse_with_recipe(argv, own, {}, n_targets)
     return target, options, problems + validate(own, unknown)[1]
 
 
 class Stopped(Exception):
-    """A run that was told to stop and can be resumed: exit status 75, EX_TEMPFAIL of sysexits.h."""
+    """A run was stopped and can be resumed: exit status 75, EX_TEMPFAIL of sysexits.h."""
 
 
 def wants_help(argv):
-    """True where the words ask for the help page."""
-    return any(word in ("-h", "--help", "help") for word in argv[:1]) or "--help" in argv
+    """Return whether the arguments request the help page."""
+    return "--help" in argv or any(word in ("-h", "help") for word in argv[:1])
 
 
 def show_help(usage, text, sections):
-    """Print a command's help from the fields themselves.
+    """Print the help page of a command.
 
     Args:
-        usage: the usage line. text: what the command does.
-        sections: {title: pydantic model class} in the order in which to show them.
+        usage: the usage line. text: a description of the command.
+        sections: {title: pydantic model class of the options}, in the order of the page.
     """
-    print(f"usage: {usage}\n\n{text.strip()}\n")
-    print("Options are key=value, --key=value or --key value.")
+    print(f"usage: {usage}\n\n{text.strip()}\n\nOptions are key=value, --key=value or --key value.")
     for title, section in sections.items():
         print(f"\n{title}:")
         for name, field in section.model_fields.items():
             if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
                 continue  # a nested section has its own heading
-            name = field.alias or name
             default = show_value(field.get_default(call_default_factory=True)).encode("unicode_escape").decode()
-            default = f" [{default}]" if default else ""
-            print(f"  {name}={type_name(field.annotation)}{default}\n      {field.description}")
+            shown = f" [{default}]" if default else ""
+            print(f"  {field.alias or name}={type_name(field.annotation)}{shown}\n      {field.description}")
 
 
 def run(command, argv):
-    """Run `command(argv)` and return the process's exit status.
+    """Run `command(argv)` and return the exit status of the process.
 
-    A ValueError or OSError that this package raised is a message for the user: it is printed without a
-    traceback, a line for each mistake, and the status is 2. So is what the machine refuses, such as room on a
-    disk. Another one that comes out of a library is a defect of ours and keeps its traceback;
-    NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
+    A ValueError or OSError raised by this package is a message for the user: print it without a traceback, one line per
+    problem, and return 2. The same goes for errors of the machine, such as a full disk. Such an error from a library is
+    a bug and keeps its traceback. NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
     """
-    # OpenMP's threads spin for long while they wait for each other. Where another program has the processor that one of
-    # them wants, this holds up all: steps of 76 ms took 170 to 2,800. Alone they take as long with 1,000 spins
+    # Waiting OpenMP threads spin for a long time. If another program uses their core, everything slows down: steps of
+    # 76 ms took 170 to 2,800 ms. 1,000 spins avoid this and cost nothing on an idle machine.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
-    # Python looks for garbage among all objects that torch and transformers make at import, every 700 new ones, which
-    # takes 0.6 s in all, and once more when the process ends, 0.9 s. So it looks seldom, and not at the end
+    # The garbage collector runs after every 700 new objects. While torch and transformers are imported, that takes
+    # 0.6 s in total, and the collection at exit another 0.9 s. So it runs rarely, and not at exit.
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal of another encoding shows ? rather than a traceback
+            stream.reconfigure(errors="replace")  # print ? if the terminal cannot encode a character
+    rank = os.environ.get("RANK", "0")
+    is_main = rank == "0"
     try:
         command(argv)
         return 0
-    except BrokenPipeError:  # `nanogpt-accel sample ... | head` is no mistake and needs no words
+    except BrokenPipeError:  # `nanogpt-accel sample ... | head` is not an error
         return 1
     except (ValueError, OSError) as error:
-        is_answer = (
+        is_message = (
             _raised_here(error)
             or getattr(error, "errno", None) in _SYSTEM_ERRORS
-            or (getattr(error, "winerror", None) == _INVALID_NAME)
+            or getattr(error, "winerror", None) == _INVALID_NAME
         )
-        if os.environ.get("NANOGPT_ACCEL_DEBUG") == "1" or not is_answer:
+        if os.environ.get("NANOGPT_ACCEL_DEBUG") == "1" or not is_message:
             raise
-        if not _is_main():
-            time.sleep(3)  # where the first process says the same, the launcher ends this one meanwhile
-        where = "" if _is_main() else f"rank {os.environ['RANK']}: "
+        if not is_main:
+            time.sleep(3)  # if rank 0 reports the same error, the launcher ends this process in the meantime
         for line in str(error).splitlines() or [type(error).__name__]:
-            print(f"{where}error: {line}", file=sys.stderr)
+            print(f"{'' if is_main else f'rank {rank}: '}error: {line}", file=sys.stderr)
         return 2
-    except Stopped as stopped:
-        if _is_main():
-            print(stopped, file=sys.stderr)
-        return 75
-    except FloatingPointError as error:  # the run was asked for rightly and went wrong
-        if _is_main():  # every process met it
-            print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (Stopped, FloatingPointError) as error:  # on all ranks
+        is_stopped = isinstance(error, Stopped)
+        if is_main:
+            print(error if is_stopped else f"error: {error}", file=sys.stderr)
+        return 75 if is_stopped else 1
     except KeyboardInterrupt as interrupt:
-        if _is_main():
+        if is_main:
             print("\n" + ": ".join(filter(None, ("interrupted", str(interrupt)))), file=sys.stderr)
         return 130
     finally:
         gc.set_threshold(*GC_THRESHOLD)
-
-
-def _is_main():
-    """True on the process that speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _raised_here(error):

@@ -1,26 +1,23 @@
-"""Types of settings: how a value on a command line or in YAML is read, checked and shown."""
+"""Types of settings: how a value on a command line or in YAML is parsed, checked and shown."""
 
 import difflib
 import re
+from contextlib import suppress
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 
-def _whole_number(value):
-    """Read 1e3, "1e3" and "1_000" as whole numbers (YAML hands 6e5 over as text), and refuse true and false."""
+def _integer(value):
+    """Accept 1e3, "1e3" and "1_000", because YAML reads 6e5 as text. Refuse true and false."""
     if isinstance(value, bool):
-        raise ValueError("must be a whole number, not true or false")
-    if isinstance(value, str):
-        try:
-            value = int(value)
-        except ValueError:
-            try:
-                value = float(value)
-            except ValueError:
-                raise ValueError("must be a whole number") from None
-    if isinstance(value, float) and not value.is_integer():
-        raise ValueError("must be a whole number")
+        raise ValueError("must be an integer, not true or false")
+    for convert in (int, float) if isinstance(value, str) else ():
+        with suppress(ValueError):
+            value = convert(value)
+            break
+    if isinstance(value, str) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError("must be an integer")
     return value
 
 
@@ -37,7 +34,7 @@ def _device_name(value):
 
 
 def _split_words(value):
-    """Read `wandb,tensorboard` or `[wandb, tensorboard]` as a list; none or nothing as an empty one."""
+    """Read `wandb,tensorboard` or `[wandb, tensorboard]` as a list, and `none` or an empty text as an empty list."""
     if isinstance(value, str):
         words = [word.strip() for word in value.strip("[]").split(",")]
         return [word for word in words if word and word != "none"]
@@ -51,42 +48,41 @@ class Section(BaseModel):
 
 
 Device = Annotated[str, AfterValidator(_device_name)]
-Int = Annotated[int, BeforeValidator(_whole_number)]
+Int = Annotated[int, BeforeValidator(_integer)]
 Float = Annotated[float, BeforeValidator(_number)]
 Words = Annotated[list[str], BeforeValidator(_split_words)]
 
 
 def validate(section, values, where=""):
-    """Build a pydantic `section` from `values`, and say everything that is wrong with them.
+    """Build a pydantic `section` from `values`, and collect all problems.
 
     Args:
-        section: a pydantic model class. values: {leaf key: value or text}. where: prefix for the keys
-            in messages, such as "model.".
+        section: a pydantic model class. values: {leaf key: value or text}.
+        where: prefix of the keys in messages, such as "model.".
 
     Returns:
-        (object, problems, wrong): the section with its defaults in place of what was refused, one line for
-        each problem, and the set of the refused keys.
+        (object, problems, wrong): the section, with defaults instead of invalid values; one line per problem; and the
+        set of the invalid keys.
     """
-    problems, wrong = [], set()
     try:
-        return section(**values), problems, wrong
+        return section(**values), [], set()
     except ValidationError as error:
-        messages = {}  # key -> what is wrong; a union reports once for each of its members
+        messages = {}  # key -> [message, ...]; a union type has one message for each member
         for item in error.errors():
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            message = message.split(", unable to parse")[0]
-            messages.setdefault(str(item["loc"][0]), []).append("" if item["type"] == "extra_forbidden" else message)
-        for key, found in messages.items():
-            wrong.add(key)
-            if "" in found:
-                problems.append(f"unknown key {where}{key}{nearest(key, section.model_fields)}")
-            else:
-                problems.append(f"{where}{key}={show_value(values[key])}: {' or '.join(dict.fromkeys(found))}")
-    return section(**{k: v for k, v in values.items() if k not in wrong}), problems, wrong
+            message = "" if item["type"] == "extra_forbidden" else message.split(", unable to parse")[0]
+            messages.setdefault(str(item["loc"][0]), []).append(message)
+    problems = [
+        f"unknown key {where}{key}{nearest(key, section.model_fields)}"
+        if "" in texts
+        else f"{where}{key}={show_value(values[key])}: {' or '.join(dict.fromkeys(texts))}"
+        for key, texts in messages.items()
+    ]
+    return section(**{k: v for k, v in values.items() if k not in messages}), problems, set(messages)
 
 
 def type_name(annotation):
-    """A field's type as a user would write it: int, float, `a|b`, list."""
+    """Return the type of a field in the words of a help page: int, float, `a|b`, `A,B,...`."""
     arguments = getattr(annotation, "__args__", None)
     if arguments is None:
         names = {type(None): "none", str: "TEXT", bool: "true|false"}
@@ -98,7 +94,7 @@ def type_name(annotation):
 
 
 def show_value(value):
-    """A default as a user would type it."""
+    """Return a value as a user would type it."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -109,7 +105,7 @@ def show_value(value):
 
 
 def nearest(name, names):
-    """The closest of `names` as ` (did you mean X?)`, or nothing."""
+    """Return the most similar of `names` as ` (did you mean X?)`, or "" if none is similar."""
     match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f" (did you mean {match[0]}?)" if match else ""
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def cache_folder():
-    """Return the folder that keeps downloads. The Hub's and tiktoken's clients have folders of their own."""
-    in_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.environ.get("NANOGPT_ACCEL_CACHE") or os.path.join(in_home, "nanogpt_accel")
+    """Return the folder for downloads, except those of the Hub's and tiktoken's clients."""
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("NANOGPT_ACCEL_CACHE") or os.path.join(parent, "nanogpt_accel")
 
 
 def sha256(file):
     """Return the SHA-256 of a file in hexadecimal."""
-    digest, buffer = hashlib.sha256(), bytearray(2**16)  # 4 MiB are no faster, and the heap grows by them
+    digest, buffer = hashlib.sha256(), bytearray(2**16)  # 4 MiB is not faster, and grows the heap
     with open(file, "rb", buffering=0) as opened:
         while count := opened.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
@@ -24,7 +24,7 @@ def sha256(file):
 
 
 def write_atomically(path, content):
-    """Write a text or bytes to a file that appears complete or not at all, whatever happens meanwhile."""
+    """Write text or bytes to a file so that it is complete or does not exist, even after a crash."""
     temporary = f"{path}.tmp-{os.getpid()}"  # other processes may write the same file
     with open(temporary, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -33,21 +33,19 @@ def write_atomically(path, content):
 
 
 def flush_file(file):
-    """Write what an open file buffers to the disk: after a power failure it is there."""
+    """Flush an open file to disk, so that it survives a power failure."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def nearest_existing(folder):
-    """Return a folder, or the nearest one above it that exists."""
-    place = Path(folder)
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return place
+    """Return a folder or, if it does not exist, the nearest existing parent."""
+    places = [Path(folder), *Path(folder).parents]
+    return next((place for place in places if place.exists()), places[-1])
 
 
 def remove_checkpoint(folder):
-    """Rename a checkpoint to a hidden name, then delete it: a half-deleted one must not look like a checkpoint."""
+    """Rename a checkpoint to a hidden name and delete it, so that no partly deleted checkpoint is ever visible."""
     hidden = folder.with_name(f".{folder.name}.old")
     if hidden.exists():
         delete(hidden)
@@ -56,8 +54,7 @@ def remove_checkpoint(folder):
 
 
 def rename_folder(folder, target):
-    """Rename a folder. Windows refuses this while a file in it is open, and virus scanners open new files for a
-    moment; so try again for 2 seconds."""
+    """Rename a folder. Windows refuses this while a virus scanner has a new file open, so try again for 2 seconds."""
     for _ in range(20 if os.name == "nt" else 0):
         with suppress(PermissionError):
             return os.rename(folder, target)
@@ -73,10 +70,10 @@ def delete(path):
 
 
 def flush_tree(folder):
-    """Flush a folder, and every file and folder in it, to disk."""
+    """Flush a folder and everything in it to disk."""
     for place, _, files in os.walk(folder):
         for name in files:
-            # Windows flushes only what is open for writing
+            # Windows flushes only files that are open for writing
             with open(os.path.join(place, name), "rb" if os.name == "posix" else "r+b") as file:
                 os.fsync(file.fileno())
         flush_folder(place)

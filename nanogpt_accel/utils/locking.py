@@ -1,11 +1,4 @@
-"""A lock on a file that says which process holds it.
-
-    lock = acquire(folder / ".lock", folder / ".lock.json")   # BlockingIOError: process 123 on HOST
-    ...
-    lock.release()
-
-The operating system keeps the lock, so a process that died holds nothing.
-"""
+"""File locks that name their owner. The operating system releases the lock of a process that died."""
 
 import errno
 import json
@@ -18,16 +11,13 @@ from filelock import FileLock, Timeout
 
 
 def acquire(lock_file, holder_file):
-    """Lock a file for this process without waiting, and write this process's id and host into another file.
+    """Lock a file without waiting, write the process id and host to `holder_file`, and return the lock.
 
-    On a file system that supports no locks (ENOLCK, EOPNOTSUPP) the process continues without one. (If flock is
-    missing altogether, ENOSYS, filelock itself marks the lock by a file that counts until its process ends.)
-
-    Returns:
-        The lock; its release() may be called more than once. It is also released when the process ends.
+    Its release() may be called more than once; the end of the process also releases it. If the file system has no locks
+    (ENOLCK, EOPNOTSUPP), continue without one. Without flock (ENOSYS), filelock uses the existence of the file.
 
     Raises:
-        BlockingIOError: another process holds it; the text of the error is find_holder's.
+        BlockingIOError: another process has the lock; the message is the result of find_holder.
         OSError: the file cannot be created or locked.
     """
     lock = FileLock(lock_file, timeout=0)
@@ -46,7 +36,7 @@ def acquire(lock_file, holder_file):
 
 
 def find_holder(lock_file, holder_file):
-    """Return who holds the lock, as `process N on HOST`, or None if nobody does. Writes nothing.
+    """Return the process that has the lock, as `process N on HOST`, or None. Write nothing.
 
     Raises:
         OSError: the file cannot be locked.

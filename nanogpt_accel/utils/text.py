@@ -4,17 +4,17 @@ import re
 
 
 def counted(number, noun):
-    """1 document, 2,000 documents."""
+    """Return a number with its noun: 1 document, 2,000 documents."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def data_size(n_bytes):
-    """Bytes as MB, or as kB where that is less than one."""
+    """Return a number of bytes in MB, or in kB if it is below 1 MB."""
     return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:,.1f} kB"
 
 
 def duration(seconds):
-    """Seconds as 2:05, 1:02:05 or 3d 1:02:05."""
+    """Return seconds as 2:05, 1:02:05 or 3d 1:02:05."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -33,5 +33,5 @@ def one_line(error, limit=200):
 
 
 def file_name(text):
-    """Return a text as part of a file name: letters, digits, _, . and - stay, anything else becomes -."""
+    """Return a text for use in a file name, with - for everything except letters, digits, _, . and -."""
     return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)

@@ -148,7 +148,7 @@ def test_a_checkpoint_that_did_not_reach_the_disk_is_not_trusted(saved, monkeypa
         os.truncate(folder / "model.safetensors", 1000)
 
     monkeypatch.setattr("nanogpt_accel.checkpoint.save.flush_tree", lose)
-    with pytest.raises(OSError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(OSError, match=r"model\.safetensors is corrupted"):
         saved.save(30, best_step=30)
     assert [path.name for path in list_checkpoints(saved.folder)][:2] == ["checkpoint-000010", "checkpoint-000020"]
     assert latest_valid(saved.folder, warn=lambda line: None).name == "checkpoint-000020"

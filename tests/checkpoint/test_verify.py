@@ -20,14 +20,14 @@ def test_a_valid_checkpoint_has_no_corruption(folder):
 
 SPOILERS = [
     (Path.unlink, "missing"),
-    (lambda file: os.truncate(file, 0), "damaged"),
-    (lambda file: os.truncate(file, 1), "damaged"),
+    (lambda file: os.truncate(file, 0), "corrupted"),
+    (lambda file: os.truncate(file, 1), "corrupted"),
     # half of a JSON file; all but the last byte of a safetensors file
     (
         lambda file: os.truncate(file, file.stat().st_size // 2 if file.suffix == ".json" else file.stat().st_size - 1),
-        "damaged",
+        "corrupted",
     ),
-    (lambda file: file.write_bytes(b"\xff" * 99), "damaged"),
+    (lambda file: file.write_bytes(b"\xff" * 99), "corrupted"),
 ]
 
 
@@ -61,13 +61,13 @@ def test_an_edited_index_is_corrupted(folder, change):
     index = json.loads((newer / "state" / "index.json").read_text())
     change(index["files"])
     (newer / "state" / "index.json").write_text(json.dumps(index))
-    assert find_corruption(newer) == "state/index.json is damaged"
+    assert find_corruption(newer) == "state/index.json is corrupted"
 
 
 def test_a_deeply_nested_index_is_corrupted(folder):
     newer = list_checkpoints(folder)[-1]
     (newer / "state" / "index.json").write_text("[" * 200_000)
-    assert find_corruption(newer) == "state/index.json is damaged"
+    assert find_corruption(newer) == "state/index.json is corrupted"
 
 
 def test_a_checkpoint_renamed_to_another_step_is_skipped(folder):
@@ -75,7 +75,7 @@ def test_a_checkpoint_renamed_to_another_step_is_skipped(folder):
     list_checkpoints(folder)[-1].rename(folder / "checkpoint-000099")
     lines = []
     assert latest_valid(folder, lines.append).name == "checkpoint-000010"
-    assert "checkpoint-000099: state/trainer.json is not that of this checkpoint" in lines[0]
+    assert "checkpoint-000099: state/trainer.json does not match the folder name" in lines[0]
 
 
 def test_without_a_valid_checkpoint_none_is_found(refused, folder):

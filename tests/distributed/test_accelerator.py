@@ -65,11 +65,11 @@ def test_device_by_name(machine):
 @pytest.mark.parametrize(
     ("here", "device", "words"),
     [
-        ({}, "cuda", ["device=cuda:", "no such device", "device=auto takes cpu"]),
-        ({}, "cuda:1", ["device=cuda:1:", "device=auto takes cpu"]),
-        ({}, "mps", ["device=mps:", "device=auto takes cpu"]),
-        ({"cuda": 2}, "mps", ["device=mps:", "device=auto takes cuda"]),
-        ({"cuda": 2}, "cuda:2", ["device=cuda:2", "the last CUDA device here is cuda:1"]),
+        ({}, "cuda", ["device=cuda:", "no such device", "device=auto uses cpu"]),
+        ({}, "cuda:1", ["device=cuda:1:", "device=auto uses cpu"]),
+        ({}, "mps", ["device=mps:", "device=auto uses cpu"]),
+        ({"cuda": 2}, "mps", ["device=mps:", "device=auto uses cuda"]),
+        ({"cuda": 2}, "cuda:2", ["device=cuda:2", "the last CUDA device is cuda:1"]),
     ],
 )
 def test_missing_device_is_refused_with_an_alternative(refused, machine, here, device, words):
@@ -194,7 +194,7 @@ def test_sharding_that_accelerate_would_ignore_is_refused(refused, machine, monk
         "Accelerator",
         lambda **options: SimpleNamespace(num_processes=1, distributed_type=DistributedType.MULTI_CPU),
     )
-    with refused(ValueError, f"the launcher asks for {name}", "does not shard on cpu", "configs/cpu_2proc.yaml"):
+    with refused(ValueError, f"the launcher requests {name}", "does not shard on cpu", "configs/cpu_2proc.yaml"):
         make_accelerator("cpu")
     monkeypatch.setattr(
         accelerate,
@@ -205,7 +205,7 @@ def test_sharding_that_accelerate_would_ignore_is_refused(refused, machine, monk
 
 
 def test_make_accelerator_in_a_new_process():
-    """Accelerate keeps its state for the whole process."""
+    """Accelerate keeps its state until the process ends."""
     script = (
         "from nanogpt_accel.distributed.accelerator import make_accelerator\n"
         "a = make_accelerator('cpu')\n"
@@ -225,9 +225,9 @@ def test_a_setting_that_differs_between_ranks_is_named(refused, monkeypatch):
 
     facts = {"recipe": {"seed": 1, "learning_rate": 1e-3}, "data": {"train": "abc"}}
     require(facts, facts, facts)
-    with refused(ValueError, "recipe: seed=2 on process 2, and 1 on process 0"):
+    with refused(ValueError, "recipe: seed=2 on rank 2, but 1 on rank 0"):
         require(facts, facts, {**facts, "recipe": {"seed": 2, "learning_rate": 1e-3}})
-    with refused(ValueError, "data: val=x on process 1, and None on process 0"):
+    with refused(ValueError, "data: val=x on rank 1, but None on rank 0"):
         require(facts, {**facts, "data": {"train": "abc", "val": "x"}})
     with pytest.raises(ValueError) as caught:
         require(facts, {"recipe": {"seed": 2, "learning_rate": 1e-3}, "data": {"train": "?"}})

@@ -1,4 +1,4 @@
-"""cpu.py: linear layers by oneDNN and attention in bfloat16 compared with torch's, and models that stay unchanged."""
+"""cpu.py: linear layers with oneDNN and attention in bfloat16 compared with torch's, and models that stay unchanged."""
 
 import copy
 import resource
@@ -107,7 +107,7 @@ def test_tuned_model_computes_the_same_and_is_saved_untuned(tmp_path, monkeypatc
     monkeypatch.setattr(cpu, "keep_memory", lambda: False)
     monkeypatch.setattr(cpu, "has_slow_mkl", lambda: True)
     assert cpu.tune(twin, SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")) == (
-        "linear layers by oneDNN"
+        "linear layers with oneDNN"
     )
     assert [type(m) for m in twin.modules() if isinstance(m, nn.Linear)] == [OneDNNLinear] * 9
     assert [name for name, _ in twin.named_parameters()] == [name for name, _ in model.named_parameters()]
@@ -173,7 +173,7 @@ def test_keep_memory_avoids_page_faults():
 
     def faults(size):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.empty(size // 4).fill_(1.0)  # freed at once
+        torch.empty(size // 4).fill_(1.0)  # freed immediately
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     # 40 MiB, which glibc maps again each time by default: 10,240 pages of 4 kB. It takes a few rounds until all free

@@ -48,7 +48,7 @@ def test_accumulation_not_divisible_by_the_processes_is_refused_with_fixes(
     set_launched(monkeypatch, processes)
     (problem,) = check_launch(micro_batches)
     assert problem.startswith(
-        f"train.gradient_accumulation_steps={micro_batches} cannot be shared by {processes} processes"
+        f"train.gradient_accumulation_steps={micro_batches}: not divisible by {processes} processes"
     )
     first, second = re.search(r"set it to ([\d or]+), or run ([\d or]+) process(?:es)?$", problem).groups()
     offered = [{int(n) for n in part.split(" or ")} for part in (first, second)]
@@ -63,7 +63,9 @@ def test_world_size_without_a_launcher_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     (problem,) = check_launch(8)
-    assert problem.startswith("WORLD_SIZE=2 is set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT: launch with")
+    assert problem.startswith(
+        "WORLD_SIZE=2: LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set; launch with `accelerate launch`"
+    )
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert check_launch(8) == []
 
@@ -77,7 +79,11 @@ def test_launcher_that_started_one_process_of_several_is_refused(monkeypatch):
     assert check_launcher() == []  # --cpu alone requests one process
     monkeypatch.setenv("MASTER_PORT", "29500")
     (problem,) = check_launcher()
-    assert "started one" in problem and "MULTI_CPU" in problem and "configs/cpu_2proc.yaml" in problem
+    assert (
+        "started one process instead of several" in problem
+        and "MULTI_CPU" in problem
+        and "configs/cpu_2proc.yaml" in problem
+    )
     monkeypatch.setenv("PMI_SIZE", "2")  # mpirun connects the processes by its own variables
     assert check_launcher() == []
 
@@ -88,7 +94,7 @@ def test_launcher_that_started_one_process_of_several_is_refused(monkeypatch):
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, ["fsdp_version=1", "fsdp_version: 2", "fsdp2.yaml"]),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
-            ["fsdp_activation_checkpointing=true", "leave it to the recipe", "activation_checkpointing=true"],
+            ["fsdp_activation_checkpointing=true", "set activation_checkpointing=true in the recipe"],
         ),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["MEGATRON_LM", "configs/fsdp2.yaml"]),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ["mixed_precision: fp8", "pip install torchao"]),

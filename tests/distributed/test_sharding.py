@@ -270,7 +270,7 @@ def test_compiled_run_computes_and_saves_the_same(recipe, trained, tmp_path, kin
 
 @pytest.mark.slow
 def test_muon_with_sharded_parameters_is_refused(recipe, tmp_path):
-    """Muon needs whole matrices. One process prints one error, before the first step."""
+    """Muon needs full matrices. One process prints one error, before the first step."""
     run = tmp_path / "run"
     job = Ranks(run, [recipe, f"out_dir={run}", "algorithm=muon"], "fsdp2.yaml", 2)
     assert job.end() == [2, 2]

@@ -158,8 +158,8 @@ def test_export_into_an_empty_or_a_nested_folder():
     [
         ([], ["which model?", "where to?"]),
         (["ours"], ["where to?"]),
-        (["ours", "to=full"], ["to=full: holds something already"]),
-        (["ours", "to=ours"], ["to=ours: holds something already"]),
+        (["ours", "to=full"], ["to=full: the folder is not empty"]),
+        (["ours", "to=ours"], ["to=ours: the folder is not empty"]),
         (["ours", "to=full/file"], ["to=full/file: full/file is a file"]),
         (["ours", "to=x", "form=llama"], ["form=llama: must be 'stock' or 'custom'"]),
         (["nowhere/", "to=x"], ["nowhere/"]),
@@ -215,10 +215,10 @@ def test_transformers_pipeline_and_sample_write_the_same_text(capsys):
 @pytest.mark.parametrize(
     ("to", "words"),
     [
-        ("run/checkpoint-000999", "lies in the run"),
-        ("run/checkpoint-000002/copy", "lies in the run"),
-        ("run/x/y", "lies in the run"),
-        ("dangling", "a link to nothing"),
+        ("run/checkpoint-000999", "inside the run"),
+        ("run/checkpoint-000002/copy", "inside the run"),
+        ("run/x/y", "inside the run"),
+        ("dangling", "broken link"),
     ],
 )
 def test_export_into_a_run_folder_is_refused(capsys, to, words):

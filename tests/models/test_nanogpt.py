@@ -241,7 +241,7 @@ def test_a_file_that_is_not_a_nanogpt_checkpoint_is_refused(capsys, write, words
         ([], ["which checkpoint?", "where to?"]),
         (["nowhere.pt", "to=x"], ["nowhere.pt: no such file"]),
         (["full", "to=x"], ["full: no such file"]),
-        (["ckpt.pt", "to=full"], ["to=full: holds something already"]),
+        (["ckpt.pt", "to=full"], ["to=full: the folder is not empty"]),
         (["ckpt.pt", "to=ckpt.pt"], ["to=ckpt.pt: ckpt.pt is a file"]),
         (["ckpt.pt", "to=x", "activation=relu"], ["activation=relu: must be 'gelu' or 'gelu_new'"]),
         (["ckpt.pt", "to=x", "tokeniser=gpt2"], ["unknown key tokeniser (did you mean tokenizer?)"]),

@@ -81,8 +81,8 @@ EARLY = [
     (["sample", "runs/tiny", "temperatur=1"], ["temperatur", "did you mean temperature?"]),
     (["evaluate", "runs/tiny", "eval_iter=1"], ["eval_iter", "did you mean eval_iters?"]),
     # wrong type
-    ([*TINY, "n_layer=two"], ["model.n_layer=two", "whole number"]),
-    ([*TINY, "max_iters=1.5"], ["train.max_iters=1.5", "whole number"]),
+    ([*TINY, "n_layer=two"], ["model.n_layer=two", "must be an integer"]),
+    ([*TINY, "max_iters=1.5"], ["train.max_iters=1.5", "must be an integer"]),
     ([*TINY, "learning_rate=fast"], ["optimizer.learning_rate=fast", "number"]),
     ([*TINY, "bias=perhaps"], ["model.bias=perhaps", "boolean"]),
     ([*TINY, "sampling=sorted"], ["data.sampling=sorted", "'shuffle' or 'random'"]),
@@ -122,7 +122,7 @@ EARLY = [
     (["train", "twice.yaml"], ["twice.yaml", "line 3", "n_layer stands twice"]),
     (["train", "words.yaml"], ["words.yaml", "sections with keys"]),
     (["train", "latin.txt"], ["latin.txt", "UTF-8", "byte 0"]),
-    (["train", "tiny.yaml", "other.yaml"], ["one target", "other.yaml"]),
+    (["train", "tiny.yaml", "other.yaml"], ["expected at most 1 target", "other.yaml"]),
     # corpus missing, empty, not UTF-8, shorter than a block, and a val split shorter than one
     ([*TINY, "corpus=gone.txt"], ["corpus=gone.txt", "no such corpus"]),
     ([*TINY, "corpus=shakespear"], ["corpus=shakespear", "did you mean shakespeare?"]),
@@ -307,7 +307,7 @@ def test_resume_falls_back_from_a_truncated_checkpoint(capsys, workplace, copy, 
     assert main(["train", str(copy)]) == 0
     out = capsys.readouterr().out
     (warning,) = [line for line in out.splitlines() if "warning" in line]
-    assert has_all(warning, [str(copy / "checkpoint-000006"), f"{name} is damaged", "the checkpoint before it"])
+    assert has_all(warning, [str(copy / "checkpoint-000006"), f"{name} is corrupted", "the checkpoint before it"])
     assert f"resuming {copy} from checkpoint-000004" in out and "iter 5:" in out and "iter 3:" not in out
     again, first = (run / "checkpoint-000006" for run in (copy, workplace / "runs" / "tiny"))
     for file in ("model.safetensors", "config.json", "state/optimizer.safetensors", "tokenizer.json"):
@@ -323,14 +323,14 @@ def test_resume_falls_back_from_the_optimizer_of_another_run(capsys, workplace, 
     assert main(["train", str(copy)]) == 0
     out = capsys.readouterr().out
     (warning,) = [line for line in out.splitlines() if "warning" in line]
-    assert has_all(warning, [str(copy / "checkpoint-000006"), "state/optimizer.safetensors is damaged"])
+    assert has_all(warning, [str(copy / "checkpoint-000006"), "state/optimizer.safetensors is corrupted"])
     assert f"resuming {copy} from checkpoint-000004" in out
 
 
 def test_sample_falls_back_from_a_truncated_checkpoint(capsys, copy):
     cut(copy / "checkpoint-000006" / "model.safetensors", 900)
     assert main(["sample", str(copy), "num_samples=1", "max_new_tokens=2", "prompt=a"]) == 0
-    assert "checkpoint-000006: model.safetensors is damaged" in capsys.readouterr().err
+    assert "checkpoint-000006: model.safetensors is corrupted" in capsys.readouterr().err
 
 
 def test_run_without_a_valid_checkpoint_is_refused(capsys, copy):

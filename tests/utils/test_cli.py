@@ -61,9 +61,9 @@ def test_parse_targets_and_options(words, target, options):
 @pytest.mark.parametrize(
     ("words", "messages"),
     [
-        (["a.yaml", "b.yaml"], ["one target is taken, got 2: a.yaml b.yaml"]),
+        (["a.yaml", "b.yaml"], ["expected at most 1 target, got 2: a.yaml b.yaml"]),
         (["a.yaml", "--n_layer"], ["--n_layer needs a value"]),
-        (["a", "b", "c", "--compile"], ["--compile needs a value", "one target is taken, got 3"]),
+        (["a", "b", "c", "--compile"], ["--compile needs a value", "expected at most 1 target, got 3"]),
     ],
 )
 def test_parse_refuses_bad_command_lines(words, messages):
@@ -172,7 +172,7 @@ def test_list_of_commands_and_version(capsys):
     assert capsys.readouterr().out == f"nanogpt-accel {nanogpt_accel.__version__}\n"
     assert main(["trian", "x"]) == 2
     assert capsys.readouterr().err == (
-        f"error: unknown command 'trian' (did you mean train?); there are: {', '.join(COMMANDS)}\n"
+        f"error: unknown command 'trian' (did you mean train?); commands: {', '.join(COMMANDS)}\n"
     )
 
 
@@ -190,7 +190,7 @@ def test_list_of_commands_and_version(capsys):
         (["sample", "./nowhere"], "./nowhere: no such folder"),
         (["sample", "x", "--prompt=FILE:nowhere.txt"], "prompt=FILE:nowhere.txt: No such file"),
         (["sample", "x", "tempreature=1"], "unknown key tempreature (did you mean temperature?)"),
-        (["train", "a.yaml", "b.yaml"], "one target is taken"),
+        (["train", "a.yaml", "b.yaml"], "expected at most 1 target"),
     ],
 )
 def test_mistake_prints_one_line_and_exits_with_2(capsys, words, message):

@@ -1,4 +1,4 @@
-"""locking.py: a lock that names its holder, ends with its process, and is done without where there are none."""
+"""locking.py: a lock names its holder and ends with its process; file systems without locks are supported."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ OTHER = """
 import sys
 from nanogpt_accel.utils.locking import acquire
 lock = acquire(*sys.argv[1:])
-print("held", flush=True)
+print("locked", flush=True)
 sys.stdin.read()
 """
 
@@ -27,10 +27,10 @@ def files(tmp_path):
 
 @pytest.fixture
 def other(files):
-    """Another process that holds the lock."""
+    """Another process that has the lock."""
     command = [sys.executable, "-c", OTHER, *map(str, files)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
+        assert process.stdout.readline() == "locked\n"
         yield process
         process.kill()
 
@@ -60,7 +60,7 @@ def test_looking_for_a_holder_writes_nothing(files):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_used_without(files, monkeypatch, number):
+def test_a_file_system_without_locks_is_supported(files, monkeypatch, number):
     import fcntl
 
     def flock(*args):
@@ -70,7 +70,7 @@ def test_a_file_system_without_locks_is_used_without(files, monkeypatch, number)
     acquire(*files).release()
 
 
-def test_a_lock_file_that_cannot_be_made(tmp_path):
+def test_a_lock_file_that_cannot_be_created_raises(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError) as caught:
         acquire(tmp_path / "file" / "lock", tmp_path / "holder.json")

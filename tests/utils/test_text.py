@@ -1,4 +1,4 @@
-"""text.py: durations, sizes and counts as people read them."""
+"""text.py: durations, sizes and counts for people."""
 
 import re
 from datetime import timedelta
