@@ -11,7 +11,6 @@ learning rate are functions of (seed, step), so a checkpoint needs only the weig
 `TrainState`. training.py builds everything that the loop uses; checkpoint/run.py writes all files of a run.
 """
 
-import gc
 import json
 import math
 import sys
@@ -197,7 +196,7 @@ def run_training(recipe, signals):
         run.start(setup, data, state, stopper, is_resumed)
         describe_run(setup, data, state.step, console)
         console.start(state.step, recipe.train.max_iters, recipe.train.eval_interval, setup.is_compiled)
-        gc.set_threshold(*cli.GC_THRESHOLD)  # imports are done, and saving leaves models in reference cycles
+        cli.restore_gc()  # imports are done, and saving leaves models in reference cycles
         is_stopped = training_loop(setup, data, run, state, stopper, console)
         console.stop()
         run.saver.wait()

@@ -13,7 +13,8 @@ from pathlib import Path
 from .fields import raise_problems, show_value, type_name, validate
 from .text import counted
 
-GC_THRESHOLD = gc.get_threshold()  # Python's default
+_GC_THRESHOLD = gc.get_threshold()  # Python's default
+_RARELY = 100_000  # new objects between garbage collections during imports
 # errors of the machine, not of the code; their text names the file
 _SYSTEM_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM ENAMETOOLONG ELOOP EMFILE ENFILE ESTALE ENOTCONN"
 _SYSTEM_ERRORS = {getattr(errno, name) for name in _SYSTEM_ERRORS.split()}
@@ -124,7 +125,7 @@ def run(command, argv):
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
     # The garbage collector runs after every 700 new objects. While torch and transformers are imported, that takes
     # 0.6 s in total, and the collection at exit another 0.9 s. So it runs rarely, and not at exit.
-    gc.set_threshold(100_000)
+    gc.set_threshold(_RARELY)
     atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -159,7 +160,13 @@ def run(command, argv):
             print("\n" + ": ".join(filter(None, ("interrupted", str(interrupt)))), file=sys.stderr)
         return 130
     finally:
-        gc.set_threshold(*GC_THRESHOLD)
+        restore_gc()
+
+
+def restore_gc():
+    """Let the garbage collector run as often as usual again, if `run` slowed it down for the imports."""
+    if gc.get_threshold()[0] == _RARELY:
+        gc.set_threshold(*_GC_THRESHOLD)
 
 
 def _raised_here(error):
