@@ -1,4 +1,4 @@
-"""recipe.py: valid keys and values, which value wins, and that all problems are reported at once."""
+"""recipe.py: valid keys and values, which value wins, and that all problems are reported together."""
 
 import dataclasses
 import itertools
@@ -151,7 +151,7 @@ def test_widths_may_be_none_in_yaml():
 
 
 @pytest.mark.parametrize(
-    ("given", "words", "remedies"),
+    ("given", "words", "fixes"),
     [
         (
             {"n_head": 12, "n_kv_head": 5},
@@ -180,36 +180,36 @@ def test_widths_may_be_none_in_yaml():
         ),
     ],
 )
-def test_invalid_shape_gets_one_message_with_a_fix_that_works(given, words, remedies):
+def test_invalid_shape_gets_one_message_with_a_fix_that_works(given, words, fixes):
     from nanogpt_accel.model import GPTConfig
 
     (line,) = problems(**{key: str(number) for key, number in given.items()})
     assert all(word in line for word in words) and ("(n_embd / n_head)" in line) == ("(n_embd / n_head)" in words)
     with pytest.raises(StrictDataclassClassValidationError):
         GPTConfig(**given)
-    for remedy in remedies:
-        GPTConfig(**load(**{key: str(number) for key, number in (given | remedy).items()}).shape)
+    for fix in fixes:
+        GPTConfig(**load(**{key: str(number) for key, number in (given | fix).items()}).shape)
 
 
 @pytest.mark.parametrize("n_embd", [12, 14, 30])
 def test_recipe_and_gpt_config_accept_the_same_shapes(n_embd):
     from nanogpt_accel.model import GPTConfig
 
-    unlike = []
+    different = []
     for n_head, n_kv_head, head_dim, position in itertools.product(
         (2, 4), (None, 1, 2, 3), (None, 4, 7), ("learned", "rotary")
     ):
         shape = {"n_embd": n_embd, "n_head": n_head, "n_kv_head": n_kv_head, "head_dim": head_dim, "position": position}
-        taken = []
-        for make in (lambda: load(**shape), lambda: GPTConfig(**shape)):  # noqa: B023 (called at once)
+        accepted = []
+        for make in (lambda: load(**shape), lambda: GPTConfig(**shape)):  # noqa: B023 (called immediately)
             try:
                 make()
-                taken.append(True)
+                accepted.append(True)
             except (ValueError, StrictDataclassClassValidationError):
-                taken.append(False)
-        if taken[0] != taken[1]:
-            unlike.append(shape)
-    assert unlike == []
+                accepted.append(False)
+        if accepted[0] != accepted[1]:
+            different.append(shape)
+    assert different == []
 
 
 # ---- the recipes of the repository
@@ -585,10 +585,10 @@ def test_keys_of_nanogpt_that_we_lack_are_explained(key):
     assert all(name in SECTION_OF for name in named) and (named or key in ("backend", "always_save_checkpoint"))
 
 
-# ---- everything at once
+# ---- all problems together
 
 
-def test_all_problems_are_reported_at_once():
+def test_all_problems_are_reported_together():
     text = """
 foo: 1
 seed: x

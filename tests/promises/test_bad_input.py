@@ -77,7 +77,11 @@ EARLY = [
     ([*TINY, "--model.droput", "0.1"], ["model.droput", "did you mean dropout?"]),
     ([*TINY, "dataset=x"], ["dataset", "corpus="]),
     (["trian", "tiny.yaml"], ["trian", "did you mean train?"]),
-    (["train", "misplaced.yaml"], ["misplaced.yaml", "learning_rate", "section optimizer"], ["max_iters", "section train"]),
+    (
+        ["train", "misplaced.yaml"],
+        ["misplaced.yaml", "learning_rate", "section optimizer"],
+        ["max_iters", "section train"],
+    ),
     (["sample", "runs/tiny", "temperatur=1"], ["temperatur", "did you mean temperature?"]),
     (["evaluate", "runs/tiny", "eval_iter=1"], ["eval_iter", "did you mean eval_iters?"]),
     # wrong type
