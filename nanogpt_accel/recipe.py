@@ -62,7 +62,7 @@ class Data(Section):
         None, ge=2, description="use at most this many documents per split; none: all"
     )
     limit_tokens: IntOrNone = Field(None, ge=1, description="stop tokenizing after about this many tokens; none: all")
-    shard_tokens: Int = Field(100_000_000, ge=1000, description="maximum number of tokens per token file")
+    shard_tokens: Int = Field(100_000_000, ge=1000, description="tokens per token file; a larger corpus is split")
     tokenizer: str = Field(
         "gpt2", description="gpt2, char, bpe (byte-level BPE trained on the corpus), or a folder with a tokenizer.json"
     )
@@ -116,7 +116,7 @@ class Model(Section):
     block_size: Int = Field(1024, ge=2, description="context length in tokens")
     dropout: Float = Field(0.0, ge=0, lt=1, description="dropout rate; 0 for pretraining, 0.1 or more for finetuning")
     bias: bool = Field(
-        False, description="use biases in linear and LayerNorm layers, as GPT-2 does; false is slightly better"
+        False, description="use biases in Linear and LayerNorm, as in GPT-2; false: a bit better and faster"
     )
     norm: Literal["layernorm", "rmsnorm"] = Field(
         "layernorm", description="layernorm, as in GPT-2, or rmsnorm, as in Llama"
@@ -424,7 +424,7 @@ def _conflicts(recipe):
     if train.sample_interval and not train.sample_tokens:
         yield (
             {"sample_interval", "sample_tokens"},
-            f"train.sample_interval={train.sample_interval} needs sample_tokens; set it, for example sample_tokens=200",
+            f"train.sample_interval={train.sample_interval} needs a sample length; set sample_tokens=200, for example",
         )
     if train.eval_iters != "all" and train.eval_iters < 1:
         yield {"eval_iters"}, f"train.eval_iters={train.eval_iters}: must be 1 or more, or all"
@@ -557,7 +557,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if problem:
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             keys.add(key.value)
-        return super().construct_mapping(node, deep)
+        return super().construct_mapping(node, deep=True)  # refuses an alias of itself
 
 
 def _read_yaml(path):
