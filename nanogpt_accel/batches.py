@@ -1,8 +1,8 @@
-"""Which tokens make up the batch of a step: a pure function of (seed, step).
+"""The tokens of each batch: a pure function of (seed, step).
 
-Nothing is carried from step to step, so a run resumes anywhere by counting, and the samples of a step are the
-same set on any number of processes. The samples of a run are numbered: step s takes samples s*G to (s+1)*G - 1,
-where G = batch_size * gradient_accumulation_steps, micro-batch by micro-batch.
+No state is carried between steps, so a run can resume at any step, and the samples of a step are the same on any number
+of processes. Samples are numbered: step s takes samples s*G to (s+1)*G - 1, where G = batch_size *
+gradient_accumulation_steps, one micro-batch after another.
 """
 
 from dataclasses import dataclass
@@ -10,18 +10,20 @@ from functools import lru_cache
 
 import numpy as np
 
-WINDOW = 256  # samples whose places are computed at a time
-_ROUNDS = 6  # of the Feistel network; four make a pseudorandom permutation in theory, two more for small domains
+WINDOW = 256  # samples whose positions are computed together
+_ROUNDS = 6  # of the Feistel network; in theory 4 give a pseudorandom permutation, and small domains need more
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The training stream.
+    """The batches of a training run.
 
-    tokens: anything with len() and rows(starts, length) -> (len(starts), length) int64.
-    batch_size: sequences of a micro-batch. micro_batches: micro-batches of a step, over all processes.
-    sampling: "shuffle" takes every block once an epoch, in a new order and with new block borders each epoch;
-        "random" takes crops at random places, with replacement, as nanoGPT does.
+    Args:
+        tokens: object with len() and rows(starts, length) -> (len(starts), length) int64.
+        batch_size: sequences per micro-batch.
+        micro_batches: micro-batches per step, over all processes.
+        sampling: "shuffle" takes each block once per epoch, and changes the order and the block boundaries every epoch;
+            "random" takes random crops with replacement, as nanoGPT does.
     """
 
     tokens: object
@@ -32,130 +34,125 @@ class Batches:
     sampling: str = "shuffle"
 
     def __call__(self, step, micro_batch):
-        """Tokens of one micro-batch of a step: (batch_size, block_size + 1) int64, inputs and targets overlapping."""
+        """Return the tokens of a micro-batch: (batch_size, block_size + 1) int64, inputs and targets overlapping."""
         return self.tokens.rows(self.starts(step, micro_batch), self.block_size + 1)
 
     def starts(self, step, micro_batch):
-        """Where the sequences of one micro-batch begin in the token file: (batch_size,) int64."""
+        """Return the start positions of a micro-batch's sequences in the token file: (batch_size,) int64."""
         first = (step * self.micro_batches + micro_batch) * self.batch_size
-        last = first + self.batch_size - 1
-        windows = [
-            _window(number, len(self.tokens), self.block_size, self.seed, self.sampling)
-            for number in range(first // WINDOW, last // WINDOW + 1)
-        ]
-        begin = first % WINDOW
-        return np.concatenate(windows)[begin : begin + self.batch_size]
+        numbers = range(first // WINDOW, (first + self.batch_size - 1) // WINDOW + 1)
+        starts = np.concatenate(
+            [_window_starts(i, len(self.tokens), self.block_size, self.seed, self.sampling) for i in numbers]
+        )
+        return starts[first % WINDOW :][: self.batch_size]
 
 
-# numpy takes as long for the dozen samples of a batch as for hundreds; each is still a function of its number alone
+# windows, because numpy needs as long for the samples of one batch as for hundreds
 @lru_cache(maxsize=4)
-def _window(number, n_tokens, block_size, seed, sampling):
-    """Where the samples number * WINDOW ... (number + 1) * WINDOW - 1 begin: (WINDOW,) int64."""
+def _window_starts(number, n_tokens, block_size, seed, sampling):
+    """Return the start positions of samples number * WINDOW to (number + 1) * WINDOW - 1: (WINDOW,) int64."""
     samples = np.arange(number * WINDOW, (number + 1) * WINDOW, dtype=np.uint64)
     if sampling == "random":
-        return (mix(samples, seed_of(seed, 1)) % np.uint64(n_tokens - block_size)).astype(np.int64)
-    blocks, slack = epoch_shape(n_tokens, block_size)
+        return _random_starts(samples, n_tokens, block_size, seed_of(seed, 1))
+    n_blocks, max_shift = epoch_shape(n_tokens, block_size)
     starts = np.empty(WINDOW, dtype=np.int64)
-    epochs, places = samples // np.uint64(blocks), samples % np.uint64(blocks)
-    for epoch in np.unique(epochs):  # a window can span the end of an epoch
-        chosen = epochs == epoch
+    epochs, places = samples // np.uint64(n_blocks), samples % np.uint64(n_blocks)
+    for epoch in np.unique(epochs):  # a window can contain the end of an epoch
+        is_in_epoch = epochs == epoch
         key = seed_of(seed, 2, int(epoch))
-        # a shift of all borders, so that the model does not see the same cuts in every epoch
-        shift = key % (slack + 1)
-        starts[chosen] = shuffled(places[chosen], blocks, key).astype(np.int64) * block_size + shift
+        shift = key % (max_shift + 1)  # new block boundaries, so that the text is cut at other positions every epoch
+        starts[is_in_epoch] = shuffled(places[is_in_epoch], n_blocks, key).astype(np.int64) * block_size + shift
     return starts
 
 
+def _random_starts(samples, n_tokens, block_size, key):
+    return (mix(samples, key) % np.uint64(n_tokens - block_size)).astype(np.int64)
+
+
 def model_inputs(rows, device="cpu", eot_id=None):
-    """What the model is called with, as keyword arguments, for rows of tokens; on their way to the device.
+    """Return the model's keyword arguments for rows of tokens, on a device.
 
     Args:
-        rows: (B, T + 1) int64 array, inputs and targets overlapping.
-        eot_id: with this end-of-text token, attention stays inside documents: positions begin again at 0 with each
-            end-of-text, which opens the document after it (as it does in sampling), and transformers' causal mask
-            takes that as a border (Krell et al. 2021, Efficient Sequence Packing). None: all of a row is seen.
+        rows: (B, T + 1) int64 array with overlapping inputs and targets.
+        eot_id: end-of-text token, to restrict attention to documents. Positions restart at 0 with each end-of-text,
+            which is the first token of a document, as in sampling. transformers' causal mask treats such a restart as a
+            document boundary (Krell et al. 2021, Efficient Sequence Packing). None: no document mask.
 
     Returns:
-        dict: input_ids and shift_labels, (B, T) each, and position_ids, (B, T), where eot_id is given.
+        dict: input_ids and shift_labels, and position_ids if eot_id is given; (B, T) each.
     """
     import torch
 
     rows, is_cuda = torch.as_tensor(rows), torch.device(device).type == "cuda"
-    rows = (rows.pin_memory() if is_cuda else rows).to(device, non_blocking=is_cuda)  # so nobody waits for the GPU
+    rows = (rows.pin_memory() if is_cuda else rows).to(device, non_blocking=is_cuda)  # does not wait for the GPU
     input_ids, shift_labels = rows[:, :-1], rows[:, 1:]
     if eot_id is None:
         return {"input_ids": input_ids, "shift_labels": shift_labels}
-    places = rows.new_ones(input_ids.shape).cumsum(1) - 1  # 0, 1, 2, ...
-    starts = (places * (input_ids == eot_id)).cummax(1).values  # of the document that a token stands in
-    return {"input_ids": input_ids, "shift_labels": shift_labels, "position_ids": places - starts}
+    positions = rows.new_ones(input_ids.shape).cumsum(1) - 1  # 0, 1, 2, ...
+    document_starts = (positions * (input_ids == eot_id)).cummax(1).values
+    return {"input_ids": input_ids, "shift_labels": shift_labels, "position_ids": positions - document_starts}
 
 
 def epoch_shape(n_tokens, block_size):
-    """(blocks of an epoch, largest shift of their borders); one block is given up to leave room for the shift."""
-    whole = (n_tokens - 1) // block_size
-    blocks = max(whole - 1, 1)
-    return blocks, n_tokens - 1 - blocks * block_size
+    """Return (blocks per epoch, maximum shift of the block boundaries). One block less leaves room for the shift."""
+    n_blocks = max((n_tokens - 1) // block_size - 1, 1)
+    return n_blocks, n_tokens - 1 - n_blocks * block_size
 
 
 def evaluation_batches(n_tokens, block_size, batch_size, eval_iters, seed=0):
-    """The fixed batches of an evaluation, as a list of (starts, length): sequences of `length` predictions each.
+    """Return the fixed batches of an evaluation: a list of (starts, length), for sequences with `length` targets.
 
-    eval_iters "all" covers every token after the first exactly once, in blocks of block_size and a shorter last
-    one. A number gives that many batches of random crops, the same ones at every call.
+    eval_iters: "all" covers every token except the first exactly once, in blocks of block_size and a shorter last one;
+        a number gives that many batches of random crops, the same ones in every call.
     """
-    if eval_iters != "all":
+    if eval_iters == "all":
+        n_blocks, n_rest = divmod(n_tokens - 1, block_size)
+        starts = np.arange(n_blocks, dtype=np.int64) * block_size
+        last = [(np.array([n_blocks * block_size]), n_rest)] if n_rest else []
+    else:
         samples = np.arange(eval_iters * batch_size, dtype=np.uint64)
-        starts = (mix(samples, seed_of(seed, 3)) % np.uint64(n_tokens - block_size)).astype(np.int64)
-        return [(starts[i : i + batch_size], block_size) for i in range(0, len(starts), batch_size)]
-    whole, rest = divmod(n_tokens - 1, block_size)
-    starts = np.arange(whole, dtype=np.int64) * block_size
-    batches = [(starts[i : i + batch_size], block_size) for i in range(0, whole, batch_size)]
-    return batches + ([(np.array([whole * block_size]), rest)] if rest else [])
+        starts, last = _random_starts(samples, n_tokens, block_size, seed_of(seed, 3)), []
+    return [(starts[i : i + batch_size], block_size) for i in range(0, len(starts), batch_size)] + last
 
 
 def sliding_windows(n_tokens, block_size, stride, batch_size):
-    """Windows that overlap, so that a token is predicted from more than what its block holds before it: as
-    (starts, length, counted), of whose `length` predictions the last `counted` count, and all together every token
-    after the first once.
+    """Return overlapping evaluation windows, which give most targets more context than separate blocks.
 
-    The windows are those of transformers' guide "Perplexity of fixed-length models": block_size tokens each, stride
-    apart. With stride = block_size none overlap, and as there the first token of each is left out.
+    The windows are those of transformers' guide "Perplexity of fixed-length models": block_size tokens each, `stride`
+    tokens apart. As in the guide, stride = block_size gives no overlap and leaves out the first token of each window.
+
+    Returns:
+        list of (starts, length, counted): windows with `length` targets, the last `counted` of which count, so that
+        every token except the first counts once.
     """
-    windows, end = [], 0
+    batches, end = [], 0
     for start in range(0, n_tokens, stride):
-        before, end = end, min(start + block_size, n_tokens)
-        windows.append((start, end - start - 1, min(end - before, end - start - 1)))
-        if end == n_tokens:
-            break
-    batches = []
-    for start, length, counted in windows:
-        if not length:  # one token, with nothing before it
-            continue
+        previous_end, end = end, min(start + block_size, n_tokens)
+        length = end - start - 1
+        counted = min(end - previous_end, length)
         if batches and batches[-1][1:] == (length, counted) and len(batches[-1][0]) < batch_size:
             batches[-1][0].append(start)
-        else:
+        elif length:  # a window of one token has no target
             batches.append(([start], length, counted))
+        if end == n_tokens:
+            break
     return [(np.array(starts), length, counted) for starts, length, counted in batches]
 
 
 def seed_of(*numbers):
-    """A 63-bit seed from whole numbers, such as (seed, step, micro-batch); for dropout and for the order."""
+    """Return a 63-bit seed derived from integers such as (seed, step, micro-batch), for dropout and the batch order."""
     low, high = np.random.SeedSequence(numbers).generate_state(2)
     return (int(high) << 32 | int(low)) >> 1
 
 
 def shuffled(places, n, key):
-    """The places-th elements of a pseudorandom permutation of 0..n-1, without building the permutation.
+    """Return the elements at some places of a pseudorandom permutation of 0..n-1, without building the permutation.
 
-    A Feistel network permutes the smallest square of a power of two that holds n; what falls outside 0..n-1 is
-    put through again (cycle walking). So a file of billions of tokens costs as much as a small one.
+    A Feistel network permutes the smallest power of 4 that is at least n. Results outside 0..n-1 are permuted again
+    (cycle walking). So the cost does not depend on the size of the token file.
     Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains (2002).
 
-    Args:
-        places: (k,) uint64, each below n. n: size of the domain. key: which permutation.
-
-    Returns:
-        (k,) uint64.
+    places: (k,) uint64, each below n, as the result. key: number of the permutation.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -164,8 +161,8 @@ def shuffled(places, n, key):
     while outside.any():
         left, right = result[outside] >> half, result[outside] & mask
         for i in range(_ROUNDS):
-            # rounds far apart, for mix sees the sum only: with key + i they are shifts of one another, and
-            # permutations of less than 100 places come out far from evenly
+            # mix only uses the sum of value and key: with key + i instead, the rounds would be shifts of each other,
+            # and permutations of fewer than 100 places would be far from uniform
             left, right = right, left ^ (mix(right, key + (i << 40)) & mask)
         result[outside] = left << half | right
         outside = result >= n
@@ -173,9 +170,9 @@ def shuffled(places, n, key):
 
 
 def mix(values, key):
-    """A 64-bit hash of each value under a key: SplitMix64's finalizer (Steele, Lea, Flood 2014).
+    """Return a 64-bit hash of each value and the key, with SplitMix64's finalizer (Steele, Lea, Flood 2014).
 
-    values: (k,) uint64. Returns (k,) uint64; the arithmetic wraps.
+    values: (k,) uint64, as the result. The arithmetic wraps around.
     """
     key = (key * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     z = values * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)

@@ -32,13 +32,6 @@ def describe(scores):
     )
 
 
-def verdict(got, expected, tolerance):
-    """Say whether a validation loss reproduces the expected one within its tolerance; nats per token."""
-    if abs(got - expected) <= tolerance + 1e-9:
-        return "reproduced"
-    return f"not reproduced, {abs(got - expected):.3f} {'higher' if got > expected else 'lower'}"
-
-
 def mean_loss(model, tokens, batches, to_inputs, accelerator, progress=None):
     """Return the mean loss over fixed batches in nats per token, computed by all ranks; the same on each rank.
 

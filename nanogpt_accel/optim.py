@@ -1,8 +1,8 @@
-"""The optimizers and the learning rate of a step.
+"""Learning rate schedules and optimizers.
 
-To add a schedule, write a function like `cosine` and add it to SCHEDULES; to add an optimizer, write a function like
-`adamw` and add it to OPTIMIZERS. A recipe can then name it. torch is imported only when an optimizer is made, because
-recipe.py reads the two tables.
+To add a schedule, write a function like `cosine` and add it to SCHEDULES. To add an optimizer, write a function like
+`adamw` and add it to OPTIMIZERS. Recipes can then use it. torch is imported only when an optimizer is created, because
+recipe.py reads both tables.
 """
 
 import math
@@ -11,19 +11,20 @@ import math
 
 
 def cosine(step, *, learning_rate, warmup_iters, lr_decay_iters, min_lr, **others):
-    """nanoGPT's schedule: half a cosine from learning_rate to min_lr, which is reached at lr_decay_iters."""
+    """Return nanoGPT's schedule: half a cosine from learning_rate down to min_lr at lr_decay_iters."""
     if step > lr_decay_iters:
         return min_lr
-    done = (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
-    return min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (learning_rate - min_lr)
+    decay_ratio = (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * decay_ratio)) * (learning_rate - min_lr)
 
 
 def warmup_stable_decay(step, *, learning_rate, lr_decay_iters, min_lr, decay_fraction, **others):
-    """Constant, then linear to min_lr over the last decay_fraction of lr_decay_iters (MiniCPM, Hu et al. 2024)."""
+    """Keep the rate constant, then decay it linearly to min_lr over the last decay_fraction of lr_decay_iters (MiniCPM,
+    Hu et al. 2024)."""
     if step > lr_decay_iters:
         return min_lr
-    left = (lr_decay_iters - step) / (decay_fraction * lr_decay_iters)
-    return min_lr + min(1.0, left) * (learning_rate - min_lr)
+    remaining = (lr_decay_iters - step) / (decay_fraction * lr_decay_iters)
+    return min_lr + min(1.0, remaining) * (learning_rate - min_lr)
 
 
 def constant(step, *, learning_rate, **others):
@@ -47,9 +48,9 @@ def learning_rate(step, *, schedule, learning_rate, warmup_iters, **others):
 
 
 def parameter_groups(model, weight_decay):
-    """nanoGPT's two groups: matrices and embeddings decay, biases and norms do not.
+    """Return nanoGPT's two groups: weight decay for matrices and embeddings, none for biases and norms.
 
-    lr_scale: what the learning rate of a step is multiplied by for the group.
+    Their lr_scale is a factor for the learning rate of each step.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -59,24 +60,22 @@ def parameter_groups(model, weight_decay):
 
 
 def adamw_settings(model, settings):
-    """Keyword arguments of AdamW (Loshchilov and Hutter 2019).
-
-    The fused kernel makes one pass over the parameters instead of about ten; CUDA, CPU and MPS have one.
-    """
+    """Return the keyword arguments of AdamW (Loshchilov and Hutter 2019)."""
+    # the fused kernel makes one pass over the parameters instead of about ten
     is_fused = next(model.parameters()).device.type in ("cuda", "cpu", "mps")
     return {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "fused": is_fused}
 
 
 def adamw(model, settings):
-    """AdamW for all parameters."""
+    """Return AdamW for all parameters."""
     import torch
 
     return torch.optim.AdamW(parameter_groups(model, settings.weight_decay), **adamw_settings(model, settings))
 
 
 def muon(model, settings):
-    """Muon for the matrices inside the blocks, AdamW for the rest."""
-    from .muon import Muon, rows_of_fused
+    """Return Muon for the matrices in the blocks, with AdamW for all other parameters."""
+    from .muon import Muon, fused_row_counts
 
     matrices = [p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2]
     ids = {id(p) for p in matrices}
@@ -92,12 +91,12 @@ def muon(model, settings):
         "weight_decay": settings.muon_weight_decay,
         "lr_scale": settings.muon_learning_rate / settings.learning_rate,
     }
-    return Muon([*groups, muon_group], rows_of_fused(model))
+    return Muon([*groups, muon_group], fused_row_counts(model))
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def make_optimizer(model, settings):
-    """Return the torch.optim.Optimizer of a model. settings: a recipe's optimizer section."""
+    """Return a torch.optim.Optimizer for a model. settings: the optimizer section of a recipe."""
     return OPTIMIZERS[settings.algorithm](model, settings)

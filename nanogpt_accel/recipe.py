@@ -1,7 +1,7 @@
-"""A recipe: one YAML file that says WHAT a run is (configs/ say WHERE it happens).
+"""Recipes: one YAML file defines a run. Launcher settings are in configs/.
 
-The sections below are the whole list of keys; their defaults are nanoGPT's train_gpt2 unless the comment
-says otherwise. Nothing heavy is imported here, so that a mistake in a recipe is answered at once.
+The section classes define every key with its default, constraints and help text. Defaults are nanoGPT's for GPT-2,
+unless the help text says otherwise. Nothing heavy is imported here, so mistakes in a recipe are reported immediately.
 """
 
 import json
@@ -17,296 +17,264 @@ from .optim import OPTIMIZERS, SCHEDULES
 from .utils.fields import Device, Float, Int, Section, Words, nearest, raise_problems, validate
 
 
-def _none(value):
+def _read_none(value):
     return None if isinstance(value, str) and value.lower() in ("none", "null", "") else value
 
 
-def _two(value):
+def _read_no(value):
+    return "no" if value is False else value  # YAML reads `no` as false
+
+
+def _read_bool(value):
+    return value.lower() == "true" if isinstance(value, str) and value.lower() in ("true", "false") else value
+
+
+def _refuse_one(value):
     if str(value) == "1":
-        raise ValueError("must be 2 or more, for one document cannot be both train and val")
+        raise ValueError("must be 2 or more, because train and val need at least one document each")
     return value
 
 
-def _no(value):
-    return "no" if value is False else value  # YAML reads a bare `no` as false
-
-
-def _switch(value):
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    return value
+IntOrNone = Annotated[Int | None, BeforeValidator(_read_none)]
+FloatOrNone = Annotated[Float | None, BeforeValidator(_read_none)]
+TextOrNone = Annotated[str | None, BeforeValidator(_read_none)]
 
 
 class Data(Section):
     corpus: str = Field(
         "openwebtext",
-        description="what to learn from: python, shakespeare, openwebtext, bookcorpus, "
-        "wikitext2, fineweb_edu, tinystories, hub:USER/SET, or a local file, folder or glob of text, "
-        ".jsonl, .csv or .parquet, also with .gz or .zst, or .bin files of token ids",
+        description="training text: python, shakespeare, openwebtext, bookcorpus, wikitext2, fineweb_edu, tinystories, "
+        "hub:USER/SET, or a local file, folder or glob of plain text, .jsonl, .csv or .parquet (also .gz and .zst), or "
+        "of .bin token files",
     )
-    text_column: str = Field("text", description="what holds the text in .jsonl, .csv and .parquet, and on the Hub")
-    lines: bool = Field(False, description="each line of a plain text file is a document, rather than each file")
-    dataset_config: Annotated[str | None, BeforeValidator(_none)] = Field(
-        None, description="configuration of hub:USER/SET; none: its default"
-    )
+    text_column: str = Field("text", description="text column of .jsonl, .csv and .parquet files and of Hub datasets")
+    lines: bool = Field(False, description="read each line of a plain text file as a document; false: each file")
+    dataset_config: TextOrNone = Field(None, description="configuration of hub:USER/SET; none: the default one")
     dataset_split: str = Field(
         "train",
-        description="split of hub:USER/SET to train on; a validation and a test split of its own are taken as they are",
+        description="split of hub:USER/SET to train on; if it also has a validation or test split, it is used as such",
     )
-    revision: Annotated[str | None, BeforeValidator(_none)] = Field(
-        None, description="branch, tag or commit of hub:USER/SET; none: main"
-    )
+    revision: TextOrNone = Field(None, description="branch, tag or commit of hub:USER/SET; none: main")
     skip_bad_documents: bool = Field(
-        False, description="leave out what cannot be read, count it and go on; else it is an error"
+        False, description="skip and count unreadable documents; false: stop with an error"
     )
-    limit_documents: Annotated[Int | None, BeforeValidator(_two), BeforeValidator(_none)] = Field(
-        None, ge=2, description="for a taste: take so many documents of a split; none: all"
+    limit_documents: Annotated[IntOrNone, BeforeValidator(_refuse_one)] = Field(
+        None, ge=2, description="use at most this many documents per split; none: all"
     )
-    limit_tokens: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=1, description="for a taste: stop when there are about so many tokens; none: all"
-    )
-    shard_tokens: Int = Field(100_000_000, ge=1000, description="tokens of a file; more lie in several, read as one")
+    limit_tokens: IntOrNone = Field(None, ge=1, description="stop tokenizing after about this many tokens; none: all")
+    shard_tokens: Int = Field(100_000_000, ge=1000, description="tokens per token file; a larger corpus is split")
     tokenizer: str = Field(
-        "gpt2",
-        description="gpt2, char, bpe (a byte-level BPE trained on the corpus), or a folder that holds a tokenizer.json",
+        "gpt2", description="gpt2, char, bpe (byte-level BPE trained on the corpus), or a folder with a tokenizer.json"
     )
     vocab_size: Int = Field(
-        4096, ge=257, le=1_000_000, description="symbols of `tokenizer: bpe`; the others bring their own"
+        4096, ge=257, le=1_000_000, description="vocabulary size of tokenizer=bpe; other tokenizers ignore it"
     )
-    data_dir: Annotated[str | None, BeforeValidator(_none)] = Field(
+    data_dir: TextOrNone = Field(
         None,
-        description="folder of train.bin and val.bin, nanoGPT's too; none: data/ and a name made of the "
-        "corpus and the tokenizer",
+        description="folder with train.bin and val.bin, as nanoGPT writes them; none: a folder in data/, named after "
+        "the corpus and the tokenizer",
     )
     val_fraction: Float = Field(
         0.0005,
         gt=0,
         lt=1,
-        description="share of the text kept for validation: the end "
-        "of a single text, or whole documents where there are several",
+        description="fraction of the text for validation: full documents, or the end of a corpus with one document",
     )
     sampling: Literal["shuffle", "random"] = Field(
         "shuffle",
-        description="shuffle: every block once an epoch, in a new order each; "
-        "random: nanoGPT's random crops, with replacement",
+        description="shuffle: each block once per epoch, in a new order every epoch; random: random crops with "
+        "replacement, as in nanoGPT",
     )
-
     document_mask: bool = Field(
-        False,
-        description="attention stays inside a document: nothing before the last "
-        "end-of-text is seen. Costs a mask, so it is slower",
+        False, description="restrict attention to the current document, from its end-of-text token on; slower"
     )
 
 
 class Model(Section):
     init_from: str = Field(
         "scratch",
-        description="scratch, resume (go on in out_dir), or where the weights come "
-        "from: a run or checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or another "
-        "folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model. The shape is then its own, "
-        "but for block_size and dropout",
+        description="scratch; resume (continue the run in out_dir); or weights to start from: a run or checkpoint "
+        "folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat "
+        "model. Loaded weights define the architecture, except block_size and dropout",
     )
-    n_layer: Int = Field(12, ge=1, le=10_000, description="number of blocks")
-    n_head: Int = Field(12, ge=1, le=10_000, description="attention heads of a block")
-    n_embd: Int = Field(768, ge=1, le=1_000_000, description="width of the residual stream")
-    n_kv_head: Annotated[Int | None, BeforeValidator(_none)] = Field(
+    n_layer: Int = Field(12, ge=1, le=10_000, description="number of transformer blocks")
+    n_head: Int = Field(12, ge=1, le=10_000, description="number of attention heads per block")
+    n_embd: Int = Field(768, ge=1, le=1_000_000, description="hidden size: width of the residual stream")
+    n_kv_head: IntOrNone = Field(
         None,
         ge=1,
         le=10_000,
-        description="heads of keys and values, each shared by n_head / n_kv_head heads of queries; none: n_head",
+        description="key-value heads, each shared by n_head / n_kv_head query heads; none: n_head",
     )
-    head_dim: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=1, le=100_000, description="width of a head; none: n_embd / n_head"
-    )
-    n_inner: Annotated[Int | None, BeforeValidator(_none)] = Field(
+    head_dim: IntOrNone = Field(None, ge=1, le=100_000, description="size of each head; none: n_embd / n_head")
+    n_inner: IntOrNone = Field(
         None,
         ge=1,
         le=10_000_000,
-        description="width inside the MLP; none: 4 * n_embd (8/3 of n_embd gives swiglu as many weights)",
+        description="hidden size of the MLP; none: 4 * n_embd. With swiglu, 8/3 * n_embd has as many weights",
     )
     block_size: Int = Field(1024, ge=2, description="context length in tokens")
-    dropout: Float = Field(0.0, ge=0, lt=1, description="0 is good for pretraining, 0.1 and more for finetuning")
+    dropout: Float = Field(0.0, ge=0, lt=1, description="dropout rate; 0 for pretraining, 0.1 or more for finetuning")
     bias: bool = Field(
-        False, description="biases in the linear and LayerNorm layers, as GPT-2 has; false is a bit better and faster"
+        False, description="use biases in Linear and LayerNorm, as in GPT-2; false: a bit better and faster"
     )
-    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="layernorm: GPT-2's; rmsnorm: Llama's")
-    norm_weight: bool = Field(True, description="whether norms have a learned gain; nanochat's have none")
-    norm_eps: Float = Field(1e-5, ge=0, lt=1, description="what norms add to the variance")
-    embd_norm: bool = Field(False, description="a norm between the embedding and the first block, as nanochat has")
-    qk_norm: bool = Field(False, description="an RMSNorm on the queries and keys of each head, as Qwen3 has")
+    norm: Literal["layernorm", "rmsnorm"] = Field(
+        "layernorm", description="layernorm, as in GPT-2, or rmsnorm, as in Llama"
+    )
+    norm_weight: bool = Field(True, description="learn a gain in each norm; false: no gain, as in nanochat")
+    norm_eps: Float = Field(1e-5, ge=0, lt=1, description="epsilon that the norms add to the variance")
+    embd_norm: bool = Field(False, description="normalize the embedding before the first block, as in nanochat")
+    qk_norm: bool = Field(False, description="apply RMSNorm to the queries and keys of each head, as in Qwen3")
     position: Literal["learned", "rotary"] = Field(
-        "learned", description="learned: GPT-2's embedding of block_size positions; rotary: Llama's"
+        "learned", description="learned: one embedding per position, as in GPT-2; rotary: RoPE, as in Llama"
     )
-    rope_theta: Float = Field(10_000.0, ge=1, description="base of the rotary wavelengths; longer contexts take more")
+    rope_theta: Float = Field(10_000.0, ge=1, description="base of the rotary frequencies; longer contexts need more")
     activation: Literal["gelu", "gelu_new", "relu2", "swiglu"] = Field(
         "gelu",
-        description="gelu: the exact form, nanoGPT's; gelu_new: the tanh form of OpenAI's weights; relu2: "
-        "squared ReLU, nanochat's; swiglu: Llama's, with a gate as wide as n_inner",
+        description="gelu: exact GELU, as in nanoGPT; gelu_new: tanh approximation, as in OpenAI's GPT-2; relu2: "
+        "squared ReLU, as in nanochat; swiglu: SwiGLU, as in Llama, with a gate of width n_inner",
     )
-    logit_softcap: Annotated[Float | None, BeforeValidator(_none)] = Field(
-        None, ge=1, description="keep logits within this bound by tanh, as nanochat does (15); none: leave them"
+    logit_softcap: FloatOrNone = Field(
+        None, ge=1, description="limit logits to +-this value with tanh, as in nanochat (15); none: no limit"
     )
-    tie_word_embeddings: bool = Field(True, description="the head is the embedding's matrix; false: its own")
+    tie_word_embeddings: bool = Field(True, description="share the weights of the token embedding and the output head")
     pad_vocab_to_multiple_of: Int = Field(
-        64,
-        ge=1,
-        description="round the rows of the embedding up for faster "
-        "kernels (GPT-2's 50,257 become 50,304); 1 leaves them",
+        64, ge=1, description="pad the vocabulary size for faster kernels (50,257 becomes 50,304); 1: no padding"
     )
-    initializer_range: Float = Field(0.02, gt=0, description="standard deviation of a new model's weights")
+    initializer_range: Float = Field(0.02, gt=0, description="standard deviation of the initial weights")
     zero_init: bool = Field(
-        False,
-        description="a new model begins with zeros in the matrices that add to the "
-        "residual stream, so that each block begins as nothing",
+        False, description="initialize the output projections with zeros, so that each block starts as the identity"
     )
 
 
 class Optimizer(Section):
     algorithm: Literal[tuple(OPTIMIZERS)] = Field(
-        "adamw", description="adamw; or muon: Muon for the matrices inside the blocks, AdamW for the rest"
+        "adamw", description="adamw; muon: Muon for the matrices in the blocks and AdamW for all other parameters"
     )
-    learning_rate: Float = Field(6e-4, gt=0, description="the highest learning rate; AdamW's")
-    weight_decay: Float = Field(0.1, ge=0, description="AdamW's, on every parameter of two or more dimensions")
-    beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean")
-    beta2: Float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the variance")
-    grad_clip: Float = Field(1.0, ge=0, description="clip the norm of the gradient to this; 0 does not clip")
+    learning_rate: Float = Field(6e-4, gt=0, description="maximum learning rate of AdamW")
+    weight_decay: Float = Field(0.1, ge=0, description="AdamW's weight decay, for parameters of two or more dimensions")
+    beta1: Float = Field(0.9, ge=0, lt=1, description="decay rate of AdamW's first moment")
+    beta2: Float = Field(0.95, ge=0, lt=1, description="decay rate of AdamW's second moment")
+    grad_clip: Float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     muon_learning_rate: Float = Field(
-        0.02, gt=0, description="Muon's highest learning rate; it rises and falls as AdamW's does"
+        0.02, gt=0, description="maximum learning rate of Muon; it follows the same schedule as AdamW's"
     )
-    muon_momentum: Float = Field(0.95, ge=0, lt=1, description="Muon's decay of the mean")
-    muon_weight_decay: Float = Field(0.0, ge=0, description="Muon's, on the matrices inside the blocks")
+    muon_momentum: Float = Field(0.95, ge=0, lt=1, description="momentum of Muon")
+    muon_weight_decay: Float = Field(0.0, ge=0, description="weight decay of Muon, for the matrices in the blocks")
     schedule: Literal[tuple(SCHEDULES)] = Field(
         "cosine",
-        description="what follows the warm-up: half a cosine, nothing, or nothing and then a line down to min_lr",
+        description="learning rate after the warm-up. cosine: half a cosine down to min_lr; constant; "
+        "warmup_stable_decay: constant, then linear down to min_lr",
     )
-    warmup_iters: Int = Field(2000, ge=0, description="steps of linear warm-up")
-    lr_decay_iters: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=1, description="step at which min_lr is reached; none: max_iters"
-    )
-    min_lr: Annotated[Float | None, BeforeValidator(_none)] = Field(
-        None, ge=0, description="lowest learning rate, at the end of the schedule; none: learning_rate / 10"
-    )
+    warmup_iters: Int = Field(2000, ge=0, description="number of linear warm-up steps")
+    lr_decay_iters: IntOrNone = Field(None, ge=1, description="step at which min_lr is reached; none: max_iters")
+    min_lr: FloatOrNone = Field(None, ge=0, description="final learning rate of the schedule; none: learning_rate / 10")
     decay_fraction: Float = Field(
-        0.2,
-        gt=0,
-        le=1,
-        description="warmup_stable_decay: share of lr_decay_iters, its last steps, over which the rate falls",
+        0.2, gt=0, le=1, description="warmup_stable_decay: last fraction of lr_decay_iters, in which the rate decays"
     )
 
 
 class Train(Section):
-    batch_size: Int = Field(12, ge=1, description="sequences of a micro-batch of one process")
+    batch_size: Int = Field(12, ge=1, description="sequences per micro-batch and process")
     gradient_accumulation_steps: Int = Field(
         40,
         ge=1,
-        description="micro-batches of a step over ALL processes, so that tokens a step do not depend on how many run",
+        description="micro-batches per step over ALL processes, so tokens per step do not depend on their number",
     )
-    max_iters: Int = Field(600_000, ge=0, description="optimizer steps of the run")
+    max_iters: Int = Field(600_000, ge=0, description="number of optimizer steps")
     eval_interval: Int = Field(2000, ge=1, description="steps between evaluations")
     eval_iters: Literal["all"] | Int = Field(
-        200, description="batches of an evaluation, the same ones every time; all: the whole validation set"
+        200, description="batches per evaluation, the same ones every time; all: the full validation split"
     )
-    eval_first: bool = Field(True, description="evaluate before the first step too")
-    eval_train: bool = Field(True, description="an evaluation looks at as many batches of the training data too")
-    eval_only: bool = Field(False, description="evaluate and stop")
-    log_interval: Int = Field(1, ge=1, description="steps between lines of the log")
-    device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps; auto: the launcher's, else the best")
-    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_no)] = Field(
+    eval_first: bool = Field(True, description="also evaluate before the first step")
+    eval_train: bool = Field(True, description="also evaluate on the same number of training batches")
+    eval_only: bool = Field(False, description="evaluate once and exit")
+    log_interval: Int = Field(1, ge=1, description="steps between log lines")
+    device: Device = Field(
+        "auto", description="auto, cpu, cuda, cuda:N or mps; auto: the launcher's, otherwise the best available"
+    )
+    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_read_no)] = Field(
         "auto",
-        description="auto: what the launcher says, else bf16 where the hardware has it (GPUs from Ampere on, "
-        "CPUs with AMX), fp16 on other CUDA devices, no elsewhere",
+        description="auto: the launcher's setting, otherwise bf16 if the hardware supports it natively (Ampere and "
+        "later GPUs, CPUs with AMX), fp16 on other CUDA devices, no elsewhere",
     )
-    compile: Annotated[Literal["auto", "regional"] | bool, BeforeValidator(_switch)] = Field(
-        "auto", description="torch.compile the model; auto: on CUDA, not under Windows; regional: one block for all"
+    compile: Annotated[Literal["auto", "regional"] | bool, BeforeValidator(_read_bool)] = Field(
+        "auto", description="use torch.compile; auto: on CUDA, but not on Windows; regional: compile one block for all"
     )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
-        description="what a loss or gradient that is no number does: stop ends the run; skip leaves the step "
-        "out, and looks at every step, which costs a little speed",
+        description="what to do when the loss or the gradient norm is NaN or Inf: stop the run, or skip the step; skip "
+        "checks every step, which costs a little speed",
     )
-    max_skips: Int = Field(10, ge=0, description="on_nonfinite=skip: more steps left out in a row end the run")
-    max_hours: Annotated[Float | None, BeforeValidator(_none)] = Field(
-        None, gt=0, description="stop after so many hours with a checkpoint to go on from; none: no limit"
+    max_skips: Int = Field(10, ge=0, description="on_nonfinite=skip: stop after more than this many skips in a row")
+    max_hours: FloatOrNone = Field(
+        None, gt=0, description="save a checkpoint and stop after this many hours; none: never"
     )
-    collective_timeout: Float = Field(
-        600.0, ge=1, description="seconds that a process waits for the others before the run ends"
-    )
-    sample_tokens: Int = Field(0, ge=0, description="tokens of the sample printed at the end; 0: none")
-    sample_prompt: str = Field("\n", description="what that sample begins with")
-    sample_interval: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None,
-        ge=1,
-        description="steps between samples while the run goes on, which samples.jsonl keeps; none: at the end alone",
+    collective_timeout: Float = Field(600.0, ge=1, description="seconds to wait for other processes before failing")
+    sample_tokens: Int = Field(0, ge=0, description="length in tokens of the sample printed at the end; 0: no sample")
+    sample_prompt: str = Field("\n", description="prompt of the samples")
+    sample_interval: IntOrNone = Field(
+        None, ge=1, description="steps between samples for samples.jsonl during training; none: only one at the end"
     )
 
 
 class Checkpoint(Section):
-    save_interval: Annotated[Int | None, BeforeValidator(_none)] = Field(
+    save_interval: IntOrNone = Field(
         None,
         ge=1,
         description="steps between checkpoints; none: eval_interval. The best and the last one are always saved",
     )
-    keep_last: Int = Field(2, ge=1, description="newest checkpoints that stay; the best one stays besides")
-    async_save: bool = Field(False, description="write checkpoints beside the training, which waits for the copy only")
-    resume: Annotated[Literal["no", "auto"], BeforeValidator(_no)] = Field(
-        "no",
-        description="auto: go on from the newest whole checkpoint in out_dir where there is one, else begin; for "
-        "jobs that are requeued",
+    keep_last: Int = Field(2, ge=1, description="number of latest checkpoints to keep, in addition to the best one")
+    async_save: bool = Field(False, description="write checkpoints in the background; training only waits for a copy")
+    resume: Annotated[Literal["no", "auto"], BeforeValidator(_read_no)] = Field(
+        "no", description="auto: continue from the latest valid checkpoint in out_dir, if any; for requeued jobs"
     )
 
 
 class Tracking(Section):
-    trackers: Words = Field([], description="wandb, tensorboard and whatever else Accelerate logs to")
-    project: str = Field("nanogpt_accel", description="the trackers' project")
-    run_name: Annotated[str | None, BeforeValidator(_none)] = Field(
-        None, description="the run's name there; none: the name of out_dir"
-    )
-    quiet: bool = Field(False, description="print nothing but warnings and the last lines")
+    trackers: Words = Field([], description="experiment trackers of Accelerate, such as wandb or tensorboard")
+    project: str = Field("nanogpt_accel", description="project name in the trackers")
+    run_name: TextOrNone = Field(None, description="run name in wandb; none: the name of out_dir")
+    quiet: bool = Field(False, description="print only warnings and the final results")
 
 
 class Hub(Section):
-    push_to_hub: bool = Field(False, description="push every checkpoint to the Hugging Face Hub while the run goes on")
-    hub_model_id: Annotated[str | None, BeforeValidator(_none)] = Field(
-        None, description="USER/NAME there; none: the name of out_dir, under the token's user"
+    push_to_hub: bool = Field(False, description="push every checkpoint to the Hugging Face Hub during training")
+    hub_model_id: TextOrNone = Field(
+        None, description="USER/NAME of the repository; none: the name of out_dir, for the token's user"
     )
-    hub_private: bool = Field(False, description="a repository that is made is private")
-    hub_branch: Annotated[str | None, BeforeValidator(_none)] = Field(None, description="branch to push to; none: main")
+    hub_private: bool = Field(False, description="make a new repository private")
+    hub_branch: TextOrNone = Field(None, description="branch to push to; none: main")
 
 
 class Expect(Section):
-    """What the run comes to; at its end it says whether it did. It is no setting, so it stands in a file alone."""
+    """Expected result, which the run is compared with at its end. It can only be set in a recipe file."""
 
-    val_loss: Annotated[Float | None, BeforeValidator(_none)] = Field(
-        None,
-        gt=0,
-        description="validation loss that the run comes to, nats a token, as it measures it itself; none: not known",
+    val_loss: FloatOrNone = Field(
+        None, gt=0, description="validation loss in nats per token, as the run measures it; none: unknown"
     )
-    tolerance: Annotated[Float | None, BeforeValidator(_none)] = Field(
-        None, gt=0, description="how far from it still counts as reproduced; none: no verdict"
+    tolerance: FloatOrNone = Field(
+        None, gt=0, description="largest difference that counts as reproduced; none: only print both losses"
     )
-    evaluation: Literal["last", "best"] = Field("last", description="which of the run's evaluations is meant")
-    steps: Annotated[Int | None, BeforeValidator(_none)] = Field(
-        None, ge=0, description="after so many steps; none: max_iters"
-    )
-    hardware: str = Field("", description="what it ran on")
-    time: str = Field("", description="how long it takes there")
-    source: str = Field("", description="who saw it")
+    evaluation: Literal["last", "best"] = Field("last", description="compare the last or the best evaluation")
+    steps: IntOrNone = Field(None, ge=0, description="number of steps that val_loss is for; none: max_iters")
+    hardware: str = Field("", description="hardware of the measurement")
+    time: str = Field("", description="duration on that hardware")
+    source: str = Field("", description="who measured or published it")
     changed: list[str] = Field(
-        [],
-        description="written by train: keys that a command line gave other values than the "
-        "file's, so that the recipe's number is not this run's to reach",
+        [], description="set by train: keys changed on the command line, so that val_loss does not apply"
     )
 
 
 class Recipe(Section):
-    """A whole run. Every leaf name is unique over the sections, so `n_layer=6` and `model.n_layer=6` both work."""
+    """A complete run. Leaf names are unique over all sections, so `n_layer=6` and `model.n_layer=6` both work."""
 
-    seed: Int = Field(1337, ge=0, lt=2**63, description="batches, initial weights and dropout follow from it")
-    out_dir: str = Field("", description="folder of the run; empty: runs/ and the recipe's name")
-    overwrite: bool = Field(False, description="replace the run that out_dir holds")
+    seed: Int = Field(1337, ge=0, lt=2**63, description="random seed of the batches, the initial weights and dropout")
+    out_dir: str = Field("", description="run folder; empty: runs/ plus the name of the recipe")
+    overwrite: bool = Field(False, description="replace an existing run in out_dir")
     data: Data = Data()
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
@@ -318,7 +286,7 @@ class Recipe(Section):
 
     @property
     def shape(self):
-        """What GPTConfig takes of the model section, every None resolved as it does; a run keeps its shape for life."""
+        """The architecture: the model settings that GPTConfig takes and a run never changes, with None resolved."""
         model = self.model
         others = {"init_from", "dropout", "pad_vocab_to_multiple_of", "initializer_range", "zero_init"}
         return model.model_dump(exclude=others) | {
@@ -326,39 +294,6 @@ class Recipe(Section):
             "head_dim": model.head_dim or model.n_embd // model.n_head,
             "n_inner": model.n_inner or 4 * model.n_embd,
         }
-
-    def replace(self, **values):
-        """Return a copy with other values, by leaf key: recipe.replace(batch_size=6, compile=False)."""
-        changed = {}
-        for key, value in values.items():
-            changed.setdefault(SECTION_OF[key], {})[key] = value
-        top = changed.pop("", {})
-        sections = {name: getattr(self, name).model_copy(update=leaves) for name, leaves in changed.items()}
-        return self.model_copy(update=top | sections)
-
-    @property
-    def lr_schedule(self):
-        """Keyword arguments of optim.learning_rate, with every None resolved."""
-        settings = self.optimizer.model_dump(include={"schedule", "learning_rate", "warmup_iters", "decay_fraction"})
-        return settings | {"lr_decay_iters": self.lr_decay_iters, "min_lr": self.min_lr}
-
-    def should_evaluate(self, step):
-        """Return whether an evaluation is due before a step."""
-        return step % self.train.eval_interval == 0 and (step > 0 or self.train.eval_first)
-
-    def should_save(self, step):
-        """Return whether a checkpoint is due before a step, whatever its validation loss."""
-        return step > 0 and step % self.save_interval == 0
-
-    def should_sample(self, step):
-        """Return whether a sample is due before a step."""
-        return step > 0 and self.train.sample_interval is not None and step % self.train.sample_interval == 0
-
-    def should_log(self, step):
-        """Return whether a step is logged. The last step before an evaluation or a checkpoint always is, so that no
-        checkpoint is written of a model that has diverged."""
-        is_before_save = (step + 1) % self.train.eval_interval == 0 or (step + 1) % self.save_interval == 0
-        return step % self.train.log_interval == 0 or is_before_save or step + 1 == self.train.max_iters
 
     @property
     def min_lr(self):
@@ -368,30 +303,63 @@ class Recipe(Section):
     def lr_decay_iters(self):
         return self.optimizer.lr_decay_iters or max(self.train.max_iters, 1)
 
-    def padded_vocab_size(self, vocab_size):
-        """Return the vocabulary size of the model: the tokenizer's, rounded up to pad_vocab_to_multiple_of."""
-        multiple = self.model.pad_vocab_to_multiple_of
-        return -(-vocab_size // multiple) * multiple
-
     @property
     def save_interval(self):
         return self.checkpoint.save_interval or self.train.eval_interval
 
+    @property
+    def lr_schedule(self):
+        """Keyword arguments of optim.learning_rate, with None resolved."""
+        settings = self.optimizer.model_dump(include={"schedule", "learning_rate", "warmup_iters", "decay_fraction"})
+        return settings | {"lr_decay_iters": self.lr_decay_iters, "min_lr": self.min_lr}
+
+    def padded_vocab_size(self, vocab_size):
+        """Return the tokenizer's vocabulary size rounded up to a multiple of pad_vocab_to_multiple_of."""
+        multiple = self.model.pad_vocab_to_multiple_of
+        return -(-vocab_size // multiple) * multiple
+
+    def should_evaluate(self, step):
+        """Return whether to evaluate before a step."""
+        return step % self.train.eval_interval == 0 and (step > 0 or self.train.eval_first)
+
+    def should_save(self, step):
+        """Return whether to save a checkpoint before a step, regardless of its validation loss."""
+        return step > 0 and step % self.save_interval == 0
+
+    def should_sample(self, step):
+        """Return whether to generate a sample before a step."""
+        return step > 0 and self.train.sample_interval is not None and step % self.train.sample_interval == 0
+
+    def should_log(self, step):
+        """Return whether to log a step. Always log the last step before an evaluation or a checkpoint, because logging
+        detects a diverged model, which must not be saved."""
+        is_before_save = (step + 1) % self.train.eval_interval == 0 or (step + 1) % self.save_interval == 0
+        return step % self.train.log_interval == 0 or is_before_save or step + 1 == self.train.max_iters
+
+    def replace(self, **values):
+        """Return a copy with other values, by leaf key: recipe.replace(batch_size=6, compile=False)."""
+        changes = {}
+        for key, value in values.items():
+            changes.setdefault(SECTION_OF[key], {})[key] = value
+        top = changes.pop("", {})
+        return self.model_copy(
+            update=top | {name: getattr(self, name).model_copy(update=leaves) for name, leaves in changes.items()}
+        )
+
     def flat(self):
-        """One flat dictionary of plain values, which every tracker can take: all settings, not what is expected."""
-        values = self.model_dump()
-        leaves = {
-            key: values[section][key] if section else values[key]
-            for key, section in SECTION_OF.items()
-            if not section or section in SETTINGS
-        }
-        return {
-            key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in leaves.items()
-        }
+        """Return all settings except `expect` as one flat dictionary of plain values, which every tracker accepts."""
+        values = {}
+        for key, section in SECTION_OF.items():
+            if section != "expect":
+                value = getattr(getattr(self, section) if section else self, key)
+                values[key] = value if isinstance(value, (bool, int, float, str)) else str(value)
+        return values
 
     def to_yaml(self, brief=False):
-        """The recipe as a file that load_recipe reads back to an equal recipe; brief: without defaults, and without
-        the places where it ran, for others to read."""
+        """Return the YAML text that load_recipe reads back to an equal recipe.
+
+        brief: for publishing; without defaults, expected results and local folders.
+        """
         if not brief:
             return yaml.safe_dump(self.model_dump(), sort_keys=False)
         values = self.model_dump(exclude_defaults=True, exclude={"out_dir": True, "data": {"data_dir"}, "expect": True})
@@ -405,260 +373,231 @@ SECTIONS = {
     for name, field in Recipe.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }
-# what a command line may set; what a recipe expects stands in its file alone
-SETTINGS = {name: section for name, section in SECTIONS.items() if name != "expect"}
-# leaf key -> its section's name, "" for the keys at the top
+SETTINGS = {name: section for name, section in SECTIONS.items() if name != "expect"}  # allowed on the command line
+# leaf key -> its section, "" for top-level keys
 SECTION_OF = {key: "" for key in Recipe.model_fields if key not in SECTIONS}
 SECTION_OF |= {key: name for name, section in SECTIONS.items() for key in section.model_fields}
 FIELDS = {key: (SECTIONS[name] if name else Recipe).model_fields[key] for key, name in SECTION_OF.items()}
 FIELDS |= {f"{name}.{key}": FIELDS[key] for key, name in SECTION_OF.items() if name}
 
-# what an expected loss depends on: these sections and these keys. A seed is left out, for a tolerance covers seeds
-SECTIONS_THAT_MATTER = ("data", "model", "optimizer")
-KEYS_THAT_MATTER = (
-    "batch_size",
-    "gradient_accumulation_steps",
-    "max_iters",
-    "eval_interval",
-    "eval_iters",
-    "eval_first",
-    "eval_only",
-)
+# settings that an expected loss depends on; not the seed, because the tolerance covers it
+LOSS_SECTIONS = ("data", "model", "optimizer")
+LOSS_TRAIN_KEYS = ("batch_size", "gradient_accumulation_steps", "max_iters")
+LOSS_TRAIN_KEYS += ("eval_interval", "eval_iters", "eval_first", "eval_only")
 
-# nanoGPT's keys that have another name here, each with what to write instead
+# nanoGPT's keys that have another name here -> what to use instead
 NANOGPT_KEYS = {
-    "dataset": "corpus=NAME, or data_dir=FOLDER for a folder of .bin files",
+    "dataset": "corpus=NAME, or data_dir=FOLDER for a folder with .bin files",
     "dtype": "mixed_precision=bf16, fp16 or no",
-    "decay_lr": "schedule=constant warmup_iters=0",
+    "decay_lr": "schedule=constant warmup_iters=0 to disable the decay",
     "wandb_log": "trackers=wandb",
     "wandb_project": "project=NAME",
     "wandb_run_name": "run_name=NAME",
-    "always_save_checkpoint": "save_interval and keep_last; the best and the last checkpoint are kept apart",
-    "backend": "the launcher's choice, see `accelerate config`",
+    "always_save_checkpoint": "save_interval and keep_last; the best and the last checkpoint are always saved",
+    "backend": "`accelerate config`, because the launcher chooses the backend",
 }
 
-# (keys, is it right?, what is wrong and what helps). A check is made where its keys are right by themselves.
-CROSS_CHECKS = [
-    (
-        ("n_embd", "n_head", "head_dim"),
-        lambda r: r.model.head_dim or r.model.n_embd % r.model.n_head == 0,
-        lambda r: (
-            f"model.n_embd={r.model.n_embd} is not divisible by model.n_head={r.model.n_head}: "
-            f"take n_embd={-(-r.model.n_embd // r.model.n_head) * r.model.n_head}, or another n_head"
-        ),
-    ),
-    (
-        ("n_head", "n_kv_head"),
-        lambda r: r.model.n_head % (r.model.n_kv_head or 1) == 0,
-        lambda r: (
-            f"model.n_head={r.model.n_head} is not divisible by model.n_kv_head={r.model.n_kv_head}: take n_kv_head="
-            + " or ".join(str(n) for n in range(1, r.model.n_head + 1) if r.model.n_head % n == 0)
-        ),
-    ),
-    (
-        ("n_embd", "n_head", "head_dim", "position"),
-        lambda r: r.model.position != "rotary" or r.shape["head_dim"] % 2 == 0,
-        lambda r: (
-            f"model.head_dim={r.shape['head_dim']}: position=rotary turns pairs, so heads have an even width"
-            + ("" if r.model.head_dim else " (n_embd / n_head)")
-        ),
-    ),
-    (
-        ("sample_interval", "sample_tokens"),
-        lambda r: not r.train.sample_interval or r.train.sample_tokens,
-        lambda r: f"train.sample_interval={r.train.sample_interval}: of how many tokens? Say sample_tokens=200 or so",
-    ),
-    (
-        ("eval_iters",),
-        lambda r: r.train.eval_iters == "all" or r.train.eval_iters >= 1,
-        lambda r: f"train.eval_iters={r.train.eval_iters}: must be 1 or more, or all",
-    ),
-    (
-        ("min_lr", "learning_rate"),
-        lambda r: r.min_lr <= r.optimizer.learning_rate,
-        lambda r: f"optimizer.min_lr={r.min_lr} is above optimizer.learning_rate={r.optimizer.learning_rate}",
-    ),
-    (
-        ("warmup_iters", "lr_decay_iters", "max_iters", "schedule"),
-        lambda r: r.optimizer.schedule != "cosine" or r.optimizer.warmup_iters <= r.lr_decay_iters,
-        lambda r: (
-            f"optimizer.warmup_iters={r.optimizer.warmup_iters} is above lr_decay_iters={r.lr_decay_iters}: "
-            f"set warmup_iters to {r.lr_decay_iters // 20} or so"
-        ),
-    ),
-    (
-        ("warmup_iters", "lr_decay_iters", "max_iters", "schedule", "decay_fraction"),
-        lambda r: (
-            r.optimizer.schedule != "warmup_stable_decay"
-            or r.optimizer.warmup_iters <= r.lr_decay_iters * (1 - r.optimizer.decay_fraction) + 1e-6
-        ),
-        lambda r: (
-            f"optimizer.warmup_iters={r.optimizer.warmup_iters} reaches into the last decay_fraction="
-            f"{r.optimizer.decay_fraction} of lr_decay_iters={r.lr_decay_iters}, where the rate falls: set "
-            "warmup_iters to "
-            f"{math.floor(r.lr_decay_iters * (1 - r.optimizer.decay_fraction) + 1e-6)} or less"
-        ),
-    ),
-]
+
+def _conflicts(recipe):
+    """Yield (keys, problem) for values that are valid on their own, but not together."""
+    model, optimizer, train, head_dim = recipe.model, recipe.optimizer, recipe.train, recipe.shape["head_dim"]
+    if model.n_embd % model.n_head and not model.head_dim:
+        multiple = -(-model.n_embd // model.n_head) * model.n_head
+        yield (
+            {"n_embd", "n_head", "head_dim"},
+            f"model.n_embd={model.n_embd} is not divisible by model.n_head={model.n_head}; "
+            f"set n_embd={multiple}, or change n_head",
+        )
+    if model.n_head % (model.n_kv_head or 1):
+        divisors = " or ".join(str(n) for n in range(1, model.n_head + 1) if model.n_head % n == 0)
+        yield (
+            {"n_head", "n_kv_head"},
+            f"model.n_head={model.n_head} is not divisible by model.n_kv_head={model.n_kv_head}; "
+            f"set n_kv_head={divisors}",
+        )
+    if model.position == "rotary" and head_dim % 2:
+        formula = "" if model.head_dim else " (n_embd / n_head)"
+        yield (
+            {"n_embd", "n_head", "head_dim", "position"},
+            f"model.head_dim={head_dim}{formula} must be even for position=rotary; set head_dim={head_dim + 1}",
+        )
+    if train.sample_interval and not train.sample_tokens:
+        yield (
+            {"sample_interval", "sample_tokens"},
+            f"train.sample_interval={train.sample_interval} needs a sample length; set sample_tokens=200, for example",
+        )
+    if train.eval_iters != "all" and train.eval_iters < 1:
+        yield {"eval_iters"}, f"train.eval_iters={train.eval_iters}: must be 1 or more, or all"
+    if recipe.min_lr > optimizer.learning_rate:
+        yield (
+            {"min_lr", "learning_rate"},
+            f"optimizer.min_lr={recipe.min_lr} is above optimizer.learning_rate={optimizer.learning_rate}; "
+            "lower min_lr or raise learning_rate",
+        )
+    schedule_keys = {"warmup_iters", "lr_decay_iters", "max_iters", "schedule"}
+    warmup_iters, lr_decay_iters = optimizer.warmup_iters, recipe.lr_decay_iters
+    if optimizer.schedule == "cosine" and warmup_iters > lr_decay_iters:
+        yield (
+            schedule_keys,
+            f"optimizer.warmup_iters={warmup_iters} is above lr_decay_iters={lr_decay_iters}; "
+            f"lower warmup_iters, for example to {lr_decay_iters // 20}",
+        )
+    decay_start = lr_decay_iters * (1 - optimizer.decay_fraction) + 1e-6
+    if optimizer.schedule == "warmup_stable_decay" and warmup_iters > decay_start:
+        yield (
+            schedule_keys | {"decay_fraction"},
+            f"optimizer.warmup_iters={warmup_iters} overlaps with the decay, which takes the last decay_fraction="
+            f"{optimizer.decay_fraction} of lr_decay_iters={lr_decay_iters}; "
+            f"set warmup_iters to {math.floor(decay_start)} or less",
+        )
 
 
 def load_recipe(path, overrides=None, check=None):
-    """Read a recipe file, apply overrides, and report everything that is wrong at once.
+    """Read a recipe file, apply overrides, and report all problems together.
 
     Args:
-        path: the YAML file, or a run's folder, which has one; None: all defaults.
-        overrides: {key: value or text}; a key is a leaf name or section.leaf. They win over the file.
-        check: an optional function recipe -> list of problems, for what only a command can know. It sees
-            defaults in place of values that were refused.
+        path: a YAML file, or a run folder, whose run.yaml is read. None: only defaults.
+        overrides: {key: value or text} with leaf keys or section.leaf keys. They win over the file.
+        check: function recipe -> list of additional problems. Its recipe has the defaults in place of invalid values.
 
     Returns:
-        The frozen Recipe; out_dir is runs/ and the file's name unless it is given.
+        The frozen Recipe. The default of out_dir is runs/ plus the name of the file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: one line for each problem.
+        FileNotFoundError: the file does not exist.
+        ValueError: one line per problem.
     """
     path = Path(path) if path else None
     if path and (path / "run.yaml").is_file():
         path = path / "run.yaml"
-    given = {name: {} for name in ("", *SECTIONS)}  # section -> {leaf: value}
+    values = {name: {} for name in ("", *SECTIONS)}  # section -> {leaf: value}
     problems = []
 
-    # 1) what the file says
+    # 1) the file
     for key, value in (_read_yaml(path) if path else {}).items():
-        if key in SECTIONS and not isinstance(value, (dict, type(None))):
-            problems.append(f"{path}: {key}={value}: a section holds keys, one a line, indented")
-        elif key in SECTIONS:
-            for leaf in value or {}:
-                if leaf in SECTIONS[key].model_fields:
-                    given[key][leaf] = value[leaf]
-                else:
-                    problems.append(_misplaced(path, f"{key}.{leaf}", leaf))
-        elif SECTION_OF.get(key) == "":
-            given[""][key] = value
-        else:
-            problems.append(_misplaced(path, key, key))
+        section, leaves = (key, {} if value is None else value) if key in SECTIONS else ("", {key: value})
+        if not isinstance(leaves, dict):
+            problems.append(f"{path}: {key}={value}: a section must contain keys, one per line and indented")
+            continue
+        for leaf, leaf_value in leaves.items():
+            if SECTION_OF.get(leaf) == section:
+                values[section][leaf] = leaf_value
+            else:
+                problems.append(f"{path}: {_misplaced(section, leaf)}")
+    file_values = {name: dict(leaves) for name, leaves in values.items()}
 
-    # 2) what the command line says wins
-    filed = {name: dict(values) for name, values in given.items()}
+    # 2) the command line
     for key, value in (overrides or {}).items():
         section, dot, leaf = key.rpartition(".")
         home = SECTION_OF.get(leaf)
         if home is None or (dot and section != home):
             problems.append(_unknown(key))
         elif home == "expect":
-            problems.append(
-                f"{key}: what a recipe expects stands in its file, not on a command line"
-                + " (the steps of the run are max_iters)" * (leaf == "steps")
-            )
+            hint = " (for the number of steps, use max_iters)" * (leaf == "steps")
+            problems.append(f"{key}: expected results can only be set in a recipe file, not on the command line{hint}")
         else:
-            given[home][leaf] = value
+            values[home][leaf] = value
 
-    # 3) every section is checked by itself, then what spans several
-    built, wrong = {}, set()
-    for name, section in SECTIONS.items():
-        built[name], found, refused = validate(section, given[name], f"{name}.")
-        problems += found
-        wrong |= refused
-    top, found, refused = validate(Recipe, given[""])
-    problems += found
-    wrong |= refused
-    out_dir = top.out_dir or os.path.join("runs", path.stem if path else "default")
-    recipe = top.model_copy(update=built | {"out_dir": os.path.expanduser(out_dir)})
-    for keys, is_right, message in CROSS_CHECKS:
-        if wrong.isdisjoint(keys) and not is_right(recipe):
-            problems.append(message(recipe))
+    # 3) values on their own, then values of several keys
+    sections, invalid = {}, set()
+    for name, section in {**SECTIONS, "": Recipe}.items():
+        sections[name], section_problems, section_invalid = validate(section, values[name], f"{name}." if name else "")
+        problems += section_problems
+        invalid |= section_invalid
+    recipe = sections.pop("")
+    out_dir = recipe.out_dir or os.path.join("runs", path.stem if path else "default")
+    recipe = recipe.model_copy(update=sections | {"out_dir": os.path.expanduser(out_dir)})
+    problems += [problem for keys, problem in _conflicts(recipe) if invalid.isdisjoint(keys)]
     if check is not None:
         problems += check(recipe)
     raise_problems(problems)
     if overrides and recipe.expect.val_loss is not None:
-        changed = sorted({*recipe.expect.changed, *_changed(filed, recipe)})
+        changed = sorted({*recipe.expect.changed, *_changed_keys(file_values, recipe)})
         recipe = recipe.model_copy(update={"expect": recipe.expect.model_copy(update={"changed": changed})})
     return recipe
 
 
-def _changed(filed, recipe):
-    """The keys which an expected loss depends on and which the file has otherwise than the recipe."""
-    for name in (*SECTIONS_THAT_MATTER, "train"):
-        before, after = validate(SECTIONS[name], filed[name])[0].model_dump(), getattr(recipe, name).model_dump()
-        for key in KEYS_THAT_MATTER if name == "train" else before:
-            is_resumed = key == "init_from" and "resume" in (before[key], after[key])
-            if before[key] != after[key] and not is_resumed:
+def _changed_keys(file_values, recipe):
+    """Yield the keys that an expected loss depends on and whose values differ from the file's."""
+    for name in (*LOSS_SECTIONS, "train"):
+        before, after = validate(SECTIONS[name], file_values[name])[0], getattr(recipe, name)
+        for key in LOSS_TRAIN_KEYS if name == "train" else SECTIONS[name].model_fields:
+            values = getattr(before, key), getattr(after, key)
+            if values[0] != values[1] and not (key == "init_from" and "resume" in values):
                 yield key
 
 
-def _misplaced(path, key, leaf):
-    """The message for a key of a file that does not stand where it was found."""
+def _misplaced(section, leaf):
+    """Return the message for a key that is not in this section of a file."""
+    key = f"{section}.{leaf}" if section else leaf
     if leaf not in SECTION_OF:
-        return f"{path}: {_unknown(key)}"
+        return _unknown(key)
     home = SECTION_OF[leaf]
-    return f"{path}: {key}: {leaf} stands {f'under {home}:' if home else 'at the top, outside the sections'}"
+    return f"{key} is misplaced; move {leaf} to " + (f"the section {home}" if home else "the top level")
 
 
 def _unknown(key):
     leaf = key.rpartition(".")[2]
     if leaf in NANOGPT_KEYS:
-        return f"unknown key {key}: nanoGPT's {leaf} is here {NANOGPT_KEYS[leaf]}"
+        return f"unknown key {key}; instead of nanoGPT's {leaf}, use {NANOGPT_KEYS[leaf]}"
     return f"unknown key {key}{nearest(leaf, SECTION_OF)}"
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that stands twice is a mistake rather than a silent last word."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a duplicate key is an error instead of silently replacing the first one."""
 
-
-def _mapping(loader, node):
-    seen = set()
-    for key_node, _ in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-        if key_node.value in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key_node.value} stands twice", key_node.start_mark
-            )
-        seen.add(key_node.value)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+    def construct_mapping(self, node, deep=False):
+        keys = set()
+        for key, _ in node.value:
+            problem = None
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a key must be text"
+            elif key.value in keys:
+                problem = f"duplicate key {key.value}"
+            if problem:
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            keys.add(key.value)
+        return super().construct_mapping(node, deep=True)  # refuses an alias of itself
 
 
 def _read_yaml(path):
-    """The file's top mapping."""
+    """Return the file's top-level mapping."""
     if not path.is_file():
         names = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = nearest(path.stem, names).replace("?", ".yaml?") or (f"; there are: {', '.join(names)}" if names else "")
+        hint = nearest(path.stem, names).replace("?", ".yaml?") or (f"; available: {', '.join(names)}" if names else "")
         raise FileNotFoundError(f"{path}: no such recipe or run folder{hint}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a UTF-8 text file (byte {error.start})") from None
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # PyYAML's answer to 2024-99-99 or !!int x
-        raise ValueError(f"{path}: not YAML: a value that cannot be read ({error})") from None
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # from PyYAML for 2024-99-99 or !!int x
+        raise ValueError(f"{path}: not YAML: cannot read a value ({error})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ValueError(f"{path}: not YAML: {line}{getattr(error, 'problem', None) or error}") from None
     if values is None and path.name == "run.yaml":
-        raise ValueError(f"{path}: is empty, and a run's is not: begin it again from its recipe, with overwrite=true")
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: a recipe is sections with keys, this is a {type(values).__name__}")
+        raise ValueError(f"{path}: the file is empty; start the run again from its recipe with overwrite=true")
+    if not isinstance(values, dict | None):
+        raise ValueError(f"{path}: a recipe must contain sections with keys, but this is a {type(values).__name__}")
+    values = values or {}
     if {"compute_environment", "distributed_type"} & values.keys():
         raise ValueError(
-            f"{path}: this is a launch configuration, no recipe: accelerate launch --config_file {path} "
-            "-m nanogpt_accel.train RECIPE.yaml"
+            f"{path}: this is a launch configuration, not a recipe; use it with "
+            f"accelerate launch --config_file {path} -m nanogpt_accel.train RECIPE.yaml"
         )
     return {str(key): value for key, value in values.items()}
 
 
 def schema():
-    """The JSON schema of recipe files, by which editors complete and check them; recipes/recipe.schema.json holds it
-    (python -m nanogpt_accel.recipe > recipes/recipe.schema.json)."""
-    found = Recipe.model_json_schema()
-    trackers = found["$defs"]["Tracking"]["properties"]["trackers"]
-    trackers["type"] = ["array", "string", "null"]  # `trackers: wandb` will do
-    return json.dumps(found, indent=1) + "\n"
+    """Return the JSON schema of recipe files, with which editors complete and check them.
+
+    recipes/recipe.schema.json contains it: python -m nanogpt_accel.recipe > recipes/recipe.schema.json
+    """
+    definition = Recipe.model_json_schema()
+    # `trackers: wandb` is allowed, too
+    definition["$defs"]["Tracking"]["properties"]["trackers"]["type"] = ["array", "string", "null"]
+    return json.dumps(definition, indent=1) + "\n"
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def open_data(recipe, console):
     if recipe.train.sample_tokens:
         problems += data.tokenizer.check_prompt(recipe.train.sample_prompt, block_size, "train.sample_prompt")
     if init_from not in ("scratch", "resume"):
-        source = find_model(init_from, console, bars=console.is_heard)
+        source = find_model(init_from, console, bars=console.is_verbose)
         config = read_config(source)
         problems += dataset.require_tokenizer(data, source, key=f"model.init_from={init_from}") or check_tokenizer(
             data.tokenizer, config, source

@@ -358,13 +358,13 @@ def test_cost_does_not_depend_on_the_number_of_tokens(sampling):
     batches = Batches(Counting(n_tokens), 1024, 12, 40, seed=1337, sampling=sampling)
     batches(0, 0)
     tracemalloc.start()
-    began = time.process_time()
+    start_time = time.process_time()
     largest = 0
     for step in (0, 1, 17_999, 599_999, 10**9):
         for m in (0, 39):
             largest = max(largest, batches.starts(step, m).max())
     evaluation_batches(n_tokens, 1024, 12, 20)
-    seconds = time.process_time() - began
+    seconds = time.process_time() - start_time
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1e6 and seconds < 1

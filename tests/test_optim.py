@@ -446,15 +446,15 @@ def test_muon_run_resumes_bitwise_equal(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("the sea, the sea; a ship and no sea. " * 60)
     write_recipe(tmp_path, **MUON_RECIPE, corpus="text.txt")
-    whole, parts = Path("runs/whole"), Path("runs/parts")
-    assert main(["train", "tiny.yaml", f"out_dir={whole}"]) == 0
-    assert main(["train", "tiny.yaml", f"out_dir={parts}", "max_iters=6"]) == 0
-    assert main(["train", str(parts), "max_iters=12"]) == 0
-    saved = [tensors(checkpoint(run, 12)) for run in (whole, parts)]
+    undisturbed, resumed = Path("runs/undisturbed"), Path("runs/resumed")
+    assert main(["train", "tiny.yaml", f"out_dir={undisturbed}"]) == 0
+    assert main(["train", "tiny.yaml", f"out_dir={resumed}", "max_iters=6"]) == 0
+    assert main(["train", str(resumed), "max_iters=12"]) == 0
+    saved = [tensors(checkpoint(run, 12)) for run in (undisturbed, resumed)]
     assert saved[0].keys() == saved[1].keys()
     assert {file for file, _ in saved[0]} == {"model.safetensors", os.path.join("state", "optimizer.safetensors")}
     assert [key for key in saved[0] if not torch.equal(saved[0][key], saved[1][key])] == []
-    found = losses(whole)
-    assert found == losses(parts) and len(found) == 12 and found[11] < 0.8 * found[0]
-    rates = {line["step"]: line["learning_rate"] for line in numbers(whole) if "loss" in line}
+    found = losses(undisturbed)
+    assert found == losses(resumed) and len(found) == 12 and found[11] < 0.8 * found[0]
+    rates = {line["step"]: line["learning_rate"] for line in numbers(undisturbed) if "loss" in line}
     assert rates == pytest.approx({step: 1e-2 * min(1, (step + 1) / 3, (12 - step) / 6) for step in range(12)})

@@ -1,4 +1,4 @@
-"""recipe.py: valid keys and values, which value wins, and that all problems are reported at once."""
+"""recipe.py: valid keys and values, which value wins, and that all problems are reported together."""
 
 import dataclasses
 import itertools
@@ -151,61 +151,65 @@ def test_widths_may_be_none_in_yaml():
 
 
 @pytest.mark.parametrize(
-    ("given", "words", "remedies"),
+    ("given", "words", "fixes"),
     [
         (
             {"n_head": 12, "n_kv_head": 5},
-            ["model.n_head=12", "model.n_kv_head=5", "take n_kv_head=1 or 2 or 3 or 4 or 6"],
+            ["model.n_head=12", "model.n_kv_head=5", "set n_kv_head=1 or 2 or 3 or 4 or 6 or 12"],
             [{"n_kv_head": n} for n in (1, 2, 3, 4, 6, 12)],
         ),
         (
             {"n_head": 4, "n_kv_head": 8},
-            ["model.n_head=4", "model.n_kv_head=8", "n_kv_head=1 or 2 or 4"],
+            ["model.n_head=4", "model.n_kv_head=8", "set n_kv_head=1 or 2 or 4"],
             [{"n_kv_head": n} for n in (1, 2, 4)],
         ),
         (
             {"n_embd": 36, "position": "rotary"},
-            ["model.head_dim=3:", "position=rotary", "even", "(n_embd / n_head)"],
+            ["model.head_dim=3 ", "position=rotary", "even", "(n_embd / n_head)", "set head_dim=4"],
             [{"n_embd": 48}, {"position": "learned"}, {"head_dim": 4}],
         ),
-        ({"head_dim": 63, "position": "rotary"}, ["model.head_dim=63:", "position=rotary", "even"], [{"head_dim": 64}]),
+        (
+            {"head_dim": 63, "position": "rotary"},
+            ["model.head_dim=63 ", "position=rotary", "even", "set head_dim=64"],
+            [{"head_dim": 64}],
+        ),
         (
             {"n_embd": 100},
-            ["model.n_embd=100", "model.n_head=12", "take n_embd=108", "another n_head"],
+            ["model.n_embd=100", "model.n_head=12", "set n_embd=108", "change n_head"],
             [{"n_embd": 108}, {"n_head": 10}, {"head_dim": 16}],
         ),
     ],
 )
-def test_invalid_shape_gets_one_message_with_a_fix_that_works(given, words, remedies):
+def test_invalid_shape_gets_one_message_with_a_fix_that_works(given, words, fixes):
     from nanogpt_accel.model import GPTConfig
 
     (line,) = problems(**{key: str(number) for key, number in given.items()})
     assert all(word in line for word in words) and ("(n_embd / n_head)" in line) == ("(n_embd / n_head)" in words)
     with pytest.raises(StrictDataclassClassValidationError):
         GPTConfig(**given)
-    for remedy in remedies:
-        GPTConfig(**load(**{key: str(number) for key, number in (given | remedy).items()}).shape)
+    for fix in fixes:
+        GPTConfig(**load(**{key: str(number) for key, number in (given | fix).items()}).shape)
 
 
 @pytest.mark.parametrize("n_embd", [12, 14, 30])
 def test_recipe_and_gpt_config_accept_the_same_shapes(n_embd):
     from nanogpt_accel.model import GPTConfig
 
-    unlike = []
+    different = []
     for n_head, n_kv_head, head_dim, position in itertools.product(
         (2, 4), (None, 1, 2, 3), (None, 4, 7), ("learned", "rotary")
     ):
         shape = {"n_embd": n_embd, "n_head": n_head, "n_kv_head": n_kv_head, "head_dim": head_dim, "position": position}
-        taken = []
-        for make in (lambda: load(**shape), lambda: GPTConfig(**shape)):  # noqa: B023 (called at once)
+        accepted = []
+        for make in (lambda: load(**shape), lambda: GPTConfig(**shape)):  # noqa: B023 (called immediately)
             try:
                 make()
-                taken.append(True)
+                accepted.append(True)
             except (ValueError, StrictDataclassClassValidationError):
-                taken.append(False)
-        if taken[0] != taken[1]:
-            unlike.append(shape)
-    assert unlike == []
+                accepted.append(False)
+        if accepted[0] != accepted[1]:
+            different.append(shape)
+    assert different == []
 
 
 # ---- the recipes of the repository
@@ -218,9 +222,9 @@ def test_every_recipe_loads(name):
     text = (RECIPES / f"{name}.yaml").read_text()
     # the values are those of the file, as YAML reads them
     for section, keys in yaml.safe_load(text).items():
-        for key, said in (keys if section in SECTIONS else {section: keys}).items():
-            held = value(recipe, key)
-            assert held == (float(said) if isinstance(held, float) else type(held)(said)), key
+        for key, written in (keys if section in SECTIONS else {section: keys}).items():
+            used = value(recipe, key)
+            assert used == (float(written) if isinstance(used, float) else type(used)(written)), key
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -452,8 +456,8 @@ def test_derived_defaults():
     ],
 )
 def test_text_is_read_by_the_declared_type(key, text, expected):
-    held = getattr(getattr(load(**{key: text}), SECTION_OF[key]), key)
-    assert held == expected and type(held) is type(expected)
+    found = getattr(getattr(load(**{key: text}), SECTION_OF[key]), key)
+    assert found == expected and type(found) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -471,8 +475,8 @@ def test_text_is_read_by_the_declared_type(key, text, expected):
     ],
 )
 def test_yaml_is_read_by_the_declared_type(line, key, expected):
-    held = getattr(load(f"train:\n  {line}\n").train, key)
-    assert held == expected and type(held) is type(expected)
+    found = getattr(load(f"train:\n  {line}\n").train, key)
+    assert found == expected and type(found) is type(expected)
 
 
 def test_yaml_lists_numbers_and_empty_values():
@@ -548,15 +552,22 @@ def test_unknown_keys_on_the_command_line_are_refused(key, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("n_layer: 6", "mine.yaml: n_layer: n_layer stands under model:"),
-        ("model:\n  learning_rate: 1", "mine.yaml: model.learning_rate: learning_rate stands under optimizer:"),
-        ("model:\n  seed: 1", "mine.yaml: model.seed: seed stands at the top"),
+        ("n_layer: 6", "mine.yaml: n_layer is misplaced; move n_layer to the section model"),
+        (
+            "model:\n  learning_rate: 1",
+            "mine.yaml: model.learning_rate is misplaced; move learning_rate to the section optimizer",
+        ),
+        ("model:\n  seed: 1", "mine.yaml: model.seed is misplaced; move seed to the top level"),
         ("model:\n  n_layr: 6", "mine.yaml: unknown key model.n_layr (did you mean n_layer?)"),
         ("modle:\n  n_layer: 6", "mine.yaml: unknown key modle"),
         ("zzz: 1", "mine.yaml: unknown key zzz"),
-        ("model: 6", "mine.yaml: model=6: a section holds keys"),
-        ("model: [n_layer]", "a section holds keys"),
-        ("train:\n  dtype: bfloat16", "mine.yaml: unknown key train.dtype: nanoGPT's dtype is here mixed_precision"),
+        ("model: 6", "mine.yaml: model=6: a section must contain keys"),
+        ("model: [n_layer]", "a section must contain keys"),
+        ("model: []", "a section must contain keys"),
+        (
+            "train:\n  dtype: bfloat16",
+            "mine.yaml: unknown key train.dtype; instead of nanoGPT's dtype, use mixed_precision",
+        ),
     ],
 )
 def test_unknown_and_misplaced_keys_of_a_file_are_refused(text, words):
@@ -568,16 +579,16 @@ def test_unknown_and_misplaced_keys_of_a_file_are_refused(text, words):
 def test_keys_of_nanogpt_that_we_lack_are_explained(key):
     for lines in (problems(**{key: "x"}), problems(f"{key}: x")):
         (line,) = lines
-        assert f"unknown key {key}: nanoGPT's {key} is here" in line
+        assert f"unknown key {key}; instead of nanoGPT's {key}, use " in line
     # the keys that the message names exist
     named = re.findall(r"\b([a-z_]+)=", NANOGPT_KEYS[key])
     assert all(name in SECTION_OF for name in named) and (named or key in ("backend", "always_save_checkpoint"))
 
 
-# ---- everything at once
+# ---- all problems together
 
 
-def test_all_problems_are_reported_at_once():
+def test_all_problems_are_reported_together():
     text = """
 foo: 1
 seed: x
@@ -592,7 +603,7 @@ train: {eval_iters: -1, batch_size: 0}
     for words in (
         "unknown key foo",
         "unknown key model.n_layr",
-        "learning_rate stands under optimizer",
+        "move learning_rate to the section optimizer",
         "unknown key dropot (did you mean dropout?)",
         "optimizer.beta1=2",
         "model.n_embd=ten",
@@ -608,17 +619,17 @@ train: {eval_iters: -1, batch_size: 0}
 
 def test_checks_across_sections():
     assert problems(n_embd="100")[0].startswith("model.n_embd=100 is not divisible by model.n_head=12")
-    assert "take n_embd=108" in problems(n_embd="100")[0]
+    assert "set n_embd=108" in problems(n_embd="100")[0]
     assert load(n_embd="108").model.n_embd == 108  # the suggested value is valid
     (line,) = problems(min_lr="0.1", learning_rate="0.01")
-    assert "optimizer.min_lr=0.1 is above optimizer.learning_rate=0.01" in line
+    assert "optimizer.min_lr=0.1 is above optimizer.learning_rate=0.01; lower min_lr or raise learning_rate" in line
     (line,) = problems(warmup_iters="500", max_iters="100")
-    assert "warmup_iters=500 is above lr_decay_iters=100" in line and "set warmup_iters to 5 " in line
+    assert "warmup_iters=500 is above lr_decay_iters=100" in line and line.endswith("for example to 5")
     load(warmup_iters="500", max_iters="100", schedule="constant")
     load(warmup_iters="5", max_iters="100")
     trapezoid = {"schedule": "warmup_stable_decay", "max_iters": "100", "decay_fraction": "0.9"}
     (line,) = problems(warmup_iters="11", **trapezoid)
-    assert "warmup_iters=11 reaches into" in line and "decay_fraction=0.9 of lr_decay_iters=100" in line
+    assert "warmup_iters=11 overlaps" in line and "decay_fraction=0.9 of lr_decay_iters=100" in line
     assert "set warmup_iters to 10 or less" in line
     load(warmup_iters="10", **trapezoid)
     assert len(problems(n_embd="100", min_lr="1", warmup_iters="1e9")) == 3
@@ -636,13 +647,13 @@ def test_check_of_a_command_gets_the_recipe():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("seed: 1\nseed: 2\n", ["line 2", "the key seed stands twice"]),
-        ("model:\n  n_layer: 1\n  bias: no\n  n_layer: 2\n", ["line 4", "the key n_layer stands twice"]),
+        ("seed: 1\nseed: 2\n", ["line 2", "duplicate key seed"]),
+        ("model:\n  n_layer: 1\n  bias: no\n  n_layer: 2\n", ["line 4", "duplicate key n_layer"]),
         ("model:\n  bias: [1\n", ["not YAML", "line 3"]),
         ("model:\n\tn_layer: 6\n", ["not YAML", "line 2", r"'\t'"]),
         ("seed: 1\nx: !!python/object/apply:os.mkdir ['hacked']\n", ["not YAML", "line 2"]),
         ("seed: {[a, b]: 1}\n", ["not YAML", "line 1"]),
-        ("- a\n- b\n", ["a recipe is sections with keys, this is a list"]),
+        ("- a\n- b\n", ["a recipe must contain sections with keys, but this is a list"]),
         ("just text", ["this is a str"]),
     ],
 )
@@ -664,7 +675,7 @@ def test_missing_recipe_is_refused_with_the_nearest_name(refused):
         Path(f"recipes/{name}.yaml").touch()
     with refused(FileNotFoundError, "recipes/quikstart.yaml: no such recipe", "did you mean quickstart"):
         load_recipe("recipes/quikstart.yaml")
-    with refused(FileNotFoundError, "recipes/zzzzz.yaml: no such recipe", "there are: gpt2", "quickstart"):
+    with refused(FileNotFoundError, "recipes/zzzzz.yaml: no such recipe", "available: gpt2", "quickstart"):
         load_recipe("recipes/zzzzz.yaml")
     with refused(FileNotFoundError, "recipes/gpt2: no such recipe", "did you mean gpt2.yaml?"):
         load_recipe("recipes/gpt2")  # without the suffix

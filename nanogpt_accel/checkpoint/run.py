@@ -103,7 +103,7 @@ class Run:
         setup = self.setup
         speed = setup.tokens_per_step / seconds
         values = {**metrics, "tokens_per_second": speed, "peak_memory": peak_memory(setup.accelerator.device)}
-        if self._spikes.is_one(metrics["loss"]):
+        if self._spikes.is_spike(metrics["loss"]):
             values["spike"] = True
         if skips:
             values["skipped_steps"] = skips

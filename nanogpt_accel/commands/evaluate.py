@@ -131,7 +131,7 @@ def evaluate(target, recipe, options, block_size=None):
     block_size: length of the samples in tokens; None: the model's context length.
     """
     console = Console(is_main(), stderr=True)
-    folder = find_model(target, console, bars=console.is_heard)
+    folder = find_model(target, console, bars=console.is_verbose)
     config = read_config(folder)
     block_size = block_size or config["block_size"]
     if options.text:
@@ -234,7 +234,7 @@ def run_tasks(target, recipe, options):
     if find_spec("lm_eval") is None:
         raise ValueError(f"tasks={options.tasks}: lm-eval is not installed here: pip install 'nanogpt_accel[eval]'")
     console = Console(is_main(), stderr=True)
-    folder = find_model(target, console, bars=console.is_heard)
+    folder = find_model(target, console, bars=console.is_verbose)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -10,24 +10,20 @@ from ..utils.text import counted, data_size, duration
 
 
 class Console:
-    """Prints for the main process and is silent on the others.
+    """Print on the main process, and nothing on the others.
 
-    In a terminal `step` moves one live progress line, and `say` prints above it; elsewhere both print lines. `quiet`
-    leaves warnings and what is said with `always`. A console can stand where a function is asked for that takes a line.
+    In a terminal, `step` updates one live progress line and `say` prints above it. Otherwise both print lines.
 
-    stderr: where stdout belongs to what the command is asked for.
+    quiet: print only warnings and lines with `always`. stderr: for commands whose result goes to stdout.
     """
 
     def __init__(self, enabled=True, quiet=False, stderr=False):
         self.enabled, self.quiet, self.stderr = enabled, quiet, stderr
-        self.is_heard = enabled and not quiet
+        self.is_verbose = enabled and not quiet
         self.live = None  # rich's display, while there are live lines
 
-    def __call__(self, text):
-        self.say(text)
-
     def say(self, text="", always=False):
-        """A line that stays. A warning begins with `warning:`."""
+        """Print a line that stays. Warnings start with `warning:`."""
         if self.quiet and not always and not text.startswith("warning:"):
             return
         if self.live is not None:
@@ -35,159 +31,151 @@ class Console:
         elif self.enabled:
             self._print(text)
 
+    __call__ = say  # a console can be passed as a function that prints a line
+
     def write(self, text):
-        """A piece of text without a line end, for samples that come word by word."""
-        if self.is_heard:
+        """Print text without a line end, for samples that are printed word by word."""
+        if self.is_verbose:
             self._print(text, end="")
 
     # ---- training
 
     def start(self, first_step, last_step, eval_interval, is_compiled=False):
-        """Begin the progress of steps first_step to last_step.
+        """Start the progress of steps first_step to last_step.
 
-        eval_interval: steps between evaluations. is_compiled: whether torch.compile makes the first step a long one.
+        eval_interval: steps between evaluations. is_compiled: whether the first step includes torch.compile.
         """
         self.first_step, self.last_step, self.eval_interval = first_step, last_step, eval_interval
-        self.is_compiled = is_compiled
-        self.began, self.reported, self.is_estimated = time.perf_counter(), None, False
-        self.counted, self.seconds, self.evaluation_seconds = 0, 0.0, 0.0  # steps after the first report, their time
+        self.is_compiled, self.is_total_printed = is_compiled, False
+        self.start_time, self.last_report = time.perf_counter(), None
+        self.timed_steps, self.seconds, self.evaluation_seconds = 0, 0.0, 0.0  # without the first report
         self.line = self.open_line("step", last_step, first_step, f"{first_step:,}/{last_step:,}", stays=True)
         if is_compiled:
             self.say("compiling: the first step takes a while")
 
     def step(self, step, loss, seconds, tokens_per_second, mfu, notes=()):
-        """Report a step that is done. loss: nats a token; seconds: of one step; mfu: share of the peak or None."""
-        done, gone, left = step + 1, time.perf_counter() - self.began, ""
-        if self.reported is not None:  # the first report is no measure of speed: it has all that is done once
-            self.counted += done - self.reported
-            self.seconds += seconds * (done - self.reported)
-            left = f", {duration(self._left(done))} left" if done < self.last_step else ""
+        """Report a finished step. loss: nats per token. seconds: per step. mfu: fraction of peak FLOPS, or None."""
+        done, elapsed, left = step + 1, time.perf_counter() - self.start_time, ""
+        if self.last_report is not None:  # the first report is not representative, because it includes the warm-up
+            self.timed_steps += done - self.last_report
+            self.seconds += seconds * (done - self.last_report)
+            left = f", {duration(self._remaining(done))} left" if done < self.last_step else ""
         elif self.is_compiled:
-            self.say(f"compiled: step {step} was done after {duration(gone)}")
-        self.reported = done
-        if self.counted >= 5 and not self.is_estimated:
-            self.is_estimated = True
-            if gone + self._left(done) >= 60:
-                self.say(
-                    f"time: about {duration(gone + self._left(done))} in all"
-                    + (f" from step {self.first_step:,} on" if self.first_step else "")
-                )
+            self.say(f"compiled: step {step} finished after {duration(elapsed)}")
+        self.last_report = done
+        if self.timed_steps >= 5 and not self.is_total_printed:
+            self.is_total_printed = True
+            total = elapsed + self._remaining(done)
+            if total >= 60:
+                first = f" from step {self.first_step:,} on" if self.first_step else ""
+                self.say(f"time: about {duration(total)} in total{first}")
         speed = f"{tokens_per_second:,.0f} tokens/s" + (f", mfu {mfu:.2%}" if mfu is not None else "")
-        notes = "".join(f", {note}" for note in notes)
-        if self.live is not None:  # what a narrow terminal cuts off comes last
-            self.live.update(
-                self.line,
-                completed=done,
-                description=f"{done:,}/{self.last_step:,}, loss {loss:.4f}{left}, {speed}{notes}",
-            )
-        elif self.is_heard:
-            self._print(f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {speed}{notes}{left}")
+        speed += "".join(f", {note}" for note in notes)
+        if self.live is not None:  # a narrow terminal cuts off the end, so the less important numbers come last
+            text = f"{done:,}/{self.last_step:,}, loss {loss:.4f}{left}, {speed}"
+            self.live.update(self.line, completed=done, description=text)
+        elif self.is_verbose:
+            self._print(f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {speed}{left}")
 
     @contextmanager
     def evaluating(self, n_batches):
-        """The Progress of an evaluation in a run, whose time counts for those to come."""
-        began = time.perf_counter()
+        """Yield the Progress of an evaluation, and use its duration to estimate later ones."""
+        start_time = time.perf_counter()
         with Progress("evaluating", n_batches, self, "batches", interval=60) as progress:
             yield progress
-        now, measured = time.perf_counter(), progress.done - (progress.first or 0)  # without a batch that compiles
-        self.evaluation_seconds = (now - progress.began) / measured * n_batches if measured else now - began
+        now, timed_batches = time.perf_counter(), progress.done - (progress.first or 0)
+        self.evaluation_seconds = now - start_time
+        if timed_batches:  # without the first batch, which may include compilation
+            self.evaluation_seconds = (now - progress.start_time) / timed_batches * n_batches
 
     def stop(self):
-        """End the live lines; what follows is printed below them."""
+        """End the live lines. Later lines are printed below them."""
         if self.live is not None:
             self.live.stop()
             self.live = None
 
-    def _left(self, done):
-        """Seconds that the rest takes: the steps as long as those before, each evaluation as long as the last one."""
+    def _remaining(self, done):
+        """Return the estimated seconds for the remaining steps and evaluations."""
         evaluations = self.last_step // self.eval_interval - (done - 1) // self.eval_interval
-        evaluations += self.last_step % self.eval_interval > 0  # the run ends with one
-        return (self.last_step - done) * self.seconds / self.counted + evaluations * self.evaluation_seconds
+        evaluations += self.last_step % self.eval_interval > 0  # the last step is always evaluated
+        return (self.last_step - done) * self.seconds / self.timed_steps + evaluations * self.evaluation_seconds
 
     # ---- live lines
 
-    def open_line(self, what, total, done=0, text="", stays=False):
-        """Begin a live line below those that are there: its number, or None where there is no terminal to show it.
+    def open_line(self, name, total, done=0, text="", stays=False):
+        """Start a live line below the others and return its id, or None without a terminal.
 
-        total: None where it is not known. stays: whether the terminal keeps its last state, if it is the first line.
+        total: None if unknown. stays: whether its last state stays in the terminal, if this is the first live line.
         """
         is_terminal = (sys.stderr if self.stderr else sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
-        if not (self.is_heard and is_terminal):
+        if not (self.is_verbose and is_terminal):
             return None
         if self.live is None:
             from rich.console import Console as Terminal
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Display
 
-            self.live = Display(
-                TextColumn("{task.fields[what]}"),
-                BarColumn(bar_width=16),
-                TextColumn("{task.description}", markup=False),
-                console=Terminal(stderr=self.stderr),
-                redirect_stdout=not self.stderr,
-                transient=not stays,
-            )
+            terminal, bar = Terminal(stderr=self.stderr), BarColumn(bar_width=16)
+            columns = TextColumn("{task.fields[name]}"), bar, TextColumn("{task.description}", markup=False)
+            self.live = Display(*columns, console=terminal, redirect_stdout=not self.stderr, transient=not stays)
             self.live.start()
-            atexit.register(self.stop)  # an error must not leave the terminal without its cursor
-        return self.live.add_task(text, total=total, completed=done, what=what)
+            atexit.register(self.stop)  # makes the cursor visible again after an error
+        return self.live.add_task(text, total=total, completed=done, name=name)
 
     def close_line(self, line):
-        """Take a live line away; rich's display ends with the last one."""
+        """Remove a live line. rich's display ends with the last one."""
         if self.live is not None:
             self.live.remove_task(line)
             if not self.live.tasks:
                 self.stop()
 
     def _print(self, text, end="\n"):
-        """Print, or do without: a log file on a full disk must not end the run. (A closed pipe does, as everywhere.)"""
+        """Print, but ignore a log file on a full disk, which must not end the run. A closed pipe ends it as usual."""
         try:
             print(text, end=end, flush=True, file=sys.stderr if self.stderr else sys.stdout)
         except BrokenPipeError:
             raise
-        except UnicodeEncodeError:  # a log of Windows may be in an encoding that has not all characters
+        except UnicodeEncodeError:  # on Windows, the encoding of a log may not have all characters
             self._print(text.encode("ascii", "replace").decode(), end)
         except OSError:
             pass
 
 
 class Progress:
-    """How far work is that can be counted: a live line in a terminal, elsewhere a line every few seconds.
+    """Progress of countable work: a live line in a terminal, otherwise a line every few seconds.
 
         with Progress("evaluating", 300, console, "batches") as progress:
-            progress(20)  # so many more are done
+            progress(20)  # 20 more are done
 
-    Args:
-        what: the work's name. total: how much there is; None where that is not known. noun: what is counted, plural.
-        report: a Console, or a function that takes a line.
-        interval: seconds between lines.
+    total: None if unknown. report: a Console, or a function that takes a line. interval: seconds between lines.
     """
 
-    def __init__(self, what, total, report, noun="", interval=5):
-        self.what, self.total, self.report, self.noun, self.interval = what, total, report, noun, interval
+    def __init__(self, name, total, report, noun="", interval=5):
+        self.name, self.total, self.report, self.noun, self.interval = name, total, report, noun, interval
         self.done, self.first, self.line = 0, None, None
-        self.shown = self.began = time.perf_counter()
+        self.last_shown = self.start_time = time.perf_counter()
 
     def __enter__(self):
         if isinstance(self.report, Console):
-            self.line = self.report.open_line(self.what, self.total)
+            self.line = self.report.open_line(self.name, self.total)
         return self
 
     def __exit__(self, *error):
         if self.line is not None:
             self.report.close_line(self.line)
 
-    def __call__(self, more):
-        """Report that so much more is done."""
-        self.done += more
+    def __call__(self, count):
+        """Report that `count` more are done."""
+        self.done += count
         self._show()
 
     def _show(self):
         now = time.perf_counter()
-        if self.first is None:  # what was done before it is no measure of speed: an earlier attempt, or what comes once
-            self.first, self.began = self.done, now
-        if now - self.shown < (0.2 if self.line is not None else self.interval):
+        if self.first is None:  # the speed excludes the first report: it includes the warm-up, or an earlier attempt
+            self.first, self.start_time = self.done, now
+        if now - self.last_shown < (0.2 if self.line is not None else self.interval):
             return
-        self.shown, seconds = now, now - self.began
+        self.last_shown, seconds = now, now - self.start_time
         rate = (self.done - self.first) / seconds if seconds else 0
         text = self._text(seconds, rate)
         if self.total and rate:
@@ -195,24 +183,17 @@ class Progress:
         if self.line is not None:
             self.report.live.update(self.line, completed=self.done, description=text)
         else:
-            self.report(f"{self.what}: {text}")
+            self.report(f"{self.name}: {text}")
 
     def _text(self, seconds, rate):
         return f"{self.done:,} of {self.total:,} {self.noun}"
 
 
 class TextProgress(Progress):
-    """How far a text is tokenized.
-
-    Args:
-        what: its name. all_bytes: about the size of the whole text; None where that is not known. report: as above.
-    """
-
-    def __init__(self, what, all_bytes, report):
-        super().__init__(what, all_bytes, report)
+    """Progress of tokenizing a text. total: its approximate size in bytes, None if unknown."""
 
     def __call__(self, documents, bytes, tokens):
-        """Report what is written so far, by earlier attempts too."""
+        """Report the totals so far, including earlier attempts."""
         if self.first is None:
             self.first_documents = documents
         self.documents, self.done, self.tokens = documents, bytes, tokens

@@ -1,4 +1,4 @@
-"""metrics.jsonl: write it, read it, detect loss spikes, plot it."""
+"""Write and read metrics.jsonl, detect loss spikes, and plot the losses."""
 
 import errno
 import json
@@ -11,78 +11,74 @@ import numpy as np
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, each with its `step`; evaluations carry `val_loss`.
+    """metrics.jsonl: one JSON object per line with its `step`; evaluations have a `val_loss`.
 
-    The line of training step s is written after step s is done; an evaluation at step s comes before it.
+    The line of training step s is written after the step, that of an evaluation at step s before it.
+
+    resume_step: step of the checkpoint that the run continues from. Lines written after it are removed, so that each
+        step is logged once. warn: function that takes a line.
     """
 
     def __init__(self, path, resume_step=None, warn=print):
-        """Open for appending. resume_step: the step of the checkpoint that goes on; lines that a later, lost part
-        of the run wrote are cut, so that each step stands once. warn: takes a line."""
         self.path, self.warn = Path(path), warn
         if resume_step is not None:
-            self._cut(resume_step)
-        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
-        self._waiting = b""  # lines that a full disk did not take
+            self._truncate(resume_step)
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed in close)
+        self._pending = b""  # lines not written yet, because the disk was full
 
-    def _cut(self, step):
-        kept = [
-            line
-            for line in read_metrics(self.path)
-            if line["step"] < step or (line["step"] == step and "val_loss" in line)
-        ]
+    def _truncate(self, step):
+        lines = read_metrics(self.path)
+        lines = [line for line in lines if line["step"] < step or (line["step"] == step and "val_loss" in line)]
         temporary = self.path.with_name(self.path.name + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in kept))
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
-            os.fsync(file.fileno())  # before the log of all steps makes way for it
+            os.fsync(file.fileno())  # before it replaces the log
         os.replace(temporary, self.path)
 
     def write(self, **values):
-        # JSON has no NaN
-        values = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
-        is_first_trouble, self._waiting = not self._waiting, self._waiting + json.dumps(values).encode() + b"\n"
-        trouble = self._append()
-        if trouble and is_first_trouble:
-            self.warn(f"warning: {self.path} cannot be written ({trouble}); the run goes on and tries again")
+        """Append a line. An error is a warning, and the line is written later."""
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[key] = None  # JSON has no NaN
+        is_new_error, self._pending = not self._pending, self._pending + json.dumps(values).encode() + b"\n"
+        error = self._append()
+        if error and is_new_error:
+            self.warn(f"warning: {self.path} cannot be written ({error}); training continues and tries again")
 
     def _append(self):
-        """Write what waits; the error where that does not work."""
+        """Write the pending lines. Return the error if that fails."""
         size = os.fstat(self.file.fileno()).st_size
         try:
-            if self.file.write(self._waiting) < len(self._waiting):
+            if self.file.write(self._pending) < len(self._pending):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._waiting = b""
+            self._pending = b""
         except OSError as error:
             with suppress(OSError):
-                os.ftruncate(self.file.fileno(), size)  # no line in part
+                os.ftruncate(self.file.fileno(), size)  # removes an incomplete line
             return error
 
     def flush(self):
-        """Let the lines reach the disk itself, ahead of a checkpoint: a machine that goes down leaves no checkpoint
-        without the lines before it."""
+        """Flush to disk. Before a checkpoint, so that after a power failure no checkpoint lacks the lines before it."""
         with suppress(OSError):
             os.fsync(self.file.fileno())
 
     def close(self):
-        if self._waiting and (trouble := self._append()):
-            lost = len(self._waiting.splitlines())
-            self.warn(f"warning: {self.path}: its last lines, {lost}, are lost ({trouble})")
+        if self._pending and (error := self._append()):
+            n_lines = len(self._pending.splitlines())
+            self.warn(f"warning: {self.path} cannot be written ({error}); its last lines are lost: {n_lines}")
         self.file.close()
 
 
 def read_metrics(path):
-    """The objects of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """Return the objects in a metrics.jsonl, without a last line that a crash left incomplete."""
     lines = []
     if os.path.exists(path):
         for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:
-                break  # nothing whole follows a torn line
+                break  # only the last line can be incomplete
             if not isinstance(line, dict) or not isinstance(line.get("step"), int):
                 break
             lines.append(line)
@@ -90,26 +86,26 @@ def read_metrics(path):
 
 
 class Spikes:
-    """Tells a loss that jumps: more than 7 standard deviations above the mean of the up to 1,000 before it, as OLMo 2
-    counts them (OLMo team 2025). It begins with what metrics.jsonl holds, so a resumed run goes on as it was."""
+    """Detect loss spikes: losses more than 7 standard deviations above the mean of up to 1,000 earlier ones (OLMo team
+    2025, OLMo 2). The earlier losses are read from metrics.jsonl, so a resumed run detects the same spikes."""
 
-    LEAST, MOST = 100, 1000  # losses to compare with
+    MIN_LOSSES, MAX_LOSSES = 100, 1000
 
     def __init__(self, metrics_path):
         losses = [line["loss"] for line in read_metrics(metrics_path) if line.get("loss") is not None]
-        self._losses = np.array(losses[-self.MOST :])
+        self._losses = np.array(losses[-self.MAX_LOSSES :])
 
-    def is_one(self, loss):
-        """Whether this loss, the next one of the log, is a spike."""
-        before = self._losses
+    def is_spike(self, loss):
+        """Add the next loss of the log, and return whether it is a spike."""
+        previous = self._losses
         if math.isfinite(loss):
-            self._losses = np.append(before, loss)[-self.MOST :]
-        return bool(len(before) >= self.LEAST and loss > before.mean() + 7 * before.std())
+            self._losses = np.append(previous, loss)[-self.MAX_LOSSES :]
+        return bool(len(previous) >= self.MIN_LOSSES and loss > previous.mean() + 7 * previous.std())
 
 
 def plot_losses(metrics_path, image_path):
-    """Draw training and validation loss against the step into a PNG."""
-    from matplotlib.figure import Figure  # without pyplot, which is for windows and notebooks and keeps what is drawn
+    """Plot training and validation loss per step as a PNG."""
+    from matplotlib.figure import Figure  # not pyplot, which is for interactive use and keeps every figure
 
     lines = read_metrics(metrics_path)
     train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
@@ -119,15 +115,10 @@ def plot_losses(metrics_path, image_path):
     if train:
         axes.plot(*zip(*train, strict=True), label="train", linewidth=0.8, color="tab:blue", alpha=0.7)
     if val:
-        axes.plot(
-            *zip(*val, strict=True),
-            label=f"validation, last {val[-1][1]:.4f}",
-            marker="o",
-            markersize=3,
-            color="tab:orange",
-        )
+        label = f"validation, last {val[-1][1]:.4f}"
+        axes.plot(*zip(*val, strict=True), label=label, marker="o", markersize=3, color="tab:orange")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(image_path, dpi=120)

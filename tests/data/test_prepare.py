@@ -430,7 +430,7 @@ def test_a_single_text_has_no_documents_to_limit(capsys, limit):
 
 def test_limits_that_leave_one_document(capsys):
     jsonl("x.jsonl", DOCS)
-    assert "limit_documents=1: must be 2 or more, for one document cannot be both" in refusal(
+    assert "limit_documents=1: must be 2 or more, because train and val need" in refusal(
         capsys, "corpus=x.jsonl", "limit_documents=1"
     )
     assert "a limit_tokens above 1" in refusal(capsys, "corpus=x.jsonl", "limit_tokens=1")

@@ -77,7 +77,11 @@ EARLY = [
     ([*TINY, "--model.droput", "0.1"], ["model.droput", "did you mean dropout?"]),
     ([*TINY, "dataset=x"], ["dataset", "corpus="]),
     (["trian", "tiny.yaml"], ["trian", "did you mean train?"]),
-    (["train", "misplaced.yaml"], ["misplaced.yaml", "learning_rate", "optimizer:"], ["max_iters", "train:"]),
+    (
+        ["train", "misplaced.yaml"],
+        ["misplaced.yaml", "learning_rate", "section optimizer"],
+        ["max_iters", "section train"],
+    ),
     (["sample", "runs/tiny", "temperatur=1"], ["temperatur", "did you mean temperature?"]),
     (["evaluate", "runs/tiny", "eval_iter=1"], ["eval_iter", "did you mean eval_iters?"]),
     # wrong type
@@ -119,7 +123,7 @@ EARLY = [
     (["train", "gone/tiny.yaml"], ["gone/tiny.yaml", "no such recipe"]),
     (["train", "torn.yaml"], ["torn.yaml", "not YAML", "line 4"]),
     (["train", "tab.yaml"], ["tab.yaml", "not YAML", "line 2"]),
-    (["train", "twice.yaml"], ["twice.yaml", "line 3", "n_layer stands twice"]),
+    (["train", "twice.yaml"], ["twice.yaml", "line 3", "duplicate key n_layer"]),
     (["train", "words.yaml"], ["words.yaml", "sections with keys"]),
     (["train", "latin.txt"], ["latin.txt", "UTF-8", "byte 0"]),
     (["train", "tiny.yaml", "other.yaml"], ["expected at most 1 target", "other.yaml"]),

@@ -102,11 +102,11 @@ def test_changed_settings_make_an_expectation_void(overrides, changed):
 
 def test_expect_cannot_be_set_on_the_command_line(refused):
     write_expecting("{val_loss: 2.5, tolerance: 0.1}")
-    with refused(ValueError, "val_loss: what a recipe expects stands in its file"):
+    with refused(ValueError, "val_loss: expected results can only be set in a recipe file"):
         load_recipe("expecting.yaml", {"val_loss": "1"})
-    with refused(ValueError, "steps: what a recipe expects", "max_iters"):
+    with refused(ValueError, "steps: expected results", "max_iters"):
         load_recipe("expecting.yaml", {"steps": "100"})
-    with refused(ValueError, "expect.tolerance: what a recipe"):
+    with refused(ValueError, "expect.tolerance: expected results"):
         load_recipe("expecting.yaml", {"expect.tolerance": "1"})
     recipe = load_recipe("expecting.yaml")
     assert not {"val_loss", "tolerance", "source"} & recipe.flat().keys() and "expect" not in recipe.to_yaml(brief=True)

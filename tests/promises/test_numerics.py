@@ -160,27 +160,27 @@ def test_spike_is_seven_standard_deviations_above_the_mean(tmp_path, n, above, e
     """Losses that alternate between 3.75 and 4.25 have mean 4 and standard deviation 0.25."""
     before = [4 + 0.25 * (-1) ** i for i in range(n)]
     loss = 4 + above * 0.25
-    assert Spikes(log_of(tmp_path / "metrics.jsonl", before)).is_one(loss) is expected
+    assert Spikes(log_of(tmp_path / "metrics.jsonl", before)).is_spike(loss) is expected
     live = Spikes(tmp_path / "no log yet")
-    assert [live.is_one(value) for value in before] == [False] * n and live.is_one(loss) is expected
+    assert [live.is_spike(value) for value in before] == [False] * n and live.is_spike(loss) is expected
 
 
 def test_spikes_use_recent_finite_losses_only(tmp_path):
     old, new = [9.0 + i % 2 for i in range(500)], [4 + 0.25 * (-1) ** i for i in range(1000)]
     spikes = Spikes(log_of(tmp_path / "metrics.jsonl", old + new))
-    assert not spikes.is_one(math.nan) and not spikes.is_one(5.74)
-    assert spikes.is_one(9.5) and not spikes.is_one(-9.5)
+    assert not spikes.is_spike(math.nan) and not spikes.is_spike(5.74)
+    assert spikes.is_spike(9.5) and not spikes.is_spike(-9.5)
 
 
 def test_resumed_run_marks_the_same_spikes(tmp_path):
     draw = random.Random(4)
     losses = [draw.gauss(3, 0.1) + 3 * (i % 90 == 89) for i in range(600)]
     live = Spikes(tmp_path / "none")
-    whole = [live.is_one(loss) for loss in losses]
+    whole = [live.is_spike(loss) for loss in losses]
     assert 3 <= sum(whole) <= 6
     for cut in (1, 99, 250, 500):
         resumed = Spikes(log_of(tmp_path / "metrics.jsonl", losses[:cut]))
-        assert [resumed.is_one(loss) for loss in losses[cut:]] == whole[cut:]
+        assert [resumed.is_spike(loss) for loss in losses[cut:]] == whole[cut:]
 
 
 # ---- fp16

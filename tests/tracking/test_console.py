@@ -87,12 +87,12 @@ def test_time_left_is_exact_if_steps_and_evaluations_keep_their_durations(capsys
                     == [
                         "compiling: the first step takes a while",
                         "evaluating: 1 of 10 batches",
-                        "compiled: step 4 was done after 15:43",
+                        "compiled: step 4 finished after 15:43",
                     ]
                     and "left" not in lines[-1]
                 )
             else:
-                estimate = [f"time: about {duration(total)} in all from step 4 on"]
+                estimate = [f"time: about {duration(total)} in total from step 4 on"]
                 assert lines[:-1] == estimate * (step == first + 5)
                 left = f", {duration(total + 100 - clock[0])} left" if step + 1 < last else " tokens/s"
                 assert lines[-1].endswith(left)

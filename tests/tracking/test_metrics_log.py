@@ -42,9 +42,9 @@ def test_line_is_on_disk_as_soon_as_it_is_written(path):
 
 @pytest.mark.parametrize("stopped", [12, 15, 17, 19])
 def test_each_step_is_logged_once_after_a_resume(path, stopped):
-    """The run is killed at step `stopped` and goes on from the checkpoint of step 10."""
-    a_run(path, 0, 40, tag="whole")
-    whole = [(line["step"], "loss" in line) for line in read_metrics(path)]
+    """The run is killed at step `stopped` and continues from the checkpoint of step 10."""
+    a_run(path, 0, 40, tag="complete")
+    complete = [(line["step"], "loss" in line) for line in read_metrics(path)]
     path.unlink()
     log = MetricsLog(path)
     for step in range(stopped):
@@ -55,7 +55,7 @@ def test_each_step_is_logged_once_after_a_resume(path, stopped):
     a_run(path, 10, 40, resume_step=10, tag="second")
 
     lines = read_metrics(path)
-    assert [(line["step"], "loss" in line) for line in lines] == whole
+    assert [(line["step"], "loss" in line) for line in lines] == complete
     assert steps(lines, "loss") == list(range(40)) and steps(lines, "val_loss") == list(range(0, 41, 5))
     # the evaluation at the checkpoint is of the first part, the training of that step of the second
     at_ten = [line for line in lines if line["step"] == 10]
@@ -80,7 +80,7 @@ def test_incomplete_last_line_is_repaired(path, torn):
     log = MetricsLog(path, resume_step=7)
     log.write(step=7, loss=1.0)
     log.close()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]  # every line is whole
+    lines = [json.loads(line) for line in path.read_text().splitlines()]  # every line is complete
     assert lines[-1] == {"step": 7, "loss": 1.0}
     assert lines[:-1] == [line for line in before if line["step"] < 7 or "val_loss" in line]
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
