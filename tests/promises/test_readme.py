@@ -371,7 +371,7 @@ def setup_cfg():
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_a_page_are_valid(check, page):
     found = commands_of(page)
-    assert len(found) > 5
+    assert len(found) > (1 if page.startswith("nanogpt_accel/") else 5)
     for words in found:
         check(words)
 
