@@ -1,16 +1,16 @@
 #!/bin/bash
-# What srun starts on each machine: accelerate launch with the arguments given here.
+# Run `accelerate launch` with the given arguments. srun starts this script on each machine.
 #
-# SLURM sends signals to this script alone, not to what it starts. USR1 is passed on to the training processes, which
-# are the launcher's children: they finish their step, save and end. The launcher itself would die of it, so it is
-# started deaf to it. TERM (scancel, preemption) goes to the launcher, which hands it on and waits 30 s.
+# SLURM sends signals only to this script, not to its child processes. USR1 is forwarded to the training processes,
+# which are children of the launcher: they finish the step, save a checkpoint and exit. USR1 would end the launcher, so
+# the launcher ignores it. TERM (scancel, preemption) is forwarded to the launcher, which forwards it and waits 30 s.
 (trap '' USR1; exec accelerate launch --machine_rank "${SLURM_NODEID:-0}" "$@") &
 launcher=$!
 trap 'pkill -USR1 -P "$launcher"' USR1
 trap 'kill -TERM "$launcher"' TERM
 
 wait "$launcher"
-while kill -0 "$launcher" 2>/dev/null; do  # (a signal ends the wait, not the launcher)
+while kill -0 "$launcher" 2>/dev/null; do  # a signal interrupts wait, not the launcher
     wait "$launcher"
 done
-wait "$launcher"  # for its exit status
+wait "$launcher"  # to get its exit status

@@ -89,7 +89,8 @@ def test_python_code_of_the_readme_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     loading = [block for block in blocks if "AutoModelForCausalLM" in block]
     training = [block for block in blocks if "nanogpt_accel.train import train" in block]
-    assert len(loading) == len(training) == 1 and len(blocks) == 2
+    schedule = [block for block in blocks if "SCHEDULES[" in block]  # run by test_hack_it.py
+    assert len(loading) == len(training) == len(schedule) == 1 and len(blocks) == 3
     code = training[0].replace(
         "max_iters=100", "max_iters=51, n_layer=1, n_embd=32, n_head=2, vocab_size=300, corpus='text', eval_iters=2"
     )

@@ -34,7 +34,7 @@ from runs import SMALL, losses, numbers, relative_difference, trainer, write_rec
 from nanogpt_accel.commands.plan import find_layouts
 
 # file -> (type, processes, machines)
-WANTED = {
+EXPECTED = {
     "cpu": ("NO", 1, 1),
     "cpu_2proc": ("MULTI_GPU", 2, 1),
     "single_gpu": ("NO", 1, 1),
@@ -68,13 +68,13 @@ def reference(recipe):
 
 
 def test_every_config_is_tested():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == WANTED.keys()
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == EXPECTED.keys()
 
 
-@pytest.mark.parametrize("name", WANTED)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_config_parses_and_sets_only_what_belongs_to_the_launcher(name):
     found = load_config_from_file(str(CONFIGS / f"{name}.yaml"))  # (refuses unknown keys)
-    assert (found.distributed_type, found.num_processes, found.num_machines) == WANTED[name]
+    assert (found.distributed_type, found.num_processes, found.num_machines) == EXPECTED[name]
     assert found.mixed_precision == ("fp8" if name == "fp8" else None)  # the recipe sets it for all others
     # the recipe sets the batch; a config that sets it would silently override the recipe
     assert "gradient_accumulation_steps" not in {**found.deepspeed_config, **found.fsdp_config}
@@ -86,9 +86,9 @@ def test_config_parses_and_sets_only_what_belongs_to_the_launcher(name):
         assert found.parallelism_config["parallelism_config_dp_replicate_size"] == found.num_machines
 
 
-@pytest.mark.parametrize("name", WANTED)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_config_opens_with_its_command(name):
-    """Its header has the command, which test_readme.py parses, and says what to change."""
+    """Its header has the command, which test_readme.py parses, and the line that starts with "Change"."""
     text = (CONFIGS / f"{name}.yaml").read_text()
     head = text.split("compute_environment")[0]
     assert f"\n#   accelerate launch --config_file configs/{name}.yaml " in head and "\n# Change " in head
@@ -102,7 +102,7 @@ def test_configs_that_plan_recommends_exist():
         for gpu, device in (("h100", "auto"), (None, "cpu"), (None, "mps"))
         for file, _ in find_layouts(gpus, 8, "adamw", gpu, device).values()
     }
-    assert len(named) > 5 and {Path(file).stem for file in named} <= WANTED.keys()
+    assert len(named) > 5 and {Path(file).stem for file in named} <= EXPECTED.keys()
 
 
 def test_configs_that_pages_and_code_name_exist():
@@ -134,19 +134,19 @@ def test_cpu_2proc_starts_two_processes(recipe, reference, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, (_, _, machines) in WANTED.items() if machines == 1])
+@pytest.mark.parametrize("name", [name for name, (_, _, machines) in EXPECTED.items() if machines == 1])
 def test_config_launches_and_trains(name, recipe, reference, tmp_path):
     """With 2 processes instead of 8 GPUs, and sharded if the config says so."""
-    kind, wanted, _ = WANTED[name]
+    kind, n_expected, _ = EXPECTED[name]
     if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
         pytest.skip("pip install deepspeed")
     if name == "fp8" and find_spec("torchao") is None:
         pytest.skip("pip install torchao")
-    wanted = min(wanted, 2)
-    options = [] if wanted == 1 else ["--num_processes=2", "--main_process_port=0"]
+    n_expected = min(n_expected, 2)
+    options = [] if n_expected == 1 else ["--num_processes=2", "--main_process_port=0"]
     module = "sharded_on_cpu" if kind in ("FSDP", "DEEPSPEED") else "nanogpt_accel.train"
     out = launch(f"{name}.yaml", *options, module=module, cwd=tmp_path, argv=[recipe, f"out_dir={tmp_path}/run"])
-    assert n_processes(out) == wanted and trainer(tmp_path / "run", STEPS)["processes"] == wanted
+    assert n_processes(out) == n_expected and trainer(tmp_path / "run", STEPS)["processes"] == n_expected
     difference = relative_difference(tmp_path / "run", reference)
     print(f"{name}: {difference:.1e}")
     if name == "fp8":

@@ -23,7 +23,7 @@ from nanogpt_accel.recipe import FIELDS, SECTION_OF
 
 PAGES = [
     str(path.relative_to(REPOSITORY))
-    for folder in ("", "recipes", "configs", "benchmarks", "tests")
+    for folder in ("", "recipes", "configs", "benchmarks", "tests", "nanogpt_accel/commands", "nanogpt_accel/data")
     for path in sorted((REPOSITORY / folder).glob("*.md"))
 ]
 HEADERS = sorted(
@@ -33,7 +33,7 @@ HEADERS = sorted(
 )
 COMMAND = re.compile(
     r"(\w+=\S+ )*(nanogpt-accel|accelerate (launch|config)|python -m nanogpt_accel|"
-    r"python (benchmarks|tests)/|pytest|sbatch|pip install)"
+    r"python (benchmarks|tests)/|pytest|ruff|sbatch|pip install)"
 )
 
 # a model and a run so small that every command takes a second
@@ -110,6 +110,7 @@ RUN_ELSEWHERE = {
 NOT_RUN = {
     "pip install": "needs the network and gigabytes; `-e .` was tried by hand in an empty environment",  # noqa: E501
     "pytest": "these are the tests",
+    "ruff": "run by .ci/run",
     "python benchmarks": "a measurement by hand, whose result is in the page",
     "nanogpt-accel train recipes/shakespeare_char_cpu.yaml max_iters=250": "a measurement by hand, as is the next one",  # noqa: E501
     "nanogpt-accel evaluate runs/NAME/checkpoint-002000": "of a run of 2,000 steps",
@@ -327,7 +328,13 @@ def check(workplace, monkeypatch):
                     check_own(command, ["--help"])
             case ["nanogpt-accel", command, *rest]:
                 check_own(command, rest)
-            case ["python", "-m", "nanogpt_accel.recipe"]:  # writes the schema
+            case ["python", "-m", "nanogpt_accel.recipe"] | [
+                "python",
+                "-m",
+                "nanogpt_accel.recipe",
+                ">",
+                _,
+            ]:  # the schema
                 pass
             case ["python", "-m", module, *rest]:
                 check_own(module.removeprefix("nanogpt_accel."), rest)
@@ -345,6 +352,8 @@ def check(workplace, monkeypatch):
                 for file in rest:
                     if "/" in file:
                         Path(file).stat()
+            case ["ruff", "check", "."] | ["ruff", "format", "--check", "."]:
+                pass
             case ["pip", "install", *rest]:
                 for extra in re.findall(r"\[(\w+)\]", rest[-1]):
                     if not re.search(rf"^{extra} *=", setup_cfg(), re.MULTILINE):
@@ -362,7 +371,7 @@ def setup_cfg():
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_a_page_are_valid(check, page):
     found = commands_of(page)
-    assert len(found) > 5
+    assert len(found) > (1 if page.startswith("nanogpt_accel/") else 5)
     for words in found:
         check(words)
 
@@ -405,17 +414,23 @@ def test_commands_in_headers_of_recipes_and_configs_are_valid(check):
             "doktor",
         ),
         ("README.md", "gradient_accumulation_steps=2 batch_size=6", "gradient_accumulation_steps=3", "by 2 processes"),
-        ("README.md", "recipes/gpt2.yaml gradient_accumulation_steps=48", "recipes/gpt2.yaml", "by 16 processes"),
-        ("README.md", "configs/slurm/multi_node.sbatch", "configs/slurm/many.sbatch", "many.sbatch"),
-        ("README.md", "`python -m nanogpt_accel.train`", "`python -m nanogpt_accel.trian`", "unknown command trian"),
-        ("README.md", "python tests/support/torture.py", "python tests/tortur.py", "tortur.py"),
         (
-            "README.md",
+            "configs/README.md",
+            "recipes/gpt2.yaml gradient_accumulation_steps=48",
+            "recipes/gpt2.yaml",
+            "by 16 processes",
+        ),
+        ("configs/README.md", "configs/slurm/multi_node.sbatch", "configs/slurm/many.sbatch", "many.sbatch"),
+        ("README.md", "`python -m nanogpt_accel.train`", "`python -m nanogpt_accel.trian`", "unknown command trian"),
+        ("tests/README.md", "python tests/support/torture.py", "python tests/tortur.py", "tortur.py"),
+        (
+            "nanogpt_accel/commands/README.md",
             "pytest -m slow tests/models/test_clients.py",
             "pytest -m slow tests/models/test_client.py",
             "test_client.py",
         ),
-        ("README.md", "`pytest -m slow`", "`pytest -m slower`", "no marker"),
+        ("configs/README.md", "`pytest -m slow`", "`pytest -m slower`", "no marker"),
+        ("CONTRIBUTING.md", "ruff check .", "ruff chek .", "no test knows"),
         ("README.md", '".[test]"', '".[tests]"', "no extra tests"),
         ("configs/README.md", "--num_processes 4", "--number_of_processes 4", "accelerate launch refuses"),
         ("configs/SCALE.md", "plan recipes/gpt2.yaml gpus=8\n", "plan recipes/gpt2.yaml gpu=8\n", "gpu=8"),
@@ -434,11 +449,14 @@ def test_check_finds_a_wrong_command(check, page, old, new, says):
             check(words)
 
 
-def test_options_in_the_table_of_commands_exist(check):
+@pytest.mark.parametrize(("page", "n_options"), [("README.md", 8), ("nanogpt_accel/commands/README.md", 20)])
+def test_options_in_the_table_of_commands_exist(check, page, n_options):
     """In the row of a command, `key=value`, `--key value` and a key alone are options of that command."""
-    table = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Commands")[1].split("\n\n")[2]
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    rows = re.search(r"^\| command \|.*\n\|.*\n((\|.*\n)+)", text, re.MULTILINE)[1].splitlines()
+    assert {row.split()[2].strip("`") for row in rows} == COMMANDS.keys()
     seen = 0
-    for row in table.splitlines()[2:]:
+    for row in rows:
         _, command, does, _ = re.split(r"(?<!\\)\|", row)
         (code,) = re.findall(r"`([^`]+)`", command)
         for option in re.findall(r"`([^`]+)`", does):
@@ -450,7 +468,7 @@ def test_options_in_the_table_of_commands_exist(check):
                 except ValueError as error:  # the value 1 may be refused, the key not
                     assert word != option and "unknown" not in str(error), f"{code}: {option}: {error}"
                 seen += 1
-    assert seen > 20
+    assert seen > n_options
 
 
 @pytest.mark.parametrize("page", PAGES)
