@@ -124,7 +124,7 @@ def test_configs_that_pages_and_code_name_exist():
 def n_processes(out):
     """Return the number of processes that the training reports."""
     (line,) = [line for line in out.splitlines() if line.startswith("batch: ")]
-    return int(re.search(r"processes: (\d+),", line)[1])
+    return int(re.search(r"\((\d+) process", line)[1])
 
 
 def test_cpu_2proc_starts_two_processes(recipe, reference, tmp_path):
@@ -322,7 +322,7 @@ def test_slurm_job_of_two_machines_is_requeued_and_resumes(job, recipe, tmp_path
     assert job.calls() == [f"requeue {os.getpid()}"]
     assert job("multi_node.sbatch", "multi_node.yaml", argv, nodes=2, gpus=2).wait(TIMEOUT_S) == 0
     log = job.log.read_text()
-    assert "stopped by SIGUSR1" in log and log.count("processes: 4,") == 2 and len(job.calls()) == 1
+    assert "stopped by SIGUSR1" in log and log.count("(4 processes ") == 2 and len(job.calls()) == 1
     argv[1] = f"out_dir={undisturbed}"
     train_on_ranks(undisturbed, argv, "multi_gpu.yaml", 4)
     assert relative_difference(run, undisturbed) < 1e-5

@@ -70,7 +70,7 @@ RUN = {
     "nanogpt-accel sample runs/NAME --start=ROMEO:": (f"{CPU} num_samples=1 max_new_tokens=4", "ROMEO:"),
     "nanogpt-accel import out/ckpt.pt --to FOLDER": ("to=imported tokenizer=MODEL", "7 steps"),
     "accelerate launch --config_file configs/cpu_2proc.yaml -m nanogpt_accel.train recipes/shakespeare_char_cpu.yaml "
-    "gradient_accumulation_steps=2 batch_size=6 out_dir=runs/two": (f"{TINY} {TEXT}", "processes: 2"),
+    "gradient_accumulation_steps=2 batch_size=6 out_dir=runs/two": (f"{TINY} {TEXT}", "(2 processes "),
     "nanogpt-accel plan RECIPE gpus=8": ("", "configs/multi_gpu.yaml"),
     "nanogpt-accel plan RECIPE gpus=8 gpu=h100": ("", "H100"),
     "nanogpt-accel prepare RECIPE": (TEXT, "train: "),
