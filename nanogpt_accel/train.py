@@ -6,9 +6,9 @@
 
 From Python: `from nanogpt_accel.train import train; model, history = train("recipes/quickstart.yaml", max_iters=100)`
 
-Read `training_loop` first: it shows what happens in a run, in the order in which it happens. Data order, dropout and
-learning rate are functions of (seed, step), so a checkpoint needs only the weights, the optimizer's state and
-`TrainState`. training.py builds everything that the loop uses; checkpoint/run.py writes all files of a run.
+Read `training_loop` first: it shows what happens in a run, in the order in which it happens. Data order and dropout
+are functions of (seed, step), so a checkpoint needs only the weights, the optimizer's state and `TrainState`.
+training.py builds everything that the loop uses; checkpoint/run.py writes all files of a run.
 """
 
 import json
@@ -107,8 +107,8 @@ def training_loop(setup, data, run, state, stopper, console):
             is_best = state.record(scores["val_loss"])
 
         # save: at save_interval, at the end, and whenever the validation loss is the best so far
-        is_due = (recipe.should_save(step) or is_last or is_stopping) and step > first_step
-        if is_due or (is_best and step > 0):
+        is_due = recipe.should_save(step) or is_last or is_stopping
+        if (is_due and step > first_step) or (is_best and step > 0):  # first_step is saved already, or 0
             if losses:  # the previous step was not logged, so its numbers were not checked yet
                 nonfinite.check(step - 1, losses, grad_norm)
             run.save(state, optimizer)
@@ -143,7 +143,7 @@ def training_loop(setup, data, run, state, stopper, console):
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip or math.inf)
         if not nonfinite.should_skip(grad_norm):
             optimizer.step()
-        nonfinite.count_skips(state, grad_norm)
+        nonfinite.count_skips(state, grad_norm)  # raises after max_skips in a row
         optimizer.zero_grad()
         losses.append(loss)
         state.advance(lr)
@@ -160,7 +160,7 @@ def training_loop(setup, data, run, state, stopper, console):
 def run_training(recipe, signals):
     """Run a recipe to its end.
 
-    signals: a StopSignals.
+    signals: a StopSignals, which notes the signals that stop a run.
 
     Returns:
         The trained GPT. If it is sharded: on the main process a GPT with the weights of the last checkpoint, None on
@@ -168,7 +168,7 @@ def run_training(recipe, signals):
 
     Raises:
         ValueError: the recipe cannot run on this machine.
-        FloatingPointError: the loss is not finite; the message names the step and the last checkpoint.
+        FloatingPointError: a loss or gradient is not finite; the message names the step and the last checkpoint.
         OSError: the last checkpoint could not be written.
         cli.Stopped: a signal or max_hours ended the run early; the message says how to resume.
     """
@@ -177,7 +177,7 @@ def run_training(recipe, signals):
     if recipe.train.eval_only:
         return evaluate_only(recipe, console)
     repository = create_repository(recipe)
-    data, source = open_data(recipe, console)
+    data, source = open_data(recipe, console)  # source: folder of the initial weights, if there are any
     with Run(recipe, console, repository) as run:
         # check again under the lock: another process may have trained in this folder since the first check
         recipe = resolve_resume(recipe)
@@ -196,7 +196,7 @@ def run_training(recipe, signals):
         run.start(setup, data, state, stopper, is_resumed)
         describe_run(setup, data, state.step, console)
         console.start(state.step, recipe.train.max_iters, recipe.train.eval_interval, setup.is_compiled)
-        cli.restore_gc()  # imports are done, and saving leaves models in reference cycles
+        cli.restore_gc()  # cli.run slowed it down for the imports; saving leaves models in reference cycles
         is_stopped = training_loop(setup, data, run, state, stopper, console)
         console.stop()
         run.saver.wait()
@@ -204,16 +204,12 @@ def run_training(recipe, signals):
         if is_main() and not is_stopped:
             finish(recipe, data, model, run, state, console)
         run.finish_pushing(state.best_step)
+    lost = f", but the last checkpoint could not be written ({run.saver.error})" if run.saver.error else ""
     if is_stopped:
-        raise cli.Stopped(
-            f"stopped by {stopper.reason} after {state.step:,} of {recipe.train.max_iters:,} steps; "
-            f"{how_to_resume(recipe.out_dir)}"
-        )
-    if run.saver.error:
-        raise OSError(
-            f"{recipe.out_dir}: training is complete, but the last checkpoint could not be written "
-            f"({run.saver.error}); {how_to_resume(recipe.out_dir)}"
-        )
+        steps = f"{state.step:,} of {recipe.train.max_iters:,} steps"
+        raise cli.Stopped(f"stopped by {stopper.reason} after {steps}{lost}; {how_to_resume(recipe.out_dir)}")
+    if lost:
+        raise OSError(f"{recipe.out_dir}: training is complete{lost}; {how_to_resume(recipe.out_dir)}")
     return model
 
 
@@ -245,7 +241,8 @@ def load_scaler(source, accelerator):
 def warn_if_schedule_changed(recipe, state, console):
     """Warn if the learning rate jumps at the first step of a resumed run, because settings were changed."""
     before, now = state.learning_rate, learning_rate(state.step, **recipe.lr_schedule)
-    # a normal step changes it by much less than a fifth; near the end of a decay, the absolute change counts
+    # from step to step a schedule changes it by less than a fifth, except in warm-up and at the end of a decay, where
+    # it is small compared with the highest rate
     if state.step < recipe.train.max_iters and not math.isclose(
         now, before, rel_tol=0.2, abs_tol=0.05 * recipe.optimizer.learning_rate
     ):
@@ -293,20 +290,20 @@ def main(argv):
         raise ValueError("no recipe given: nanogpt-accel train RECIPE.yaml, for example recipes/quickstart.yaml")
     if Path(target).is_dir():
         if not (Path(target) / "run.yaml").is_file():
-            raise ValueError(f"{target}: not a run folder, it has no run.yaml; give a recipe or a run folder")
+            raise ValueError(f"{target}: not a run folder, because it has no run.yaml; give a recipe or a run folder")
         if "out_dir" in options:
             raise ValueError(
                 f"out_dir={options['out_dir']}: a resumed run stays in {target}; to write to another folder, start a "
                 f"new run with init_from={target}"
             )
-        # init_from=resume requires a checkpoint; resume=auto of the recipe would accept a folder without one
+        # a run folder must have a checkpoint; the recipe's resume=auto would start over without one
         options = {"init_from": "resume", "resume": "no", **options, "out_dir": target}
         target = Path(target) / "run.yaml"
     recipe = resolve_resume(load_recipe(target, options, check=check_recipe))
     try:
         with StopSignals() as signals:
             run_training(recipe, signals)
-    except KeyboardInterrupt:  # Ctrl-C before the loop, which handles it otherwise
+    except KeyboardInterrupt:  # Ctrl-C before the loop; in the loop it ends in cli.Stopped
         raise KeyboardInterrupt(how_to_resume(recipe.out_dir)) from None
     except RuntimeError as error:
         if reason := lost_process(error):
@@ -321,16 +318,19 @@ def train(recipe, **overrides):
     """Run a recipe from Python.
 
     Args:
-        recipe: path of a recipe, or a Recipe from load_recipe. overrides: settings of it, such as max_iters=100.
+        recipe: path of a recipe, or a Recipe from load_recipe.
+        overrides: settings that replace those of the file, such as max_iters=100.
 
     Returns:
         (model, history): the trained GPT, and the lines of metrics.jsonl as dictionaries.
 
     Raises:
-        ValueError: one line per problem. Also everything that `run_training` raises.
+        ValueError: the recipe has problems; one line per problem. Also everything that `run_training` raises.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides, check_recipe)
+    elif overrides:
+        raise ValueError(f"{', '.join(overrides)}: a Recipe cannot be changed; use load_recipe(path, overrides)")
     else:
         raise_problems(check_recipe(recipe))
     if not _TRAINING.acquire(blocking=False):
@@ -339,7 +339,9 @@ def train(recipe, **overrides):
             "wait for it, or train in another process"
         )
     try:
-        model = run_training(resolve_resume(recipe), StopSignals())  # no handlers: signals act as usual
+        model = run_training(
+            resolve_resume(recipe), StopSignals()
+        )  # without handlers: signals keep their default action
     finally:
         _TRAINING.release()
     return model, read_metrics(Path(recipe.out_dir) / "metrics.jsonl")

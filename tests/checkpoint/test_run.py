@@ -14,11 +14,13 @@ from shared import REPOSITORY
 
 from nanogpt_accel import train as module
 from nanogpt_accel.__main__ import main
+from nanogpt_accel.checkpoint import save
 from nanogpt_accel.checkpoint.layout import list_checkpoints
 from nanogpt_accel.checkpoint.run_folder import check_lock
 from nanogpt_accel.recipe import load_recipe
 from nanogpt_accel.tracking.metrics_log import read_metrics
 from nanogpt_accel.train import train
+from nanogpt_accel.utils.cli import Stopped
 
 SETTINGS = SMALL | {"max_iters": 8, "eval_interval": 4}
 
@@ -154,6 +156,22 @@ def test_eval_only_of_a_resumed_run_ignores_a_stop_that_is_due(recipe, capsys):
     assert main(["train", "run", "eval_only=true", "max_hours=1e-9"]) == 0
     assert "step 8: " in capsys.readouterr().out
     assert sorted(path.name for path in Path("run").iterdir()) == before
+
+
+def test_a_stopped_run_whose_save_fails_names_the_error_and_the_older_checkpoint(recipe, monkeypatch):
+    """The exit status stays that of a stopped run, so a scheduler requeues it."""
+    asked = itertools.count()
+    monkeypatch.setattr(module.Stopper, "all_ranks_agreed", lambda self: next(asked) == 6)
+    write, calls = save._write_model, itertools.count()
+
+    def full(*args):
+        if next(calls) == 1:
+            raise OSError(28, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(save, "_write_model", full)
+    with pytest.raises(Stopped, match="after 6 of 8 steps, but .*No space left.*; resume from checkpoint-000004"):
+        train(recipe, out_dir="run")
 
 
 def test_the_error_of_a_run_without_a_checkpoint_is_not_hidden_by_its_push(recipe, monkeypatch, capsys):

@@ -33,6 +33,8 @@ def test_train_is_callable_after_any_order_of_imports(tiny, first):
     # a second run in the same folder needs overwrite; and train takes a Recipe as well as a path
     with pytest.raises(ValueError, match="already contains a run"):
         train(tiny)
+    with pytest.raises(ValueError, match="max_iters: a Recipe cannot be changed"):
+        train(load_recipe(tiny), max_iters=2)
     model, history = train(load_recipe(tiny, {"overwrite": True, "max_iters": 2}))
     assert history[-1]["step"] == 2
 
