@@ -118,8 +118,8 @@ def check_fits(data, corpus):
     if corpus.is_single and limits:
         lines = "" if corpus.ids else ", or set lines=true for one document per line"
         raise ValueError(
-            f"{', '.join(limits)}: corpus={data.corpus} is one text, which cannot be limited; remove the limit, use "
-            f"a shorter file (cut with head -c){lines}"
+            f"{', '.join(limits)}: corpus={data.corpus} is one text, which cannot be limited; remove the limit, or "
+            f"use a shorter file (cut with head -c){lines}"
         )
 
 

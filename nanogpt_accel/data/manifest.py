@@ -186,8 +186,10 @@ def check_content(folder, manifest, vocab_size, verify_all=False):
     should_hash = not is_nanogpt and (verify_all or size < VERIFIED_BELOW)
     for split, files in paths.items() if should_hash else ():
         if sha256_of_split(files) != manifest["splits"][split]["sha256"]:
-            files_changed = f"{files[0]}{' or another file of this split' if files[1:] else ''}: has changed"
-            raise ValueError(f"{files_changed} since it was written (other SHA-256 than in manifest.json); {AGAIN}")
+            place = f"{files[0]}{' or another file of this split' if files[1:] else ''}"
+            raise ValueError(
+                f"{place}: has changed since it was written (other SHA-256 than in manifest.json); {AGAIN}"
+            )
     for split, files in paths.items():
         tokens = TokenFile(files, manifest["dtype"])
         length = min(CHECKED_TOKENS, len(tokens))

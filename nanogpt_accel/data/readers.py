@@ -93,7 +93,7 @@ def _read_jsonl(spec, path, column, bad):
         except (TypeError, KeyError, IndexError):
             if number == 1 and bad is refuse and isinstance(row, dict):
                 check_column(spec, path, column, list(row))
-            bad(f"{place}: not an object with a text in {column}")
+            bad(f"{place}: not an object with a string under {column}")
         else:
             yield text
 

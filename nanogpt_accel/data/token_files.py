@@ -27,8 +27,8 @@ from ..utils.files import flush_file, sha256, write_atomically
 VERSION = 2  # of manifest.json; version 1 had one file per split and no list of files
 SPLITS = ("train", "val")
 FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
-SHARD_TOKENS = 100_000_000  # tokens per file: 200 MB, the most work that a crash can lose
-COMMIT_SECONDS = 20  # between two commits, from which a killed preparation can resume; a tenth before the first
+SHARD_TOKENS = 100_000_000  # tokens per file: 200 MB
+COMMIT_SECONDS = 20  # between commits, so the most work that a crash can lose; a tenth before the first one
 LOCK_FILES = ("lock", "holder.json")  # in .partial
 AGAIN = "delete the folder and prepare it again"
 

@@ -114,11 +114,11 @@ BAD = [
     # an invalid line
     ("x.jsonl", lambda: b'{"text": "a"}\n{"text": "b"\n', ["x.jsonl, line 2", "not JSON", "skip_bad_documents=true"]),
     ("x.jsonl.gz", lambda: gzip.compress(b'{"text": "a"}\n\n{"text": "b"\n'), ["x.jsonl.gz, line 3", "not JSON"]),
-    ("x.jsonl", lambda: b'{"text": "a"}\n["b"]\n', ["x.jsonl, line 2", "not an object with a text in text"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n["b"]\n', ["x.jsonl, line 2", "not an object with a string under text"]),
     ("x.jsonl", lambda: b'{"text": "a"}\n"text"\n', ["x.jsonl, line 2", "not an object"]),
     ("x.jsonl", lambda: b'{"text": "a"}\n{"n": 1}\n', ["x.jsonl, line 2", "not an object"]),
     ("x.jsonl", lambda: b'{"text": "a"}\n{"text": null}\n', ["x.jsonl, line 2", "not an object"]),
-    ("x.jsonl", lambda: b'{"text": 3}\n', ["x.jsonl, line 1", "not an object with a text in text"]),
+    ("x.jsonl", lambda: b'{"text": 3}\n', ["x.jsonl, line 1", "not an object with a string under text"]),
     ("x.csv", lambda: b"n,text\n1,a\n2\n", ["x.csv, line 3", "a row without text"]),
     # not UTF-8
     ("x.jsonl", lambda: b'{"text": "a"}\n{"text": "b\xff"}\n', ["x.jsonl, line 2", "not UTF-8", "byte 11"]),
@@ -284,7 +284,7 @@ def test_the_first_error_is_reported_if_no_document_can_be_read(capsys):
         error_line(capsys, "corpus=t.jsonl", "skip_bad_documents=true"),
         "corpus=t.jsonl",
         "contains no text",
-        "t.jsonl, line 1: not an object with a text in text",
+        "t.jsonl, line 1: not an object with a string under text",
     )
 
 
