@@ -1,4 +1,4 @@
-"""Show what is in a data folder.
+"""Show the contents of a data folder.
 
 nanogpt-accel data data/shakespeare_char-1234abcd
 """
@@ -14,14 +14,14 @@ from ..utils import cli
 from ..utils.fields import Int, Section, raise_problems
 from ..utils.text import counted
 
-WIDTH = 100  # characters of a line of the text that is shown
-COUNTED = 50_000_000  # tokens of a split that the commonest ones are counted in
+WIDTH = 100  # characters per line of the text
+COUNTED = 50_000_000  # tokens per split that are counted to find the most common ones
 
 
 class DataOptions(Section):
     """The options of `data`."""
 
-    peek: Int = Field(60, ge=0, description="tokens shown from the beginning of each split")
+    peek: Int = Field(60, ge=0, description="tokens to show from the start of each split")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
@@ -29,62 +29,56 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel data FOLDER [key=value ...]",
-            "What is in a data folder, ours or nanoGPT's: counts, bytes a token, the ten commonest "
-            "tokens, and a look at the text. All of ours is held against its manifest's hashes.",
+            "Show the contents of a data folder, ours or nanoGPT's: counts, bytes per token, the ten most common "
+            "tokens, and the start of the text. Our files are verified against the hashes in the manifest.",
             {"options": DataOptions},
         )
     target, options, problems = cli.parse_options(argv, DataOptions)
     if target is None:
-        problems.append("which folder? nanogpt-accel data data/NAME")
+        problems.append("data needs a folder: nanogpt-accel data data/NAME")
     raise_problems(problems)
-    found = dataset.open_dataset(SECTIONS["data"](data_dir=target), verify=True)
-    shown = {split: describe(found, split, options.peek) for split in found.splits}
+    data = dataset.open_dataset(SECTIONS["data"](data_dir=target), verify=True)
+    splits = {split: describe(data, split, options.peek) for split in data.splits}
     if options.json_output:
-        print(json.dumps({"folder": target, "manifest": found.manifest, "splits": shown}))
+        print(json.dumps({"folder": target, "manifest": data.manifest, "splits": splits}))
         return
-    corpus = found.manifest["corpus"]
+    corpus = data.manifest["corpus"]
     facts = [f"{key} {corpus[key]}" for key in ("id", "config", "revision", "commit") if corpus.get(key)]
     facts += [counted(corpus["files"], "file")] if corpus.get("files") else []
+    eot = "no end-of-text token" if data.tokenizer.eot_id is None else f"end-of-text id {data.tokenizer.eot_id}"
     print(
-        f"{target}: {', '.join([corpus['name'], *facts])}; tokenizer {found.tokenizer.kind}, "
-        f"{found.tokenizer.vocab_size:,} symbols, end of text "
-        f"{'none' if found.tokenizer.eot_id is None else found.tokenizer.eot_id}; {found.manifest['dtype']}"
+        f"{target}: {', '.join([corpus['name'], *facts])}; tokenizer {data.tokenizer.kind}, "
+        f"vocabulary size {data.tokenizer.vocab_size:,}, {eot}; {data.manifest['dtype']}"
     )
-    for split, facts in shown.items():
-        files = len(found.manifest["splits"][split]["files"])
-        size = (
-            f", {counted(facts['documents'], 'document')}, {facts['bytes_per_token']:.3f} bytes a token"
-            if facts["bytes_per_token"]
-            else ""
-        )
-        print(f"\n{split}: {counted(facts['tokens'], 'token')}{size}, {counted(files, 'file')}")
-        print("  commonest: " + ", ".join(f"{text!r} {share:.1%}" for text, share in facts["commonest"]))
+    for split, facts in splits.items():
+        size = counted(facts["tokens"], "token")
+        if facts["bytes_per_token"]:
+            size += f", {counted(facts['documents'], 'document')}, {facts['bytes_per_token']:.3f} bytes per token"
+        print(f"\n{split}: {size}, {counted(len(data.manifest['splits'][split]['files']), 'file')}")
+        print("  most common: " + ", ".join(f"{text!r} {share:.1%}" for text, share in facts["commonest"]))
         if options.peek:
-            begins = repr(facts["begins"])
-            lines = [begins[start : start + WIDTH] for start in range(0, len(begins), WIDTH)]
-            print("  begins: " + "\n          ".join(lines))
+            text = repr(facts["begins"])
+            lines = [text[start : start + WIDTH] for start in range(0, len(text), WIDTH)]
+            print("  text: " + "\n        ".join(lines))
 
 
-def describe(found, split, peek):
-    """Counts, commonest tokens as (text, share), and the beginning of one split of a Dataset."""
-    tokens, counts = found.splits[split], found.manifest["splits"][split]
-    seen = np.zeros(found.tokenizer.vocab_size, np.int64)
+def describe(data, split, peek):
+    """Return the counts, the most common tokens as (text, share), and the first `peek` tokens of a split."""
+    tokens, counts = data.splits[split], data.manifest["splits"][split]
+    frequencies = np.zeros(data.tokenizer.vocab_size, np.int64)
     for start in range(0, min(len(tokens), COUNTED), 2**20):
         ids = tokens.rows([start], min(2**20, len(tokens) - start))[0]
-        if ids.max() >= len(seen):
+        if ids.max() >= len(frequencies):
             raise ValueError(
-                f"{tokens.paths[0]}: holds the id {ids.max()}, but the tokenizer has only {len(seen):,} "
-                "symbols: these tokens are another tokenizer's"
+                f"{tokens.paths[0]}: contains the id {ids.max()}, but the tokenizer has vocabulary size "
+                f"{len(frequencies):,}, so another tokenizer made it"
             )
-        seen += np.bincount(ids, minlength=len(seen))
-    commonest = [
-        (found.tokenizer.decode([i]), seen[i] / seen.sum()) for i in np.argsort(-seen, kind="stable")[:10] if seen[i]
-    ]
-    begins = tokens.rows([0], min(peek, len(tokens)))[0]
+        frequencies += np.bincount(ids, minlength=len(frequencies))
+    common = [i for i in np.argsort(-frequencies, kind="stable")[:10] if frequencies[i]]
     return {
         "tokens": len(tokens),
         "documents": counts["documents"],
         "bytes_per_token": counts["bytes"] / len(tokens) if counts["bytes"] else None,
-        "commonest": commonest,
-        "begins": found.tokenizer.decode(begins),
+        "commonest": [(data.tokenizer.decode([i]), frequencies[i] / frequencies.sum()) for i in common],
+        "begins": data.tokenizer.decode(tokens.rows([0], min(peek, len(tokens)))[0]),
     }

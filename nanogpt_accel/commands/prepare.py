@@ -1,7 +1,7 @@
-"""Turn a recipe's corpus into token files, which train does too when needed.
+"""Tokenize the corpus of a recipe. train does this too, if needed.
 
-The folder it prints holds train.bin and val.bin as nanoGPT has them, the tokenizer, and a manifest.json. It
-is made once; what changes the tokens changes the folder's name.
+The data folder contains train.bin and val.bin in nanoGPT's format, the tokenizer and a manifest.json. Its name depends
+on every setting that changes the tokens.
 """
 
 from ..data import dataset
@@ -24,12 +24,11 @@ def main(argv):
         prepare(recipe.data, Console())
     manifest = dataset.open_dataset(recipe.data).manifest
     if was_prepared:
-        print(f"{dataset.data_folder(recipe.data)}: prepared already")
-    print(f"tokenizer: {manifest['tokenizer']['kind']}, {manifest['tokenizer']['vocab_size']:,} symbols")
+        print(f"{dataset.data_folder(recipe.data)}: already prepared")
+    print(f"tokenizer: {manifest['tokenizer']['kind']}, vocabulary size {manifest['tokenizer']['vocab_size']:,}")
     for split, counts in manifest["splits"].items():
         line = f"{split}: {counted(counts['tokens'], 'token')}"
-        if counts["bytes"] is not None:  # a nanoGPT folder does not say
-            line += (
-                f", {counted(counts['documents'], 'document')}, {counts['bytes'] / counts['tokens']:.3f} bytes a token"
-            )
+        if counts["bytes"] is not None:  # unknown for a nanoGPT folder
+            line += f", {counted(counts['documents'], 'document')}"
+            line += f", {counts['bytes'] / counts['tokens']:.3f} bytes per token"
         print(line)

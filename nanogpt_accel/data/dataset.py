@@ -1,6 +1,6 @@
-"""What a recipe's data section asks for: the folder of token files, what is wrong with it, and the folder as a Dataset.
+"""The data folder of a recipe's data section: find it, check it, and open it as a Dataset.
 
-`data` is a recipe's data section; only its attributes are used. Nothing is written here: that is prepare.py's work.
+`data` is a data section or any object with its attributes. This file writes nothing; prepare.py does.
 """
 
 import difflib
@@ -12,18 +12,18 @@ from pathlib import Path
 
 from ..utils.fields import raise_problems
 from ..utils.text import file_name
-from .manifest import check_content, differences, is_data_folder, read_manifest
+from .manifest import check_content, is_data_folder, read_manifest
 from .sources import find_corpus, source_name
 from .token_files import AGAIN, SPLITS, TokenFile, refuse_to_overwrite, token_paths
 from .tokenizer import Tokenizer
 
-SPLIT_SEED = 2357  # nanoGPT's; fixed, so that validation losses of runs with other seeds can be compared
+SPLIT_SEED = 2357  # nanoGPT's; fixed, so that validation losses of runs with different seeds can be compared
 TOKENIZERS = ("gpt2", "char", "bpe")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared data folder: its manifest, its tokenizer and the two files of ids."""
+    """A prepared data folder: its manifest, tokenizer and token files."""
 
     folder: Path
     manifest: dict
@@ -40,23 +40,20 @@ class Dataset:
 
     @property
     def identity(self):
-        """What identifies the tokens: a checkpoint stores it, and a run resumes only with the same."""
+        """Hashes of the tokens, which a checkpoint stores; a run resumes only with the same ones."""
         hashes = {split: self.manifest["splits"][split]["sha256"] for split in SPLITS}
         return {"tokenizer": self.tokenizer.fingerprint} | hashes
 
     def text_bytes(self, split):
-        """Return the size of the text of a split as UTF-8, or None if the folder does not say."""
+        """Return the size of the text of a split in UTF-8, or None if unknown."""
         return self.manifest["splits"][split]["bytes"]
 
 
 def data_folder(data):
-    """Return the folder where the token files are or will be.
+    """Return the folder of the token files: data_dir, or data/CORPUS_TOKENIZER-HASH.
 
-    That is data_dir if it is set, else data/CORPUS_TOKENIZER-HASH. The hash covers all that decides the tokens, so that
-    another setting makes another folder, and nothing is overwritten.
-
-    Raises:
-        ValueError, FileNotFoundError: no such corpus or tokenizer.
+    The hash covers everything that determines the tokens. Raises ValueError or FileNotFoundError if the corpus or the
+    tokenizer does not exist.
     """
     if data.data_dir:
         return Path(os.path.expanduser(data.data_dir))
@@ -68,119 +65,98 @@ def data_folder(data):
 
 
 def is_prepared(data):
-    """Whether the token files exist: open_dataset opens them or says what is wrong with them."""
+    """Return whether the token files exist. open_dataset checks whether they are valid."""
     return is_data_folder(data_folder(data))
 
 
 def check(data, block_size=None):
-    """Check the data section as far as possible without tokenizing or a download.
+    """Check the data section without tokenizing or downloading anything.
 
-    Args:
-        data: the section. block_size: if given, the length of data that are prepared already is checked too.
-
-    Returns:
-        A list of problems, one line each.
+    block_size: if given, also check that prepared data are long enough. Returns a list of problems, one line each.
     """
     problems = []
     if not (data.data_dir and is_prepared(data)):  # else the corpus is not needed
-        for look in (lambda: check_fits(data, corpus_of(data)), lambda: _asked(data)):
+        for function in (lambda: check_fits(data, corpus_of(data)), lambda: _tokenizer_identity(data)):
             try:
-                look()
+                function()
             except (ValueError, OSError) as error:
                 problems.append(str(error))
     if problems:
         return problems
     folder = data_folder(data)
     if folder.exists() and not folder.is_dir():
-        return [f"data_dir={folder}: not a folder: give one that holds train.bin and val.bin, or will"]
+        return [f"data_dir={folder}: not a folder; set a folder that contains train.bin and val.bin, or a new one"]
     try:
         refuse_to_overwrite(folder)
-        in_the_way = []
-    except ValueError as error:  # asked first: amid another process's moves that folder may become one of data
-        in_the_way = [str(error)]
+    except ValueError as error:  # checked first, because another process may be completing this folder
+        problems = [str(error)]
     if not is_data_folder(folder):
-        return in_the_way
+        return problems
     try:
         manifest = read_manifest(folder)
         problems = _differences(data, manifest)
     except (ValueError, OSError) as error:
         return [str(error)]
-    if block_size:
-        counts = {split: manifest["splits"][split]["tokens"] for split in SPLITS}
-        problems += _too_short(counts, folder, block_size)
-    return problems
+    counts = {split: manifest["splits"][split]["tokens"] for split in SPLITS}
+    return problems + (_too_short(counts, folder, block_size) if block_size else [])
 
 
 def corpus_of(data):
-    """Return the Corpus that the section names."""
-    return find_corpus(
-        data.corpus,
-        text_column=data.text_column,
-        lines=data.lines,
-        dataset_config=data.dataset_config,
-        dataset_split=data.dataset_split,
-        revision=data.revision,
-    )
+    """Return the Corpus of the data section."""
+    keys = ("text_column", "lines", "dataset_config", "dataset_split", "revision")
+    return find_corpus(data.corpus, **{key: getattr(data, key) for key in keys})
 
 
 def check_fits(data, corpus):
-    """Raise ValueError for a limit on a single text, which has no documents to leave out, or a tokenizer to be made of
-    token ids."""
+    """Raise ValueError if the limits or the tokenizer do not fit the kind of the corpus."""
     if corpus.ids and data.tokenizer in ("char", "bpe"):
         raise ValueError(
-            f"tokenizer={data.tokenizer}: is made of a text, but corpus={data.corpus} holds token ids: "
-            "take gpt2, or the folder of the tokenizer.json that made them"
+            f"tokenizer={data.tokenizer}: is made from a text, but corpus={data.corpus} contains token ids; use gpt2, "
+            "or the folder of the tokenizer.json that made them"
         )
     limits = [f"{key}={getattr(data, key)}" for key in ("limit_documents", "limit_tokens") if getattr(data, key)]
     if corpus.is_single and limits:
+        lines = "" if corpus.ids else ", or set lines=true for one document per line"
         raise ValueError(
-            f"{', '.join(limits)}: corpus={data.corpus} is one text, which is taken whole: leave that "
-            "out, give a shorter file (head -c cuts one)"
-            + ("" if corpus.ids else ", or take lines=true, which makes documents of its lines")
+            f"{', '.join(limits)}: corpus={data.corpus} is one text, which cannot be limited; remove the limit, or "
+            f"use a shorter file (cut with head -c){lines}"
         )
 
 
 def facts_of(data, corpus):
-    """Return what decides the tokens, as plain values. A single text is cut without chance, so it has no seed."""
-    limits = {
-        key: getattr(data, key)
-        for key in ("limit_documents", "limit_tokens", "skip_bad_documents")
-        if getattr(data, key)
-    }
+    """Return what determines the tokens, as plain values. The split of a single text does not depend on a seed."""
+    limits = ("limit_documents", "limit_tokens", "skip_bad_documents")
     return {
         "corpus": corpus.source,
-        "tokenizer": {"asked": _asked(data)},
+        "tokenizer": {"asked": _tokenizer_identity(data)},
         "val_fraction": data.val_fraction,
         "split_seed": None if corpus.is_single else SPLIT_SEED,
-        **limits,
+        **{key: getattr(data, key) for key in limits if getattr(data, key)},
     }
 
 
-def _asked(data):
-    """Return the tokenizer that the section asks for, as text: of a folder, its content counts and not its name."""
+def _tokenizer_identity(data):
+    """Return a text that identifies the tokenizer setting: for a folder, its content and not its name."""
     if data.tokenizer in TOKENIZERS:
         return f"bpe vocab_size={data.vocab_size}" if data.tokenizer == "bpe" else data.tokenizer
     if not os.path.isdir(os.path.expanduser(data.tokenizer)):
         close = difflib.get_close_matches(data.tokenizer, TOKENIZERS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise FileNotFoundError(
-            f"tokenizer={data.tokenizer}: no such tokenizer{hint}; there are "
-            f"{', '.join(TOKENIZERS)}, and any folder that holds a tokenizer.json"
-        )
+        problem = "no such tokenizer" + (f" (did you mean {close[0]}?)" if close else "")
+        fix = f"use {', '.join(TOKENIZERS)}, or a folder with a tokenizer.json"
+        raise FileNotFoundError(f"tokenizer={data.tokenizer}: {problem}; {fix}")
     return f"tokenizer.json-{Tokenizer.load(os.path.expanduser(data.tokenizer)).fingerprint[:16]}"
 
 
 def _differences(data, manifest):
-    """Return the problems if data_dir is set and contains something else than the section asks for.
+    """Return a list of problems if data_dir contains something else than the section requires.
 
-    A key that stands at its default asks for nothing: a recipe with data_dir alone takes what is there. The
-    corpus is compared by name and never opened; it may be long gone.
+    A key with its default value requires nothing, so a recipe with only data_dir accepts any data. The corpus may no
+    longer exist, so only its name is compared.
     """
     if not data.data_dir or manifest.get("nanogpt"):
         return []
-    fields = getattr(type(data), "model_fields", {})  # of a pydantic section; plain attributes all count
     corpus = manifest["corpus"]
-    held = {
+    prepared = {
         "corpus": corpus.get("name"),
         "tokenizer": manifest["tokenizer"].get("asked"),
         "val_fraction": manifest["val_fraction"],
@@ -192,99 +168,99 @@ def _differences(data, manifest):
         "limit_documents": manifest.get("limit_documents"),
         "limit_tokens": manifest.get("limit_tokens"),
     }
-    wanted = {key: getattr(data, key) for key in held if key not in fields or getattr(data, key) != fields[key].default}
-    wanted |= {"corpus": source_name(data.corpus)} if "corpus" in wanted else {}
-    wanted |= {"tokenizer": _asked(data)} if "tokenizer" in wanted else {}
-    return differences(held, wanted, data.data_dir)
+    identities = {"corpus": lambda: source_name(data.corpus), "tokenizer": lambda: _tokenizer_identity(data)}
+    fields = getattr(type(data), "model_fields", {})  # of a pydantic section; all plain attributes are compared
+    problems = []
+    for key, value in prepared.items():
+        setting = getattr(data, key)
+        if key in fields and setting == fields[key].default:
+            continue
+        setting = identities[key]() if key in identities else setting
+        if setting != value:
+            problems.append(
+                f"{key}={setting}, but data_dir={data.data_dir} was prepared with {key}={value}; remove {key} to use "
+                "these data, or set another data_dir"
+            )
+    return problems
 
 
 def open_dataset(data, verify=False):
     """Open the token files of a prepared folder as a Dataset.
 
-    If data_dir is set, the corpus need not exist any more; a manifest that contradicts the recipe is an error. In a
-    nanoGPT folder its own tokenizer is used, whatever the recipe says.
-
-    Token files of less than 64 MiB together are verified by the manifest's SHA-256; of larger ones only the ids in
-    some places are checked, unless `verify` asks to read them all, as `nanogpt-accel data FOLDER` does.
+    If data_dir is set, the corpus is not needed. A nanoGPT folder is used with its own tokenizer. By default only token
+    files of less than 64 MiB in total are verified against the SHA-256 of the manifest, and some ids of larger ones are
+    checked. verify: verify all token files, as `nanogpt-accel data FOLDER` does.
 
     Raises:
-        FileNotFoundError: not prepared. ValueError: damaged, or not what the recipe asks for.
+        FileNotFoundError: not prepared.
+        ValueError: damaged, or different from the recipe.
     """
     folder = data_folder(data)
     manifest = read_manifest(folder)
     raise_problems(_differences(data, manifest))
     if not manifest.get("nanogpt"):
-        tokenizer = _own_tokenizer(folder, manifest)
+        tokenizer = _load_tokenizer(folder, manifest)
     else:
         stoi = manifest["tokenizer"].get("stoi")
         tokenizer = Tokenizer.char_from_meta(stoi) if stoi else Tokenizer.gpt2()
         manifest["tokenizer"]["fingerprint"] = tokenizer.fingerprint
     if data.document_mask and tokenizer.eot_id is None:
-        raise ValueError(f"data.document_mask=true: {folder} is one text without end-of-text tokens; leave it out")
-    check_content(folder, manifest, tokenizer.vocab_size, whole=verify)
+        raise ValueError(f"data.document_mask=true: {folder} is one text without end-of-text tokens; set it to false")
+    check_content(folder, manifest, tokenizer.vocab_size, verify_all=verify)
     splits = {split: TokenFile(token_paths(folder, manifest, split), manifest["dtype"]) for split in manifest["splits"]}
     return Dataset(folder, manifest, tokenizer, splits)
 
 
-def _own_tokenizer(folder, manifest):
-    """Load the tokenizer of a data folder of ours.
-
-    Raises:
-        ValueError: it is gone, damaged, or not the one that made the token files.
-    """
+def _load_tokenizer(folder, manifest):
+    """Load the tokenizer of a data folder, and check that it made the token files."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{path}: gone, and the token files mean nothing without it: put it back, or {AGAIN}")
+        raise ValueError(f"{path}: missing, so the token files cannot be decoded; restore it, or {AGAIN}")
     try:
         tokenizer = Tokenizer.load(folder)
     except ValueError as error:
-        raise ValueError(f"{error}: or {AGAIN}") from None
-    held = manifest["tokenizer"]
-    if (
-        (tokenizer.fingerprint, tokenizer.vocab_size) != (held["fingerprint"], held["vocab_size"])
-        or (held["eot_id"] not in (None, tokenizer.eot_id))
-        or tokenizer.dtype.__name__ != manifest["dtype"]
-    ):
-        raise ValueError(f"{path}: not the tokenizer that made the token files: {AGAIN}")
+        raise ValueError(f"{error}; or {AGAIN}") from None
+    expected = manifest["tokenizer"]
+    is_same = (tokenizer.fingerprint, tokenizer.vocab_size) == (expected["fingerprint"], expected["vocab_size"])
+    is_same = is_same and expected["eot_id"] in (None, tokenizer.eot_id)
+    if not is_same or tokenizer.dtype.__name__ != manifest["dtype"]:
+        raise ValueError(f"{path}: not the tokenizer that made the token files; {AGAIN}")
     return tokenizer
 
 
 def guess_vocab_size(data, assumed):
-    """Return the vocabulary size of a tokenizer before the data are prepared. What is uncertain is appended to
-    `assumed`, in words."""
-    if data.tokenizer == "gpt2":
-        return 50257
+    """Return the vocabulary size of data that are not prepared, and append uncertain assumptions to `assumed`."""
     if data.tokenizer == "bpe":
-        assumed.append(f"{data.vocab_size:,} symbols, as vocab_size asks; a small text makes fewer")
+        assumed.append(f"vocabulary size {data.vocab_size:,} (vocab_size); a small corpus results in a smaller one")
         return data.vocab_size
     if data.tokenizer == "char":
-        symbols = 65 if data.corpus == "shakespeare" else 256
-        assumed.append(f"{symbols} characters" + ("" if symbols == 65 else "; preparing the data counts them"))
-        return symbols
-    return Tokenizer.load(data.tokenizer).vocab_size
+        is_known = data.corpus == "shakespeare"
+        assumed.append("65 characters" if is_known else "256 characters; prepare the data to count them")
+        return 65 if is_known else 256
+    return 50257 if data.tokenizer == "gpt2" else Tokenizer.load(data.tokenizer).vocab_size
 
 
 def require_tokenizer(dataset, folder, key):
-    """Return a list of problems: the model in `folder` reads other ids than the data contain. key: for the message."""
-    held = Tokenizer.load(folder)
-    if held.is_same(dataset.tokenizer):
+    """Return a list of problems if the model in `folder` has another tokenizer than the data. key: for the message."""
+    model, data = Tokenizer.load(folder), dataset.tokenizer
+    if model.is_same(data):
         return []
     return [
-        f"{key}: {folder} reads {held.kind} tokens ({held.vocab_size:,} symbols), but {dataset.folder} holds "
-        f"{dataset.tokenizer.kind} ones ({dataset.tokenizer.vocab_size:,}): prepare with tokenizer={folder}"
+        f"{key}: {folder} has a {model.kind} tokenizer (vocabulary size {model.vocab_size:,}), but {dataset.folder} "
+        f"has a {data.kind} tokenizer ({data.vocab_size:,}); prepare the data with tokenizer={folder}"
     ]
 
 
 def require_block(dataset, block_size):
-    """Return a list of problems: the splits that have less than block_size + 1 tokens, which is one sample."""
+    """Return a list of problems: the splits with less than the block_size + 1 tokens of one sample."""
     return _too_short({"train": len(dataset.train), "val": len(dataset.val)}, dataset.folder, block_size)
 
 
 def _too_short(counts, folder, block_size):
     other = {"train": "smaller", "val": "larger"}
     return [
-        f"block_size={block_size}: a sample takes {block_size + 1:,} tokens, but {folder / split}.bin "
-        f"has {count:,}: take a smaller block_size, a larger corpus or a {other[split]} val_fraction"
+        f"block_size={block_size}: a sample has {block_size + 1:,} tokens, but {folder / split}.bin has {count:,}; "
+        f"set a smaller block_size, a larger corpus or a {other[split]} val_fraction"
         for split, count in counts.items()
         if count < block_size + 1
     ]

@@ -1,6 +1,7 @@
-"""A data set of the Hugging Face Hub as a Corpus, streamed and pinned to a commit."""
+"""A corpus from the Hugging Face Hub, streamed and pinned to a commit."""
 
 import functools
+import itertools
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,123 +13,104 @@ from .readers import arrow_texts, check_column
 
 @dataclass(frozen=True)
 class HubSet:
-    """A data set on the Hub. splits: ours -> the Hub's; without "val", validation documents are taken from train.
-    grouped: how rows make documents, a name of GROUPED, if a row is not a document."""
+    """A data set on the Hub."""
 
     id: str
     revision: str
     config: str | None = None
-    splits: dict = field(default_factory=lambda: {"train": "train"})
+    splits: dict = field(default_factory=lambda: {"train": "train"})  # ours -> the Hub's
     column: str = "text"
-    grouped: str | None = None
-    about: str = ""
+    grouped: str | None = None  # key of GROUPED, if a document is several rows
 
 
-def hub_corpus(spec, found):
-    """Return the Corpus of a HubSet. Nothing is asked of the Hub before the text or the splits are.
+def hub_corpus(spec, hub_set):
+    """Return the Corpus of a HubSet. The Hub is asked only when the text or the splits are needed.
 
-    spec: hub:USER/SET, whose splits the Hub is asked for, or the name of a built-in set, which has those of the table.
+    spec: the name of a built-in set, or hub:USER/SET, for which the Hub is asked for its validation and test splits.
     """
     is_builtin = not spec.startswith("hub:")
-    source = {
-        "kind": "hub",
-        "name": spec,
-        "id": found.id,
-        "config": found.config,
-        "revision": found.revision,
-        "column": found.column,
-        "splits": dict(found.splits),
-    }
+    source = {"kind": "hub", "name": spec}
+    source |= {key: getattr(hub_set, key) for key in ("id", "config", "revision", "column")}
+    source["splits"] = dict(hub_set.splits)
 
     def pin(commit):
-        if re.fullmatch("[0-9a-f]{40}", found.revision or ""):
-            return corpus  # the revision is a commit, and a pinned one asks the Hub nothing
-        commit = commit or _newest_commit(spec, found)
-        return replace(hub_corpus(spec, replace(found, revision=commit)), source=source | {"commit": commit})
+        if re.fullmatch("[0-9a-f]{40}", hub_set.revision or ""):
+            return corpus  # the revision is already a commit
+        commit = commit or _latest_commit(spec, hub_set)
+        return replace(hub_corpus(spec, replace(hub_set, revision=commit)), source=source | {"commit": commit})
 
     @functools.cache
     def all_splits():
-        return found.splits if "val" in found.splits or is_builtin else _find_splits(spec, found)
+        return hub_set.splits if "val" in hub_set.splits or is_builtin else _find_splits(spec, hub_set)
 
     def read(split, bad):
-        return _read(spec, found, found.splits.get(split) or all_splits()[split], bad)
+        texts = _read(spec, hub_set, hub_set.splits.get(split) or all_splits()[split], bad)
+        return GROUPED[hub_set.grouped](texts) if hub_set.grouped else texts
 
-    short = file_name(spec.removeprefix("hub:"))
-    short += f"-{found.config}" if not is_builtin and found.config else ""
-    corpus = Corpus(short[:60], source, False, read, lambda: tuple(all_splits()), pin=pin)
+    name = file_name(spec.removeprefix("hub:"))
+    name += f"-{hub_set.config}" if not is_builtin and hub_set.config else ""
+    corpus = Corpus(name[:60], source, False, read, lambda: tuple(all_splits()), pin=pin)
     return corpus
 
 
-def _find_splits(spec, found):
-    """Return {ours: the Hub's} with the validation and test splits that the data set has on the Hub."""
+def _find_splits(spec, hub_set):
+    """Return {our split: the Hub's name} with the validation and test splits of the data set."""
     from datasets import get_dataset_split_names
 
-    with _hub_errors(spec, found):
-        names = get_dataset_split_names(found.id, found.config, revision=found.revision)
-    splits = dict(found.splits)
+    with _hub_errors(spec, hub_set):
+        names = get_dataset_split_names(hub_set.id, hub_set.config, revision=hub_set.revision)
+    splits = dict(hub_set.splits)
     for split, candidates in {"val": ("validation", "val", "valid", "dev"), "test": ("test",)}.items():
-        if theirs := [name for name in candidates if name in names and name != splits["train"]]:
-            splits[split] = theirs[0]
+        if matches := [name for name in candidates if name in names and name != splits["train"]]:
+            splits[split] = matches[0]
     return splits
 
 
-def _newest_commit(spec, found):
-    """Return the commit that a branch or a tag means now."""
+def _latest_commit(spec, hub_set):
     from huggingface_hub import HfApi
 
-    with _hub_errors(spec, found):
-        return HfApi().dataset_info(found.id, revision=found.revision).sha
+    with _hub_errors(spec, hub_set):
+        return HfApi().dataset_info(hub_set.id, revision=hub_set.revision).sha
 
 
-def _read(spec, found, split, bad):
-    """Return an iterator over the documents of a split, by the Hub's name."""
+def _read(spec, hub_set, split, bad):
+    """Yield the texts of a split. split: the Hub's name."""
     from datasets import load_dataset
 
-    with _hub_errors(spec, found):
-        rows = load_dataset(found.id, found.config, split=split, revision=found.revision, streaming=True)
+    with _hub_errors(spec, hub_set):
+        rows = load_dataset(hub_set.id, hub_set.config, split=split, revision=hub_set.revision, streaming=True)
         columns = rows.column_names or list(next(iter(rows), {}))
-        if found.column in columns:
-            rows = rows.select_columns([found.column]).with_format("arrow")
-    check_column(spec, found.id, found.column, columns)
-    texts = _row_texts(spec, found, rows, bad)
-    return GROUPED[found.grouped](texts) if found.grouped else texts
-
-
-def _row_texts(spec, found, rows, bad):
-    with _hub_errors(spec, found):
+        check_column(spec, hub_set.id, hub_set.column, columns)
+        rows = rows.select_columns([hub_set.column]).with_format("arrow")
         number = 0
-        for table in rows.iter(batch_size=1000):  # as Arrow tables, ten times as fast as row by row
-            for text in arrow_texts(table.column(found.column)):
+        for table in rows.iter(batch_size=1000):  # Arrow tables are ten times as fast as single rows
+            for text in arrow_texts(table.column(hub_set.column)):
                 number += 1
                 if isinstance(text, str):
                     yield text
                 else:
-                    bad(f"corpus={spec}: row {number}: no text in {found.column}")
+                    bad(f"corpus={spec}: row {number}: no text in {hub_set.column}")
 
 
 @contextmanager
-def _hub_errors(spec, found):
-    """Turn what the Hub's clients raise, errors of five libraries, into one line."""
+def _hub_errors(spec, hub_set):
+    """Turn the errors of the Hub's clients, which come from five libraries, into one line."""
     try:
         yield
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith("corpus="):
             raise
-        place = (
-            found.id
-            + (f" ({found.config})" if found.config else "")
-            + (f" at {found.revision}" if found.revision else "")
-        )
+        config = f" ({hub_set.config})" if hub_set.config else ""
+        revision = f" at {hub_set.revision}" if hub_set.revision else ""
         raise ValueError(
-            f"corpus={spec}: cannot read {place} from the Hugging Face Hub "
-            f"({type(error).__name__}: {one_line(error)}): look at its name, dataset_config, "
-            "dataset_split, the network, HF_HUB_OFFLINE and HF_ENDPOINT (a gated set wants `hf auth "
-            "login`), or give a path as corpus=PATH"
+            f"corpus={spec}: cannot read {hub_set.id}{config}{revision} from the Hugging Face Hub "
+            f"({type(error).__name__}: {one_line(error)}); check its name, dataset_config, dataset_split, the network, "
+            "HF_HUB_OFFLINE and HF_ENDPOINT (a gated set requires `hf auth login`), or set corpus=PATH to a local copy"
         ) from error
 
 
 def _articles(rows):
-    """Join the lines of WikiText to articles, each from a heading of the first level (` = Title = `) on."""
+    """Join the lines of WikiText to articles, which start with a first-level heading (` = Title = `)."""
     lines = []
     for row in rows:
         if re.fullmatch(r" = [^=].*[^=] = \n?| = [^=] = \n?", row) and lines:
@@ -138,15 +120,11 @@ def _articles(rows):
     yield "".join(lines)
 
 
-def _sentences(rows, count=1024):
-    """Join the sentences of BookCorpus, which are in order but do not show where a book ends, to chunks of so many."""
-    lines = []
-    for row in rows:
-        lines.append(row)
-        if len(lines) == count:
-            yield "\n".join(lines)
-            lines = []
-    yield "\n".join(lines)
+def _sentences(rows):
+    """Join 1024 sentences of BookCorpus per document. They are in order, but the ends of books are not marked."""
+    rows = iter(rows)
+    while lines := list(itertools.islice(rows, 1024)):
+        yield "\n".join(lines)
 
 
 GROUPED = {"articles": _articles, "sentences": _sentences}

@@ -1,4 +1,4 @@
-"""A path, a folder or a glob as a Corpus: which files it means, in which order, and what identifies them."""
+"""A corpus of local files: a file, a folder or a glob."""
 
 import glob
 import hashlib
@@ -7,18 +7,19 @@ import json
 import os
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from ..utils.text import file_name
-from .corpus import Corpus, where
+from .corpus import Corpus, location
 from .readers import READERS, file_state, open_file, read_file, read_ids, suffix_of
 
-# what a folder is searched for; a glob or a file takes any suffix
+# the suffixes that are read from a folder; a file or a glob may have any suffix
 TEXT_SUFFIXES = tuple(
     ".txt .text .md .rst .tex .html .py .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .sh .sql .r .jl".split()
 )
-TABLE_SUFFIXES = tuple(READERS)  # before .gz or .zst
-# not text, and the name says it better than the first byte that is not UTF-8
+TABLE_SUFFIXES = tuple(READERS)  # also followed by .gz or .zst
+# not supported; this error is clearer than the one about the first byte that is not UTF-8
 OTHER_SUFFIXES = tuple(
     ".zip .tar .tgz .bz2 .xz .7z .rar .lz4 .arrow .feather .orc .avro .npy .pkl .pt "
     ".pdf .doc .docx .odt .epub .xls .xlsx".split()
@@ -26,60 +27,51 @@ OTHER_SUFFIXES = tuple(
 
 
 def path_exists(spec):
-    """Whether there is anything to look for: a glob, or a path that exists, be it a link to nothing."""
+    """Return whether a corpus setting is a glob or an existing path. A broken link exists."""
     path = os.path.expanduser(spec)
     return glob.has_magic(path) or os.path.lexists(path)
 
 
 def base_name(spec):
-    """Return the last part of a path, whatever folder it is seen from."""
+    """Return the last part of the absolute path."""
     return os.path.basename(os.path.abspath(os.path.expanduser(spec)))
 
 
 def local_corpus(spec, column, lines):
-    """Return the Corpus of the files that a path or glob means, ordered by their names below it.
+    """Return the Corpus of the files of a path or glob, ordered by their names.
 
-    Args:
-        column: what has the text in files of many documents. lines: whether each line of a plain text is a document.
-
-    Raises:
-        FileNotFoundError: no file matches. ValueError: nothing to read there.
+    column: the text column, in files with many documents. lines: whether each line of a plain text is a document.
+    Raises FileNotFoundError if no file matches, and ValueError if a file is not supported.
     """
-    root, files, left_out = _find_files(spec)
-    _check_formats(spec, files, lines)
-    files = [(name, path, *file_state(path)) for name, path in _in_order(root, files)]
-    listing = hashlib.sha256()
-    for name, _, n_bytes, changed in files:
+    root, paths, skipped = _find_files(spec)
+    _check_formats(spec, paths, lines)
+    files, listing = [], hashlib.sha256()
+    for name, path in _sort(root, paths):
+        n_bytes, changed = file_state(path)
+        files.append((path, n_bytes, changed))
         listing.update(f"{name}\0{n_bytes}\0{changed}\n".encode("utf-8", "surrogateescape"))
     name = base_name(spec)
     stem = os.path.splitext(name)[0] if len(files) == 1 else name
-    short = file_name(stem).strip("-.") or "text"
-    size = sum(n_bytes for _, _, n_bytes, _ in files)
+    short = (file_name(stem).strip("-.") or "text")[:40]
+    size = sum(n_bytes for _, n_bytes, _ in files)
     source = {"kind": "files", "name": name, "files": len(files), "bytes": size, "listing": listing.hexdigest()}
-    files = [file[1:] for file in files]
     if _has_ids(files[0][0]):
-        return Corpus(
-            short[:40],
-            source | {"kind": "ids"},
-            True,
-            None,
-            bytes=size,
-            ids=lambda dtype, vocab_size, start: read_ids(spec, files, dtype, vocab_size, start),
-        )
-    has_tables = any(suffix_of(path) in TABLE_SUFFIXES for path, _, _ in files)
+        source |= {"kind": "ids"}
+        return Corpus(short, source, True, None, bytes=size, ids=lambda *args: read_ids(spec, files, *args))
+    has_tables = any(suffix_of(path) in TABLE_SUFFIXES for path in paths)
     source |= {"column": column} if has_tables else {}
     source |= {"lines": True} if lines else {}
     is_single = len(files) == 1 and not has_tables and not lines
-    # compressed text is about three times as long as its file
+    # text is about three times as large as its compressed file
     size = sum(n_bytes * (3 if _is_compressed(path) else 1) for path, n_bytes, _ in files)
 
     def read_one(path, bad):
         try:
             yield from read_file(spec, path, column, lines, bad)
-        except OSError as error:  # also of a file that is cut off or has gone since it was listed
-            problem = f"{where(spec, path)}: {error.strerror or error}"
+        except OSError as error:  # also if the file is cut off, or was deleted after it was listed
+            problem = f"{location(spec, path)}: {error.strerror or error}"
             if is_single:
-                raise ValueError(f"{problem}: make the file whole, or give another path") from None
+                raise ValueError(f"{problem}; restore the file, or set another path") from None
             bad(problem)
 
     def read(split, bad):
@@ -90,101 +82,98 @@ def local_corpus(spec, column, lines):
             if number == 0 or suffix_of(path) in TABLE_SUFFIXES:
                 yield from itertools.islice(read_one(path, bad), 1)
 
-    return Corpus(short[:40], source, is_single, read, bytes=size, first=first, left_out=left_out)
+    return Corpus(short, source, is_single, read, bytes=size, first=first, skipped=skipped)
 
 
 def _find_files(spec):
-    """Return (the folder that names are given below, paths, {suffix: number of files left out})."""
+    """Return (the folder to which names are relative, paths, {suffix: number of skipped files})."""
     path = os.path.expanduser(spec)
     if os.path.isfile(path):
         return os.path.dirname(path), [path], {}
     if os.path.isdir(path):
-        return path, *_files_below(spec, path)
+        return path, *_find_text_files(spec, path)
     if glob.has_magic(path):
         files = [file for file in glob.glob(path, recursive=True) if _is_file(file)]
         if not files:
-            raise FileNotFoundError(f"corpus={spec}: no file matches this glob")
+            raise FileNotFoundError(f"corpus={spec}: no file matches this glob; set another path")
         return ".", files, {}
-    is_dangling = os.path.islink(path) and not os.path.exists(path)
-    what = "a link to nothing: mend it" if is_dangling else "a pipe, a device or a socket: write its text to a file"
-    raise ValueError(f"corpus={spec}: {what}, or give another path")
+    problem = "a pipe, a device or a socket, which is not supported; write its text to a file"
+    if os.path.islink(path) and not os.path.exists(path):
+        problem = "a broken link; fix it"
+    raise ValueError(f"corpus={spec}: {problem}, or set another path")
 
 
-def _files_below(spec, folder):
-    """Return (the files of text below a folder, {suffix: number of the other files})."""
-    suffixes, found = TEXT_SUFFIXES + TABLE_SUFFIXES, walk(folder)
-    files = [file for file in found if suffix_of(file) in suffixes and _is_file(file)]
+def _find_text_files(spec, folder):
+    """Return (paths of the text files in a folder and its subfolders, {suffix: number of the other files})."""
+    suffixes, paths = TEXT_SUFFIXES + TABLE_SUFFIXES, walk(folder)
+    files = [file for file in paths if suffix_of(file) in suffixes and _is_file(file)]
     if not files and os.path.isfile(os.path.join(folder, "train.bin")):
-        raise ValueError(f"corpus={spec}: holds token ids, not text: give data_dir={spec} instead")
+        raise ValueError(f"corpus={spec}: contains token ids, not text; set data_dir={spec} instead")
     if not files:
         raise ValueError(
-            f"corpus={spec}: no file of text ({' '.join(suffixes)}) below this "
-            f"folder: name the files by a glob, such as '{os.path.join(spec, '*.log')}'"
+            f"corpus={spec}: contains no text file ({' '.join(suffixes)}); name its files with a glob such as "
+            f"'{os.path.join(spec, '*.log')}'"
         )
-    left_out = Counter(map(suffix_of, found)) - Counter(map(suffix_of, files))
-    return files, {suffix or "without a suffix": count for suffix, count in left_out.items()}
+    skipped = Counter(map(suffix_of, paths)) - Counter(map(suffix_of, files))
+    return files, {suffix or "without a suffix": count for suffix, count in skipped.items()}
 
 
-def walk(root, skipped=None):
-    """Return the files below a folder that are not hidden, in one order on every machine. skipped: a regular expression
-    of names of folders."""
-    found = []
+def walk(root, excluded=None):
+    """Return the files in a folder and its subfolders that are not hidden. excluded: pattern of folder names."""
+    paths = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if not f.startswith(".") and not (skipped and skipped.fullmatch(f))]
-        found += [os.path.join(folder, f) for f in files if not f.startswith(".")]
-    return sorted(found, key=lambda f: Path(f).parts)
+        folders[:] = [f for f in folders if not f.startswith(".") and not (excluded and excluded.fullmatch(f))]
+        paths += [os.path.join(folder, f) for f in files if not f.startswith(".")]
+    return sorted(paths, key=lambda path: Path(path).parts)  # the same order on every system
 
 
 def _check_formats(spec, files, lines):
-    """Raise ValueError for files of a format that is not supported, and for token ids among files of text."""
+    """Raise ValueError for unsupported formats, and for token ids that are mixed with other files."""
     ids = [file for file in files if _has_ids(file)]
     if ids and (lines or len(ids) < len(files) or any(map(_is_compressed, ids))):
         raise ValueError(
-            f"{where(spec, ids[0])}: holds token ids, which are read from .bin files alone, unpacked: "
-            "name no file of text and no .gz or .zst with them, and leave out lines"
+            f"{location(spec, ids[0])}: contains token ids, which are read only from .bin files; remove text files and "
+            "compressed files (.gz, .zst) from the path, and do not set lines"
         )
     if other := [file for file in files if suffix_of(file) in OTHER_SUFFIXES]:
         raise ValueError(
-            f"{where(spec, other[0])}: {suffix_of(other[0])} is no known format: unpack or convert it to "
-            f"plain text or {', '.join(TABLE_SUFFIXES)}, each also with .gz or .zst"
+            f"{location(spec, other[0])}: {suffix_of(other[0])} is not supported; unpack it, or convert it to plain "
+            f"text or {', '.join(TABLE_SUFFIXES)}, optionally compressed (.gz, .zst)"
         )
     json_file = next((file for file in files if suffix_of(file) == ".json"), None)
     if json_file and _has_json_lines(json_file):
         raise ValueError(
-            f"{where(spec, json_file)}: each of its lines is a JSON object: rename it to .jsonl, and "
-            "text_column says which of their keys holds the text"
+            f"{location(spec, json_file)}: each line is a JSON object; rename the file to .jsonl, and set text_column "
+            "to the key that has the text"
         )
 
 
 def _has_json_lines(path):
-    """Whether the first lines of a file, two or more of them, are JSON objects."""
+    """Return whether a file has several lines and the first 10 are JSON objects."""
     try:
         with open_file(path) as file:
-            found = [json.loads(line) for line in itertools.islice(file, 10) if line.strip()]
+            rows = [json.loads(line) for line in itertools.islice(file, 10) if line.strip()]
     except (OSError, ValueError, RecursionError):
         return False
-    return len(found) > 1 and all(isinstance(row, dict) for row in found)
+    return len(rows) > 1 and all(isinstance(row, dict) for row in rows)
 
 
-def _in_order(root, files):
-    """Return (name below the root, path) of each file, sorted by name; shard 10 of token ids comes after shard 9."""
-    named = sorted((_name_below(root or ".", file), file) for file in files)
-    if _has_ids(files[0]):
+def _sort(root, paths):
+    """Return (name relative to the root, path) of each file, sorted by name; 10.bin comes after 9.bin."""
+
+    def name_of(path):
+        with suppress(ValueError):  # on another drive of Windows
+            path = os.path.relpath(path, root or ".")
+        return Path(path).as_posix()
+
+    named = sorted((name_of(path), path) for path in paths)
+    if _has_ids(paths[0]):
         named.sort(key=lambda file: [p.zfill(20) if p.isdigit() else p for p in re.split(r"(\d+)", file[0])])
     return named
 
 
-def _name_below(root, path):
-    """Return the name of a file below a folder, with slashes on every machine."""
-    try:
-        return Path(os.path.relpath(path, root)).as_posix()
-    except ValueError:  # a glob of another drive of Windows
-        return Path(path).as_posix()
-
-
 def _is_file(path):
-    """Whether a path is a regular file, or a link to nothing, which is refused when it is read. Pipes and devices,
-    which could be read for ever, are not."""
+    """Return whether a path is a regular file, or a broken link, which fails when it is read."""
     return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 

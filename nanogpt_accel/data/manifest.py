@@ -1,9 +1,9 @@
-"""manifest.json and nanoGPT's own folders: what a data folder contains, and whether its files are what that says.
+"""Read and verify data folders: ours, which manifest.json describes, and nanoGPT's.
 
     manifest = read_manifest(folder)
     check_content(folder, manifest, vocab_size)
 
-A manifest means complete data: it is the last file to appear.
+A manifest means that the data are complete, because it is the last file to be moved into the folder.
 """
 
 import hashlib
@@ -22,76 +22,70 @@ from ..utils.text import one_line
 from .token_files import AGAIN, FILES, SPLITS, VERSION, TokenFile, sha256_of_split, token_paths
 
 SAMPLED_ABOVE = 2**30  # bytes of a nanoGPT file above which only its head, tail and size are hashed
-VERIFIED_BELOW = 2**26  # bytes of token files that are hashed each time they are opened: a fifth of a second
-LOOKS, LOOK_TOKENS = 64, 2**18  # places of a split where the ids are checked, and how many there
-AGAIN_NANOGPT = "make it again with nanoGPT's prepare.py"
+VERIFIED_BELOW = 2**26  # bytes of token files that are hashed whenever they are opened, in 0.2 seconds
+CHECKED_PLACES, CHECKED_TOKENS = 64, 2**18  # places of a split that are checked, and tokens per place
+AGAIN_NANOGPT = "prepare it again with nanoGPT's prepare.py"
 
 
 def is_data_folder(folder):
-    """Whether a folder has token files: ours, with a manifest, or nanoGPT's, without."""
+    """Return whether a folder has token files: ours with a manifest, or nanoGPT's without."""
     has = {name: (Path(folder) / name).is_file() for name in FILES}
-    # .bin files beside a tokenizer.json are ours, amid the moves of finish() or after a crash between them
+    # .bin files next to a tokenizer.json are ours, before Writer.finish() has moved the manifest
     return has["manifest.json"] or (has["train.bin"] and has["val.bin"] and not has["tokenizer.json"])
 
 
 def read_manifest(folder):
-    """Return what a data folder contains, and check the sizes of its files. check_content checks what is in them.
+    """Return the manifest of a data folder after a check of its values and of the file sizes.
 
-    A nanoGPT folder has no manifest.json; one is made in memory: dtype uint16, kind "char" and `stoi` if there is a
-    meta.pkl, else "gpt2"; "bytes" and "documents" are None, and `nanogpt` is true. Its "sha256" is that of the whole
-    file, or, above SAMPLED_ABOVE, "sampled:" and that of its first and last MiB and its size, so that a run's start
-    does not read 17 GB.
+    For a nanoGPT folder a manifest is made in memory: `nanogpt` is true, the tokenizer has `stoi` if there is a
+    meta.pkl, and "bytes" and "documents" are None. The "sha256" of a file above SAMPLED_ABOVE is "sampled:" and a hash
+    of its first and last MiB and its size, so that a run does not read 17 GB at its start.
 
     Returns:
         {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "dtype", "splits": {"train" and "val", maybe
         "test": {"tokens", "bytes", "documents", "sha256", "files": [{"name", "tokens"}, ...]}}}
 
     Raises:
-        FileNotFoundError: no token files. ValueError: they are damaged; one line with the fix.
+        FileNotFoundError: no token files.
+        ValueError: the manifest or the token files are damaged.
     """
     folder = Path(folder)
     path = folder / "manifest.json"
     if not is_data_folder(folder):
         if any(folder.glob("*.bin")):
-            raise ValueError(
-                f"data_dir={folder}: token files without a manifest.json, maybe not whole: take "
-                f"another data_dir, or {AGAIN}"
-            )
-        raise FileNotFoundError(f"data_dir={folder}: {_instead(folder)}")
+            problem = "contains token files without a manifest.json, which may be incomplete"
+            raise ValueError(f"data_dir={folder}: {problem}; set another data_dir, or {AGAIN}")
+        raise FileNotFoundError(f"data_dir={folder}: {_describe(folder)}")
     if not path.is_file():
         return _nanogpt_manifest(folder)
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
-        version = manifest.get("version") if isinstance(manifest, dict) else 0
+        version = manifest.get("version") if isinstance(manifest, dict) else None
         if type(version) is not int:
-            raise ValueError(f"version: {version!r} is no whole number")
+            raise ValueError(f"version: {version!r} is not an integer")
         if version in (1, VERSION):
-            _check_form(_with_files(manifest) if version == 1 else manifest)
+            _validate(manifest)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged: {one_line(error)}: {AGAIN}") from None
+        raise ValueError(f"{path}: damaged: {one_line(error)}; {AGAIN}") from None
     if version not in (1, VERSION):
-        raise ValueError(f"{path}: version {version}, this program reads version {VERSION}: {AGAIN}")
-    itemsize = np.dtype(manifest["dtype"]).itemsize
-    sizes = {
-        folder / file["name"]: file["tokens"] * itemsize
-        for counts in manifest["splits"].values()
-        for file in counts["files"]
-    }
-    for file, size in sizes.items():
-        found = file.stat().st_size if file.is_file() else 0
-        if found != size:
+        raise ValueError(f"{path}: version {version} is not supported, only version {VERSION}; {AGAIN}")
+    itemsize, splits = np.dtype(manifest["dtype"]).itemsize, manifest["splits"]
+    for entry in [entry for counts in splits.values() for entry in counts["files"]]:
+        file, expected = folder / entry["name"], entry["tokens"] * itemsize
+        size = file.stat().st_size if file.is_file() else 0
+        if size != expected:
             raise ValueError(
-                f"{file}: {found:,} bytes, but the manifest says {size:,} "
-                f"({size // itemsize:,} tokens of {itemsize} bytes): {AGAIN}"
+                f"{file}: {size:,} bytes, but the manifest requires {expected:,} "
+                f"({entry['tokens']:,} tokens of {itemsize} bytes); {AGAIN}"
             )
-    splits = manifest["splits"]  # in the order in which their first documents were met
+    # the file has them in the order of their first documents
     manifest["splits"] = {split: splits[split] for split in (*SPLITS, "test") if split in splits}
     return manifest
 
 
-def _instead(folder):
-    """Return what a folder without token files is, as far as that helps to find the right one."""
+def _describe(folder):
+    """Return why a folder is not a data folder, and how to find the right one."""
     if (folder / "run.yaml").is_file():
         import yaml
 
@@ -99,37 +93,28 @@ def _instead(folder):
             data = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["data"]["data_dir"]
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
             data = None
-        return f"a run, no token files: {f'its own are in {data}' if data else 'give the data_dir of its run.yaml'}"
+        return "a run folder, not a data folder; use " + (
+            f"its data_dir {data}" if data else "data_dir of its run.yaml"
+        )
     if (folder / ".partial").is_dir():
-        return "its preparation was interrupted or still goes on: prepare it, which goes on where that stopped"
+        return "its preparation was interrupted or is still running; run prepare to resume it"
     inner = sorted(path.name for path in folder.iterdir() if is_data_folder(path)) if folder.is_dir() else []
     if inner:
         more = f" and {len(inner) - 10:,} more" if len(inner) > 10 else ""
-        return f"no data folder itself; give one of those in it: {', '.join(inner[:10])}{more}"
-    return "no train.bin and val.bin there: prepare them first, or give the right data_dir"
+        return f"not a data folder; use one of the data folders in it: {', '.join(inner[:10])}{more}"
+    return "contains no train.bin and val.bin; prepare them first, or set the right data_dir"
 
 
-def _with_files(manifest):
-    """Return a manifest of version 1, which had one file for each split and no list of them, with that list."""
-    splits = manifest.get("splits")
-    for split, counts in (splits if isinstance(splits, dict) else {}).items():
-        if isinstance(counts, dict):
-            counts["files"] = [{"name": f"{split}.bin", "tokens": counts.get("tokens")}]
-    return manifest
-
-
-class _Form(BaseModel):
-    """A part of manifest.json, which may have more keys than these."""
-
+class _Base(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class _File(_Form):
+class _File(_Base):
     name: str
     tokens: int = Field(ge=0)
 
 
-class _Split(_Form):
+class _Split(_Base):
     tokens: int = Field(ge=0)
     bytes: int | None = Field(ge=0)
     documents: int = Field(ge=0)
@@ -137,12 +122,12 @@ class _Split(_Form):
     files: list[_File] = Field(min_length=1)
 
 
-class _Corpus(_Form):
+class _Corpus(_Base):
     name: str
     splits: dict[str, str] = {}
 
 
-class _Tokenizer(_Form):
+class _Tokenizer(_Base):
     asked: str
     kind: str
     vocab_size: int = Field(ge=1)
@@ -150,7 +135,7 @@ class _Tokenizer(_Form):
     eot_id: int | None = Field(ge=0)
 
 
-class _Manifest(_Form):
+class _Manifest(_Base):
     corpus: _Corpus
     tokenizer: _Tokenizer
     val_fraction: float = Field(gt=0, lt=1)
@@ -158,61 +143,63 @@ class _Manifest(_Form):
     splits: dict[Literal["train", "val", "test"], _Split]
 
 
-def _check_form(manifest):
-    """Raise ValueError with the key of the first thing that Writer.finish would not write."""
+def _validate(manifest):
+    """Raise ValueError with the key of the first invalid value. Add the list of files that version 1 does not have."""
+    splits = manifest.get("splits")
+    if manifest["version"] == 1 and isinstance(splits, dict):
+        for split, counts in splits.items():
+            if isinstance(counts, dict):
+                counts["files"] = [{"name": f"{split}.bin", "tokens": counts.get("tokens")}]
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(key) for key in first["loc"] if key != "[key]")
-        raise ValueError(f"{where}: {first['msg'].replace('Input should', 'must')}" if where else "no object") from None
-    if "nanogpt" in manifest:  # only the one that is made in memory has it
-        raise ValueError("nanogpt: no key of this file")
+        key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        raise ValueError(f"{key}: {first['msg'].replace('Input should', 'must')}") from None
+    if "nanogpt" in manifest:  # a key of the manifests that are made in memory
+        raise ValueError("nanogpt: not a key of this file")
     for split in SPLITS:
-        if split not in manifest["splits"]:
+        if split not in splits:
             raise ValueError(f"splits.{split}: Field required")
-    for split, counts in manifest["splits"].items():
+    for split, counts in splits.items():
         names = [file["name"] for file in counts["files"]]
         for name in names:
             if not re.fullmatch(rf"{split}(-\d{{5,}})?\.bin", name) or names.count(name) > 1:
-                raise ValueError(
-                    f"splits.{split}.files: {name!r} is not the name of one of its files, or stands there twice"
-                )
+                raise ValueError(f"splits.{split}.files: {name!r} is a duplicate or not a file name of this split")
         total = sum(file["tokens"] for file in counts["files"])
         if counts["tokens"] != total:
             raise ValueError(f"splits.{split}.tokens: {counts['tokens']:,}, but its files have {total:,}")
 
 
-def check_content(folder, manifest, vocab_size, whole=False):
-    """Verify the token files by the hashes of the manifest, and their ids by the vocabulary size.
+def check_content(folder, manifest, vocab_size, verify_all=False):
+    """Verify the token files against the hashes of the manifest, and the ids against the vocabulary size.
 
-    Files of less than VERIFIED_BELOW bytes together are hashed, larger ones only if `whole`, because that reads all of
-    them. The ids are checked in LOOKS places of each split, spread evenly: what is wrong between these in a large file
-    is not found. A nanoGPT folder has no hashes to verify.
+    Files of more than VERIFIED_BELOW bytes in total are hashed only with `verify_all`. The ids are checked in
+    CHECKED_PLACES evenly spaced places per split. A nanoGPT folder has no hashes.
 
     Raises:
-        ValueError: other content, or an id that the tokenizer lacks.
+        ValueError: the content has changed, or an id is not in the vocabulary.
     """
     paths = {split: token_paths(folder, manifest, split) for split in manifest["splits"]}
-    again = AGAIN_NANOGPT if manifest.get("nanogpt") else AGAIN
-    if not manifest.get("nanogpt"):
-        size = sum(path.stat().st_size for files in paths.values() for path in files)
-        for split, files in paths.items() if whole or size < VERIFIED_BELOW else ():
-            if sha256_of_split(files) != manifest["splits"][split]["sha256"]:
-                raise ValueError(
-                    f"{files[0]}{' and the others' if files[1:] else ''}: changed since it was written "
-                    f"(the SHA-256 in manifest.json is another): {again}"
-                )
+    is_nanogpt = manifest.get("nanogpt")
+    size = sum(path.stat().st_size for files in paths.values() for path in files)
+    should_hash = not is_nanogpt and (verify_all or size < VERIFIED_BELOW)
+    for split, files in paths.items() if should_hash else ():
+        if sha256_of_split(files) != manifest["splits"][split]["sha256"]:
+            place = f"{files[0]}{' or another file of this split' if files[1:] else ''}"
+            raise ValueError(
+                f"{place}: has changed since it was written (other SHA-256 than in manifest.json); {AGAIN}"
+            )
     for split, files in paths.items():
         tokens = TokenFile(files, manifest["dtype"])
-        length = min(LOOK_TOKENS, len(tokens))
-        looks = min(LOOKS, -(-len(tokens) // length)) if length else 0  # as many as cover a short split
-        for start in np.linspace(0, len(tokens) - length, looks).astype(np.int64):
+        length = min(CHECKED_TOKENS, len(tokens))
+        places = min(CHECKED_PLACES, -(-len(tokens) // length)) if length else 0  # fewer cover a short split
+        for start in np.linspace(0, len(tokens) - length, places).astype(np.int64):
             highest = tokens.rows([start], length).max()
             if highest >= vocab_size:
                 raise ValueError(
-                    f"{files[0]}: the {split} tokens hold the id {highest:,}, but the tokenizer has only "
-                    f"{vocab_size:,} symbols: these are another tokenizer's tokens: {again}"
+                    f"{files[0]}: the {split} split contains the id {highest:,}, but the tokenizer has vocabulary "
+                    f"size {vocab_size:,}, so another tokenizer made it; {AGAIN_NANOGPT if is_nanogpt else AGAIN}"
                 )
 
 
@@ -222,7 +209,7 @@ def _nanogpt_manifest(folder):
         file = folder / f"{split}.bin"
         size = file.stat().st_size
         if size % 2:
-            raise ValueError(f"{file}: {size:,} bytes, an odd number, is no file of 16-bit ids: {AGAIN_NANOGPT}")
+            raise ValueError(f"{file}: {size:,} bytes, not a multiple of 2, are not 16-bit ids; {AGAIN_NANOGPT}")
         splits[split] = {
             "tokens": size // 2,
             "bytes": None,
@@ -230,12 +217,10 @@ def _nanogpt_manifest(folder):
             "sha256": sha256(file) if size <= SAMPLED_ABOVE else _sampled_sha256(file, size),
             "files": [{"name": file.name, "tokens": size // 2}],
         }
-    meta = folder / "meta.pkl"
-    stoi = read_meta(meta) if meta.is_file() else None
-    if stoi:
+    tokenizer = {"kind": "gpt2", "vocab_size": 50257, "eot_id": 50256}
+    if (folder / "meta.pkl").is_file():
+        stoi = read_meta(folder / "meta.pkl")
         tokenizer = {"kind": "char", "vocab_size": len(stoi), "eot_id": None, "stoi": stoi}
-    else:
-        tokenizer = {"kind": "gpt2", "vocab_size": 50257, "eot_id": 50256}
     return {
         "version": VERSION,
         "nanogpt": True,
@@ -258,44 +243,27 @@ def _sampled_sha256(path, size):
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, tuples, text and numbers. Anything else that a pickle names is refused, not imported."""
+    """Reads dicts, lists, tuples, text and numbers. Any other class or function is refused, not imported."""
 
     def find_class(self, module, name):
-        raise ValueError(f"asks for {module}.{name}, and a pickle that asks for code is not read")
+        raise ValueError(f"asks for {module}.{name}, but only plain values are read")
 
 
 def read_meta(path):
     """Return the stoi of a nanoGPT meta.pkl: {character: id}.
 
     Raises:
-        ValueError: the pickle holds more than plain values (none of it is run), or no stoi.
+        ValueError: the pickle has no stoi, or more than plain values. No code in it is executed.
     """
     with open(path, "rb") as file:
         try:
             meta = _PlainUnpickler(file).load()
         except OSError:
             raise
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}: {AGAIN_NANOGPT}") from None
         except Exception as error:  # a damaged pickle raises almost anything
-            raise ValueError(
-                f"{path}: not a pickle of plain values ({type(error).__name__}): {AGAIN_NANOGPT}"
-            ) from None
+            problem = f"not a pickle of plain values ({type(error).__name__}: {one_line(error)})"
+            raise ValueError(f"{path}: {problem}; {AGAIN_NANOGPT}") from None
     stoi = meta.get("stoi") if isinstance(meta, dict) else None
     if not isinstance(stoi, dict) or not stoi:
-        raise ValueError(f"{path}: has no stoi, the ids of its characters: {AGAIN_NANOGPT}")
+        raise ValueError(f"{path}: has no stoi, the ids of the characters; {AGAIN_NANOGPT}")
     return stoi
-
-
-def differences(held, wanted, folder):
-    """Compare what a run wants with what a data folder has, both as {key: value}. folder: for the messages.
-
-    Returns:
-        A list of problems, one line each; empty if the folder fits.
-    """
-    return [
-        f"{key}={wanted[key]}, but data_dir={folder} was prepared with {key}={held[key]}: leave {key} "
-        "out to take that, or set another data_dir"
-        for key in wanted
-        if wanted[key] != held[key]
-    ]

@@ -1,7 +1,7 @@
-"""Files to documents: plain text, lines, .jsonl, .csv and .parquet, also compressed. And .bin files to token ids.
+"""Read documents from text, .jsonl, .csv and .parquet files, also compressed, and token ids from .bin files.
 
-A reader takes `spec`, the corpus for its messages, and `bad`, which is called with a line for each document that cannot
-be read. To add a format of many documents per file, write a reader and add its suffix to READERS.
+A reader gets `spec`, the corpus for its messages, and `bad`, which is called with a line for each document that cannot
+be read. To add a format with many documents per file, write a reader and add its suffix to READERS.
 """
 
 import csv
@@ -9,23 +9,23 @@ import io
 import json
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from ..utils.text import one_line
-from .corpus import refuse, where
+from ..utils.text import counted, one_line
+from .corpus import location, refuse
 
-IDS_AT_ONCE = 2**22  # token ids that are read at a time
+IDS_AT_ONCE = 2**22  # token ids per read
 
 
 def suffix_of(path):
-    """Return the suffix that tells the format: .jsonl for x.jsonl.gz."""
+    """Return the suffix of the format: .jsonl for x.jsonl.gz."""
     return os.path.splitext(re.sub(r"\.(gz|zst)$", "", path.lower()))[1]
 
 
 def file_state(path):
-    """Return (bytes, time of the last change in ns) of a file; zeros if it is gone: reading it reports that."""
+    """Return (bytes, time of the last change in ns) of a file, or zeros if it is missing, which reading it reports."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -36,37 +36,32 @@ def file_state(path):
 def read_file(spec, path, column, lines, bad):
     """Yield the documents of a file.
 
-    column: what has the text in formats with columns. lines: each line of a plain text file is a document.
-
-    Raises:
-        OSError: the file cannot be read or decompressed. ValueError: it lacks the column.
+    column: the text column, in formats with columns. lines: whether each line of a plain text file is a document.
+    Raises OSError if the file cannot be read or decompressed, and ValueError if the column is missing.
     """
     if reader := READERS.get(suffix_of(path)):
-        return reader(spec, path, column, bad)
-    return _read_lines(spec, path, bad) if lines else _read_whole(spec, path, bad)
+        yield from reader(spec, path, column, bad)
+    elif lines:
+        for _, text in _numbered_lines(spec, path, bad):
+            yield text.rstrip("\r\n")
+    else:
+        with open_file(path) as file:
+            raw = file.read()
+        try:
+            yield decode(spec, raw, path).removeprefix("\ufeff")  # a byte order mark
+        except ValueError as error:
+            if bad is refuse:  # this message already has a fix
+                raise
+            bad(str(error))
 
 
 def decode(spec, raw, path=None):
-    """Return UTF-8 bytes as str, character for character: line ends stay as they are."""
+    """Return UTF-8 bytes as str with unchanged line ends."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where(spec, path or spec)}: not UTF-8 text at byte {error.start}: convert it "
-            "(iconv -t utf-8), or leave that file out"
-        ) from None
-
-
-def _read_whole(spec, path, bad):
-    """Yield the one document of a plain text file."""
-    with open_file(path) as file:
-        raw = file.read()
-    try:
-        yield decode(spec, raw, path).removeprefix("\ufeff")  # a byte order mark is no text
-    except ValueError as error:
-        if bad is refuse:  # this message has a fix of its own
-            raise
-        bad(str(error))
+        problem = f"{location(spec, path or spec)}: not UTF-8 text at byte {error.start}"
+        raise ValueError(f"{problem}; convert it with iconv -t utf-8, or remove the file from the corpus") from None
 
 
 def _numbered_lines(spec, path, bad):
@@ -76,26 +71,21 @@ def _numbered_lines(spec, path, bad):
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                bad(f"{where(spec, path)}, line {number}: not UTF-8 text at byte {error.start} of the line")
+                bad(f"{location(spec, path)}, line {number}: not UTF-8 text at byte {error.start} of the line")
                 continue
             yield number, text.removeprefix("\ufeff") if number == 1 else text
-
-
-def _read_lines(spec, path, bad):
-    for _, text in _numbered_lines(spec, path, bad):
-        yield text.rstrip("\r\n")
 
 
 def _read_jsonl(spec, path, column, bad):
     for number, line in _numbered_lines(spec, path, bad):
         if not line.strip():
             continue
-        place = f"{where(spec, path)}, line {number}"
+        place = f"{location(spec, path)}, line {number}"
         try:
             row = json.loads(line)
             text = row[column]
             if not isinstance(text, str) or (r"\u" in line and not _is_unicode(text)):
-                raise TypeError(f"{column} is no text")
+                raise TypeError
         except json.JSONDecodeError as error:
             bad(f"{place}: not JSON ({error.msg})")
         except (ValueError, RecursionError) as error:
@@ -103,52 +93,48 @@ def _read_jsonl(spec, path, column, bad):
         except (TypeError, KeyError, IndexError):
             if number == 1 and bad is refuse and isinstance(row, dict):
                 check_column(spec, path, column, list(row))
-            bad(f"{place}: no object with a text in {column}")
+            bad(f"{place}: not an object with a string under {column}")
         else:
             yield text
 
 
 def _read_csv(spec, path, column, bad):
     rows = _csv_rows(spec, path, bad)
-    _, columns = next(rows, (None, None))
+    place, columns = next(rows, (f"{location(spec, path)}, line 1", None))
     if not columns:
-        bad(
-            f"{where(spec, path)}, line 1: empty, so there is no column {column}, the text_column: begin "
-            "the file with a line of the columns' names"
-        )
-        return
+        return bad(f"{place}: empty, no column {column}; add a line of column names, or set text_column")
     check_column(spec, path, column, columns)
-    at = columns.index(column)
+    index = columns.index(column)
     for place, row in rows:
         if len(row) > len(columns):
             bad(
-                f"{place}: a row of {len(row)} values, but the first line names {len(columns)} "
-                f"column{'s' * (len(columns) > 1)} (quote a text that holds the delimiter)"
+                f"{place}: a row of {len(row)} values, but the first line has {counted(len(columns), 'column')} "
+                "(texts that contain the delimiter must be quoted)"
             )
-        elif row and len(row) <= at:
+        elif row and len(row) <= index:
             bad(f"{place}: a row without {column}")
-        elif row and not _is_unicode(row[at]):
+        elif row and not _is_unicode(row[index]):
             bad(f"{place}: not UTF-8 text")
         elif row:
-            yield row[at]
+            yield row[index]
 
 
 def _csv_rows(spec, path, bad):
-    """Yield (where it starts, values) of each row of a .csv or .tsv file; no values for a line that is not CSV."""
+    """Yield (location, values) of each row of a .csv or .tsv file. An invalid row has no values."""
     csv.field_size_limit(2**31 - 1)
     with open_file(path) as raw:
-        # Excel starts with a byte order mark; _read_csv finds bytes that are not UTF-8 row by row
+        # files from Excel start with a byte order mark; _read_csv reports bytes that are not UTF-8 row by row
         text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
-        # strict, or a quote that is never closed takes the rest of the file for one text
+        # strict, because otherwise an open quote makes one text of the rest of the file
         rows = csv.reader(text, delimiter="," if suffix_of(path) == ".csv" else "\t", strict=True)
         while True:
-            place = f"{where(spec, path)}, line {rows.line_num + 1}"
+            place = f"{location(spec, path)}, line {rows.line_num + 1}"
             try:
                 row = next(rows)
             except StopIteration:
                 return
             except csv.Error as error:
-                bad(f"{place}: not CSV ({error}; is a quote left open?)")
+                bad(f"{place}: not CSV ({error}; is a quote not closed?)")
                 row = []
             yield place, row
 
@@ -157,24 +143,24 @@ def _read_parquet(spec, path, column, bad):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    _check_opens(path)
+    open(path, "rb").close()  # the system's OSError says more than Arrow's
     try:
         with pq.ParquetFile(path) as file:
             check_column(spec, path, column, file.schema_arrow.names)
             kind = file.schema_arrow.field(column).type
-            held = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not (pa.types.is_string(held) or pa.types.is_large_string(held) or pa.types.is_string_view(held)):
-                raise ValueError(f"{where(spec, path)}: {column} holds {kind}, not text: give another text_column")
+            values = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if not (pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)):
+                raise ValueError(f"{location(spec, path)}: {column} contains {kind}, not text; set another text_column")
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 for text in arrow_texts(batch.column(0)):
                     number += 1
                     if text is None:
-                        bad(f"{where(spec, path)}, row {number}: nothing in {column}, or not UTF-8 text")
+                        bad(f"{location(spec, path)}, row {number}: null in {column}, or not UTF-8 text")
                     else:
                         yield text
     except (pa.ArrowException, OSError) as error:
-        raise OSError(f"not a whole parquet file ({one_line(error)})") from None
+        raise OSError(f"not a complete parquet file ({one_line(error)})") from None
 
 
 READERS = {
@@ -187,41 +173,29 @@ READERS = {
 
 
 def arrow_texts(column):
-    """Return the values of an Arrow column as str; None for a null and for bytes that are not UTF-8."""
-    try:
+    """Return the values of an Arrow column as str, with None for nulls and for bytes that are not UTF-8."""
+    with suppress(UnicodeDecodeError):
         return column.to_pylist()
-    except UnicodeDecodeError:
-        pass
-
-    def read(value):
-        try:
-            return value.as_py()
-        except UnicodeDecodeError:
-            return None
-
-    return [read(value) for value in column]
+    texts = []
+    for value in column:
+        texts.append(None)
+        with suppress(UnicodeDecodeError):
+            texts[-1] = value.as_py()
+    return texts
 
 
 def _is_unicode(text):
-    """Return False if a text has half of a surrogate pair, which no encoding can write."""
-    try:
-        text.encode("utf-8")
-        return True
-    except UnicodeEncodeError:
-        return False
+    """Return False for a text with half of a surrogate pair, which cannot be encoded."""
+    return text.encode("utf-8", "ignore").decode("utf-8") == text
 
 
 def check_column(spec, path, column, columns):
     """Raise ValueError unless exactly one of the columns has this name."""
-    if columns.count(column) > 1:
-        raise ValueError(
-            f"{where(spec, path)}: {columns.count(column)} columns are named {column}: rename all but "
-            "one, or give another text_column"
-        )
-    if column not in columns:
-        raise ValueError(
-            f"{where(spec, path)}: no column {column}; there are {', '.join(map(str, columns))}: give text_column"
-        )
+    place, count = location(spec, path), columns.count(column)
+    if count > 1:
+        raise ValueError(f"{place}: {count} columns are named {column}; rename all but one, or set another text_column")
+    if not count:
+        raise ValueError(f"{place}: no column {column}, only {', '.join(map(str, columns))}; set text_column")
 
 
 @contextmanager
@@ -234,89 +208,79 @@ def open_file(path):
     import pyarrow as pa
 
     compression = "gzip" if path.lower().endswith(".gz") else "zstd"
-    _check_opens(path)
+    open(path, "rb").close()  # the system's OSError says more than Arrow's
     try:
         with pa.CompressedInputStream(pa.OSFile(path), compression) as stream:
             yield io.BufferedReader(stream)
     except (pa.ArrowException, OSError) as error:
-        raise OSError(f"not a whole {compression} file ({one_line(error)})") from None
-
-
-def _check_opens(path):
-    """Raise the system's own OSError if a file cannot be opened; Arrow's says less."""
-    with open(path, "rb"):
-        pass
+        raise OSError(f"not a complete {compression} file ({one_line(error)})") from None
 
 
 # ---- token ids
 
 
 def read_ids(spec, files, dtype, vocab_size, start):
-    """Read token files in nanoGPT's form, bare numbers, as one sequence.
+    """Read token files in nanoGPT's format, ids without a header, as one sequence.
 
-    Args:
-        files: (path, bytes, time of its last change) of each, in order. dtype: of an id.
-        start: number of the first id that is wanted.
+    files: (path, bytes, time of the last change) of each file, in order. start: position of the first id to yield.
 
     Returns:
-        (number of ids in all the files, iterator over arrays of those from `start` on).
+        (number of ids in all files, iterator over arrays of the ids from `start` on).
 
     Raises:
-        ValueError: a file of another width, cut off, or with an id that is not below vocab_size.
+        ValueError: a file has ids of another width, is cut off, or has an id outside of the vocabulary.
     """
     dtype = np.dtype(dtype)
-    form = f"{dtype.name} numbers, as a tokenizer of {vocab_size:,} symbols has them"
+    form = f"{dtype.name} ids of a tokenizer with vocabulary size {vocab_size:,}"
     for path, n_bytes, _ in files:
         if n_bytes == 0 or n_bytes % dtype.itemsize:
-            raise ValueError(
-                f"{where(spec, path)}: {n_bytes:,} bytes are no token ids ({form}): make the file whole, "
-                "or give another path"
-            )
+            problem = f"{n_bytes:,} bytes are not {form}"
+            raise ValueError(f"{location(spec, path)}: {problem}; restore the file, or set another path")
 
-    def pieces():
-        before = 0  # ids of the files before this one
+    def chunks():
+        before = 0  # ids in the files before this one
         for path, n_bytes, changed in files:
-            count = n_bytes // dtype.itemsize
-            for at in range(max(start - before, 0), count, IDS_AT_ONCE):
-                ids = _ids_at(spec, path, at, min(IDS_AT_ONCE, count - at), dtype)
+            place, count = location(spec, path), n_bytes // dtype.itemsize
+            for position in range(max(start - before, 0), count, IDS_AT_ONCE):
+                ids = _ids_at(spec, path, position, min(IDS_AT_ONCE, count - position), dtype)
                 if ids.max() >= vocab_size:
                     wrong = int(np.argmax(ids >= vocab_size))
                     raise ValueError(
-                        f"{where(spec, path)}: the id {ids[wrong]:,} at position {at + wrong:,}, but the "
-                        f"tokenizer has only {vocab_size:,} symbols: give the tokenizer that made the "
-                        f"ids, and these as {dtype.name} without a header"
+                        f"{place}: the id {ids[wrong]:,} at position {position + wrong:,}, but the tokenizer has "
+                        f"vocabulary size {vocab_size:,}; set the tokenizer that made the ids, and write them as "
+                        f"{dtype.name} without a header"
                     )
-                if at == 0 and (what := _resembles(ids)):
-                    raise ValueError(f"{where(spec, path)}: looks like {what}: write the ids as {form}")
+                if position == 0 and (other := _other_content(ids)):
+                    raise ValueError(f"{place}: looks like {other}; write the ids as {form}")
                 yield ids
             if file_state(path) != (n_bytes, changed):
-                raise ValueError(f"{where(spec, path)}: has changed while it was read: begin again when it is done")
+                raise ValueError(f"{place}: has changed while it was read; start again when it is complete")
             before += count
 
-    return sum(n_bytes for _, n_bytes, _ in files) // dtype.itemsize, pieces()
+    return sum(n_bytes for _, n_bytes, _ in files) // dtype.itemsize, chunks()
 
 
-def _resembles(ids):
-    """Return what a file is whose first ids are no token ids; None for true ones."""
+def _other_content(ids):
+    """Return the format of a file whose first ids do not look like token ids, or None."""
     head = ids[:4096].tobytes()
     if head.startswith(b"\x93NUMPY"):
-        return "a file of numpy.save, which has a header (ids.tofile(path) writes none)"
+        return "a file of numpy.save, which has a header (use ids.tofile(path))"
     if len(head) > 64 and not head.translate(None, bytes(range(32, 127)) + b"\t\r\n"):
         return "text"
     if len(ids) > 64 and ids[::2].any() and not ids[1::2].any():
-        return "wider numbers, for every second id is 0"
+        return "wider numbers, because every second id is 0"
     return None
 
 
-def _ids_at(spec, path, at, count, dtype):
-    """Read `count` ids from position `at` of a file."""
+def _ids_at(spec, path, position, count, dtype):
+    """Read `count` ids from a position of a file."""
     ids = np.empty(count, dtype)
     try:
         with open(path, "rb") as file:
-            file.seek(at * dtype.itemsize)
+            file.seek(position * dtype.itemsize)
             problem = None if file.readinto(ids) == ids.nbytes else "has become shorter"
     except OSError as error:
         problem = error.strerror or str(error)
     if problem:
-        raise ValueError(f"{where(spec, path)}: {problem}: make the file whole, or give another path")
+        raise ValueError(f"{location(spec, path)}: {problem}; restore the file, or set another path")
     return ids

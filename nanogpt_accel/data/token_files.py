@@ -1,11 +1,11 @@
-"""Token files in nanoGPT's form, train.bin and val.bin: read by the row, written so that interruptions cost little.
+"""Read and write token files in nanoGPT's format: train.bin and val.bin, with one id after the other.
 
     with Writer(folder, np.uint16) as writer:
         writer.write("train", ids, len(raw_bytes))
         writer.finish({"corpus": ...}, save_tokenizer)
     x = TokenFile([folder / "train.bin"], "uint16").rows([0, 7], 256)
 
-A split of more than `shard_tokens` has several files, train-00000.bin and so on, that are read as one.
+A split of more than `shard_tokens` tokens has several files, train-00000.bin and so on, which are read as one.
 """
 
 import hashlib
@@ -24,20 +24,19 @@ import numpy as np
 from ..utils import locking
 from ..utils.files import flush_file, sha256, write_atomically
 
-VERSION = 2  # of manifest.json; 1 had one file for each split, and no list of them
+VERSION = 2  # of manifest.json; version 1 had one file per split and no list of files
 SPLITS = ("train", "val")
 FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
-SHARD_TOKENS = 100_000_000  # tokens per file: 200 MB, the most work that a crash can cost
-COMMIT_SECONDS = 20  # between two points from which a killed preparation can continue; the first comes after a tenth
+SHARD_TOKENS = 100_000_000  # tokens per file: 200 MB
+COMMIT_SECONDS = 20  # between commits, so the most work that a crash can lose; a tenth before the first one
 LOCK_FILES = ("lock", "holder.json")  # in .partial
 AGAIN = "delete the folder and prepare it again"
 
 
 class TokenFile:
-    """One sequence of token ids in a file, or in several that follow each other, read by the row.
+    """A sequence of token ids in one file, or in several that follow each other.
 
-    Args:
-        paths: the file, or a list of files in order. dtype: of the ids, "uint16" or "uint32".
+    paths: one path, or a list of paths in order. dtype: of the ids, "uint16" or "uint32".
     """
 
     def __init__(self, paths, dtype):
@@ -53,34 +52,33 @@ class TokenFile:
         """Return the ids at starts[i] ... starts[i] + length - 1, as int64 of shape (len(starts), length).
 
         Raises:
-            OSError: a file is gone, or has become shorter.
+            OSError: a file is missing or has become shorter.
         """
         starts = np.asarray(starts, dtype=np.int64)
         ids = np.empty((len(starts), length), dtype=self.dtype)
-        assert not len(starts) or (0 <= starts.min() and starts.max() + length <= len(self)), (
-            f"a row beyond {self.paths[-1]}"
-        )
-        # plain reads, not a memory map: that takes three times as long for short rows and, kept open, counts all the
-        # pages it has read as resident. Files are opened anew, for hundreds of them are more than may stay open
+        is_inside = not len(starts) or (0 <= starts.min() and starts.max() + length <= len(self))
+        assert is_inside, f"a row is outside of {self.paths[-1]}"
+        # Plain reads: a memory map takes three times as long for short rows, and all pages that it has read count as
+        # resident. Files are opened for each call, because there may be more of them than a process may keep open.
         with ExitStack() as stack:
             files = {}
             for row, start in zip(ids, starts.tolist(), strict=True):
                 done = 0
-                while done < length:  # a row may begin in one file and end in another
-                    at = start + done
-                    i = bisect_right(self._ends, at)
+                while done < length:  # a row may continue in the next file
+                    position = start + done
+                    i = bisect_right(self._ends, position)
                     if i not in files:
                         files[i] = stack.enter_context(open(self.paths[i], "rb", buffering=0))
-                    piece = row[done : done + self._ends[i] - at]
-                    files[i].seek((at - (self._ends[i - 1] if i else 0)) * self.dtype.itemsize)
-                    if files[i].readinto(piece) != piece.nbytes:
-                        raise OSError(f"{self.paths[i]}: has become shorter since it was opened: {AGAIN}")
-                    done += len(piece)
+                    part = row[done : done + self._ends[i] - position]
+                    files[i].seek((position - (self._ends[i - 1] if i else 0)) * self.dtype.itemsize)
+                    if files[i].readinto(part) != part.nbytes:
+                        raise OSError(f"{self.paths[i]}: has become shorter since it was opened; {AGAIN}")
+                    done += len(part)
         return ids.astype(np.int64)
 
 
 class TokenArray:
-    """Token ids in memory, (n,), read like a TokenFile."""
+    """Token ids in memory, shape (n,), with the interface of TokenFile."""
 
     def __init__(self, ids):
         self._ids = ids
@@ -89,30 +87,29 @@ class TokenArray:
         return len(self._ids)
 
     def rows(self, starts, length):
-        """Return the ids at starts[i] ... starts[i] + length - 1, as int64 of shape (len(starts), length)."""
         return np.stack([self._ids[start : start + length] for start in starts]).astype(np.int64)
 
 
 class Writer:
-    """Writes a data folder as the tokens come, hidden until it is complete, and continues where an interrupted attempt
-    stopped.
+    """Writes a data folder that becomes visible when it is complete, or resumes an interrupted attempt.
 
-    The files grow in FOLDER/.partial, on the same disk whatever is mounted where. finish() moves them to their
-    places, the manifest last. What was committed stays for the next attempt; if nothing was, leaving the `with`
-    block without finish() removes all of it. Ctrl-C and sys.exit() commit all up to the last commit().
+    The files grow in FOLDER/.partial, and finish() moves them to the folder, the manifest last. A later attempt resumes
+    from the last commit. On Ctrl-C and sys.exit() everything up to the last commit() call is committed. If there is no
+    commit, leaving the `with` block without finish() removes .partial.
 
     Args:
-        folder: the data folder. dtype: np.uint16 or np.uint32.
-        facts: plain values that decide the tokens. An earlier attempt with others is thrown away.
-        shard_tokens: a file that has so many is closed, and the next one started.
+        folder: the data folder.
+        dtype: np.uint16 or np.uint32.
+        facts: plain values that determine the tokens. An earlier attempt with other facts is deleted.
+        shard_tokens: number of tokens after which a new file is started.
 
     Attributes:
-        position: what the last commit() of an earlier attempt was given, 0 without one.
-        is_finished: an earlier attempt had only the moves left to do; they are done, and so is all.
+        position: the argument of the earlier attempt's last commit(), or 0.
+        is_finished: the earlier attempt only had to move its files; the folder is complete now.
 
     Raises:
-        ValueError: the folder holds such files already. OSError: it cannot be written.
-        BlockingIOError: another process prepares it.
+        ValueError: the folder already contains such files.
+        BlockingIOError: another process is preparing it.
     """
 
     def __init__(self, folder, dtype, facts=None, shard_tokens=SHARD_TOKENS):
@@ -124,45 +121,42 @@ class Writer:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = locking.acquire(*(self.partial / name for name in LOCK_FILES))
         except BlockingIOError as error:
-            raise BlockingIOError(f"data_dir={folder}: {error} prepares it") from None
+            raise BlockingIOError(f"data_dir={folder}: {error} is preparing it") from None
         except OSError as error:
-            raise OSError(
-                f"data_dir={folder}: cannot be written ({error.strerror}): set data_dir to a folder that can"
-            ) from None
-        self._progress = None  # what the last commit() was given and how much was written then
-        self._open = {}  # split -> the file that grows
+            problem = f"data_dir={folder}: cannot be written ({error.strerror})"
+            raise OSError(f"{problem}; set data_dir to a writable folder") from None
+        self._progress = None  # JSON of the state at the last commit() call
+        self._open = {}  # split -> open file
         self._committed_at = time.monotonic()
         try:
-            with _naming(self.folder):
-                self._continue()
+            with _disk_errors(self.folder):
+                self._resume()
         except BaseException:
             self._lock.release()
             raise
 
-    def _continue(self):
-        """Continue with what an earlier attempt committed, or start anew."""
+    def _resume(self):
+        """Resume from the last commit of an earlier attempt, or start over."""
+        itemsize = self.dtype.itemsize
         try:
             progress = json.loads((self.partial / "progress.json").read_text(encoding="utf-8"))
             self.position, self.counts, self.files = (progress[key] for key in ("position", "counts", "files"))
+            sizes = {file["name"]: file["tokens"] * itemsize for files in self.files.values() for file in files}
             is_usable = progress["facts"] == self._facts
             self.is_finished = is_usable and (self.partial / "manifest.json").exists()
-            sizes = {
-                file["name"]: file["tokens"] * self.dtype.itemsize for files in self.files.values() for file in files
-            }
-            is_usable = is_usable and (
-                self.is_finished or all((self.partial / name).stat().st_size >= size for name, size in sizes.items())
-            )
+            if is_usable and not self.is_finished:
+                is_usable = all((self.partial / name).stat().st_size >= size for name, size in sizes.items())
         except (OSError, ValueError, KeyError, TypeError):
             is_usable = self.is_finished = False
         self._has_committed = is_usable
         if self.is_finished:
             return self._publish()
         if not is_usable:
-            refuse_to_overwrite(self.folder, moves=False)
+            refuse_to_overwrite(self.folder, accept_moved=False)
             self.position, self.counts, self.files, sizes = 0, {}, {}, {}
         for path in self.partial.iterdir():
             if path.name in sizes:
-                os.truncate(path, sizes[path.name])  # what came after the commit is made again
+                os.truncate(path, sizes[path.name])  # to its size at the commit
             elif path.name not in LOCK_FILES and not (is_usable and path.name == "progress.json"):
                 path.unlink()
 
@@ -170,33 +164,33 @@ class Writer:
         return self
 
     def __exit__(self, kind, *error):
-        is_told_to_stop = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
-        if is_told_to_stop and self._progress and not self.is_finished:
-            with suppress(OSError):  # an earlier commit holds then
+        is_interrupted = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
+        if is_interrupted and self._progress and not self.is_finished:
+            with suppress(OSError):  # the previous commit remains valid
                 self._commit()
         for file in self._open.values():
-            with suppress(OSError):  # a full disk is reported by the write that failed
+            with suppress(OSError):  # a full disk was reported by write()
                 file.close()
         if not self.is_finished and not self._has_committed:
             shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.release()
-        for folder in (self.partial, self.folder):  # (under Windows what is locked is still there)
-            with suppress(OSError):  # goes only where it is empty
+        for folder in (self.partial, self.folder):  # Windows could not delete the locked file
+            with suppress(OSError):  # only an empty folder is removed
                 folder.rmdir()
 
     def discard(self):
-        """Throw away what was committed: the next attempt begins anew."""
+        """Discard all commits, so that the next attempt starts over."""
         self._has_committed, self._progress = False, None
 
     def write(self, split, ids, n_bytes, documents=1):
-        """Append ids, (n,) whole numbers, to a split. n_bytes: the size of their text as UTF-8; None: not known."""
+        """Append token ids, shape (n,), to a split. n_bytes: size of their text in UTF-8, None if unknown."""
         files = self.files.setdefault(split, [])
-        with _naming(self.folder):
+        with _disk_errors(self.folder):
             if not files or files[-1]["tokens"] >= self.shard_tokens:
                 self._close(split)
                 files.append({"name": f"{split}-{len(files):05d}.bin", "tokens": 0})
             if split not in self._open:
-                self._open[split] = open(self.partial / files[-1]["name"], "ab")  # noqa: SIM115 (grows on)
+                self._open[split] = open(self.partial / files[-1]["name"], "ab")  # noqa: SIM115 (closed in _close)
             self._open[split].write(np.ascontiguousarray(ids, dtype=self.dtype))
         files[-1]["tokens"] += len(ids)
         counts = self.counts.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0})
@@ -204,14 +198,18 @@ class Writer:
         counts["bytes"] = None if n_bytes is None else counts["bytes"] + n_bytes
         counts["documents"] += documents
 
+    def total(self, key, splits=None):
+        """Return the sum of "tokens", "bytes" or "documents" over these splits, by default over all."""
+        return sum(self.counts[split][key] or 0 for split in splits or self.counts if split in self.counts)
+
     def commit(self, position):
-        """Say that all up to `position`, a plain value, is written; now and then this is made to last."""
-        self._note_progress(position)
+        """Record that everything up to `position`, a plain value, is written, and flush it every COMMIT_SECONDS."""
+        self._record(position)
         if time.monotonic() - self._committed_at >= COMMIT_SECONDS / (1 if self._has_committed else 10):
-            with _naming(self.folder):
+            with _disk_errors(self.folder):
                 self._commit()
 
-    def _note_progress(self, position):
+    def _record(self, position):
         progress = {"facts": self._facts, "position": position, "counts": self.counts, "files": self.files}
         self._progress = json.dumps(progress)
 
@@ -227,14 +225,12 @@ class Writer:
             self._open.pop(split).close()
 
     def finish(self, facts, save_tokenizer):
-        """Make the folder real and return its manifest.
+        """Complete the data folder and return its manifest.
 
-        Args:
-            facts: {"corpus": {"name", ...}, "tokenizer": {"asked", "kind", "vocab_size", "fingerprint",
-                "eot_id"}, "val_fraction", "split_seed"}: plain values for the manifest.
-            save_tokenizer: a function that writes the tokenizer's files into the folder it is given.
+        facts: plain values for the manifest: {"corpus": {"name", ...}, "tokenizer": {"asked", "kind", "vocab_size",
+        "fingerprint", "eot_id"}, "val_fraction", "split_seed"}. save_tokenizer: writes the tokenizer into a folder.
         """
-        with _naming(self.folder):
+        with _disk_errors(self.folder):
             for split in list(self._open):
                 self._close(split)
             splits = {}
@@ -244,55 +240,52 @@ class Writer:
                 splits[split] = self.counts[split] | {"sha256": digest, "files": files}
             manifest = {"version": VERSION, **facts, "dtype": self.dtype.name, "splits": splits}
             save_tokenizer(self.partial)
-            self._note_progress("all")
+            self._record("all")
             self._commit()
             write_atomically(self.partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
             self._publish()
         return manifest
 
     def _publish(self):
-        """Move the finished files to their places. Done again, it does what is left to do."""
+        """Move the finished files to the data folder. A repeated call moves the remaining files."""
         names = sorted(f.name for f in self.partial.iterdir() if f.name not in (*LOCK_FILES, "progress.json"))
-        # the tokenizer first: .bin files without a manifest pass for nanoGPT's, but not beside its file
+        # the tokenizer first: .bin files with neither a manifest nor tokenizer.json would count as a nanoGPT folder
         for name in sorted(names, key=lambda n: (n == "manifest.json", n.endswith(".bin"), n)):
             os.replace(self.partial / name, self.folder / self._final_name(name))
         self.is_finished = True
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _final_name(self, name):
-        """Return the name in the data folder: train.bin, as nanoGPT has it, for the only file of a split."""
+        """Return a file's name in the data folder. The only file of a split is train.bin, as in nanoGPT."""
         split = name.partition("-")[0]
         return f"{split}.bin" if name.endswith("-00000.bin") and len(self.files[split]) == 1 else name
 
 
-def refuse_to_overwrite(folder, moves=True):
-    """Raise ValueError if a Writer would overwrite files of a data folder. moves: accept those that an interrupted one
-    had moved there already, with others left to move."""
+def refuse_to_overwrite(folder, accept_moved=True):
+    """Raise ValueError if a Writer would overwrite files. accept_moved: except those of an interrupted finish()."""
     folder = Path(folder)
-    if moves and (folder / ".partial" / "manifest.json").exists():
+    if accept_moved and (folder / ".partial" / "manifest.json").exists():
         return
-    if found := [name for name in FILES if (folder / name).exists()]:
-        has_tokens = any(name.endswith(".bin") for name in found)
-        raise ValueError(
-            f"data_dir={folder}: holds {', '.join(found)} already, and nothing is "
-            f"overwritten: take another data_dir{', or delete that folder' * has_tokens}"
-        )
+    if names := [name for name in FILES if (folder / name).exists()]:
+        problem = f"data_dir={folder}: already contains {', '.join(names)}, which would be overwritten"
+        delete = ", or delete the folder" if any(name.endswith(".bin") for name in names) else ""
+        raise ValueError(f"{problem}; set another data_dir{delete}")
 
 
 @contextmanager
-def _naming(folder):
-    """Put the data folder's name into the errors of the disk."""
+def _disk_errors(folder):
+    """Name the data folder and the fix in an OSError."""
     try:
         yield
     except OSError as error:
         raise OSError(
-            f"data_dir={folder}: cannot write the token files ({error.strerror or error}), and they "
-            "do not count as done: make room, or set data_dir to another disk"
+            f"data_dir={folder}: cannot write the token files ({error.strerror or error}), so the folder is "
+            "incomplete; free some disk space, or set data_dir to another disk"
         ) from None
 
 
 def earlier_attempt(folder):
-    """Return (facts, number of documents) of an attempt that was interrupted in this folder; ({}, 0) without one."""
+    """Return (facts, number of documents) of an interrupted attempt, or ({}, 0)."""
     try:
         progress = json.loads((Path(folder) / ".partial" / "progress.json").read_text(encoding="utf-8"))
         return progress["facts"][0], sum(counts["documents"] for counts in progress["counts"].values())
@@ -300,11 +293,11 @@ def earlier_attempt(folder):
         return {}, 0
 
 
-def at_work(folder):
-    """Return who prepares this folder now, as `process N on HOST`, or None."""
+def find_active_process(folder):
+    """Return the process that is preparing this folder, as `process N on HOST`, or None."""
     try:
         return locking.find_holder(*(Path(folder) / ".partial" / name for name in LOCK_FILES))
-    except OSError:  # it has gone meanwhile, or cannot be written, which the Writer will say
+    except OSError:  # .partial was removed in the meantime, or cannot be written, which Writer reports
         return None
 
 
@@ -314,7 +307,7 @@ def token_paths(folder, manifest, split):
 
 
 def sha256_of_split(paths):
-    """Return the SHA-256 of a split: its file's, or that of those of its files in hexadecimal, one after the other."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib lets go of Python's lock
+    """Return the SHA-256 of the only file of a split, or of the concatenated hexadecimal hashes of its files."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib releases the GIL
         hashes = list(pool.map(sha256, paths))
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

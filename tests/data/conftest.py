@@ -1,11 +1,11 @@
-"""Folders of text that several files of tests read."""
+"""Folders of text that several test files use."""
 
 import pytest
 
 
 @pytest.fixture
 def notes(tmp_path):
-    """Twelve documents of different length."""
+    """A folder of twelve documents of different lengths."""
     folder = tmp_path / "notes"
     folder.mkdir()
     for i in range(12):

@@ -1,4 +1,4 @@
-"""The folder of a data section: its name, what is wrong with it, and opening it."""
+"""dataset.py: the name, the checks and the opening of a data folder."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ from nanogpt_accel.recipe import SECTIONS, Data
 
 @pytest.fixture(autouse=True)
 def work(tmp_path, monkeypatch):
-    """The default data folders lie below the working directory."""
+    """Run in an empty directory, which contains the default data folders."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -67,7 +67,7 @@ def test_a_tokenizer_folder(refused, notes):
     shutil.copytree(first.folder, "elsewhere")
     elsewhere = data.model_copy(update={"tokenizer": "elsewhere"})
     assert data_folder(elsewhere).name.split("-")[-1] == data_folder(data).name.split("-")[-1]
-    # one without an end-of-text cannot keep documents apart, and one without a symbol cannot read them
+    # without an end-of-text token it cannot separate documents, and an unknown character is an error
     Path("single").mkdir()
     Tokenizer.char([(notes / "01.txt").read_text()]).save("single")
     with refused(ValueError, "tokenizer=single", "end-of-text", "corpus=notes"):
@@ -92,7 +92,7 @@ def test_another_column_is_another_text():
 
 @pytest.fixture
 def mine(notes):
-    """A prepared folder whose corpus is gone."""
+    """A prepared folder whose corpus was deleted."""
     data = Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3, data_dir="mine")
     opened(data)
     shutil.rmtree(notes)
@@ -116,12 +116,25 @@ def test_data_dir_does_not_need_its_corpus(mine, monkeypatch):
         ({"val_fraction": 0.1}, ["val_fraction=0.1", "val_fraction=0.3"]),
     ],
 )
-def test_data_dir_that_holds_something_else(refused, mine, change, words):
+def test_data_dir_with_other_contents(refused, mine, change, words):
     data = mine.model_copy(update=change)
     (problem,) = check(data)
     assert all(word in problem for word in words) and "data_dir=mine" in problem
     with refused(ValueError, *words, "data_dir=mine"):
         open_dataset(data)
+
+
+def test_differences_name_the_keys_and_both_values():
+    manifest = {"corpus": {"name": "input.txt"}, "tokenizer": {"asked": "char"}, "val_fraction": 0.1}
+    data = SimpleNamespace(**section(corpus="input.txt", val_fraction=0.1, data_dir="data/x").model_dump())
+    assert dataset._differences(data, manifest) == []
+    data.corpus, data.tokenizer, data.val_fraction = "python", "gpt2", 0.2
+    problems = dataset._differences(data, manifest)
+    assert [problem.split(",")[0] for problem in problems] == ["corpus=python", "tokenizer=gpt2", "val_fraction=0.2"]
+    assert all(
+        "data_dir=data/x" in problem and str(value) in problem
+        for problem, value in zip(problems, ("input.txt", "char", 0.1), strict=True)
+    )
 
 
 def test_a_changed_tokenizer_in_the_data_folder(refused, mine):
@@ -194,7 +207,7 @@ def test_too_short_for_a_block(notes):
     assert require_block(ours, val - 1) == []
     for problems in (require_block(ours, val), check(data, block_size=val)):
         (problem,) = problems
-        assert f"block_size={val}:" in problem and f"{ours.folder}/val.bin has {val}:" in problem
+        assert f"block_size={val}:" in problem and f"{ours.folder}/val.bin has {val};" in problem
         assert "larger val_fraction" in problem
     assert len(require_block(ours, train)) == 2
     assert len(check(data.model_copy(update={"data_dir": str(ours.folder)}), block_size=train)) == 2

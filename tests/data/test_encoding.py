@@ -1,4 +1,4 @@
-"""Documents to token ids: the same for any format, number of workers and size of a chunk."""
+"""encoding.py: the ids are the same for any format, number of threads and chunk size."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from nanogpt_accel.data import encoding
 
 @pytest.fixture(autouse=True)
 def work(tmp_path, monkeypatch):
-    """Corpora and data folders lie below the working directory, and a recipe that leaves the corpus open."""
+    """Run in an empty directory with a recipe that does not set the corpus."""
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text("data: {tokenizer: char, val_fraction: 0.2, data_dir: out}\n")
     return tmp_path
@@ -75,7 +75,7 @@ def test_shards_follow_each_other_for_any_chunk(monkeypatch, chunk):
         ]
 
 
-def test_an_end_of_text_follows_each_document_and_val_takes_whole_ones():
+def test_an_end_of_text_follows_each_document_and_val_has_complete_documents():
     jsonl("x.jsonl", DOCS)
     ours, _ = prepared(corpus="x.jsonl", val_fraction=0.1)
     for file, part in zip((ours.train, ours.val), dealt(DOCS, 0.1), strict=True):
@@ -85,4 +85,4 @@ def test_an_end_of_text_follows_each_document_and_val_takes_whole_ones():
         assert len(ends) == len(part) > 5
         starts = [0, *(end + 1 for end in ends)]
         texts = [ours.tokenizer.decode(found[start:end]) for start, end in zip(starts, ends, strict=False)]
-        assert texts == part  # "<|endoftext|>" in a text is text: it has no id of its own
+        assert texts == part  # "<|endoftext|>" in a text is plain text and not the end-of-text id

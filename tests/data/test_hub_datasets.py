@@ -1,4 +1,4 @@
-"""Data sets of the Hub, by a stand-in on this machine: the real `datasets` library asks it, reads and splits."""
+"""hub_datasets.py, with the real `datasets` library and a local server as the Hub."""
 
 import io
 import json
@@ -16,8 +16,8 @@ from hub_server import HubServer
 from nanogpt_accel.data import hub_datasets, sources
 from nanogpt_accel.data.sources import find_corpus
 
-# a process of its own, for the libraries read HF_ENDPOINT when they are imported; one for all, for that takes seconds.
-# Revisions of the table of builtin sets become those of the stand-in, whose commits have other names
+# In a separate process, because the libraries read HF_ENDPOINT when they are imported. All cases share it, because the
+# imports take seconds. The revisions of the built-in sets are replaced by commits of the local server.
 SCRIPT = """
 import contextlib, dataclasses, io, json, os, sys
 from nanogpt_accel.data import sources as corpus
@@ -45,7 +45,7 @@ def parquet(texts, column="text", **options):
     return raw.getvalue()
 
 
-# `prepare` twice: the first attempt fails after a few commits, and the second begins when the branch has moved
+# `prepare` twice: the first attempt fails after a few commits, and the second starts after the branch has moved
 MOVING = """
 import contextlib, sys
 from nanogpt_accel.data import encoding, token_files as tokens
@@ -270,7 +270,7 @@ def test_the_manifest_names_the_commit_that_was_read(answers, hub):
 
     assert source("one")["revision"] is None
     assert source("one")["commit"] == hub.commits("datasets/me/one")[-1][1]
-    for name in ("revision", "wikitext2"):  # a commit is what was asked for
+    for name in ("revision", "wikitext2"):  # the revision is already a commit
         assert len(source(name)["revision"]) == 40 and "commit" not in source(name)
     assert source("branch")["revision"] == "refs/convert/parquet"
     assert source("branch")["commit"] == hub.commits("datasets/me/converted", "refs/convert/parquet")[-1][1]
@@ -281,8 +281,8 @@ def test_a_branch_by_its_name(answers):
     assert held(answers, "branch") == tiktokens(train=train, val=val)
 
 
-def test_an_interrupted_preparation_goes_on_with_its_commit(hub, gpt2_files, tmp_path):
-    """Where the branch has moved meanwhile; also where the tokenizer is made of the text."""
+def test_an_interrupted_preparation_resumes_with_its_commit(hub, gpt2_files, tmp_path):
+    """Even if the branch has moved in the meantime, also with a tokenizer that is made from the text."""
     first = hub.add("datasets/me/branch", {"train.jsonl": jsonl(DOCS)})
     (tmp_path / "r.yaml").write_text("data: {val_fraction: 0.2}\n")
     with subprocess.Popen(
@@ -297,47 +297,47 @@ def test_an_interrupted_preparation_goes_on_with_its_commit(hub, gpt2_files, tmp
         while (line := process.stdout.readline()) and line != "moved?\n":
             pass
         assert line, process.stderr.read()
-        hub.add("datasets/me/branch", {"train.jsonl": jsonl(["Another text, with other symbols: ~ ß"] * 200)})
+        hub.add("datasets/me/branch", {"train.jsonl": jsonl(["Another text, with other characters: ~ ß"] * 200)})
         out, err = process.communicate("\n", timeout=100)
     assert process.returncode == 0, err
-    assert out.count("going on where an earlier attempt stopped") == 2
+    assert out.count("resuming an interrupted preparation") == 2
     train, val = dealt(DOCS)
     assert held((tmp_path, {"gpt2": [0]}), "gpt2") == tiktokens(train=train, val=val)
-    symbols = {symbol: i for i, symbol in enumerate(sorted(set("".join(DOCS))))}
+    vocab = {character: i for i, character in enumerate(sorted(set("".join(DOCS))))}
     assert held((tmp_path, {"char": [0]}), "char")["val"] == [
-        i for text in val for i in [*map(symbols.__getitem__, text), len(symbols)]
+        i for text in val for i in [*map(vocab.__getitem__, text), len(vocab)]
     ]
     for kind in ("gpt2", "char"):
         assert json.loads((tmp_path / kind / "manifest.json").read_text())["corpus"]["commit"] == first
 
 
 @pytest.mark.parametrize("name", ["gated mine", "private mine"])
-def test_one_may_read_what_is_ones_own(answers, name):
+def test_own_gated_and_private_sets_are_read(answers, name):
     train, val = dealt(DOCS)
     assert held(answers, name) == tiktokens(train=train, val=val)
 
 
-def test_rows_without_a_text_are_left_out_and_counted(answers):
+def test_rows_without_a_text_are_skipped_and_counted(answers):
     train, val = dealt(GOOD, 0.12)
     assert held(answers, "skip") == tiktokens(train=train, val=val)
-    assert "\n2 bad documents were left out\n" in answers[1]["skip"][1]
+    assert "\n2 bad documents skipped\n" in answers[1]["skip"][1]
 
 
 def test_wikitext2_has_its_own_splits_and_whole_articles(answers):
-    """The builtin name: its id, configuration, splits and grouping are the table's; only the revision is not."""
+    """Everything but the revision is that of the built-in set."""
     articles = ["".join(ROWS[1:11]), "".join(ROWS[11:15]), "".join(ROWS[15:])]
     assert held(answers, "wikitext2") == tiktokens(train=articles, val=articles[:1], test=articles[1:])
 
 
 def test_the_builtin_sets_ask_for_the_revision_of_the_table(answers, hub):
-    """Where the stand-in has no such commit, that is what the client asked it for."""
+    """The local server does not have this commit, but the client asks for it."""
     revision = sources.HUB["wikitext2"].revision
     assert len(revision) == 40
     assert any("Salesforce/wikitext" in asked.path and revision in asked.path for asked in hub.requests)
 
 
 @pytest.mark.parametrize("number", range(len(REFUSED)), ids=[" ".join(words) for _, words, _ in REFUSED])
-def test_one_line_for_what_cannot_be_read(answers, number):
+def test_unreadable_sets_are_one_line(answers, number):
     work, given = answers
     status, _, err = given[f"refused {number}"]
     assert status == 2 and err.count("\n") == 1, err
@@ -369,7 +369,7 @@ def test_a_hub_out_of_reach(hub, tmp_path, more, word):
     assert not (tmp_path / "out").exists()
 
 
-# ---- without the stand-in
+# ---- without the local server
 
 
 def test_openwebtext_streams_the_rows_of_the_hub(monkeypatch):
@@ -416,7 +416,7 @@ def test_an_error_amid_the_stream(refused, monkeypatch):
 # ---- rows to documents
 
 
-def test_an_article_begins_at_a_heading_of_the_first_level():
+def test_an_article_starts_at_a_heading_of_the_first_level():
     """Rows of WikiText: ` = Title = `, ` = = Section = = `, empty ones and lines of text."""
     articles = [text for text in hub_datasets.GROUPED["articles"](iter(ROWS)) if text]
     assert articles == ["".join(ROWS[1:11]), "".join(ROWS[11:15]), "".join(ROWS[15:])]
@@ -431,8 +431,8 @@ def test_wikitexts_validation_split_is_sixty_articles(shared_data):
     assert "".join(articles) == "".join(rows) and articles[1].startswith(" = Homarus gammarus = \n")
 
 
-def test_sentences_are_put_together_in_pieces():
+def test_sentences_are_joined_to_documents():
     rows = [f"sentence {i} ." for i in range(2500)]
-    pieces = list(hub_datasets.GROUPED["sentences"](iter(rows)))
-    assert [piece.count("\n") + 1 for piece in pieces] == [1024, 1024, 452]
-    assert "\n".join(pieces).split("\n") == rows
+    texts = list(hub_datasets.GROUPED["sentences"](iter(rows)))
+    assert [text.count("\n") + 1 for text in texts] == [1024, 1024, 452]
+    assert "\n".join(texts).split("\n") == rows

@@ -1,4 +1,4 @@
-"""A path, a folder or a glob as a corpus: which files it means, and which it refuses."""
+"""local_files.py: which files of a path, a folder or a glob are read, and which are errors."""
 
 import gzip
 import json
@@ -65,25 +65,25 @@ def test_a_folder_of_several_formats_is_read_in_the_order_of_its_names(work):
 
 def test_a_folder_without_text(refused, tmp_path):
     (tmp_path / "x.png").write_bytes(b"\x89PNG")
-    with refused(ValueError, f"corpus={tmp_path}", "no file of text", ".txt", ".parquet", "glob"):
+    with refused(ValueError, f"corpus={tmp_path}", "contains no text file", ".txt", ".parquet", "glob"):
         find_corpus(str(tmp_path))
 
 
 def test_token_files_are_one_sequence_and_no_text(refused, tmp_path):
     for name in ("train.bin", "val.bin"):
         np.arange(100, dtype=np.uint16).tofile(tmp_path / name)
-    with refused(ValueError, f"corpus={tmp_path}: holds token ids", f"data_dir={tmp_path}"):
+    with refused(ValueError, f"corpus={tmp_path}: contains token ids", f"data_dir={tmp_path}"):
         find_corpus(str(tmp_path))
     for name, files in (("train.bin", 1), ("*.bin", 2)):
         found = find_corpus(str(tmp_path / name))
         assert found.is_single and found.read is None
         assert (found.source["kind"], found.source["files"], found.bytes) == ("ids", files, 200 * files)
         for start in (0, 1, 99, 100, 101, 200):
-            count, pieces = found.ids(np.uint16, 100, start)
+            count, chunks = found.ids(np.uint16, 100, start)
             assert count == 100 * files
-            assert [i for piece in pieces for i in piece] == [*range(100), *range(100)][start:count]
-    (tmp_path / "input.txt").write_text("nanoGPT's prepare.py leaves the text beside them")
-    assert texts(tmp_path) == ["nanoGPT's prepare.py leaves the text beside them"]
+            assert [i for chunk in chunks for i in chunk] == [*range(100), *range(100)][start:count]
+    (tmp_path / "input.txt").write_text("nanoGPT's prepare.py leaves the text next to them")
+    assert texts(tmp_path) == ["nanoGPT's prepare.py leaves the text next to them"]
 
 
 @pytest.mark.parametrize(
@@ -94,20 +94,22 @@ def test_token_ids_are_read_from_bin_files_alone(refused, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     for name in ("x.bin", "x.bin.gz", "y.txt"):
         np.arange(100, dtype=np.uint16).tofile(name)
-    with refused(ValueError, f"corpus={spec}{named}", "holds token ids", "no file of text", ".gz", "leave out lines"):
+    with refused(
+        ValueError, f"corpus={spec}{named}", "contains token ids", "remove text files", ".gz", "do not set lines"
+    ):
         find_corpus(spec, lines=lines)
 
 
-def test_what_is_left_out_is_counted(folder):
+def test_skipped_files_are_counted(folder):
     (folder / "b" / "x.PNG").touch()
     (folder / "Makefile").touch()
     found = find_corpus(str(folder))
-    assert found.left_out == {".png": 2, "without a suffix": 1} and found.source["files"] == 5
-    assert find_corpus(str(folder / "a.py")).left_out == {}
+    assert found.skipped == {".png": 2, "without a suffix": 1} and found.source["files"] == 5
+    assert find_corpus(str(folder / "a.py")).skipped == {}
 
 
-def test_the_page_names_every_suffix():
-    page = (Path(sources.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_readme_names_every_suffix():
+    page = (Path(sources.__file__).parent / "README.md").read_text(encoding="utf-8")
     assert [
         suffix
         for suffix in TEXT_SUFFIXES + TABLE_SUFFIXES
@@ -116,10 +118,10 @@ def test_the_page_names_every_suffix():
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tar.gz", "x.tgz", "x.pdf", "x.csv.xz"])
-def test_formats_that_are_not_known(refused, folder, name):
+def test_unsupported_formats(refused, folder, name):
     (folder / name).write_bytes(b"PK")
     for spec in (folder / name, folder / f"*{name[1:]}"):
-        with refused(ValueError, f"corpus={spec}", "no known format", "unpack", ".parquet"):
+        with refused(ValueError, f"corpus={spec}", "is not supported", "unpack", ".parquet"):
             find_corpus(str(spec))
     assert name not in str(find_corpus(str(folder)).source)
 
@@ -127,7 +129,7 @@ def test_formats_that_are_not_known(refused, folder, name):
 def test_json_whose_lines_are_objects_is_jsonl(refused, tmp_path):
     path = tmp_path / "notes.json"
     path.write_text('{"text": "a"}\n{"text": "b"}\n')
-    with refused(ValueError, f"corpus={path}: each of its lines", "rename it to .jsonl", "text_column"):
+    with refused(ValueError, f"corpus={path}: each line", "rename the file to .jsonl", "text_column"):
         find_corpus(str(path))
     for text in ('{\n  "text": "a"\n}\n', '[{"text": "a"},\n{"text": "b"}]\n', "1\n2\n"):
         path.write_text(text)
@@ -143,9 +145,9 @@ def test_not_utf8_names_the_file_and_the_byte(refused, folder):
 def test_empty_text(refused, tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).touch()
-    with refused(ValueError, "corpus=a.txt", "no text in it"):
+    with refused(ValueError, "corpus=a.txt", "contains no text"):
         texts(tmp_path / "a.txt")
-    with refused(ValueError, f"corpus={tmp_path.name}", "no text in it"):
+    with refused(ValueError, f"corpus={tmp_path.name}", "contains no text"):
         texts(tmp_path)
 
 
@@ -206,13 +208,13 @@ def broken(kind):
 
 @pytest.mark.parametrize("kind", ["dangling", "circular", "zst", "gz", "parquet"])
 @pytest.mark.usefixtures("work")
-def test_a_file_that_cannot_be_read_is_named_or_left_out(capsys, kind):
+def test_a_file_that_cannot_be_read_is_named_or_skipped(capsys, kind):
     name = broken(kind)
-    expect(error_line(capsys, "corpus=notes"), "corpus=notes", name, "mend it", "skip_bad_documents=true")
+    expect(error_line(capsys, "corpus=notes"), "corpus=notes", name, "fix it", "skip_bad_documents=true")
     assert not Path("out").exists()
     assert {f"{i} bottles" for i in range(5)} <= documents_found(capsys, "corpus=notes", "skip_bad_documents=true")
     out = capsys.readouterr().out
-    assert name in out and "left out" in out
+    assert name in out and "skipped" in out
 
 
 @pytest.mark.usefixtures("work")

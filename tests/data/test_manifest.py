@@ -1,4 +1,4 @@
-"""Manifests that can be believed, verified content, and nanoGPT's folders."""
+"""manifest.py: damaged manifests and token files, and nanoGPT's folders."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from data_files import TEXTS, error_line, expect, sha256, small_corpus_and_recip
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.data import dataset, prepare, token_files
 from nanogpt_accel.data import manifest as manifests
-from nanogpt_accel.data.manifest import differences, read_manifest, read_meta
+from nanogpt_accel.data.manifest import read_manifest, read_meta
 from nanogpt_accel.data.token_files import token_paths
 from nanogpt_accel.recipe import SECTIONS
 
@@ -26,7 +26,7 @@ def test_a_folder_that_is_something_else(refused, tmp_path):
     run = tmp_path / "runs" / "mine"
     run.mkdir(parents=True)
     (run / "tokenizer.json").write_text("{}")  # a run has one, of its best checkpoint
-    for text, words in (("data: {data_dir: data/a}", "its own are in data/a"), ("[", "data_dir of its run.yaml")):
+    for text, words in (("data: {data_dir: data/a}", "its data_dir data/a"), ("[", "data_dir of its run.yaml")):
         (run / "run.yaml").write_text(text)
         with pytest.raises(FileNotFoundError) as caught:
             read_manifest(run)
@@ -77,7 +77,7 @@ def test_a_manifest_of_another_version(refused, tmp_path):
 
 def test_a_manifest_of_version_1_is_still_read(tmp_path):
     manifest = write(tmp_path)
-    old = json.loads(json.dumps(manifest)) | {"version": 1}  # it had one file for each split, and no list of them
+    old = json.loads(json.dumps(manifest)) | {"version": 1}  # one file per split, and no list of files
     for counts in old["splits"].values():
         del counts["files"]
     (tmp_path / "manifest.json").write_text(json.dumps(old))
@@ -89,17 +89,6 @@ def test_a_manifest_of_version_1_is_still_read(tmp_path):
 def test_no_token_files(refused, tmp_path, folder):
     with refused(FileNotFoundError, f"data_dir={tmp_path / folder}", "prepare them first"):
         read_manifest(tmp_path / folder)
-
-
-def test_differences_name_the_keys_and_both_values():
-    held = {"corpus": "input.txt", "tokenizer": "char", "val_fraction": 0.1}
-    assert differences(held, {}, "data/x") == differences(held, held, "data/x") == []
-    problems = differences(held, {"corpus": "python", "tokenizer": "gpt2", "val_fraction": 0.2}, "data/x")
-    assert [problem.split(",")[0] for problem in problems] == ["corpus=python", "tokenizer=gpt2", "val_fraction=0.2"]
-    assert all(
-        "data_dir=data/x" in problem and str(value) in problem
-        for problem, value in zip(problems, held.values(), strict=True)
-    )
 
 
 @pytest.fixture
@@ -166,7 +155,7 @@ def test_an_odd_size(refused, nanogpt):
 
 
 class Calls:
-    """Pickles as a call of what it is given."""
+    """Pickles as a call of a function."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -236,7 +225,7 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-DAMAGE = {  # what is wrong -> (the key in the message, its change)
+DAMAGE = {  # name -> (the key in the message, the change)
     "corpus": ("corpus", lambda m: m.pop("corpus")),
     "corpus text": ("corpus", lambda m: m.update(corpus="x")),
     "name": ("corpus.name", lambda m: m["corpus"].pop("name")),
@@ -317,7 +306,7 @@ def test_content_that_changed_at_the_same_size(capsys, out):
         expect(error_line(capsys, command=command, target=target), "out/val.bin", "changed since", "prepare it again")
 
 
-def test_large_files_are_verified_where_it_is_asked_for(capsys, monkeypatch, out):
+def test_large_files_are_verified_by_the_data_command(capsys, monkeypatch, out):
     monkeypatch.setattr(manifests, "VERIFIED_BELOW", 0)
     ids = np.fromfile(out / "train.bin", "<u2")
     ids[7] = (ids[7] + 1) % 5
@@ -327,13 +316,13 @@ def test_large_files_are_verified_where_it_is_asked_for(capsys, monkeypatch, out
 
 
 @pytest.mark.parametrize("verified", [0, 2**26])
-def test_ids_that_the_tokenizer_has_not(capsys, monkeypatch, out, verified):
+def test_ids_outside_of_the_vocabulary(capsys, monkeypatch, out, verified):
     monkeypatch.setattr(manifests, "VERIFIED_BELOW", verified)
     ids = np.fromfile(out / "train.bin", "<u2")
     ids[-1] = 60_000
     ids.tofile(out / "train.bin")
     line = error_line(capsys, command="train")
-    expect(line, "out/train.bin", "prepare it again", *([] if verified else ["60,000", "symbols"]))
+    expect(line, "out/train.bin", "prepare it again", *([] if verified else ["60,000", "vocabulary size"]))
 
 
 @pytest.mark.usefixtures("work")
@@ -342,14 +331,16 @@ def test_a_nanogpt_folder_of_another_tokenizers_ids(capsys, gpt2_files):
     for name in ("train.bin", "val.bin"):
         np.array([0, 50256, 50257] * 9, "<u2").tofile(f"out/{name}")
     for command, target in (("train", "r.yaml"), ("data", "out")):
-        expect(error_line(capsys, command=command, target=target), "out/train.bin", "50,257 symbols", "prepare.py")
+        expect(
+            error_line(capsys, command=command, target=target), "out/train.bin", "vocabulary size 50,257", "prepare.py"
+        )
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 640, 6400, 6399])
 @pytest.mark.usefixtures("work")
-def test_the_places_that_are_looked_at(monkeypatch, length):
-    """First, last and evenly between; of what is short, all."""
-    monkeypatch.setattr(manifests, "LOOK_TOKENS", 10)
+def test_the_places_that_are_checked(monkeypatch, length):
+    """The first, the last and evenly spaced places, or all of a short split."""
+    monkeypatch.setattr(manifests, "CHECKED_TOKENS", 10)
     Path("out").mkdir()
     manifest = {"nanogpt": True, "dtype": "uint16", "splits": {"train": {"files": [{"name": "train.bin"}]}}}
     seen = np.zeros(length, bool)
@@ -374,13 +365,13 @@ def test_token_files_without_their_manifest_are_noticed_first(capsys, out, monke
         expect(error_line(capsys, command=command), "data_dir=out", "train.bin", "another data_dir")
     (out / "val.bin").unlink()
     (out / "tokenizer.json").unlink()
-    expect(error_line(capsys), "data_dir=out", "holds train.bin", "another data_dir")
+    expect(error_line(capsys), "data_dir=out", "contains train.bin", "another data_dir")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("tokenizer.json", None, ["out/tokenizer.json: gone"]),
+        ("tokenizer.json", None, ["out/tokenizer.json: missing"]),
         ("tokenizer.json", "", ["out/tokenizer.json: not a tokenizer.json"]),
         ("tokenizer.json", "another's", ["out/tokenizer.json: not the tokenizer that made"]),
         ("tokenizer_config.json", "{", ["out/tokenizer_config.json: not JSON"]),
@@ -388,7 +379,7 @@ def test_token_files_without_their_manifest_are_noticed_first(capsys, out, monke
         ("tokenizer_config.json", '{"eos_token": "0"}', ["out/tokenizer.json: not the tokenizer that made"]),
     ],
 )
-def test_a_tokenizer_that_is_not_the_one(capsys, out, name, text, words):
+def test_another_or_a_damaged_tokenizer(capsys, out, name, text, words):
     if text == "another's":
         dataset.Tokenizer.char(["abc"]).save(out)
     elif text is None:

@@ -1,4 +1,4 @@
-"""From a data section to token files: nanoGPT's own algorithm, documents, limits, and interruptions at any moment."""
+"""prepare.py: nanoGPT's ids, splits of documents, limits, and interruptions at any time."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ from nanogpt_accel.utils import cli
 
 @pytest.fixture(autouse=True)
 def work(tmp_path, monkeypatch):
-    """Corpora and data folders lie below the working directory, and a recipe that leaves the corpus open."""
+    """Run in an empty directory with a recipe that does not set the corpus."""
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text("data: {tokenizer: char, val_fraction: 0.2, data_dir: out}\n")
     return tmp_path
@@ -101,7 +101,9 @@ def test_any_single_text(work, text):
 def test_a_text_too_short_to_cut(refused, work, text, val_fraction, split):
     (work / "x.txt").write_text(text)
     data = Data(corpus="x.txt", tokenizer="char", val_fraction=val_fraction)
-    with refused(ValueError, "corpus=x.txt", f"nothing for {split}", f"val_fraction={val_fraction}"):
+    with refused(
+        ValueError, "corpus=x.txt", f"the {split} split of {len(text)} characters", f"val_fraction={val_fraction}"
+    ):
         prepare.prepare(data)
     assert not data_folder(data).exists()
 
@@ -110,7 +112,7 @@ def test_a_text_too_short_to_cut(refused, work, text, val_fraction, split):
 
 
 def dealt_one_each(texts, val_fraction):
-    """The rule in words: blake2b of "SEED INDEX" as a fraction of 2**64, below val_fraction is val."""
+    """Return (train, val) as documented: val if blake2b of "SEED NUMBER" is below val_fraction * 2**64."""
     share = [
         int.from_bytes(hashlib.blake2b(f"2357 {i}".encode(), digest_size=8).digest(), "big") / 2**64
         for i in range(len(texts))
@@ -125,7 +127,7 @@ def dealt_one_each(texts, val_fraction):
 
 @pytest.mark.parametrize("val_fraction", [1e-6, 0.3, 0.5, 0.999999])
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
-def test_documents_are_dealt_out_whole_and_end_with_eot(notes, tokenizer, val_fraction):
+def test_documents_are_assigned_to_splits_and_end_with_eot(notes, tokenizer, val_fraction):
     texts = [f.read_text() for f in sorted(notes.iterdir())]
     ours = opened(Data(corpus="notes", tokenizer=tokenizer, vocab_size=300, val_fraction=val_fraction))
     eot, encode = ours.tokenizer.eot_id, ours.tokenizer.encode
@@ -182,7 +184,7 @@ def test_python_corpus_offline():
 
 
 def corpus_of(monkeypatch, splits):
-    """The recipe's corpus has these splits of its own: {split: documents}."""
+    """Replace the corpus by one with its own splits: {split: documents}."""
     found = Corpus(
         "mine", {"kind": "hub", "name": "mine"}, False, lambda split, bad: iter(splits[split]), tuple(splits)
     )
@@ -237,7 +239,7 @@ def test_killed_amid_the_second_of_its_own_splits(monkeypatch):
 
 
 def sides(folder):
-    """The bytes of the two token files, each of which may lie in many."""
+    """Return the bytes of the two splits, each of which may be several files."""
     return [
         b"".join(path.read_bytes() for path in sorted(Path(folder).glob(f"{split}*.bin"))) for split in ("train", "val")
     ]
@@ -258,11 +260,11 @@ def test_token_ids_are_cut_as_nanogpt_cuts_a_text_and_copied(
     ours, said = prepared(corpus="x.bin", tokenizer="gpt2", val_fraction=0.1, shard_tokens=shard_tokens)
     assert sides("out") == [np.array(part, "<u2").tobytes() for part in (train, val)]
     assert [ids(ours.train), ids(ours.val)] == [train, val] and ours.tokenizer.kind == "gpt2"
-    held = ours.manifest
-    assert (held["corpus"]["kind"], held["corpus"]["bytes"], held["split_seed"]) == ("ids", 2 * n, None)
+    manifest = ours.manifest
+    assert (manifest["corpus"]["kind"], manifest["corpus"]["bytes"], manifest["split_seed"]) == ("ids", 2 * n, None)
     sizes = [len(gpt2.decode_bytes(part)) for part in (train, val)]
-    assert [counts["bytes"] for counts in held["splits"].values()] == sizes and sum(sizes) == len(text.encode())
-    assert [counts["documents"] for counts in held["splits"].values()] == [1, 1]
+    assert [counts["bytes"] for counts in manifest["splits"].values()] == sizes and sum(sizes) == len(text.encode())
+    assert [counts["documents"] for counts in manifest["splits"].values()] == [1, 1]
     assert f"{2 * n / 1e3:,.1f} kB of token ids in " in said[-1]
 
 
@@ -285,9 +287,9 @@ def test_several_files_of_ids_are_one_sequence_in_the_order_of_their_names(monke
         assert sides(name) == [everything[:cut].tobytes(), everything[cut:].tobytes()]
         assert "corpus=f/*.bin: 4 files to read" in said
         for part, counts in zip((everything[:cut], everything[cut:]), ours.manifest["splits"].values(), strict=True):
-            pieces = char.decode(part).removesuffix("<|endoftext|>").split("<|endoftext|>")
-            assert counts["documents"] == len(pieces)
-            assert counts["bytes"] == sum(len(piece.encode()) for piece in pieces)
+            texts_of_part = char.decode(part).removesuffix("<|endoftext|>").split("<|endoftext|>")
+            assert counts["documents"] == len(texts_of_part)
+            assert counts["bytes"] == sum(len(text.encode()) for text in texts_of_part)
     assert counts["documents"] == 1 and char.decode(everything[cut:]) == texts[-1] + "<|endoftext|>"
 
 
@@ -302,7 +304,7 @@ def test_ids_of_a_bpe_of_our_own_know_their_text():
 
 
 def many_words():
-    """The folder of a tokenizer of 70,000 symbols, whose ids say nothing of the bytes of a text."""
+    """Save a tokenizer with 70,000 tokens, whose size in bytes is unknown."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     Path("tok").mkdir()
@@ -325,7 +327,7 @@ def test_ids_of_a_large_vocabulary_take_32_bits(capsys):
     assert "train: 2,400 tokens, 1 file\n" in capsys.readouterr().out
 
 
-def test_told_to_stop_amid_ids_it_goes_on_and_reads_no_more_than_the_rest(gpt2_files, monkeypatch):
+def test_interrupted_ids_are_resumed_and_only_the_rest_is_read(gpt2_files, monkeypatch):
     monkeypatch.setattr(readers, "IDS_AT_ONCE", 100)
     everything = np.random.default_rng(0).integers(0, 50257, 5000).astype("<u2")
     for name, part in (("a.bin", everything[:1950]), ("b.bin", everything[1950:])):
@@ -346,9 +348,9 @@ def test_told_to_stop_amid_ids_it_goes_on_and_reads_no_more_than_the_rest(gpt2_f
         said = []
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare(section(**given), said.append)
-        assert said[-1] == f"out: interrupted; {kept} document is kept, the same command goes on"
+        assert said[-1] == f"out: interrupted; {kept} document kept; run the same command to resume"
     _, said = prepared(**given)
-    assert "out: going on where an earlier attempt stopped" in said
+    assert "out: resuming an interrupted preparation" in said
     assert read == [("a.bin", at) for at in range(0, 1950, 100)] + [("b.bin", at) for at in range(0, 3050, 100)]
     assert content("out") == content("straight")
     assert sides("out") == [everything[:4000].tobytes(), everything[4000:].tobytes()]
@@ -384,7 +386,7 @@ def test_a_limit_of_documents_takes_the_first_ones():
 
 
 def reaching(texts, limit):
-    """How many of the texts, each with its end, have so many tokens."""
+    """Return the number of texts, each with its end-of-text token, that reaches a number of tokens."""
     return next(n for n in range(1, len(texts) + 1) if sum(len(text) + 1 for text in texts[:n]) >= limit)
 
 
@@ -400,7 +402,7 @@ def test_a_limit_of_tokens_stops_at_the_end_of_the_document_that_reaches_it(monk
 
 @pytest.mark.parametrize("counted_below", [2**27, 0])
 def test_a_limit_before_the_first_document_of_val(monkeypatch, counted_below):
-    """The nearest one of those that are taken goes there, and none of those beyond."""
+    """The closest document within the limit is assigned to val."""
     monkeypatch.setattr(prepare, "COUNTED_BELOW", counted_below)
     jsonl("x.jsonl", DOCS)
     share = [int.from_bytes(hashlib.blake2b(f"2357 {i}".encode(), digest_size=8).digest(), "big") for i in range(200)]
@@ -448,7 +450,7 @@ encoding.CHUNK = 400
 real = os.replace
 def replace(source, target):
     global moves
-    if os.path.basename(os.path.dirname(target)) == "out":  # a move to its place
+    if os.path.basename(os.path.dirname(target)) == "out":  # a final move
         if moves == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         moves -= 1
@@ -459,7 +461,7 @@ prepare.prepare(SECTIONS["data"](**given), lambda line: print(line, flush=True),
 
 
 def child(moves=-1, counted_below=2**28, commit_seconds=0, **given):
-    """A process that prepares, commits all the time, and kills itself after so many of the final moves."""
+    """Start a process that prepares, commits every chunk, and kills itself after `moves` of the final moves."""
     command = [
         sys.executable,
         "-c",
@@ -480,7 +482,7 @@ def until(condition, process=None, seconds=30):
 
 
 def stamp_of(path):
-    """Time of the last change; 0 where there is no such file."""
+    """Return the time of the last change of a file, or 0 if it does not exist."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -488,7 +490,7 @@ def stamp_of(path):
 
 
 def committed(folder):
-    """Files that the last commit calls finished: {name: inode}."""
+    """Return {name: inode} of the files that are finished in the last commit."""
     try:
         files = json.loads(Path(folder, ".partial", "progress.json").read_text())["files"].values()
     except FileNotFoundError:
@@ -497,10 +499,10 @@ def committed(folder):
     return {path.name: path.stat().st_ino for path in paths if path.exists()}
 
 
-def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes():
+def test_killed_at_random_times_it_resumes_and_ends_with_the_same_bytes():
     jsonl("x.jsonl", documents(3000))
     given = {"corpus": "x.jsonl", "shard_tokens": 5000}
-    prepared(corpus="x.jsonl", shard_tokens=5000, data_dir="whole/out")  # with other chunks, for one thing
+    prepared(corpus="x.jsonl", shard_tokens=5000, data_dir="whole/out")  # with a different chunk size
     process = child(**given, data_dir="straight/out")
     assert process.wait() == 0
     whole = content("straight/out")
@@ -510,8 +512,8 @@ def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes():
     while True:
         stamp = stamp_of(progress)
         process = child(**given)
-        until(lambda stamp=stamp: stamp_of(progress) not in (0, stamp), process)  # it has got on a bit
-        time.sleep(rng.random() * 0.15 * 1.1**kills)  # a disk that others use gets longer and longer
+        until(lambda stamp=stamp: stamp_of(progress) not in (0, stamp), process)  # it has made progress
+        time.sleep(rng.random() * 0.15 * 1.1**kills)  # longer each time, because a busy disk is slow
         process.kill()
         status = process.wait()
         finished |= {name: mark for name, mark in committed("out").items() if name not in finished}
@@ -530,7 +532,7 @@ def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_told_to_stop_it_keeps_what_is_written(number):
+def test_an_interrupted_preparation_keeps_its_documents(number):
     jsonl("x.jsonl", documents(20_000))
     process = child(commit_seconds=10**9, corpus="x.jsonl")
     written = Path("out/.partial/train-00000.bin")
@@ -540,20 +542,20 @@ def test_told_to_stop_it_keeps_what_is_written(number):
     assert process.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 128 + signal.SIGTERM}[number]
     counts = json.loads(Path("out/.partial/progress.json").read_text())["counts"]
     kept = counts["train"]["documents"] + counts["val"]["documents"]
-    assert f"out: interrupted; {kept:,} documents are kept, the same command goes on\n" in said and kept > 100
+    assert f"out: interrupted; {kept:,} documents kept; run the same command to resume\n" in said and kept > 100
     _, lines = prepared(corpus="x.jsonl")
-    assert "out: going on where an earlier attempt stopped" in lines
+    assert "out: resuming an interrupted preparation" in lines
     prepared(corpus="x.jsonl", data_dir="straight")
     assert content("out") == content("straight")
 
 
-def test_told_to_stop_before_anything_is_written(monkeypatch):
+def test_interrupted_before_anything_is_written(monkeypatch):
     jsonl("x.jsonl", DOCS)
     monkeypatch.setattr(prepare, "_make_tokenizer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     said, before = [], signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(section(corpus="x.jsonl"), said.append)
-    assert said == ["out: interrupted; nothing is kept"] and not Path("out").exists()
+    assert said == ["out: interrupted; 0 documents kept"] and not Path("out").exists()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -576,8 +578,8 @@ def test_the_rate_is_that_of_this_attempt(monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     line = prepared(corpus="x.jsonl")[1][-1]
-    seconds = float(line.split(" in ")[1].split(" s ")[0])
-    assert f"{size / 1e3:,.1f} kB of text, {(size - earlier) / 1e3:,.1f} kB of it now, in " in line
+    seconds = float(line.split(" in ")[-1].split(" s ")[0])
+    assert f"{size / 1e3:,.1f} kB of text ({(size - earlier) / 1e3:,.1f} kB in this attempt) in " in line
     assert line.endswith(f" ({(size - earlier) / 1e3 / seconds:,.1f} kB/s)")
 
 
@@ -592,7 +594,7 @@ def test_a_finished_shard_is_not_written_again():
     marked = Path("out/.partial/train-00000.bin")
     raw = bytearray(marked.read_bytes())
     raw[100] ^= 255
-    marked.write_bytes(raw)  # what nobody would write: still there in the end if it was left alone
+    marked.write_bytes(raw)  # a byte that no attempt would write
     assert child(**given).wait() == 0
     straight, ours = content("straight/out"), content("out")
     assert ours["train-00000.bin"] == raw and sorted(ours) == sorted(straight)
@@ -614,7 +616,7 @@ def test_killed_between_the_moves(moves):
 
 
 @pytest.mark.parametrize("counted_below", [2**28, 0])
-def test_killed_between_the_moves_where_the_hash_leaves_val_empty(monkeypatch, counted_below):
+def test_killed_between_the_moves_if_the_hash_leaves_val_empty(monkeypatch, counted_below):
     monkeypatch.setattr(prepare, "COUNTED_BELOW", counted_below)
     jsonl("x.jsonl", ["one", "two", "three"])
     given = {"corpus": "x.jsonl", "val_fraction": 1e-9}
@@ -633,7 +635,7 @@ def test_killed_between_the_moves_where_the_hash_leaves_val_empty(monkeypatch, c
         {"shard_tokens": 3000},
     ],
 )
-def test_other_facts_begin_anew(change):
+def test_other_facts_start_over(change):
     for name, texts in (("x.jsonl", documents(2000)), ("y.jsonl", documents(300, seed=6))):
         jsonl(name, texts)
     process = child(corpus="x.jsonl", shard_tokens=1000)
@@ -642,7 +644,7 @@ def test_other_facts_begin_anew(change):
     process.wait()
     given = {"corpus": "x.jsonl", "shard_tokens": 1000} | change
     ours, said = prepared(**given)
-    assert not any("going on" in line for line in said)
+    assert not any("resuming" in line for line in said)
     prepared(**given, data_dir="fresh")
     assert content("out") == content("fresh")
 
@@ -668,10 +670,10 @@ def test_bad_documents_are_counted_once_after_a_kill(monkeypatch):
         patch.setattr(token_files.Writer, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         prepared(corpus="x.jsonl", skip_bad_documents=True)
     _, said = prepared(corpus="x.jsonl", skip_bad_documents=True)
-    assert "2 bad documents were left out" in said
+    assert "2 bad documents skipped" in said
 
 
-def test_two_that_prepare_at_once():
+def test_two_processes_that_prepare():
     """The second waits for the lock, then finds the work done. The first is stopped, to be sure of the order."""
     jsonl("x.jsonl", documents(2000))
     first = child(corpus="x.jsonl")
@@ -697,7 +699,7 @@ def test_two_that_prepare_at_once():
     ]
 
 
-def test_one_that_waits_goes_on_where_the_other_was_killed():
+def test_a_waiting_process_resumes_after_the_other_is_killed():
     jsonl("x.jsonl", documents(2000))
     first = child(corpus="x.jsonl")
     until(Path("out/.partial/progress.json").exists, first)
@@ -707,7 +709,7 @@ def test_one_that_waits_goes_on_where_the_other_was_killed():
     first.kill()
     first.wait()
     said, _ = second.communicate(timeout=60)
-    assert second.returncode == 0 and "going on where an earlier attempt stopped" in said
+    assert second.returncode == 0 and "resuming an interrupted preparation" in said
     child(corpus="x.jsonl", data_dir="straight/out").wait()
     assert content("out") == content("straight/out")
 
@@ -739,10 +741,10 @@ def test_a_disk_that_fills_up_leaves_nothing_that_counts_as_done():
     )
     done = subprocess.run([sys.executable, "-c", script], env=ENV, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "data_dir=out" in done.stderr and "File too large" in done.stderr and "make room" in done.stderr
+    assert "data_dir=out" in done.stderr and "File too large" in done.stderr and "free some disk space" in done.stderr
     assert not is_data_folder("out") and sorted(os.listdir("out")) == [".partial"]
     ours, said = prepared(corpus="x.jsonl")
-    assert any("going on where an earlier attempt stopped" in line for line in said)
+    assert any("resuming an interrupted preparation" in line for line in said)
     texts = documents(3000)
     assert [ids(ours.train), ids(ours.val)] == [char_ids(texts, part) for part in dealt(texts)]
 
@@ -750,7 +752,7 @@ def test_a_disk_that_fills_up_leaves_nothing_that_counts_as_done():
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_too_little_room_is_said_before_anything_is_written(capsys, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(capsys, monkeypatch):
     lines("x.txt", documents(3000))
     size = os.path.getsize("x.txt")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2 * size, size, size))  # a char takes two bytes
@@ -759,7 +761,7 @@ def test_too_little_room_is_said_before_anything_is_written(capsys, monkeypatch)
     assert main(["prepare", "r.yaml", "corpus=x.txt", "lines=true", "limit_tokens=1000"]) == 0
 
 
-def test_ids_need_as_much_room_as_they_take(gpt2_files, capsys, monkeypatch):
+def test_ids_need_their_size_on_disk(gpt2_files, capsys, monkeypatch):
     np.arange(3000, dtype=np.uint16).tofile("x.bin")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9000, 3001, 5999))
     line = refusal(capsys, "corpus=x.bin", "tokenizer=gpt2")
@@ -768,7 +770,7 @@ def test_ids_need_as_much_room_as_they_take(gpt2_files, capsys, monkeypatch):
     assert main(["prepare", "r.yaml", "corpus=x.bin", "tokenizer=gpt2"]) == 0
 
 
-def test_going_on_needs_room_for_the_rest_only(monkeypatch):
+def test_resuming_needs_disk_space_for_the_rest_only(monkeypatch):
     lines("x.txt", documents(3000))
     process = child(corpus="x.txt", lines=True)
     written = Path("out/.partial/train-00000.bin")
@@ -793,7 +795,7 @@ def test_a_large_single_text_is_announced(monkeypatch):
     assert not any("memory" in line for line in prepared(corpus="x.txt", lines=True)[1])
 
 
-# ---- what the user is told
+# ---- messages
 
 
 def test_prepare_twice_writes_once(notes):
@@ -812,8 +814,8 @@ def test_long_work_reports_its_progress(notes, monkeypatch):
     lines = []
     data = Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3)
     assert prepare.ready(data, True, lines.append).folder == data_folder(data)
-    assert lines[:2] == ["corpus=notes: 12 files to read", "training a BPE of 300 symbols on notes"]
-    lines = [line for line in lines[2:-1] if "symbols only" not in line]
+    assert lines[:2] == ["corpus=notes: 12 files to read", "training a BPE with 300 tokens on notes"]
+    lines = [line for line in lines[2:-1] if "too small" not in line]
     assert len(lines) > 3 and all("document" in line and "B/s" in line for line in lines)
 
 
@@ -828,24 +830,27 @@ def test_the_command_reports_its_progress(recipe, capsys, monkeypatch):
 def test_thirty_bad_documents_are_three_and_a_number():
     Path("x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCS) + "[]\n" * 30)
     _, said = prepared(corpus="x.jsonl", skip_bad_documents=True)
-    at = next(i for i, line in enumerate(said) if "left out:" in line)
-    assert [line.split(":")[0] for line in said[at : at + 3]] == ["left out"] * 3
-    assert said[at + 3 : at + 5] == ["... and 27 more", "30 bad documents were left out"]
+    at = next(i for i, line in enumerate(said) if "skipped:" in line)
+    assert [line.split(":")[0] for line in said[at : at + 3]] == ["skipped"] * 3
+    assert said[at + 3 : at + 5] == ["... and 27 more", "30 bad documents skipped"]
 
 
-def test_every_table_is_looked_at_before_a_bpe_is_trained(capsys):
+def test_every_table_is_checked_before_a_bpe_is_trained(capsys):
     Path("f").mkdir()
     jsonl("f/a.jsonl", DOCS)
     Path("f/b.csv").write_text("story\na\n")
     Path("f/ignored.zip").touch()
     assert main(["prepare", "r.yaml", "corpus=f", "tokenizer=bpe"]) == 2
     out, err = capsys.readouterr()
-    assert err == "error: corpus=f: f/b.csv: no column text; there are story: give text_column\n"
-    assert out == "corpus=f: 2 files to read; 1 left out (1 .zip)\n" and not Path("out").exists()
+    assert err == "error: corpus=f: f/b.csv: no column text, only story; set text_column\n"
+    assert out == "corpus=f: 2 files to read; 1 skipped (1 .zip)\n" and not Path("out").exists()
     Path("f/b.csv").unlink()
     assert main(["prepare", "r.yaml", "corpus=f", "tokenizer=bpe", "vocab_size=9000"]) == 0
-    held = len(json.loads(Path("out/tokenizer.json").read_text())["model"]["vocab"]) + 1
-    assert f"pairs for {held:,} symbols only, fewer than vocab_size=9000" in capsys.readouterr().out and held < 9000
+    size = len(json.loads(Path("out/tokenizer.json").read_text())["model"]["vocab"]) + 1
+    assert (
+        f"vocab_size=9000: the corpus is too small; the BPE has {size:,} tokens" in capsys.readouterr().out
+        and size < 9000
+    )
 
 
 def test_the_command_that_shows_a_folder(capsys):
@@ -859,7 +864,7 @@ def test_the_command_that_shows_a_folder(capsys):
     shown = [line for line in out.splitlines() if set(line) <= set(" b'")]
     assert len(shown) >= 2 and all(len(line) <= 110 for line in shown), "in lines"
     assert main(["data", "."]) == 2
-    assert capsys.readouterr().err == "error: data_dir=.: no data folder itself; give one of those in it: out\n"
+    assert capsys.readouterr().err == "error: data_dir=.: not a data folder; use one of the data folders in it: out\n"
 
 
 # ---- the command
@@ -877,15 +882,15 @@ def test_the_command_prints_a_summary(recipe, capsys):
     (folder,) = Path("data").iterdir()
     manifest = json.loads((folder / "manifest.json").read_text())
     splits = manifest["splits"]
-    assert str(folder) in first and f"tokenizer: char, {manifest['tokenizer']['vocab_size']} symbols" in first
+    assert str(folder) in first and f"tokenizer: char, vocabulary size {manifest['tokenizer']['vocab_size']}" in first
     for split in ("train", "val"):
         counts = splits[split]
         assert f"{split}: {counts['tokens']:,} tokens, {counts['documents']} documents" in first
-        assert f"{counts['bytes'] / counts['tokens']:.3f} bytes a token" in first
+        assert f"{counts['bytes'] / counts['tokens']:.3f} bytes per token" in first
     command.main([recipe])
-    assert capsys.readouterr().out.startswith(f"{folder}: prepared already\n")
+    assert capsys.readouterr().out.startswith(f"{folder}: already prepared\n")
     command.main([recipe, f"data_dir={folder}", "corpus=notes"])
-    assert "prepared already" in capsys.readouterr().out
+    assert "already prepared" in capsys.readouterr().out
 
 
 def test_the_command_shows_its_keys(capsys):
@@ -906,7 +911,7 @@ def test_the_command_shows_its_keys(capsys):
         (["notes.yaml", "corpus=bad.txt"], ["corpus=bad.txt", "byte 1"]),
     ],
 )
-def test_mistakes_end_in_a_line_each(recipe, capsys, words, expected):
+def test_each_mistake_is_one_line(recipe, capsys, words, expected):
     Path("bad.txt").write_bytes(b"a\xff")
     assert cli.run(command.main, words) == 2
     err = capsys.readouterr().err
@@ -914,8 +919,8 @@ def test_mistakes_end_in_a_line_each(recipe, capsys, words, expected):
     assert err.count("error: ") == err.count("\n") == max(1, len(words) - 1)
 
 
-def test_a_process_of_its_own(recipe):
-    """As a user starts it, where the disk fills up, then where it does not."""
+def test_in_a_separate_process(recipe):
+    """Started as by a user, with a full disk and then without."""
     env = os.environ | {"PYTHONPATH": str(Path(dataset.__file__).parents[2])}
     command = [sys.executable, "-m", "nanogpt_accel", "prepare", recipe]
     full = f"ulimit -f 0; exec {' '.join(command)}"
@@ -926,11 +931,11 @@ def test_a_process_of_its_own(recipe):
     assert done.returncode == 0 and done.stderr == "" and "train: " in done.stdout
 
 
-def test_a_vocabulary_that_no_machine_holds(capsys):
+def test_a_vocabulary_that_is_too_large(capsys):
     expect(error_line(capsys, "tokenizer=bpe", "vocab_size=1e12"), "vocab_size", "1000000")
 
 
-# ---- a folder that is there already
+# ---- a folder that exists
 
 
 @pytest.mark.parametrize(
@@ -942,7 +947,7 @@ def test_a_vocabulary_that_no_machine_holds(capsys):
         (["text_column=story"], ["text_column=story", "prepared with"]),
     ],
 )
-def test_a_folder_that_holds_something_else(capsys, words, expected):
+def test_a_folder_with_other_contents(capsys, words, expected):
     Path("x.jsonl").write_text("".join(json.dumps({"text": text, "story": text[::-1]}) + "\n" for text in DOCS))
     jsonl("y.jsonl", DOCS)
     assert main(["prepare", "r.yaml", "corpus=x.jsonl"]) == 0

@@ -1,4 +1,4 @@
-"""Files to documents and token ids: every format, and one line for what is damaged."""
+"""readers.py: the documents and token ids of every format, and one-line errors for damaged files."""
 
 import csv
 import gzip
@@ -49,8 +49,8 @@ def test_a_document_keeps_its_line_ends_and_delimiters():
     assert list(sources.find_corpus("x.txt", lines=True).documents()) == ["a", " b \u2028c\x0cd", "last"]
 
 
-def test_compressed_files_of_several_members_are_read_whole():
-    """As pigz, bgzip and `cat a.gz b.gz` make them."""
+def test_compressed_files_of_several_members_are_read_to_the_end():
+    """As pigz, bgzip and `cat a.gz b.gz` write them."""
     raw = [b'{"text": "a"}\n', b'{"text": "b"}\n{"te', b'xt": "c"}\n']
     for name in ("x.jsonl.gz", "x.jsonl.zst"):
         Path(name).write_bytes(b"".join(packed(name, part) for part in raw))
@@ -62,8 +62,8 @@ def test_a_csv_with_a_byte_order_mark():
     assert list(sources.find_corpus("x.csv").documents()) == ["a", "b"]
 
 
-def test_csv_as_pythons_own_reader_has_it():
-    """On sound files, with every quoting that the csv module writes, nothing but DictReader's answers."""
+def test_csv_rows_are_those_of_dictreader():
+    """The same rows as csv.DictReader, with every kind of quotes that the csv module writes."""
     rows = [(i, text) for i, text in enumerate(["a", "b,c", '"q"', "x\ny", " s ", "\t", "'", "é\u2028", '""', "\\"])]
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC):
         for end in ("\n", "\r\n"):
@@ -105,50 +105,50 @@ LONG = "".join(json.dumps({"text": text}) + "\n" for text in DOCS).encode()
 
 
 BAD = [
-    # the column is missing: those that are there are named
+    # the column is missing
     ("x.jsonl", lambda: b'{"story": "a", "n": 1}\n', ["no column text", "story, n", "text_column"]),
     ("x.csv", lambda: b"story,n\na,1\n", ["no column text", "story, n", "text_column"]),
     ("x.tsv", lambda: b"story\tn\na\t1\n", ["no column text", "story, n", "text_column"]),
     ("x.csv", lambda: b"", ["no column text", "text_column"]),
     ("x.parquet", lambda: parquet({"story": ["a"], "n": [1]}), ["no column text", "story, n", "text_column"]),
-    # a broken line: the file and its number
+    # an invalid line
     ("x.jsonl", lambda: b'{"text": "a"}\n{"text": "b"\n', ["x.jsonl, line 2", "not JSON", "skip_bad_documents=true"]),
     ("x.jsonl.gz", lambda: gzip.compress(b'{"text": "a"}\n\n{"text": "b"\n'), ["x.jsonl.gz, line 3", "not JSON"]),
-    ("x.jsonl", lambda: b'{"text": "a"}\n["b"]\n', ["x.jsonl, line 2", "no object with a text in text"]),
-    ("x.jsonl", lambda: b'{"text": "a"}\n"text"\n', ["x.jsonl, line 2", "no object"]),
-    ("x.jsonl", lambda: b'{"text": "a"}\n{"n": 1}\n', ["x.jsonl, line 2", "no object"]),
-    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": null}\n', ["x.jsonl, line 2", "no object"]),
-    ("x.jsonl", lambda: b'{"text": 3}\n', ["x.jsonl, line 1", "no object with a text in text"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n["b"]\n', ["x.jsonl, line 2", "not an object with a string under text"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n"text"\n', ["x.jsonl, line 2", "not an object"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"n": 1}\n', ["x.jsonl, line 2", "not an object"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": null}\n', ["x.jsonl, line 2", "not an object"]),
+    ("x.jsonl", lambda: b'{"text": 3}\n', ["x.jsonl, line 1", "not an object with a string under text"]),
     ("x.csv", lambda: b"n,text\n1,a\n2\n", ["x.csv, line 3", "a row without text"]),
     # not UTF-8
     ("x.jsonl", lambda: b'{"text": "a"}\n{"text": "b\xff"}\n', ["x.jsonl, line 2", "not UTF-8", "byte 11"]),
     ("x.csv", lambda: b"text\na\nb\xff\n", ["x.csv", "line 3", "not UTF-8"]),
-    # cut off on the way
+    # a file that is cut off
     *[
         (
             f"x.jsonl{suffix}",
             lambda suffix=suffix, cut=cut: packed(suffix, LONG)[:cut],
-            [f"x.jsonl{suffix}", f"not a whole {kind} file"],
+            [f"x.jsonl{suffix}", f"not a complete {kind} file"],
         )
         for suffix, kind in ((".gz", "gzip"), (".zst", "zstd"))
         for cut in (1, 1000, -1)
     ],
-    ("x.jsonl.gz", lambda: LONG, ["x.jsonl.gz", "not a whole gzip file"]),
-    ("x.jsonl.zst", lambda: LONG, ["x.jsonl.zst", "not a whole zstd file"]),
-    ("x.txt.gz", lambda: gzip.compress(LONG)[:-5], ["x.txt.gz", "not a whole gzip file"]),
-    ("x.parquet", lambda: parquet({"text": DOCS})[:-1], ["x.parquet", "not a whole parquet file"]),
-    ("x.parquet", lambda: parquet({"text": DOCS})[:1000], ["x.parquet", "not a whole parquet file"]),
-    ("x.parquet", lambda: b"", ["x.parquet", "not a whole parquet file"]),
-    ("x.parquet", lambda: LONG, ["x.parquet", "not a whole parquet file"]),
-    # no text there
-    ("x.parquet", lambda: parquet({"text": [1, 2]}), ["x.parquet", "text holds int64, not text", "text_column"]),
-    ("x.parquet", lambda: parquet({"text": [["a"]]}), ["x.parquet", "text holds list<", "not text"]),
-    ("x.parquet", lambda: parquet({"text": ["a", None, "b"]}), ["x.parquet, row 2", "nothing in text"]),
-    ("x.parquet", lambda: parquet({"text": ["", ""]}), ["corpus=x.parquet", "no text in it"]),
-    ("x.jsonl", lambda: b"\n\n", ["corpus=x.jsonl", "no text in it"]),
-    ("x.csv", lambda: b"text\n", ["corpus=x.csv", "no text in it"]),
-    ("x.jsonl.gz", lambda: b"", ["corpus=x.jsonl.gz", "no text in it"]),
-    # one document cannot be two
+    ("x.jsonl.gz", lambda: LONG, ["x.jsonl.gz", "not a complete gzip file"]),
+    ("x.jsonl.zst", lambda: LONG, ["x.jsonl.zst", "not a complete zstd file"]),
+    ("x.txt.gz", lambda: gzip.compress(LONG)[:-5], ["x.txt.gz", "not a complete gzip file"]),
+    ("x.parquet", lambda: parquet({"text": DOCS})[:-1], ["x.parquet", "not a complete parquet file"]),
+    ("x.parquet", lambda: parquet({"text": DOCS})[:1000], ["x.parquet", "not a complete parquet file"]),
+    ("x.parquet", lambda: b"", ["x.parquet", "not a complete parquet file"]),
+    ("x.parquet", lambda: LONG, ["x.parquet", "not a complete parquet file"]),
+    # no text
+    ("x.parquet", lambda: parquet({"text": [1, 2]}), ["x.parquet", "text contains int64, not text", "text_column"]),
+    ("x.parquet", lambda: parquet({"text": [["a"]]}), ["x.parquet", "text contains list<", "not text"]),
+    ("x.parquet", lambda: parquet({"text": ["a", None, "b"]}), ["x.parquet, row 2", "null in text"]),
+    ("x.parquet", lambda: parquet({"text": ["", ""]}), ["corpus=x.parquet", "contains no text"]),
+    ("x.jsonl", lambda: b"\n\n", ["corpus=x.jsonl", "contains no text"]),
+    ("x.csv", lambda: b"text\n", ["corpus=x.csv", "contains no text"]),
+    ("x.jsonl.gz", lambda: b"", ["corpus=x.jsonl.gz", "contains no text"]),
+    # only one document
     ("x.jsonl", lambda: b'{"text": "a"}\n{"text": ""}\n', ["corpus=x.jsonl", "one document cannot be both"]),
 ]
 
@@ -196,15 +196,15 @@ def test_json_that_python_stumbles_over(capsys, text):
     ],
 )
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
-def test_bad_documents_are_left_out_and_counted(capsys, name, raw, bad, tokenizer):
+def test_bad_documents_are_skipped_and_counted(capsys, name, raw, bad, tokenizer):
     Path(name).write_bytes(parquet(raw) if isinstance(raw, dict) else raw)
     words = [f"corpus={name}", "lines=true", f"tokenizer={tokenizer}", "vocab_size=300", "val_fraction=0.12"]
-    assert all(dealt(GOOD, 0.12)), "no second try, which would say it all again"
+    assert all(dealt(GOOD, 0.12)), "no second attempt, which would report the bad documents again"
     refusal(capsys, *words)
     assert main(["prepare", "r.yaml", *words, "skip_bad_documents=true"]) == 0
     out, err = capsys.readouterr()
-    assert f"\n{bad} bad documents were left out\n" in out and err == ""
-    assert out.count("left out: ") == min(bad, 3) and name in out
+    assert f"\n{bad} bad documents skipped\n" in out and err == ""
+    assert out.count("skipped: ") == min(bad, 3) and name in out
     ours = dataset.open_dataset(section(corpus=name, tokenizer=tokenizer, vocab_size=300, val_fraction=0.12))
     texts = [
         text for file in (ours.train, ours.val) for text in ours.tokenizer.decode(ids(file)).split("<|endoftext|>")[:-1]
@@ -214,7 +214,7 @@ def test_bad_documents_are_left_out_and_counted(capsys, name, raw, bad, tokenize
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.parquet"])
-def test_a_row_that_is_not_utf8_is_left_out_too(name):
+def test_a_row_that_is_not_utf8_is_skipped_too(name):
     if name == "x.csv":
         Path(name).write_bytes(b"text\na text\nb\xff\nc text\nd text\n")
     else:
@@ -236,7 +236,7 @@ def test_a_row_that_is_not_utf8_is_left_out_too(name):
         (b"\xef\xbb\xbf", ["line 1", "empty", "text_column"]),
     ],
 )
-def test_a_csv_that_is_none(capsys, raw, words):
+def test_an_invalid_csv(capsys, raw, words):
     Path("t.csv").write_bytes(raw)
     expect(error_line(capsys, "corpus=t.csv"), "corpus=t.csv", "t.csv", *words)
     assert not Path("out").exists()
@@ -255,7 +255,7 @@ def test_a_parquet_with_two_columns_of_that_name(capsys):
     expect(error_line(capsys, "corpus=t.parquet"), "corpus=t.parquet", "2 columns are named text", "text_column")
 
 
-def test_a_wrong_column_is_said_alike_in_every_format(monkeypatch, tmp_path):
+def test_a_wrong_column_has_the_same_message_in_every_format(monkeypatch, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -268,23 +268,23 @@ def test_a_wrong_column_is_said_alike_in_every_format(monkeypatch, tmp_path):
         with pytest.raises(ValueError) as caught:
             texts(name)
         said.add(str(caught.value).replace(name, "FILE"))
-    assert said == {"corpus=FILE: no column text; there are story, n: give text_column"}
+    assert said == {"corpus=FILE: no column text, only story, n; set text_column"}
 
 
-def test_a_single_text_that_is_broken_has_its_own_remedy(capsys):
+def test_a_damaged_single_text_has_another_fix(capsys):
     Path("t.txt.gz").write_bytes(gzip.compress(b"text")[:-5])
     line = error_line(capsys, "corpus=t.txt.gz", "skip_bad_documents=true")
-    expect(line, "corpus=t.txt.gz", "not a whole gzip file", "another path")
+    expect(line, "corpus=t.txt.gz", "not a complete gzip file", "another path")
     assert "skip_bad_documents" not in line, "that is set, and does not help"
 
 
-def test_where_nothing_remains_the_first_reason_is_said(capsys):
+def test_the_first_error_is_reported_if_no_document_can_be_read(capsys):
     Path("t.jsonl").write_text('{"text": 1}\n[]\n')
     expect(
         error_line(capsys, "corpus=t.jsonl", "skip_bad_documents=true"),
         "corpus=t.jsonl",
-        "no text in it",
-        "t.jsonl, line 1: no object with a text in text",
+        "contains no text",
+        "t.jsonl, line 1: not an object with a string under text",
     )
 
 
@@ -300,15 +300,15 @@ def one_wrong(dtype, at, value):
 @pytest.mark.parametrize(
     ("raw", "given", "words"),
     [
-        (b"", [], ["0 bytes are no token ids", "uint16", "50,257 symbols", "another path"]),
-        (b"\0", [], ["1 bytes are no token ids"]),
-        (bytes(3001), [], ["3,001 bytes are no token ids"]),
-        (bytes(2), [], ["1 token ids leave nothing for train", "val_fraction=0.2"]),
-        (bytes(6), ["val_fraction=0.9"], ["3 token ids leave nothing for train", "val_fraction=0.9"]),
+        (b"", [], ["0 bytes are not uint16 ids", "uint16", "vocabulary size 50,257", "another path"]),
+        (b"\0", [], ["1 bytes are not uint16 ids"]),
+        (bytes(3001), [], ["3,001 bytes are not uint16 ids"]),
+        (bytes(2), [], ["the train split of 1 token ids", "val_fraction=0.2"]),
+        (bytes(6), ["val_fraction=0.9"], ["the train split of 3 token ids", "val_fraction=0.9"]),
         (
             one_wrong("<u2", 2345, 50257),
             [],
-            ["the id 50,257 at position 2,345", "50,257 symbols", "tokenizer", "uint16"],
+            ["the id 50,257 at position 2,345", "vocabulary size 50,257", "tokenizer", "uint16"],
         ),
         (np.arange(1, 3000, dtype="<u4").tobytes(), [], ["every second id is 0", "wider numbers", "uint16"]),
         (np.arange(1, 3000, dtype="<i8").tobytes(), [], ["every second id is 0", "wider numbers", "uint16"]),
@@ -318,20 +318,28 @@ def one_wrong(dtype, at, value):
         (one_wrong("<i4", 0, -1), [], ["the id 65,535 at position 0", "uint16"]),
         # the header of llm.c's and modded-nanogpt's files: 256 numbers, of which the first is this
         (np.array([20240520, 1, 3000], "<i4").tobytes() + bytes(1012), [], ["position 0", "header"]),
-        (bytes(6000), ["tokenizer=char"], ["tokenizer=char", "made of a text", "corpus=a.bin holds token ids", "gpt2"]),
-        (bytes(6000), ["tokenizer=bpe"], ["tokenizer=bpe", "made of a text", "corpus=a.bin holds token ids", "gpt2"]),
+        (
+            bytes(6000),
+            ["tokenizer=char"],
+            ["tokenizer=char", "made from a text", "corpus=a.bin contains token ids", "gpt2"],
+        ),
+        (
+            bytes(6000),
+            ["tokenizer=bpe"],
+            ["tokenizer=bpe", "made from a text", "corpus=a.bin contains token ids", "gpt2"],
+        ),
         (bytes(6000), ["limit_tokens=50"], ["limit_tokens=50", "is one text", "a shorter file"]),
         (bytes(6000), ["limit_documents=5"], ["limit_documents=5", "is one text", "a shorter file"]),
     ],
 )
-def test_ids_that_are_none(capsys, gpt2_files, raw, given, words):
+def test_files_that_are_not_ids(capsys, gpt2_files, raw, given, words):
     Path("a.bin").write_bytes(raw)
     line = error_line(capsys, "corpus=a.bin", "tokenizer=gpt2", *given)
     expect(line, "corpus=a.bin", *words)
     assert "lines=true" not in line and not Path("out").exists()
 
 
-def test_which_of_many_files_of_ids_is_meant(capsys, gpt2_files, monkeypatch):
+def test_errors_name_the_file_of_ids(capsys, gpt2_files, monkeypatch):
     monkeypatch.setattr(readers, "IDS_AT_ONCE", 3)
     for name in ("a.bin", "b.bin", "c.bin"):
         Path(name).write_bytes(one_wrong("<u2", 7, 60_000 if name == "b.bin" else 7))
@@ -339,7 +347,7 @@ def test_which_of_many_files_of_ids_is_meant(capsys, gpt2_files, monkeypatch):
     Path("c.bin").write_bytes(bytes(7))
     for command in ("prepare", "train"):
         line = error_line(capsys, "corpus=?.bin", "tokenizer=gpt2", command=command)
-        expect(line, "corpus=?.bin: c.bin: 7 bytes are no token ids")
+        expect(line, "corpus=?.bin: c.bin: 7 bytes are not uint16 ids")
     assert not Path("out").exists() and not Path("run").exists()
 
 
@@ -354,11 +362,11 @@ def test_a_file_of_ids_that_changes_or_goes(capsys, gpt2_files, monkeypatch):
         monkeypatch.setattr(module, "check_fits", meanwhile)
     file = Path("a.bin")
     for change, *words in (
-        (lambda: os.truncate(file, 100), "corpus=a.bin: has become shorter", "file whole"),
-        (file.unlink, "corpus=a.bin: No such file", "file whole"),
-        (lambda: file.write_bytes(b"\1\0" * 3000), "corpus=a.bin: has changed", "begin again"),
+        (lambda: os.truncate(file, 100), "corpus=a.bin: has become shorter", "restore the file"),
+        (file.unlink, "corpus=a.bin: No such file", "restore the file"),
+        (lambda: file.write_bytes(b"\1\0" * 3000), "corpus=a.bin: has changed", "start again"),
     ):
         file.write_bytes(bytes(6000))
-        changes = [lambda: None, change]  # asked first by the check of the recipe
+        changes = [lambda: None, change]  # the check of the recipe calls it first
         expect(error_line(capsys, "corpus=a.bin", "tokenizer=gpt2"), *words)
         assert not Path("out").exists()

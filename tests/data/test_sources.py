@@ -1,4 +1,4 @@
-"""Names to corpora: the built-in ones, the Python library, and downloads."""
+"""sources.py: the names of corpora, the Python library, and downloads."""
 
 import hashlib
 import http.server
@@ -44,7 +44,7 @@ def test_source_name_of_a_path(folder):
         ("", ["corpus="]),
     ],
 )
-def test_what_does_not_exist_is_refused_at_once(refused, spec, words):
+def test_a_name_that_does_not_exist(refused, spec, words):
     with refused(FileNotFoundError, *words):
         find_corpus(spec)
 
@@ -92,7 +92,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on this machine that stands behind the name shakespeare, and expects its own body."""
+    """A local server for the corpus shakespeare, with the SHA-256 of its own response."""
     handler = type("Handler", (Server,), {"body": "To be, or not\r\nto be: ж\n".encode()})
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
@@ -115,7 +115,7 @@ def test_a_download_is_kept_and_checked(server):
     assert server.asked == 1
     assert corpus.is_single and corpus.name == "shakespeare"
     assert [f.name for f in cached().parent.iterdir()] == ["shakespeare.txt"]
-    cached().write_bytes(b"To be")  # a damaged copy is not believed
+    cached().write_bytes(b"To be")  # a damaged copy is replaced
     assert texts("shakespeare") == [server.body.decode()]
     assert server.asked == 2
 

@@ -1,4 +1,4 @@
-"""Token files that nanoGPT could read, and nothing half done."""
+"""token_files.py: nanoGPT's format, crashes at any time, and reading."""
 
 import contextlib
 import gc
@@ -70,13 +70,13 @@ def test_leaving_early_leaves_nothing(tmp_path, error):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
-def test_whoever_is_told_to_stop_keeps_what_was_complete(tmp_path, error):
-    """Up to the last commit(), though no time for one has come; a defect keeps nothing that was not committed."""
+def test_an_interruption_keeps_complete_documents(tmp_path, error):
+    """Everything up to the last commit() call is kept on an interruption, but not after another exception."""
     with pytest.raises(error), Writer(tmp_path / "data", np.uint16, FACTS, 300) as writer:
         for number in range(4):
             writer.write("train", np.arange(200), 9)
             writer.commit(number + 1)
-        writer.write("val", np.arange(5), 9)  # half of what comes next
+        writer.write("val", np.arange(5), 9)  # not yet committed
         raise error
     assert not is_data_folder(tmp_path / "data")
     if error is RuntimeError:
@@ -134,11 +134,11 @@ def test_a_disk_that_fills_up(tmp_path):
 
 
 class Dead(BaseException):
-    """What a machine that dies is here: nothing that comes after it happens."""
+    """A crash of the machine: nothing after it happens."""
 
 
 def die(monkeypatch, after):
-    """The process dies at one of the calls that make something last: the one with this number."""
+    """Raise Dead in the system call with this number that changes the disk."""
 
     def dying(real):
         def call(*args, **options):
@@ -167,7 +167,7 @@ def test_a_crash_at_any_point_leaves_work_that_can_be_finished(monkeypatch, tmp_
             try:
                 write(folder, shard_tokens=shard_tokens)
             except Dead:
-                assert not is_data_folder(folder), "half of it is never taken for data"
+                assert not is_data_folder(folder), "an incomplete folder is never used as data"
             else:
                 break
         with monkeypatch.context() as patch:  # and the second attempt dies too
@@ -183,8 +183,8 @@ def test_a_crash_at_any_point_leaves_work_that_can_be_finished(monkeypatch, tmp_
 
 @pytest.mark.parametrize("moves", range(6))
 def test_a_crash_between_the_moves_is_never_taken_for_data(refused, monkeypatch, tmp_path, moves):
-    """Whatever the number of files in place when the machine dies, they are not read as data, and another attempt that
-    is made of other facts does not mix its files with them."""
+    """After any number of moves the files are not used as data, and an attempt with other facts does not mix its files
+    with them."""
     left, real = iter(range(moves)), os.replace
 
     def replace(source, target):  # of progress.json, of manifest.json in .partial, then the four moves
@@ -199,25 +199,25 @@ def test_a_crash_between_the_moves_is_never_taken_for_data(refused, monkeypatch,
             write(tmp_path / "data")
     assert not is_data_folder(tmp_path / "data")
     other = FACTS | {"val_fraction": 0.2}
-    if moves <= 2:  # nothing is in its place yet, and the remains are in nobody's way
+    if moves <= 2:  # no file has been moved, so .partial can be replaced
         assert write(tmp_path / "data", facts=other)["val_fraction"] == 0.2
     else:
-        has_tokens = moves > 3  # where none has moved yet, nobody is told to delete the folder
+        has_tokens = moves > 3  # without .bin files in the folder, the message does not suggest to delete it
         with refused(
             ValueError if has_tokens else FileNotFoundError,
             f"data_dir={tmp_path / 'data'}",
-            "delete" if has_tokens else "goes on where that stopped",
+            "delete" if has_tokens else "run prepare to resume it",
         ):
             read_manifest(tmp_path / "data")
         with refused(
             ValueError,
             f"data_dir={tmp_path / 'data'}",
             "tokenizer.json",
-            "delete" if has_tokens else "take another data_dir",
+            "delete" if has_tokens else "set another data_dir",
         ):
             write(tmp_path / "data", facts=other)
-        gc.collect()  # the Writer that was refused holds its lock as long as there is a trace of it
-        assert write(tmp_path / "data")["val_fraction"] == 0.1  # the one that it is made of finds the rest
+        gc.collect()  # releases the lock of the Writer that failed
+        assert write(tmp_path / "data")["val_fraction"] == 0.1  # the same facts complete it
 
 
 def test_a_crash_while_the_files_are_hashed_costs_nothing(monkeypatch, tmp_path):
@@ -233,7 +233,7 @@ def test_a_crash_while_the_files_are_hashed_costs_nothing(monkeypatch, tmp_path)
         assert writer.position == 4, "all four documents were committed"
 
 
-def test_other_facts_begin_anew(monkeypatch, tmp_path):
+def test_other_facts_start_over(monkeypatch, tmp_path):
     monkeypatch.setattr(token_files, "COMMIT_SECONDS", 0)
     for facts, dtype, shard_tokens in (
         (FACTS, np.uint16, 300),
@@ -250,7 +250,7 @@ def test_other_facts_begin_anew(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", None])
-def test_progress_that_cannot_be_believed_begins_anew(monkeypatch, tmp_path, damage):
+def test_damaged_progress_starts_over(monkeypatch, tmp_path, damage):
     monkeypatch.setattr(token_files, "COMMIT_SECONDS", 0)
     with Writer(tmp_path, np.uint16) as writer:
         writer.write("train", np.arange(350), 9)
@@ -273,35 +273,35 @@ def test_nothing_is_overwritten(refused, tmp_path, name):
 
 
 def test_two_processes_that_prepare_at_once(tmp_path):
-    """One of them is kept out, by a lock that ends with the process that holds it."""
+    """A lock, which ends with its process, excludes the second one."""
     script = (
         "import sys, numpy as np; from nanogpt_accel.data.token_files import Writer\n"
         "writer = Writer(sys.argv[1], np.uint16)\n"
-        "print('held', flush=True); sys.stdin.read()"
+        "print('locked', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(BlockingIOError, match=f"process {other.pid} on .* prepares it") as caught:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(BlockingIOError, match=f"process {other.pid} on .* is preparing it") as caught:
             write(tmp_path)
         assert f"data_dir={tmp_path}" in str(caught.value) and not is_data_folder(tmp_path)
-        assert token_files.at_work(tmp_path) == f"process {other.pid} on {platform.node()}"
+        assert token_files.find_active_process(tmp_path) == f"process {other.pid} on {platform.node()}"
         other.kill()
         other.wait()
-        assert token_files.at_work(tmp_path) is None
+        assert token_files.find_active_process(tmp_path) is None
     write(tmp_path)
     assert names(tmp_path) == ["manifest.json", "tokenizer.json", "train.bin", "val.bin"]
 
 
-def test_a_writer_that_cannot_begin_lets_go_of_the_folder(refused, monkeypatch, tmp_path):
+def test_a_writer_that_fails_releases_its_lock(refused, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(
-            token_files.Writer, "_continue", lambda self: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+            token_files.Writer, "_resume", lambda self: (_ for _ in ()).throw(OSError(5, "Input/output error"))
         )
         with refused(OSError, f"data_dir={tmp_path}", "Input/output error"):
             Writer(tmp_path, np.uint16)
-    write(tmp_path)  # no lock stands in the way
+    write(tmp_path)  # is not locked
     assert is_data_folder(tmp_path)
 
 
@@ -377,7 +377,7 @@ def test_many_shards_are_read_as_one_sequence(tmp_path):
 
 
 def sparse(folder, files, n_bytes):
-    """Files of zeros that take no room on the disk."""
+    """Create sparse files of zeros, which need no disk space."""
     folder.mkdir()
     paths = [folder / f"train-{i:05d}.bin" for i in range(files)]
     for path in paths:
@@ -386,9 +386,9 @@ def sparse(folder, files, n_bytes):
     return paths
 
 
-def test_a_run_on_18_gb_starts_at_once(tmp_path):
+def test_a_run_on_18_gb_starts_immediately(tmp_path):
     (path,) = sparse(tmp_path / "owt", 1, 18 * 10**9)
-    assert path.stat().st_blocks < 1000, "the test itself takes no room"
+    assert path.stat().st_blocks < 1000, "the file of the test is sparse"
     from nanogpt_accel.batches import Batches
 
     start = time.process_time()
@@ -410,7 +410,7 @@ def test_memory_stays_flat_over_ten_thousand_batches(tmp_path):
         "    if step in (100, 10_099):\n"
         "        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
         "print(peaks[1] - peaks[0])\n"
-    )  # of a process of its own: a peak never comes down
+    )  # in a separate process, because the peak never decreases
     done = subprocess.run([sys.executable, "-c", script, *paths], env=ENV, capture_output=True, text=True, check=True)
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(done.stdout) * unit < 4e6

@@ -31,7 +31,7 @@ STRANGE = [
 
 
 def random_texts(count, seed):
-    """Texts of characters from many blocks, most of which no corpus ever puts together."""
+    """Return texts of characters from many Unicode blocks."""
     rng = random.Random(seed)
     pools = [
         range(32, 127),
@@ -96,7 +96,7 @@ def test_char_of_documents_ends_with_the_end_of_text():
     assert Tokenizer.char(["ba", "dc"], add_eot=False).eot_id is None
 
 
-def test_char_names_the_symbols_that_it_lacks(refused):
+def test_char_names_unknown_characters(refused):
     tokenizer = Tokenizer.char(["abc"])
     for encode in (tokenizer.encode, tokenizer.encode_prompt):
         with refused(ValueError, "'z' (U+007A)", "'€' (U+20AC)", "'\\x00' (U+0000)"):
@@ -140,19 +140,21 @@ def test_gpt2_is_tiktokens(gpt2, shared_data):
 
 
 def test_gpt2_cuts_words_as_tiktoken_does(gpt2):
-    """Every text of up to five symbols, one for each case that the pattern tells apart; and long runs of one."""
+    """Every text of up to five characters, one for each case of the pattern, and long runs of one character."""
     import tiktoken
 
     reference = tiktoken.get_encoding("gpt2")
     texts = ["".join(t) for n in range(1, 6) for t in itertools.product("al1!' \n\u3000", repeat=n)]
     texts += [f"a'{end} b" for end in ("s", "d", "m", "t", "ll", "ve", "re", "S", "LL", "l", "v", "r")]
-    texts += [left + symbol * 300_000 + right for symbol in " \nx1!" for left in ("", "x") for right in ("", "x", "\n")]
+    texts += [
+        left + character * 300_000 + right for character in " \nx1!" for left in ("", "x") for right in ("", "x", "\n")
+    ]
     for text in texts:
         assert gpt2.encode(text).tolist() == reference.encode_ordinary(text), repr(text[:20])
 
 
 def test_more_white_space_than_tiktoken_takes(gpt2, bpe):
-    """Where its regular expression gives up, the library takes over."""
+    """If its regular expression fails, the tokenizers library encodes the text."""
     text = "ab" + " " * 1_200_000 + "x" + "\n" * 1_100_000
     for tokenizer in (gpt2, bpe):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -194,7 +196,7 @@ def test_bpe_knows_every_text(bpe):
 
 
 def test_bpe_by_tiktoken_is_the_librarys(bpe):
-    """Two programs that join pairs by different rules agree, since ids and merges are in one order."""
+    """The two libraries join pairs by different rules, but agree if ids and merges are in the same order."""
     assert bpe._bpe is not None
     texts = STRANGE + random_texts(500, seed=4) + SAMPLE + ["ab" * 50, "aaab" * 33, "eeee in in inin"]
     ours = bpe.encode_batch(texts)
@@ -212,7 +214,7 @@ def test_bpe_is_the_same_in_every_process(bpe):
     assert answer.stdout.strip() == bpe.fingerprint == Tokenizer.train_bpe(iter(SAMPLE), 600).fingerprint
 
 
-def test_bpe_of_a_small_text_has_fewer_symbols():
+def test_bpe_of_a_small_text_has_fewer_tokens():
     tokenizer = Tokenizer.train_bpe(["ab ab ab"], 4096)
     assert 257 < tokenizer.vocab_size < 265 and tokenizer.eot_id == tokenizer.vocab_size - 1
 
@@ -234,7 +236,7 @@ def test_bpe_is_trained_on_a_bounded_text(monkeypatch):
 
 
 def test_ids_that_do_not_follow_the_merges_are_left_to_the_library(bpe):
-    """Swap the ids of two symbols: tiktoken would join in another order."""
+    """Swap the ids of two tokens: tiktoken would join in another order."""
     spec = json.loads(bpe.text)
     vocab = spec["model"]["vocab"]
     first, second = [left + right for left, right in spec["model"]["merges"][:2]]
@@ -271,7 +273,7 @@ def test_transformers_loads_what_we_save(any_kind, tmp_path):
         prompt = f"{EOT}def f{EOT}"
         assert theirs(prompt)["input_ids"] == any_kind.encode_prompt(prompt)
         assert theirs.decode(any_kind.encode_prompt(prompt), skip_special_tokens=True) == "def f"
-    # beside a model's config, of whatever type, it stays what it is
+    # next to the config of a model of any type it is the same tokenizer
     for model_type in ("gpt2", "qwen3"):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
         theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -304,7 +306,7 @@ def test_fingerprints_differ(bpe):
 
 
 def test_another_tokenizer_json(tmp_path):
-    """One that is not ours: words, an end-of-text of another name, ids beyond 16 bits."""
+    """A tokenizer of words, with another end-of-text token and ids above 16 bits."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers
 
@@ -326,12 +328,12 @@ def test_another_tokenizer_json(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer(refused, tmp_path):
-    with refused(FileNotFoundError, tmp_path / "tokenizer.json", "holds no tokenizer"):
+    with refused(FileNotFoundError, tmp_path / "tokenizer.json", "copy the model's tokenizer"):
         Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[1]", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
-def test_a_file_that_is_no_tokenizer(refused, tmp_path, content):
+def test_a_file_that_is_not_a_tokenizer(refused, tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with refused(ValueError, tmp_path / "tokenizer.json"):
         Tokenizer.load(tmp_path)

@@ -131,7 +131,7 @@ EARLY = [
     ([*TINY, "corpus=gone.txt"], ["corpus=gone.txt", "no such corpus"]),
     ([*TINY, "corpus=shakespear"], ["corpus=shakespear", "did you mean shakespeare?"]),
     ([*TINY, "corpus=empty.txt"], ["corpus=empty.txt", "no text"]),
-    ([*TINY, "corpus=nothing"], ["corpus=nothing", "no file of text"]),
+    ([*TINY, "corpus=nothing"], ["corpus=nothing", "contains no text file"]),
     ([*TINY, "corpus=latin.txt"], ["corpus=latin.txt", "not UTF-8", "byte 0", "iconv"]),
     ([*TINY, "corpus=short.txt", "val_fraction=0.5"], ["train.bin", "17 tokens"], ["val.bin", "17 tokens"]),
     ([*TINY, "corpus=few.txt"], ["val.bin", "block_size=16", "has 12", "larger val_fraction"]),

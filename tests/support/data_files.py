@@ -1,4 +1,4 @@
-"""Documents, files of every format that contain them, and what the commands make of these."""
+"""Documents, files of every format that contain them, and helpers that prepare and read them."""
 
 import csv
 import gzip
@@ -25,7 +25,7 @@ ENV = os.environ | {"PYTHONPATH": str(Path(dataset.__file__).parents[2])}
 
 
 def documents(count, seed=5):
-    """Texts of one line with what formats stumble over: quotes, commas, tabs, backslashes, rare characters."""
+    """Return one-line texts that are difficult for formats: quotes, commas, tabs, backslashes, rare characters."""
     rng = random.Random(seed)
     words = [
         "so",
@@ -74,28 +74,28 @@ def ids(file):
 
 
 def content(folder):
-    """{name: bytes}, of subfolders too."""
+    """Return {name: bytes} of the files in a folder and its subfolders."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def dealt(texts, val_fraction=0.2):
-    """[train, val] by the rule in words: blake2b of "SEED NUMBER" as a fraction of 2**64, below val_fraction is val."""
+    """Return [train, val] as documented: val if blake2b of "SEED NUMBER" is below val_fraction * 2**64."""
     hashes = [hashlib.blake2b(f"2357 {i}".encode(), digest_size=8).digest() for i in range(len(texts))]
     is_val = [int.from_bytes(digest, "big") < val_fraction * 2**64 for digest in hashes]
     return [[text for text, val in zip(texts, is_val, strict=True) if val is side] for side in (False, True)]
 
 
 def char_ids(texts, part):
-    """The ids of some documents, where every character of `texts` has one, and then the end of a document."""
-    symbols = {symbol: i for i, symbol in enumerate(sorted(set("".join(texts))))}
-    return [i for text in part for i in [*map(symbols.__getitem__, text), len(symbols)]]
+    """Return the ids of the documents `part`, with one id per character of `texts` and then the end-of-text id."""
+    vocab = {character: i for i, character in enumerate(sorted(set("".join(texts))))}
+    return [i for text in part for i in [*map(vocab.__getitem__, text), len(vocab)]]
 
 
 # ---- formats
 
 
 def table(path, texts, **options):
-    """A table as pyarrow and the csv module write it."""
+    """Write a table with pyarrow or the csv module."""
     if path.endswith(".parquet"):
         pq.write_table(pa.table({"n": list(range(len(texts))), "text": texts}), path, **options)
     else:
@@ -171,7 +171,7 @@ MODEL = "{n_layer: 1, n_head: 1, n_embd: 8, block_size: 8}"
 
 
 def error_line(capsys, *words, command="prepare", target="r.yaml"):
-    """The one line that the command ends in."""
+    """Return the only line on stderr of a command that fails."""
     capsys.readouterr()
     assert main([command, target, *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -184,7 +184,7 @@ def expect(line, *words):
 
 
 def documents_found(capsys, *words):
-    """The documents that prepare finds, as a set: which split takes one is another test's matter."""
+    """Return the set of documents that prepare finds, in any split."""
     assert main(["prepare", "r.yaml", *words]) == 0
     found = dataset.open_dataset(SECTIONS["data"](data_dir="out"))
     ids = np.concatenate([file.rows([0], len(file))[0] for file in found.splits.values()])
@@ -196,7 +196,7 @@ def texts(path, **options):
 
 
 def refusal(capsys, *words):
-    """The one line that the command says, and that nothing is left which counts as done."""
+    """Return the only line on stderr of a preparation that fails, and check that it leaves no data folder."""
     assert main(["prepare", "r.yaml", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -217,7 +217,7 @@ def save_tokenizer(folder):
 
 
 def write(folder, train=range(1000), val=(7, 8, 9), dtype=np.uint16, facts=FACTS, shard_tokens=10**8):
-    """Write three documents for train and one for val, or what is left of that after an earlier attempt."""
+    """Write three documents for train and one for val, or the remaining ones after an earlier attempt."""
     documents = [("train", part, len(part) * 2) for part in np.array_split(np.array(train), 3)]
     documents.append(("val", np.array(val), 3))
     with Writer(folder, dtype, facts, shard_tokens) as writer:
