@@ -79,7 +79,7 @@ def test_a_failure_is_reported_once_and_the_next_push_succeeds(uploads, tmp_path
     pusher = BackgroundPush("tiny", tmp_path, said.append)
     pusher.push(checkpoint(tmp_path, 1), "one")
     pusher.wait()
-    assert said == ["warning: not pushed, the next checkpoint tries again: one: no answer"]
+    assert said == ["warning: not pushed to the Hub: one: no answer. The next checkpoint tries again"]
     assert pusher.pushed is None and uploads.done == [] and leftovers(tmp_path) == []
     pusher.push(checkpoint(tmp_path, 2), "two")
     pusher.wait()
@@ -91,7 +91,7 @@ def test_an_unreadable_checkpoint_gives_a_warning(uploads, tmp_path):
     pusher = BackgroundPush("tiny", tmp_path, said.append)
     pusher.push(tmp_path / "gone", "gone")
     pusher.wait()
-    assert len(said) == 1 and said[0].startswith("warning: not pushed, ") and pusher.pushed is None
+    assert len(said) == 1 and said[0].startswith("warning: not pushed to the Hub: ") and pusher.pushed is None
     assert uploads.created == []
 
 

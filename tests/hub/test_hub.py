@@ -18,9 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
+from hub_server import HubServer, card_errors
 
 import nanogpt_accel
+from nanogpt_accel.hub.card import adapt_usage
 from nanogpt_accel.tracking.metrics_log import read_metrics
 
 PACKAGE = str(Path(nanogpt_accel.__file__).parents[1])
@@ -273,7 +274,7 @@ def test_push_writes_a_stock_model_and_its_card(pushed, hub, run):
     assert commits(hub, "me/tiny") == ["tiny, checkpoint-000008"]
     assert not hub.repos["me/tiny"].private
     card = files["README.md"].decode()
-    assert card.startswith("---\nlibrary_name: transformers\n") and "trust_remote_code" not in card
+    assert card_errors(card) == [] and "trust_remote_code" not in card and 'path = "me/tiny"\n' in card
     assert (run / "tokenizer.json").read_bytes() == files["tokenizer.json"]
 
 
@@ -282,7 +283,9 @@ def test_push_form_custom_to_a_branch_of_a_private_repository(pushed, hub):
     files = hub.files("me/secret", "dev")
     assert files.keys() == EVERY_FILE | {".gitattributes", "model.py"}
     assert json.loads(files["config.json"])["model_type"] == "nanogpt_accel"
-    assert "trust_remote_code=True" in files["README.md"].decode()
+    card = files["README.md"].decode()
+    assert card_errors(card) == [] and 'path = "me/secret"\n' in card
+    assert 'from_pretrained(path, revision="dev", trust_remote_code=True)' in card
     assert commits(hub, "me/secret") == [] and hub.repos["me/secret"].private
 
 
@@ -477,7 +480,10 @@ def test_the_best_checkpoint_is_pushed_last(child, hub, place):
     best = folder / "checkpoint-000004"
     files = hub.files("me/best")
     del files[".gitattributes"]
-    assert files == {path.name: path.read_bytes() for path in best.iterdir() if path.is_file()}
+    card, local_card = files.pop("README.md").decode(), (best / "README.md").read_text()
+    assert 'path = "me/best"\n' in card and card == adapt_usage(local_card, True, "me/best")
+    assert 'path = "."  # this folder\n' in local_card
+    assert files == {path.name: path.read_bytes() for path in best.iterdir() if path.is_file() and path.suffix != ".md"}
 
 
 def test_failing_pushes_do_not_change_the_run(child, hub, place, run):
@@ -500,7 +506,7 @@ def test_a_failed_push_is_repeated_with_the_next_checkpoint(child, hub):
     hub.fail(1, 500, method="POST", path="/me/once/commit/")
     out = child.ok(*pushing("once"))
     (warning,) = [line for line in out.splitlines() if "warning" in line]
-    assert "step 2" in warning and "the next checkpoint tries again" in warning
+    assert "step 2" in warning and "The next checkpoint tries again" in warning
     assert closing(out) == "the Hub has it: me/once" and 8 in steps(commits(hub, "me/once"))
 
 
@@ -509,7 +515,7 @@ def test_a_run_without_network_finishes(no_hub, place, run):
     status, out, err = no_hub(*pushing("alone"))
     assert (status, err) == (0, "")
     lines = [line for line in out.splitlines() if line.startswith("warning: ")]
-    assert "the run goes on" in lines[0] and "the next checkpoint tries again" in lines[1]
+    assert "the run goes on" in lines[0] and "The next checkpoint tries again" in lines[1]
     assert closing(out) == "the Hub has not got it: nanogpt-accel push runs/alone me/alone form=custom"
     folder = place / "runs" / "alone"
     assert losses(folder) == losses(run) and leftovers(folder) == []
@@ -586,7 +592,7 @@ def words_of(uses, name):
 @pytest.mark.parametrize(
     ("name", "token", "words"),
     [
-        ("me/nothing", "hf_test", ["me/nothing", "no such folder here", "no such model", "private"]),
+        ("me/nothing", "hf_test", ["me/nothing", "no such folder", "no such model", "private"]),
         ("me/nothing", None, ["me/nothing", "no such model", "private", "hf auth login", "HF_TOKEN"]),
         ("me/tiny@nope", "hf_test", ["me/tiny@nope", "no such branch, tag or commit"]),
         ("me/hidden", None, ["me/hidden", "private", "hf auth login", "HF_TOKEN"]),
@@ -594,8 +600,8 @@ def words_of(uses, name):
         ("they/gated", "hf_test", ["they/gated", "gated", "accept its terms"]),
         ("they/gated", None, ["they/gated", "gated", "hf auth login"]),
         ("they/open", "hf_wrong", ["they/open", "token", "hf auth login"]),
-        ("they/bert", "hf_test", ["type bert", "gpt2, llama, qwen3, nanochat"]),
-        ("me/..bad", "hf_test", ["me/..bad", "no model can have this name"]),
+        ("they/bert", "hf_test", ["model_type=bert", "gpt2, llama, qwen3, nanochat"]),
+        ("me/..bad", "hf_test", ["me/..bad", "not a valid name"]),
         ("a/b/c", "hf_test", ["a/b/c", "folder"]),
     ],
 )
@@ -621,7 +627,7 @@ def test_a_repository_without_weights_is_one_line(child, others):
     [
         ("me/new", None, ["me/new", "no token", "hf auth login", "HF_TOKEN"]),
         ("me/new", "hf_wrong", ["me/new", "token", "hf auth login"]),
-        ("they/new", "hf_test", ["they/new", "token", "may write"]),
+        ("they/new", "hf_test", ["they/new", "token", "write access"]),
         ("a/b/c", "hf_test", ["a/b/c", "USER/NAME"]),
         ("me/..bad", "hf_test", ["me/..bad", "USER/NAME"]),
     ],
@@ -638,7 +644,7 @@ def test_a_push_to_the_repository_of_another_user_is_refused(child, pushed, hub)
     """The repository is there and may be read, so only the push itself is refused."""
     before = hub.commits("me/tiny")
     line = child.refused("push", "runs/tiny", "me/tiny", token="hf_test_other")
-    assert "me/tiny" in line and "may write" in line and hub.commits("me/tiny") == before
+    assert "me/tiny" in line and "write access" in line and hub.commits("me/tiny") == before
 
 
 def test_a_run_that_may_not_push_is_refused(child, pushed):
@@ -702,14 +708,14 @@ def test_slow_transfers_are_reported_without_a_terminal(pushed, child, place, hu
         "they/slow",
         {path.name: path.read_bytes() for path in (place / "runs/tiny/checkpoint-000008").iterdir() if path.is_file()},
     )
-    child.python("from nanogpt_accel.hub import transfer; transfer.SOON = 0.1")
+    child.python("from nanogpt_accel.hub import transfer; transfer.REPORT_AFTER_S = 0.1")
     for words, path, what in (
         (
             ("sample", "they/slow", "prompt=ab", "num_samples=1", "max_new_tokens=2"),
             "/they/slow/resolve/",
-            "fetching they/slow from the Hub",
+            "downloading they/slow from the Hub",
         ),
-        (("push", "runs/tiny", "me/late"), "/me/late/preupload/", "sending 0.0 MB to me/late"),
+        (("push", "runs/tiny", "me/late"), "/me/late/preupload/", "uploading 0.0 MB to me/late"),
     ):
         begins = time.monotonic()
         hub.holds, hub.until = path, lambda begins=begins: time.monotonic() > begins + 0.5
@@ -718,7 +724,7 @@ def test_slow_transfers_are_reported_without_a_terminal(pushed, child, place, hu
         first, second = [line for line in err.splitlines() if line.startswith(what)]
         assert first == what and second.startswith(what + ": done in ")
         assert what not in out and "%" not in err  # and no bars
-    child.python("transfer.SOON = 2")
+    child.python("transfer.REPORT_AFTER_S = 2")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")

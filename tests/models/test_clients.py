@@ -62,7 +62,7 @@ def folder(request, tmp_path_factory):
         nearest_architecture(model.config.to_dict())[0],
         tokenizer=tokenizer,
         card="",
-        rows=tokenizer.vocab_size,
+        vocab_size=tokenizer.vocab_size,
     )
     return str(to)
 

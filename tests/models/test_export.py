@@ -96,7 +96,7 @@ def test_a_folder_with_other_logits_is_not_kept(monkeypatch, form, existed):
         save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
 
     monkeypatch.setattr(Tokenizer, "save", save_and_spoil)
-    with pytest.raises(RuntimeError, match="theirs: the model as written differs from its source"):
+    with pytest.raises(RuntimeError, match="theirs: removed, because its logits differ from those of the source model"):
         export("ours", "theirs", form)
     assert sorted(os.listdir()) == ["ours", "theirs"][: 1 + existed]
     assert not existed or os.listdir("theirs") == []
@@ -115,7 +115,7 @@ def test_a_model_with_nan_logits_is_not_exported(refused):
     with torch.no_grad():
         model.transformer.ln_f.weight[3] = torch.nan
     save_model(model, "ours")
-    with refused(ValueError, "theirs: nothing was written", "nan"):
+    with refused(ValueError, "theirs: nothing was written", "NaN"):
         export("ours", "theirs", "stock")
     assert os.listdir() == ["ours"]
 
@@ -156,8 +156,8 @@ def test_export_into_an_empty_or_a_nested_folder():
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], ["which model?", "where to?"]),
-        (["ours"], ["where to?"]),
+        ([], ["MODEL is missing", "--to is missing"]),
+        (["ours"], ["--to is missing"]),
         (["ours", "to=full"], ["to=full: holds something already"]),
         (["ours", "to=ours"], ["to=ours: holds something already"]),
         (["ours", "to=full/file"], ["to=full/file: full/file is a file"]),

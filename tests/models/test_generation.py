@@ -183,7 +183,7 @@ def test_a_prompt_longer_than_block_size_slides_or_is_refused(llama, capsys):
     [
         (["prompts=nofile.txt"], ["prompts=nofile.txt: No such file"]),
         (["prompts=empty.txt"], ["prompts=empty.txt: no line"]),
-        (["prompts=empty.txt", "prompt=a"], ["prompt is given too", "no line"]),
+        (["prompts=empty.txt", "prompt=a"], ["cannot be combined with prompt", "no line"]),
         (["overflow=wrap"], ["overflow=wrap"]),
     ],
 )

@@ -117,22 +117,22 @@ LLAMA3 = {
 @pytest.mark.parametrize(
     ("case", "changes", "words"),
     [
-        ("gpt2", {"model_type": "bert"}, ["a model of type bert"]),
-        ("llama", {"model_type": "mistral"}, ["a model of type mistral"]),
-        ("gpt2", {"model_type": "gpt_neo"}, ["a model of type gpt_neo"]),
-        ("gpt2", {"model_type": None}, ["a model of type None"]),
-        ("llama", {"rope_parameters": LLAMA3}, ["rotary positions of type llama3"]),
+        ("gpt2", {"model_type": "bert"}, ["model_type=bert"]),
+        ("llama", {"model_type": "mistral"}, ["model_type=mistral"]),
+        ("gpt2", {"model_type": "gpt_neo"}, ["model_type=gpt_neo"]),
+        ("gpt2", {"model_type": None}, ["model_type=None"]),
+        ("llama", {"rope_parameters": LLAMA3}, ["rope_type=llama3"]),
         (
             "llama",
             {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            ["rotary positions of type linear"],
+            ["rope_type=linear"],
         ),
         (
             "qwen3",
             {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            ["rotary positions of type yarn"],
+            ["rope_type=yarn"],
         ),
-        ("llama", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, ["rotary positions"]),
+        ("llama", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor=0.5"]),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, ["sliding-window attention"]),
         ("qwen3", {"layer_types": None, "use_sliding_window": True}, ["sliding-window attention"]),
         ("qwen3", {"attention_bias": True}, ["attention_bias=True"]),
@@ -172,7 +172,7 @@ def test_a_missing_key_of_config_json_is_named(refused, case, key):
     config = json.loads(Path("theirs/config.json").read_text())
     del config[key]
     Path("theirs/config.json").write_text(json.dumps(config))
-    with refused(ValueError, "theirs: config.json", case, f"lacks {key}"):
+    with refused(ValueError, "theirs: config.json", case, f"has no {key}"):
         read_config("theirs")
 
 

@@ -98,7 +98,7 @@ def test_export_names_the_switches_that_no_stock_architecture_supports(refused, 
     assert (nearest, set(found)) == (form, set(obstacles)) if form else len(found) == 1
     with refused(
         ValueError,
-        "ours: no stock model is the same",
+        "ours: no stock architecture supports this model",
         ARCHITECTURES[nearest].model_class,
         *found,
         "form=custom",

@@ -14,6 +14,7 @@ import base64
 import hashlib
 import http.server
 import json
+import math
 import os
 import socket
 import threading
@@ -39,6 +40,26 @@ def git_oid(content):
 def oid(path, content):
     """What an unchanged file is known by: the SHA-256 of an LFS file, the git blob id of a regular one."""
     return hashlib.sha256(content).hexdigest() if is_lfs(path, content[:512], len(content)) else git_oid(content)
+
+
+def card_errors(card):
+    """What the Hub would find wrong with the metadata of a model card, as a list of messages."""
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard(card).data.to_dict()
+    except Exception as error:
+        return [str(error)]
+    errors = [f"{key} is required" for key in ("library_name", "pipeline_tag", "tags") if key not in data]
+    if data.get("license") == "other" and "license_name" not in data:
+        errors.append("license: other needs a license_name")
+    for key in ("license", "base_model", "pipeline_tag"):
+        if not isinstance(data.get(key, ""), str):
+            errors.append(f"{key} must be text")
+    for model in data.get("model-index", []):
+        for result in model["results"]:
+            errors += [f"{metric}: no number" for metric in result["metrics"] if not math.isfinite(metric["value"])]
+    return errors
 
 
 class Refusal(Exception):
@@ -253,6 +274,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise Refusal(401, "Invalid username or password.")
                 return {"type": "user", "id": self.user(), "name": self.user(), "orgs": [], "auth": {}}
             case "POST", "api", "validate-yaml":
+                if errors := card_errors(json.loads(self.body)["content"]):
+                    raise Refusal(400, "Invalid metadata", errors=[{"message": error} for error in errors])
                 return {"errors": [], "warnings": []}
             case "POST", "api", "repos", "create":
                 return self.create(json.loads(self.body))
