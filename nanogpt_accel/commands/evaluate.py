@@ -40,20 +40,13 @@ class EvaluateOptions(Section):
     recipe: str | None = Field(None, description="recipe with the data to use; none: the run.yaml of the model's run")
     split: str = Field("val", description="split to evaluate on: val, train, or test if the corpus has one")
     stride: Int | None = Field(
-        None,
-        ge=1,
-        description="evaluate overlapping windows, so that each token is predicted from at least block_size - stride "
-        "tokens before it; none: separate blocks",
+        None, ge=1, description="use overlapping windows, each starting stride tokens after the last; none: no overlap"
     )
     text: str | None = Field(
-        None,
-        description="evaluate on this text instead: a file, or wikitext2, with its lines joined as in transformers' "
-        "guide to perplexity",
+        None, description="evaluate on a text file instead, or on wikitext2 as in transformers' guide to perplexity"
     )
     tasks: str | None = Field(
-        None,
-        description="evaluate on lm-eval tasks instead, such as hellaswag,lambada_openai "
-        "(pip install 'nanogpt_accel[eval]')",
+        None, description="evaluate on lm-eval tasks instead: hellaswag,... (pip install 'nanogpt_accel[eval]')"
     )
     tasks_dir: str | None = Field(None, description="folder with your own lm-eval task files")
     num_fewshot: Int | None = Field(None, ge=0, description="examples before each question; none: the task's default")
@@ -96,14 +89,8 @@ class Text(NamedTuple):
 
 
 def load_data_recipe(target, path, given):
-    """Load the recipe with the data to evaluate on.
-
-    This is the recipe at `path`; else the data set that the options name, tokenized with the model's own tokenizer;
-    else the recipe of the model's run.
-
-    Args:
-        given: the recipe keys of the command line, as typed.
-    """
+    """Load the recipe with the data to evaluate on: the recipe at `path`, else the data set that the options name,
+    tokenized with the model's own tokenizer, else the recipe of the model's run. given: recipe keys as typed."""
     keys = {key.removeprefix("data.") for key in given} & {"corpus", "data_dir", "tokenizer"}
     if path is None and keys & {"corpus", "data_dir"}:
         if keys == {"corpus"}:

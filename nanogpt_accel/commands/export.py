@@ -22,15 +22,12 @@ class ExportOptions(Section):
 
     to: str = Field("", description="folder to write; it must be empty or not exist yet")
     form: Literal["stock", "custom"] = Field(
-        "stock",
-        description="stock: the GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM or NanoChatForCausalLM that "
-        "computes exactly the same; custom: GPT with its model.py, for trust_remote_code=True",
+        "stock", description="stock: as GPT-2, Llama, Qwen3 or nanochat of transformers; custom: GPT with its model.py"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the written weights")
     vocab: Literal["cut", "keep"] = Field(
         "cut",
-        description="padding of the vocabulary; cut: remove it, because most tools expect the tokenizer's vocabulary "
-        "size; keep: keep it",
+        description="cut the padding of the vocabulary, because most tools expect the tokenizer's size, or keep it",
     )
 
 

@@ -31,9 +31,7 @@ class ImportOptions(Section):
         description="gpt2, a nanoGPT meta.pkl, or a folder with a tokenizer.json; auto: the data/DATASET/meta.pkl "
         "next to the checkpoint's folder, as in nanoGPT, else gpt2",
     )
-    activation: Literal["gelu", "gelu_new"] = Field(
-        "gelu", description="gelu: nanoGPT since May 2023; gelu_new: older versions"
-    )
+    activation: Literal["gelu", "gelu_new"] = Field("gelu", description="gelu_new: nanoGPT from before May 2023")
 
 
 def main(argv):

@@ -22,9 +22,7 @@ class PushOptions(Section):
     """The options of `push`."""
 
     form: Literal["stock", "custom"] = Field(
-        "stock",
-        description="stock: a stock architecture, which other tools load without this package; custom: GPT with its "
-        "model.py, for trust_remote_code=True",
+        "stock", description="stock: as GPT-2, Llama, Qwen3 or nanochat of transformers; custom: GPT with its model.py"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the pushed weights")
     private: bool = Field(False, description="make the repository private if it is created")

@@ -30,9 +30,7 @@ class SampleOptions(Section):
     )
     prompts: str | None = Field(None, description="text file with one prompt per line, instead of prompt")
     num_samples: Int = Field(10, ge=1, description="number of samples per prompt")
-    batch_size: Int = Field(
-        1, ge=1, description="samples per batch; a larger batch is much faster, but only a batch of 1 is streamed"
-    )
+    batch_size: Int = Field(1, ge=1, description="samples per batch; more are faster, but only 1 is streamed")
     max_new_tokens: Int = Field(500, ge=1, description="number of tokens to generate per sample")
     temperature: Float = Field(0.8, ge=0, description="below 1 less random, above 1 more random; 0: greedy")
     top_k: Int = Field(200, ge=0, description="sample from this many most likely tokens; 0: from all")
@@ -44,11 +42,7 @@ class SampleOptions(Section):
     )
     seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="random seed; sample number i uses seed + i")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
-    json_output: bool = Field(
-        False,
-        alias="json",
-        description="print one JSON object per line with the prompt, the generated text and the seed",
-    )
+    json_output: bool = Field(False, alias="json", description="print one JSON object per sample: prompt, text, seed")
 
 
 def main(argv):

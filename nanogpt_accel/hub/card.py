@@ -4,7 +4,7 @@ import json
 import math
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
+import sys
 from pathlib import Path
 
 from .. import __version__
@@ -26,23 +26,27 @@ _LOADING_CODE = re.compile(r"^path = .*\nmodel = .*\ntokenizer = .*$", re.MULTIL
 def checkpoint_card(recipe, data, trainer, num_parameters):
     """Return the text of a checkpoint's README.md. trainer: the content of its trainer.json."""
     tokenizer, init_from, block_size = data.tokenizer, recipe.model.init_from, recipe.model.block_size
-    corpus, loss, steps = data.manifest["corpus"], trainer["val_loss"], f"{trainer['step']:,} steps"
+    corpus, loss = data.manifest["corpus"], trainer["val_loss"]
     is_hub_id = init_from not in ("scratch", "resume") and not Path(init_from).exists() and is_model_id(init_from)
     base_model = init_from.partition("@")[0] if is_hub_id else None
     start = f", starting from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
-    corpus_name, n_train, n_val = corpus.get("name", "unknown"), len(data.train), len(data.val)
-    link = f" ([{corpus['id']}](https://huggingface.co/datasets/{corpus['id']}))" if corpus.get("id") else ""
+    corpus_name = f"`{corpus.get('name', 'unknown')}`"
+    if corpus.get("id"):
+        corpus_name = f"[{corpus['id']}](https://huggingface.co/datasets/{corpus['id']})"
     text = (
         f"A GPT language model with {num_parameters:,} parameters and a context length of {block_size:,} tokens. It "
-        f"was trained with nanogpt_accel on the corpus `{corpus_name}`{start}. Its tokenizer is `{tokenizer.kind}`, "
+        f"was trained with nanogpt_accel on the corpus {corpus_name}{start}. Its tokenizer is `{tokenizer.kind}`, "
         f"with {tokenizer.vocab_size:,} tokens."
     )
+    loss_text = "not evaluated" if loss is None else f"{loss:.4f} nats per token"
+    versions = {"nanogpt_accel": __version__, "python": platform.python_version()}
+    packages = ("torch", "transformers", "accelerate")
+    versions |= {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
     sections = {
-        "Training data": f"`{corpus_name}`{link}: {n_train:,} tokens for training and {n_val:,} for validation.",
-        "Evaluation": f"Validation loss after {steps}: "
-        + ("not evaluated." if loss is None else f"{loss:.4f} nats per token."),
+        "Training data": f"{corpus_name}: {len(data.train):,} tokens for training, {len(data.val):,} for validation.",
+        "Evaluation": f"Validation loss after {trainer['step']:,} steps: {loss_text}.",
         "Training recipe": f"Settings with default values are left out.\n\n```yaml\n{recipe.to_yaml(brief=True)}```",
-        "Framework versions": framework_versions(),
+        "Framework versions": "\n".join(f"- {name} {version}" for name, version in versions.items()),
     }
     name, more = Path(recipe.out_dir).resolve().name, {"base_model": base_model, "sections": sections}
     return model_card(name, text, tokenizer, block_size, needs_code=True, corpus=corpus, val_loss=loss, **more)
@@ -83,12 +87,12 @@ def model_card(
         metadata["datasets"] = [corpus["id"]]
     metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["nanogpt_accel", "gpt"]}
     data = ModelCardData(base_model=base_model, **metadata)
-    sections = {"Usage": f"```python\n{usage_code(tokenizer, block_size, needs_code)}```", **(sections or {})}
+    sections = {"Usage": f"```python\n{_usage_code(tokenizer, block_size, needs_code)}```", **(sections or {})}
     body = "\n\n".join(f"## {title}\n\n{content.strip()}" for title, content in sections.items())
     return f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{text}\n\n{body}\n"
 
 
-def usage_code(tokenizer, block_size, needs_code):
+def _usage_code(tokenizer, block_size, needs_code):
     """Return Python code that loads a model from the current folder and generates text."""
     prompt = "The"
     if tokenizer.kind == "char":  # characters without a token are an error
@@ -104,13 +108,11 @@ print(tokenizer.decode(output[0]))
 
 
 def _loading_code(needs_code, repo=None, branch=None):
-    path = f'path = "{repo}"' if repo else 'path = "."  # this folder'
     revision = f', revision="{branch}"' if branch else ""
     code = ", trust_remote_code=True" if needs_code else ""
-    return (
-        f"{path}\nmodel = AutoModelForCausalLM.from_pretrained(path{revision}{code})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained(path{revision})"
-    )
+    return f"""path = {f'"{repo}"' if repo else '"."  # this folder'}
+model = AutoModelForCausalLM.from_pretrained(path{revision}{code})
+tokenizer = AutoTokenizer.from_pretrained(path{revision})"""
 
 
 def adapt_usage(card, needs_code, repo=None, branch=None):
@@ -119,25 +121,11 @@ def adapt_usage(card, needs_code, repo=None, branch=None):
 
 
 def converted_card(source, name, tokenizer, block_size, *, needs_code, repo=None, branch=None):
-    """Return the card of a model that is converted from another form.
-
-    A card that this toolkit wrote is kept, except for the code that loads the model. Any other is replaced by a short
-    card with the title `name`. repo, branch: see adapt_usage.
-    """
+    """Return the card of a converted model. Only the code changes in a card that this toolkit wrote; any other card is
+    replaced by a short one with the title `name`. repo, branch: see adapt_usage."""
     readme = Path(source) / "README.md"
     card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    if "nanogpt_accel" not in card.split("\n---", 1)[0]:  # not in the metadata
+    if "nanogpt_accel" not in card.split("\n---", 1)[0]:  # not in the tags
         text = "A language model, converted from another format by nanogpt_accel."
         card = model_card(name, text, tokenizer, block_size, needs_code=needs_code)
     return adapt_usage(card, needs_code, repo, branch)
-
-
-def framework_versions():
-    """Return the versions of the libraries as a Markdown list."""
-    versions = {"nanogpt_accel": __version__, "Python": platform.python_version()}
-    for name, package in {"PyTorch": "torch", "Transformers": "transformers", "Accelerate": "accelerate"}.items():
-        try:
-            versions[name] = version(package)
-        except PackageNotFoundError:  # imported from a folder
-            continue
-    return "\n".join(f"- {name} {number}" for name, number in versions.items())

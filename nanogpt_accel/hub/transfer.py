@@ -61,9 +61,7 @@ def check_push(model_id, key):
     if get_token() is None:
         problems.append(f"{key}={model_id}: no token found to push with; {_LOGIN}")
     if is_offline_mode():
-        problems.append(
-            f"{key}={model_id}: cannot push, because HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it"
-        )
+        problems.append(f"{key}={model_id}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it to push")
     return problems
 
 

@@ -12,6 +12,13 @@ from ..utils.fields import raise_problems
 from .load import check_tokenizer, load_model, load_strict, read_config
 from .stock import ARCHITECTURES, nearest_architecture, to_stock_config, to_stock_weights
 
+# the logits of this text are compared
+_TEXT = """A language model reads the start of a text and predicts which token comes next. If it is trained on enough
+text, it learns spelling first, then grammar, and in the end something of what the text is about.
+In 1948, C. E. Shannon drew letters from a book by hand; "the process is laborious", he wrote, and stopped.
+    def loss(logits, target): return -log_softmax(logits)[target]  # in nats
+"""
+
 
 def export(source, to, form, keep_padding=False, dtype="float32", report=print, repo=None, branch=None):
     """Convert a model folder to another folder.
@@ -40,7 +47,7 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print, 
                 f"{', '.join(obstacles)}. Use form=custom to write the model with its own model.py, which needs "
                 "trust_remote_code=True"
             )
-    report(f"{source}: exporting {config['n_layer']} layers as {name}")
+    report(f"exporting {source} as {name}")
     place = {"needs_code": form == "custom", "repo": repo, "branch": branch}
     card = converted_card(source, Path(to).name, tokenizer, config["block_size"], **place)
     vocab_size = None if keep_padding else tokenizer.vocab_size
@@ -107,7 +114,9 @@ def _compare_logits(model, written, to, tokenizer, vocab_size):
     from transformers import AutoModelForCausalLM
 
     loaded = load_strict(AutoModelForCausalLM, written)
-    ids = torch.from_numpy(_sample_ids(tokenizer, min(model.config.block_size, 1024)))[None]  # (1, T)
+    text = _TEXT if tokenizer.kind != "char" else "".join(c for c in _TEXT if c in tokenizer.vocab)
+    ids = tokenizer.encode(text) if text else range(tokenizer.vocab_size)
+    ids = torch.tensor(np.resize(np.asarray(ids, dtype=np.int64), (1, min(model.config.block_size, 1024))))  # (1, T)
     with torch.no_grad():
         ours, theirs = model(ids).logits[..., :vocab_size], loaded(ids).logits
     if not ours.isfinite().all():
@@ -143,17 +152,3 @@ def _save_stock(model, folder, form, vocab_size, n_tokens):
         suppress_tokens=list(range(n_tokens, vocab_size)) or None,
     )
     stock.save_pretrained(folder, state_dict=weights)
-
-
-_TEXT = """A language model reads the start of a text and predicts which token comes next. If it is trained on enough
-text, it learns spelling first, then grammar, and in the end something of what the text is about.
-In 1948, C. E. Shannon drew letters from a book by hand; "the process is laborious", he wrote, and stopped.
-    def loss(logits, target): return -log_softmax(logits)[target]  # in nats
-"""
-
-
-def _sample_ids(tokenizer, length):
-    """Return token ids to compare models on, (length,) int64. Characters without a token are left out."""
-    text = _TEXT if tokenizer.kind != "char" else "".join(c for c in _TEXT if c in tokenizer.vocab)
-    ids = tokenizer.encode(text) if text else range(tokenizer.vocab_size)
-    return np.resize(np.asarray(ids, dtype=np.int64), length)

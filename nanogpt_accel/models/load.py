@@ -18,8 +18,7 @@ def read_config(folder):
         stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"{folder}: config.json was deleted in the meantime. A run that is training deletes older checkpoints; "
-            "try again"
+            f"{folder}: config.json is gone. A training run deletes older checkpoints; try again"
         ) from None
     kind = stored.get("model_type")
     try:
@@ -94,9 +93,7 @@ def load_strict(model_class, folder, **changes):
         wrong |= set(info["unexpected_keys"])
     if wrong:
         names = ", ".join(sorted(wrong)[:3]) + ", ..." * (len(wrong) > 3)
-        raise ValueError(
-            f"{folder}: model.safetensors does not fit config.json. Missing, unexpected or of the wrong shape: {names}"
-        )
+        raise ValueError(f"{folder}: weights missing, unexpected or of another shape than in config.json: {names}")
     if os.name == "nt":  # Windows cannot delete or replace a file while weights are memory-mapped from it
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()

@@ -56,9 +56,8 @@ _GPT2_KEYS = {
     "norm_eps": "layer_norm_epsilon",
     "activation": "activation_function",
 }
-_GPT2_MODULES = ["wte", "wpe", "ln_f"] + [
-    f"h.{{}}.{name}" for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-]
+_GPT2_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+_GPT2_MODULES = ["wte", "wpe", *(f"h.{{}}.{name}" for name in _GPT2_BLOCK), "ln_f"]
 
 
 def _read_gpt2(stored):
@@ -94,7 +93,7 @@ GPT2 = Architecture(
         "head_dim": [config["n_embd"] / config["n_head"]],
         "activation": _UNGATED,
     },
-    weight_names={name: [name] for name in [f"transformer.{name}" for name in _GPT2_MODULES] + ["lm_head"]},
+    weight_names={f"transformer.{name}": [f"transformer.{name}"] for name in _GPT2_MODULES} | {"lm_head": ["lm_head"]},
     convert_weight=_convert_gpt2,
 )
 

@@ -84,12 +84,11 @@ def test_a_checkpoint_card_describes_the_training():
         "# tiny\n",
         "1,234,567 parameters",
         "1,024 tokens",
-        "`wikitext2`",
         "https://huggingface.co/datasets/Salesforce/wikitext",
-        "9,000 tokens for training and 1,000 for validation",
+        "9,000 tokens for training, 1,000 for validation",
         "after 2,000 steps: 3.2500 nats per token",
         "```yaml\ndata:\n  tokenizer: char\nmodel:\n  n_layer: 3\n```",
-        "- Transformers 5.",
+        "- transformers 5.",
     ):
         assert words in card, words
     assert "base_model" not in found and "runs/" not in card
