@@ -740,7 +740,7 @@ def test_dropout_equals_gpt2(ids, attention):
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
     with torch.no_grad():
         assert not torch.equal(ours(ids).logits, logits[0])
-        # in evaluation there is no dropout and no scaling
+        # evaluation has no dropout and no scaling
         torch.testing.assert_close(ours.eval()(ids).logits, gpt2.eval()(ids).logits, rtol=0, atol=1e-5)
 
 
@@ -824,7 +824,7 @@ def test_saved_folder_keeps_every_switch(tmp_path, ids, case):
 
 
 def test_config_of_the_first_version_loads(tmp_path, ids):
-    """It has none of the switches added later, and another name for norm_eps."""
+    """It lacks the options that were added later, and names norm_eps differently."""
     model = tiny()
     model.save_pretrained(tmp_path)
     first = {

@@ -18,7 +18,7 @@ def read_config(folder):
         stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"{folder}: config.json is gone. A training run deletes older checkpoints; try again"
+            f"{folder}: config.json was deleted; a training run prunes old checkpoints. Try again"
         ) from None
     kind = stored.get("model_type")
     try:

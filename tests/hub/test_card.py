@@ -1,4 +1,4 @@
-"""Model cards: their metadata, the code that they show, and what a conversion changes."""
+"""Model cards: their metadata, the code in them, and how a conversion changes them."""
 
 import json
 import os

@@ -23,7 +23,7 @@ def test_a_run_folder_stands_for_its_best_checkpoint(run):
     ten, twenty = list_checkpoints(run.folder)
     assert find_model(run.folder) == find_model(str(run.folder)) == ten  # the best one
     assert find_model(twenty) == twenty
-    run.save(30)  # no best one known
+    run.save(30)  # the best checkpoint is unknown
     assert find_model(run.folder).name == "checkpoint-000030"
 
 

@@ -23,7 +23,7 @@ NANOGPT = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": T_MAX, "vocab_
 
 
 def nanogpt(bias=True):
-    """The state dict of a nanoGPT model: the head is the embedding, and both have their name in it."""
+    """The state dict of a nanoGPT model: the head is tied to the embedding, and the dict contains both."""
     generator = torch.Generator().manual_seed(6)
     C, weights = 32, {}
 
@@ -51,7 +51,7 @@ def nanogpt(bias=True):
 
 
 def nanogpt_logits(w, ids, gelu=F.gelu):
-    """The forward of nanoGPT's model.py."""
+    """The forward pass of nanoGPT's model.py."""
 
     def norm(x, name):
         return F.layer_norm(x, (32,), w[f"{name}.weight"], w.get(f"{name}.bias"), 1e-5)
@@ -74,7 +74,7 @@ def nanogpt_logits(w, ids, gelu=F.gelu):
 
 
 def write_ckpt(path, weights, **model_args):
-    """What nanoGPT's train.py saves."""
+    """Write a checkpoint as nanoGPT's train.py does."""
     some = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(some.parameters())
     some(torch.ones(2)).sum().backward()
@@ -107,7 +107,7 @@ def test_read_nanogpt_gives_the_logits_of_nanogpt(ids, bias, version):
     if version == "old":  # the causal mask was in the state dict before flash attention
         mask = torch.ones(T_MAX, T_MAX).tril().view(1, 1, T_MAX, T_MAX)
         kept = weights | {f"transformer.h.{i}.attn.bias": mask for i in range(2)}
-        args = args if not bias else {}  # and there was no such option
+        args = args if not bias else {}  # the option did not exist yet
     elif version == "half":
         kept = {name: tensor.half() for name, tensor in weights.items()}
         weights = {name: tensor.float() for name, tensor in kept.items()}
@@ -153,7 +153,7 @@ def test_import_writes_a_model_folder_with_the_logits_of_nanogpt(capsys, ids, bi
     for _ in range(5):
         prompt.append(nanogpt_logits(weights, torch.tensor([prompt]))[0, -1].argmax().item())
     assert text == "".join(CHARS[i] for i in prompt) + "\n---------------\n"
-    # and on to the stock form, without a symbol of ours in between
+    # the imported model can be exported
     assert main(["export", "imported", "--to", "stock"]) == 0
     assert_close(logits(GPT2LMHeadModel.from_pretrained("stock").eval(), ids), wanted)
 
@@ -171,7 +171,7 @@ def test_a_hostile_checkpoint_is_refused_and_not_executed(capsys, form, place):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ckpt.pt: ") and ("refused" in line) == (form == "zip")
     assert not Path("hacked").exists() and not Path("imported").exists()
-    # a reader that executes pickles would have run it
+    # the file does contain code: an unsafe reader executes it
     if form == "bare":
         pickle.loads(Path("ckpt.pt").read_bytes())
     else:

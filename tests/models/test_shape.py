@@ -1,4 +1,4 @@
-"""The shape of a recipe's model is that of the model which train makes or loads."""
+"""The shape of a recipe's model equals that of the model that `train` creates or loads."""
 
 from families import config_of
 

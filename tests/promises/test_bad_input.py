@@ -164,9 +164,9 @@ EARLY = [
     (["sample", "--out_dir=out", "--start=hi"], ["MODEL is missing", "nanogpt-accel sample out"]),  # nanoGPT's command
     (["sample", "./gone"], ["./gone", "no such folder"]),
     (["sample", "nothing"], ["nothing", "config.json is missing"]),
-    (["sample", "stock"], ["stock", "type gpt2"]),
-    (["evaluate", "stock", "--recipe", "tiny.yaml"], ["stock", "type gpt2"]),
-    ([*TINY, "init_from=stock"], ["stock", "type gpt2"]),
+    (["sample", "stock"], ["stock", "model_type=gpt2"]),
+    (["evaluate", "stock", "--recipe", "tiny.yaml"], ["stock", "model_type=gpt2"]),
+    ([*TINY, "init_from=stock"], ["stock", "model_type=gpt2"]),
     (["evaluate", "nothing"], ["nothing", "no run.yaml", "--recipe"]),
     # trackers
     ([*TINY, "trackers=wandbb"], ["trackers=wandbb", "wandb"]),

@@ -1,5 +1,4 @@
-"""A stand-in for the Hugging Face Hub on this machine, as much of it as uploads and downloads of models need,
-and reading data sets.
+"""A fake Hugging Face Hub on this machine, for uploads and downloads of models, and for reading data sets.
 
     with HubServer(tokens={"hf_test": "me"}) as hub:
         subprocess.run([sys.executable, "-c", script], env=hub.env(tmp_path), check=True)
@@ -38,12 +37,12 @@ def git_oid(content):
 
 
 def oid(path, content):
-    """What an unchanged file is known by: the SHA-256 of an LFS file, the git blob id of a regular one."""
+    """Return the id that tells whether a file changed: SHA-256 of an LFS file, git blob id of a regular one."""
     return hashlib.sha256(content).hexdigest() if is_lfs(path, content[:512], len(content)) else git_oid(content)
 
 
 def card_errors(card):
-    """What the Hub would find wrong with the metadata of a model card, as a list of messages."""
+    """Return the problems of a model card's metadata for which the Hub would refuse it."""
     from huggingface_hub import ModelCard
 
     try:
@@ -58,12 +57,12 @@ def card_errors(card):
             errors.append(f"{key} must be text")
     for model in data.get("model-index", []):
         for result in model["results"]:
-            errors += [f"{metric}: no number" for metric in result["metrics"] if not math.isfinite(metric["value"])]
+            errors += [f"{metric} is not finite" for metric in result["metrics"] if not math.isfinite(metric["value"])]
     return errors
 
 
 class Refusal(Exception):
-    """An answer that is an error. code is what the client goes by, message what it shows."""
+    """An error response. The client decides by `code` and shows `message`."""
 
     def __init__(self, status, message, code=None, **body):
         self.status, self.body = status, {"error": message, **body}
@@ -72,7 +71,7 @@ class Refusal(Exception):
 
 @dataclass
 class Request:
-    """One request as it came. status is None where the connection was dropped instead of an answer."""
+    """A request. status is None if the connection was dropped without a response."""
 
     method: str
     path: str
@@ -114,16 +113,16 @@ class Repo:
 
 
 class HubServer:
-    """The server, its repositories and its record.
+    """The server, its repositories and the list of its requests.
 
     tokens: {token: user}. A user may write in the namespace of that name and read what is private there.
-    requests: every Request so far. delay: seconds before each answer. faults: what fail() has still to do.
+    requests: every Request so far. delay: seconds before each answer. faults: remaining faults of fail().
     """
 
     def __init__(self, tokens=None):
         self.tokens = tokens or {}
         self.repos, self.requests, self.faults, self.delay = {}, [], [], 0
-        self.lock = threading.RLock()  # each request has a thread of its own
+        self.lock = threading.RLock()  # each request has a separate thread
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -135,7 +134,7 @@ class HubServer:
         self.close()
 
     def close(self):
-        """From here on connections are refused."""
+        """Refuse all connections from now on."""
         self.server.shutdown()
         self.server.server_close()
 
@@ -155,7 +154,7 @@ class HubServer:
         return env | ({"HF_TOKEN": token} if token else {}) | more
 
     def add(self, repo, files, *, revision="main", title="add", private=False, gated=False):
-        """Commits {path: content} to a repository, both made where they are not there. Returns the sha."""
+        """Commit {path: content} to a repository, which is created if missing, and return the sha."""
         with self.lock:
             if repo not in self.repos:
                 self.repos[repo] = Repo(private, gated)
@@ -182,7 +181,7 @@ class HubServer:
         self.faults.append(Fault(times, status, method, path, drop))
 
     def fault(self, request):
-        """The Fault that this request meets, or None."""
+        """Return the Fault for this request, or None."""
         with self.lock:
             for fault in self.faults:
                 if fault.times > 0 and fault.method in (None, request.method) and fault.path in request.path:
@@ -190,7 +189,7 @@ class HubServer:
                     return fault
 
     def bytes_received(self, method=None):
-        """How much the bodies of all requests of a method came to."""
+        """Return the total size of the bodies of all requests of a method."""
         return sum(request.received for request in self.requests if method in (None, request.method))
 
 
@@ -316,7 +315,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return {}
             case "GET" | "HEAD", owner, name, "resolve", revision, *path:
                 return self.resolve(f"{owner}/{name}", revision, "/".join(path))
-        raise Refusal(404, f"The stand-in for the Hub does not know {self.command} {self.path}")
+        raise Refusal(404, f"The fake Hub does not support {self.command} {self.path}")
 
     # ---- reading
 
@@ -333,7 +332,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
 
     def tree(self, name, revision, folder, recursive):
-        """The files in a folder, and of a data set the folders in it, which nobody asks for of a model."""
+        """Return the files in a folder, and for a data set its folders, too."""
         sha, files = self.repo(name).at(revision)
         prefix = folder + "/" if folder else ""
         below = {path: content for path, content in files.items() if path.startswith(prefix)}
@@ -355,7 +354,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return found
 
     def paths_info(self, name, revision, paths):
-        """What tree() says of these files and folders; what is not there is left out."""
+        """Return the entries of tree() for these files and folders, as far as they exist."""
         return [entry for entry in self.tree(name, revision, "", True) if entry["path"] in paths]
 
     def resolve(self, name, revision, path):
@@ -405,7 +404,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return {}
 
     def preupload(self, name, revision, asked):
-        """How each file is to be sent, and what it is known by now: the client leaves out what has not changed."""
+        """Return how to upload each file, and its current id: the client skips unchanged files."""
         _, files = self.repo(name, write=True).at(revision)
         answer = []
         for file in asked:
@@ -422,7 +421,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return {"files": answer}
 
     def lfs_batch(self, name, asked):
-        """Where to send each object. One that is already there has no actions, and is not sent."""
+        """Return where to upload each object. Existing objects have no actions and are not uploaded."""
         repo, url = self.repo(name, write=True), f"{self.hub.url}/{name}/lfs"
         for item in asked:
             if item["oid"] not in repo.objects:

@@ -24,7 +24,7 @@ SUPPORTED = ("models of this toolkit", "gpt2", "llama", "qwen3", "nanochat")
 
 
 def randomize(model):
-    """Randomize all parameters, so that a zero or one that is left out would be noticed."""
+    """Randomize all parameters, so that the tests notice a missing zero or one."""
     torch.manual_seed(5)
     with torch.no_grad():
         for p in model.parameters():
