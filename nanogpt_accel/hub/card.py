@@ -26,7 +26,8 @@ _LOADING_CODE = re.compile(r"^path = .*\nmodel = .*\ntokenizer = .*$", re.MULTIL
 def checkpoint_card(recipe, data, trainer, num_parameters):
     """Return the text of a checkpoint's README.md. trainer: the content of its trainer.json."""
     tokenizer, init_from, block_size = data.tokenizer, recipe.model.init_from, recipe.model.block_size
-    corpus, loss = data.manifest["corpus"], trainer["val_loss"]
+    corpus, steps = data.manifest["corpus"], f"after {trainer['step']:,} steps"
+    loss = trainer["val_loss"] if trainer["evaluated"] else None  # else it is the loss of an earlier step
     is_hub_id = init_from not in ("scratch", "resume") and not Path(init_from).exists() and is_model_id(init_from)
     base_model = init_from.partition("@")[0] if is_hub_id else None
     start = f", starting from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
@@ -38,13 +39,15 @@ def checkpoint_card(recipe, data, trainer, num_parameters):
         f"was trained with nanogpt_accel on the corpus {corpus_name}{start}. Its tokenizer is `{tokenizer.kind}`, "
         f"with {tokenizer.vocab_size:,} tokens."
     )
-    loss_text = "not evaluated" if loss is None else f"{loss:.4f} nats per token"
+    evaluation = f"This checkpoint was saved {steps} and has not been evaluated."
+    if loss is not None:
+        evaluation = f"Validation loss {steps}: {loss:.4f} nats per token."
     versions = {"nanogpt_accel": __version__, "python": platform.python_version()}
     packages = ("torch", "transformers", "accelerate")
     versions |= {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
     sections = {
         "Training data": f"{corpus_name}: {len(data.train):,} tokens for training, {len(data.val):,} for validation.",
-        "Evaluation": f"Validation loss after {trainer['step']:,} steps: {loss_text}.",
+        "Evaluation": evaluation,
         "Training recipe": f"Settings with default values are left out.\n\n```yaml\n{recipe.to_yaml(brief=True)}```",
         "Framework versions": "\n".join(f"- {name} {version}" for name, version in versions.items()),
     }

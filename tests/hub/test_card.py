@@ -2,9 +2,11 @@
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,11 +28,11 @@ def card_of(needs_code=False, tokenizer=TOKENIZER, **options):
     return model_card("tiny", "A small GPT.", tokenizer, 16, needs_code=needs_code, **options)
 
 
-def checkpoint_card_of(corpus, step=2000, val_loss=3.25, **settings):
+def checkpoint_card_of(corpus, val_loss=3.25, evaluated=True, **settings):
     """The card of a checkpoint of a run in runs/tiny, trained on this corpus."""
     data = SimpleNamespace(tokenizer=TOKENIZER, manifest={"corpus": corpus}, train=range(9000), val=range(1000))
     recipe = load_recipe(None, {"out_dir": "runs/tiny", "n_layer": 3, "tokenizer": "char", **settings})
-    return checkpoint_card(recipe, data, {"step": step, "val_loss": val_loss}, 1_234_567)
+    return checkpoint_card(recipe, data, {"step": 2000, "val_loss": val_loss, "evaluated": evaluated}, 1_234_567)
 
 
 def metadata(card):
@@ -88,7 +90,7 @@ def test_a_checkpoint_card_describes_the_training():
         "9,000 tokens for training, 1,000 for validation",
         "after 2,000 steps: 3.2500 nats per token",
         "```yaml\ndata:\n  tokenizer: char\nmodel:\n  n_layer: 3\n```",
-        "- transformers 5.",
+        f"- python {platform.python_version()}",
     ):
         assert words in card, words
     assert "base_model" not in found and "runs/" not in card
@@ -103,9 +105,12 @@ def test_the_metadata_of_every_built_in_corpus_is_valid(name):
     assert not {"language", "license"} & metadata(checkpoint_card_of({"kind": "files", "name": name})).keys()
 
 
-@pytest.mark.parametrize("loss", [None, float("nan"), float("inf")])
-def test_unknown_facts_are_left_out(loss):
-    card = checkpoint_card_of({}, val_loss=loss)
+@pytest.mark.parametrize(
+    ("loss", "evaluated"), [(None, False), (2.5, False), (float("nan"), True), (float("inf"), True)]
+)
+def test_unknown_facts_are_left_out(loss, evaluated):
+    card = checkpoint_card_of({}, val_loss=loss, evaluated=evaluated)
+    assert ("saved after 2,000 steps and has not been evaluated" in card) == (not evaluated) and "2.5" not in card
     assert metadata(card).keys() == {"library_name", "pipeline_tag", "tags"}
 
 
@@ -181,6 +186,7 @@ def test_the_card_of_a_checkpoint_has_the_loss_of_its_trainer_json(run):
     assert metadata(str(card)) == card.data.to_dict()
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("loss", trainer(run, 2)["val_loss"])
+    assert f"\n- transformers {version('transformers')}\n" in card.text
     exported = ModelCard.load(run.with_name("exported") / "README.md")
     assert exported.data.to_dict() == card.data.to_dict()
 
