@@ -1,8 +1,9 @@
-"""The whole GPT in one file. It is saved with every checkpoint, so it imports torch and transformers only.
+"""Full definition of a GPT language model, all of it in this single file.
 
-Names follow nanoGPT's model.py, the interface follows transformers: GPT is a PreTrainedModel with a KV cache,
-`generate`, and interchangeable attention back ends. The defaults are GPT-2 as nanoGPT trains it; the switches of
-GPTConfig lead from there to Llama, Qwen3 and nanochat.
+Every checkpoint contains a copy of this file, so it only imports torch and transformers. The names are those of
+nanoGPT's model.py. The interface is that of transformers: GPT is a PreTrainedModel with a KV cache, `generate` and a
+choice of attention implementations. By default it is the GPT-2 that nanoGPT trains; the options of GPTConfig turn it
+into a Llama, Qwen3 or nanochat model.
 
 References:
 1) GPT-2, OpenAI: https://github.com/openai/gpt-2/blob/master/src/model.py
@@ -10,7 +11,7 @@ References:
 3) transformers: https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen3/modeling_qwen3.py
 4) nanochat, Andrej Karpathy: https://github.com/karpathy/nanochat/blob/master/nanochat/gpt.py
 
-Shapes at line ends: B batch, T positions, C = n_embd, nh = n_head, nkv = n_kv_head, hs = head_dim, V = vocab_size.
+Shapes in comments: B batch, T sequence length, C = n_embd, nh = n_head, nkv = n_kv_head, hs = head_dim, V = vocab_size.
 """
 
 import math
@@ -33,8 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 @strict
 class GPTConfig(PreTrainedConfig):
-    """Shape of a GPT, with nanoGPT's names. The defaults are nanoGPT's GPT-2; each switch below `bias` changes one
-    thing.
+    """The architecture of a GPT, with nanoGPT's names. The defaults are nanoGPT's GPT-2.
 
     References: RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), QK-norm (Henry et al. 2020,
     Dehghani et al. 2023), grouped KV heads (Ainslie et al. 2023), SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021),
@@ -58,22 +58,22 @@ class GPTConfig(PreTrainedConfig):
     n_head: int = 12
     n_embd: int = 768
     dropout: float | int = 0.0
-    bias: bool = False  # in the linear layers and in LayerNorm
-    n_kv_head: int | None = None  # key and value heads, each shared by n_head / n_kv_head query heads; None: n_head
+    bias: bool = False  # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
+    n_kv_head: int | None = None  # key and value heads, each shared by n_head / n_kv_head query heads. None: n_head
     head_dim: int | None = None  # None: n_embd / n_head
-    n_inner: int | None = None  # width inside the MLP; None: 4 * n_embd
+    n_inner: int | None = None  # hidden size of the MLP. None: 4 * n_embd
     norm: str = "layernorm"  # or "rmsnorm"
-    norm_weight: bool = True  # whether norms have a learned gain
+    norm_weight: bool = True  # whether norms have a learned weight
     norm_eps: float = 1e-5
-    embd_norm: bool = False  # a norm between the embedding and the first block
-    qk_norm: bool = False  # an RMSNorm on the queries and keys of each head
+    embd_norm: bool = False  # normalize the embeddings before the first block
+    qk_norm: bool = False  # apply RMSNorm to the queries and keys of each head
     position: str = "learned"  # or "rotary"
     rope_theta: float | int = 10000.0  # base of the rotary wavelengths
-    activation: str = "gelu"  # exact, nanoGPT's; "gelu_new" (tanh form, OpenAI's weights), "relu2", "swiglu"
-    logit_softcap: float | int | None = None  # limit logits to +-this with tanh; None: no limit
-    tie_word_embeddings: bool = True  # the head is the embedding's matrix
+    activation: str = "gelu"  # the exact GELU, as in nanoGPT; or "gelu_new" (tanh GELU, as in GPT-2), "relu2", "swiglu"
+    logit_softcap: float | int | None = None  # squash the logits into this range (+-) with tanh. None: no limit
+    tie_word_embeddings: bool = True  # share one weight between the token embedding and the output head
     initializer_range: float = 0.02
-    zero_init: bool = False  # start with zeros in the projections that add to the residual stream
+    zero_init: bool = False  # initialize the projections into the residual stream with zeros
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -87,24 +87,20 @@ class GPTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Check the shape; transformers calls this when it creates a config.
-
-        Raises:
-            ValueError: the shape is not valid.
-        """
+        """Raise a ValueError if the options do not fit together. transformers calls this for every new config."""
         if self.head_dim is None:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.n_head % self.n_kv_head != 0:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         if self.position == "rotary" and self.head_dim % 2 != 0:
-            raise ValueError(f"head_dim={self.head_dim} is odd, and rotary positions turn pairs")
-        for key, known in {
+            raise ValueError(f"head_dim={self.head_dim} is odd, but rotary embeddings need an even head_dim")
+        for key, choices in {
             "activation": (*ACTIVATIONS, "swiglu"),
             "norm": ("layernorm", "rmsnorm"),
             "position": ("learned", "rotary"),
         }.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key}={getattr(self, key)!r}: there are {', '.join(known)}")
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key}={getattr(self, key)!r} must be one of {', '.join(choices)}")
 
 
 def relu2(x):
@@ -118,12 +114,12 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         if self.weight is None:
             return super().forward(x)
-        # under autocast the weight is float32 and queries are bfloat16; the kernel needs one dtype
+        # under autocast, queries are bfloat16 but the weight is float32; the kernel needs the same dtype
         return super().forward(x.to(self.weight.dtype))
 
 
 def make_norm(config):
-    """The norm of the residual stream."""
+    """Return a new norm for the residual stream."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_weight)
     return nn.LayerNorm(
@@ -135,12 +131,12 @@ def make_norm(config):
 
 
 def rotary_tables(config, position_ids):
-    """Return cosines and sines of the rotary angles, (B, 1, T, hs / 2) each, in float32.
+    """Return the cosines and sines of the rotary angles, (B, 1, T, hs / 2) each, in float32.
 
-    They are computed for every batch, which is cheap; a stored table could be stale or too short.
+    They are cheap to compute for every batch, and unlike a stored table they fit any sequence length.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim  # (hs / 2,)
-    # (an elementwise product, because autocast would compute a matmul in bfloat16)
+    # an elementwise product, because autocast would compute a matmul in bfloat16
     angles = position_ids[:, None, :, None].float() * (1.0 / config.rope_theta**pairs)  # (B, 1, T, hs / 2)
     return angles.cos(), angles.sin()
 
@@ -152,7 +148,7 @@ def rotate(x, cos, sin):
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Compute softmax(q k^T / sqrt(hs) + mask) v. SDPA computes the same without storing (T, T)."""
+    """Compute softmax(q k^T / sqrt(hs) + mask) v step by step. SDPA does the same without the (T, T) matrix."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, nh, T, hs)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     att = query @ key.transpose(-2, -1) * scaling  # (B, nh, T, T)
@@ -169,22 +165,23 @@ class CausalSelfAttention(nn.Module):
         self.split_sizes = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         # query, key, value projections for all heads, but in a batch
         self.c_attn = nn.Linear(config.n_embd, sum(self.split_sizes), bias=config.bias)
+        # output projection
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        self.c_proj.adds_to_residual = True
+        self.c_proj.adds_to_residual = True  # see GPT._init_weights
         self.resid_dropout = nn.Dropout(config.dropout)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps, elementwise_affine=config.norm_weight)
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps, elementwise_affine=config.norm_weight)
         self.config = config
         self.layer_idx = layer_idx
-        # transformers' attention functions read these three
+        # the attention functions of transformers read these three
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
         self.num_key_value_groups = config.n_head // config.n_kv_head
 
     def forward(self, x, attention_mask=None, cache=None, rotary=None, **kwargs):
         B, T, _ = x.shape
-        q, k, v = self.c_attn(x).split(self.split_sizes, dim=2)  # (B, T, nh * hs), twice (B, T, nkv * hs)
+        q, k, v = self.c_attn(x).split(self.split_sizes, dim=2)  # (B, T, nh * hs) and twice (B, T, nkv * hs)
         q = q.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, nkv, T, hs)
         v = v.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, nkv, T, hs)
@@ -192,7 +189,7 @@ class CausalSelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # norms and rotations compute in float32
+        q, k = q.to(v.dtype), k.to(v.dtype)  # norms and rotary embeddings compute in float32
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (B, nkv, T_past + T, hs)
 
@@ -200,14 +197,14 @@ class CausalSelfAttention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         y, weights = attention(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
-        y = y.reshape(B, T, -1)  # (B, T, nh * hs), all heads concatenated
+        y = y.reshape(B, T, -1)  # (B, T, nh * hs), the outputs of all heads side by side
         return self.resid_dropout(self.c_proj(y)), weights
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        # SwiGLU computes the gate and the gated values in one matrix: rows 0 to n_inner - 1 are the gate's
+        # SwiGLU: one matrix computes the gate, in its first n_inner rows, and the gated values
         self.is_gated = config.activation == "swiglu"
         self.c_fc = nn.Linear(config.n_embd, (2 if self.is_gated else 1) * config.n_inner, bias=config.bias)
         self.act = F.silu if self.is_gated else ACTIVATIONS[config.activation]
@@ -216,7 +213,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.c_fc(x)  # (B, T, n_inner), twice as wide with a gate
+        x = self.c_fc(x)  # (B, T, n_inner), or (B, T, 2 * n_inner) with a gate
         if self.is_gated:
             gate, x = x.chunk(2, dim=-1)
             x = self.act(gate) * x
@@ -240,8 +237,10 @@ class Block(GradientCheckpointingLayer):
 
 
 def chunk_cross_entropy(x, weight, targets, softcap, needs_grad):
-    """Return the summed cross-entropy of a chunk of rows, x: (n, C), and its gradient with respect to the logits,
-    (n, V), in the dtype of x. See FusedLinearCrossEntropy."""
+    """Return the summed cross-entropy of a chunk x, (n, C), and the gradient with respect to its logits, (n, V).
+
+    The gradient has the dtype of x. See FusedLinearCrossEntropy.
+    """
     is_counted, targets = targets != -100, targets.clamp(min=0).unsqueeze(1)  # (n,), (n, 1)
     logits = F.linear(x, weight).float()  # (n, V)
     if softcap is not None:
@@ -251,30 +250,32 @@ def chunk_cross_entropy(x, weight, targets, softcap, needs_grad):
     loss = ((total - logits.gather(1, targets).squeeze(1)) * is_counted).sum()
     if not needs_grad:
         return loss, None
-    # softmax minus one at the target; zeros for ignored targets
+    # the gradient is softmax(logits), minus 1 at the target; it is zero for ignored targets
     total = total.masked_fill(~is_counted, math.inf).unsqueeze(1)  # (n, 1)
-    if torch.compiler.is_compiling():  # compiles to one kernel, scatter_add_ to three
+    if torch.compiler.is_compiling():  # this compiles to one kernel, scatter_add_ to three
         is_target = torch.arange(logits.shape[1], device=logits.device) == targets  # (n, V)
         grad = (logits - total).exp() - (is_target & is_counted.unsqueeze(1)).float()
-    else:  # reuses the memory of the logits
+    else:  # in place, to reuse the memory of the logits
         grad = logits.sub_(total).exp_()
         grad.scatter_add_(1, targets, -is_counted.float().unsqueeze(1))
     if softcap is not None:
-        grad *= bounded.square_().neg_().add_(1)  # the derivative of tanh
+        grad *= bounded.square_().neg_().add_(1)  # the derivative of tanh: 1 - tanh^2
     return loss, grad.to(x.dtype)
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy summed over the rows of x @ weight.T, computed in chunks of rows, so that the full logits are never
-    in memory. The forward pass also computes the gradients of each chunk, so that no logits are computed twice.
+    """Summed cross-entropy of the logits x @ weight.T, without ever having all logits in memory.
 
-    After Liger Kernel's fused linear cross-entropy (Hsu et al. 2024). torch's F.linear_cross_entropy does the same,
-    but supports neither autocast nor a soft-cap, and breaks the graph of torch.compile.
+    The rows of x are processed in chunks. The forward pass already computes the gradients of each chunk, so that the
+    backward pass does not need the logits again. The idea is that of Liger Kernel (Hsu et al. 2024).
+
+    torch's F.linear_cross_entropy does the same, but does not support autocast or a soft-cap, and causes a graph break
+    in torch.compile.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, chunk_size, needs_grad):
-        """x: (N, C) and weight: (V, C) of one dtype. targets: (N,), -100 is ignored. Returns a float32 scalar."""
+        """Return a float32 scalar. x: (N, C) and weight: (V, C), of the same dtype. targets: (N,), -100 is ignored."""
         loss = torch.zeros((), device=x.device)
         if needs_grad:
             grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
@@ -289,7 +290,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             if grad.dtype == torch.float32:
                 grad_weight.addmm_(grad.t(), chunk)
             else:
-                grad_weight += grad.t() @ chunk  # (no kernel accumulates half-precision products in float32)
+                grad_weight += grad.t() @ chunk  # addmm_ cannot accumulate half-precision products in float32
             del grad  # free its memory before the next chunk
         if needs_grad:
             ctx.save_for_backward(grad_x, grad_weight)
@@ -299,12 +300,12 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors
-        # in place because they are large, so a second backward pass is an error
+        # in place, because these tensors are large; so the backward pass can only run once
         return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss).to(ctx.dtype), None, None, None, None
 
 
 class GPT(PreTrainedModel, GenerationMixin):
-    """A decoder-only Transformer language model, loadable with AutoModelForCausalLM."""
+    """A decoder-only Transformer language model. AutoModelForCausalLM can load it."""
 
     config_class = GPTConfig
     base_model_prefix = "transformer"
@@ -314,8 +315,8 @@ class GPT(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # largest number of logits in memory at once with return_logits=False; the loss of more is computed in chunks. None:
-    # 2**24 on a CPU, which is 64 MB in float32, and 2**27 elsewhere, because GPUs are fastest with a thousand rows
+    # with return_logits=False, the maximum number of logits in memory; the loss of more logits is computed in chunks.
+    # None: 2**24 on a CPU (64 MB in float32), and 2**27 on a GPU, which is fastest with chunks of about a thousand rows
     largest_logits = None
     _can_record_outputs = {"attentions": CausalSelfAttention}
 
@@ -337,7 +338,7 @@ class GPT(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            # scale down the projections that add to the residual stream, which are 2 * n_layer (GPT-2 paper)
+            # apply a scaled init to the 2 * n_layer projections that add to the residual stream, per GPT-2 paper
             if hasattr(module, "adds_to_residual"):
                 std = 0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
@@ -351,8 +352,7 @@ class GPT(PreTrainedModel, GenerationMixin):
                 init.zeros_(module.bias)
 
     def set_block_size(self, block_size):
-        """Change the context length. Learned positions can only be cropped, as in nanoGPT; with rotary positions only
-        the config changes."""
+        """Change the context length: crop learned positions, as in nanoGPT's crop_block_size, or only the config."""
         self.config.block_size = block_size
         if self.config.position == "learned":
             wpe = self.transformer.wpe
@@ -385,34 +385,34 @@ class GPT(PreTrainedModel, GenerationMixin):
         past_key_values=None,
         **kwargs,
     ):
-        """Return next-token logits, and the loss if targets are given.
+        """Return the logits of the next tokens, and the loss if targets are given.
 
         Args:
             input_ids: (B, T) int64; or inputs_embeds: (B, T, C).
-            attention_mask: (B, T_past + T), 1 where a token may be attended to; None for all.
-            position_ids: (B, T) or (1, T); None continues from the cache.
+            attention_mask: (B, T_past + T), 1 for tokens to attend to and 0 for padding. None: no padding.
+            position_ids: (B, T) or (1, T). None: continue after the tokens in the cache.
             cache: a transformers Cache; before transformers 5.24 the argument was past_key_values.
-            labels: (B, T), as in all of transformers: the model shifts them; -100 is ignored.
+            labels: (B, T), not shifted yet: the model shifts them, as always in transformers. -100 is ignored.
             shift_labels: (B, T), already shifted: shift_labels[:, t] is the token after input_ids[:, t].
-            use_cache: return a KV cache; None: as in the config, but never in training or with targets.
-            logits_to_keep: compute logits for this many last positions only, 0 for all; or a tensor of positions.
-            num_items_in_batch: divide the summed loss by this instead of the number of targets, as Trainer does for
-                gradient accumulation.
+            use_cache: whether to return a KV cache. None: as in the config, but not in training or with targets.
+            logits_to_keep: only compute the logits of this many last positions, 0 for all; or a tensor of positions.
+            num_items_in_batch: divide the summed loss by this number instead of the number of targets. Trainer uses it
+                for gradient accumulation.
             output_hidden_states: also return the input of each block, and the output of the last norm.
-            return_logits: False if only the loss is needed: then at most largest_logits of them are in memory at once.
+            return_logits: False if only the loss is needed. Then at most largest_logits logits are in memory at a time.
                 The loss is the same up to rounding.
 
         Returns:
-            CausalLMOutputWithPast: loss (nats a token, float32 scalar), logits (B, T, V), the cache, hidden_states
+            CausalLMOutputWithPast: loss (nats per token, float32 scalar), logits (B, T, V), the cache, hidden_states
             (n_layer + 1 of (B, T, C)). logits are None with return_logits=False and targets.
 
         Raises:
-            ValueError: the sequence is longer than block_size and positions are learned.
+            ValueError: the sequence is longer than block_size, with learned positions.
         """
         has_targets = labels is not None or shift_labels is not None
         if use_cache is None:
             use_cache = self.config.use_cache and not (self.training or has_targets)
-        cache = past_key_values if cache is None else cache  # (its name in the output changed too)
+        cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if output_hidden_states is None:
@@ -423,7 +423,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         T_past = cache.get_seq_length() if cache is not None else 0
         if self.config.position == "learned" and T_past + T > self.config.block_size:
             raise ValueError(f"a sequence of {T_past + T} tokens is longer than block_size={self.config.block_size}")
-        # a plain training batch needs no mask with SDPA, which is causal by default
+        # for a plain training batch, SDPA's is_causal replaces the mask
         is_plain = attention_mask is None and position_ids is None and cache is None
         if not (is_plain and self.config._attn_implementation == "sdpa"):
             attention_mask = create_causal_mask(self.config, tok_emb, attention_mask, cache, position_ids)
@@ -447,7 +447,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         hidden_states = hidden_states + (x,) if output_hidden_states else None
 
         if has_targets and shift_labels is None:
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T), nothing follows the last one
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T), the last token has no target
         largest_logits = self.largest_logits or (2**24 if x.device.type == "cpu" else 2**27)
         n_chunks = math.ceil(x.shape[0] * x.shape[1] * self.config.vocab_size / largest_logits)
         if has_targets and not return_logits and n_chunks > 1:
@@ -456,7 +456,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])  # (B, T, V)
         if self.config.logit_softcap is not None:
-            logits = logits.float() if has_targets else logits  # as in chunked_loss
+            logits = logits.float() if has_targets else logits  # the soft-cap in float32, as in chunked_loss
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         loss = None
         if has_targets:
@@ -473,21 +473,21 @@ class GPT(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss, logits, cache, hidden_states)
 
     def chunked_loss(self, x, shift_labels, n_chunks, num_items_in_batch=None):
-        """Return the loss of forward without the full logits in memory. x: (B, T, C); shift_labels: (B, T)."""
+        """Return the loss without having all logits in memory. x: (B, T, C), shift_labels: (B, T)."""
         device, weight = x.device.type, self.lm_head.weight
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x, targets = x.flatten(0, 1), shift_labels.flatten()  # (B * T, C), (B * T,)
         chunk_size = math.ceil(len(x) / n_chunks)
         if chunk_size > 128:
-            chunk_size = math.ceil(chunk_size / 128) * 128  # full tiles for the matrix products
+            chunk_size = math.ceil(chunk_size / 128) * 128  # full tiles of 128 rows for the matmuls
         loss = FusedLinearCrossEntropy.apply(
             x.to(dtype), weight.to(dtype), targets, self.config.logit_softcap, chunk_size, torch.is_grad_enabled()
         )
         return loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-# AutoModelForCausalLM.from_pretrained knows the class if this file is imported; otherwise it uses the copy of the file
-# that save_pretrained writes next to the weights (trust_remote_code=True)
+# Once this file is imported, AutoModelForCausalLM.from_pretrained knows the classes. Otherwise it needs
+# trust_remote_code=True and uses the copy of this file that save_pretrained writes next to the weights
 AutoConfig.register(GPTConfig.model_type, GPTConfig, exist_ok=True)
 AutoModelForCausalLM.register(GPTConfig, GPT, exist_ok=True)
 GPTConfig.register_for_auto_class()

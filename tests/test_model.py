@@ -506,13 +506,13 @@ def test_rotary_positions_extend_beyond_block_size(ids, case):
     ("change", "words"),
     [
         ({"n_embd": 30}, "n_embd=30 is not divisible by n_head=4"),
-        ({"activation": "relu"}, "activation='relu': there are gelu, gelu_new, relu2, swiglu"),
+        ({"activation": "relu"}, "activation='relu' must be one of gelu, gelu_new, relu2, swiglu"),
         ({"n_kv_head": 3}, "n_head=4 is not divisible by n_kv_head=3"),
         ({"n_kv_head": 8}, "n_head=4 is not divisible by n_kv_head=8"),
         ({"position": "rotary", "n_embd": 36}, "head_dim=9 is odd"),
         ({"position": "rotary", "head_dim": 7}, "head_dim=7 is odd"),
-        ({"norm": "batchnorm"}, "norm='batchnorm': there are layernorm, rmsnorm"),
-        ({"position": "alibi"}, "position='alibi': there are learned, rotary"),
+        ({"norm": "batchnorm"}, "norm='batchnorm' must be one of layernorm, rmsnorm"),
+        ({"position": "alibi"}, "position='alibi' must be one of learned, rotary"),
     ],
 )
 def test_invalid_shapes_are_refused(change, words):
@@ -740,7 +740,7 @@ def test_dropout_equals_gpt2(ids, attention):
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
     with torch.no_grad():
         assert not torch.equal(ours(ids).logits, logits[0])
-        # in evaluation there is no dropout and no scaling
+        # evaluation has no dropout and no scaling
         torch.testing.assert_close(ours.eval()(ids).logits, gpt2.eval()(ids).logits, rtol=0, atol=1e-5)
 
 
@@ -824,7 +824,7 @@ def test_saved_folder_keeps_every_switch(tmp_path, ids, case):
 
 
 def test_config_of_the_first_version_loads(tmp_path, ids):
-    """It has none of the switches added later, and another name for norm_eps."""
+    """It lacks the options that were added later, and names norm_eps differently."""
     model = tiny()
     model.save_pretrained(tmp_path)
     first = {

@@ -8,7 +8,7 @@ from runs import SMALL, numbers, write_recipe
 from nanogpt_accel.model import GPT, GPTConfig
 
 B, T, V = 3, 200, 150
-CHUNKED = V * 90  # number of logits at once: 600 rows in chunks of 86, the last one of 84
+CHUNKED = V * 90  # number of logits per chunk: 600 rows in chunks of 86, the last one of 84
 NOT_CHUNKED = float("inf")
 FAMILIES = {
     "tied": {},

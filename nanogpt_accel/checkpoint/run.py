@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..distributed.launcher import is_main, world_size
 from ..hub.background import BackgroundPush
-from ..hub.card import model_card
+from ..hub.card import checkpoint_card
 from ..hub.transfer import create
 from ..recipe import load_recipe
 from ..tracking.trackers import Trackers
@@ -131,7 +131,7 @@ class Run:
             "processes": accelerator.num_processes,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         }
-        card = checkpoint_card(self._recipe_to_save, self.data, trainer)
+        card = checkpoint_card(self._recipe_to_save, self.data, trainer, self.setup.num_parameters) if is_main() else ""
         self.saver.save(trainer, self.setup.raw_model, optimizer, card)
 
     # ---- the end
@@ -230,18 +230,6 @@ def recipe_to_save(recipe, data):
         with suppress(ValueError, OSError):  # a broken run.yaml
             init_from = load_recipe(Path(recipe.out_dir) / "run.yaml", {}).model.init_from
     return recipe.replace(data_dir=data.folder.as_posix(), init_from=init_from, overwrite=False)
-
-
-def checkpoint_card(recipe, data, trainer):
-    """Return the text of a checkpoint's README.md."""
-    return model_card(
-        Path(recipe.out_dir).name,
-        f"A GPT trained with nanogpt_accel on the corpus `{data.manifest['corpus']['name']}`, tokenizer "
-        f"`{data.tokenizer.kind}`.\nCheckpoint after {trainer['step']:,} steps; validation loss: {loss_text(trainer)}. "
-        f"It reads {recipe.model.block_size:,} tokens.",
-        needs_code=True,
-        more=f"The recipe, where it differs from the defaults:\n\n```yaml\n{recipe.to_yaml(brief=True)}```\n",
-    )
 
 
 def loss_text(trainer):

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of a model on a validation split or a text, and its scores in lm-eval's tasks.
+"""Evaluate a model: loss, perplexity and bits per byte on a validation split or a text, or scores on lm-eval tasks.
 
 nanogpt-accel evaluate runs/shakespeare_char                     # on the data that the run was trained with
 nanogpt-accel evaluate runs/a --recipe recipes/shakespeare_char.yaml eval_iters=200 --json
@@ -29,38 +29,28 @@ from ..tracking.console import Console, Progress
 from ..utils import cli
 from ..utils.fields import Int, Section, raise_problems
 
-# the keys of a recipe's train section that have an effect, for the help page
-TRAIN = SimpleNamespace(
-    model_fields={
-        key: SECTIONS["train"].model_fields[key]
-        for key in ("batch_size", "eval_iters", "device", "mixed_precision", "compile")
-    }
-)
+# the settings of a recipe's train section that have an effect, for the help page
+_TRAIN_KEYS = ("batch_size", "eval_iters", "device", "mixed_precision", "compile")
+TRAIN = SimpleNamespace(model_fields={key: SECTIONS["train"].model_fields[key] for key in _TRAIN_KEYS})
 
 
 class EvaluateOptions(Section):
-    """The options of `evaluate` itself; every key of a recipe can be given too."""
+    """The options of `evaluate`; every key of a recipe can be given too."""
 
-    recipe: str | None = Field(None, description="whose data to use; none: the run's own, from its run.yaml")
-    split: str = Field("val", description="what to evaluate on: val, train, or test where the corpus has one")
+    recipe: str | None = Field(None, description="recipe with the data to use; none: the run.yaml of the model's run")
+    split: str = Field("val", description="split to evaluate on: val, train, or test if the corpus has one")
     stride: Int | None = Field(
-        None,
-        ge=1,
-        description="predict each token from at least block_size - stride tokens "
-        "before it, in windows that overlap; none: in blocks side by side",
+        None, ge=1, description="use overlapping windows, each starting stride tokens after the last; none: no overlap"
     )
     text: str | None = Field(
-        None,
-        description="evaluate on this text instead: a file, or wikitext2, whose lines are "
-        "joined as in transformers' guide to perplexity",
+        None, description="evaluate on a text file instead, or on wikitext2 as in transformers' guide to perplexity"
     )
     tasks: str | None = Field(
-        None,
-        description="tasks of lm-eval instead, such as hellaswag,lambada_openai (pip install 'nanogpt_accel[eval]')",
+        None, description="evaluate on lm-eval tasks instead: hellaswag,... (pip install 'nanogpt_accel[eval]')"
     )
-    tasks_dir: str | None = Field(None, description="a folder of lm-eval's task files of your own")
-    num_fewshot: Int | None = Field(None, ge=0, description="examples before each question of a task; none: the task's")
-    limit: Int | None = Field(None, ge=1, description="for a taste: so many questions of a task")
+    tasks_dir: str | None = Field(None, description="folder with your own lm-eval task files")
+    num_fewshot: Int | None = Field(None, ge=0, description="examples before each question; none: the task's default")
+    limit: Int | None = Field(None, ge=1, description="use at most this many questions per task")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
@@ -68,19 +58,19 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel evaluate MODEL [--recipe RECIPE.yaml] [--json] [key=value ...]",
-            "Loss (nats a token), perplexity and bits per byte of a model on a validation split: the whole of it "
-            "unless eval_iters is given.\nMODEL is a run folder (its best checkpoint), a checkpoint folder, gpt2 to "
-            "gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.\nblock_size=N takes "
-            "shorter samples than the longest that the model reads.",
+            "Compute the loss in nats per token, perplexity and bits per byte of a model on a validation split, all of "
+            "it unless eval_iters is set.\nMODEL is a run folder (its best checkpoint), a checkpoint folder, gpt2 to "
+            "gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.\nblock_size=N uses "
+            "samples shorter than the model's context length.",
             {"options": EvaluateOptions, "data": SECTIONS["data"], "train": TRAIN},
         )
     target, options, given, problems = cli.parse_with_recipe(argv, EvaluateOptions, FIELDS)
     if target is None:
-        problems.append("which model? nanogpt-accel evaluate runs/NAME")
+        problems.append("MODEL is missing: nanogpt-accel evaluate runs/NAME")
     raise_problems(problems)
     train_keys = {key: value for key, value in given.items() if key.rpartition(".")[2] in TRAIN.model_fields}
     if options.tasks:
-        return run_tasks(target, load_recipe(None, train_keys), options)
+        return evaluate_tasks(target, load_recipe(None, train_keys), options)
     if options.text:
         recipe = load_recipe(None, {"eval_iters": "all", **train_keys}, check=lambda recipe: check_launcher())
     else:
@@ -90,20 +80,20 @@ def main(argv):
 
 
 class Text(NamedTuple):
-    """What to evaluate on."""
+    """The tokens to evaluate on."""
 
     name: str
     tokens: object  # with len() and rows(starts, length); None if the split does not exist
-    n_bytes: int | None  # None: unknown
+    n_bytes: int | None  # None if unknown
     eot_id: int | None
 
 
 def load_data_recipe(target, path, given):
-    """Load the recipe with the data to evaluate on: the recipe at `path`, else the data that the options name, in the
-    model's own tokens, else the recipe of the model's run. given: options as typed."""
-    named = {key.removeprefix("data.") for key in given} & {"corpus", "data_dir", "tokenizer"}
-    if path is None and named & {"corpus", "data_dir"}:
-        if not named & {"tokenizer", "data_dir"}:
+    """Load the recipe with the data to evaluate on: the recipe at `path`, else the data set that the options name,
+    tokenized with the model's own tokenizer, else the recipe of the model's run. given: recipe keys as typed."""
+    keys = {key.removeprefix("data.") for key in given} & {"corpus", "data_dir", "tokenizer"}
+    if path is None and keys & {"corpus", "data_dir"}:
+        if keys == {"corpus"}:
             folder = find_model(target, warn=lambda line: None, bars=is_main())
             is_gpt2 = Tokenizer.load(folder).kind == "gpt2"
             given = {**given, "tokenizer": "gpt2" if is_gpt2 else str(folder)}
@@ -118,15 +108,14 @@ def run_recipe(target):
     for folder in (Path(target), Path(target).parent):
         if (folder / "run.yaml").is_file():
             return folder / "run.yaml"
-    hint = "" if Path(target).exists() else ", or correct the path: no such folder here"
+    place = "in or next to this folder" if Path(target).exists() else "(this folder does not exist)"
     raise ValueError(
-        f"{target}: there is no run.yaml beside it to say which data to use; add --recipe RECIPE.yaml, or "
-        f"corpus=... or data_dir=...{hint}"
+        f"{target}: no run.yaml {place} to take the data from. Add --recipe RECIPE.yaml, corpus=... or data_dir=..."
     )
 
 
 def evaluate(target, recipe, options, block_size=None):
-    """Print the scores of a model on a split of a recipe's data or on options.text, and return them.
+    """Print the scores of a model on a split of a recipe's data, or on options.text.
 
     block_size: length of the samples in tokens; None: the model's context length.
     """
@@ -138,8 +127,7 @@ def evaluate(target, recipe, options, block_size=None):
         text, problems = open_text(options, folder)
     else:
         text, problems = open_split(recipe, options, folder, config, target, console)
-    problems += check_windows(text, block_size, recipe, options, config, folder)
-    raise_problems(problems)
+    raise_problems(problems + check_windows(text, block_size, recipe, options, config, folder))
 
     from ..evaluation import describe, mean_and_error, scores
 
@@ -147,15 +135,13 @@ def evaluate(target, recipe, options, block_size=None):
     sums, counts = compute_losses(folder, text, block_size, options.stride, recipe, accelerator, console)
     loss, error = mean_and_error(sums, counts)
     split = "text" if options.text and Path(options.text).is_file() else options.split
-    found = scores(loss, len(text.tokens), text.n_bytes, split=split, error=error)
-    found["tokens"] = int(counts.sum())
-    if accelerator.is_main_process:
-        if options.json_output:
-            print(json.dumps({"model": str(folder), "data": text.name, "split": split, **found}))
-        else:
-            print(f"{folder} on {text.name}, {found.pop('tokens'):,} tokens: {describe(found)}")
+    results = scores(loss, len(text.tokens), text.n_bytes, split=split, error=error)
+    n_tokens = int(counts.sum())
+    if accelerator.is_main_process and options.json_output:
+        print(json.dumps({"model": str(folder), "data": text.name, "split": split, **results, "tokens": n_tokens}))
+    elif accelerator.is_main_process:
+        print(f"{folder} on {text.name}, {n_tokens:,} tokens: {describe(results)}")
     accelerator.end_training()
-    return found
 
 
 def open_split(recipe, options, folder, config, target, console):
@@ -164,45 +150,37 @@ def open_split(recipe, options, folder, config, target, console):
     problems = dataset.require_tokenizer(data, folder, key=target) or check_tokenizer(data.tokenizer, config, folder)
     name, split = str(data.folder), options.split
     if split not in data.splits:
-        problems.append(f"split={split}: {data.folder} has {', '.join(data.splits)}")
+        problems.append(f"split={split}: {data.folder} only has {', '.join(data.splits)}")
         return Text(name, None, None, None), problems
     return Text(name, data.splits[split], data.text_bytes(split), data.tokenizer.eot_id), problems
 
 
 def open_text(options, folder):
-    """Return (Text, problems) for options.text, in the tokens of the model's own tokenizer."""
+    """Return (Text, problems) for options.text, tokenized with the model's own tokenizer."""
     path = Path(options.text)
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else joined_text(options.text, options.split)
     except UnicodeDecodeError as error:
-        raise ValueError(f"text={path}: not UTF-8 text at byte {error.start}: convert it (iconv -t utf-8)") from None
+        raise ValueError(f"text={path}: not UTF-8 at byte {error.start}. Convert it with iconv -t utf-8") from None
     tokenizer = Tokenizer.load(folder)
     tokens = TokenArray(tokenizer.encode(text))
-    problems = [] if len(tokens) > 1 else [f"text={path}: has {len(tokens)} tokens, and there is nothing to predict"]
+    problems = [] if len(tokens) > 1 else [f"text={path}: must have at least 2 tokens, but has {len(tokens)}"]
     return Text(options.text, tokens, len(text.encode()), tokenizer.eot_id), problems
 
 
 def check_windows(text, block_size, recipe, options, config, folder):
     """Check block_size and stride against the model and the text. Return a list of problems."""
-    problems = []
-    has_windows = options.text and options.stride  # which may be shorter than block_size
+    stride, eval_iters, context, problems = options.stride, recipe.train.eval_iters, config["block_size"], []
+    has_windows = options.text and stride  # they may be shorter than block_size
     if text.tokens is not None and len(text.tokens) <= block_size and not has_windows:
-        problems.append(
-            f"block_size={block_size}: a sample takes {block_size + 1:,} tokens, but {text.name} has "
-            f"{len(text.tokens):,}: take a smaller block_size"
-        )
-    if config["position"] == "learned" and block_size > config["block_size"]:
-        problems.append(f"block_size={block_size}: {folder} reads at most {config['block_size']} tokens")
-    if options.stride and options.stride > block_size:
-        problems.append(
-            f"stride={options.stride}: is above block_size={block_size}, and would leave out what lies "
-            "between the windows"
-        )
-    if options.stride and recipe.train.eval_iters != "all":
-        problems.append(
-            f"eval_iters={recipe.train.eval_iters}: windows with a stride cover the whole text; leave out "
-            "one of the two"
-        )
+        size = f"{text.name} has {len(text.tokens):,} tokens, but a sample needs {block_size + 1:,}"
+        problems.append(f"block_size={block_size}: {size}. Set a smaller block_size")
+    if config["position"] == "learned" and block_size > context:
+        problems.append(f"block_size={block_size}: must not exceed {context}, the context length of {folder}")
+    if stride and stride > block_size:
+        problems.append(f"stride={stride}: must not exceed block_size={block_size}, or some tokens are never predicted")
+    if stride and eval_iters != "all":
+        problems.append(f"eval_iters={eval_iters}: remove it, because stride={stride} always evaluates the full text")
     return problems
 
 
@@ -229,10 +207,10 @@ def compute_losses(folder, text, block_size, stride, recipe, accelerator, consol
         return window_losses(model, text.tokens, windows, to_inputs, accelerator, progress)
 
 
-def run_tasks(target, recipe, options):
-    """Print the scores of a model on tasks of lm-eval (EleutherAI's evaluation harness), and return them."""
+def evaluate_tasks(target, recipe, options):
+    """Print the scores of a model on tasks of lm-eval (EleutherAI's evaluation harness)."""
     if find_spec("lm_eval") is None:
-        raise ValueError(f"tasks={options.tasks}: lm-eval is not installed here: pip install 'nanogpt_accel[eval]'")
+        raise ValueError(f"tasks={options.tasks}: lm-eval is not installed. Run: pip install 'nanogpt_accel[eval]'")
     console = Console(is_main(), stderr=True)
     folder = find_model(target, console, bars=console.is_verbose)
     from lm_eval import simple_evaluate
@@ -242,14 +220,13 @@ def run_tasks(target, recipe, options):
 
     tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
     manager = TaskManager(include_path=options.tasks_dir)
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(
-            f"tasks={','.join(unknown)}: lm-eval has no such task; `lm-eval ls tasks` shows them, and "
+            f"tasks={','.join(unknown)}: lm-eval has no such task. `lm-eval ls tasks` lists all tasks; "
             "tasks_dir=FOLDER adds your own"
         )
     device = pick_device(recipe.train.device)
-    found = simple_evaluate(
+    results = simple_evaluate(
         model="hf",
         model_args={"pretrained": str(folder), "dtype": "float32" if device.type == "cpu" else "auto"},
         tasks=tasks,
@@ -259,25 +236,24 @@ def run_tasks(target, recipe, options):
         device=str(device),
         task_manager=manager,
     )
-    if found is None:  # on all ranks but the first
-        return None
+    if results is None:  # this is not the main process
+        return
     scores = {
         task: {key: value for key, value in values.items() if isinstance(value, (int, float))}
-        for task, values in found["results"].items()
+        for task, values in results["results"].items()
     }
     if options.json_output:
         print(json.dumps({"model": str(folder), "tasks": scores}))
     else:
         for task, values in scores.items():
-            print(f"{folder} in {task}: {describe_task(values)}")
-    return scores
+            print(f"{folder} on {task}: {describe_task(values)}")
 
 
 def describe_task(values):
     """Format a task's scores. lm-eval's keys are metric,filter, and metric_stderr,filter for the standard error."""
-    shown = []
+    parts = []
     for key, value in values.items():
         if "," in key and "_stderr" not in key:
             error = values.get(key.replace(",", "_stderr,"))
-            shown.append(f"{key.split(',')[0]} {value:.4f}" + (f" +- {error:.4f}" if error is not None else ""))
-    return ", ".join(shown)
+            parts.append(f"{key.split(',')[0]} {value:.4f}" + (f" +- {error:.4f}" if error is not None else ""))
+    return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Write a model as a folder of a stock architecture, which any tool loads with no code of ours.
+"""Write a model as a folder of a stock architecture, which other tools load without this package.
 
 nanogpt-accel export runs/gpt2 --to my-gpt
 nanogpt-accel export runs/odd --to my-gpt form=custom
@@ -20,17 +20,14 @@ from ..utils.fields import Section, raise_problems
 class ExportOptions(Section):
     """The options of `export`."""
 
-    to: str = Field("", description="the folder to write; it must not exist yet, or be empty")
+    to: str = Field("", description="folder to write; it must be empty or not exist yet")
     form: Literal["stock", "custom"] = Field(
-        "stock",
-        description="stock: GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM or NanoChatForCausalLM, "
-        "whichever computes exactly the same; custom: GPT with its model.py, for trust_remote_code=True",
+        "stock", description="stock: as GPT-2, Llama, Qwen3 or nanochat of transformers; custom: GPT with its model.py"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the weights, rounded to it")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the written weights")
     vocab: Literal["cut", "keep"] = Field(
         "cut",
-        description="the rows of the vocabulary that only round it up: most tools want as many rows as the "
-        "tokenizer has symbols",
+        description="cut the padding of the vocabulary, because most tools expect the tokenizer's size, or keep it",
     )
 
 
@@ -38,24 +35,18 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel export MODEL --to FOLDER [key=value ...]",
-            "Write a model in a form that vLLM, llama.cpp, PEFT, TRL, lm-eval and `transformers "
-            "serve` load. Its logits on a text are compared with the source's before it is done.\n"
-            "MODEL is a run folder (its best checkpoint), a checkpoint folder, or any other model "
-            "that `sample` takes.",
+            "Write a model in a format that vLLM, llama.cpp, PEFT, TRL, lm-eval and `transformers serve` load, and "
+            "check that its logits on a sample text are the same.\n"
+            "MODEL is a run folder (its best checkpoint), a checkpoint folder, or any other model that `sample` takes.",
             {"options": ExportOptions},
         )
     target, options, problems = cli.parse_options(argv, ExportOptions)
     to = os.path.expanduser(options.to)
-    if target is None:
-        problems.append("which model? nanogpt-accel export runs/NAME --to FOLDER")
-    else:
-        problems += check_model(target)
-    if not options.to:
-        problems.append("where to? nanogpt-accel export runs/NAME --to FOLDER")
-    else:
-        problems += check_empty(to, "to")
+    usage = "nanogpt-accel export runs/NAME --to FOLDER"
+    problems += [f"MODEL is missing: {usage}"] if target is None else check_model(target)
+    problems += check_empty(to, "to") if to else [f"--to is missing: {usage}"]
     raise_problems(problems)
     report = Console(stderr=True)
     source = find_model(target, warn=report)
     name, difference, tokens = export(source, to, options.form, options.vocab == "keep", options.dtype, report)
-    print(f"{to}: {name}, largest difference of a logit from {source} over {tokens:,} tokens: {difference:.1e}")
+    print(f"{to}: {name}, largest logit difference from {source} over {tokens:,} tokens: {difference:.1e}")

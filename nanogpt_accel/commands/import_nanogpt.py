@@ -25,37 +25,33 @@ from ..utils.fields import Section, raise_problems
 class ImportOptions(Section):
     """The options of `import`."""
 
-    to: str = Field("", description="the folder to write; it must not exist yet, or be empty")
+    to: str = Field("", description="folder to write; it must be empty or not exist yet")
     tokenizer: str = Field(
         "auto",
-        description="gpt2, a nanoGPT meta.pkl, or a folder that holds a tokenizer.json; "
-        "auto: nanoGPT's data/DATASET/meta.pkl beside the checkpoint's folder, else gpt2",
+        description="gpt2, a nanoGPT meta.pkl, or a folder with a tokenizer.json; auto: the data/DATASET/meta.pkl "
+        "next to the checkpoint's folder, as in nanoGPT, else gpt2",
     )
-    activation: Literal["gelu", "gelu_new"] = Field(
-        "gelu", description="gelu: nanoGPT since May 2023; gelu_new: checkpoints of older versions"
-    )
+    activation: Literal["gelu", "gelu_new"] = Field("gelu", description="gelu_new: nanoGPT from before May 2023")
 
 
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel import CKPT.pt --to FOLDER [key=value ...]",
-            "Read a checkpoint of nanoGPT's train.py and write a model folder: for sample, evaluate, "
-            "export, push, and as init_from of a run. Weights only; nothing in the file is executed.",
+            "Convert a checkpoint of nanoGPT's train.py to a model folder for sample, evaluate, export, push and "
+            "init_from. Only the weights are read; no code in the file is executed.",
             {"options": ImportOptions},
         )
     target, options, problems = cli.parse_options(argv, ImportOptions)
     to = os.path.expanduser(options.to)
+    usage = "nanogpt-accel import CKPT.pt --to FOLDER"
     if target is not None and (Path(target) / "ckpt.pt").is_file():
         target = str(Path(target) / "ckpt.pt")
     if target is None:
-        problems.append("which checkpoint? nanogpt-accel import CKPT.pt --to FOLDER")
+        problems.append(f"CKPT.pt is missing: {usage}")
     elif not Path(target).is_file():
         problems.append(f"{target}: no such file")
-    if not options.to:
-        problems.append("where to? nanogpt-accel import CKPT.pt --to FOLDER")
-    else:
-        problems += check_empty(to, "to")
+    problems += check_empty(to, "to") if to else [f"--to is missing: {usage}"]
     raise_problems(problems)
 
     model, info = read_nanogpt(target, options.activation)
@@ -63,47 +59,51 @@ def main(argv):
     tokenizer = find_tokenizer(options.tokenizer, Path(target), dataset, model.config.vocab_size)
     fit_to_tokenizer(model, tokenizer)
     try:
-        loss = f"{float(info['best_val_loss']):.4f} nats a token"
+        loss = float(info["best_val_loss"])
     except (TypeError, ValueError, RuntimeError):  # missing, or not a number
-        loss = "unknown"
-    facts = f"{info['iter_num']} steps, best validation loss {loss}"
+        loss = None
+    summary = f"{info['iter_num']} steps, best validation loss " + ("unknown" if loss is None else f"{loss:.4f}")
     card = model_card(
-        Path(to).name, f"A GPT trained with nanoGPT on its data set `{dataset}`: {facts}.", needs_code=True
+        Path(to).resolve().name,
+        f"A GPT language model, trained with nanoGPT on its data set `{dataset}`: {summary}.",
+        tokenizer,
+        model.config.block_size,
+        needs_code=True,
+        corpus={"kind": "nanogpt", "name": dataset},
+        val_loss=loss,
     )
     difference, tokens = write_model(model, to, "custom", tokenizer=tokenizer, card=card, report=Console(stderr=True))
-    print(
-        f"{to}: {model.num_parameters():,} parameters, {tokenizer.kind} tokens, {facts}; largest difference "
-        f"of a logit over {tokens:,} tokens: {difference:.1e}"
-    )
+    check = f"largest logit difference over {tokens:,} tokens: {difference:.1e}"
+    print(f"{to}: {model.num_parameters():,} parameters, {tokenizer.kind} tokenizer, {summary}; {check}")
 
 
-def find_tokenizer(asked, checkpoint_file, dataset, vocab_size):
-    """Return the Tokenizer of the checkpoint's ids. asked: the option `tokenizer`.
+def find_tokenizer(setting, checkpoint_file, dataset, vocab_size):
+    """Return the Tokenizer of a nanoGPT checkpoint. setting: the option `tokenizer`.
 
     Raises:
-        ValueError: it cannot be found, or has more tokens than the model.
+        ValueError: the tokenizer cannot be found, or has more tokens than the model.
     """
     meta = checkpoint_file.resolve().parent.parent / "data" / dataset / "meta.pkl"
     has_meta = bool(dataset) and os.path.isfile(meta)  # unlike Path.is_file, false for a name that is too long
-    if asked == "auto" and not has_meta and vocab_size not in (50257, 50304):
+    if setting == "auto" and not has_meta and vocab_size not in (50257, 50304):
         raise ValueError(
-            f"{checkpoint_file}: a vocabulary of {vocab_size} symbols, and no {meta} to say which they "
-            "are: give tokenizer=PATH of that file"
+            f"{checkpoint_file}: the tokenizer of this model with {vocab_size} tokens is unknown, because {meta} does "
+            "not exist. Set tokenizer=PATH of that file"
         )
-    if asked == "auto":
-        asked = str(meta) if has_meta else "gpt2"
-    if asked == "gpt2":
+    if setting == "auto":
+        setting = str(meta) if has_meta else "gpt2"
+    if setting == "gpt2":
         tokenizer = Tokenizer.gpt2()
-    elif asked.endswith(".pkl"):
-        if not Path(asked).is_file():
-            raise ValueError(f"tokenizer={asked}: no such file")
-        stoi = read_meta(asked)
+    elif setting.endswith(".pkl"):
+        if not Path(setting).is_file():
+            raise ValueError(f"tokenizer={setting}: no such file")
+        stoi = read_meta(setting)
         tokenizer = Tokenizer.char_from_meta(stoi) if stoi else Tokenizer.gpt2()
     else:
-        tokenizer = Tokenizer.load(asked)
+        tokenizer = Tokenizer.load(setting)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"tokenizer={asked}: {tokenizer.vocab_size:,} symbols, more than the {vocab_size:,} of "
-            f"{checkpoint_file}: it belongs to another model"
+            f"tokenizer={setting}: has {tokenizer.vocab_size:,} tokens, but {checkpoint_file} only has {vocab_size:,}. "
+            "The tokenizer belongs to another model"
         )
     return tokenizer

@@ -22,41 +22,38 @@ class PushOptions(Section):
     """The options of `push`."""
 
     form: Literal["stock", "custom"] = Field(
-        "stock",
-        description="stock: exported first, so that any tool loads it with no code of ours; custom: GPT with "
-        "its model.py, for trust_remote_code=True",
+        "stock", description="stock: as GPT-2, Llama, Qwen3 or nanochat of transformers; custom: GPT with its model.py"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the weights, rounded to it")
-    private: bool = Field(False, description="a repository that is made is private")
-    branch: str | None = Field(None, description="branch to push to, made where it is missing; none: main")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the pushed weights")
+    private: bool = Field(False, description="make the repository private if it is created")
+    branch: str | None = Field(None, description="branch to push to, created if it does not exist; none: main")
 
 
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel push MODEL USER/NAME [key=value ...]",
-            "Push a model to the Hugging Face Hub: a run folder (its best checkpoint), a checkpoint "
-            "folder, or any other model that `sample` takes. NAME alone is one of the token's "
-            "user. What the Hub holds already is not sent "
-            "again, so a push that broke off goes on when it is repeated.\nThe token is that of "
-            "`hf auth login`, or HF_TOKEN.",
+            "Push a model to the Hugging Face Hub: a run folder (its best checkpoint), a checkpoint folder, or any "
+            "other model that `sample` takes. USER is optional and defaults to the user of the token.\n"
+            "Files that are on the Hub already are not sent again, so an interrupted push can be repeated.\n"
+            "The token is that of `hf auth login` or HF_TOKEN.",
             {"options": PushOptions},
         )
     targets, options, problems = cli.parse_options(argv, PushOptions, 2)
     if len(targets) < 2:
-        problems.append("what, and where to? nanogpt-accel push runs/NAME USER/NAME")
+        problems.append("MODEL and USER/NAME are required: nanogpt-accel push runs/NAME USER/NAME")
     else:
-        problems += check_push(targets[1], "push")
-        problems += check_model(targets[0])
+        problems += check_push(targets[1], "push") + check_model(targets[0])
     raise_problems(problems)
     report = Console(stderr=True)
     source = find_model(targets[0], warn=report)
     with tempfile.TemporaryDirectory() as folder:
         to = Path(folder) / targets[1].rpartition("/")[2]
-        # before the export, which is slow for a large model
+        # first, so that a refusal is known before a large model is exported
         repo = create(targets[1], options.private, options.branch)
-        name, difference, _ = export(source, to, options.form, dtype=options.dtype, report=report)
-        report(f"{name}, largest difference of a logit from {source}: {difference:.1e}")
+        place = {"repo": repo, "branch": options.branch}
+        name, difference, _ = export(source, to, options.form, dtype=options.dtype, report=report, **place)
+        report(f"{name}, largest logit difference from {source}: {difference:.1e}")
         local = Path(targets[0])
-        title = f"{local.resolve().name}, {source.name}" if local.is_dir() else f"the model of {targets[0]}"
+        title = f"{local.resolve().name}, {source.name}" if local.is_dir() else f"copy of {targets[0]}"
         print(upload(to, repo, title, options.branch, report, bars=True))

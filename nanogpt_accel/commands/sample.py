@@ -1,4 +1,4 @@
-"""Write text with a trained model.
+"""Generate text with a trained model.
 
 nanogpt-accel sample runs/shakespeare_char --prompt "ROMEO:"
 nanogpt-accel sample gpt2-xl --start=FILE:prompt.txt num_samples=3 temperature=1.0
@@ -26,50 +26,41 @@ class SampleOptions(Section):
     prompt: str = Field(
         "\n",
         validation_alias=AliasChoices("prompt", "start"),
-        description="what the text begins with, or FILE:path; nanoGPT's name, start, works too",
+        description="start of the text, or FILE:path; nanoGPT's name `start` works too",
     )
-    prompts: str | None = Field(None, description="a text file with a prompt a line, instead of the one prompt")
-    num_samples: Int = Field(10, ge=1, description="number of texts for each prompt")
-    batch_size: Int = Field(
-        1,
-        ge=1,
-        description="texts that are written at once: much faster together, but shown "
-        "when they are done rather than as they come",
-    )
-    max_new_tokens: Int = Field(500, ge=1, description="tokens of each text after the prompt")
-    temperature: Float = Field(0.8, ge=0, description="below 1 less random, above 1 more; 0 takes the likeliest token")
-    top_k: Int = Field(200, ge=0, description="draw from this many of the likeliest tokens; 0: from all")
-    top_p: Float = Field(1.0, gt=0, le=1, description="draw from the likeliest tokens that make up this share")
+    prompts: str | None = Field(None, description="text file with one prompt per line, instead of prompt")
+    num_samples: Int = Field(10, ge=1, description="number of samples per prompt")
+    batch_size: Int = Field(1, ge=1, description="samples per batch; more are faster, but only 1 is streamed")
+    max_new_tokens: Int = Field(500, ge=1, description="number of tokens to generate per sample")
+    temperature: Float = Field(0.8, ge=0, description="below 1 less random, above 1 more random; 0: greedy")
+    top_k: Int = Field(200, ge=0, description="sample from this many most likely tokens; 0: from all")
+    top_p: Float = Field(1.0, gt=0, le=1, description="sample from the most likely tokens with this total probability")
     overflow: Literal["slide", "stop", "extend"] = Field(
         "slide",
-        description="what happens at block_size. slide: go on with the last half of the text as context; "
-        "stop: end the text there; extend: go on with positions that were not trained (rotary positions only)",
+        description="what to do at block_size. slide: continue with the last half of the text as context; stop: end "
+        "the text; extend: continue with positions that were not trained (rotary positions only)",
     )
-    seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="of the draws; text number i uses seed + i")
+    seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="random seed; sample number i uses seed + i")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
-    json_output: bool = Field(
-        False,
-        alias="json",
-        description="print each text as a line with a JSON object: prompt, text (what follows it) and seed",
-    )
+    json_output: bool = Field(False, alias="json", description="print one JSON object per sample: prompt, text, seed")
 
 
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel sample MODEL [key=value ...]",
-            "Write text with a model: a run folder (its best checkpoint), a checkpoint folder, gpt2 "
-            "to gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.",
+            "Generate text with a model: a run folder (its best checkpoint), a checkpoint folder, gpt2 to gpt2-xl, or "
+            "another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.",
             {"options": SampleOptions},
         )
     fields = SampleOptions.model_fields
     target, given = cli.parse(argv, {**fields, "start": fields["prompt"], "json": fields["json_output"]})
-    theirs = [given.pop(key) for key in ("out_dir", "init_from") if key in given]  # nanoGPT's
+    nanogpt_target = [given.pop(key) for key in ("out_dir", "init_from") if key in given]  # as in nanoGPT's sample.py
     options, problems, _ = validate(SampleOptions, given)
     if "prompts" in given and not {"prompt", "start"}.isdisjoint(given):
-        problems.append(f"prompts={options.prompts}: prompt is given too; one of the two")
-    if target is None or theirs:
-        problems.append(f"which model? nanogpt-accel sample {theirs[0] if theirs else 'runs/NAME'}")
+        problems.append(f"prompts={options.prompts}: cannot be combined with prompt; remove one of them")
+    if target is None or nanogpt_target:
+        problems.append(f"MODEL is missing: nanogpt-accel sample {(nanogpt_target or ['runs/NAME'])[0]}")
     else:
         problems += check_model(target)
     prompts = []
@@ -80,8 +71,7 @@ def main(argv):
     raise_problems(problems)
     folder = find_model(target, warn=Console(stderr=True))
     tokenizer = Tokenizer.load(folder)
-    if problems := check_prompts(folder, tokenizer, prompts, options):
-        raise ValueError("\n".join(problems))
+    raise_problems(check_prompts(folder, tokenizer, prompts, options))
     write_texts(folder, tokenizer, prompts, options)
 
 
@@ -102,10 +92,9 @@ def read_prompts(options):
         raise ValueError(f"{key}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
     if not options.prompts:
         return [text]
-    lines = [line for line in text.splitlines() if line]
-    if not lines:
-        raise ValueError(f"prompts={file}: no line with a prompt in it")
-    return lines
+    if lines := [line for line in text.splitlines() if line]:
+        return lines
+    raise ValueError(f"prompts={file}: no line contains a prompt")
 
 
 def check_prompts(folder, tokenizer, prompts, options):
@@ -113,14 +102,12 @@ def check_prompts(folder, tokenizer, prompts, options):
     config = read_config(folder)
     problems = check_tokenizer(tokenizer, config, folder)
     key = "prompts" if options.prompts else "prompt"
-    max_tokens = config["block_size"] if options.overflow == "stop" else None  # otherwise a long prompt slides too
+    max_tokens = config["block_size"] if options.overflow == "stop" else None  # else a longer prompt is allowed
     for prompt in prompts:
         problems += tokenizer.check_prompt(prompt, max_tokens, key)
     if options.overflow == "extend" and config["position"] != "rotary":
-        problems.append(
-            f"overflow=extend: {folder} has learned positions, which end at block_size="
-            f"{config['block_size']}: take slide or stop"
-        )
+        limit = f"block_size={config['block_size']}"
+        problems.append(f"overflow=extend: {folder} has learned positions up to {limit}; use slide or stop")
     return problems
 
 
@@ -132,30 +119,21 @@ def write_texts(folder, tokenizer, prompts, options):
     from ..distributed.accelerator import pick_device
     from ..models.generation import generate, text_after
 
-    transformers_logging.set_verbosity_error()  # it warns about what the options ask for
+    transformers_logging.set_verbosity_error()  # no warnings about what the options ask for
     model = load_model(folder).to(pick_device(options.device))
     cpu.tune_generation(model)
+    settings = options.model_dump(include={"max_new_tokens", "temperature", "top_k", "top_p", "overflow"})
+    settings |= {"vocab_size": tokenizer.vocab_size, "decode": tokenizer.decode}
     prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
     for i in range(0, len(prompts), options.batch_size):
         batch = prompts[i : i + options.batch_size]
         prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in batch]
         seeds = range(options.seed + i, options.seed + i + len(batch))
         is_streamed = len(batch) == 1 and not options.json_output
+        on_text = partial(print, end="", flush=True) if is_streamed else None
         if is_streamed:
-            print(batch[0], end="", flush=True)
-        new_ids = generate(
-            model,
-            prompt_ids,
-            seeds=seeds,
-            vocab_size=tokenizer.vocab_size,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            overflow=options.overflow,
-            decode=tokenizer.decode,
-            on_text=partial(print, end="", flush=True) if is_streamed else None,
-        )
+            on_text(batch[0])
+        new_ids = generate(model, prompt_ids, seeds=seeds, on_text=on_text, **settings)
         if is_streamed:
             print("\n---------------", flush=True)
             continue

@@ -1,5 +1,5 @@
 """The Hugging Face Hub: download, upload, push in the background, model cards.
 
 In: a model folder or a Hub id. Out: a commit on the Hub, or a local folder.
-To change what a model card says, edit card.py.
+To change the contents of model cards, edit card.py.
 """

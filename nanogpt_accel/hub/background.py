@@ -6,29 +6,31 @@ import threading
 import time
 from pathlib import Path
 
+from ..utils.files import write_atomically
+from .card import adapt_usage
 from .transfer import create, upload
 
 PUSH_TIMEOUT_S = 1800  # how long the end of a run waits for a push
 
 
 class BackgroundPush:
-    """Pushes checkpoints in a thread, one at a time; if several wait, only the latest is pushed.
+    """Push checkpoints in a thread, one at a time. If several are waiting, only the latest is pushed.
 
-    The files of a checkpoint are hard-linked first, so that it may be pruned before it is pushed. A failure gives one
-    warning, repeated only after a push has succeeded; the next checkpoint tries again.
+    The files of a checkpoint are hard-linked first, so that it may be pruned before it is pushed. After a failed push,
+    the next checkpoint tries again; there is one warning until a push succeeds.
     """
 
     def __init__(self, repo, folder, warn, private=False, branch=None):
-        """repo: its name, created if it is missing. folder: of the run, for the links. warn: takes a line."""
+        """repo: the repository, created if missing. folder: the run folder. warn: called with one line per warning."""
         self.repo, self.private, self.branch, self.warn = repo, private, branch, warn
-        self.pushed = None  # the last checkpoint that this process pushed
+        self.pushed = None  # the last pushed checkpoint
         self._folder, self._has_warned = Path(folder), False
         self._lock = threading.Lock()
         self._waiting = None  # (folder of links, checkpoint, message)
         self._worker = None
 
     def push(self, checkpoint, message):
-        """Push a checkpoint folder when the push before it is done. Returns immediately."""
+        """Push a checkpoint folder after the current push, and return immediately."""
         links = self._folder / f".push-{Path(checkpoint).name}-{time.monotonic_ns()}"
         try:
             links.mkdir()
@@ -48,9 +50,8 @@ class BackgroundPush:
                 self._worker.start()
 
     def wait(self):
-        """Wait until every push is done, but at most PUSH_TIMEOUT_S, in case the Hub does not answer."""
-        worker = self._worker
-        if worker is not None:
+        """Wait for all pushes, but at most PUSH_TIMEOUT_S, in case the Hub does not answer."""
+        if (worker := self._worker) is not None:
             worker.join(PUSH_TIMEOUT_S)
 
     def _work(self):
@@ -62,6 +63,9 @@ class BackgroundPush:
                 (links, checkpoint, message), self._waiting = self._waiting, None
             try:
                 self.repo = create(self.repo, self.private, self.branch)
+                if (readme := links / "README.md").is_file():  # replaced, because it is a link to the checkpoint's
+                    card = readme.read_text(encoding="utf-8", errors="replace")
+                    write_atomically(readme, adapt_usage(card, True, self.repo, self.branch))
                 upload(links, self.repo, message, self.branch)
                 self.pushed, self._has_warned = checkpoint, False
             except OSError as error:
@@ -72,11 +76,11 @@ class BackgroundPush:
     def _report_failure(self, message, error):
         if not self._has_warned:
             self._has_warned = True
-            self.warn(f"warning: not pushed, the next checkpoint tries again: {message}: {error}")
+            self.warn(f"warning: not pushed to the Hub: {message}: {error}. The next checkpoint tries again")
 
 
 def _link(file, target):
     try:
         os.link(file, target)
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system does not support hard links
         shutil.copyfile(file, target)

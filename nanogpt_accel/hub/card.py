@@ -1,42 +1,134 @@
-"""Write model cards: the README.md of a checkpoint or of an exported model."""
+"""Write model cards: the README.md of a checkpoint, of an exported model and of a repository on the Hub."""
 
+import json
+import math
+import platform
+import re
+import sys
 from pathlib import Path
 
+from .. import __version__
+from .transfer import is_model_id
 
-def model_card(name, text, needs_code, more=""):
-    """Return the model card of a folder, with the metadata that the Hub reads.
+# built-in corpus -> metadata in the terms of the Hub, whose list of licenses does not contain Python's
+CORPUS_METADATA = {
+    "python": {"language": "code", "license": "other", "license_name": "psf-2.0"},
+    "shakespeare": {"language": "en"},  # in the public domain
+    "openwebtext": {"language": "en", "license": "cc0-1.0"},
+    "bookcorpus": {"language": "en", "license": "unknown"},
+    "wikitext2": {"language": "en", "license": "cc-by-sa-4.0"},
+    "fineweb_edu": {"language": "en", "license": "odc-by"},
+    "tinystories": {"language": "en", "license": "cdla-sharing-1.0"},
+}
+_LOADING_CODE = re.compile(r"^path = .*\nmodel = .*\ntokenizer = .*$", re.MULTILINE)
+
+
+def checkpoint_card(recipe, data, trainer, num_parameters):
+    """Return the text of a checkpoint's README.md. trainer: the content of its trainer.json."""
+    tokenizer, init_from, block_size = data.tokenizer, recipe.model.init_from, recipe.model.block_size
+    corpus, steps = data.manifest["corpus"], f"after {trainer['step']:,} steps"
+    loss = trainer["val_loss"] if trainer["evaluated"] else None  # else it is the loss of an earlier step
+    is_hub_id = init_from not in ("scratch", "resume") and not Path(init_from).exists() and is_model_id(init_from)
+    base_model = init_from.partition("@")[0] if is_hub_id else None
+    start = f", starting from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
+    corpus_name = f"`{corpus.get('name', 'unknown')}`"
+    if corpus.get("id"):
+        corpus_name = f"[{corpus['id']}](https://huggingface.co/datasets/{corpus['id']})"
+    text = (
+        f"A GPT language model with {num_parameters:,} parameters and a context length of {block_size:,} tokens. It "
+        f"was trained with nanogpt_accel on the corpus {corpus_name}{start}. Its tokenizer is `{tokenizer.kind}`, "
+        f"with {tokenizer.vocab_size:,} tokens."
+    )
+    evaluation = f"This checkpoint was saved {steps} and has not been evaluated."
+    if loss is not None:
+        evaluation = f"Validation loss {steps}: {loss:.4f} nats per token."
+    versions = {"nanogpt_accel": __version__, "python": platform.python_version()}
+    packages = ("torch", "transformers", "accelerate")
+    versions |= {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
+    sections = {
+        "Training data": f"{corpus_name}: {len(data.train):,} tokens for training, {len(data.val):,} for validation.",
+        "Evaluation": evaluation,
+        "Training recipe": f"Settings with default values are left out.\n\n```yaml\n{recipe.to_yaml(brief=True)}```",
+        "Framework versions": "\n".join(f"- {name} {version}" for name, version in versions.items()),
+    }
+    name, more = Path(recipe.out_dir).resolve().name, {"base_model": base_model, "sections": sections}
+    return model_card(name, text, tokenizer, block_size, needs_code=True, corpus=corpus, val_loss=loss, **more)
+
+
+def model_card(
+    name, text, tokenizer, block_size, *, needs_code, corpus=None, val_loss=None, base_model=None, sections=None
+):
+    """Return the text of a model card: metadata for the Hub, a description, and code that generates text.
 
     Args:
-        name: the title. text: describes the model, in Markdown. more: follows the code that loads the model.
-        needs_code: whether the model needs the model.py of its folder.
+        name: the title. text: the first paragraph, in Markdown.
+        tokenizer, block_size: of the model, for a prompt and a length that it supports.
+        needs_code: whether the model needs the model.py in its folder.
+        corpus: the training corpus, as in a manifest: {"kind", "name", "id", "config"}, each of which may be missing.
+        val_loss: on the validation split of the corpus, in nats per token; not written if it is None, NaN or Inf.
+        base_model: Hub id of the model that the training started from.
+        sections: {title: Markdown}, to follow the code.
     """
-    remote = ", trust_remote_code=True" if needs_code else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [nanogpt_accel]
----
-# {name}
+    from huggingface_hub import EvalResult, ModelCardData
 
-{text}
+    corpus, metadata = corpus or {}, {}
+    corpus_name = corpus.get("name") or "unknown"
+    if corpus.get("kind") in ("hub", "url", "python"):  # a local file may have the name of a built-in corpus
+        metadata |= CORPUS_METADATA.get(corpus_name, {})
+    if val_loss is not None and math.isfinite(val_loss):
+        result = EvalResult(
+            task_type="text-generation",
+            dataset_type=corpus.get("id") or corpus_name,
+            dataset_name=corpus_name,
+            dataset_config=corpus.get("config"),
+            dataset_split="validation",
+            metric_type="loss",
+            metric_value=val_loss,
+        )
+        metadata |= {"model_name": name, "eval_results": [result]}
+    if corpus.get("id"):
+        metadata["datasets"] = [corpus["id"]]
+    metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["nanogpt_accel", "gpt"]}
+    data = ModelCardData(base_model=base_model, **metadata)
+    sections = {"Usage": f"```python\n{_usage_code(tokenizer, block_size, needs_code)}```", **(sections or {})}
+    body = "\n\n".join(f"## {title}\n\n{content.strip()}" for title, content in sections.items())
+    return f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{text}\n\n{body}\n"
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-path = "."  # this folder, or its id on the Hub
-model = AutoModelForCausalLM.from_pretrained(path{remote})
-tokenizer = AutoTokenizer.from_pretrained(path)
-print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=20)[0]))
-```
 
-{more}"""
+def _usage_code(tokenizer, block_size, needs_code):
+    """Return Python code that loads a model from the current folder and generates text."""
+    prompt = "The"
+    if tokenizer.kind == "char":  # characters without a token are an error
+        characters = tokenizer.vocab.keys() - {tokenizer.eot}
+        prompt = "".join(c for c in prompt if c in characters) or min(characters, default="")
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{_loading_code(needs_code)}
+inputs = tokenizer({json.dumps(prompt, ensure_ascii=False)}, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens={max(1, min(50, block_size - 4))})
+print(tokenizer.decode(output[0]))
+"""
 
 
-def converted_card(source, name, needs_code):
-    """Return the card of a converted model: that of the source folder if this toolkit wrote it, else a short new one
-    with `name` as its title."""
-    own = Path(source) / "README.md"
-    text = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else ""
-    if "tags: [nanogpt_accel]" not in text:
-        return model_card(name, "Weights that nanogpt_accel converted from another form.", needs_code)
-    plain, with_code = "ForCausalLM.from_pretrained(path)", "ForCausalLM.from_pretrained(path, trust_remote_code=True)"
-    return text.replace(plain, with_code) if needs_code else text.replace(with_code, plain)
+def _loading_code(needs_code, repo=None, branch=None):
+    revision = f', revision="{branch}"' if branch else ""
+    code = ", trust_remote_code=True" if needs_code else ""
+    return f"""path = {f'"{repo}"' if repo else '"."  # this folder'}
+model = AutoModelForCausalLM.from_pretrained(path{revision}{code})
+tokenizer = AutoTokenizer.from_pretrained(path{revision})"""
+
+
+def adapt_usage(card, needs_code, repo=None, branch=None):
+    """Return a card whose code loads the model from the Hub repository, or from the current folder if repo is None."""
+    return _LOADING_CODE.sub(lambda match: _loading_code(needs_code, repo, branch), card, count=1)
+
+
+def converted_card(source, name, tokenizer, block_size, *, needs_code, repo=None, branch=None):
+    """Return the card of a converted model. Only the code changes in a card that this toolkit wrote; any other card is
+    replaced by a short one with the title `name`. repo, branch: see adapt_usage."""
+    readme = Path(source) / "README.md"
+    card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    if "nanogpt_accel" not in card.split("\n---", 1)[0]:  # not in the tags
+        text = "A language model, converted from another format by nanogpt_accel."
+        card = model_card(name, text, tokenizer, block_size, needs_code=needs_code)
+    return adapt_usage(card, needs_code, repo, branch)

@@ -1,5 +1,5 @@
-"""Models in other forms: load them, export to stock architectures, import nanoGPT's checkpoints, generate text.
+"""Find, load, export and import models, convert them to and from stock architectures, and generate text.
 
-In: a run, a checkpoint, another model folder or a Hub id. Out: a GPT, or a folder that any tool loads.
+In: a run, a checkpoint, another model folder or a Hub id. Out: a GPT, or a model folder that other tools load.
 To add a stock architecture, add its config and weight names to stock.py.
 """

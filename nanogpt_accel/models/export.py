@@ -1,4 +1,4 @@
-"""Write a GPT as a model folder for other tools, and compare the logits of the folder with the source's."""
+"""Write a GPT as a model folder for other tools, and check that the written model gives the same logits."""
 
 import os
 import shutil
@@ -8,68 +8,70 @@ import numpy as np
 
 from ..data.tokenizer import Tokenizer
 from ..hub.card import converted_card
+from ..utils.fields import raise_problems
 from .load import check_tokenizer, load_model, load_strict, read_config
 from .stock import ARCHITECTURES, nearest_architecture, to_stock_config, to_stock_weights
 
+# the logits of this text are compared
+_TEXT = """A language model reads the start of a text and predicts which token comes next. If it is trained on enough
+text, it learns spelling first, then grammar, and in the end something of what the text is about.
+In 1948, C. E. Shannon drew letters from a book by hand; "the process is laborious", he wrote, and stopped.
+    def loss(logits, target): return -log_softmax(logits)[target]  # in nats
+"""
 
-def export(source, to, form, keep_padding=False, dtype="float32", report=print):
+
+def export(source, to, form, keep_padding=False, dtype="float32", report=print, repo=None, branch=None):
     """Convert a model folder to another folder.
 
     Args:
-        source: a model folder of any supported architecture. to: as in `write_model`. form: "stock" or "custom".
-        keep_padding: whether a stock model keeps the entries that only round the vocabulary size up.
-        dtype: of the weights, "float32", "bfloat16" or "float16". Both sides of the comparison are rounded to it.
-        report: called with a line before each slow part.
+        source: a model folder of any supported architecture. to, dtype, report: see `write_model`.
+        form: "stock" or "custom".
+        keep_padding: in a stock model, keep the vocabulary entries that only pad the vocabulary size.
+        repo, branch: repository on the Hub for which the folder is made, if any; the model card names it.
 
     Returns:
-        (class, difference, tokens): the name of the class that loads the folder, and what `write_model` returns.
+        (class, difference, tokens): the name of the class that loads the folder, and the results of `write_model`.
 
     Raises:
-        ValueError: no stock architecture computes the same as the model; the message names the switches.
+        ValueError: no stock architecture supports the model; the message names the settings.
     """
     source, config, tokenizer = Path(source), read_config(source), Tokenizer.load(source)
-    if problems := check_tokenizer(tokenizer, config, source):
-        raise ValueError(problems[0])
+    raise_problems(check_tokenizer(tokenizer, config, source))
     name = "GPT"
     if form == "stock":
         form, obstacles = nearest_architecture(config)
         name = ARCHITECTURES[form].model_class
         if obstacles:
             raise ValueError(
-                f"{source}: no stock model is the same; {name} comes nearest, but for "
-                f"{', '.join(obstacles)}: form=custom writes the model with its own model.py, for "
+                f"{source}: no stock architecture supports this model. The closest is {name}, but it does not support "
+                f"{', '.join(obstacles)}. Use form=custom to write the model with its own model.py, which needs "
                 "trust_remote_code=True"
             )
-    report(f"{source}: {config['n_layer']} layers, to be written as {name}")
-    difference, tokens = write_model(
-        load_model(source),
-        to,
-        form,
-        tokenizer=tokenizer,
-        card=converted_card(source, Path(to).name, needs_code=form == "custom"),
-        dtype=dtype,
-        report=report,
-        rows=None if keep_padding else tokenizer.vocab_size,
-    )
-    return name, difference, tokens
+    report(f"exporting {source} as {name}")
+    place = {"needs_code": form == "custom", "repo": repo, "branch": branch}
+    card = converted_card(source, Path(to).name, tokenizer, config["block_size"], **place)
+    vocab_size = None if keep_padding else tokenizer.vocab_size
+    options = {"tokenizer": tokenizer, "card": card, "vocab_size": vocab_size, "dtype": dtype, "report": report}
+    return name, *write_model(load_model(source), to, form, **options)
 
 
-def write_model(model, to, form, *, tokenizer, card, rows=None, dtype="float32", report=print):
-    """Write a GPT as a folder that transformers loads, then load the folder and compare the logits on a text.
+def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="float32", report=print):
+    """Write a GPT as a folder that transformers loads, then load the folder and compare the logits on a sample text.
 
     Args:
-        model: the GPT, in float32 on the CPU, in eval mode. to: a folder that does not exist yet or is empty.
+        model: the GPT, in float32 on the CPU, in eval mode. It is rounded to dtype too.
+        to: a folder that does not exist yet, or an empty one.
         form: a key of ARCHITECTURES that supports the model, or "custom" for GPT itself with its model.py.
-        tokenizer: of the model. card: text of README.md.
-        rows: vocabulary size of a stock model, if it should be smaller than the model's.
-        dtype: of the written weights; the model's own are rounded to it too.
-        report: as in `export`.
+        tokenizer: the model's Tokenizer. card: the text of README.md.
+        vocab_size: of a stock model, if it should be smaller than the model's.
+        dtype: of the written weights: "float32", "bfloat16" or "float16".
+        report: called with one line before each slow part.
 
     Returns:
         (difference, tokens): the largest absolute difference of the logits, and the number of tokens compared.
 
     Raises:
-        RuntimeError: the logits differ; the folder is removed. OSError: the folder cannot be written.
+        RuntimeError: the logits differ, and the folder was removed. OSError: the folder cannot be written.
     """
     import torch
     from safetensors import SafetensorError
@@ -83,18 +85,18 @@ def write_model(model, to, form, *, tokenizer, card, rows=None, dtype="float32",
         temporary.mkdir(parents=True)
         report(f"writing {model.num_parameters():,} parameters")
         model.to(getattr(torch, dtype))
-        vocab_size = model.config.vocab_size
         if form == "custom":
+            vocab_size = model.config.vocab_size
             model.save_pretrained(temporary)
         else:
-            vocab_size = min(rows or vocab_size, vocab_size)
+            vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
             _save_stock(model, temporary, form, vocab_size, tokenizer.vocab_size)
         tokenizer.save(temporary, max_length=model.config.block_size)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
-        report("loading them again, to compare the logits")
+        report("loading the written model to compare the logits")
         difference, tokens = _compare_logits(model.float(), temporary, to, tokenizer, vocab_size)
-        # config.json last: without it a folder is not a model yet
+        # config.json last, because a folder without it is not taken for a model
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, to / file.name)
     except (OSError, SafetensorError) as error:
@@ -112,54 +114,41 @@ def _compare_logits(model, written, to, tokenizer, vocab_size):
     from transformers import AutoModelForCausalLM
 
     loaded = load_strict(AutoModelForCausalLM, written)
-    ids = torch.from_numpy(_sample_ids(tokenizer, min(model.config.block_size, 1024)))[None]  # (1, T)
+    text = _TEXT if tokenizer.kind != "char" else "".join(c for c in _TEXT if c in tokenizer.vocab)
+    ids = tokenizer.encode(text) if text else range(tokenizer.vocab_size)
+    ids = torch.tensor(np.resize(np.asarray(ids, dtype=np.int64), (1, min(model.config.block_size, 1024))))  # (1, T)
     with torch.no_grad():
         ours, theirs = model(ids).logits[..., :vocab_size], loaded(ids).logits
     if not ours.isfinite().all():
-        raise ValueError(f"{to}: nothing was written, for the source's own logits are no numbers (nan or inf)")
+        raise ValueError(f"{to}: nothing was written, because the logits of the source model contain NaN or Inf")
     difference = (ours - theirs).abs().max().item()
     if not difference <= 1e-5 * max(1.0, ours.abs().max().item()):
-        raise RuntimeError(f"{to}: the model as written differs from its source by {difference}; it was not kept")
+        raise RuntimeError(f"{to}: removed, because its logits differ from those of the source model by {difference}")
     return difference, ids.numel()
 
 
 def _save_stock(model, folder, form, vocab_size, n_tokens):
-    """Save the model as a stock model with this vocabulary size, of which the tokenizer uses n_tokens entries."""
+    """Save the model as a stock model with this vocabulary size; n_tokens: vocabulary size of the tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = model.config.to_dict() | {"vocab_size": vocab_size}
-    weights = {
-        name: p.detach()[:vocab_size] if name in ("transformer.wte.weight", "lm_head.weight") else p.detach()
-        for name, p in model.named_parameters()
-    }
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    for name in weights.keys() & {"transformer.wte.weight", "lm_head.weight"}:
+        weights[name] = weights[name][:vocab_size]
     weights = to_stock_weights(form, config, weights)
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(form, **to_stock_config(form, config)))
     stock.to(model.dtype)
     for name, parameter in stock.named_parameters():
-        if name not in weights:  # zero for a bias that GPT does not have, one for the gain of a norm
+        if name not in weights:  # GPT has no such bias or norm weight: use zeros or ones
             assert parameter.dim() == 1, name
             weights[name] = torch.full(parameter.shape, float(name.endswith("weight")), dtype=model.dtype)
     if form != "gpt2":
-        stock.config.rope_theta = float(config["rope_theta"])  # transformers 4 reads it here, else silently uses 10,000
+        stock.config.rope_theta = float(config["rope_theta"])  # read by transformers 4, which else uses 10,000
     stock.generation_config = GenerationConfig(
         bos_token_id=config["bos_token_id"],
         eos_token_id=config["eos_token_id"],
         suppress_tokens=list(range(n_tokens, vocab_size)) or None,
     )
     stock.save_pretrained(folder, state_dict=weights)
-
-
-_TEXT = """A language model reads the beginning of a text and says how likely each symbol is to come next. Trained on
-enough of it, the model has to learn spelling first, then grammar, and at last something of what the text is about.
-It was 1948 when C. E. Shannon drew letters from a book by hand; "the process is laborious", he wrote, and stopped.
-    def loss(logits, target): return -log_softmax(logits)[target]  # in nats
-"""
-
-
-def _sample_ids(tokenizer, length):
-    """Return ids of a text to compare models on, (length,) int64, without characters that the tokenizer lacks."""
-    text = _TEXT if tokenizer.kind != "char" else "".join(c for c in _TEXT if c in tokenizer.vocab)
-    ids = tokenizer.encode(text) if text else range(tokenizer.vocab_size)
-    return np.resize(np.asarray(ids, dtype=np.int64), length)

@@ -8,7 +8,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-CONTEXT = 8  # ids before new text that it is decoded with, because some tokenizers drop a space at the start of a text
+# New ids are decoded together with this many ids before them, because some tokenizers drop a leading space
+CONTEXT = 8
 
 
 def text_after(decode, prompt_ids, new_ids):
@@ -18,14 +19,14 @@ def text_after(decode, prompt_ids, new_ids):
 
 
 class _Streamer(BaseStreamer):
-    """Calls on_text with the text of every new id; ids that end inside a UTF-8 character wait for the rest of it."""
+    """Pass the text of new ids to on_text, as soon as they form complete UTF-8 characters."""
 
     def __init__(self, prompt_ids, decode, on_text):
         self.decode, self.on_text = decode, on_text
         self.shown_ids, self.waiting_ids, self.is_prompt = list(prompt_ids), [], True
 
     def put(self, value):
-        if self.is_prompt:  # generate passes the prompt first
+        if self.is_prompt:  # `generate` passes the prompt first
             self.is_prompt = False
             return
         self.waiting_ids += value.flatten().tolist()
@@ -33,7 +34,7 @@ class _Streamer(BaseStreamer):
             self.flush()
 
     def end(self):
-        self.is_prompt = True  # of the next call of generate, which continues the text
+        self.is_prompt = True  # the next call of `generate` passes its prompt first again
 
     def flush(self):
         if self.waiting_ids:
@@ -45,10 +46,10 @@ class _Streamer(BaseStreamer):
 
 
 class _Sampler(LogitsProcessor):
-    """Samples the next ids itself, and returns scores that leave only these possible.
+    """Sample the next ids here, and return scores that leave `generate` no other choice.
 
-    So each text has its own random generator and does not depend on the other texts of its batch. And only the top_k
-    candidates are softmaxed and sampled from, which saves a tenth of a step on a CPU.
+    This gives each text its own random generator, so that it does not depend on the other texts of its batch. The
+    softmax covers only the top_k candidates, which makes a step on a CPU about 10 % faster.
     """
 
     def __init__(self, generators, vocab_size, temperature, top_k, top_p):
@@ -59,9 +60,9 @@ class _Sampler(LogitsProcessor):
         logits, candidates = scores[:, : self.vocab_size].topk(1 if self.temperature == 0 else self.k)  # (B, k)
         chosen = torch.zeros(len(scores), 1, dtype=torch.long)
         if self.temperature > 0:
-            logits = logits.cpu().double()  # sorted, the likeliest first
+            logits = logits.cpu().double()  # topk sorts them in descending order
             probs = F.softmax((logits - logits[:, :1]) / self.temperature, dim=-1)
-            # the nucleus: the likeliest candidates up to and including the one that reaches top_p
+            # nucleus: the most likely candidates, up to and including the one that reaches top_p
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= self.top_p, 0.0)
             chosen = torch.cat([p.multinomial(1, generator=g) for p, g in zip(probs, self.generators, strict=True)])
         ids = candidates.gather(1, chosen.view(-1, 1).to(candidates.device))  # (B, 1)
@@ -82,17 +83,17 @@ def generate(
     decode=None,
     on_text=None,
 ):
-    """Generate up to max_new_tokens tokens after each prompt, with transformers' generate and its KV cache.
+    """Generate up to max_new_tokens tokens after each prompt, with transformers' `generate` and its KV cache.
 
-    An end-of-text token is a token like any other, as in nanoGPT. The model's generation_config has no effect.
+    As in nanoGPT, generation does not stop at an end-of-text token. The model's generation_config has no effect.
 
     Args:
-        model: a GPT in eval mode. prompts: lists of 1 or more ids. seeds: one per prompt.
-        vocab_size: ids from here on are padding of the vocabulary and are never sampled.
-        temperature: 0 takes the likeliest token. top_k: 0 keeps all. top_p: 1 keeps all (Holtzman et al. 2020).
+        model: a GPT in eval mode. prompts: lists of at least one id. seeds: one per prompt.
+        vocab_size: of the tokenizer; larger ids pad the model's vocabulary and are never sampled.
+        temperature: 0 is greedy. top_k: 0 keeps all tokens. top_p: 1 keeps all tokens (Holtzman et al. 2020).
         overflow: what to do if a text reaches block_size. "slide": continue with the last half of the window as
-            context, which is far cheaper than nanoGPT's new window for every token; "stop"; or "extend", for rotary
-            positions only: continue with positions that were not trained.
+            context, which is much cheaper than a new window for every token, as in nanoGPT. "stop": end the text.
+            "extend": continue with positions that were not trained; for rotary positions only.
         on_text: for a single prompt, called with each new part of the text. decode: list of ids -> text.
 
     Returns:
@@ -100,39 +101,32 @@ def generate(
     """
     assert overflow != "extend" or model.config.position == "rotary"
     block_size = model.config.block_size
-    # transformers fills unset fields of a generation_config, such as eos, from the model's: generate with a shallow
-    # copy of the model, which shares its weights and has an empty one. The model itself may be saved meanwhile
+    # transformers fills unset fields, such as eos_token_id, from the model's generation_config. A shallow copy of the
+    # model has an empty one; the model itself stays unchanged, because a background save may read it
     model = copy.copy(model)
     model.generation_config = GenerationConfig()
     settings = GenerationConfig(use_cache=True, do_sample=False, pad_token_id=0)
     streamer = _Streamer(prompts[0], decode, on_text) if on_text else None
-    # on the CPU, so that a seed gives the same text on every device
+    # sample on the CPU, so that a seed gives the same text on every device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     contexts, new_ids = [list(prompt) for prompt in prompts], [[] for _ in prompts]
     while True:
         if overflow == "slide":
             contexts = [c if len(c) < block_size else c[-(block_size // 2) :] for c in contexts]
-        active = [
-            i
-            for i, context in enumerate(contexts)
-            if len(new_ids[i]) < max_new_tokens and (overflow == "extend" or len(context) < block_size)
-        ]
+        has_room = [overflow == "extend" or len(context) < block_size for context in contexts]
+        active = [i for i, ids in enumerate(new_ids) if has_room[i] and len(ids) < max_new_tokens]
         if not active:
             break
         rows = [torch.tensor(contexts[i]) for i in active]
         ids = pad_sequence(rows, batch_first=True, padding_side="left").to(model.device)  # (B, T)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        # until the first text is complete or its window is full
+        # generate until the first text is complete or its window is full
         settings.max_new_tokens = min(max_new_tokens - len(new_ids[i]) for i in active)
         if overflow != "extend":
             settings.max_new_tokens = min(settings.max_new_tokens, block_size - ids.shape[1])
-        output = model.generate(
-            ids,
-            attention_mask=mask.to(model.device),
-            generation_config=settings,
-            logits_processor=[_Sampler([generators[i] for i in active], vocab_size, temperature, top_k, top_p)],
-            streamer=streamer,
-        )
+        sampler = _Sampler([generators[i] for i in active], vocab_size, temperature, top_k, top_p)
+        inputs = {"inputs": ids, "attention_mask": mask.to(model.device), "streamer": streamer}
+        output = model.generate(**inputs, generation_config=settings, logits_processor=[sampler])
         for i, row in zip(active, output[:, ids.shape[1] :].tolist(), strict=True):
             contexts[i] += row
             new_ids[i] += row

@@ -9,16 +9,16 @@ from .stock import ARCHITECTURES, DEFAULTS, from_stock_config, from_stock_weight
 
 
 def read_config(folder):
-    """Return the config of a model folder as a dict of GPTConfig's fields, every None of its shape resolved.
+    """Return the config of a model folder as a dict of GPTConfig's fields, with every None of the shape resolved.
 
     Raises:
-        ValueError: an architecture or a feature that GPT does not support; the message names it.
+        ValueError: GPT does not support the architecture or one of its features; the message names it.
     """
     try:
         stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"{folder}: gone while it was read; a run that is training prunes its older checkpoints: try again"
+            f"{folder}: config.json was deleted; a training run prunes old checkpoints. Try again"
         ) from None
     kind = stored.get("model_type")
     try:
@@ -27,21 +27,21 @@ def read_config(folder):
         elif kind in ARCHITECTURES:
             config = from_stock_config(kind, stored)
         else:
-            raise ValueError(f"a model of type {kind}")
+            raise ValueError(f"model_type={kind} is not supported")
         config["n_kv_head"] = config["n_kv_head"] or config["n_head"]
         config["head_dim"] = config["head_dim"] or config["n_embd"] // config["n_head"]
         config["n_inner"] = config["n_inner"] or 4 * config["n_embd"]
         for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"):
             if not isinstance(config[key], int) or config[key] < 1:
-                raise ValueError(f"{key}={config[key]!r} is no shape of a model")
+                raise ValueError(f"{key}={config[key]!r} is not a positive integer")
     except (TypeError, AttributeError, ZeroDivisionError):
-        raise ValueError(f"{folder}: config.json of type {kind} holds a shape that is no number") from None
+        raise ValueError(f"{folder}: config.json of model_type={kind} contains a size that is not a number") from None
     except KeyError as error:
-        raise ValueError(f"{folder}: config.json of type {kind} lacks {error.args[0]}") from None
+        raise ValueError(f"{folder}: config.json of model_type={kind} has no {error.args[0]}") from None
     except ValueError as error:
         raise ValueError(
-            f"{folder}: {error}; taken are this toolkit's own and {', '.join(ARCHITECTURES)}, with plain rotary "
-            "positions and full attention"
+            f"{folder}: {error}. Supported are models of this toolkit and {', '.join(ARCHITECTURES)}, with default "
+            "rotary embeddings and full attention"
         ) from None
     return config
 
@@ -49,10 +49,10 @@ def read_config(folder):
 def load_model(folder, **changes):
     """Load a model folder of any supported architecture as a GPT in float32 on the CPU, in eval mode.
 
-    changes: fields of the config to set, such as dropout.
+    changes: fields of the config to override, such as dropout.
 
     Raises:
-        ValueError: an architecture or a feature that GPT does not support, or weights that do not fit the config.
+        ValueError: GPT does not support the architecture or a feature, or the weights do not fit the config.
     """
     from transformers import AutoModelForCausalLM
 
@@ -61,7 +61,7 @@ def load_model(folder, **changes):
     config = read_config(folder)
     if config.get("model_type") == "nanogpt_accel":
         return load_strict(GPT, folder, **changes)
-    # transformers reads the sharded and the older file formats of its own models
+    # transformers also reads sharded files and older file formats
     stock = load_strict(AutoModelForCausalLM, folder)
     weights = {name: parameter.detach() for name, parameter in stock.named_parameters()}
     # `export` writes a model without biases as one with zero biases
@@ -81,16 +81,10 @@ def load_strict(model_class, folder, **changes):
     logging.disable_progress_bar()  # it would mix with our output
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the error below replaces its table of missing weights
+    options = {"dtype": torch.float32, "local_files_only": True, "ignore_mismatched_sizes": True, **changes}
     try:
-        model, info = model_class.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **changes,
-        )
-    except Exception as error:  # damaged files raise almost any exception
+        model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as error:  # corrupted files raise almost any exception
         raise ValueError(f"{folder}: cannot be loaded: {loading_error(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -98,10 +92,8 @@ def load_strict(model_class, folder, **changes):
     if model.config.model_type == "nanogpt_accel":  # older files of other models may contain unused tables
         wrong |= set(info["unexpected_keys"])
     if wrong:
-        raise ValueError(
-            f"{folder}: model.safetensors does not fit config.json, for what is missing, too many or of "
-            f"another shape there: {', '.join(sorted(wrong)[:3])}{', ...' if len(wrong) > 3 else ''}"
-        )
+        names = ", ".join(sorted(wrong)[:3]) + ", ..." * (len(wrong) > 3)
+        raise ValueError(f"{folder}: weights missing, unexpected or of another shape than in config.json: {names}")
     if os.name == "nt":  # Windows cannot delete or replace a file while weights are memory-mapped from it
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
@@ -115,7 +107,7 @@ def loading_error(error):
 
 
 def build_model(config, weights):
-    """Return a GPT with these weights, in eval mode; no time is spent on random initialization.
+    """Return a GPT with these weights, in eval mode, without the time that random initialization takes.
 
     Raises:
         RuntimeError: a tensor is missing, unexpected or has the wrong shape.
@@ -134,16 +126,13 @@ def build_model(config, weights):
 
 def check_tokenizer(tokenizer, config, folder):
     """Check that the model has an embedding for every token. Return a list of problems."""
-    if tokenizer.vocab_size <= config["vocab_size"]:
-        return []
-    return [
-        f"{folder}: its tokenizer has {tokenizer.vocab_size:,} symbols, but the model only "
-        f"{config['vocab_size']:,} rows for them: one of the two belongs to another model"
-    ]
+    n_tokens, vocab_size = tokenizer.vocab_size, config["vocab_size"]
+    problem = f"{folder}: the tokenizer has {n_tokens:,} tokens, but the model only has embeddings for {vocab_size:,}"
+    return [f"{problem}; one of the two belongs to another model"] if n_tokens > vocab_size else []
 
 
 def fit_to_tokenizer(model, tokenizer):
-    """Set the model's end-of-text token if it has none, and suppress the padding of the vocabulary in `generate`."""
+    """Set the model's end-of-text token if it is missing, and never generate the padding of the vocabulary."""
     for config in (model.config, model.generation_config):
         if config.eos_token_id is None:
             config.bos_token_id = config.eos_token_id = tokenizer.eot_id

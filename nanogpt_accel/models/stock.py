@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ..recipe import Model
 
-# nanoGPT's GPT-2, from which each switch changes one thing; a recipe has the same defaults as GPTConfig
+# nanoGPT's GPT-2; GPTConfig has the same defaults as a recipe
 DEFAULTS = Model().model_dump(
     include={"n_kv_head", "head_dim", "n_inner", "bias", "norm", "norm_weight", "norm_eps", "embd_norm", "qk_norm"}
     | {"position", "rope_theta", "activation", "logit_softcap", "tie_word_embeddings"}
@@ -20,21 +20,21 @@ _UNGATED = ["gelu", "gelu_new", "relu2"]
 
 
 class Architecture(NamedTuple):
-    """A model class of transformers, and how it corresponds to GPT."""
+    """A model class of transformers, and how to convert its config and weights."""
 
     model_class: str
     read_config: Callable  # config.json -> fields of GPTConfig that differ from DEFAULTS
     write_config: Callable  # config -> arguments of the config class
-    supported: Callable  # config -> {field: the values that the class can express}
-    weight_names: dict  # module of GPT -> modules of the class; GPT concatenates the weights of several
-    # (name, tensor, config) -> the tensor as the other side stores it; name: of the class. It is its own inverse
+    supported: Callable  # config -> {field: the values that the class supports}
+    weight_names: dict  # module of GPT -> modules of the class, whose weights GPT concatenates
+    # (name in the class, tensor, config) -> converted tensor; the same function converts in both directions
     convert_weight: Callable = lambda name, tensor, config: tensor
 
 
 def _require(stored, **values):
     for key, value in values.items():
         if stored.get(key, value) != value:
-            raise ValueError(f"{key}={stored[key]} is not covered")
+            raise ValueError(f"{key}={stored[key]} is not supported")
 
 
 def _read_keys(keys, stored):
@@ -42,13 +42,9 @@ def _read_keys(keys, stored):
     fields = {field: stored[key] for field, key in keys.items()}
     if "activation" in fields:
         if fields["activation"] not in _ACTIVATIONS:
-            raise ValueError(f"the activation {fields['activation']} is not covered")
+            raise ValueError(f"activation {fields['activation']} is not supported")
         fields["activation"] = _ACTIVATIONS[fields["activation"]]
     return fields
-
-
-def _write_keys(keys, config):
-    return {key: config[field] for field, key in keys.items()}
 
 
 # ---- GPT-2
@@ -60,27 +56,22 @@ _GPT2_KEYS = {
     "norm_eps": "layer_norm_epsilon",
     "activation": "activation_function",
 }
-_GPT2_MODULES = ["wte", "wpe", "ln_f"] + [
-    f"h.{{}}.{name}" for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-]
+_GPT2_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+_GPT2_MODULES = ["wte", "wpe", *(f"h.{{}}.{name}" for name in _GPT2_BLOCK), "ln_f"]
 
 
 def _read_gpt2(stored):
     _require(stored, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    defaults = {  # of GPT2Config
-        "n_inner": None,
-        "resid_pdrop": 0.1,
-        "layer_norm_epsilon": 1e-5,
-        "activation_function": "gelu_new",
-        "tie_word_embeddings": True,
-    }
+    # the defaults of GPT2Config
+    defaults = {"n_inner": None, "resid_pdrop": 0.1, "layer_norm_epsilon": 1e-5}
+    defaults |= {"activation_function": "gelu_new", "tie_word_embeddings": True}
     return {"bias": True, **_read_keys(_GPT2_KEYS, defaults | stored)}
 
 
 def _write_gpt2(config):
-    dropout = {"embd_pdrop": config["dropout"], "attn_pdrop": config["dropout"]}
-    # llama.cpp's converter reads n_ctx
-    return {**_write_keys(_GPT2_KEYS, config), **dropout, "n_ctx": config["block_size"]}
+    stored = {key: config[field] for field, key in _GPT2_KEYS.items()}
+    n_ctx = config["block_size"]  # read by llama.cpp's converter
+    return {**stored, "embd_pdrop": config["dropout"], "attn_pdrop": config["dropout"], "n_ctx": n_ctx}
 
 
 def _convert_gpt2(name, tensor, config):
@@ -102,11 +93,11 @@ GPT2 = Architecture(
         "head_dim": [config["n_embd"] / config["n_head"]],
         "activation": _UNGATED,
     },
-    weight_names={name: [name] for name in [f"transformer.{name}" for name in _GPT2_MODULES] + ["lm_head"]},
+    weight_names={f"transformer.{name}": [f"transformer.{name}"] for name in _GPT2_MODULES} | {"lm_head": ["lm_head"]},
     convert_weight=_convert_gpt2,
 )
 
-# ---- Llama, and what Qwen3 and nanochat share with it
+# ---- Llama, whose keys and names Qwen3 and nanochat share
 
 _LLAMA_KEYS = {
     "vocab_size": "vocab_size",
@@ -133,24 +124,16 @@ _LLAMA_NAMES = {
     "transformer.ln_f": ["model.norm"],
     "lm_head": ["lm_head"],
 }
-_LLAMA_SUPPORTED = {
-    "embd_norm": [False],
-    "logit_softcap": [None],
-    "norm": ["rmsnorm"],
-    "position": ["rotary"],
-    "activation": ["swiglu"],
-}
+_RMSNORM_AND_ROTARY = {"norm": ["rmsnorm"], "position": ["rotary"]}
+_LLAMA_SUPPORTED = {**_RMSNORM_AND_ROTARY, "embd_norm": [False], "logit_softcap": [None], "activation": ["swiglu"]}
 
 
 def _read_llama_keys(stored, keys=_LLAMA_KEYS, **defaults):
     # transformers 5 has rope_parameters, earlier versions rope_theta and rope_scaling
-    rope = stored.get("rope_parameters") or {
-        "rope_theta": stored.get("rope_theta", 10_000.0),
-        **(stored.get("rope_scaling") or {}),
-    }
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"rotary positions of type {kind} are not covered")
+    old_rope = {"rope_theta": stored.get("rope_theta", 10_000.0), **(stored.get("rope_scaling") or {})}
+    rope = stored.get("rope_parameters") or old_rope
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    _require({**rope, "rope_type": rope_type}, rope_type="default", partial_rotary_factor=1.0)
     defaults |= {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
     return {
         **_read_keys(keys, {"head_dim": None} | defaults | stored),
@@ -163,7 +146,7 @@ def _read_llama_keys(stored, keys=_LLAMA_KEYS, **defaults):
 
 def _write_llama_keys(config, keys=_LLAMA_KEYS, **more):
     rope = {"rope_type": "default", "rope_theta": float(config["rope_theta"])}
-    return {**_write_keys(keys, config), "rope_parameters": rope, **more}
+    return {**{key: config[field] for field, key in keys.items()}, "rope_parameters": rope, **more}
 
 
 def _read_llama(stored):
@@ -193,7 +176,7 @@ def _read_qwen3(stored):
     _require(stored, hidden_act="silu", attention_bias=False)
     has_window = stored.get("use_sliding_window")
     if set(stored.get("layer_types") or ["sliding" if has_window else "full_attention"]) != {"full_attention"}:
-        raise ValueError("sliding-window attention is not covered")
+        raise ValueError("sliding-window attention is not supported")
     return {**_read_llama_keys(stored, head_dim=128), "activation": "swiglu", "qk_norm": True}
 
 
@@ -219,7 +202,7 @@ def _read_nanochat(stored):
 def _convert_nanochat(name, tensor, config):
     if not re.search(r"\.[qk]_proj", name):
         return tensor
-    # nanochat's rotary positions turn by -angle: flip the sign of the second half of each head to compensate
+    # nanochat rotates by the negative angle; flipping the sign of the second half of each head compensates for it
     halves = tensor.unflatten(0, (-1, 2, config["head_dim"] // 2))  # (nh, 2, hs / 2, C)
     return (halves * tensor.new_tensor([1.0, -1.0]).view(1, 2, 1, 1)).flatten(0, 2)
 
@@ -229,8 +212,7 @@ NANOCHAT = Architecture(
     read_config=_read_nanochat,
     write_config=lambda config: _write_llama_keys(config, _NANOCHAT_KEYS),
     supported=lambda config: {
-        "norm": ["rmsnorm"],
-        "position": ["rotary"],
+        **_RMSNORM_AND_ROTARY,
         "qk_norm": [True],
         "activation": _UNGATED,
         "bias": [False],
@@ -255,7 +237,7 @@ def from_stock_config(model_type, stored):
     """Return GPTConfig's fields for a stock config.json, with the defaults of transformers' config classes.
 
     Raises:
-        ValueError: the model has a feature that GPT does not support. KeyError: a required key is missing.
+        ValueError: GPT does not support a feature of the model. KeyError: a required key is missing.
     """
     special = {key: stored.get(key) for key in ("bos_token_id", "eos_token_id")}
     return DEFAULTS | special | ARCHITECTURES[model_type].read_config(stored)
@@ -269,8 +251,8 @@ def to_stock_config(model_type, config):
 
 
 def nearest_architecture(config):
-    """Return (model_type, []) of the stock architecture that computes the same as GPT with this config, or the nearest
-    one and the fields that it does not support, as a list of key=value."""
+    """Return (model_type, obstacles) of the stock architecture with the fewest obstacles: settings of this config, as
+    key=value, that it does not support. Without any, it computes the same as GPT."""
     obstacles = {}
     for model_type, architecture in ARCHITECTURES.items():
         supported = architecture.supported(config)
@@ -283,7 +265,7 @@ def nearest_architecture(config):
 
 
 def to_stock_weights(model_type, config, weights):
-    """Return a stock model's tensors by name. Those that GPT lacks (biases, gains of norms) are not included."""
+    """Return a stock model's tensors by name, without the biases and norm weights that GPT does not have."""
     architecture, stock = ARCHITECTURES[model_type], {}
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")
@@ -298,19 +280,19 @@ def to_stock_weights(model_type, config, weights):
 
 
 def from_stock_weights(model_type, config, stock):
-    """Return GPT's tensors by name; biases, which are zero then, are left out if config["bias"] is false."""
+    """Return GPT's tensors by name. If config["bias"] is false, the biases are zero and left out."""
     import torch
 
     architecture, weights = ARCHITECTURES[model_type], {}
-    left = {name for name in stock if config["bias"] or not name.endswith(".bias")}
+    remaining = {name for name in stock if config["bias"] or not name.endswith(".bias")}
     for ours, theirs in architecture.weight_names.items():
         for layer in range(config["n_layer"]) if "{}" in ours else [None]:
             for kind in ("weight", "bias"):
                 names = [f"{module.format(layer)}.{kind}" for module in theirs]
-                if left.issuperset(names):
+                if remaining.issuperset(names):
                     parts = [architecture.convert_weight(name, stock[name], config) for name in names]
                     weights[f"{ours.format(layer)}.{kind}"] = torch.cat(parts).contiguous()
-                    left.difference_update(names)
-    if left:
-        raise ValueError(f"the weights {', '.join(sorted(left)[:3])} have no place in GPT")
+                    remaining.difference_update(names)
+    if remaining:
+        raise ValueError(f"GPT does not have the weights {', '.join(sorted(remaining)[:3])}")
     return weights

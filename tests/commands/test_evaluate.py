@@ -1,4 +1,4 @@
-"""evaluate beyond a split's loss: windows that overlap, texts, standard errors, lm-eval's tasks."""
+"""`evaluate`: overlapping windows, texts, standard errors and lm-eval tasks."""
 
 import importlib.util
 import itertools
@@ -22,7 +22,7 @@ CONTEXT = 32
 
 
 def scores(capsys, *argv):
-    """The JSON that a command prints."""
+    """Return the JSON that a command prints."""
     capsys.readouterr()
     assert main([*argv, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
@@ -30,7 +30,7 @@ def scores(capsys, *argv):
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
-    """A stock GPT-2 of transformers' own with random weights, and GPT-2's tokenizer."""
+    """A folder with a GPT-2 of transformers with random weights, and GPT-2's tokenizer."""
     if not (DATA / "tiktoken").is_dir():
         pytest.skip(f"{DATA}/tiktoken is not there")
     folder = tmp_path_factory.mktemp("gpt2")
@@ -83,7 +83,7 @@ def test_perplexity_with_a_stride_is_that_of_transformers_guide(capsys, gpt2, te
     assert found["perplexity"] == pytest.approx(guide(gpt2, text.read_text(encoding="utf-8"), stride), rel=1e-3)
     assert found["text_loss"] == pytest.approx(math.log(found["perplexity"]))
     n_tokens = len(Tokenizer.gpt2().encode(text.read_text(encoding="utf-8")))
-    # (without an overlap the first token of each window has nothing before it, and the guide leaves it out)
+    # without overlap, the first token of each window has no context, and the guide does not predict it
     assert found["tokens"] == (n_tokens - 1 if stride < CONTEXT else n_tokens - -(-n_tokens // CONTEXT))
     nats = found["text_loss"] * n_tokens / math.log(2) / text.stat().st_size
     assert found["bits_per_byte"] == pytest.approx(nats, rel=1e-6)
@@ -104,7 +104,7 @@ def test_every_token_after_the_first_counts_once(n, block_size, stride):
                 counted[place] += 1
                 least[place] = place - start
     assert counted.tolist() == [0] + [1] * (n - 1)
-    # what stands before a prediction: all of it near the beginning, else at least the part that overlaps
+    # the context of a prediction: all tokens before it near the start, else at least the overlap
     assert all(before >= min(place, block_size - stride) for place, before in least.items())
 
 
@@ -114,7 +114,7 @@ def test_the_standard_error_over_windows_agrees_with_the_bootstrap():
     mean, error = mean_and_error(sums, counts)
     assert mean == pytest.approx(sums.mean() / 10)
     assert error == pytest.approx(sums.std(ddof=1) / 10 / math.sqrt(50))
-    # of unequal windows: what the bootstrap finds
+    # for windows of unequal length, the error equals that of the bootstrap
     counts = draw.integers(5, 50, 400).astype(float)
     sums = counts * draw.normal(3, 0.5, 400)
     _, error = mean_and_error(sums, counts)
@@ -124,7 +124,7 @@ def test_the_standard_error_over_windows_agrees_with_the_bootstrap():
 
 
 def test_without_a_stride_every_target_counts_once_within_its_block(capsys, gpt2, text):
-    """As nanoGPT would: every target once, from what its block holds before it."""
+    """As in nanoGPT, every target is predicted once, from the tokens before it in its block."""
     found = scores(capsys, "evaluate", str(gpt2), f"text={text}", "device=cpu", "mixed_precision=no", "batch_size=5")
     model = GPT2LMHeadModel.from_pretrained(gpt2).eval()
     ids = torch.from_numpy(Tokenizer.gpt2().encode(text.read_text(encoding="utf-8")).astype(np.int64))
@@ -145,7 +145,7 @@ def test_progress_goes_to_stderr_and_json_to_stdout(capsys, gpt2, text, monkeypa
     out, err = capsys.readouterr()
     assert json.loads(out) == expected
     lines = [line for line in err.splitlines() if line.startswith("evaluating: ")]
-    total = -(-(expected["tokens"] // CONTEXT) // 2) + 1  # the last one holds what is left, a shorter block
+    total = -(-(expected["tokens"] // CONTEXT) // 2) + 1  # the last batch is a shorter block
     assert lines == [
         f"evaluating: {n} of {total} batches, about {duration(3 * (total - n))} left" for n in range(2, total, 2)
     ]  # every 6 s
@@ -190,7 +190,7 @@ metric_list: [{metric: acc}]
 
 @pytest.mark.slow
 def test_accuracy_on_an_lm_eval_task_is_that_of_the_likelihoods(capsys, gpt2, tmp_path, monkeypatch):
-    """A local task of two choices: the accuracy is that of the choice with the higher log-likelihood, by hand."""
+    """A local task of two choices: the choice with the higher log-likelihood counts, computed by hand."""
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm-eval is not installed")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))

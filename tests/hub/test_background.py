@@ -1,4 +1,4 @@
-"""Push checkpoints in the background, with stand-ins for create and upload."""
+"""Push checkpoints in the background, with fakes for create and upload."""
 
 import os
 import threading
@@ -15,17 +15,17 @@ def leftovers(folder):
 
 
 class Uploads:
-    """Takes the place of hub.create and hub.upload. An upload waits for `go`, then fails as often as `fails` says."""
+    """Fakes of create and upload. An upload waits for `go`; the first `fails` uploads fail."""
 
     def __init__(self):
-        self.began, self.go, self.done, self.fails, self.created = threading.Event(), threading.Event(), [], 0, []
+        self.started, self.go, self.done, self.fails, self.created = threading.Event(), threading.Event(), [], 0, []
 
     def create(self, repo, private, branch):
         self.created.append((repo, private, branch))
         return f"me/{repo}"
 
     def upload(self, folder, repo, message, branch):
-        self.began.set()
+        self.started.set()
         assert self.go.wait(10)
         if self.fails:
             self.fails -= 1
@@ -52,10 +52,10 @@ def checkpoint(folder, step):
 def test_only_the_latest_waiting_checkpoint_is_pushed(uploads, tmp_path):
     pusher = BackgroundPush("tiny", tmp_path, pytest.fail, private=True, branch="dev")
     pusher.push(checkpoint(tmp_path, 1), "1")
-    assert uploads.began.wait(10)
+    assert uploads.started.wait(10)
     for step in (2, 3, 4):
         pusher.push(checkpoint(tmp_path, step), str(step))
-    assert len(leftovers(tmp_path)) == 2  # the one on its way and the one that waits
+    assert len(leftovers(tmp_path)) == 2  # the current push and the waiting one
     uploads.go.set()
     pusher.wait()
     assert uploads.done == [("1", {"config.json": "step 1"}), ("4", {"config.json": "step 4"})]
@@ -74,12 +74,12 @@ def test_a_checkpoint_may_be_pruned_before_it_is_pushed(uploads, tmp_path):
 
 
 def test_a_failure_is_reported_once_and_the_next_push_succeeds(uploads, tmp_path):
-    uploads.fails, said = 1, []
+    uploads.fails, warnings = 1, []
     uploads.go.set()
-    pusher = BackgroundPush("tiny", tmp_path, said.append)
+    pusher = BackgroundPush("tiny", tmp_path, warnings.append)
     pusher.push(checkpoint(tmp_path, 1), "one")
     pusher.wait()
-    assert said == ["warning: not pushed, the next checkpoint tries again: one: no answer"]
+    assert warnings == ["warning: not pushed to the Hub: one: no answer. The next checkpoint tries again"]
     assert pusher.pushed is None and uploads.done == [] and leftovers(tmp_path) == []
     pusher.push(checkpoint(tmp_path, 2), "two")
     pusher.wait()
@@ -87,11 +87,11 @@ def test_a_failure_is_reported_once_and_the_next_push_succeeds(uploads, tmp_path
 
 
 def test_an_unreadable_checkpoint_gives_a_warning(uploads, tmp_path):
-    said = []
-    pusher = BackgroundPush("tiny", tmp_path, said.append)
+    warnings = []
+    pusher = BackgroundPush("tiny", tmp_path, warnings.append)
     pusher.push(tmp_path / "gone", "gone")
     pusher.wait()
-    assert len(said) == 1 and said[0].startswith("warning: not pushed, ") and pusher.pushed is None
+    assert len(warnings) == 1 and warnings[0].startswith("warning: not pushed to the Hub: ") and pusher.pushed is None
     assert uploads.created == []
 
 
@@ -115,7 +115,7 @@ def test_files_are_copied_if_hard_links_are_not_supported(uploads, tmp_path, mon
 def test_wait_ends_after_the_timeout(uploads, tmp_path, monkeypatch):
     monkeypatch.setattr("nanogpt_accel.hub.background.PUSH_TIMEOUT_S", 0.05)
     pusher = BackgroundPush("tiny", tmp_path, pytest.fail)
-    pusher.wait()  # nothing is on its way
+    pusher.wait()  # there is no push
     pusher.push(checkpoint(tmp_path, 1), "1")
     pusher.wait()
     assert pusher.pushed is None

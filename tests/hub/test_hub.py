@@ -1,7 +1,7 @@
-"""The Hub: push, pull, and the pushes of a run, against a stand-in on this machine (hub_server.py).
+"""The Hub: push, pull, and the pushes of a run, against a fake Hub on this machine (hub_server.py).
 
-huggingface_hub reads its settings when it is imported, so every command runs in a child process that knows only the
-stand-in. One child takes many commands, because torch and transformers take seconds to import.
+huggingface_hub reads its settings when it is imported, so every command runs in a child process that only knows the
+fake Hub. One child runs many commands, because torch and transformers take seconds to import.
 """
 
 import json
@@ -18,9 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
+from hub_server import HubServer, card_errors
 
 import nanogpt_accel
+from nanogpt_accel.hub.card import adapt_usage
 from nanogpt_accel.tracking.metrics_log import read_metrics
 
 PACKAGE = str(Path(nanogpt_accel.__file__).parents[1])
@@ -41,7 +42,7 @@ EVERY_FILE = {
     "tokenizer_config.json",
     "README.md",
 }
-# runs the code that it is sent, a line of JSON each, and answers with the status; its own output goes to two files
+# executes code that it receives as lines of JSON, and answers with the exit status; its output goes to two files
 CHILD = """
 import json, os, sys, traceback
 answers = os.fdopen(os.dup(1), "w")
@@ -76,12 +77,12 @@ def logits(name, **more):
 
 
 class Child:
-    """A process that stands in `folder`, as someone with this environment."""
+    """A process that runs commands in `folder` with this environment."""
 
     def __init__(self, env, folder, name):
-        self.said = ""  # all of it
+        self.output = ""  # the output of all commands
         self.files = [folder / f"{name}.{kind}" for kind in ("out", "err")]
-        self.read = [0, 0]  # how much of them
+        self.read = [0, 0]  # the number of characters read from each file
         env |= {"PYTHONPATH": PACKAGE, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", CHILD, *map(str, self.files)],
@@ -94,30 +95,30 @@ class Child:
         self.answers = queue.Queue()
         threading.Thread(target=lambda: [self.answers.put(line) for line in self.process.stdout], daemon=True).start()
 
-    def begin(self, code, env=None):
+    def start(self, code, env=None):
         self.process.stdin.write(json.dumps([env or {}, code]) + "\n")
         self.process.stdin.flush()
 
-    def end(self):
-        """(status, out, err) of what was begun."""
+    def result(self):
+        """Return (status, out, err) of the command that was started."""
         status = int(self.answers.get(timeout=60))
         texts = []
         for i, file in enumerate(self.files):
             text = file.read_text()
             texts.append(text[self.read[i] :])
             self.read[i] = len(text)
-        self.said += "".join(texts)
+        self.output += "".join(texts)
         return status, *texts
 
     def python(self, code):
-        """Run some lines, which have to end well, and return what they printed."""
-        self.begin(code)
-        status, out, err = self.end()
+        """Run code, which must succeed, and return its output."""
+        self.start(code)
+        status, out, err = self.result()
         assert status == 0, err
         return out
 
     def __call__(self, *argv, token="hf_test", mean_loss=None):
-        """(status, out, err) of a command. mean_loss: code of what takes the place of metrics.mean_loss."""
+        """Return (status, out, err) of a command. mean_loss: code that replaces evaluation.mean_loss."""
         code = f"from nanogpt_accel.__main__ import main\nstatus = main({[str(word) for word in argv]!r})"
         if mean_loss is not None:
             indented = code.replace("\n", "\n    ")
@@ -126,23 +127,23 @@ class Child:
                 f"true_mean_loss = evaluation.mean_loss\n{mean_loss}\n"
                 f"with mock.patch('nanogpt_accel.training.mean_loss', mean_loss):\n    {indented}"
             )
-        self.begin(code, {"HF_TOKEN": token})
-        return self.end()
+        self.start(code, {"HF_TOKEN": token})
+        return self.result()
 
     def ok(self, *argv, **more):
-        """What a command printed that has to end well."""
+        """Return the output of a command, which must succeed."""
         status, out, err = self(*argv, **more)
         assert status == 0, err
         return out
 
     def refused(self, *argv, lines=1, **more):
-        """The one line of an error, without its `error: `. lines: of all that the command says; None: any."""
+        """Return the error message of a command. lines: the number of lines on stderr; None: any number."""
         status, out, err = self(*argv, **more)
-        said = err.splitlines()
+        err_lines = err.splitlines()
         assert status == 2 and "Traceback" not in err and "iter 0" not in out, out + err
-        assert [line for line in said if line.startswith("error: ")] == said[-1:], err
-        assert lines is None or len(said) == lines, err
-        return said[-1].removeprefix("error: ")
+        assert [line for line in err_lines if line.startswith("error: ")] == err_lines[-1:], err
+        assert lines is None or len(err_lines) == lines, err
+        return err_lines[-1].removeprefix("error: ")
 
     def close(self):
         self.process.kill()
@@ -150,13 +151,13 @@ class Child:
 
 
 class SlowHub(HubServer):
-    """A Hub that does not answer the first request whose path contains `holds` before `until()` is true."""
+    """A Hub that delays the first request whose path contains `delayed_path` until `until()` is true."""
 
-    holds, until, waited = None, None, False
+    delayed_path, until, waited = None, None, False
 
     def fault(self, request):
-        if self.holds and self.holds in request.path:
-            self.holds, deadline = None, time.monotonic() + 10
+        if self.delayed_path and self.delayed_path in request.path:
+            self.delayed_path, deadline = None, time.monotonic() + 10
             while not self.until() and time.monotonic() < deadline:
                 time.sleep(0.02)
             self.waited = self.until()
@@ -171,7 +172,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """The folder in which every command runs: a text and tiny.yaml."""
+    """The folder in which every command runs, with a text and tiny.yaml."""
     folder = tmp_path_factory.mktemp("hub")
     draw = random.Random(3)
     (folder / "text.txt").write_text("".join(draw.choice(["abc ", "bad ", "cede "]) for _ in range(800)))
@@ -180,19 +181,19 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stranger(place):
-    """(child, hub): a child that has not heard of this package yet, and a Hub of its own."""
+def clean_child_and_hub(place):
+    """(child, hub): a child that does not import this package, and a separate Hub."""
     with HubServer(TOKENS) as hub:
         env = hub.env(place / "home2", token=None, NANOGPT_ACCEL_CACHE=str(place / "cache"))
-        child = Child(env, place, "stranger")
-        child.begin(LOGITS)  # takes seconds, in which the other child trains
+        child = Child(env, place, "clean_child")
+        child.start(LOGITS)  # takes seconds; the other child trains in the meantime
         yield child, hub
         child.close()
 
 
 @pytest.fixture(scope="module")
-def child(hub, place, stranger):
-    """A child that has trained runs/tiny, and knows of no token but the one that is given to each command."""
+def child(hub, place, clean_child_and_hub):
+    """A child that has trained runs/tiny. Its only token is the one passed to each command."""
     child = Child(hub.env(place / "home", token=None, NANOGPT_ACCEL_CACHE=str(place / "cache")), place, "child")
     child.ok("train", "tiny.yaml")
     yield child
@@ -200,32 +201,32 @@ def child(hub, place, stranger):
 
 
 @pytest.fixture(scope="module")
-def loaded(pushed, hub, stranger):
-    """What transformers alone makes of what was pushed: a line of `logits` each."""
-    child, their_hub = stranger
-    assert child.end()[0] == 0
+def loaded(pushed, hub, clean_child_and_hub):
+    """The logits of the pushed models, loaded by transformers without this package."""
+    child, their_hub = clean_child_and_hub
+    assert child.result()[0] == 0
     their_hub.repos = hub.repos
-    child.begin(
+    child.start(
         "import os; os.environ['HF_TOKEN'] = 'hf_test'\nlogits('me/tiny')\n"
         "logits('me/secret', revision='dev', trust_remote_code=True)\n"
         "import sys; status = int('nanogpt_accel' in sys.modules)"
     )
-    status, out, err = child.end()
+    status, out, err = child.result()
     assert status == 0, err
     return list(map(json.loads, out.splitlines()))
 
 
 @pytest.fixture(scope="module")
-def no_hub(loaded, stranger):
-    """A child for whom there is no Hub at its address any more."""
-    child, their_hub = stranger
+def no_hub(loaded, clean_child_and_hub):
+    """A child that cannot reach its Hub."""
+    child, their_hub = clean_child_and_hub
     their_hub.close()
     return child
 
 
 @pytest.fixture(scope="module")
 def pushed(child, hub):
-    """me/tiny, stock, and me/secret@dev, our own form and private; both are runs/tiny."""
+    """Push runs/tiny twice: to me/tiny, as stock model, and to me/secret@dev, as custom model and private."""
     first = child("push", "runs/tiny", "me/tiny")
     second = child("push", "runs/tiny", "me/secret", "--form", "custom", "branch=dev", "--private")
     return first, second
@@ -237,13 +238,13 @@ def run(child, place):
 
 
 @pytest.fixture(autouse=True)
-def calm(request):
-    """Every test leaves a Hub behind that works."""
+def restore_hub(request):
+    """Make the Hub work again after every test."""
     yield
     if "hub" in request.fixturenames:
         hub = request.getfixturevalue("hub")
         hub.faults.clear()
-        hub.holds = None
+        hub.delayed_path = None
 
 
 def steps(titles):
@@ -255,7 +256,7 @@ def losses(folder, key="loss"):
 
 
 def commits(hub, repo, **more):
-    """The titles of what was pushed, oldest first."""
+    """Return the titles of the commits that were pushed, oldest first."""
     first, *titles = [title for title, _ in hub.commits(repo, **more)]
     assert first == "initial commit"
     return titles
@@ -273,7 +274,7 @@ def test_push_writes_a_stock_model_and_its_card(pushed, hub, run):
     assert commits(hub, "me/tiny") == ["tiny, checkpoint-000008"]
     assert not hub.repos["me/tiny"].private
     card = files["README.md"].decode()
-    assert card.startswith("---\nlibrary_name: transformers\n") and "trust_remote_code" not in card
+    assert card_errors(card) == [] and "trust_remote_code" not in card and 'path = "me/tiny"\n' in card
     assert (run / "tokenizer.json").read_bytes() == files["tokenizer.json"]
 
 
@@ -282,12 +283,14 @@ def test_push_form_custom_to_a_branch_of_a_private_repository(pushed, hub):
     files = hub.files("me/secret", "dev")
     assert files.keys() == EVERY_FILE | {".gitattributes", "model.py"}
     assert json.loads(files["config.json"])["model_type"] == "nanogpt_accel"
-    assert "trust_remote_code=True" in files["README.md"].decode()
+    card = files["README.md"].decode()
+    assert card_errors(card) == [] and 'path = "me/secret"\n' in card
+    assert 'from_pretrained(path, revision="dev", trust_remote_code=True)' in card
     assert commits(hub, "me/secret") == [] and hub.repos["me/secret"].private
 
 
 def test_transformers_alone_loads_a_pushed_model(loaded, child):
-    """In a process that has never heard of this package."""
+    """In a process that does not import this package."""
     (stock, theirs), (custom, ours) = loaded
     _, here = json.loads(child.python(LOGITS + "logits('runs/tiny')"))
     assert (stock, custom) == ("GPT2LMHeadModel", "GPT") and len(here) == 36
@@ -304,7 +307,7 @@ def test_a_repeated_push_uploads_nothing(pushed, child, hub):
 
 
 def test_a_failed_push_resumes_without_sending_weights_again(child, hub):
-    """The Hub breaks down when the weights are there and the commit is not."""
+    """The Hub fails after the upload of the weights, before the commit."""
     hub.fail(1, 500, method="POST", path="/me/broken/commit/")
     line = child.refused("push", "runs/tiny", "me/broken", lines=5)
     assert line.startswith("me/broken: ") and "500" in line
@@ -339,7 +342,7 @@ def test_init_from_accepts_a_hub_id(pushed, child, place, run):
     child.ok("train", "tiny.yaml", "init_from=me/tiny", "out_dir=runs/next", "max_iters=2")
     before, after = losses(run, "val_loss"), losses(place / "runs" / "next", "val_loss")
     assert after[0] == pytest.approx(before[-1], abs=1e-6)
-    child.ok("train", "runs/next", "max_iters=3")  # and goes on by itself
+    child.ok("train", "runs/next", "max_iters=3")  # and can be continued
     assert losses(place / "runs" / "next", "step") == [0, 0, 1, 2, 2, 3]
 
 
@@ -363,7 +366,7 @@ AutoTokenizer.from_pretrained("runs/tiny").save_pretrained("theirs")
 
 
 def test_download_fetches_only_the_needed_files(child, hub, place):
-    """Only what is needed is fetched of it: not the same weights again for others."""
+    """Weights for other frameworks are not downloaded."""
     child.python(GPT2)
     files = {path.name: path.read_bytes() for path in (place / "theirs").iterdir()}
     junk = {
@@ -389,7 +392,7 @@ def test_download_fetches_only_the_needed_files(child, hub, place):
     }
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= fetched and not fetched & junk
 
-    # an old one, with torch's own format alone
+    # an older repository only has PyTorch's format
     old = {name: content for name, content in files.items() if name != "model.safetensors"}
     hub.add("they/old", old | {"pytorch_model.bin": (place / "theirs.bin").read_bytes(), "tf_model.h5": b"\0junk"})
     assert child.ok("sample", "they/old", *options, token=None) == text
@@ -428,48 +431,48 @@ def leftovers(folder):
 
 
 def test_the_loop_does_not_wait_for_a_push(child, hub, place, run):
-    """The Hub is silent from the first push until all steps are logged and the checkpoint on its way is pruned."""
+    """The Hub does not answer until all steps are logged and the checkpoint being pushed is pruned."""
     folder = place / "runs" / "slow"
     hub.waited, hub.until = (
         False,
         lambda: (folder / "loss.png").exists() and not (folder / "checkpoint-000002").exists(),
     )
-    hub.holds = "/me/slow/preupload/"
+    hub.delayed_path = "/me/slow/preupload/"
     out = child.ok(*pushing("slow"))
     assert hub.waited, "the run stood still until the Hub answered"
     assert "warning" not in out and closing(out) == "the Hub has it: me/slow"
-    # what came in between has become old news
+    # checkpoints in between may be skipped
     first, *_, last = titles = commits(hub, "me/slow")
     assert first.startswith("slow, step 2, validation loss ") and len(titles) <= 3
     assert losses(folder) == losses(run) and losses(folder, "val_loss") == losses(run, "val_loss")
     assert leftovers(folder) == []
-    # the commit of the pruned checkpoint is whole all the same
+    # the commit of the pruned checkpoint is complete
     files = hub.files("me/slow", hub.commits("me/slow")[1][1])
     assert files.keys() == EVERY_FILE | {".gitattributes", "model.py"}
     assert "after 2 steps" in files["README.md"].decode()
 
 
 def test_every_checkpoint_is_a_commit_in_its_order(child, hub, place):
-    """A run that is slower than the Hub."""
-    patient = """
+    """The run waits for each push."""
+    slow_mean_loss = """
 def mean_loss(*args):
     while any(thread.name.endswith("(_work)") for thread in threading.enumerate()):
         time.sleep(0.01)
     return true_mean_loss(*args)
 """
-    child.ok(*pushing("steady"), "hub_branch=nightly", "hub_private=true", mean_loss=patient)
+    child.ok(*pushing("steady"), "hub_branch=nightly", "hub_private=true", mean_loss=slow_mean_loss)
     folder = place / "runs" / "steady"
     titles = commits(hub, "me/steady", revision="nightly")
     values = {line["step"]: line["val_loss"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line}
     expected = [f"steady, step {step}, validation loss {values[step]:.4f} nats a token" for step in (2, 4, 6, 8)]
-    assert titles == expected  # the last one is the best: there is nothing to add
+    assert titles == expected  # the last one is the best, so it is not pushed again
     assert commits(hub, "me/steady") == [] and hub.repos["me/steady"].private
 
 
 def test_the_best_checkpoint_is_pushed_last(child, hub, place):
-    """The validation losses are dictated: the best is that of step 4."""
-    dictated = "count = itertools.count()\nmean_loss = lambda *args: [4.0, 3.0, 2.0, 2.5, 2.5][next(count) // 2]"
-    out = child.ok(*pushing("best"), mean_loss=dictated)
+    """The validation losses are fixed; that of step 4 is the best."""
+    fixed_mean_loss = "count = itertools.count()\nmean_loss = lambda *args: [4.0, 3.0, 2.0, 2.5, 2.5][next(count) // 2]"
+    out = child.ok(*pushing("best"), mean_loss=fixed_mean_loss)
     folder = place / "runs" / "best"
     titles = commits(hub, "me/best")
     assert titles[-1] == "best, step 4, the best one" and closing(out) == "the Hub has it: me/best"
@@ -477,7 +480,10 @@ def test_the_best_checkpoint_is_pushed_last(child, hub, place):
     best = folder / "checkpoint-000004"
     files = hub.files("me/best")
     del files[".gitattributes"]
-    assert files == {path.name: path.read_bytes() for path in best.iterdir() if path.is_file()}
+    card, local_card = files.pop("README.md").decode(), (best / "README.md").read_text()
+    assert 'path = "me/best"\n' in card and card == adapt_usage(local_card, True, "me/best")
+    assert 'path = "."  # this folder\n' in local_card
+    assert files == {path.name: path.read_bytes() for path in best.iterdir() if path.is_file() and path.suffix != ".md"}
 
 
 def test_failing_pushes_do_not_change_the_run(child, hub, place, run):
@@ -487,10 +493,10 @@ def test_failing_pushes_do_not_change_the_run(child, hub, place, run):
     assert status == 0 and "Traceback" not in err
     (line,) = [line for line in out.splitlines() if line.startswith("warning: not pushed")]  # once
     assert "500" in line
-    assert closing(out) == "not pushed to the Hub: nanogpt-accel push runs/down me/down form=custom"
+    assert closing(out) == "not pushed to the Hub; try: nanogpt-accel push runs/down me/down form=custom"
     assert losses(folder) == losses(run) and losses(folder, "val_loss") == losses(run, "val_loss")
     assert leftovers(folder) == [] and commits(hub, "me/down") == []
-    # the line tells the truth
+    # the suggested command works
     hub.faults.clear()
     child.ok(*closing(out).split("nanogpt-accel ")[1].split())
     assert commits(hub, "me/down") == ["down, checkpoint-000008"]
@@ -500,17 +506,17 @@ def test_a_failed_push_is_repeated_with_the_next_checkpoint(child, hub):
     hub.fail(1, 500, method="POST", path="/me/once/commit/")
     out = child.ok(*pushing("once"))
     (warning,) = [line for line in out.splitlines() if "warning" in line]
-    assert "step 2" in warning and "the next checkpoint tries again" in warning
+    assert "step 2" in warning and "The next checkpoint tries again" in warning
     assert closing(out) == "the Hub has it: me/once" and 8 in steps(commits(hub, "me/once"))
 
 
 def test_a_run_without_network_finishes(no_hub, place, run):
-    """It is out of reach from the beginning to the end."""
+    """The Hub cannot be reached during the entire run."""
     status, out, err = no_hub(*pushing("alone"))
     assert (status, err) == (0, "")
     lines = [line for line in out.splitlines() if line.startswith("warning: ")]
-    assert "the run goes on" in lines[0] and "the next checkpoint tries again" in lines[1]
-    assert closing(out) == "not pushed to the Hub: nanogpt-accel push runs/alone me/alone form=custom"
+    assert "the run continues" in lines[0] and "The next checkpoint tries again" in lines[1]
+    assert closing(out) == "not pushed to the Hub; try: nanogpt-accel push runs/alone me/alone form=custom"
     folder = place / "runs" / "alone"
     assert losses(folder) == losses(run) and leftovers(folder) == []
 
@@ -522,7 +528,7 @@ def test_the_suggested_push_command_keeps_private_and_branch(no_hub):
 
 
 def test_a_resumed_run_pushes_its_new_checkpoints(child, hub):
-    """Its first part was pushed in vain, and under no name but the run's own."""
+    """The pushes of its first part failed. The repository has the name of the run."""
     hub.fail(math.inf, 500, method="POST", path="/commit/")
     child.ok("train", "tiny.yaml", "out_dir=runs/later", "push_to_hub=true", "max_iters=2")
     assert commits(hub, "me/later") == []
@@ -533,7 +539,7 @@ def test_a_resumed_run_pushes_its_new_checkpoints(child, hub):
 
 
 def test_a_finished_run_does_not_claim_a_push_that_failed(child, hub):
-    """The last push of the run failed, and there is no next save: it has to be pushed now, or else not be claimed."""
+    """The last push failed, and no save follows: the run must push now, or not report success."""
     hub.fail(math.inf, 500, method="POST", path="/me/never/commit/")
     child.ok(*pushing("never"), "max_iters=2")
     hub.faults.clear()
@@ -546,7 +552,7 @@ def test_a_finished_run_does_not_claim_a_push_that_failed(child, hub):
 
 @pytest.fixture(scope="module")
 def others(hub, pushed):
-    """Models of others, each with something that stands in the way."""
+    """Models of other users that cannot be loaded, for different reasons."""
     files = hub.files("me/tiny")
     hub.add("me/hidden", files, private=True)
     hub.add("they/open", files)
@@ -559,7 +565,7 @@ def others(hub, pushed):
 
 @pytest.fixture
 def no_run(place):
-    """Where what is refused would write: it leaves no model behind, and is cleared away."""
+    """Check that a refused command has written no model, and delete its folder."""
     yield
     written = [(place / "none").exists(), *(place / "runs").glob("none/checkpoint-*")]
     shutil.rmtree(place / "runs" / "none", ignore_errors=True)
@@ -586,7 +592,7 @@ def words_of(uses, name):
 @pytest.mark.parametrize(
     ("name", "token", "words"),
     [
-        ("me/nothing", "hf_test", ["me/nothing", "no such folder here", "no such model", "private"]),
+        ("me/nothing", "hf_test", ["me/nothing", "no such folder", "no such model", "private"]),
         ("me/nothing", None, ["me/nothing", "no such model", "private", "hf auth login", "HF_TOKEN"]),
         ("me/tiny@nope", "hf_test", ["me/tiny@nope", "no such branch, tag or commit"]),
         ("me/hidden", None, ["me/hidden", "private", "hf auth login", "HF_TOKEN"]),
@@ -594,13 +600,13 @@ def words_of(uses, name):
         ("they/gated", "hf_test", ["they/gated", "gated", "accept its terms"]),
         ("they/gated", None, ["they/gated", "gated", "hf auth login"]),
         ("they/open", "hf_wrong", ["they/open", "token", "hf auth login"]),
-        ("they/bert", "hf_test", ["type bert", "gpt2, llama, qwen3, nanochat"]),
-        ("me/..bad", "hf_test", ["me/..bad", "no model can have this name"]),
+        ("they/bert", "hf_test", ["model_type=bert", "gpt2, llama, qwen3, nanochat"]),
+        ("me/..bad", "hf_test", ["me/..bad", "not a valid name"]),
         ("a/b/c", "hf_test", ["a/b/c", "folder"]),
     ],
 )
 def test_every_command_explains_why_a_download_fails(child, others, no_run, name, token, words):
-    for argv in words_of(PULLS, name)[: None if token == "hf_test" else -1]:  # a push asks for its own token first
+    for argv in words_of(PULLS, name)[: None if token == "hf_test" else -1]:  # a push requires a token first
         line = child.refused(*argv, token=token)
         assert not [word for word in words if word not in line], line
 
@@ -621,7 +627,7 @@ def test_a_repository_without_weights_is_one_line(child, others):
     [
         ("me/new", None, ["me/new", "no token", "hf auth login", "HF_TOKEN"]),
         ("me/new", "hf_wrong", ["me/new", "token", "hf auth login"]),
-        ("they/new", "hf_test", ["they/new", "token", "may write"]),
+        ("they/new", "hf_test", ["they/new", "token", "write access"]),
         ("a/b/c", "hf_test", ["a/b/c", "USER/NAME"]),
         ("me/..bad", "hf_test", ["me/..bad", "USER/NAME"]),
     ],
@@ -635,10 +641,10 @@ def test_a_refused_push_names_the_reason_and_creates_nothing(child, hub, no_run,
 
 
 def test_a_push_to_the_repository_of_another_user_is_refused(child, pushed, hub):
-    """The repository is there and may be read, so only the push itself is refused."""
+    """The repository exists and is readable, so only the push itself is refused."""
     before = hub.commits("me/tiny")
     line = child.refused("push", "runs/tiny", "me/tiny", token="hf_test_other")
-    assert "me/tiny" in line and "may write" in line and hub.commits("me/tiny") == before
+    assert "me/tiny" in line and "write access" in line and hub.commits("me/tiny") == before
 
 
 def test_a_run_that_may_not_push_is_refused(child, pushed):
@@ -679,7 +685,7 @@ def test_offline_mode_is_reported_before_torch_is_imported(pushed, child, place,
             assert "me/tiny" in line and "cannot be reached" in line
         assert "torch" not in offline.python("import sys; print(*sys.modules)").split()
     finally:
-        child.said += offline.said
+        child.output += offline.output
         offline.close()
 
 
@@ -702,29 +708,29 @@ def test_slow_transfers_are_reported_without_a_terminal(pushed, child, place, hu
         "they/slow",
         {path.name: path.read_bytes() for path in (place / "runs/tiny/checkpoint-000008").iterdir() if path.is_file()},
     )
-    child.python("from nanogpt_accel.hub import transfer; transfer.SOON = 0.1")
+    child.python("from nanogpt_accel.hub import transfer; transfer.REPORT_AFTER_S = 0.1")
     for words, path, what in (
         (
             ("sample", "they/slow", "prompt=ab", "num_samples=1", "max_new_tokens=2"),
             "/they/slow/resolve/",
-            "fetching they/slow from the Hub",
+            "downloading they/slow from the Hub",
         ),
-        (("push", "runs/tiny", "me/late"), "/me/late/preupload/", "sending 0.0 MB to me/late"),
+        (("push", "runs/tiny", "me/late"), "/me/late/preupload/", "uploading 0.0 MB to me/late"),
     ):
-        begins = time.monotonic()
-        hub.holds, hub.until = path, lambda begins=begins: time.monotonic() > begins + 0.5
+        start = time.monotonic()
+        hub.delayed_path, hub.until = path, lambda start=start: time.monotonic() > start + 0.5
         status, out, err = child(*words)
         assert status == 0, err
         first, second = [line for line in err.splitlines() if line.startswith(what)]
         assert first == what and second.startswith(what + ": done in ")
-        assert what not in out and "%" not in err  # and no bars
-    child.python("transfer.SOON = 2")
+        assert what not in out and "%" not in err  # no progress bars
+    child.python("transfer.REPORT_AFTER_S = 2")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
 @pytest.mark.parametrize("bars", [True, False])
 def test_a_terminal_shows_progress_bars_only_on_request(pushed, place, hub, bars):
-    """From a process in a terminal of its own. What transformers does to the bars changes nothing."""
+    """In a separate terminal. That transformers disables the bars has no effect."""
     import fcntl
     import pty
     import struct
@@ -747,7 +753,7 @@ def test_a_terminal_shows_progress_bars_only_on_request(pushed, place, hub, bars
     )
     os.close(there)
     shown = b""
-    with suppress(OSError):  # at its end
+    with suppress(OSError):  # at the end of the output
         while piece := os.read(here, 65536):
             shown += piece
     os.close(here)
@@ -765,8 +771,8 @@ def test_a_missing_network_is_reported(no_hub, no_run):
 
 
 def test_the_token_is_never_written(child, no_hub, pushed, hub, place):
-    """In nothing that the tests above have left behind; they come first."""
-    assert "hf_test" not in child.said + no_hub.said
+    """No output or file of the tests above contains it; they run first."""
+    assert "hf_test" not in child.output + no_hub.output
     written = [path for path in place.rglob("*") if path.is_file() and "hf_test" in path.read_text(errors="replace")]
     assert written == [] and list(place.glob("runs/*/metrics.jsonl"))
     for repo in hub.repos.values():

@@ -1,4 +1,4 @@
-"""Names of models on the Hub. Transfers are tested in test_hub.py, against a stand-in for the Hub."""
+"""Names of models on the Hub. Transfers are tested in test_hub.py, against a fake Hub."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""Exported folders in the hands of others: servers, trainers, evaluators and engines that know nothing of this package.
+"""Exported folders in other tools: servers, trainers, evaluators and inference engines, without this package.
 
-Each needs a package that is no dependency of ours and is skipped where it is not installed; the README says which
-versions were run. Nothing here uses a network.
+Each test needs an optional package, and is skipped if that is not installed. The README lists the versions that were
+tested. No test uses the network.
 """
 
 import json
@@ -40,7 +40,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module", params=SHAPES)
 def folder(request, tmp_path_factory):
-    """One stock export after another, as str: of a small random model with a padded vocabulary."""
+    """Return the path of a stock export, as str, of a small random model with a padded vocabulary."""
     tokenizer = Tokenizer.train_bpe(["the first one, and the second one, and the third\n" * 9], 320)
     torch.manual_seed(0)
     model = GPT(
@@ -62,7 +62,7 @@ def folder(request, tmp_path_factory):
         nearest_architecture(model.config.to_dict())[0],
         tokenizer=tokenizer,
         card="",
-        rows=tokenizer.vocab_size,
+        vocab_size=tokenizer.vocab_size,
     )
     return str(to)
 
@@ -73,7 +73,7 @@ def load(folder):
 
 
 def run(*command, **options):
-    """Run a program; its output is shown where it fails."""
+    """Run a program, and show its output if it fails."""
     done = subprocess.run([str(c) for c in command], env=ENV, text=True, timeout=300, capture_output=True, **options)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
@@ -81,7 +81,7 @@ def run(*command, **options):
 
 @torch.no_grad()
 def greedy(model, ids, n):
-    """The n most likely ids after `ids`, by transformers, whatever generation_config.json says."""
+    """Return the n greedy ids after `ids`, by transformers, whatever generation_config.json contains."""
     prompt = torch.tensor([ids])
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, do_sample=False)
     return out[0, len(ids) :].tolist()
@@ -93,7 +93,7 @@ def logits_of(model, ids):
 
 
 def test_transformers_serve_completes_a_prompt(folder, tmp_path):
-    """A base model has no chat template, so it is /v1/completions that it answers."""
+    """A base model has no chat template, so the test uses /v1/completions."""
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package, reason="pip install 'transformers[serving]'")
     with socket.socket() as free:
@@ -171,7 +171,7 @@ def test_trl_takes_a_step(folder, tmp_path):
 
 
 def test_lm_eval_scores_local_tasks(folder, tmp_path):
-    """Bits per byte of a text are what the logits say, and a choice among continuations is made."""
+    """Bits per byte equal those of the logits, and a multiple-choice task runs."""
     pytest.importorskip("lm_eval", reason="pip install 'lm-eval[hf]'")
     (tmp_path / "tasks").mkdir()
     texts, questions = tmp_path / "texts.jsonl", tmp_path / "questions.jsonl"
@@ -227,15 +227,18 @@ def test_lm_eval_scores_local_tasks(folder, tmp_path):
     )
     results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]
     model, tokenizer = load(folder)
-    ids = [tokenizer.eos_token_id, *tokenizer(PROMPT)["input_ids"]]  # it begins a text with bos, here the same as eos
+    ids = [
+        tokenizer.eos_token_id,
+        *tokenizer(PROMPT)["input_ids"],
+    ]  # lm-eval starts a text with bos, here the same as eos
     nats = torch.nn.functional.cross_entropy(logits_of(model, ids[:-1]), torch.tensor(ids[1:]), reduction="sum").item()
     bits = nats / math.log(2) / len(PROMPT.encode())
     assert results["local_bits"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)
-    assert results["local_choice"]["acc,none"] == 0.5  # one question with two answers: one of them is chosen
+    assert results["local_choice"]["acc,none"] == 0.5  # the same question with two answers: one of them is chosen
 
 
 def test_ctranslate2_agrees(folder, tmp_path):
-    """An engine without torch: the same logits, and the same greedy text."""
+    """An engine without torch gives the same logits and the same greedy text."""
     ctranslate2 = pytest.importorskip("ctranslate2", reason="pip install ctranslate2")
     np = pytest.importorskip("numpy")
     ctranslate2.converters.TransformersConverter(folder).convert(str(tmp_path / "ct2"))
@@ -251,8 +254,8 @@ def test_ctranslate2_agrees(folder, tmp_path):
     assert answer.sequences_ids[0] == ours
 
 
-# llama.cpp knows a BPE by the hash of what it makes of one text, so it refuses every tokenizer that is not listed;
-# the split of ours is GPT-2's, and this says so
+# llama.cpp identifies a BPE by a hash of how it tokenizes one text, and refuses tokenizers that are not listed. Ours
+# splits text as GPT-2 does, so this script reports it as GPT-2's
 CONVERT = """
 import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
@@ -298,7 +301,7 @@ with torch.no_grad():
 
 
 def test_transformers_4_reads_the_same(folder, tmp_path):
-    """Whole inputs are passed on, as users do: GPT-2 would add token_type_ids to its input, and others refuse them."""
+    """Pass all outputs of the tokenizer to the model, as users do; there must be no token_type_ids."""
     python = os.environ.get("TRANSFORMERS_4_PYTHON")
     if not python:
         pytest.skip("set TRANSFORMERS_4_PYTHON to a Python that has torch and transformers 4")

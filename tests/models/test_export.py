@@ -1,4 +1,4 @@
-"""`export`: stock models and our own form, compared by logits; nothing is left of a failed export."""
+"""`export`: stock and custom models have the same logits, and a failed export leaves no files."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_export_writes_a_stock_model_with_the_same_logits(capsys, ids, case, voc
 def test_kept_vocabulary_padding_is_never_generated():
     model = gpt()
     with torch.no_grad():
-        model.transformer.wte.weight[N:] *= 30  # the likeliest by far
+        model.transformer.wte.weight[N:] *= 30  # by far the most likely
     assert export(save_model(model, "ours"), "theirs", "stock", keep_padding=True)[0] == "GPT2LMHeadModel"
     theirs = AutoModelForCausalLM.from_pretrained("theirs")
     prompt = torch.arange(4)[None]
@@ -64,13 +64,13 @@ def test_kept_vocabulary_padding_is_never_generated():
 
 
 def test_export_stock_to_custom_to_stock_is_bitwise_equal(ids):
-    """What has gone through a stock form may go through another command again."""
+    """An exported model can be exported again."""
     model = gpt(**QWEN3)
     save_model(model, "ours")
     for source, to, form in (("ours", "one", "stock"), ("one", "two", "custom"), ("two", "three", "stock")):
         assert main(["export", source, f"--to={to}", f"form={form}"]) == 0
     assert type(AutoModelForCausalLM.from_pretrained("two")) is GPT
-    # and the card says each time how the folder is loaded
+    # each card shows how to load its folder
     assert ["trust_remote_code" in Path(to, "README.md").read_text() for to in ("one", "two", "three")] == [
         False,
         True,
@@ -96,7 +96,7 @@ def test_a_folder_with_other_logits_is_not_kept(monkeypatch, form, existed):
         save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
 
     monkeypatch.setattr(Tokenizer, "save", save_and_spoil)
-    with pytest.raises(RuntimeError, match="theirs: the model as written differs from its source"):
+    with pytest.raises(RuntimeError, match="theirs: removed, because its logits differ from those of the source model"):
         export("ours", "theirs", form)
     assert sorted(os.listdir()) == ["ours", "theirs"][: 1 + existed]
     assert not existed or os.listdir("theirs") == []
@@ -115,7 +115,7 @@ def test_a_model_with_nan_logits_is_not_exported(refused):
     with torch.no_grad():
         model.transformer.ln_f.weight[3] = torch.nan
     save_model(model, "ours")
-    with refused(ValueError, "theirs: nothing was written", "nan"):
+    with refused(ValueError, "theirs: nothing was written", "NaN"):
         export("ours", "theirs", "stock")
     assert os.listdir() == ["ours"]
 
@@ -156,8 +156,8 @@ def test_export_into_an_empty_or_a_nested_folder():
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], ["which model?", "where to?"]),
-        (["ours"], ["where to?"]),
+        ([], ["MODEL is missing", "--to is missing"]),
+        (["ours"], ["--to is missing"]),
         (["ours", "to=full"], ["to=full: the folder is not empty"]),
         (["ours", "to=ours"], ["to=ours: the folder is not empty"]),
         (["ours", "to=full/file"], ["to=full/file: full/file is a file"]),
@@ -222,7 +222,7 @@ def test_transformers_pipeline_and_sample_write_the_same_text(capsys):
     ],
 )
 def test_export_into_a_run_folder_is_refused(capsys, to, words):
-    """A run takes such a folder for its own checkpoint, and prunes it."""
+    """The run would take such a folder for one of its checkpoints, and prune it."""
     Path("run").mkdir()
     Path("run/run.yaml").touch()
     Path("dangling").symlink_to("nowhere")

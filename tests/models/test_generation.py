@@ -1,4 +1,4 @@
-"""generation.py and `sample`: texts that depend on their seed and their prompt, and on nothing beside them."""
+"""generation.py and `sample`: a text depends on its seed and its prompt only."""
 
 import json
 from contextlib import nullcontext
@@ -46,7 +46,7 @@ def test_a_text_does_not_depend_on_its_batch(shape, overflow):
 
 
 def test_slide_keeps_the_last_half_of_the_window():
-    """Token by token, by hand: argmax of the logits of a window that is cut to its last half whenever it is full."""
+    """Compare with a loop that generates token by token, and cuts a full window to its last half."""
     model, context, expected = gpt(initializer_range=0.6, tie_word_embeddings=False), PROMPTS[2], []
     with torch.no_grad():
         while len(expected) < 30:
@@ -57,7 +57,7 @@ def test_slide_keeps_the_last_half_of_the_window():
 
 
 def test_top_k_top_p_and_temperature_give_the_expected_distribution():
-    """Shares of a thousand first tokens against the softmax, cut by hand."""
+    """Compare the frequencies of 1,000 sampled tokens with the truncated softmax."""
     model = gpt()
     with torch.no_grad():
         logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1]
@@ -113,7 +113,7 @@ def test_the_models_generation_config_is_never_modified(fails):
 
 
 def metaspace():
-    """A tokenizer of Llama 2's kind, which writes spaces as symbols and drops one at the beginning of a text."""
+    """A tokenizer of Llama 2's kind, which writes spaces as ▁ and drops a leading one."""
     symbols = ["<s>", *"▁abcdefg", "▁ab", "▁cd"]
     backend = Backend(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, [("▁a", "b")][:0], unk_token="<s>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -123,7 +123,7 @@ def metaspace():
 
 @pytest.fixture
 def llama(tmp_path, monkeypatch):
-    """A stock Llama of eleven symbols in the folder `llama`."""
+    """A stock Llama with 11 tokens in the folder `llama`."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(1)
     LlamaForCausalLM(
@@ -183,7 +183,7 @@ def test_a_prompt_longer_than_block_size_slides_or_is_refused(llama, capsys):
     [
         (["prompts=nofile.txt"], ["prompts=nofile.txt: No such file"]),
         (["prompts=empty.txt"], ["prompts=empty.txt: no line"]),
-        (["prompts=empty.txt", "prompt=a"], ["prompt is given too", "no line"]),
+        (["prompts=empty.txt", "prompt=a"], ["cannot be combined with prompt", "no line"]),
         (["overflow=wrap"], ["overflow=wrap"]),
     ],
 )

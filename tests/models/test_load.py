@@ -1,4 +1,4 @@
-"""Load model folders: config.json of every age, unsupported features, missing and invalid weights."""
+"""Load model folders: config.json of old and new versions, unsupported features, missing and invalid weights."""
 
 import json
 import os
@@ -22,11 +22,11 @@ from nanogpt_accel.models.stock import nearest_architecture
     "merges",
     [
         "h e\nt h\nt he\nĠ the\nĠ t",
-        "h e\nt h\nt he\nĠ t\nĠt he",  # merges that never make Ġthe of its bytes; tiktoken would
+        "h e\nt h\nt he\nĠ t\nĠt he",  # these merges never build Ġthe from its bytes, but tiktoken would
     ],
 )
 def test_vocab_json_and_merges_txt_without_tokenizer_json(ids, merges):
-    """GPT-2's older form: vocab.json and merges.txt, no tokenizer.json."""
+    """GPT-2's older format: vocab.json and merges.txt, no tokenizer.json."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     symbols = [*bytes_to_unicode().values(), *(line.replace(" ", "") for line in merges.splitlines())]
@@ -45,7 +45,7 @@ def test_vocab_json_and_merges_txt_without_tokenizer_json(ids, merges):
 
 
 def test_read_config_of_transformers_4(ids):
-    """rope_theta stood at the top before there was rope_parameters, and what was the default was left out."""
+    """transformers 4 wrote rope_theta at the top level, and left out keys with default values."""
     stock = save_stock("qwen3", attention_bias=False)
     config = json.loads(Path("theirs/config.json").read_text())
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
@@ -93,7 +93,7 @@ def test_read_config_fills_missing_keys_with_the_defaults_of_gptconfig():
         }.items()
     )
     assert nearest_architecture(filled) == ("gpt2", [])
-    # and what is not said is what GPTConfig takes for granted
+    # missing keys have the defaults of GPTConfig
     Path("config.json").write_text(
         json.dumps({k: first[k] for k in ("model_type", "n_embd", "n_head", "n_layer", "block_size", "vocab_size")})
     )
@@ -117,22 +117,22 @@ LLAMA3 = {
 @pytest.mark.parametrize(
     ("case", "changes", "words"),
     [
-        ("gpt2", {"model_type": "bert"}, ["a model of type bert"]),
-        ("llama", {"model_type": "mistral"}, ["a model of type mistral"]),
-        ("gpt2", {"model_type": "gpt_neo"}, ["a model of type gpt_neo"]),
-        ("gpt2", {"model_type": None}, ["a model of type None"]),
-        ("llama", {"rope_parameters": LLAMA3}, ["rotary positions of type llama3"]),
+        ("gpt2", {"model_type": "bert"}, ["model_type=bert"]),
+        ("llama", {"model_type": "mistral"}, ["model_type=mistral"]),
+        ("gpt2", {"model_type": "gpt_neo"}, ["model_type=gpt_neo"]),
+        ("gpt2", {"model_type": None}, ["model_type=None"]),
+        ("llama", {"rope_parameters": LLAMA3}, ["rope_type=llama3"]),
         (
             "llama",
             {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            ["rotary positions of type linear"],
+            ["rope_type=linear"],
         ),
         (
             "qwen3",
             {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            ["rotary positions of type yarn"],
+            ["rope_type=yarn"],
         ),
-        ("llama", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, ["rotary positions"]),
+        ("llama", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor=0.5"]),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, ["sliding-window attention"]),
         ("qwen3", {"layer_types": None, "use_sliding_window": True}, ["sliding-window attention"]),
         ("qwen3", {"attention_bias": True}, ["attention_bias=True"]),
@@ -172,7 +172,7 @@ def test_a_missing_key_of_config_json_is_named(refused, case, key):
     config = json.loads(Path("theirs/config.json").read_text())
     del config[key]
     Path("theirs/config.json").write_text(json.dumps(config))
-    with refused(ValueError, "theirs: config.json", case, f"lacks {key}"):
+    with refused(ValueError, "theirs: config.json", case, f"has no {key}"):
         read_config("theirs")
 
 

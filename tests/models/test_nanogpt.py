@@ -23,7 +23,7 @@ NANOGPT = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": T_MAX, "vocab_
 
 
 def nanogpt(bias=True):
-    """The state dict of a nanoGPT model: the head is the embedding, and both have their name in it."""
+    """The state dict of a nanoGPT model: the head is tied to the embedding, and the dict contains both."""
     generator = torch.Generator().manual_seed(6)
     C, weights = 32, {}
 
@@ -51,7 +51,7 @@ def nanogpt(bias=True):
 
 
 def nanogpt_logits(w, ids, gelu=F.gelu):
-    """The forward of nanoGPT's model.py."""
+    """The forward pass of nanoGPT's model.py."""
 
     def norm(x, name):
         return F.layer_norm(x, (32,), w[f"{name}.weight"], w.get(f"{name}.bias"), 1e-5)
@@ -74,7 +74,7 @@ def nanogpt_logits(w, ids, gelu=F.gelu):
 
 
 def write_ckpt(path, weights, **model_args):
-    """What nanoGPT's train.py saves."""
+    """Write a checkpoint as nanoGPT's train.py does."""
     some = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(some.parameters())
     some(torch.ones(2)).sum().backward()
@@ -107,7 +107,7 @@ def test_read_nanogpt_gives_the_logits_of_nanogpt(ids, bias, version):
     if version == "old":  # the causal mask was in the state dict before flash attention
         mask = torch.ones(T_MAX, T_MAX).tril().view(1, 1, T_MAX, T_MAX)
         kept = weights | {f"transformer.h.{i}.attn.bias": mask for i in range(2)}
-        args = args if not bias else {}  # and there was no such option
+        args = args if not bias else {}  # the option did not exist yet
     elif version == "half":
         kept = {name: tensor.half() for name, tensor in weights.items()}
         weights = {name: tensor.float() for name, tensor in kept.items()}
@@ -143,7 +143,7 @@ def test_import_writes_a_model_folder_with_the_logits_of_nanogpt(capsys, ids, bi
     assert main(["import", "out/ckpt.pt", "--to", "imported"]) == 0
     out = capsys.readouterr().out
     count = sum(tensor.numel() for name, tensor in weights.items() if name != "lm_head.weight")
-    assert all(word in out for word in (f"{count:,} parameters", "char tokens", "2000 steps", "1.4697"))
+    assert all(word in out for word in (f"{count:,} parameters", "char tokenizer", "2000 steps", "1.4697"))
     wanted = nanogpt_logits(weights, ids)
     assert_close(logits(AutoModelForCausalLM.from_pretrained("imported"), ids), wanted)
     assert Tokenizer.load("imported").encode("To be").tolist() == [CHARS.index(c) for c in "To be"]
@@ -153,7 +153,7 @@ def test_import_writes_a_model_folder_with_the_logits_of_nanogpt(capsys, ids, bi
     for _ in range(5):
         prompt.append(nanogpt_logits(weights, torch.tensor([prompt]))[0, -1].argmax().item())
     assert text == "".join(CHARS[i] for i in prompt) + "\n---------------\n"
-    # and on to the stock form, without a symbol of ours in between
+    # the imported model can be exported
     assert main(["export", "imported", "--to", "stock"]) == 0
     assert_close(logits(GPT2LMHeadModel.from_pretrained("stock").eval(), ids), wanted)
 
@@ -171,7 +171,7 @@ def test_a_hostile_checkpoint_is_refused_and_not_executed(capsys, form, place):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ckpt.pt: ") and ("refused" in line) == (form == "zip")
     assert not Path("hacked").exists() and not Path("imported").exists()
-    # a reader that executes pickles would have run it
+    # the file does contain code: an unsafe reader executes it
     if form == "bare":
         pickle.loads(Path("ckpt.pt").read_bytes())
     else:
@@ -203,7 +203,7 @@ NO_CKPT = "not a checkpoint of nanoGPT's train.py"
                 lambda config=config: torch.save(
                     {"model": nanogpt(), "model_args": NANOGPT, "config": config}, "ckpt.pt"
                 ),
-                "ckpt.pt: a vocabulary of 63 symbols",
+                "ckpt.pt: the tokenizer of this model with 63 tokens is unknown",
             )
             for config in ("x", {"dataset": 3})
         ),
@@ -238,7 +238,7 @@ def test_a_file_that_is_not_a_nanogpt_checkpoint_is_refused(capsys, write, words
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], ["which checkpoint?", "where to?"]),
+        ([], ["CKPT.pt is missing", "--to is missing"]),
         (["nowhere.pt", "to=x"], ["nowhere.pt: no such file"]),
         (["full", "to=x"], ["full: no such file"]),
         (["ckpt.pt", "to=full"], ["to=full: the folder is not empty"]),
@@ -261,7 +261,7 @@ def test_absurd_values_in_a_checkpoint_are_refused_quickly(capsys, refused):
     write_ckpt("ckpt.pt", nanogpt(), n_layer=10**7)
     assert main(["import", "ckpt.pt", "to=out"]) == 2
     assert "n_layer=10000000" in capsys.readouterr().err
-    with refused(ValueError, "vocabulary of 64 symbols"):
+    with refused(ValueError, "with 64 tokens"):
         find_tokenizer("auto", Path("/ckpt.pt"), "x" * 5000, 64)
 
 
@@ -281,9 +281,7 @@ def test_other_commands_point_to_import_for_a_nanogpt_checkpoint(capsys):
 def test_find_tokenizer_takes_meta_pkl_next_to_the_checkpoint_or_the_given_one(refused):
     Path("out").mkdir()
     ckpt = Path("out/ckpt.pt")
-    with refused(
-        ValueError, "out/ckpt.pt", "vocabulary of 64 symbols", "data/shakespeare_char/meta.pkl", "tokenizer=PATH"
-    ):
+    with refused(ValueError, "out/ckpt.pt", "with 64 tokens", "data/shakespeare_char/meta.pkl", "tokenizer=PATH"):
         find_tokenizer("auto", ckpt, "shakespeare_char", 64)
     write_meta(Path("data/shakespeare_char/meta.pkl"), "cab")
     assert find_tokenizer("auto", ckpt, "shakespeare_char", 64).encode("abc").tolist() == [1, 2, 0]
@@ -292,7 +290,7 @@ def test_find_tokenizer_takes_meta_pkl_next_to_the_checkpoint_or_the_given_one(r
     Tokenizer.char(["abc"]).save("elsewhere")
     assert find_tokenizer("elsewhere", ckpt, "shakespeare_char", 3).encode("cab").tolist() == [2, 0, 1]
     for asked in (str(other), "elsewhere"):
-        with refused(ValueError, f"tokenizer={asked}: 3 symbols", "2 of out/ckpt.pt", "another model"):
+        with refused(ValueError, f"tokenizer={asked}: has 3 tokens", "out/ckpt.pt only has 2", "another model"):
             find_tokenizer(asked, ckpt, "", 2)
     with refused(ValueError, "tokenizer=no/meta.pkl: no such file"):
         find_tokenizer("no/meta.pkl", ckpt, "", 64)
@@ -307,5 +305,5 @@ def test_find_tokenizer_takes_meta_pkl_next_to_the_checkpoint_or_the_given_one(r
 @pytest.mark.parametrize("vocab_size", [50257, 50304])
 def test_find_tokenizer_recognizes_gpt2_by_its_vocabulary_size(gpt2_files, refused, vocab_size):
     assert find_tokenizer("auto", Path("out/ckpt.pt"), "openwebtext", vocab_size).kind == "gpt2"
-    with refused(ValueError, "tokenizer=gpt2: 50,257 symbols, more than the 64"):
+    with refused(ValueError, "tokenizer=gpt2: has 50,257 tokens, but out/ckpt.pt only has 64"):
         find_tokenizer("gpt2", Path("out/ckpt.pt"), "openwebtext", 64)

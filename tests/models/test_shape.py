@@ -1,4 +1,4 @@
-"""The shape of a recipe's model is that of the model which train makes or loads."""
+"""The shape of a recipe's model equals that of the model that `train` creates or loads."""
 
 from families import config_of
 
@@ -29,5 +29,5 @@ def test_a_folder_of_weights_has_its_own_shape_but_the_recipes_block_size(tmp_pa
 
 
 def test_weights_that_are_not_here_have_no_shape(refused):
-    with refused(ValueError, "init_from=someone/model", "not here", "n_layer"):
+    with refused(ValueError, "init_from=someone/model", "not on this machine", "n_layer"):
         model_shape(load_recipe(None, {"init_from": "someone/model"}), None)

@@ -23,7 +23,7 @@ def test_gpt_to_stock_and_back_is_bitwise_equal(case):
     back = load_model("theirs")
     assert type(back) is GPT and not back.training and all(p.requires_grad for p in back.parameters())
     before, after = dict(model.named_parameters()), dict(back.named_parameters())
-    # where norms have no gain, theirs has one of ones
+    # a norm without weight becomes one with a weight of ones
     gains = after.keys() - before.keys()
     assert bool(gains) == (case in ("llama with wide heads", "gpt2 with a head"))
     assert not before.keys() - after.keys() and all((after[name] == 1).all() for name in gains)
@@ -83,22 +83,22 @@ def test_stock_to_gpt_and_back_is_bitwise_equal(case):
         ({**LLAMA, "logit_softcap": 30.0, "n_kv_head": 2}, "llama", ["logit_softcap=30.0"]),
         ({**LLAMA, "embd_norm": True}, "llama", ["embd_norm=True"]),
         ({**LLAMA, "activation": "gelu"}, "llama", ["activation=gelu"]),
-        ({**QWEN3, "bias": True}, None, None),  # Llama without qk_norm or Qwen3 without biases are as near
+        ({**QWEN3, "bias": True}, None, None),  # Llama lacks qk_norm, Qwen3 lacks biases
         ({**QWEN3, "logit_softcap": 15.0}, "qwen3", ["logit_softcap=15.0"]),
         ({**NANOCHAT, "norm_weight": True}, "nanochat", ["norm_weight=True"]),
-        ({**NANOCHAT, "embd_norm": False}, None, None),  # nanochat or, but for relu2, Qwen3
+        ({**NANOCHAT, "embd_norm": False}, None, None),  # nanochat, or Qwen3 except for relu2
         ({**NANOCHAT, "bias": True}, "nanochat", ["bias=True"]),
     ],
 )
 def test_export_names_the_switches_that_no_stock_architecture_supports(refused, ids, switches, form, obstacles):
-    """The switches in the way are named, and no others; form=custom takes them all."""
+    """The error names the unsupported settings, and no others; form=custom supports all."""
     model = gpt(**switches)
     save_model(model, "ours")
     nearest, found = nearest_architecture(read_config("ours"))
     assert (nearest, set(found)) == (form, set(obstacles)) if form else len(found) == 1
     with refused(
         ValueError,
-        "ours: no stock model is the same",
+        "ours: no stock architecture supports this model",
         ARCHITECTURES[nearest].model_class,
         *found,
         "form=custom",

@@ -164,13 +164,13 @@ EARLY = [
     ([*TINY, "sample_tokens=9", "sample_prompt=ROMEO"], ["sample_prompt='ROMEO'", "'E' (U+0045)", "another prompt"]),
     ([*TINY, "sample_tokens=9", "sample_prompt=" + "abcde" * 4], ["sample_prompt=", "20 tokens", "block_size=16"]),
     # missing models
-    (["sample"], ["which model?", "runs/NAME"]),
-    (["sample", "--out_dir=out", "--start=hi"], ["which model?", "nanogpt-accel sample out"]),  # nanoGPT's command
+    (["sample"], ["MODEL is missing", "runs/NAME"]),
+    (["sample", "--out_dir=out", "--start=hi"], ["MODEL is missing", "nanogpt-accel sample out"]),  # nanoGPT's command
     (["sample", "./gone"], ["./gone", "no such folder"]),
     (["sample", "nothing"], ["nothing", "config.json is missing"]),
-    (["sample", "stock"], ["stock", "type gpt2"]),
-    (["evaluate", "stock", "--recipe", "tiny.yaml"], ["stock", "type gpt2"]),
-    ([*TINY, "init_from=stock"], ["stock", "type gpt2"]),
+    (["sample", "stock"], ["stock", "model_type=gpt2"]),
+    (["evaluate", "stock", "--recipe", "tiny.yaml"], ["stock", "model_type=gpt2"]),
+    ([*TINY, "init_from=stock"], ["stock", "model_type=gpt2"]),
     (["evaluate", "nothing"], ["nothing", "no run.yaml", "--recipe"]),
     # trackers
     ([*TINY, "trackers=wandbb"], ["trackers=wandbb", "wandb"]),
@@ -248,7 +248,7 @@ def test_download_with_a_wrong_hash_is_refused_and_deleted(capsys, monkeypatch, 
 def test_unreachable_hub_is_one_line(capsys):
     for argv in (["sample", "nobody/nothing"], [*TINY, "init_from=nobody/nothing"]):
         (line,) = refusal(capsys, *argv)
-        assert has_all(line, ["nobody/nothing", "no such folder here", "Hub cannot be reached"])
+        assert has_all(line, ["nobody/nothing", "no such folder", "Hub cannot be reached"])
 
 
 # ---- resuming
@@ -343,7 +343,7 @@ def test_run_without_a_valid_checkpoint_is_refused(capsys, copy):
     (line,) = refusal(capsys, "train", copy)
     assert has_all(line, ["nothing to resume", "no valid checkpoint", str(copy), "init_from=scratch"])
     assert main(["sample", str(copy)]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"error: {copy}: no whole checkpoint in this run folder"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {copy}: this run folder has no valid checkpoint"
 
 
 # ---- processes

@@ -252,7 +252,7 @@ def check(workplace, monkeypatch):
         "train.run_training",
         "commands.bench.bench",
         "commands.evaluate.evaluate",
-        "commands.evaluate.run_tasks",
+        "commands.evaluate.evaluate_tasks",
         "commands.report.page",
         "commands.doctor.examine",
         "commands.prepare.prepare",

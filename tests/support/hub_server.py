@@ -1,5 +1,4 @@
-"""A stand-in for the Hugging Face Hub on this machine, as much of it as uploads and downloads of models need,
-and reading data sets.
+"""A fake Hugging Face Hub on this machine, for uploads and downloads of models, and for reading data sets.
 
     with HubServer(tokens={"hf_test": "me"}) as hub:
         subprocess.run([sys.executable, "-c", script], env=hub.env(tmp_path), check=True)
@@ -14,6 +13,7 @@ import base64
 import hashlib
 import http.server
 import json
+import math
 import os
 import socket
 import threading
@@ -37,12 +37,32 @@ def git_oid(content):
 
 
 def oid(path, content):
-    """What an unchanged file is known by: the SHA-256 of an LFS file, the git blob id of a regular one."""
+    """Return the id that tells whether a file changed: SHA-256 of an LFS file, git blob id of a regular one."""
     return hashlib.sha256(content).hexdigest() if is_lfs(path, content[:512], len(content)) else git_oid(content)
 
 
+def card_errors(card):
+    """Return the problems of a model card's metadata for which the Hub would refuse it."""
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard(card).data.to_dict()
+    except Exception as error:
+        return [str(error)]
+    errors = [f"{key} is required" for key in ("library_name", "pipeline_tag", "tags") if key not in data]
+    if data.get("license") == "other" and "license_name" not in data:
+        errors.append("license: other needs a license_name")
+    for key in ("license", "base_model", "pipeline_tag"):
+        if not isinstance(data.get(key, ""), str):
+            errors.append(f"{key} must be text")
+    for model in data.get("model-index", []):
+        for result in model["results"]:
+            errors += [f"{metric} is not finite" for metric in result["metrics"] if not math.isfinite(metric["value"])]
+    return errors
+
+
 class Refusal(Exception):
-    """An answer that is an error. code is what the client goes by, message what it shows."""
+    """An error response. The client decides by `code` and shows `message`."""
 
     def __init__(self, status, message, code=None, **body):
         self.status, self.body = status, {"error": message, **body}
@@ -51,7 +71,7 @@ class Refusal(Exception):
 
 @dataclass
 class Request:
-    """One request as it came. status is None where the connection was dropped instead of an answer."""
+    """A request. status is None if the connection was dropped without a response."""
 
     method: str
     path: str
@@ -93,16 +113,16 @@ class Repo:
 
 
 class HubServer:
-    """The server, its repositories and its record.
+    """The server, its repositories and the list of its requests.
 
     tokens: {token: user}. A user may write in the namespace of that name and read what is private there.
-    requests: every Request so far. delay: seconds before each answer. faults: what fail() has still to do.
+    requests: every Request so far. delay: seconds before each answer. faults: remaining faults of fail().
     """
 
     def __init__(self, tokens=None):
         self.tokens = tokens or {}
         self.repos, self.requests, self.faults, self.delay = {}, [], [], 0
-        self.lock = threading.RLock()  # each request has a thread of its own
+        self.lock = threading.RLock()  # each request has a separate thread
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -114,7 +134,7 @@ class HubServer:
         self.close()
 
     def close(self):
-        """From here on connections are refused."""
+        """Refuse all connections from now on."""
         self.server.shutdown()
         self.server.server_close()
 
@@ -134,7 +154,7 @@ class HubServer:
         return env | ({"HF_TOKEN": token} if token else {}) | more
 
     def add(self, repo, files, *, revision="main", title="add", private=False, gated=False):
-        """Commits {path: content} to a repository, both made where they are not there. Returns the sha."""
+        """Commit {path: content} to a repository, which is created if missing, and return the sha."""
         with self.lock:
             if repo not in self.repos:
                 self.repos[repo] = Repo(private, gated)
@@ -161,7 +181,7 @@ class HubServer:
         self.faults.append(Fault(times, status, method, path, drop))
 
     def fault(self, request):
-        """The Fault that this request meets, or None."""
+        """Return the Fault for this request, or None."""
         with self.lock:
             for fault in self.faults:
                 if fault.times > 0 and fault.method in (None, request.method) and fault.path in request.path:
@@ -169,7 +189,7 @@ class HubServer:
                     return fault
 
     def bytes_received(self, method=None):
-        """How much the bodies of all requests of a method came to."""
+        """Return the total size of the bodies of all requests of a method."""
         return sum(request.received for request in self.requests if method in (None, request.method))
 
 
@@ -253,6 +273,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise Refusal(401, "Invalid username or password.")
                 return {"type": "user", "id": self.user(), "name": self.user(), "orgs": [], "auth": {}}
             case "POST", "api", "validate-yaml":
+                if errors := card_errors(json.loads(self.body)["content"]):
+                    raise Refusal(400, "Invalid metadata", errors=[{"message": error} for error in errors])
                 return {"errors": [], "warnings": []}
             case "POST", "api", "repos", "create":
                 return self.create(json.loads(self.body))
@@ -293,7 +315,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return {}
             case "GET" | "HEAD", owner, name, "resolve", revision, *path:
                 return self.resolve(f"{owner}/{name}", revision, "/".join(path))
-        raise Refusal(404, f"The stand-in for the Hub does not know {self.command} {self.path}")
+        raise Refusal(404, f"The fake Hub does not support {self.command} {self.path}")
 
     # ---- reading
 
@@ -310,7 +332,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
 
     def tree(self, name, revision, folder, recursive):
-        """The files in a folder, and of a data set the folders in it, which nobody asks for of a model."""
+        """Return the files in a folder, and for a data set its folders, too."""
         sha, files = self.repo(name).at(revision)
         prefix = folder + "/" if folder else ""
         below = {path: content for path, content in files.items() if path.startswith(prefix)}
@@ -332,7 +354,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return found
 
     def paths_info(self, name, revision, paths):
-        """What tree() says of these files and folders; what is not there is left out."""
+        """Return the entries of tree() for these files and folders, as far as they exist."""
         return [entry for entry in self.tree(name, revision, "", True) if entry["path"] in paths]
 
     def resolve(self, name, revision, path):
@@ -382,7 +404,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return {}
 
     def preupload(self, name, revision, asked):
-        """How each file is to be sent, and what it is known by now: the client leaves out what has not changed."""
+        """Return how to upload each file, and its current id: the client skips unchanged files."""
         _, files = self.repo(name, write=True).at(revision)
         answer = []
         for file in asked:
@@ -399,7 +421,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return {"files": answer}
 
     def lfs_batch(self, name, asked):
-        """Where to send each object. One that is already there has no actions, and is not sent."""
+        """Return where to upload each object. Existing objects have no actions and are not uploaded."""
         repo, url = self.repo(name, write=True), f"{self.hub.url}/{name}/lfs"
         for item in asked:
             if item["oid"] not in repo.objects:

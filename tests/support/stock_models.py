@@ -20,11 +20,11 @@ from nanogpt_accel.model import GPT, GPTConfig
 CHARS = "\n !\"',-.:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 N = len(CHARS) + 1  # tokens; the last one is end-of-text
 ROWS, T_MAX = 80, 32  # vocabulary size with much padding, context length
-SUPPORTED = ("this toolkit's own", "gpt2", "llama", "qwen3", "nanochat")
+SUPPORTED = ("models of this toolkit", "gpt2", "llama", "qwen3", "nanochat")
 
 
 def randomize(model):
-    """Randomize all parameters, so that a zero or one that is left out would be noticed."""
+    """Randomize all parameters, so that the tests notice a missing zero or one."""
     torch.manual_seed(5)
     with torch.no_grad():
         for p in model.parameters():
