@@ -45,9 +45,7 @@ class BenchOptions(Section):
     steps: Int = Field(10, ge=1, description="number of measured steps; the figures are medians")
     warmup: Int = Field(3, ge=1, description="number of steps before the measurement, for compilation and allocation")
     compare: Words = Field([], description=f"compare all combinations of variants along these axes: {', '.join(AXES)}")
-    profile: str | None = Field(
-        None, description="write a trace of two steps of the first variant to this file, for ui.perfetto.dev"
-    )
+    profile: str | None = Field(None, description="write a trace of two steps to this file, for ui.perfetto.dev")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
@@ -218,8 +216,8 @@ class Variant:
     def step(self):
         """Run one step like train.py's loop, and return the seconds by part and in total.
 
-        On CUDA, all parts but "data" are GPU time. "data" is CPU time, during the forward pass of the GPU, so the total
-        is less than the sum.
+        On CUDA, "data" is CPU time while the GPU works, and the other parts are GPU time, so the total is less than
+        their sum.
         """
         setup, accelerator, recipe, step = self.setup, self.setup.accelerator, self.setup.recipe, self.number
         marks, data_seconds = [], 0.0
@@ -325,12 +323,9 @@ def report(target, figures):
         f"torch {figures['torch']}{threads}"
     )
     yield f"data: {figures['data']}"
-    yield (
-        f"{figures['parameters']:,} parameters, block_size={figures['block_size']}, "
-        f"gradient_accumulation_steps={figures['micro_batches']}; medians of {figures['steps']} steps after "
-        f"{figures['warmup']} warm-up steps, in ms"
-    )
-    yield ""
+    sizes = f"block_size={figures['block_size']}, gradient_accumulation_steps={figures['micro_batches']}"
+    steps = f"medians of {figures['steps']} steps after {figures['warmup']} warm-up steps, in ms"
+    yield f"{figures['parameters']:,} parameters, {sizes}; {steps}\n"
     width = max(len(line["name"]) for line in figures["variants"])
     yield (
         f"{'':<{width}} {'data':>9} {'forward':>9} {'backward':>9} {'optimizer':>9} {'total':>9} {'tokens/s':>11} "

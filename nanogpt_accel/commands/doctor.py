@@ -68,13 +68,12 @@ def main(argv):
         problems.append(f"{target}: doctor takes no target")
     raise_problems(problems)
     findings = examine(options.compile_limit)
-    if is_main():
-        if options.json_output:
-            print(json.dumps({"ok": not is_broken(findings), "findings": findings}))
-        else:
-            for finding in findings:
-                fix = f": {finding['fix']}" if finding["fix"] else ""
-                print(f"{finding['state']:<8} {finding['what']:<16} {finding['found']}{fix}")
+    if is_main() and options.json_output:
+        print(json.dumps({"ok": not is_broken(findings), "findings": findings}))
+    elif is_main():
+        for finding in findings:
+            text = ": ".join(filter(None, (finding["found"], finding["fix"])))
+            print(f"{finding['state']:<8} {finding['what']:<16} {text}")
     if is_broken(findings):
         raise SystemExit(1)
 
@@ -211,8 +210,8 @@ def compiling(device, limit):
     is_default = should_compile("auto", device.type)
     failure = partial(broken if is_default else warning, "torch.compile")
     compiler = "cl of Visual Studio" if sys.platform == "win32" else "g++ or clang++"
-    fix = "set compile=false" if is_default else "only needed for compile=true"
-    fix += f"; install a C++ compiler ({compiler}), and triton for GPUs"
+    fix = f"install a C++ compiler ({compiler}) and, for GPUs, triton"
+    fix += ", or set compile=false" if is_default else "; only needed for compile=true"
     env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # so that a timeout leaves no workers behind
     command, text = [sys.executable, "-c", COMPILE, str(device)], {"encoding": "utf-8", "errors": "replace"}
     start = time.monotonic()
@@ -289,11 +288,7 @@ def caches():
     from huggingface_hub import constants
 
     tiktoken = os.environ.get("TIKTOKEN_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    folders = {
-        "HF_HOME": constants.HF_HOME,
-        "TIKTOKEN_CACHE_DIR": tiktoken,
-        "NANOGPT_ACCEL_CACHE": cache_folder(),
-    }
+    folders = {"HF_HOME": constants.HF_HOME, "TIKTOKEN_CACHE_DIR": tiktoken, "NANOGPT_ACCEL_CACHE": cache_folder()}
     return [
         warning("cache", f"{name}: {folder} is not writable", f"set {name} to a writable folder")
         if check_writable(Path(folder))

@@ -43,12 +43,7 @@ class PlanOptions(Section):
     gpus_per_node: Int = Field(8, ge=1, description="number of GPUs per machine")
     gpu: str = Field("", description=f"{', '.join(GPUS)}; empty: H100, or no GPU if the recipe's device is cpu or mps")
     gpu_memory: Float = Field(0, ge=0, description="memory per GPU in GiB; 0: from the data sheet")
-    mfu: Float = Field(
-        0.4,
-        gt=0,
-        le=1,
-        description="expected model FLOPs utilization; nanoGPT reaches 0.37 on one A100, llm-foundry 0.43 on eight",
-    )
+    mfu: Float = Field(0.4, gt=0, le=1, description="expected MFU; nanoGPT: 0.37 on an A100, llm-foundry: 0.43 on 8")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 

@@ -241,12 +241,10 @@ def memory(
     """
     parts = parameters(shape)
     n_params, state = sum(parts.values()), optimizer_bytes(shape, algorithm)
-    n_block = sum(parts[key] for key in ("attention", "mlp")) // shape["n_layer"]
-    n_ends = parts["embedding"] + parts["position"] + parts["head"]
-    low = HALF if half else FLOAT
+    n_block = (parts["attention"] + parts["mlp"]) // shape["n_layer"]
+    n_ends, low = parts["embedding"] + parts["position"] + parts["head"], HALF if half else FLOAT
     # embedding and head with their gradients, the current block, the prefetched block, the gradients of one block
     gathered = low * (2 * n_ends + 3 * n_block)
-    reduced = FLOAT * n_block if half else 0  # FSDP2 reduces gradients in float32
     if layout == "ddp":
         weights, gradients, optimizer = FLOAT * n_params, FLOAT * n_params, state
         head = parts["embedding"] if shape["tie_word_embeddings"] else parts["head"]
@@ -254,7 +252,7 @@ def memory(
         copies += FLOAT * n_params if processes > 1 else 0  # DDP's gradient buckets
     elif layout == "fsdp2":
         weights, gradients, optimizer = FLOAT * n_params / shards, FLOAT * n_params / shards, state / shards
-        copies = gathered + (reduced if trains else 0)
+        copies = gathered + (FLOAT * n_block if half and trains else 0)  # gradients are reduced in float32
     else:  # DeepSpeed trains a half-precision model and keeps float32 master weights
         weights, gradients, optimizer = low * n_params, low * n_params / shards, state / shards
         copies = FLOAT * n_params / shards
