@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class GPU(NamedTuple):
-    peak_flops: float  # dense bf16 matrix products per data sheet; fp16 if there is no bf16
+    peak_flops: float  # dense bf16 matrix products, from the data sheet; fp16 on GPUs without bf16
     memory: int  # GiB, of the largest variant
     has_bf16: bool = True  # in hardware
 
