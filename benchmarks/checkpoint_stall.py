@@ -1,11 +1,11 @@
-"""How long the loop stands still for a checkpoint: async_save against a save that it waits for.
+"""Measure how long a checkpoint blocks the training loop, with and without async_save.
 
     python benchmarks/checkpoint_stall.py TEXT [rounds [saves]]
 
-Whole processes in turn, a model of 30M parameters (360 MB a checkpoint), a checkpoint every 60 steps. TEXT: a text
-file of some 100 KB or more. The loop stands still for what lies between the lines of the steps around a save and is
-not the step itself. On a CPU the next step is late besides, for the writing takes what the training would have; the
-last column says how much all took.
+Each measurement is a separate process that trains a model of 30M parameters (360 MB per checkpoint) and saves every 60
+steps. TEXT is a text file of at least 100 KB. The blocked time is the time between the log lines around a save, without
+the step itself. On a CPU, the next step is also slower, because the writer uses the same cores. The last column is the
+time of the complete run.
 """
 
 import re
@@ -21,24 +21,24 @@ MODEL = ("n_layer=9", "n_head=8", "n_embd=512", "block_size=32", "batch_size=1",
 
 
 def stalls(lines):
-    """(seconds of each standstill, seconds that each next step is late, median of a step, first step to last)."""
+    """Return (blocked seconds per save, delays of the steps after a save, median step, seconds from first to last)."""
     times = dict(step_times(lines))
-    took = {
+    step_seconds = {
         int(match[1]): float(match[2]) / 1000
         for _, line in lines
         if (match := re.match(r"iter (\d+): .* time ([\d.]+)ms", line))
     }
-    usual = statistics.median(seconds for step, seconds in took.items() if step > 2)
+    median = statistics.median(seconds for step, seconds in step_seconds.items() if step > 2)
     saved = [step for step in times if step and step % INTERVAL == 0]
-    still = [times[step] - times[step - 1] - took[step] for step in saved]
-    return still, [took[step] - usual for step in saved], usual, max(times.values()) - times[0]
+    blocked = [times[step] - times[step - 1] - step_seconds[step] for step in saved]
+    return blocked, [step_seconds[step] - median for step in saved], median, max(times.values()) - times[0]
 
 
 def main(text, rounds=3, saves=4):
-    text, found = Path(text).resolve(), {"false": [], "true": []}
+    text, runs = Path(text).resolve(), {"false": [], "true": []}
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):
-            for mode, measured in found.items():
+            for mode, measured in runs.items():
                 lines = watch(
                     ours(
                         "shakespeare_char_cpu.yaml",
@@ -58,19 +58,19 @@ def main(text, rounds=3, saves=4):
                 )
                 measured.append(stalls(lines))
     rows = []
-    for mode, measured in found.items():
-        still, late = (statistics.median(seconds for run in measured for seconds in run[i]) for i in (0, 1))
+    for mode, measured in runs.items():
+        blocked, delay = (statistics.median(seconds for run in measured for seconds in run[i]) for i in (0, 1))
         rows.append(
             {
                 "async_save": mode,
-                "stands still, s": still,
-                "of the blocking one": still / rows[0]["stands still, s"] if rows else 1.0,
-                "next step late by, s": late,
-                "a step, s": statistics.median(usual for _, _, usual, _ in measured),
-                "all, s": statistics.median(total for *_, total in measured),
+                "loop blocked, s": blocked,
+                "relative": blocked / rows[0]["loop blocked, s"] if rows else 1.0,
+                "delay of the next step, s": delay,
+                "step, s": statistics.median(median for _, _, median, _ in measured),
+                "run, s": statistics.median(total for *_, total in measured),
             }
         )
-    show(f"Stall of the loop by a checkpoint, {rounds} runs of {saves} saves each", rows)
+    show(f"Time that a checkpoint blocks the loop, {rounds} runs with {saves} saves each", rows)
 
 
 if __name__ == "__main__":

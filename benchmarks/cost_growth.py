@@ -1,10 +1,11 @@
-"""How the time of a step and its peak memory grow with n_layer, block_size, batch_size and vocab_size.
+"""Measure how step time and peak memory grow with n_layer, block_size, batch_size and vocab_size.
 
     python benchmarks/cost_growth.py [steps [device]]
 
-Four sizes each, the others as in BASE, on random tokens, with the steps of `nanogpt-accel bench` in turn. Prints the
-medians, and the exponents of power laws fitted to the four points, beside those of the arithmetic (FLOPs of PaLM's
-appendix B, memory as `nanogpt-accel plan` computes it): they lie below 1 where a part of the cost does not grow.
+Each setting has four values, while the others stay as in BASE. The steps are those of `nanogpt-accel bench` on random
+tokens, alternating between the four models. The table has the medians and the exponents of power laws fitted to the
+four points, next to the exponents of the FLOPs and of the memory that `nanogpt-accel plan` computes. An exponent is
+below 1 if a part of the cost does not grow.
 """
 
 import statistics
@@ -15,7 +16,6 @@ from side_by_side import show
 
 from nanogpt_accel.commands import bench
 from nanogpt_accel.planning import sizing
-from nanogpt_accel.planning.sizing import flops_per_token
 from nanogpt_accel.recipe import load_recipe
 
 BASE = {"n_layer": 2, "n_head": 4, "n_embd": 256, "block_size": 128, "batch_size": 4, "vocab_size": 1024}
@@ -31,20 +31,15 @@ def make(device, sizes):
 
 
 def arithmetic(variant):
-    """(FLOPs of a step, bytes at its peak)."""
-    shape = variant.accelerator.unwrap_model(variant.model).config.to_dict()
-    flops = flops_per_token(shape)
-    needed = sizing.memory(
-        shape,
-        "ddp",
-        1,
-        1,
-        batch=variant.batch_size,
-        checkpointing=False,
-        half=variant.accelerator.mixed_precision != "no",
-        cpu=variant.device.type == "cpu",
+    """Return the planned (FLOPs per step, peak bytes)."""
+    setup = variant.setup
+    shape, batch, half = (
+        setup.raw_model.config.to_dict(),
+        setup.recipe.train.batch_size,
+        setup.accelerator.mixed_precision,
     )
-    return flops * variant.tokens_per_step, sum(needed.values())
+    options = {"batch": batch, "half": half != "no", "checkpointing": False, "device": variant.device.type}
+    return setup.flops_per_token * setup.tokens_per_step, sum(sizing.memory(shape, "ddp", 1, 1, **options).values())
 
 
 def exponent(values):
@@ -64,19 +59,19 @@ def main(steps=5, device="auto"):
                 seconds[i].append(variant.step()["total"])
         seconds = [statistics.median(times) for times in seconds]
         memory = [variant.peak_memory() for variant in variants]
-        flops, needed = zip(*map(arithmetic, variants), strict=True)
+        flops, planned = zip(*map(arithmetic, variants), strict=True)
         rows.append(
             {
                 "grows": f"{key} {', '.join(f'{BASE[key] * factor:,}' for factor in FACTORS)}",
-                "ms a step": ", ".join(f"{1e3 * value:.1f}" for value in seconds),
+                "ms per step": ", ".join(f"{1e3 * value:.1f}" for value in seconds),
                 "exponent": f"{exponent(seconds):.2f}",
-                "of its FLOPs": f"{exponent(flops):.2f}",
+                "FLOPs exponent": f"{exponent(flops):.2f}",
                 "peak MB": ", ".join(f"{value / 1e6:.0f}" for value in memory) if all(memory) else "-",
-                "its exponent": f"{exponent(memory):.2f}" if all(memory) else "-",
-                "of the plan": f"{exponent(needed):.2f}",
+                "memory exponent": f"{exponent(memory):.2f}" if all(memory) else "-",
+                "planned exponent": f"{exponent(planned):.2f}",
             }
         )
-    show(f"Growth of cost; the others {BASE}; medians of {steps} steps", rows)
+    show(f"Growth of cost from {BASE}; medians of {steps} steps", rows)
 
 
 if __name__ == "__main__":

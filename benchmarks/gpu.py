@@ -1,16 +1,16 @@
-"""GPT-2 124M on one GPU against nanoGPT: tokens/s, MFU, and tokens to the same loss.
+"""Compare GPT-2 124M on one GPU with nanoGPT: tokens/s, MFU, and tokens to the same loss.
 
     python benchmarks/gpu.py NANOGPT DATA [minutes]
-    python benchmarks/gpu.py NANOGPT --dry        # the same on a CPU with a toy, to see that it works
+    python benchmarks/gpu.py NANOGPT --dry        # test the script on a CPU with a tiny model
 
-DATA: a folder of train.bin and val.bin in GPT-2's tokens, such as nanoGPT's data/openwebtext. Without a network,
-TIKTOKEN_CACHE_DIR has to hold GPT-2's two files. Whole processes in turn:
+DATA is a folder with train.bin and val.bin in GPT-2's tokens, such as nanoGPT's data/openwebtext. Without network
+access, TIKTOKEN_CACHE_DIR must contain the two files of GPT-2's tokenizer. Each measurement is a separate process:
 
-1. recipes/gpt2.yaml against nanoGPT's config/train_gpt2.py: block 1,024, the same micro-batch, compiled, bfloat16; two
-   rounds; tokens/s by the times of the programs' own lines. Beside them 8 bits by configs/fp8.yaml, where torchao is.
-2. `nanogpt-accel bench` of other micro-batches and losses, for the best setting.
-3. recipes/gpt2.yaml for so many minutes (15), its rate falling to its end within them, and recipes/gpt2_fast.yaml on
-   the same tokens: how many tokens it takes to the loss that the first one ends with.
+1. recipes/gpt2.yaml against nanoGPT's config/train_gpt2.py: block_size 1,024, the same micro-batch size, compiled,
+   bfloat16, two rounds. Tokens/s are computed from the times of the log lines. fp8 (configs/fp8.yaml) needs torchao.
+2. `nanogpt-accel bench` with other micro-batch sizes and losses, to find the best setting.
+3. recipes/gpt2.yaml for the given minutes (15), including the learning rate decay, and recipes/gpt2_fast.yaml on the
+   same tokens: how many tokens the fast recipe needs to reach the final loss of the first.
 """
 
 import json
@@ -36,8 +36,8 @@ FULL = {
     "log": 10,
     "shape": [],
     "device": "cuda",
-    "seconds_of_start": 90,
-    "micro_of_a_run": 32,
+    "startup_seconds": 90,
+    "micro_per_run": 32,
     "eval_iters": 20,
 }
 DRY = {
@@ -49,14 +49,14 @@ DRY = {
     "log": 1,
     "device": "cpu",
     "shape": ["--n_layer=2", "--n_head=2", "--n_embd=64"],
-    "seconds_of_start": 0,
-    "micro_of_a_run": 2,
+    "startup_seconds": 0,
+    "micro_per_run": 2,
     "eval_iters": 2,
 }
 
 
 def write_toy_data(folder):
-    """Tokens of which a few are common, so that there is something to learn."""
+    """Write tokens with a skewed distribution, which a model can learn."""
     ids = (50257 * np.random.default_rng(0).random(400_000) ** 6).astype(np.uint16)
     folder.mkdir()
     ids[:360_000].tofile(folder / "train.bin")
@@ -65,9 +65,9 @@ def write_toy_data(folder):
 
 
 def speeds(copy, folder, data, size):
-    """(rows of the table, our tokens/s)."""
+    """Return (rows of the table, our tokens/s)."""
     tokens = size["batch_size"] * size["micro"] * size["block_size"]
-    # nanoGPT's --log_interval=1 waits for the GPU at every step, so both log as seldom
+    # with --log_interval=1, nanoGPT waits for the GPU in every step, so both programs log less often
     common = [
         f"--batch_size={size['batch_size']}",
         f"--block_size={size['block_size']}",
@@ -96,13 +96,13 @@ def speeds(copy, folder, data, size):
         "recipes/gpt2.yaml": (mine, folder),
     }
     if size["device"] == "cuda":
-        programs["the same in fp8"] = (fp8, folder)
-    found = {program: [] for program in programs}
+        programs["recipes/gpt2.yaml in fp8"] = (fp8, folder)
+    measured = {program: [] for program in programs}
     for _ in range(2):
         for program, (command, where) in programs.items():
             try:
-                # the times of lines that stand `log` steps apart
-                found[program].append(tokens / steady_seconds(watch(command, where), size["skip"] // size["log"]))
+                # there is a line every `log` steps
+                measured[program].append(tokens / steady_seconds(watch(command, where), size["skip"] // size["log"]))
             except RuntimeError as error:
                 if program in ("nanoGPT", "recipes/gpt2.yaml"):
                     raise
@@ -112,7 +112,7 @@ def speeds(copy, folder, data, size):
     flops = flops_per_token(shape | {"vocab_size": 50304})
     peak = gpu_peak() if size["device"] == "cuda" else None
     rows = []
-    for program, values in found.items():
+    for program, values in measured.items():
         if values:
             speed = statistics.median(values)
             rows.append(
@@ -120,10 +120,10 @@ def speeds(copy, folder, data, size):
                     "program": program,
                     "tokens/s": speed,
                     "MFU": f"{flops * speed / peak:.1%}" if peak else "-",
-                    "times nanoGPT's": speed / statistics.median(found["nanoGPT"]),
+                    "times nanoGPT's": speed / statistics.median(measured["nanoGPT"]),
                 }
             )
-    return rows, statistics.median(found["recipes/gpt2.yaml"])
+    return rows, statistics.median(measured["recipes/gpt2.yaml"])
 
 
 def gpu_peak():
@@ -149,19 +149,19 @@ def best_setting(folder, data, size):
         text=True,
         env=environment(),
     )
-    print("\n" + done.stdout + done.stderr[-2000:] * bool(done.returncode))  # what comes after needs none of it
+    print("\n" + done.stdout + done.stderr[-2000:] * bool(done.returncode))  # the next part does not need its result
 
 
 def tokens_to_loss(folder, data, size, minutes, speed):
-    """Rows: what each recipe reached, and with how many tokens the fast one had reached the faithful one's loss."""
-    tokens = size["batch_size"] * size["micro_of_a_run"] * size["block_size"]  # 0.5M, the recipes' own
-    steps = max(20, int((60 * minutes - size["seconds_of_start"]) * speed / tokens))
+    """Return rows with the loss of each recipe, and the tokens that gpt2_fast needs to reach the loss of gpt2."""
+    tokens = size["batch_size"] * size["micro_per_run"] * size["block_size"]  # 0.5M, as in the recipes
+    steps = max(20, int((60 * minutes - size["startup_seconds"]) * speed / tokens))
     every = max(1, steps // 20)
     options = [
         f"data_dir={data}",
         f"block_size={size['block_size']}",
         f"batch_size={size['batch_size']}",
-        f"gradient_accumulation_steps={size['micro_of_a_run']}",
+        f"gradient_accumulation_steps={size['micro_per_run']}",
         *size["shape"],
         f"device={size['device']}",
         f"max_iters={steps}",

@@ -1,11 +1,11 @@
-"""What a batch costs: where its samples begin, and reading them, from files larger than any cache of the processor.
+"""Measure the time to compute the positions of a batch and to read it, from files larger than the CPU caches.
 
     python benchmarks/loader.py [folder]
 
-Writes 4 GB of random ids below the folder (by default the system's own for temporary files), as one file and then as
-20, and takes 10,000 batches of 12 x 65 tokens from each; then the first batch of 9 billion tokens, a file of zeros that
-takes no room. Prints the time of a batch, also as a share of a step of the small CPU model (24 ms on two cores), and
-how much the resident memory has grown. The files are removed.
+The script writes 4 GB of random ids to the folder (by default a temporary one), as one file and then as 20, and reads
+10,000 batches of 12 x 65 tokens from each. Then it reads the first batch of 9 billion tokens, from a sparse file. It
+prints the time per batch, also as a share of a step of the small CPU model (24 ms on two cores), and the growth of
+resident memory, and removes the files.
 """
 
 import statistics
@@ -21,12 +21,12 @@ from nanogpt_accel.batches import Batches
 from nanogpt_accel.data.token_files import TokenFile
 
 TOKENS = 2**31
-STEP = 0.024  # seconds
+STEP_SECONDS = 0.024
 BATCHES = 10_000
 
 
 def write(folder, files):
-    """TOKENS random ids, in several files of about the same size."""
+    """Write TOKENS random ids to files of about the same size."""
     ids = np.random.default_rng(0).integers(0, 50257, TOKENS // 32, dtype=np.uint16)
     paths = [folder / f"{files}-{i:05d}.bin" for i in range(files)]
     for path in paths:
@@ -51,8 +51,8 @@ def measure(paths):
         seconds.append(time.perf_counter() - start)
     mean, median = statistics.mean(seconds), statistics.median(seconds)
     print(
-        f"{len(paths)} file{'s' * (len(paths) > 1)}: a batch takes {mean * 1e3:.3f} ms, the median is "
-        f"{median * 1e3:.3f} ({median / STEP:.2%} of a step); {resident() - before:+.1f} MB in {BATCHES:,} batches",
+        f"{len(paths)} file{'s' * (len(paths) > 1)}: {mean * 1e3:.3f} ms per batch, median {median * 1e3:.3f} ms "
+        f"({median / STEP_SECONDS:.2%} of a step); {resident() - before:+.1f} MB after {BATCHES:,} batches",
         flush=True,
     )
 
@@ -62,7 +62,7 @@ def first_batch(path):
         file.truncate(2 * 9_000_000_000)
     start = time.perf_counter()
     Batches(TokenFile(path, "uint16"), block_size=1024, batch_size=12, micro_batches=40, seed=1337)(0, 0)
-    print(f"9 billion tokens: the first batch takes {(time.perf_counter() - start) * 1e3:.1f} ms")
+    print(f"9 billion tokens: {(time.perf_counter() - start) * 1e3:.1f} ms for the first batch")
 
 
 def main(folder=None):

@@ -1,14 +1,15 @@
-"""Speed of `prepare` against nanoGPT's way and against tiktoken alone, on a parquet file of Python source.
+"""Compare the speed of `prepare` with nanoGPT's script and with tiktoken alone, on a parquet file of Python source.
 
     python benchmarks/prepare.py [rounds [megabytes]]
 
-Whole processes in turn: `nanogpt-accel prepare`; data/openwebtext/prepare.py of nanoGPT on the same file, with one
-process for each processor (written out below); and tiktoken alone, without reading, writing or starting, in its best
-arrangement: in threads, in threads with an Encoding each, or in processes. The file holds 31.5 MB, or as many as asked
-for, of the Python sources that are installed here. Prints seconds and the ratios' medians.
+Each measurement is a separate process: `nanogpt-accel prepare`; nanoGPT's data/openwebtext/prepare.py on the same file,
+with one process per core (copied below); and tiktoken alone, without reading, writing and startup, in the fastest of
+three configurations: threads, threads with one Encoding each, or processes. The file contains the given number of
+megabytes (31.5) of installed Python sources. Prints seconds and the medians of the ratios.
 """
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -104,22 +105,22 @@ def main(rounds=3, megabytes=31.5):
         for i in range(rounds):
             recipe = folder / "recipe.yaml"
             recipe.write_text(RECIPE.format(file=file, out=folder / f"ours{i}"))
-            ours, said = seconds("-m", "nanogpt_accel", "prepare", recipe)
+            ours, output = seconds("-m", "nanogpt_accel", "prepare", recipe)
             (folder / f"theirs{i}").mkdir()
             theirs, _ = seconds("-c", NANOGPT, file, folder / f"theirs{i}")
-            arranged = [float(word) for word in seconds("-c", TIKTOKEN, file)[1].split()]
-            alone = min(arranged)
-            tokenizing = float(said.split(" s (")[0].split()[-1])  # what prepare says of itself
+            configurations = [float(word) for word in seconds("-c", TIKTOKEN, file)[1].split()]
+            alone = min(configurations)
+            tokenizing = float(re.search(r"([\d.]+) s \(", output)[1])  # the time that prepare prints
             speedups.append(theirs / ours)
             shares.append(alone / tokenizing)
             print(
-                f"prepare {ours:.1f} s, of which {tokenizing:.1f} s for text to files; nanoGPT's way {theirs:.1f} s; "
-                "tiktoken alone {:.1f}, {:.1f} and {:.1f} s".format(*arranged),
+                f"prepare {ours:.1f} s, including {tokenizing:.1f} s for text to files; nanoGPT {theirs:.1f} s; "
+                "tiktoken alone {:.1f}, {:.1f} and {:.1f} s".format(*configurations),
                 flush=True,
             )
     print(
-        f"medians: {statistics.median(speedups):.2f} times nanoGPT's way; {statistics.median(shares):.0%} of the "
-        "speed of tiktoken alone"
+        f"medians: {statistics.median(speedups):.2f} times the speed of nanoGPT; {statistics.median(shares):.0%} of "
+        "the speed of tiktoken alone"
     )
 
 

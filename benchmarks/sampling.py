@@ -1,9 +1,10 @@
-"""Sampling speed on the CPU: this toolkit, transformers' GPT-2 with its cache, and nanoGPT, in turn in one process.
+"""Compare sampling speed on the CPU: this toolkit, transformers' GPT-2 with a KV cache, and nanoGPT.
 
-    python benchmarks/sampling.py PATH_OF_A_NANOGPT_CHECKOUT [rounds]
+    python benchmarks/sampling.py NANOGPT [rounds]
 
-GPT-2 124M's shape with random weights, 512 new tokens after one, temperature 0.8, top_k 200 (nanoGPT's sample.py).
-The last column writes 16 texts at once, 128 tokens each. Prints tokens/s of each round, and the medians.
+The programs alternate in one process. They sample 512 tokens with the settings of nanoGPT's sample.py (temperature 0.8,
+top_k 200) from a GPT-2 124M with random weights. The last row samples a batch of 16 texts of 128 tokens. Prints
+tokens/s of each round and the medians.
 """
 
 import statistics
@@ -54,7 +55,7 @@ def main(nanogpt, rounds=3):
         "nanogpt_accel": (write, TOKENS, 1),
         "transformers": (write_stock, TOKENS, 1),
         "nanoGPT": (write_nanogpt, TOKENS, 1),
-        "nanogpt_accel, 16 at once": (lambda n: write(n, 16), 128, 16),
+        "nanogpt_accel, batch of 16": (lambda n: write(n, 16), 128, 16),
     }
     speeds = {name: [] for name in programs}
     for function, _, _ in programs.values():

@@ -1,4 +1,4 @@
-"""What the benchmarks beside nanoGPT share: its folder and data, whole processes that are watched, and the table."""
+"""Shared parts of the comparisons with nanoGPT: its folder and data, timed processes, and the table."""
 
 import datetime
 import os
@@ -15,7 +15,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
-# what nanoGPT's README says for a CPU, after config/train_shakespeare_char.py
+# the CPU command of nanoGPT's README
 CPU_COMMAND = [
     "config/train_shakespeare_char.py",
     "--device=cpu",
@@ -33,22 +33,22 @@ CPU_COMMAND = [
 
 
 def machine():
-    """One line: processor, threads, torch, date."""
+    """Return processor, threads, load, torch version and date as one line."""
     import torch
 
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    what = names[0] if names else platform.processor()
+    device = names[0] if names else platform.processor()
     if torch.cuda.is_available():
-        what = torch.cuda.get_device_name()
+        device = torch.cuda.get_device_name()
     return (
-        f"{what}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
+        f"{device}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
         f"{datetime.date.today()}"
     )
 
 
 def copy_nanogpt(checkout, folder):
-    """A copy of nanoGPT's programs in which to leave data and checkpoints; returns its path."""
+    """Copy nanoGPT's programs to a folder for data and checkpoints, and return its path."""
     copy = Path(folder) / "nanogpt"
     (copy / "data").mkdir(parents=True)
     for name in ("train.py", "model.py", "configurator.py"):
@@ -58,7 +58,7 @@ def copy_nanogpt(checkout, folder):
 
 
 def write_characters(copy, text):
-    """The files that data/shakespeare_char/prepare.py writes, without its download."""
+    """Write the files of data/shakespeare_char/prepare.py, without its download."""
     text = Path(text).read_text(encoding="utf-8")
     chars = sorted(set(text))
     stoi = {char: i for i, char in enumerate(chars)}
@@ -72,7 +72,7 @@ def write_characters(copy, text):
 
 
 def environment():
-    """The variables of a process that imports this checkout and prints its lines at once."""
+    """Return environment variables to import this checkout and to print lines without buffering."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
 
@@ -86,12 +86,12 @@ def theirs(*options):
 
 
 def watch(command, folder):
-    """Run a process to its end; returns [(seconds since its start, line of its output)].
+    """Run a process and return [(seconds since the start, line of output)].
 
     Raises:
-        RuntimeError: it failed; the message holds the end of its output.
+        RuntimeError: the process failed; the message contains the end of its output.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     with subprocess.Popen(
         command,
         cwd=folder,
@@ -101,21 +101,21 @@ def watch(command, folder):
         text=True,
         errors="replace",
     ) as process:
-        lines = [(time.perf_counter() - began, line.rstrip()) for line in process.stdout]
+        lines = [(time.perf_counter() - start, line.rstrip()) for line in process.stdout]
     if process.returncode:
         raise RuntimeError(
             f"{' '.join(command)}: exit status {process.returncode}\n" + "\n".join(line for _, line in lines[-15:])
         )
-    return [*lines, (time.perf_counter() - began, "")]
+    return [*lines, (time.perf_counter() - start, "")]
 
 
 def step_times(lines):
-    """[(step, seconds since the start)] from the lines `iter 7: loss ...`, which both programs print."""
+    """Return [(step, seconds since the start)] of the lines `iter 7: loss ...`, which both programs print."""
     return [(int(match[1]), seconds) for seconds, line in lines if (match := re.match(r"iter (\d+): loss", line))]
 
 
 def steady_seconds(lines, skip):
-    """Mean seconds of a step after the first `skip` ones."""
+    """Return the mean seconds per step, without the first `skip` lines."""
     (first, start), (last, end) = step_times(lines)[skip], step_times(lines)[-1]
     return (end - start) / (last - first)
 

@@ -1,11 +1,11 @@
-"""Time to nanoGPT's loss on the CPU: recipes/shakespeare_char_fast.yaml against the CPU command of nanoGPT's README.
+"""Measure the time to nanoGPT's loss on a CPU: recipes/shakespeare_char_fast.yaml and the CPU command of its README.
 
     python benchmarks/time_to_loss.py NANOGPT TEXT [seeds [steps of nanoGPT]]
 
-Whole processes from a cold start, one of nanoGPT and then one of each seed. NANOGPT: a checkout. TEXT:
-tinyshakespeare's input.txt. The losses are over the whole validation split: ours its own run's, nanoGPT's from its last
-checkpoint by `nanogpt-accel import` and `evaluate`. The text is prepared beforehand for both. nanoGPT has its loss when
-it ends; ours says it, and then saves, draws and ends.
+NANOGPT is a checkout of nanoGPT, TEXT is tinyshakespeare's input.txt, which is prepared for both programs before. Each
+run is a separate process: one of nanoGPT, then one per seed. The losses are over the full validation split: ours is
+printed by the run, before it saves and plots; nanoGPT's is measured after its run, with `nanogpt-accel import` and
+`evaluate`.
 """
 
 import json
@@ -52,8 +52,8 @@ def main(nanogpt, text, seeds=5, steps=2000):
             {
                 "program": f"nanoGPT, {steps:,} steps",
                 "seed": SEED,
-                "s to the loss": their_seconds,
-                "s to its end": their_seconds,
+                "seconds to the loss": their_seconds,
+                "seconds in total": their_seconds,
                 "val loss": loss["val_loss"],
                 "share of nanoGPT's time": 1.0,
             }
@@ -67,8 +67,8 @@ def main(nanogpt, text, seeds=5, steps=2000):
                 {
                     "program": recipe.stem,
                     "seed": seed,
-                    "s to the loss": seconds,
-                    "s to its end": lines[-1][0],
+                    "seconds to the loss": seconds,
+                    "seconds in total": lines[-1][0],
                     "val loss": losses[-1],
                     "share of nanoGPT's time": seconds / their_seconds,
                 }
@@ -77,7 +77,7 @@ def main(nanogpt, text, seeds=5, steps=2000):
     show(f"Time to a validation loss of {LOSS}", rows)
     print(
         f"\n{sum(row['val loss'] <= LOSS for row in fast)} of {len(fast)} seeds at or below {LOSS}; median "
-        f"{statistics.median(row['s to the loss'] for row in fast):.1f} s"
+        f"{statistics.median(row['seconds to the loss'] for row in fast):.1f} s"
     )
 
 

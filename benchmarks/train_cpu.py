@@ -1,12 +1,12 @@
-"""Training speed on the CPU: nanoGPT's small setting, and the model of its GPU setting, against nanoGPT.
+"""Compare training speed on a CPU with nanoGPT, for the model of its CPU setting and for that of its GPU setting.
 
     python benchmarks/train_cpu.py NANOGPT TEXT [rounds [steps [steps of the larger model]]]
 
-Whole processes in turn, nanoGPT eager as its README has it and the small one compiled too, all with an evaluation of
-20 + 20 batches before the first step. NANOGPT: a checkout. TEXT: tinyshakespeare's input.txt. Prints, as medians of the
-rounds, tokens/s after the first steps by the times of the programs' own lines, and seconds from the start of the
-process to the first step. "here" is bfloat16 on CPUs with AMX, where nanoGPT has float32 alone; ours in that stands
-beside it.
+NANOGPT is a checkout of nanoGPT, TEXT is tinyshakespeare's input.txt. Each measurement is a separate process, which
+evaluates 20 + 20 batches before the first step. nanoGPT runs without torch.compile, as in its README; the small model
+also with it. Prints the medians of the rounds: tokens/s after the first steps, from the times of the log lines, and
+seconds from the start of the process to the first step. On CPUs with AMX, our default is bfloat16, while nanoGPT uses
+float32; a second row of ours uses float32 too.
 """
 
 import statistics
@@ -40,15 +40,14 @@ def main(nanogpt, text, rounds=5, steps=250, larger_steps=30):
             (SMALL, steps, (), 12 * 64, 10),
             (LARGE, larger_steps, LARGER, 16 * 256, 3),
         ):
-            programs = ["nanoGPT", *["nanoGPT --compile=True"] * (name == SMALL), "here", "here mixed_precision=no"]
+            programs = ["nanoGPT", *["nanoGPT --compile=True"] * (name == SMALL), "ours", "ours mixed_precision=no"]
             speeds, starts = {program: [] for program in programs}, {program: [] for program in programs}
             for _ in range(rounds):
-                # (neither evaluates again: the first evaluation is all)
-                never = f"--eval_interval={10 * n}"
+                no_more_evaluations = f"--eval_interval={10 * n}"
                 for program in programs:
                     _, *own = program.split()
                     if program.startswith("nanoGPT"):
-                        lines = watch(theirs(*CPU_COMMAND, *shape, f"--max_iters={n}", never, *own), copy)
+                        lines = watch(theirs(*CPU_COMMAND, *shape, f"--max_iters={n}", no_more_evaluations, *own), copy)
                     else:
                         options = (
                             f"corpus={text}",
@@ -58,7 +57,7 @@ def main(nanogpt, text, rounds=5, steps=250, larger_steps=30):
                             "sample_tokens=0",
                             "keep_last=1",
                             *shape,
-                            never,
+                            no_more_evaluations,
                             *own,
                         )
                         lines = watch(ours("shakespeare_char_cpu.yaml", *options), folder)
@@ -74,7 +73,7 @@ def main(nanogpt, text, rounds=5, steps=250, larger_steps=30):
                     "program": program,
                     "tokens/s": statistics.median(speeds[program]),
                     "times nanoGPT's (median of pairs)": statistics.median(ratios[program]),
-                    "s to the first step": statistics.median(starts[program]),
+                    "seconds to the first step": statistics.median(starts[program]),
                 }
                 for program in speeds
             ]

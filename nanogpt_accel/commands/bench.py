@@ -1,11 +1,11 @@
-"""How fast a recipe trains here, and where the time of a step goes.
+"""Measure how fast a recipe trains on this machine, and which part of a step takes how long.
 
     nanogpt-accel bench recipes/gpt2.yaml gradient_accumulation_steps=1
     nanogpt-accel bench recipes/gpt2.yaml --compare compile,loss
     accelerate launch --config_file configs/multi_gpu.yaml -m nanogpt_accel bench recipes/gpt2.yaml --profile trace.json
 
-The steps are those of train.py: the same model, optimizer, precision and batches, prepared by the same Accelerator.
-Nothing is downloaded, evaluated or saved.
+The steps are the same as in train.py, with the same model, optimizer, precision, batches and Accelerator. The command
+does not download, evaluate or save anything.
 """
 
 import itertools
@@ -28,11 +28,11 @@ from ..training import Setup, accelerator_for
 from ..utils import cli
 from ..utils.fields import Int, Section, Words, nearest, raise_problems
 
-# axis -> what its variants change, as (word, {key of the recipe or of Variant: value}); batch_size: see variants_of
+# axis -> its variants as (name, {setting of the recipe or of Variant: value}); for batch_size see variants_of
 AXES = {
     "compile": [("eager", {"compile": False}), ("compiled", {"compile": True})],
     "attention": [("sdpa", {"attention": "sdpa"}), ("eager attention", {"attention": "eager"})],
-    "loss": [("loss at once", {"in_pieces": False}), ("loss in pieces", {"in_pieces": True})],
+    "loss": [("full loss", {"chunked": False}), ("chunked loss", {"chunked": True})],
     "optimizer": [("adamw", {"algorithm": "adamw"}), ("muon", {"algorithm": "muon"})],
     "batch_size": [],
 }
@@ -40,16 +40,12 @@ PARTS = ("data", "forward", "backward", "optimizer")
 
 
 class BenchOptions(Section):
-    """The options of `bench` itself; every key of a recipe can be given too."""
+    """The options of `bench`, in addition to the keys of a recipe."""
 
-    steps: Int = Field(10, ge=1, description="steps that count; the medians are over these")
-    warmup: Int = Field(3, ge=1, description="steps before them, which compile and reserve memory")
-    compare: Words = Field(
-        [], description=f"run variants in turn, a step each: {', '.join(AXES)}; of several, every combination"
-    )
-    profile: str | None = Field(
-        None, description="write a trace of two more steps of the first variant to this file, for ui.perfetto.dev"
-    )
+    steps: Int = Field(10, ge=1, description="number of measured steps; the figures are medians")
+    warmup: Int = Field(3, ge=1, description="number of steps before the measurement, for compilation and allocation")
+    compare: Words = Field([], description=f"compare all combinations of variants along these axes: {', '.join(AXES)}")
+    profile: str | None = Field(None, description="write a trace of two steps to this file, for ui.perfetto.dev")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
@@ -57,26 +53,26 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel bench RECIPE.yaml [steps=10] [--compare AXIS,...] [--profile FILE] [--json] [key=value ...]",
-            "Time of a step by part, tokens/s, MFU and peak memory of a recipe on this machine.",
+            "Measure the time of each part of a step, tokens/s, MFU and peak memory of a recipe on this machine.",
             {"options": BenchOptions, **SECTIONS},
         )
-    target, options, given, problems = cli.parse_with_recipe(argv, BenchOptions, FIELDS)
+    target, options, overrides, problems = cli.parse_with_recipe(argv, BenchOptions, FIELDS)
     if target is None:
-        problems.append("what to time? nanogpt-accel bench RECIPE.yaml, such as recipes/gpt2.yaml")
+        problems.append("no recipe given; run nanogpt-accel bench RECIPE.yaml, such as recipes/gpt2.yaml")
     for axis in options.compare:
         if axis not in AXES:
-            problems.append(f"compare={axis}: not an axis{nearest(axis, AXES)}; there are {', '.join(AXES)}")
+            problems.append(f"compare={axis}: unknown axis{nearest(axis, AXES)}; choose from {', '.join(AXES)}")
     if options.profile and not Path(options.profile).absolute().parent.is_dir():
-        problems.append(f"profile={options.profile}: no such folder; make it, or give another file")
+        problems.append(f"profile={options.profile}: no such folder; create it, or set another file")
     raise_problems(problems)
-    recipe = load_recipe(target, given, check=check)
-    found = bench(recipe, options)
+    recipe = load_recipe(target, overrides, check=check)
+    figures = bench(recipe, options)
     if is_main():
-        print(json.dumps({"recipe": target, **found}) if options.json_output else "\n".join(report(target, found)))
+        print(json.dumps({"recipe": target, **figures}) if options.json_output else "\n".join(report(target, figures)))
 
 
 def check(recipe):
-    """What stands in the way: a list of problems. The corpus may be missing, as random tokens take as long."""
+    """Return a list of problems. The data may be missing, because random tokens take the same time."""
     problems = check_launch(recipe.train.gradient_accumulation_steps)
     if dataset.is_prepared(recipe.data):
         problems += dataset.check(recipe.data, recipe.model.block_size)
@@ -84,32 +80,29 @@ def check(recipe):
 
 
 def variants_of(recipe, axes):
-    """[(name, settings)] of every combination of the axes' variants; one without a name where there are no axes."""
-    half, same, twice = recipe.train.batch_size // 2, recipe.train.batch_size, 2 * recipe.train.batch_size
-    sizes = [(f"batch_size={size}", {"batch_size": size}) for size in (half, same, twice) if size]
-    found = []
+    """Return [(name, settings)] for every combination of the axes' variants, or only the recipe without axes."""
+    size = recipe.train.batch_size
+    sizes = [(f"batch_size={n}", {"batch_size": n}) for n in (size // 2, size, 2 * size) if n]
+    variants = []
     for chosen in itertools.product(*(sizes if axis == "batch_size" else AXES[axis] for axis in axes)):
         settings = {key: value for _, changes in chosen for key, value in changes.items()}
-        found.append((", ".join(word for word, _ in chosen) or "as the recipe says", settings))
-    return found
+        variants.append((", ".join(name for name, _ in chosen) or "recipe", settings))
+    return variants
 
 
 def find_data(recipe):
-    """Return (tokens, vocabulary size and end-of-text token of the tokenizer, description of the tokens' source)."""
+    """Return (tokens, vocabulary size and end-of-text token of the tokenizer, description of the source)."""
     data = recipe.data
     if dataset.is_prepared(data):
-        found = dataset.open_dataset(data)
-        tokens, where = found.train, str(found.folder)
-        vocab_size, eot_id = found.tokenizer.vocab_size, found.tokenizer.eot_id
-    else:
-        vocab_size = dataset.guess_vocab_size(data, [])
-        tokens, eot_id = RandomTokens(vocab_size), vocab_size - 1
-        where = f"random tokens of {vocab_size:,} symbols ({dataset.data_folder(data)} is not prepared)"
-    return tokens, vocab_size, eot_id, where
+        prepared = dataset.open_dataset(data)
+        return prepared.train, prepared.tokenizer.vocab_size, prepared.tokenizer.eot_id, str(prepared.folder)
+    vocab_size = dataset.guess_vocab_size(data, [])
+    source = f"random tokens, vocabulary size {vocab_size:,} ({dataset.data_folder(data)} is not prepared)"
+    return RandomTokens(vocab_size), vocab_size, vocab_size - 1, source
 
 
 class RandomTokens:
-    """A million random ids, in place of a token file."""
+    """A million random ids with the interface of a token file."""
 
     def __init__(self, vocab_size):
         import numpy as np
@@ -124,40 +117,37 @@ class RandomTokens:
 
 
 def find_config(recipe, vocab_size):
-    """Return the GPTConfig of the recipe's model; of pretrained weights only the shape counts here."""
+    """Return the GPTConfig of the recipe's model. Pretrained weights are not loaded."""
     from ..model import GPTConfig
 
     return GPTConfig(**model_shape(recipe, vocab_size), dropout=recipe.model.dropout)
 
 
 def bench(recipe, options):
-    """Return all figures as one dictionary of plain values: seconds, bytes, tokens per second.
+    """Return all figures as one dictionary, in seconds, bytes and tokens per second.
 
     Raises:
-        ValueError: something in the recipe cannot be done here.
+        ValueError: a setting of the recipe is not supported on this machine.
     """
-    tokens, vocab_size, eot_id, where = find_data(recipe)
+    tokens, vocab_size, eot_id, source = find_data(recipe)
 
     import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     config = find_config(recipe, vocab_size)
-    variants = [
-        Variant(recipe, config, tokens, eot_id, name, settings)
-        for name, settings in variants_of(recipe, options.compare)
-    ]
+    variants = [Variant(recipe, config, tokens, eot_id, *variant) for variant in variants_of(recipe, options.compare)]
     for variant in variants:
         for _ in range(options.warmup):
             variant.step()
-    seconds = {variant: [] for variant in variants}
+    times = {variant: [] for variant in variants}
     for _ in range(options.steps):  # alternate, so that other load on the machine affects all variants
         for variant in variants:
-            seconds[variant].append(variant.step())
+            times[variant].append(variant.step())
+    figures = [figures_of(variant, times[variant]) for variant in variants]
+    for line in figures:
+        line["ratio"] = line["tokens_per_second"] / figures[0]["tokens_per_second"]
     first = variants[0]
-    figures = [figures_of(variant, seconds[variant]) for variant in variants]
-    for one in figures:
-        one["ratio"] = one["tokens_per_second"] / figures[0]["tokens_per_second"]
     if options.profile:
         first.profile(options.profile)
     accelerator = first.setup.accelerator
@@ -167,7 +157,7 @@ def bench(recipe, options):
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "mixed_precision": accelerator.mixed_precision,
-        "data": where,
+        "data": source,
         "steps": options.steps,
         "warmup": options.warmup,
         "parameters": first.setup.num_parameters,
@@ -180,7 +170,7 @@ def bench(recipe, options):
 
 
 def figures_of(variant, steps):
-    """Return the figures of a variant. steps: what its `step` returned, one per step."""
+    """Return the figures of a variant. steps: the results of its `step`."""
     setup = variant.setup
     speeds = [setup.tokens_per_step / step["total"] for step in steps]
     speed, peak = statistics.median(speeds), setup.peak_flops
@@ -199,10 +189,9 @@ def figures_of(variant, steps):
 
 
 class Variant:
-    """A model and what trains it, made by training.Setup; `step` does one step and times its parts."""
+    """A training setup whose `step` measures its parts. settings: differences from the recipe, see AXES."""
 
     def __init__(self, recipe, config, tokens, eot_id, name, settings):
-        """settings: what differs from the recipe, see AXES."""
         import torch
 
         from ..distributed import sharding
@@ -216,24 +205,24 @@ class Variant:
         sharding.disable_zero3_init(accelerator)
         self.setup = Setup(recipe, accelerator, GPT(config), tokens, eot_id)
         model, self.device = self.setup.raw_model, accelerator.device
-        if "in_pieces" in settings:  # several chunks, also if the model's rule makes one
+        if "chunked" in settings:  # at least four chunks, to compare them for small models too
             n_logits = recipe.train.batch_size * config.block_size * config.vocab_size
-            model.largest_logits = min(2**27, n_logits / 4) if settings["in_pieces"] else math.inf
+            model.largest_logits = min(2**27, n_logits / 4) if settings["chunked"] else math.inf
         if "attention" in settings:
             model.set_attn_implementation(settings["attention"])
         self.setup.model.train()
         self.inputs = self.setup.fetch(0, 0)
 
     def step(self):
-        """Make one step in the order of train.py's loop; return seconds by part, and in total.
+        """Run one step like train.py's loop, and return the seconds by part and in total.
 
-        On CUDA the parts are the device's time. Data are read while the device works, so their part is the processor's
-        time, and the total is less than the sum.
+        On CUDA, "data" is CPU time while the GPU works, and the other parts are GPU time, so the total is less than
+        their sum.
         """
         setup, accelerator, recipe, step = self.setup, self.setup.accelerator, self.setup.recipe, self.number
-        marks, reading = [], 0.0
+        marks, data_seconds = [], 0.0
         self.synchronize()
-        started = time.perf_counter()
+        step_start = time.perf_counter()
         lr = learning_rate(step, **recipe.lr_schedule)
         for group in setup.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -243,13 +232,13 @@ class Variant:
                 start = self.mark()
                 loss = setup.model(**self.inputs, return_logits=False).loss
                 forward = self.mark()
-                before = time.perf_counter()
+                data_start = time.perf_counter()
                 self.inputs = setup.fetch(step, micro_step + 1)
-                reading += time.perf_counter() - before
+                data_seconds += time.perf_counter() - data_start
                 backward = self.mark()
                 accelerator.backward(loss)
                 marks.append((start, forward, backward, self.mark()))
-        last = self.mark()
+        update = self.mark()
         accelerator.clip_grad_norm_(setup.model.parameters(), recipe.optimizer.grad_clip or math.inf)
         setup.optimizer.step()
         setup.optimizer.zero_grad()
@@ -257,18 +246,18 @@ class Variant:
         self.synchronize()
         self.number += 1
         return {
-            "data": reading,
-            "forward": sum(between(a, b) for a, b, _, _ in marks),
-            "backward": sum(between(c, d) for _, _, c, d in marks),
-            "optimizer": between(last, end),
-            "total": time.perf_counter() - started,
+            "data": data_seconds,
+            "forward": sum(between(start, forward) for start, forward, _, _ in marks),
+            "backward": sum(between(backward, stop) for _, _, backward, stop in marks),
+            "optimizer": between(update, end),
+            "total": time.perf_counter() - step_start,
         }
 
     def mark(self):
-        """This point in time, in the queue of a CUDA device."""
+        """Return the current time, or a CUDA event."""
         import torch
 
-        if self.device.type != "cuda":  # events of MPS can hang where they are timed (pytorch/pytorch#196395)
+        if self.device.type != "cuda":  # timed events can hang on MPS (pytorch/pytorch#196395)
             self.synchronize()
             return time.perf_counter()
         event = torch.Event(self.device, enable_timing=True)
@@ -276,41 +265,40 @@ class Variant:
         return event
 
     def synchronize(self):
-        """Wait until the device has done what it was given."""
+        """Wait for the device."""
         import torch
 
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
     def peak_memory(self):
-        """Bytes of tensors at the peak of one more step: weights, gradients, optimizer state, activations and the work
-        of the kernels. None on MPS, which does not tell."""
+        """Run one more step and return the peak bytes of its tensors, or None on MPS, which does not report them."""
         import torch
 
         if self.device.type == "mps":
             return None
-        held = {}  # what this variant keeps from step to step
+        storages = {}  # weights, buffers and optimizer state, which stay from step to step
         state = [value for fields in self.setup.optimizer.state.values() for value in fields.values()]
         for tensor in (*self.setup.model.parameters(), *self.setup.model.buffers(), *state):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device.type:
                 local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-                held[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
-        held = sum(held.values())
+                storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+        kept = sum(storages.values())
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)  # other variants' too
+            before = torch.cuda.memory_allocated(self.device)  # includes other variants
             self.step()
-            return held + torch.cuda.max_memory_allocated(self.device) - before
-        # the CPU's allocator keeps no count, but the profiler sees all that it gives and takes
+            return kept + torch.cuda.max_memory_allocated(self.device) - before
+        # the CPU allocator has no statistics, but the profiler records each allocation
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "trace.json"
             self.profile(file, steps=1, profile_memory=True)
             events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
         memory = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-        return held + max(itertools.accumulate((n_bytes for _, n_bytes in memory), initial=0))
+        return kept + max(itertools.accumulate((n_bytes for _, n_bytes in memory), initial=0))
 
     def profile(self, file, steps=2, profile_memory=False):
-        """Write a Chrome trace of some more steps."""
+        """Run more steps and write their Chrome trace."""
         import torch
         from torch.profiler import ProfilerActivity
 
@@ -323,37 +311,34 @@ class Variant:
 
 
 def between(start, end):
-    """Seconds from one mark to another."""
+    """Return the seconds from one mark to another."""
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
-def report(target, found):
-    """The figures as lines of text."""
+def report(target, figures):
+    """Yield the figures as lines of text."""
+    threads = f", {figures['threads']} threads" if figures["device"] == "CPU" else ""
     yield (
-        f"{target} on {found['processes']} x {found['device']}, mixed precision {found['mixed_precision']}, torch "
-        f"{found['torch']}" + (f", {found['threads']} threads" if found["device"] == "CPU" else "")
+        f"{target} on {figures['processes']} x {figures['device']}, mixed precision {figures['mixed_precision']}, "
+        f"torch {figures['torch']}{threads}"
     )
-    yield f"data: {found['data']}"
-    yield (
-        f"{found['parameters']:,} parameters; micro-batches of a step: {found['micro_batches']}; tokens of a "
-        f"sequence: {found['block_size']:,}; medians of {found['steps']} steps after {found['warmup']}, in ms"
-    )
-    yield ""
-    width = max(len(line["name"]) for line in found["variants"])
+    yield f"data: {figures['data']}"
+    sizes = f"block_size={figures['block_size']}, gradient_accumulation_steps={figures['micro_batches']}"
+    steps = f"medians of {figures['steps']} steps after {figures['warmup']} warm-up steps, in ms"
+    yield f"{figures['parameters']:,} parameters, {sizes}; {steps}\n"
+    width = max(len(line["name"]) for line in figures["variants"])
     yield (
         f"{'':<{width}} {'data':>9} {'forward':>9} {'backward':>9} {'optimizer':>9} {'total':>9} {'tokens/s':>11} "
         f"{'slowest ... fastest':>19} {'MFU':>6} {'peak MB':>9} {'ratio':>6}"
     )
-    for line in found["variants"]:
-        seconds = line["seconds"]
+    for line in figures["variants"]:
+        parts = " ".join(f"{line['seconds'][part] * 1e3:>9.2f}" for part in (*PARTS, "total"))
         spread = f"{line['slowest']:,.0f} ... {line['fastest']:,.0f}"
+        mfu = f"{line['mfu']:.1%}" if line["mfu"] else "-"
+        peak = f"{line['peak_memory'] / 1e6:,.0f}" if line["peak_memory"] else "-"
         yield (
-            f"{line['name']:<{width}} "
-            + " ".join(f"{seconds[part] * 1e3:>9.2f}" for part in (*PARTS, "total"))
-            + f" {line['tokens_per_second']:>11,.0f} {spread:>19} "
-            + (f"{line['mfu']:>6.1%}" if line["mfu"] else f"{'-':>6}")
-            + (f" {line['peak_memory'] / 1e6:>9,.0f}" if line["peak_memory"] else f" {'-':>9}")
-            + f" {line['ratio']:>6.2f}"
+            f"{line['name']:<{width}} {parts} {line['tokens_per_second']:>11,.0f} {spread:>19} {mfu:>6} {peak:>9} "
+            f"{line['ratio']:>6.2f}"
         )
-    if found["profile"]:
-        yield f"\n{found['profile']}: open it at ui.perfetto.dev"
+    if figures["profile"]:
+        yield f"\n{figures['profile']}: open it at ui.perfetto.dev"

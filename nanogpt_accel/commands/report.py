@@ -1,11 +1,10 @@
-"""Write one HTML page about one run or several: curves, throughput, samples, and how their recipes differ.
+"""Write an HTML page that shows or compares runs: curves, throughput, samples and differences of their recipes.
 
     nanogpt-accel report runs/gpt2
     nanogpt-accel report runs/gpt2 runs/llama out=compare.html
 
-The page (report.html) is self-contained, makes no network requests and follows the reader's light or dark mode. The
-same curves are written next to it as PNGs. The command reads metrics.jsonl, samples.jsonl, expect.json and run.yaml, so
-it also works while a run is training.
+The page is self-contained, makes no network requests and supports light and dark mode. The command also writes the
+curves as PNGs to the same folder. It only reads files of the run folder, so it works during training.
 """
 
 import json
@@ -21,46 +20,46 @@ from ..recipe import SECTION_OF, Recipe, load_recipe
 from ..tracking.metrics_log import read_metrics
 from ..utils import cli
 from ..utils.fields import Section, raise_problems, show_value
-from ..utils.text import duration, first_line
+from ..utils.text import counted, duration, first_line
 
-MOST_RUNS, MOST_POINTS, MOST_SAMPLES = 8, 800, 30
+MAX_RUNS, MAX_POINTS, MAX_SAMPLES = 8, 800, 30
 COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#0891b2", "#db2777", "#ca8a04", "#64748b")
 CHARTS = {  # name in metrics.jsonl: (title, unit, divisor)
-    "loss": ("Loss", "nats a token", 1),
+    "loss": ("Loss", "nats per token", 1),
     "learning_rate": ("Learning rate", "", 1),
     "grad_norm": ("Gradient norm", "before clipping", 1),
     "tokens_per_second": ("Throughput", "tokens/s", 1),
     "peak_memory": ("Peak memory", "GiB", 2**30),
-    "mfu": ("Model FLOPs utilization", "share of the peak", 1),
+    "mfu": ("Model FLOPs utilization", "share of the peak FLOP/s", 1),
 }
 
 
 class ReportOptions(Section):
     """The options of `report`."""
 
-    out: str = Field("", description="the page to write; empty: report.html, in the folder of the run where it is one")
+    out: str = Field("", description="the page to write; empty: report.html, for a single run in its folder")
 
 
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel report RUN [RUN ...] [out=FILE.html]",
-            "One HTML page, and PNGs beside it, about one run or several laid over each other.",
+            "Write an HTML page, and PNGs, with the curves of one or several runs.",
             {"options": ReportOptions},
         )
-    targets, options, problems = cli.parse_options(argv, ReportOptions, MOST_RUNS)
+    targets, options, problems = cli.parse_options(argv, ReportOptions, MAX_RUNS)
     if not targets:
-        problems.append("which run? nanogpt-accel report runs/NAME")
+        problems.append("no run given; run nanogpt-accel report runs/NAME")
     for target in targets:
         if not any((Path(target) / name).is_file() for name in ("metrics.jsonl", "run.yaml")):
-            problems.append(f"{target}: holds neither metrics.jsonl nor run.yaml, so it is no run")
+            problems.append(f"{target}: contains neither metrics.jsonl nor run.yaml; give the folder of a run")
     out = Path(options.out or (Path(targets[0]) / "report.html" if len(targets) == 1 else "report.html"))
     if out.suffix.lower() not in (".html", ".htm"):
-        problems.append(f"out={out}: a page's name ends with .html")
+        problems.append(f"out={out}: must end with .html")
     elif options.out and not out.parent.is_dir():
-        problems.append(f"out={out}: there is no folder {out.parent}")
+        problems.append(f"out={out}: no such folder {out.parent}; create it, or set another file")
     raise_problems(problems)
-    runs = [read_run(Path(target), name) for target, name in zip(targets, names(targets), strict=True)]
+    runs = [read_run(Path(target), name) for target, name in zip(targets, unique_names(targets), strict=True)]
     text = page(runs)
     try:
         out.write_text(text, encoding="utf-8")
@@ -70,13 +69,13 @@ def main(argv):
     for run in runs:
         for note in run["notes"]:
             print(f"{run['name']}: {note}")
-    print(f"wrote {out}" + (f" and {', '.join(path.name for path in images)} beside it" if images else ""))
+    print(f"wrote {out}" + (f" and {', '.join(path.name for path in images)}" if images else ""))
 
 
-def names(targets):
-    """Return the last part of each path, or the whole path if two runs have the same name."""
-    last = [visible(Path(target).resolve().name) for target in targets]
-    return [name if last.count(name) == 1 else visible(target) for name, target in zip(last, targets, strict=True)]
+def unique_names(targets):
+    """Return the last part of each path, or the full path if several runs have the same name."""
+    last = [printable(Path(target).resolve().name) for target in targets]
+    return [name if last.count(name) == 1 else printable(target) for name, target in zip(last, targets, strict=True)]
 
 
 # ---- the run folder
@@ -85,29 +84,22 @@ def names(targets):
 def read_run(folder, name):
     """Return a run as a dictionary of plain values.
 
-    `series`: {chart: columns of thin()}, and `val_loss`, which is drawn in the chart of the loss. The seconds count
-    training steps only, because metrics.jsonl has no clock; None if unknown. `notes`: what is missing, in words.
+    "series" has the `downsample` columns of each chart, and of "val_loss", which is drawn in the chart of the loss.
+    Their seconds count only training steps, because metrics.jsonl has no timestamps. "notes" are problems as text.
     """
-    recipe, notes = read_recipe(folder)
+    recipe, tokens_per_step, notes = read_recipe(folder)
     lines = read_metrics(folder / "metrics.jsonl")
     notes += check_metrics(folder / "metrics.jsonl", lines)
-    tokens_per_step = recipe and (
-        recipe.train.batch_size * recipe.train.gradient_accumulation_steps * recipe.model.block_size
-    )
     clock = training_seconds(lines, tokens_per_step)
     series = {}
     for key in (*CHARTS, "val_loss"):
         scale = CHARTS[key][2] if key in CHARTS else 1
-        points = [
-            (line["step"], seconds, value / scale)
-            for line, seconds in zip(lines, clock, strict=True)
-            if (value := number(line, key)) is not None
-        ]
-        if points:
-            series[key] = thin(points)
+        values = [(line["step"], seconds, number(line, key)) for line, seconds in zip(lines, clock, strict=True)]
+        if points := [(step, seconds, value / scale) for step, seconds, value in values if value is not None]:
+            series[key] = downsample(points)
     samples = [line for line in read_metrics(folder / "samples.jsonl") if isinstance(line.get("text"), str)]
-    if len(samples) > MOST_SAMPLES:  # evenly spaced, with the first and the last
-        samples = [samples[round(i * (len(samples) - 1) / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
+    if len(samples) > MAX_SAMPLES:  # evenly spaced, with the first and the last
+        samples = [samples[round(i * (len(samples) - 1) / (MAX_SAMPLES - 1))] for i in range(MAX_SAMPLES)]
     return {
         "name": name,
         "recipe": recipe,
@@ -115,60 +107,64 @@ def read_run(folder, name):
         "series": series,
         "tokens_per_step": tokens_per_step,
         "samples": samples,
-        "facts": facts(folder, recipe, lines, clock, tokens_per_step),
+        "summary": summary(folder, recipe, lines, clock, tokens_per_step),
     }
 
 
 def read_recipe(folder):
-    """Return (the Recipe of a run or None, notes)."""
+    """Return (Recipe, tokens per step, notes) of a run; the first two are None if run.yaml cannot be loaded."""
     try:
-        return load_recipe(folder / "run.yaml"), []
+        recipe = load_recipe(folder / "run.yaml")
     except (ValueError, OSError) as error:
-        reason = first_line(error) if (folder / "run.yaml").is_file() else "there is no run.yaml"
-        return None, [f"{reason}; so there are no tokens, no times and no recipe here"]
+        reason = first_line(error) if (folder / "run.yaml").is_file() else "run.yaml is missing"
+        return None, None, [f"{reason}; the page shows no tokens, times and settings"]
+    train = recipe.train
+    return recipe, train.batch_size * train.gradient_accumulation_steps * recipe.model.block_size, []
 
 
 def check_metrics(path, lines):
-    """Return notes on lines of metrics.jsonl that cannot be read. lines: those that can."""
-    logged = len(path.read_bytes().splitlines()) if path.is_file() else 0
-    if not logged:
-        return ["metrics.jsonl is empty: nothing is logged yet"]
+    """Return notes about lines of metrics.jsonl that cannot be read. lines: the valid ones."""
+    n_logged = len(path.read_bytes().splitlines()) if path.is_file() else 0
+    if not n_logged:
+        return ["metrics.jsonl is missing or empty"]
     if not lines:
-        return ["metrics.jsonl holds no line that can be read"]
-    if len(lines) < logged:
-        left_out = f"{logged - len(lines)} of its lines are left out"
-        return [f"metrics.jsonl is torn after step {lines[-1]['step']:,}: {left_out}"]
+        return ["metrics.jsonl has no valid lines"]
+    if len(lines) < n_logged:
+        ignored = counted(n_logged - len(lines), "line")
+        return [f"metrics.jsonl is damaged after step {lines[-1]['step']:,}; ignored {ignored}"]
     return []
 
 
 def number(line, key):
-    """Return a value of a line if it is a finite number, else None."""
+    """Return a value of a line, or None if it is not a finite number."""
     value = line.get(key)
     return value if type(value) in (int, float) and math.isfinite(value) else None
 
 
 def training_seconds(lines, tokens_per_step):
-    """Return for each line the seconds spent on training steps so far: a training line has the throughput since the
-    previous one. None if the throughput or the tokens per step are unknown."""
-    seconds, before, clock = 0.0, -1, []
+    """Return the seconds of training up to each line, or None if the throughput or the tokens per step are unknown.
+
+    A line logs the throughput since the previous line with a training loss.
+    """
+    seconds, previous, clock = 0.0, -1, []
     for line in lines:
         if "loss" in line:
             speed = number(line, "tokens_per_second")
             if seconds is not None and tokens_per_step and speed:
-                seconds += (line["step"] - before) * tokens_per_step / speed
+                seconds += (line["step"] - previous) * tokens_per_step / speed
             else:
                 seconds = None
-            before = line["step"]
+            previous = line["step"]
         clock.append(seconds if tokens_per_step else None)
     return clock
 
 
-def thin(points):
-    """Return points (step, seconds, value) as columns {step, seconds, value, low, high} of at most MOST_POINTS points.
+def downsample(points):
+    """Return (step, seconds, value) points as columns of at most MAX_POINTS values: step, seconds, value, low, high.
 
-    Each point is the mean of its neighbours, with their extremes in low and high, so that a spike stays visible.
+    Each value is the mean of a group of points, low and high are its extremes, which keep spikes visible.
     """
-    size = -(-len(points) // MOST_POINTS)
+    size = -(-len(points) // MAX_POINTS)
     columns = {"step": [], "seconds": [], "value": [], "low": [], "high": []}
     for start in range(0, len(points), size):
         group = points[start : start + size]
@@ -176,59 +172,54 @@ def thin(points):
         step, seconds, _ = group[-1]
         point = (step, seconds, statistics.fmean(values), min(values), max(values))
         for column, value in zip(columns.values(), point, strict=True):
-            column.append(value if value is None else float(f"{value:.6g}"))  # enough digits for a curve
+            column.append(value if value is None else float(f"{value:.6g}"))  # short numbers, for a small page
     return columns
 
 
-def facts(folder, recipe, lines, clock, tokens_per_step):
+def summary(folder, recipe, lines, clock, tokens_per_step):
     """Return {title: text} of a run, for the table at the top."""
-    steps = [line["step"] + 1 for line in lines if "loss" in line]
-    done = max([*steps, *(line["step"] for line in lines)], default=0)
+    values = lambda key: [value for line in lines if (value := number(line, key))]  # noqa: E731
+    n_steps = max((line["step"] + ("loss" in line) for line in lines), default=0)
     max_iters = recipe.train.max_iters if recipe else None
-    state = f"{done:,} steps"
-    if max_iters and done < max_iters:
-        goes_on = bool(check_lock(folder))
-        state = f"{done:,} of {max_iters:,} steps, " + ("going on" if goes_on else "stopped")
-    evaluations = [(line["val_loss"], line["step"]) for line in lines if number(line, "val_loss") is not None]
-    speeds = list(filter(None, (number(line, "tokens_per_second") for line in lines)))
-    memory = list(filter(None, (number(line, "peak_memory") for line in lines)))
-    found = {"steps": state}
-    if evaluations:
-        best, at = min(evaluations)
-        found["best validation loss"] = f"{best:.4f} at step {at:,}"
-        found["last"] = f"{evaluations[-1][0]:.4f}"
+    entries = {"steps": f"{n_steps:,} steps"}
+    if max_iters and n_steps < max_iters:
+        state = "running" if check_lock(folder) else "stopped"
+        entries["steps"] = f"{n_steps:,} of {max_iters:,} steps, {state}"
+    if evaluations := [(line["val_loss"], line["step"]) for line in lines if number(line, "val_loss") is not None]:
+        (best, step), (last, _) = min(evaluations), evaluations[-1]
+        entries |= {"best validation loss": f"{best:.4f} at step {step:,}", "last": f"{last:.4f}"}
     if tokens_per_step:
-        found["tokens"] = f"{done * tokens_per_step:,}"
+        entries["tokens"] = f"{n_steps * tokens_per_step:,}"
     if clock and clock[-1]:
-        found["time in training"] = duration(clock[-1])
-    if speeds:
-        found["tokens/s"] = f"{statistics.median(speeds):,.0f}"
-    if memory:
-        found["peak memory"] = f"{max(memory) / 2**30:.2f} GiB"
-    if expected := read_expectation(folder):
-        found["expected"] = expected
-    return found
+        entries["training time"] = duration(clock[-1])
+    if speeds := values("tokens_per_second"):
+        entries["tokens/s"] = f"{statistics.median(speeds):,.0f}"
+    if memory := values("peak_memory"):
+        entries["peak memory"] = f"{max(memory) / 2**30:.2f} GiB"
+    if expectation := read_expectation(folder):
+        entries["expected"] = expectation
+    return entries
 
 
 def read_expectation(folder):
-    """Return the outcome in expect.json in words; empty without the file."""
+    """Return the content of expect.json as text, or an empty text without a valid file."""
     try:
-        found = json.loads((folder / "expect.json").read_text(encoding="utf-8"))
-        spread = f" +- {found['tolerance']:g}" if found["tolerance"] is not None else ""
-        outcome = found["verdict"] or ("another recipe" if found["changed"] else "no verdict")
-        return f"{found['expected']:.3f}{spread}, got {found['got']:.3f}: {outcome}"
+        content = json.loads((folder / "expect.json").read_text(encoding="utf-8"))
+        tolerance = f" +- {content['tolerance']:g}" if content["tolerance"] is not None else ""
+        outcome = content["verdict"] or ("settings changed" if content["changed"] else "no verdict")
+        return f"{content['expected']:.3f}{tolerance}, got {content['got']:.3f}: {outcome}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
 def differences(runs):
-    """Return (column titles, rows of (key, values)): the settings that differ between the recipes, or between a single
-    recipe and the defaults. out_dir, overwrite and the expectation do not count."""
-    known = [(run["name"], run["recipe"]) for run in runs if run["recipe"]]
-    if len(known) == 1:
-        known.insert(0, ("default", Recipe()))
-    titles = [name for name, _ in known]
-    recipes = [recipe.model_dump() for _, recipe in known]
+    """Return (titles, rows of (key, values)) of the settings that differ between the recipes, or of one recipe from the
+    defaults, without out_dir, overwrite and `expect`."""
+    recipes = [(run["name"], run["recipe"]) for run in runs if run["recipe"]]
+    if len(recipes) == 1:
+        recipes.insert(0, ("default", Recipe()))
+    titles = [name for name, _ in recipes]
+    recipes = [recipe.model_dump() for _, recipe in recipes]
     rows = []
     for key, section in SECTION_OF.items():
         if key not in ("out_dir", "overwrite") and section != "expect":
@@ -242,7 +233,7 @@ def differences(runs):
 
 
 def write_images(runs, out):
-    """Draw each curve over the steps into a PNG next to the page, and return the paths."""
+    """Write a PNG per chart, with steps on the x axis, to the folder of the page, and return the paths."""
     from matplotlib.figure import Figure
 
     paths = []
@@ -271,18 +262,17 @@ def write_images(runs, out):
 
 
 def page(runs):
-    """Return the page as text."""
+    """Return the HTML page as text."""
     from jinja2 import Environment, FileSystemLoader
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["visible"] = visible
+    folder = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["printable"] = printable
     recipes, rows = differences(runs)
     return environment.get_template("report.html").render(
         title=" and ".join(run["name"] for run in runs),
         runs=runs,
-        facts=list(dict.fromkeys(key for run in runs for key in run["facts"])),
+        titles=list(dict.fromkeys(title for run in runs for title in run["summary"])),
         charts=[(key, chart) for key, chart in CHARTS.items() if any(key in run["series"] for run in runs)],
         recipes=recipes,
         differences=rows,
@@ -291,6 +281,6 @@ def page(runs):
     )
 
 
-def visible(text):
+def printable(text):
     """Replace control characters, which HTML does not allow."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)

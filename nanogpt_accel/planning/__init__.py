@@ -1,5 +1,5 @@
-"""Requirements of a run: parameters, FLOPs, memory, communication, and one table of hardware.
+"""Compute what a run needs: parameters, FLOPs, memory and communication.
 
-In: the shape of a model and a batch. Out: bytes, FLOPs and seconds; nothing is run.
+Input: the shape of a model and of a batch. Output: bytes, FLOPs and seconds, without running the model.
 To add a GPU, add a row to hardware.py.
 """

@@ -6,15 +6,12 @@ from typing import NamedTuple
 
 
 class GPU(NamedTuple):
-    """A row of the table."""
-
-    peak_flops: float  # FLOP/s of dense bf16 matrix products; fp16 on GPUs without bf16
-    memory: int  # GiB, of the larger version if there are two
+    peak_flops: float  # dense bf16 matrix products, from the data sheet; fp16 on GPUs without bf16
+    memory: int  # GiB, of the largest variant
     has_bf16: bool = True  # in hardware
 
 
-# Figures are from the data sheets of NVIDIA and AMD. The first name that occurs in the device's name counts, so
-# specific names come before general ones.
+# peak_flops returns the first name that matches, so specific names come first
 GPUS = {
     "GB200": GPU(2500e12, 186),
     "B200": GPU(2250e12, 180),
@@ -46,12 +43,12 @@ GPUS = {
 
 def peak_flops(device_name):
     """Return the peak FLOP/s of a device by its name, or None if it is not in the table."""
-    # match whole words: an RTX A4000 is not an A40
+    # match complete words: an RTX A4000 is not an A40
     return next((gpu.peak_flops for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def device_name(device):
-    """Return the name of a torch.device: that of the GPU, or the device type in capitals."""
+    """Return the name of a CUDA device, or the type of another device in capitals."""
     if device.type == "cuda":
         import torch
 
@@ -60,7 +57,7 @@ def device_name(device):
 
 
 def peak_memory(device):
-    """Return the peak memory in bytes: allocated on a CUDA device, elsewhere the peak resident size of the process."""
+    """Return the peak bytes allocated on a CUDA device, or the peak resident memory of the process elsewhere."""
     if device.type == "cuda":
         import torch
 

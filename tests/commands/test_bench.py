@@ -1,4 +1,4 @@
-"""bench.py: what it prints, and that its steps are train's and its memory what torch tracks."""
+"""bench: its output, its steps against those of train, and its memory against torch's MemTracker."""
 
 import json
 import math
@@ -37,31 +37,31 @@ def measured(*words, capsys):
 
 def test_json_is_one_object(capsys):
     found = measured("--profile", "trace.json", capsys=capsys)
-    assert found["recipe"] == "tiny.yaml" and found["data"].startswith("random tokens of 256 symbols")
+    assert found["recipe"] == "tiny.yaml" and found["data"].startswith("random tokens, vocabulary size 256 (")
     (line,) = found["variants"]
-    assert line["tokens_per_step"] == 256 and line["ratio"] == 1 and line["mfu"] is None  # no peak is known of a CPU
+    assert line["tokens_per_step"] == 256 and line["ratio"] == 1 and line["mfu"] is None and line["name"] == "recipe"
     assert line["tokens_per_second"] == pytest.approx(256 / line["seconds"]["total"], rel=0.5)
     assert line["slowest"] <= line["tokens_per_second"] <= line["fastest"]
     parts = [line["seconds"][part] for part in bench.PARTS]
     assert min(parts) > 0 and sum(parts) < 1.5 * line["seconds"]["total"]
-    trace = json.loads(Path("trace.json").read_text())  # as Perfetto reads it
+    trace = json.loads(Path("trace.json").read_text())  # the format of Perfetto
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {"aten::addmm", "aten::embedding"} & names and all("ph" in event for event in trace["traceEvents"])
     assert not Path("tokens").exists() and not Path("runs").exists()
 
 
-def test_variants_in_turn(capsys):
+def test_combinations_of_variants(capsys):
     found = measured("--compare", "attention,loss,optimizer", capsys=capsys)
     names = [line["name"] for line in found["variants"]]
     assert len(set(names)) == 8
-    assert names[0] == "sdpa, loss at once, adamw" and names[-1] == "eager attention, loss in pieces, muon"
+    assert names[0] == "sdpa, full loss, adamw" and names[-1] == "eager attention, chunked loss, muon"
     assert all(line["tokens_per_second"] > 0 and line["peak_memory"] > 0 for line in found["variants"])
-    # Muon keeps one float where AdamW keeps two, and pieces never hold all the logits
-    of = {line["name"]: line["peak_memory"] for line in found["variants"]}
-    assert of["sdpa, loss at once, muon"] < of["sdpa, loss at once, adamw"]
+    # Muon stores one float per parameter, AdamW two
+    peaks = {line["name"]: line["peak_memory"] for line in found["variants"]}
+    assert peaks["sdpa, full loss, muon"] < peaks["sdpa, full loss, adamw"]
 
 
-def test_micro_batches_side_by_side(capsys):
+def test_comparison_of_batch_sizes(capsys):
     found = measured("compare=batch_size", capsys=capsys)
     assert [(line["name"], line["tokens_per_step"]) for line in found["variants"]] == [
         ("batch_size=2", 128),
@@ -70,21 +70,21 @@ def test_micro_batches_side_by_side(capsys):
     ]
 
 
-def test_it_takes_the_steps_of_train(monkeypatch, capsys):
-    """The losses of train's log come out of bench's model: same weights, batches, dropout, rates and optimizer."""
+def test_steps_match_those_of_train(monkeypatch, capsys):
+    """The losses equal those in train's log: same weights, batches, dropout, learning rates and optimizer."""
     assert main(["train", "tiny.yaml", "eval_first=false", "out_dir=run"]) == 0
     trained = [line["loss"] for line in read_metrics("run/metrics.jsonl") if "loss" in line]
     losses, forward = [], GPT.forward
 
-    def noting(self, *args, **kwargs):
+    def record(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
         losses.append(output.loss.item())
         return output
 
-    monkeypatch.setattr(GPT, "forward", noting)
+    monkeypatch.setattr(GPT, "forward", record)
     recipe = load_recipe("tiny.yaml")
-    tokens, vocab_size, eot_id, where = bench.find_data(recipe)
-    assert where == "tokens"  # prepared by now
+    tokens, vocab_size, eot_id, source = bench.find_data(recipe)
+    assert source == "tokens"  # train prepared them
     variant = bench.Variant(recipe, bench.find_config(recipe, vocab_size), tokens, eot_id, "", {})
     for _ in trained:
         variant.step()
@@ -92,7 +92,7 @@ def test_it_takes_the_steps_of_train(monkeypatch, capsys):
     assert [(a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)] == pytest.approx(trained, rel=1e-7)
 
 
-def test_peak_memory_is_the_one_that_torch_tracks():
+def test_peak_memory_matches_mem_tracker():
     from torch.distributed._tools.mem_tracker import MemTracker
 
     recipe = load_recipe("tiny.yaml", {"n_embd": 128, "batch_size": 32, "dropout": 0, "mixed_precision": "no"})
@@ -147,7 +147,7 @@ def test_the_report_is_a_table():
     assert len({len(line) for line in lines[-3:]}) == 1
 
 
-def test_the_shape_of_openais_weights_without_the_weights():
+def test_the_shape_of_pretrained_weights_without_loading_them():
     config = bench.find_config(load_recipe("tiny.yaml", {"init_from": "gpt2-medium"}), 50257)
     assert (config.n_layer, config.n_embd, config.bias, config.block_size) == (24, 1024, True, 32)
     assert math.isclose(config.n_inner, 4096)
@@ -172,4 +172,4 @@ def test_mistakes_get_one_line(words, parts, capsys):
 
 def test_no_recipe(capsys):
     assert cli.run(bench.main, []) == 2
-    assert "what to time?" in capsys.readouterr().err
+    assert "no recipe given; run nanogpt-accel bench" in capsys.readouterr().err

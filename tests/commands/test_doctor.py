@@ -1,4 +1,4 @@
-"""doctor: what it says against what the machine says by other ways, each trouble with its remedy, the exit status."""
+"""doctor: its findings against other sources, problems and their fixes, the exit status."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def bare(monkeypatch):
 
 @pytest.fixture
 def examine(capsys):
-    """examine(status, ...) -> {what: [findings]} of `doctor --json`, which prints nothing else."""
+    """examine(*words, status) -> {what: [findings]} of `doctor --json`, which prints nothing else."""
 
     def examine(*words, status=0):
         capsys.readouterr()
@@ -56,7 +56,7 @@ def only(findings):
     return finding
 
 
-def test_findings_match_what_the_machine_says(examine, monkeypatch, tmp_path):
+def test_findings_match_other_sources(examine, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     found = examine(QUICK)
     assert only(found["python"])["found"].startswith(platform.python_version())
@@ -92,7 +92,7 @@ def test_credentials_are_never_printed(capsys, monkeypatch):
         assert "Hugging Face: present" in captured.out and "wandb: present" in captured.out
 
 
-def test_missing_credentials_say_how_to_log_in(monkeypatch, tmp_path):
+def test_missing_credentials_show_how_to_log_in(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     hub, wandb = doctor.tokens()
@@ -114,20 +114,20 @@ def test_a_missing_package_is_broken_and_an_untested_version_a_warning(examine, 
     found = examine(QUICK, status=1)
     assert only(found["tiktoken"])["state"] == "broken" and "pip install 'tiktoken>=" in found["tiktoken"][0]["fix"]
     assert only(found["rich"])["state"] == "warning" and "1.0.0" in found["rich"][0]["found"]
-    assert "disk" not in found  # without what it needs there is nothing more to see
+    assert "disk" not in found  # the other checks need the package
 
 
 @pytest.mark.parametrize(
-    "name, value, said",
+    "name, value, text",
     [
         ("WORLD_SIZE", "2", "launch with `accelerate launch` or torchrun"),
         ("PARALLELISM_CONFIG_TP_SIZE", "2", "only data-parallel sharding"),
     ],
 )
-def test_a_launch_that_cannot_train_is_broken(examine, monkeypatch, name, value, said):
+def test_a_launch_that_cannot_train_is_broken(examine, monkeypatch, name, value, text):
     monkeypatch.setenv(name, value)
     found = only(examine(QUICK, status=1)["launch"])
-    assert found["state"] == "broken" and said in found["found"]
+    assert found["state"] == "broken" and text in found["found"]
 
 
 @pytest.mark.parametrize("free, state", [(2**40, "ok"), (2**29, "warning"), (2**20, "broken")])
@@ -139,70 +139,70 @@ def test_state_of_the_disk_follows_its_free_space(monkeypatch, free, state):
 
 def test_folders_that_cannot_be_written_are_reported(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    assert doctor.can_write(tmp_path / "new" / "deeper") and not doctor.can_write(tmp_path / "file" / "below")
+    assert not doctor.check_writable(tmp_path / "new" / "deeper") and doctor.check_writable(tmp_path / "file" / "below")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file"))
     (finding,) = (finding for finding in doctor.caches() if finding["found"].startswith("TIKTOKEN"))
-    assert finding["state"] == "warning" and finding["fix"] == "set TIKTOKEN_CACHE_DIR to a folder that can"
-    if os.geteuid():  # root may write everywhere
+    assert finding["state"] == "warning" and finding["fix"] == "set TIKTOKEN_CACHE_DIR to a writable folder"
+    if os.geteuid():  # root can write everywhere
         tmp_path.chmod(0o500)
         monkeypatch.chdir(tmp_path)
         assert doctor.disk()["state"] == "broken"
 
 
 @pytest.mark.parametrize(
-    "text, state, said",
+    "content, state, text",
     [
-        (None, "ok", "takes --config_file"),
+        (None, "ok", "pass --config_file"),
         (
             "distributed_type: MULTI_GPU\nnum_processes: 8\nmixed_precision: bf16\n",
             "ok",
             "distributed_type MULTI_GPU, num_processes 8, mixed_precision bf16",
         ),
-        ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "warning", "starts one process alone"),
+        ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "warning", "starts a single process"),
         ("{", "warning", "cannot be read"),
         ("- a list\n", "warning", "cannot be read"),
     ],
 )
-def test_default_config_of_accelerate_launch(monkeypatch, tmp_path, text, state, said):
+def test_default_config_of_accelerate_launch(monkeypatch, tmp_path, content, state, text):
     from accelerate.commands.config import config_args
 
     path = tmp_path / "default_config.yaml"
-    if text:
-        path.write_text(text)
+    if content:
+        path.write_text(content)
     monkeypatch.setattr(config_args, "default_config_file", str(path))
     found = doctor.accelerate_config()
-    assert found["state"] == state and said in found["found"] and str(path) in found["found"]
+    assert found["state"] == state and text in found["found"] and str(path) in found["found"]
 
 
 @pytest.mark.parametrize(
-    "code, limit, state, said",
+    "code, limit, state, text",
     [
         ("", 60, "ok", "works"),
         ("raise OSError('no compiler')", 60, "warning", "fails (OSError: no compiler)"),
-        ("import time; time.sleep(60)", 1, "warning", "did nothing within compile_limit=1 s"),
+        ("import time; time.sleep(60)", 1, "warning", "timed out after compile_limit=1 s"),
     ],
 )
-def test_torch_compile_is_tried_in_a_process_of_its_own(monkeypatch, code, limit, state, said):
+def test_torch_compile_is_tried_in_a_subprocess(monkeypatch, code, limit, state, text):
     monkeypatch.setattr(doctor, "COMPILE", code)
     found = only(doctor.compiling(torch.device("cpu"), limit))
-    assert found["state"] == state and said in found["found"]
-    if state != "ok":  # compile is the default on GPUs, so there it stops a training
+    assert found["state"] == state and text in found["found"]
+    if state != "ok":  # compile is the default on GPUs, so training would fail
         assert doctor.compiling(torch.device("cuda"), limit)[0]["state"] == "broken"
 
 
 @pytest.mark.parametrize(
-    ("device", "has_bf16", "said"),
+    ("device", "has_bf16", "text"),
     [
-        ("cuda", True, "bf16 is real here"),
-        ("cpu", True, "bf16 is real here, by AMX"),
-        ("cpu", False, "emulated here, and slow"),
-        ("mps", None, "takes no"),
+        ("cuda", True, "bf16 is native"),
+        ("cpu", True, "bf16 is native (AMX)"),
+        ("cpu", False, "bf16 is emulated and slow"),
+        ("mps", None, "selects no"),
     ],
 )
-def test_precision_says_whether_bf16_is_native(monkeypatch, device, has_bf16, said):
+def test_precision_shows_whether_bf16_is_native(monkeypatch, device, has_bf16, text):
     monkeypatch.setattr(doctor, "has_native_bf16", lambda kind: has_bf16 if kind == device else pytest.fail(kind))
     found = doctor.precision(SimpleNamespace(device=torch.device(device), mixed_precision="no"))
-    assert found["state"] == "ok" and found["found"].endswith(said)
+    assert found["state"] == "ok" and found["found"].endswith(text)
 
 
 def test_attention_without_a_fused_kernel_is_a_warning(monkeypatch):
@@ -214,7 +214,7 @@ def test_attention_without_a_fused_kernel_is_a_warning(monkeypatch):
     sdpa = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
     found = doctor.attention(torch.device("cpu"))
-    assert found["state"] == "warning" and "math alone" in found["found"]
+    assert found["state"] == "warning" and "only math" in found["found"]
 
 
 def test_wrong_arguments_are_refused(refused):
@@ -224,7 +224,7 @@ def test_wrong_arguments_are_refused(refused):
         doctor.main(["compile_limit=-1"])
 
 
-# ---- slow: for good
+# ---- slow tests
 
 
 @pytest.mark.slow
@@ -257,6 +257,6 @@ def test_all_reduce_between_two_processes():
         env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)  # one process speaks for both
-    said = only([finding for finding in found["findings"] if finding["what"] == "processes"])
-    assert said["state"] == "ok" and said["found"].startswith("gloo: 2 processes, all-reduce of 64 MiB at ")
+    found = json.loads(done.stdout)  # only the main process prints
+    finding = only([each for each in found["findings"] if each["what"] == "processes"])
+    assert finding["state"] == "ok" and finding["found"].startswith("gloo: 2 processes, all-reduce of 64 MiB at ")

@@ -1,4 +1,4 @@
-"""plan: its figures against the real model, its choice of configs/, its errors, and the table of configs/SCALE.md."""
+"""plan: its figures against the real model, the file in configs/ that it suggests, errors, the table of SCALE.md."""
 
 import json
 import shlex
@@ -22,11 +22,11 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 @pytest.fixture(autouse=True)
 def work(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # nothing is prepared here
+    monkeypatch.chdir(tmp_path)  # without prepared data
 
 
 def planned(*words, capsys):
-    """What `nanogpt-accel plan WORDS --json` prints."""
+    """Return the output of `nanogpt-accel plan WORDS --json`."""
     assert main(["plan", *map(str, words), "--json"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
@@ -42,7 +42,7 @@ def test_parameters_of_every_recipe_are_exact(path, capsys):
     init_from = recipe.model.init_from
     if init_from == "scratch":
         shape = recipe.shape
-    else:  # OpenAI's, from the shapes in nanoGPT's model.py
+    else:  # the shapes of OpenAI's models in nanoGPT's model.py
         n_layer, n_head, n_embd = {
             "gpt2": (12, 12, 768),
             "gpt2-medium": (24, 16, 1024),
@@ -63,7 +63,7 @@ def test_parameters_of_every_recipe_are_exact(path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "rows"),
+    ("words", "vocab_size"),
     [
         (["tokenizer=gpt2"], 50304),
         (["tokenizer=gpt2", "pad_vocab_to_multiple_of=1"], 50257),
@@ -71,8 +71,8 @@ def test_parameters_of_every_recipe_are_exact(path, capsys):
         (["tokenizer=bpe", "vocab_size=1000"], 1024),
     ],
 )
-def test_vocabulary_is_padded(words, rows, capsys):
-    assert planned(ROOT / "recipes" / "gpt2.yaml", *words, capsys=capsys)["vocab_size"] == rows
+def test_vocabulary_is_padded(words, vocab_size, capsys):
+    assert planned(ROOT / "recipes" / "gpt2.yaml", *words, capsys=capsys)["vocab_size"] == vocab_size
 
 
 def test_prepared_data_replace_the_guessed_vocabulary(tmp_path, capsys):
@@ -84,13 +84,13 @@ def test_prepared_data_replace_the_guessed_vocabulary(tmp_path, capsys):
         "device=cpu",
         "pad_vocab_to_multiple_of=1",
     ]
-    assert planned(*words, capsys=capsys)["vocab_size"] == 256  # a guess, and named one
+    assert planned(*words, capsys=capsys)["vocab_size"] == 256  # a guess
     assert main(["prepare", *map(str, words)]) == 0
     capsys.readouterr()
     words += ["max_iters=10", "batch_size=9", "gradient_accumulation_steps=1"]
     found = planned(*words, "mixed_precision=no", capsys=capsys)
     assert found["vocab_size"] == 10 and found["train_tokens"] == 4500 and found["assumed"] == []
-    (assumed,) = planned(*words, capsys=capsys)["assumed"]  # what auto means, this processor is not asked
+    (assumed,) = planned(*words, capsys=capsys)["assumed"]  # plan does not look for AMX
     assert "AMX" in assumed
     assert found["tokens"] == 1440 and found["epochs"] == pytest.approx(0.32)
 
@@ -104,12 +104,12 @@ def test_a_folder_of_weights_has_its_own_shape(tmp_path, capsys):
     assert found["parameters"] == {**expected, "total": sum(expected.values())} and found["block_size"] == 32
 
 
-def test_days_are_those_of_nanogpts_notebook(capsys):
-    # 8 A100 at an MFU of 30 %, 300B tokens: 3.46 days by 6 N D, which leaves out attention
+def test_days_match_nanogpts_notebook(capsys):
+    # 8 A100 at 30 % MFU, 300B tokens: 3.46 days for 6 N D FLOPs, which exclude attention
     found = planned(ROOT / "recipes" / "gpt2.yaml", "gpus=8", "gpu=a100", "mfu=0.3", capsys=capsys)
     six_n_d = 6 * 124_337_664 * 300e9 / (312e12 * 8 * 0.3) / 86400
     assert f"{six_n_d:.2f}" == "3.46"
-    per_token = 875_062_886_400 / 1024 / (6 * 124_337_664)  # PaLM's count beside 6 N
+    per_token = 875_062_886_400 / 1024 / (6 * 124_337_664)  # PaLM's count relative to 6 N
     assert found["days"] == pytest.approx(six_n_d * per_token * found["tokens"] / 300e9, rel=1e-3)
 
 
@@ -129,10 +129,10 @@ def test_a_checkpoint_on_disk_has_the_size_that_was_planned(capsys):
     capsys.readouterr()
     found = planned(*words, capsys=capsys)
     on_disk = sum(file.stat().st_size for file in Path("run/checkpoint-000002").rglob("*.safetensors"))
-    assert on_disk == pytest.approx(found["checkpoint_bytes"], rel=0.01)  # names and shapes come on top
+    assert on_disk == pytest.approx(found["checkpoint_bytes"], rel=0.01)  # without names and shapes
 
 
-def test_the_longer_one_of_computing_and_exchange_counts(capsys):
+def test_step_takes_as_long_as_computation_or_communication(capsys):
     words = ["batch_size=1", "gradient_accumulation_steps=1024"]
     near = planned(ROOT / "recipes" / "gpt2.yaml", *words, "gpus=8", capsys=capsys)
     far = planned(ROOT / "recipes" / "gpt2.yaml", *words, "gpus=1024", capsys=capsys)
@@ -147,7 +147,7 @@ def test_the_longer_one_of_computing_and_exchange_counts(capsys):
 # ---- the command
 
 
-def test_it_answers_without_torch():
+def test_plan_does_not_import_torch():
     script = (
         "import sys; from nanogpt_accel.__main__ import main; "
         f"assert main(['plan', {str(ROOT / 'recipes' / 'gpt2.yaml')!r}]) == 0; "
@@ -157,7 +157,7 @@ def test_it_answers_without_torch():
     assert done.returncode == 0, done.stderr
 
 
-def test_text_says_what_json_says(capsys):
+def test_text_output_has_the_figures(capsys):
     words = ["plan", str(ROOT / "recipes" / "gpt2.yaml"), "gpus=8", "gpu=A100", "mfu=0.37"]
     assert main(words) == 0
     text = capsys.readouterr().out
@@ -170,6 +170,10 @@ def test_text_says_what_json_says(capsys):
         "8 x A100",
         "configs/multi_gpu.yaml",
         "configs/fsdp2.yaml",
+        "tokens/s per GPU",
+        "tokens per parameter",
+        "vocabulary size 50,304",
+        "fits into 72.0 GiB (90% of the GPU's memory): ",
         "ZeRO-3",
         "nanoGPT's count",
     ):
@@ -183,9 +187,9 @@ def test_text_says_what_json_says(capsys):
         (["gpus=8"], "multi_gpu.yaml"),
         (["gpus=40"], "multi_node.yaml"),
         (["device=cpu"], "cpu.yaml"),
-        (["gpus=8", "gpu_memory=8"], "fsdp2.yaml"),  # 7.5 GiB by DDP, 5.6 sharded, of which 7.2 are free
+        (["gpus=8", "gpu_memory=8"], "fsdp2.yaml"),  # DDP needs 7.5 GiB, FSDP2 5.4 GiB, and 7.2 GiB are usable
         (["gpus=40", "gpu_memory=8"], "fsdp2_multi_node.yaml"),
-        (["gpus=8", "gpu_memory=7.5", "algorithm=muon"], None),  # is not sharded
+        (["gpus=8", "gpu_memory=7.5", "algorithm=muon"], None),  # cannot be sharded
     ],
 )
 def test_the_config_that_fits(words, config, capsys):
@@ -202,18 +206,27 @@ def test_the_config_that_fits(words, config, capsys):
         ["gpus=8", "gpu_memory=2", "activation_checkpointing=true"],
     ],
 )
-def test_the_remedy_fits(words, capsys):
+def test_the_suggested_fix_fits(words, capsys):
     recipe = ROOT / "recipes" / "gpt2.yaml"
     found = planned(recipe, *words, capsys=capsys)
     assert found["config"] is None
     settings = [word for word in found["remedy"].split() if "=" in word]
-    mended = planned(recipe, *words, *settings, capsys=capsys)
-    assert mended["config"] is not None and mended["tokens_per_step"] == found["tokens_per_step"]
+    fixed = planned(recipe, *words, *settings, capsys=capsys)
+    assert fixed["config"] is not None and fixed["tokens_per_step"] == found["tokens_per_step"]
 
 
-def test_remedy_if_no_setting_helps(capsys):
+def test_fix_if_no_setting_helps(capsys):
     found = planned(ROOT / "recipes" / "gpt2.yaml", "gpu_memory=1", capsys=capsys)
-    assert found["config"] is None and found["remedy"].startswith("more gpus")
+    assert found["config"] is None and found["remedy"].startswith("use more GPUs")
+
+
+def test_logits_on_mps_have_the_limit_of_gpus(capsys):
+    words = [ROOT / "recipes" / "gpt2.yaml", "batch_size=2", "mixed_precision=no"]  # 2**24 < logits < 2**27
+    on_cpu, on_mps, on_gpu = (
+        planned(*words, word, capsys=capsys)["memory"]["ddp"]["logits"]
+        for word in ("device=cpu", "device=mps", "gpu=h100")
+    )
+    assert on_mps == on_gpu == 3 * 4 * 2 * 1024 * 50304 > on_cpu
 
 
 def test_an_evaluation_needs_no_gradients(capsys):
@@ -232,7 +245,7 @@ def test_an_evaluation_needs_no_gradients(capsys):
         (["gpu=t4", "mixed_precision=bf16"], "bf16"),
     ],
 )
-def test_precision_is_what_auto_means_on_that_gpu(words, precision, capsys):
+def test_auto_precision_of_the_planned_gpu(words, precision, capsys):
     assert planned(ROOT / "recipes" / "gpt2.yaml", *words, capsys=capsys)["mixed_precision"] == precision
 
 
@@ -240,8 +253,8 @@ def test_precision_is_what_auto_means_on_that_gpu(words, precision, capsys):
     ("words", "parts"),
     [
         (["gpu=h1000"], ["gpu=h1000", "did you mean h100"]),
-        (["gpus=7"], ["gradient_accumulation_steps=40", "gpus=7", "35 or 42"]),
-        (["gpus=20"], ["gpus=20", "gpus_per_node=8"]),
+        (["gpus=7"], ["train.gradient_accumulation_steps=40: not divisible by gpus=7", "35 or 42"]),
+        (["gpus=20"], ["gpus=20: not a multiple of gpus_per_node=8"]),
         (["mfu=40"], ["mfu=40"]),
         (["gpus=0"], ["gpus=0"]),
         (["init_from=someone/model"], ["init_from=someone/model", "n_layer"]),
@@ -277,11 +290,11 @@ def test_config_for_a_launch_without_a_gpu(words, config, capsys):
 
 
 @pytest.mark.parametrize("typed", ["rtx4090", "RTX 4090", "rtx_4090", "rtx-4090"])
-def test_a_gpu_as_people_type_it(typed, capsys):
+def test_spellings_of_a_gpu(typed, capsys):
     assert planned(ROOT / "recipes" / "gpt2.yaml", f"gpu={typed}", capsys=capsys)["gpu"] == "RTX 4090"
 
 
-def test_a_run_folder_is_its_recipe(capsys):
+def test_a_run_folder_has_a_recipe(capsys):
     Path("runs/mine").mkdir(parents=True)
     recipe = load_recipe(ROOT / "recipes" / "shakespeare_char_cpu.yaml", {"n_layer": 3, "out_dir": "runs/mine"})
     Path("runs/mine/run.yaml").write_text(recipe.to_yaml())
@@ -291,7 +304,7 @@ def test_a_run_folder_is_its_recipe(capsys):
 
 
 @pytest.mark.parametrize("command", ["plan", "prepare", "train"])
-def test_a_launch_configuration_is_no_recipe(command, capsys):
+def test_a_launch_configuration_is_not_a_recipe(command, capsys):
     path = str(ROOT / "configs" / "fsdp2.yaml")
     assert main([command, path]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -312,7 +325,7 @@ def test_memory_of_small_models_is_in_mib(capsys):
 
 
 def scale_rows(capsys):
-    """The table of configs/SCALE.md, from the commands that stand below it."""
+    """Compute the table of configs/SCALE.md from the commands below it."""
     page = (ROOT / "configs" / "SCALE.md").read_text(encoding="utf-8")
     for line in page.splitlines():
         if not line.startswith("nanogpt-accel plan "):
@@ -338,9 +351,9 @@ def scale_rows(capsys):
         yield "| " + " | ".join(cells) + " |"
 
 
-def test_the_table_of_the_page_is_what_plan_computes(capsys):
+def test_the_table_of_the_page_matches_plan(capsys):
     page = (ROOT / "configs" / "SCALE.md").read_text(encoding="utf-8")
     rows = list(scale_rows(capsys))
     assert len(rows) == 9
     table = page.split("| --- |", 1)[1].split("\n\n")[0].splitlines()[1:]
-    assert table == rows, "put these rows there:\n" + "\n".join(rows)
+    assert table == rows, "update the rows:\n" + "\n".join(rows)

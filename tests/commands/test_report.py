@@ -1,4 +1,4 @@
-"""report: one page of its own about runs, read back by a parser, and in a slow test by a real browser."""
+"""report: the page, read by an HTML parser and, in a slow test, by a real browser."""
 
 import json
 import math
@@ -20,12 +20,12 @@ from nanogpt_accel.commands import report
 from nanogpt_accel.recipe import load_recipe
 
 WRITE_IMAGES = report.write_images
-STEPS, TOKENS = 40, 2 * 3 * 16  # a step
+STEPS, TOKENS = 40, 2 * 3 * 16  # tokens per step
 NAUGHTY = "</script><script>alert(1)</script>&amp;<b>\x00\x1b[31m </pre> {{ data }} {% if %} {# @DATA@"
 
 
 def make_run(folder, lines=None, samples=(), **keys):
-    """A run folder written by hand; lines: of metrics.jsonl."""
+    """Write a run folder. lines: the content of metrics.jsonl."""
     folder.mkdir(parents=True)
     recipe = load_recipe(
         None,
@@ -48,7 +48,7 @@ def make_run(folder, lines=None, samples=(), **keys):
 
 
 def curve(steps=STEPS, every=2):
-    """Lines as train writes them: step 0, and then each second one, at 96 tokens/s: a step is a second."""
+    """Return lines like those of train: step 0, then every second step, at 96 tokens/s, so a step takes a second."""
     lines = [{"step": 0, "train_loss": 4.0, "val_loss": 4.1}]
     for step in range(0, steps, every):
         lines.append(
@@ -65,7 +65,7 @@ def curve(steps=STEPS, every=2):
 
 
 class Page(HTMLParser):
-    """What a page shows (`text`), its elements, and the data of its script."""
+    """The text of a page, its elements, and the data of its script."""
 
     def __init__(self, path):
         super().__init__()
@@ -100,8 +100,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(autouse=True)
-def there(monkeypatch, tmp_path):
-    """A folder of the test's own. Images take the most of the time, and one test is enough for them."""
+def work(monkeypatch, tmp_path):
+    """Change to a new folder. Only one test writes images, because they take most of the time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "write_images", lambda runs, out: [])
 
@@ -112,7 +112,7 @@ def read(*words):
     return Page(Path(out) if out else Path(words[0], "report.html") if len(words) == 1 else Path("report.html"))
 
 
-def test_the_curves_are_those_of_the_log(capsys, monkeypatch):
+def test_the_curves_match_the_log(capsys, monkeypatch):
     monkeypatch.setattr(report, "write_images", WRITE_IMAGES)
     run = make_run(Path("runs/a"))
     page = read(run)
@@ -129,20 +129,22 @@ def test_the_curves_are_those_of_the_log(capsys, monkeypatch):
     assert set(one["series"]["peak_memory"]["value"]) == {3.0}  # GiB
     row = dict(zip(*page.cells[:2], strict=True))
     assert row["best validation loss"] == f"1.2500 at step {STEPS}" and row["steps"] == f"{STEPS} steps"
-    assert row["tokens"] == f"{STEPS * TOKENS:,}" and row["time in training"] == "0:39"
+    assert row["tokens"] == f"{STEPS * TOKENS:,}" and row["training time"] == "0:39"
     for key in page.figures():
         image = (run / f"report-{key}.png").read_bytes()
         assert image[:8] == b"\x89PNG\r\n\x1a\n" and len(image) > 5000
     assert "wrote runs/a/report.html and report-loss.png" in capsys.readouterr().out
 
 
-def test_the_page_asks_for_nothing_from_elsewhere():
+def test_the_page_makes_no_requests():
     page = read(make_run(Path("runs/a"), samples=[{"step": 1, "text": "x"}]))
-    asking = {"src", "href", "srcset", "data", "action", "poster", "background"}
-    assert not [(tag, attributes) for tag, attributes in page.elements if asking & attributes.keys()]
+    request_attributes = {"src", "href", "srcset", "data", "action", "poster", "background"}
+    assert not [(tag, attributes) for tag, attributes in page.elements if request_attributes & attributes.keys()]
     assert not {"link", "img", "iframe", "object"} & {tag for tag, _ in page.elements}
     assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|WebSocket|import\(", page.source)
-    assert set(re.findall(r"https?://[^\"' ]+", page.source)) == {"http://www.w3.org/2000/svg"}  # a name, no address
+    assert set(re.findall(r"https?://[^\"' ]+", page.source)) == {
+        "http://www.w3.org/2000/svg"
+    }  # a namespace, not an address
     policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
     assert policy.startswith("default-src 'none'")
 
@@ -159,13 +161,13 @@ def test_two_runs_share_charts_and_a_table_of_differing_settings():
         "model.n_layer": ["12", "3"],
         "model.activation": ["gelu", "swiglu"],
     }
-    # of one run: how it differs from the defaults
+    # one run: differences from the defaults
     rows = {cells[0]: cells[1:] for cells in read(b).cells}
     assert rows["key"] == ["default", "b"] and rows["model.n_layer"] == ["12", "3"]
     assert rows["optimizer.learning_rate"] == ["0.0006", "0.002"] and "out_dir" not in rows
 
 
-def test_runs_of_one_name_are_told_apart():
+def test_runs_with_the_same_name_are_shown_with_their_paths():
     page = read(make_run(Path("x/a")), make_run(Path("y/a")))
     assert [run["name"] for run in page.data] == ["x/a", "y/a"]
 
@@ -180,7 +182,7 @@ def test_html_in_names_samples_and_settings_is_escaped():
     assert NAUGHTY.replace("\x00", "\ufffd").replace("\x1b", "\ufffd") in page.text
     assert "\x00" not in page.source and page.data[0]["name"] == "<b>a"
     details = [attributes for tag, attributes in page.elements if tag == "details"]
-    assert ["open" in attributes for attributes in details[:2]] == [False, True]  # the last sample is seen at once
+    assert ["open" in attributes for attributes in details[:2]] == [False, True]  # the last sample is open
 
 
 def test_a_run_has_the_same_color_everywhere():
@@ -189,21 +191,21 @@ def test_a_run_has_the_same_color_everywhere():
     assert f'<td><i style="background:{report.COLORS[1]}"></i>b</td>' in page.source
 
 
-def test_samples_of_a_long_run_are_a_spread_of_them():
+def test_a_long_run_shows_evenly_spaced_samples():
     run = make_run(Path("runs/a"), samples=[{"step": step, "text": f"text {step}."} for step in range(1000)])
     page = read(run)
     shown = [int(step) for step in re.findall(r"text (\d+)\.", page.text)]
-    assert len(shown) == report.MOST_SAMPLES and shown == sorted(shown) and (shown[0], shown[-1]) == (0, 999)
+    assert len(shown) == report.MAX_SAMPLES and shown == sorted(shown) and (shown[0], shown[-1]) == (0, 999)
     assert all(30 <= b - a <= 36 for a, b in zip(shown, shown[1:], strict=False))
 
 
-def test_a_long_run_is_thinned_and_keeps_its_spikes():
+def test_a_long_run_is_downsampled_and_keeps_its_spikes():
     lines = [
         {"step": step, "loss": 9.0 if step == 11_415 else 2.0, "tokens_per_second": float(TOKENS)}
         for step in range(20_000)
     ]
     series = read(make_run(Path("runs/a"), lines)).data[0]["series"]["loss"]
-    assert 400 <= len(series["step"]) <= report.MOST_POINTS and series["step"][-1] == 19_999
+    assert 400 <= len(series["step"]) <= report.MAX_POINTS and series["step"][-1] == 19_999
     at = next(i for i, step in enumerate(series["step"]) if step >= 11_415)
     assert series["high"][at] == 9 and series["low"][at] == 2 < series["value"][at] < 3
     assert all(high == 2 for i, high in enumerate(series["high"]) if i != at)
@@ -213,13 +215,17 @@ def test_a_long_run_is_thinned_and_keeps_its_spikes():
 @pytest.mark.parametrize(
     "spoil, note, figures",
     [
-        (lambda run: (run / "run.yaml").unlink(), "there is no run.yaml; so there are no tokens, no times", 5),
+        (
+            lambda run: (run / "run.yaml").unlink(),
+            "run.yaml is missing; the page shows no tokens, times and settings",
+            5,
+        ),
         (lambda run: (run / "run.yaml").write_text("model: {n_layers: 3}"), "unknown key model.n_layers", 5),
         (lambda run: (run / "run.yaml").write_text("{"), "not YAML", 5),
-        (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl is empty: nothing is logged yet", 0),
-        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl is empty: nothing is logged yet", 0),
-        (lambda run: (run / "metrics.jsonl").write_text("{{{"), "metrics.jsonl holds no line that can be read", 0),
-        (lambda run: os.truncate(run / "metrics.jsonl", 1000), "metrics.jsonl is torn after step", 5),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl is missing or empty", 0),
+        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl is missing or empty", 0),
+        (lambda run: (run / "metrics.jsonl").write_text("{{{"), "metrics.jsonl has no valid lines", 0),
+        (lambda run: os.truncate(run / "metrics.jsonl", 1000), "metrics.jsonl is damaged after step", 5),
     ],
 )
 def test_missing_or_damaged_files_are_noted(capsys, spoil, note, figures):
@@ -231,7 +237,7 @@ def test_missing_or_damaged_files_are_noted(capsys, spoil, note, figures):
     assert bool(page.data[0]["tokens"]) == ("metrics.jsonl" in note)
 
 
-def test_values_that_are_no_numbers_are_left_out():
+def test_values_that_are_not_numbers_are_ignored():
     lines = [
         {"step": 0, "loss": None, "tokens_per_second": 96},
         {"step": 1, "loss": "3", "grad_norm": True},
@@ -239,28 +245,27 @@ def test_values_that_are_no_numbers_are_left_out():
     ]
     series = read(make_run(Path("runs/a"), lines)).data[0]["series"]
     assert series["loss"]["step"] == [3] and "grad_norm" not in series
-    assert series["loss"]["seconds"] == [None]  # one step's speed is not known
+    assert series["loss"]["seconds"] == [None]  # the speed of one step is unknown
 
 
-def test_a_run_is_going_on_while_its_lock_is_held():
-    """Another process that trains holds the lock of the folder."""
+def test_a_run_is_running_while_another_process_has_its_lock():
     run = make_run(Path("runs/a"), curve(10))
     assert "10 of 40 steps, stopped" in read(run).text
     code = "import sys, time; from nanogpt_accel.checkpoint.run_folder import lock_run as lock\n"
-    code += "held = lock(sys.argv[1]); print(1)\n"
+    code += "run_lock = lock(sys.argv[1]); print(1)\n"
     with subprocess.Popen(
         [sys.executable, "-c", code + "sys.stdout.flush(); time.sleep(60)", str(run)],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(Path(nanogpt_accel.__file__).parents[1])},
-    ) as holder:
+    ) as process:
         try:
-            holder.stdout.readline()
-            assert "of 40 steps, going on" in read(run).text
+            process.stdout.readline()
+            assert "of 40 steps, running" in read(run).text
         finally:
-            holder.kill()
+            process.kill()
 
 
-def test_what_came_of_the_expectation_is_shown():
+def test_the_result_of_expect_is_shown():
     run = make_run(Path("runs/a"))
     found = {"expected": 1.2, "tolerance": 0.1, "got": 1.25, "verdict": "reproduced", "changed": []}
     (run / "expect.json").write_text(json.dumps(found))
@@ -272,15 +277,15 @@ def test_what_came_of_the_expectation_is_shown():
 def test_wrong_arguments_are_refused(refused, tmp_path):
     run = make_run(Path("runs/a"))
     Path("empty").mkdir()
-    with refused(ValueError, "which run?"):
+    with refused(ValueError, "no run given; run nanogpt-accel report"):
         report.main([])
-    with refused(ValueError, "empty: holds neither metrics.jsonl nor run.yaml"):
+    with refused(ValueError, "empty: contains neither metrics.jsonl nor run.yaml"):
         report.main(["empty"])
-    with refused(ValueError, "runs/b: holds neither"):
+    with refused(ValueError, "runs/b: contains neither"):
         report.main(["runs/b"])
-    with refused(ValueError, "out=a.pdf", "ends with .html"):
+    with refused(ValueError, "out=a.pdf", "must end with .html"):
         report.main([str(run), "out=a.pdf"])
-    with refused(ValueError, "out=nowhere/a.html", "no folder nowhere"):
+    with refused(ValueError, "out=nowhere/a.html", "no such folder nowhere"):
         report.main([str(run), "out=nowhere/a.html"])
     with refused(ValueError, f"expected at most {report.MOST_RUNS} targets, got 9"):
         report.main([str(run)] * 9)
@@ -347,14 +352,14 @@ def test_curves_and_controls_work_in_a_browser(tmp_path):
         )
 
     shown = browse("both.html", f"--screenshot={tmp_path / 'page.png'}")
-    assert "CONSOLE" not in shown.stderr, shown.stderr  # neither errors nor anything that the policy had to refuse
+    assert "CONSOLE" not in shown.stderr, shown.stderr  # no errors and no violations of the policy
     assert (tmp_path / "page.png").stat().st_size > 30_000
     shown = browse("tried.html", "--dump-dom")
     assert "CONSOLE" not in shown.stderr, shown.stderr
     *seen, hidden = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', shown.stdout, re.DOTALL)[1])
-    assert len(seen) == 6 and hidden == 2  # one run is left: training and validation
+    assert len(seen) == 6 and hidden == 2  # training and validation of the other run
     for state in seen:
-        assert state["curves"] == [4, 2, 2, 2, 2]  # training and validation of two runs, then a curve of each
+        assert state["curves"] == [4, 2, 2, 2, 2]  # training and validation of two runs, then one curve per run
         assert all(re.search(rf"^{name} (training|validation) [\d.]+$", state["tip"], re.MULTILINE) for name in "ab")
         for x, y in (map(float, end.split(",")) for end in state["ends"]):
             assert 52 <= x <= state["box"][0] and 0 <= y <= state["box"][1]

@@ -440,7 +440,7 @@ def test_the_loop_does_not_wait_for_a_push(child, hub, place, run):
     hub.delayed_path = "/me/slow/preupload/"
     out = child.ok(*pushing("slow"))
     assert hub.waited, "the run stood still until the Hub answered"
-    assert "warning" not in out and closing(out) == "the Hub has it: me/slow"
+    assert "warning" not in out and closing(out) == "pushed to the Hub: me/slow"
     # checkpoints in between may be skipped
     first, *_, last = titles = commits(hub, "me/slow")
     assert first.startswith("slow, step 2, validation loss ") and len(titles) <= 3
@@ -464,7 +464,7 @@ def mean_loss(*args):
     folder = place / "runs" / "steady"
     titles = commits(hub, "me/steady", revision="nightly")
     values = {line["step"]: line["val_loss"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line}
-    expected = [f"steady, step {step}, validation loss {values[step]:.4f} nats a token" for step in (2, 4, 6, 8)]
+    expected = [f"steady, step {step}, validation loss {values[step]:.4f} nats per token" for step in (2, 4, 6, 8)]
     assert titles == expected  # the last one is the best, so it is not pushed again
     assert commits(hub, "me/steady") == [] and hub.repos["me/steady"].private
 
@@ -475,7 +475,7 @@ def test_the_best_checkpoint_is_pushed_last(child, hub, place):
     out = child.ok(*pushing("best"), mean_loss=fixed_mean_loss)
     folder = place / "runs" / "best"
     titles = commits(hub, "me/best")
-    assert titles[-1] == "best, step 4, the best one" and closing(out) == "the Hub has it: me/best"
+    assert titles[-1] == "best, step 4, best validation loss" and closing(out) == "pushed to the Hub: me/best"
     assert steps(titles[:-1]) == sorted(steps(titles[:-1])) and steps(titles[-2:-1]) == [8]
     best = folder / "checkpoint-000004"
     files = hub.files("me/best")
@@ -507,7 +507,7 @@ def test_a_failed_push_is_repeated_with_the_next_checkpoint(child, hub):
     out = child.ok(*pushing("once"))
     (warning,) = [line for line in out.splitlines() if "warning" in line]
     assert "step 2" in warning and "The next checkpoint tries again" in warning
-    assert closing(out) == "the Hub has it: me/once" and 8 in steps(commits(hub, "me/once"))
+    assert closing(out) == "pushed to the Hub: me/once" and 8 in steps(commits(hub, "me/once"))
 
 
 def test_a_run_without_network_finishes(no_hub, place, run):
@@ -534,7 +534,7 @@ def test_a_resumed_run_pushes_its_new_checkpoints(child, hub):
     assert commits(hub, "me/later") == []
     hub.faults.clear()
     status, out, err = child("train", "runs/later", "max_iters=4")
-    assert (status, err, closing(out)) == (0, "", "the Hub has it: me/later")
+    assert (status, err, closing(out)) == (0, "", "pushed to the Hub: me/later")
     assert steps(commits(hub, "me/later"))[0] == 4
 
 
@@ -544,7 +544,7 @@ def test_a_finished_run_does_not_claim_a_push_that_failed(child, hub):
     child.ok(*pushing("never"), "max_iters=2")
     hub.faults.clear()
     out = child.ok("train", "runs/never")
-    assert commits(hub, "me/never") or closing(out) != "the Hub has it: me/never"
+    assert commits(hub, "me/never") or closing(out) != "pushed to the Hub: me/never"
 
 
 # ---- refusals

@@ -72,5 +72,5 @@ def test_device_name_without_a_gpu():
 def test_peak_memory_is_in_bytes():
     peak = peak_memory(torch.device("cpu"))
     block = np.ones(64 * 2**20, dtype=np.uint8)
-    assert peak_memory(torch.device("cpu")) >= peak > 10 * 2**20  # bytes, and not a thousand of them
+    assert peak_memory(torch.device("cpu")) >= peak > 10 * 2**20  # bytes, not kilobytes
     assert peak < 2**37 and len(block)

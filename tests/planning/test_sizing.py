@@ -1,4 +1,4 @@
-"""Sizes computed from a shape: against the real model, counted tensors and nanoGPT's notebooks."""
+"""Compare sizes computed from a shape with the real model, with measured tensors and with nanoGPT's notebooks."""
 
 import math
 from contextlib import nullcontext
@@ -37,7 +37,7 @@ def test_openais_models_have_their_published_sizes(name, millions):  # as OpenAI
 
 # ---- nanoGPT's notebooks
 
-# transformer_sizing.ipynb: GPT-2 without biases, 50,257 rows
+# transformer_sizing.ipynb: GPT-2 without biases
 NOTEBOOK = {**sizing.GPT2_SHAPES["gpt2"], "bias": False, "activation": "gelu"}
 
 
@@ -56,10 +56,10 @@ def test_parameters_of_the_notebook():
 
 def test_checkpoint_size_of_the_notebook():
     assert f"{sizing.checkpoint_bytes(NOTEBOOK, 'adamw') / 1e9:.2f} GB" == "1.49 GB"
-    # 3.73 % of 40 GB are weights and buffers
+    # weights and buffers use 3.73 % of 40 GB
     needed = sizing.memory(NOTEBOOK, "ddp", 1, 1, batch=12, half=True, checkpointing=False)
     assert f"{(needed['weights'] + needed['optimizer']) / 40e9:.2%}" == "3.73%"
-    # and its ckpt.pt measures within the 4 % of "fluff"
+    # the notebook measures its ckpt.pt, with less than 4 % of "fluff"
     assert sizing.checkpoint_bytes(NOTEBOOK, "adamw") == pytest.approx(1_542_470_366, rel=0.04)
 
 
@@ -99,72 +99,73 @@ def test_mfu_of_nanogpts_notebook():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flops_are_those_that_torch_counts(family):
+def test_flops_match_torchs_flop_counter(family):
     from torch.utils.flop_counter import FlopCounterMode
 
     config = config_of(family)
     model = GPT(config).eval()
-    model.set_attn_implementation("eager")  # attention in full, as the notebook counts it
+    model.set_attn_implementation("eager")  # the notebook includes the masked half
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
     assert sum(sizing.forward_flops(config.to_dict()).values()) == counter.get_total_flops()
 
 
-def test_compute_optimal_sizes_are_those_of_the_notebook():
+def test_compute_optimal_sizes_match_the_notebook():
     # scaling_laws.ipynb, approach 2: the line fitted to the table gives 2.292426e+09 tokens for 124M parameters
     assert sizing.optimal_tokens(124e6) == pytest.approx(2.292426e9, rel=1e-6)
-    # approach 3: the lowest loss that a search finds
+    # approach 3: compare with a grid search for the lowest loss
     loss = lambda n, d: 1.69 + 406.4 / n**0.34 + 410.7 / d**0.28  # noqa: E731
     for flops in (2.21e19, 1e23):
         n, tokens = sizing.optimal_size(flops)
         sizes = 10 ** np.arange(7, 13, 1e-4)
         assert n == pytest.approx(sizes[np.argmin(loss(sizes, flops / 6 / sizes))], rel=1e-3)
         assert 6 * n * tokens == pytest.approx(flops)
-    # which the notebook's coarse search puts at 316.23M and 11.65B
+    # the notebook's coarse search finds 316.23M and 11.65B
     n, tokens = sizing.optimal_size(2.21e19)
     assert abs(math.log10(n / 316.23e6)) <= 2**-4 and abs(math.log10(tokens / 11.65e9)) <= 2**-4
 
 
-# ---- memory, tensors counted
+# ---- memory
 
 
-def kept_for_backward(model, ids, autocast):
-    """Bytes of all distinct tensors that a forward pass saves, parameters aside."""
+def saved_bytes(model, ids, autocast):
+    """Return the bytes of all distinct tensors that a forward pass saves, without parameters."""
     seen = {parameter.untyped_storage().data_ptr(): None for parameter in model.parameters()}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        seen.setdefault(storage.data_ptr(), (storage.nbytes(), tensor))  # (held, so that no address comes twice)
+        seen.setdefault(
+            storage.data_ptr(), (storage.nbytes(), tensor)
+        )  # keep the tensor, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         loss = model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:]).loss
-    found = sum(entry[0] for entry in seen.values() if entry)
     assert loss.requires_grad
-    return found
+    return sum(entry[0] for entry in seen.values() if entry)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["full", "checkpointing"])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["gpt2", "openai", "llama", "qwen3", "nanochat"])
-def test_activations_are_those_that_torch_keeps(family, half, checkpointing):
+def test_activations_match_the_tensors_that_torch_saves(family, half, checkpointing):
     config = config_of(family)
     model, shape = GPT(config).train(), config.to_dict()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     autocast = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
-    kept = kept_for_backward(model, torch.randint(0, 512, (BATCH, LENGTH + 1)), autocast)
-    # at this place, of the logits the log-probabilities and what a soft-cap keeps; and copies in bfloat16
-    kept -= BATCH * LENGTH * 512 * (4 + 4 * (family == "nanochat"))
+    saved = saved_bytes(model, torch.randint(0, 512, (BATCH, LENGTH + 1)), autocast)
+    # subtract the log-probabilities, the tanh of a soft-cap, and the copies of the weights in bfloat16
+    saved -= BATCH * LENGTH * 512 * (4 + 4 * (family == "nanochat"))
     if half:
         blocks = 0 if checkpointing else shape["n_layer"] * sum(sizing.block_matrices(shape))
-        kept -= 2 * (blocks + 512 * 128)
-    assert sizing.activation_bytes(shape, BATCH, half, checkpointing, cpu=True) == pytest.approx(kept, rel=0.1)
+        saved -= 2 * (blocks + 512 * 128)
+    assert sizing.activation_bytes(shape, BATCH, half, checkpointing, "cpu") == pytest.approx(saved, rel=0.1)
 
 
 @pytest.mark.parametrize(
-    ("family", "rows", "checkpointing"),
-    [  # many rows: the loss is the peak
+    ("family", "vocab_size", "checkpointing"),
+    [  # with a large vocabulary, the loss is the peak
         ("gpt2", 2048, False),
         ("gpt2", 2048, True),
         ("gpt2", 128, True),
@@ -173,15 +174,15 @@ def test_activations_are_those_that_torch_keeps(family, half, checkpointing):
         ("nanochat", 2048, False),
     ],
 )
-def test_memory_is_the_peak_that_torch_tracks(family, rows, checkpointing):
+def test_memory_matches_the_peak_of_mem_tracker(family, vocab_size, checkpointing):
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    config = config_of(family, vocab_size=rows)
+    config = config_of(family, vocab_size=vocab_size)
     model = GPT(config).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(model, Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95))
-    ids = torch.randint(0, rows, (BATCH, LENGTH + 1))
+    ids = torch.randint(0, vocab_size, (BATCH, LENGTH + 1))
     tracker = MemTracker()
     tracker.track_external(model, optimizer)
     with tracker:
@@ -193,15 +194,14 @@ def test_memory_is_the_peak_that_torch_tracks(family, rows, checkpointing):
             optimizer.zero_grad()
     peak = sum(of_device["Total"] for of_device in tracker.get_tracker_snapshot("peak").values())
     needed = sizing.memory(
-        config.to_dict(), "ddp", 1, 1, batch=BATCH, half=False, checkpointing=checkpointing, cpu=True
+        config.to_dict(), "ddp", 1, 1, batch=BATCH, half=False, checkpointing=checkpointing, device="cpu"
     )
     assert sum(needed.values()) == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("family", ["gpt2", "nanochat"])
-def test_memory_is_what_bench_measures(family, precision):
-    """Large logits, which come in pieces."""
+def test_memory_of_the_chunked_loss_matches_bench(family, precision):
     config = config_of(family, vocab_size=8192, block_size=256, n_layer=1)
     recipe = load_recipe(
         None,
@@ -216,22 +216,22 @@ def test_memory_is_what_bench_measures(family, precision):
     variant = bench.Variant(recipe, config, bench.RandomTokens(8192), 8191, "", {})
     variant.step()
     needed = sizing.memory(
-        config.to_dict(), "ddp", 1, 1, batch=9, half=precision == "bf16", checkpointing=False, cpu=True
+        config.to_dict(), "ddp", 1, 1, batch=9, half=precision == "bf16", checkpointing=False, device="cpu"
     )
     assert sum(needed.values()) == pytest.approx(variant.peak_memory(), rel=0.1)
     assert needed["logits"] < 2.5 * 9 * 256 * 8192 * 4
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta stands for GPUs: no kernel runs
-def test_chunks_of_the_loss_are_those_of_the_model(monkeypatch, device):
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta represents GPUs and MPS
+def test_chunks_of_the_loss_match_the_model(monkeypatch, device):
     """model.py has its own copy of the limits and of the rounding, because it must not import the package."""
     chunks = []
 
-    def noting(x, weight, targets, softcap, n_rows, needs_grad):
+    def record(x, weight, targets, softcap, n_rows, needs_grad):
         chunks.append(n_rows)
         return x.new_zeros((), dtype=torch.float32)
 
-    monkeypatch.setattr(model_file.FusedLinearCrossEntropy, "apply", noting)
+    monkeypatch.setattr(model_file.FusedLinearCrossEntropy, "apply", record)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # not defined for meta
     limit = sizing.LARGEST_LOGITS_CPU if device == "cpu" else sizing.LARGEST_LOGITS
     for n_tokens, vocab_size in [(1024, limit // 1024), (1024, limit // 1024 + 1), (1000, limit // 128), (96, limit)]:
@@ -243,15 +243,15 @@ def test_chunks_of_the_loss_are_those_of_the_model(monkeypatch, device):
         ids = torch.zeros(1, n_tokens, dtype=torch.long, device=device)
         chunks.clear()
         model(input_ids=ids, shift_labels=ids, return_logits=False)
-        expected = sizing.rows_per_chunk(n_tokens, vocab_size, cpu=device == "cpu")
+        expected = sizing.rows_per_chunk(n_tokens, vocab_size, "cpu" if device == "cpu" else "mps")
         assert chunks == ([] if expected == n_tokens else [expected]), (n_tokens, vocab_size)
         assert (expected == n_tokens) == (n_tokens * vocab_size <= limit)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["full", "checkpointing"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "nanochat"])
-def test_memory_is_the_peak_on_a_gpu(family, checkpointing):
+def test_memory_matches_the_peak_on_a_gpu(family, checkpointing):
     config = config_of(family, vocab_size=4096, block_size=512, n_layer=6, n_embd=512)
     before = torch.cuda.memory_allocated()
     model = GPT(config).train().cuda()
@@ -298,7 +298,7 @@ def test_weights_gradients_and_optimizer_are_exact(family, algorithm):
     )
     assert needed["weights"] == sum(p.nbytes for p in model.parameters())
     assert needed["gradients"] == sum(p.grad.nbytes for p in model.parameters())
-    # (the count of steps aside, one number a tensor)
+    # without the step counts, one number per tensor
     state = [t for fields in optimizer.state.values() for t in fields.values() if t.dim()]
     assert needed["optimizer"] == sum(t.nbytes for t in state)
 
@@ -332,15 +332,15 @@ def test_exchange_seconds_of_ring_collectives():
         )
 
     assert seconds("ddp", 1, 1) == 0
-    # a ring's all-reduce sends each byte of the float32 gradients twice, but for the own share
+    # a ring all-reduce sends the float32 gradients twice, except for a process's own share
     assert seconds("ddp", 1, 4, micro_steps=9) == pytest.approx(2 * 4 * n * 3 / 4 / 1e10)
-    # between machines by eight wires at once
+    # eight links between machines in parallel
     assert seconds("ddp", 1, 128) == pytest.approx(2 * 4 * n * 127 / 128 / 8e9)
-    # ZeRO's paper: stage 3 sends 1.5 times what a sum for all does, here in half precision
+    # ZeRO's paper: stage 3 sends 1.5 times as much as an all-reduce, here in half precision
     assert seconds("zero3", 4, 4) == pytest.approx(1.5 * 2 * 2 * n * 3 / 4 / 1e10)
-    assert seconds("zero2", 4, 4) == pytest.approx(2 * 2 * n * 3 / 4 / 1e10)  # and stage 2 as much
-    # in one machine all by the near wire; on 16, an eighth of the gradients by each far one
-    # (the gradients in float32), for every micro-batch
+    assert seconds("zero2", 4, 4) == pytest.approx(2 * 2 * n * 3 / 4 / 1e10)  # stage 2: as much as an all-reduce
+    # one machine: everything over the near link; 16 machines: an eighth of the float32 gradients over each far link,
+    # for every micro-batch
     assert seconds("fsdp2", 8, 8) == pytest.approx((2 * 2 + 4) * n * 7 / 8 / 1e10)
     assert seconds("fsdp2", 8, 128) - seconds("fsdp2", 8, 8) == pytest.approx(2 * 4 * n / 8 * 15 / 16 / 1e9)
     assert seconds("fsdp2", 8, 128, micro_steps=3) == pytest.approx(3 * seconds("fsdp2", 8, 128))

@@ -96,7 +96,7 @@ RUN_ELSEWHERE = {
     "sbatch --nodes=4 configs/slurm/multi_node.sbatch": "promises/test_configs.py::test_slurm_job_of_two_machines_is_requeued_and_resumes",  # noqa: E501
     "sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_slurm_job_is_requeued_and_resumes_exactly",  # noqa: E501
     "CONFIG=configs/fsdp2.yaml sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_slurm_job_is_requeued_and_resumes_exactly",  # noqa: E501
-    "nanogpt-accel plan recipes": "commands/test_plan.py::test_the_table_of_the_page_is_what_plan_computes",  # noqa: E501
+    "nanogpt-accel plan recipes": "commands/test_plan.py::test_the_table_of_the_page_matches_plan",  # noqa: E501
     "nanogpt-accel COMMAND --help": "utils/test_cli.py::test_help_shows_every_key",
     "nanogpt-accel train --help": "utils/test_cli.py::test_help_shows_every_key",
     "nanogpt-accel push": "hub/test_hub.py::test_push_writes_a_stock_model_and_its_card",
