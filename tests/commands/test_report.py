@@ -287,7 +287,7 @@ def test_wrong_arguments_are_refused(refused, tmp_path):
         report.main([str(run), "out=a.pdf"])
     with refused(ValueError, "out=nowhere/a.html", "no such folder nowhere"):
         report.main([str(run), "out=nowhere/a.html"])
-    with refused(ValueError, f"expected at most {report.MOST_RUNS} targets, got 9"):
+    with refused(ValueError, f"expected at most {report.MAX_RUNS} targets, got 9"):
         report.main([str(run)] * 9)
     Path("a.html").mkdir()
     with refused(OSError, "out=a.html: cannot be written"):

@@ -184,7 +184,7 @@ def test_list_of_commands_and_version(capsys):
         (["sample"], "MODEL is missing"),
         (["evaluate"], "MODEL is missing"),
         (["train", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
-        (["train", "."], ".: not a run folder, it has no run.yaml"),
+        (["train", "."], ".: not a run folder, because it has no run.yaml"),
         (["prepare", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
         (["evaluate", "runs/x"], "runs/x: no run.yaml (this folder does not exist) to take the data from"),
         (["sample", "./nowhere"], "./nowhere: no such folder"),
