@@ -88,4 +88,4 @@ def test_document_mask_needs_a_corpus_of_documents(tmp_path, monkeypatch, capsys
     write_tiny(tmp_path, corpus="one.txt", document_mask=True)
     assert main(["train", "tiny.yaml"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "data.document_mask=true" in line and "one text" in line
+    assert "data.document_mask=true" in line and "no end-of-text tokens" in line

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 TRAINER = "state/trainer.json"
-INDEX = "state/index.json"  # size and hash of every other file, except README.md
+INDEX = "state/index.json"  # contains the size and hash of every file except README.md
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")  # required to load the model
 CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]{1,12})$")
 SHARD_PATH = re.compile(r"state/optimizer(-\d{5}-of-\d{5})?\.safetensors$")
@@ -28,10 +28,10 @@ def list_checkpoints(run):
 
 
 def is_checkpoint(path):
-    """Return whether a folder contains files of a checkpoint. A user's folder can have the name of one."""
+    """Return whether a folder contains checkpoint files. A folder with only the name could be the user's."""
     return any((path / name).is_file() for name in (*MODEL_FILES, TRAINER))
 
 
 def read_trainer(path):
-    """Return the trainer.json of a checkpoint."""
+    """Return the content of a checkpoint's trainer.json."""
     return json.loads((Path(path) / TRAINER).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Restore the optimizer state of a checkpoint, saved by any number of processes."""
+"""Restore the optimizer state of a checkpoint that was saved by any number of processes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ def load_optimizer(path, accelerator, model, optimizer):
     """Load the optimizer state of a checkpoint into a new, prepared optimizer of the same model.
 
     Raises:
-        ValueError: the state belongs to another model.
+        ValueError: the state does not match the model.
     """
     from ..distributed import sharding
 
@@ -27,7 +27,7 @@ def load_optimizer(path, accelerator, model, optimizer):
 
 
 def _open_shards(path, shapes):
-    """Return {"PARAMETER/FIELD": [(first row, open file), ...]}, sorted by row. shapes: of the model's parameters."""
+    """Return {"PARAMETER/FIELD": [(first row, open file), ...]}, sorted by row. shapes: {PARAMETER: shape}."""
     from safetensors import SafetensorError, safe_open
 
     tensors, fix = {}, f"to load only the weights, set init_from={path}"
@@ -39,15 +39,15 @@ def _open_shards(path, shapes):
             raise ValueError(f"{file}: not an optimizer state of nanogpt_accel ({error}); {fix}") from None
         for key in shard.keys():  # noqa: SIM118 (not a dict)
             name, shape = key.rpartition("/")[0], tuple(shard.get_slice(key).get_shape())
-            dims = slice(1 if key in first_rows else 0, None)  # a shard has only some entries of the first dimension
+            dims = slice(1 if key in first_rows else 0, None)  # a shard has only some rows
             if name not in shapes or (shape and shape[dims] != shapes[name][dims]):
-                raise ValueError(f"{file}: belongs to another run: {name} does not fit this model; {fix}")
+                raise ValueError(f"{file}: belongs to another run: {name} does not match this model; {fix}")
             tensors.setdefault(key, []).append((first_rows.get(key, 0), shard))
     return {key: sorted(shards, key=lambda item: item[0]) for key, shards in tensors.items()}
 
 
 def _read_rows(tensors, name, field, start, stop):
-    """Return rows start to stop - 1 of a tensor of _open_shards; a scalar is returned as it is."""
+    """Return rows start to stop - 1 of a tensor from _open_shards, or all of a scalar."""
     import torch
 
     key, parts = f"{name}/{field}", []

@@ -1,4 +1,4 @@
-"""A run: its folder, and everything that writes to it or reports from it while the loop runs."""
+"""A run: its folder, and everything that writes to the folder or reports progress during training."""
 
 import traceback
 from contextlib import suppress
@@ -20,15 +20,16 @@ from .verify import latest_valid
 class Run:
     """The folder of a run: the lock, run.yaml, metrics.jsonl, samples.jsonl, trackers, checkpoints and pushes.
 
-    `with Run(recipe, console) as run:` takes the lock, so the latest checkpoint stays the latest; `start` opens the
-    rest. On ranks other than 0 only `save` does something. Leaving the block closes everything, also after an error.
+    `with Run(recipe, console) as run:` locks the folder, so that no other process can add checkpoints; `start` opens
+    the logs and trackers. On ranks other than 0, only `save` has an effect. Leaving the block closes everything, even
+    after an error.
 
     Raises:
         ValueError: another process trains in this folder.
     """
 
     def __init__(self, recipe, console, repository=None):
-        """repository: Hub repository for the checkpoints, see create_repository; None: do not push."""
+        """repository: Hub repository for the checkpoints (see create_repository); None: do not push."""
         self.recipe, self.console, self.repository = recipe, console, repository
         self.folder = Path(recipe.out_dir)
         self.setup = self.stopper = self.saver = self.trackers = self.pusher = None
@@ -76,7 +77,7 @@ class Run:
         self.trackers = Trackers(
             accelerator, recipe.tracking.project, recipe.flat(), state.step, self.folder, name, console.say
         )
-        if is_resumed and is_main():  # tensorboard's purge_step removed the evaluation of this step too
+        if is_resumed and is_main():  # tensorboard's purge_step also removed this step's evaluation
             for line in read_metrics(metrics_path):
                 if line["step"] == state.step:
                     self.trackers.log({key: value for key, value in line.items() if key != "step"}, state.step)
@@ -93,8 +94,8 @@ class Run:
         """Write the metrics of a step to metrics.jsonl, the trackers and the console.
 
         Args:
-            metrics: {name: number}, with "loss" in nats per token. seconds: per step, since the last logged one.
-            skips: steps skipped so far.
+            metrics: {name: number}, with "loss" in nats per token. seconds: mean seconds per step since the last call.
+            skips: number of steps skipped so far.
         """
         from ..planning.hardware import peak_memory
 
@@ -137,11 +138,11 @@ class Run:
     # ---- the end
 
     def finish_pushing(self, best_step):
-        """Wait for the pushes on their way; then make the best checkpoint the last commit on the Hub."""
+        """Wait for pending pushes, then push the best checkpoint again if it is not the latest commit on the Hub."""
         pusher = self.pusher
         if pusher is None:
             return
-        self.console.say(f"waiting for pushes of {self.folder.name} to the Hub")
+        self.console.say(f"waiting until {self.folder.name} is pushed to the Hub")
         pusher.wait()
         top = best_checkpoint(self.folder, best_step)
         if top is not None and pusher.pushed != top:
@@ -155,7 +156,8 @@ class Run:
         )
         is_pushed = top is not None and pusher.pushed == top
         self.console.say(
-            f"pushed to the Hub: {pusher.repo}" if is_pushed else f"not pushed to the Hub; try: {command}", always=True
+            f"pushed to the Hub: {pusher.repo}" if is_pushed else f"not pushed to the Hub; retry with: {command}",
+            always=True,
         )
 
     def _push(self, path):
@@ -168,14 +170,14 @@ class Run:
         self.console.stop()
         try:
             if self.saver is not None:
-                self.saver.wait()  # a checkpoint in the background is complete before the lock is released
+                self.saver.wait()  # finish a background save before the lock is released
         finally:
             for log in (self._metrics, self._samples):
                 if log is not None:
                     log.close()
             self._end_training(kind, trace)
             if self._lock is not None:
-                if self._is_new and self.saver is None:  # the run did not start: leave no trace of it
+                if self._is_new and self.saver is None:  # the run did not start: delete what it created
                     for name in (LOCK, LOCK_HOLDER):
                         (self.folder / name).unlink(missing_ok=True)
                 self._lock.release()
@@ -184,27 +186,27 @@ class Run:
                         self.folder.rmdir()
 
     def _end_training(self, kind, trace):
-        """End the trackers, and the process group if all ranks are here."""
+        """Close the trackers. Also end the process group, unless an error may have occurred on this rank only."""
         if self.setup is None:
             return
         accelerator = self.setup.accelerator
         if kind is not None and not issubclass(kind, FloatingPointError):
-            # the other ranks may be inside a collective: only the end of this process lets go of it safely
+            # other ranks may be waiting in a collective, which only ends safely when this process ends
             for tracker in accelerator.trackers:
                 with suppress(Exception):
                     tracker.finish()
             return
-        # DDP's reducer must not be the last to own the process group: it joins gloo's threads while it has Python's
-        # lock, and a thread that still frees the last barrier waits for that lock, forever in 2 runs of 100
+        # DDP's reducer must not be the last owner of the process group: it joins gloo's threads while it has the GIL,
+        # and a thread that is still freeing the last barrier waits for the GIL (a deadlock in 2 of 100 runs)
         traceback.clear_frames(trace)
         self.setup.release()
         self.stopper.close()
-        with suppress(Exception):  # of trackers
+        with suppress(Exception):  # errors of trackers
             accelerator.end_training()
 
 
 def create_repository(recipe):
-    """Return the Hub repository for the checkpoints, created if missing; None on ranks other than 0 or without pushes.
+    """Return the Hub repository for the checkpoints; create it if needed. None if this rank or recipe does not push.
 
     Raises:
         PermissionError: the Hub does not let this token push there.
@@ -215,15 +217,15 @@ def create_repository(recipe):
     try:
         return create(repository, recipe.hub.hub_private, recipe.hub.hub_branch)
     except ConnectionError as error:
-        print(f"warning: {error}; the run continues, and every checkpoint tries again")
+        print(f"warning: {error}; the run continues and tries again at every checkpoint")
         return repository
 
 
 def recipe_to_save(recipe, data):
     """Return the recipe for run.yaml and the model cards.
 
-    It names the folder of the token files, so that a resumed run reads the same tokens even if the text changes; it
-    keeps the original init_from; and it does not ask to overwrite its own run.
+    data_dir is set, so that a resumed run reads the same tokens even if the text changes. init_from is the original
+    one, and overwrite is false.
     """
     init_from = recipe.model.init_from
     if init_from == "resume":
@@ -237,7 +239,7 @@ def loss_text(trainer):
 
 
 def how_to_resume(out_dir):
-    """Return the command that continues a run, as part of a message."""
+    """Return how to resume a run, phrased to be embedded in a message."""
     saved = latest_valid(out_dir, thorough=False)
     if saved is None:
         return f"no checkpoint was saved yet; start over with: nanogpt-accel train {out_dir} init_from=scratch"

@@ -26,35 +26,35 @@ _PUBLISHED = {*MODEL_FILES, "README.md", "model.py", "generation_config.json", "
 
 
 def check_writable(folder, key="out_dir"):
-    """Check that files can be written to a folder that may not exist yet. key: the option that names the folder."""
+    """Check that files can be written to a folder, which need not exist. key: the option that sets the folder."""
     place = nearest_existing(folder)
     if not place.is_dir():
-        return [f"{key}={folder}: {place} is a file; set another folder"]
+        return [f"{key}={folder}: {place} is a file; set `{key}` to another folder"]
     try:
         with tempfile.TemporaryFile(dir=place):  # for root, os.access is true even in /proc and /sys
             return []
     except OSError as error:
-        return [f"{key}={folder}: cannot write to {place} ({error.strerror}); set another folder"]
+        return [f"{key}={folder}: cannot write to {place} ({error.strerror}); set `{key}` to another folder"]
 
 
 def check_empty(folder, key):
-    """Check that a new model folder is writable, empty, and outside of any run, which would prune it."""
+    """Check that a new model folder is writable, empty, and not inside a run folder, where it could be deleted."""
     folder = Path(folder)
     if folder.is_symlink() and not folder.exists():
-        return [f"{key}={folder}: broken link; set another folder"]
+        return [f"{key}={folder}: broken link; set `{key}` to another folder"]
     if folder.is_dir() and any(file.name != ".tmp" for file in folder.iterdir()):  # .tmp: of an export that was killed
-        return [f"{key}={folder}: the folder is not empty; set a new or empty folder"]
+        return [f"{key}={folder}: the folder is not empty; set `{key}` to a new or empty folder"]
     for parent in folder.absolute().resolve().parents:
         if CHECKPOINT_NAME.match(parent.name) or (parent / "run.yaml").is_file():
-            return [f"{key}={folder}: inside the run {parent}; set a folder outside of it"]
+            return [f"{key}={folder}: inside the run folder {parent}; set `{key}` to a folder outside of it"]
     return check_writable(folder, key)
 
 
 def check_run_folder(folder):
-    """Check that a new run in a folder overwrites no files of the user."""
+    """Check that a new run would not overwrite the user's own files in a folder."""
     folder = Path(folder)
     problems = [
-        f"out_dir={folder}: {name} is a folder, but a run writes a file {name}; set another out_dir"
+        f"out_dir={folder}: {name} is a folder, but a run writes a file with this name; set out_dir to another folder"
         for name in ("run.yaml", "metrics.jsonl", "samples.jsonl", "loss.png")
         if (folder / name).is_dir()
     ]
@@ -63,7 +63,8 @@ def check_run_folder(folder):
     names = sorted(path.name for path in folder.iterdir() if path.name in _PUBLISHED or _OUTPUT.fullmatch(path.name))
     names = [name for name in names if not is_published(folder / name)]
     if names:
-        return [f"out_dir={folder}: contains {', '.join(names)}, which a run would overwrite; set another out_dir"]
+        problem = f"contains {', '.join(names)}, which a run would overwrite"
+        return [f"out_dir={folder}: {problem}; set out_dir to another folder"]
     return []
 
 
@@ -91,10 +92,10 @@ def lock_run(run):
     try:
         return locking.acquire(run / LOCK, run / LOCK_HOLDER)
     except BlockingIOError as holder:
-        problem = f"{holder} is training in it; wait until it ends, stop it"
+        problem = f"{holder} is training in this folder; wait for the process to end, stop it"
     except OSError as error:
         problem = f"cannot lock {run / LOCK} ({error.strerror}); remove this file"
-    raise ValueError(f"out_dir={run}: {problem}, or set another out_dir")
+    raise ValueError(f"out_dir={run}: {problem}, or set out_dir to another folder")
 
 
 def prepare_run_folder(run, recipe, is_resumed):
@@ -108,16 +109,17 @@ def prepare_run_folder(run, recipe, is_resumed):
         for path in run.iterdir():
             if is_published(path) or _OUTPUT.fullmatch(path.name):
                 path.unlink()
-        for path in filter(is_checkpoint, list_checkpoints(run)):  # last: is_published compares copies with them
+        # last, because is_published compares copies with the checkpoints
+        for path in filter(is_checkpoint, list_checkpoints(run)):
             remove_checkpoint(path)
-    write_atomically(run / "run.yaml", recipe)  # with an empty run.yaml another run would resume
+    write_atomically(run / "run.yaml", recipe)  # an empty run.yaml would resume with another recipe
 
 
 # ---- after each save
 
 
 def best_checkpoint(run, best_step, latest=None):
-    """Return the best checkpoint of a run, else the published one (if saving the best one failed), else the latest one.
+    """Return the best checkpoint of a run or, if it could not be saved, the published one, or else the latest one.
 
     Args:
         best_step: step of the best validation loss; None if the run was not evaluated.
@@ -165,11 +167,12 @@ def _published_from(path):
 
 
 def prune(run, best_step, latest, keep_last):
-    """Delete all checkpoints except the last `keep_last` and the best one. latest: the one that was just saved."""
+    """Delete all checkpoints except the last `keep_last` and the best one. latest: the checkpoint just saved."""
     checkpoints = list_checkpoints(run)
     until_latest = checkpoints[: checkpoints.index(latest) + 1]
     kept = {best_checkpoint(run, best_step, latest), *until_latest[-keep_last:]}
-    # delete later ones only if corrupted, because the run resumed before them: a valid one belongs to another run
+    # Delete later checkpoints only if they are corrupted, which is why the run resumed from an earlier one. A valid
+    # later checkpoint belongs to another run.
     corrupted = [path for path in checkpoints[len(until_latest) :] if find_corruption(path) is not None]
     for path in filter(is_checkpoint, until_latest + corrupted):
         if path not in kept:

@@ -1,4 +1,4 @@
-"""Write checkpoints: to a temporary name, flush, rename, verify, and only then prune older ones."""
+"""Write checkpoints: write to a temporary folder, flush, rename, verify, and only then prune older checkpoints."""
 
 import copy
 import errno
@@ -18,18 +18,18 @@ from .layout import INDEX, TRAINER, checkpoint_path, shard_path
 from .run_folder import prune, publish
 from .verify import find_corruption
 
-LARGE = 5e8  # bytes; a checkpoint of this size takes some seconds to write
+LARGE = 5e8  # bytes; saving is announced from this size on, because it takes some seconds
 SHARD_TIMEOUT_S = 1800  # seconds for a process to write its shard of the optimizer state
 _LEFTOVER = re.compile(r"\.checkpoint-[0-9]{1,12}\.(tmp|old)$")
 
 
 @dataclass
 class _Snapshot:
-    """The part of a checkpoint that one process writes, unchanged by the training that continues meanwhile."""
+    """A copy of everything that one process writes to a checkpoint. Training can continue in the meantime."""
 
     final: Path  # the checkpoint folder
     temporary: Path  # its name until it is complete
-    is_saved: bool  # a valid checkpoint of this step exists already; only known to the main process
+    is_saved: bool  # whether a valid checkpoint of this step exists already; only set on the main process
     trainer: dict
     card: str
     config: object
@@ -49,9 +49,9 @@ class Saver:
     reason in `error`; older checkpoints are untouched, and the next save tries again.
 
     Args:
-        run: the run folder. accelerator: Accelerate's. tokenizer: has save(folder, max_length).
+        run: the run folder. accelerator: the Accelerator. tokenizer: an object with save(folder, max_length).
         keep_last: number of the latest checkpoints to keep, in addition to the best one.
-        in_background: write in a thread, while training continues with the next step.
+        in_background: write in a thread while training continues.
         say: called with a line for the user. on_saved: called on the main process with the path of each checkpoint.
     """
 
@@ -62,11 +62,11 @@ class Saver:
         self._thread = self._thread_error = None
 
     def save(self, trainer, model, optimizer, card):
-        """Save a checkpoint. Return when it is written or, with in_background, when everything is copied.
+        """Save a checkpoint. Return when all files are written or, with in_background, when all tensors are copied.
 
         Args:
             trainer: content of trainer.json; `step` (steps done) and `best_step` are used here.
-            model: the unwrapped GPT. optimizer: the prepared one of its parameters. card: text of README.md.
+            model: the unwrapped GPT. optimizer: the prepared optimizer of its parameters. card: text of README.md.
         """
         self.wait()
         snapshot = self._take_snapshot(trainer, model, optimizer, card)
@@ -107,7 +107,7 @@ class Saver:
         config, generation_config = copy.deepcopy((model.config, model.generation_config))
         final = checkpoint_path(self.run, trainer["step"])
         temporary = final.with_name(f".{final.name}.tmp")
-        # a resumed run evaluates first, and its own checkpoint may turn out to be the best one
+        # a resumed run evaluates first, and may then save the step again at which it resumed
         is_saved = self.accelerator.is_main_process and final.exists() and find_corruption(final) is None
         return _Snapshot(
             final, temporary, is_saved, dict(trainer), card, config, generation_config, weights, *shard, *state
@@ -129,9 +129,9 @@ class Saver:
             self._finish(snapshot)
 
     def _write_in_background(self, snapshot):
-        if sys.platform == "linux":  # only Linux has priorities of single threads
+        if sys.platform == "linux":  # only Linux supports priorities per thread
             with suppress(OSError):  # not permitted
-                # with equal priorities on 2 cores, the next step took as long as if it had waited for the file
+                # with equal priorities on 2 cores, a background save delayed the next step as much as waiting for it
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             self._write(snapshot)
@@ -159,7 +159,7 @@ class Saver:
 
 
 def _prepare_temp_dir(temporary, n_bytes):
-    """Create an empty folder to write to, delete leftovers of killed processes, and check that n_bytes fit the disk."""
+    """Create an empty folder to write to, delete leftovers of killed processes, and check that n_bytes are free."""
     for leftover in temporary.parent.glob(".checkpoint-*"):
         if leftover == temporary:
             delete(leftover)
@@ -212,7 +212,7 @@ def _commit(temporary, final, num_shards):
             index.setdefault(name, _index_entry(file))
     (temporary / INDEX).write_text(json.dumps({"files": index}, indent=1), encoding="utf-8")
     flush_tree(temporary)
-    if final.exists():  # corrupted; the run resumed from an earlier one
+    if final.exists():  # it is corrupted, and the run resumed from an earlier checkpoint
         remove_checkpoint(final)
     rename_folder(temporary, final)
     flush_folder(final.parent)
@@ -222,7 +222,7 @@ def _commit(temporary, final, num_shards):
 
 
 def _wait_for_shards(temporary, num_shards):
-    """Return {file: index entry} of all shards of the optimizer state, after all processes have written theirs."""
+    """Wait for all processes, then return {file: index entry} of all shards of the optimizer state."""
     entries = {}
     deadline = time.monotonic() + SHARD_TIMEOUT_S
     for name in (shard_path(shard, num_shards) for shard in range(num_shards)):

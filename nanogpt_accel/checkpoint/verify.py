@@ -15,14 +15,14 @@ def latest_valid(run, warn=print, resumable=True, thorough=True):
     """Return the latest valid checkpoint of a run, or None.
 
     Args:
-        warn: called with one line about each corrupted checkpoint that is skipped.
+        warn: called with a one-line message for each corrupted checkpoint that is skipped.
         resumable, thorough: see find_corruption.
     """
     for path in reversed(list_checkpoints(run)):
         problem = find_corruption(path, resumable, thorough)
         if problem is None:
             return path
-        warn(f"warning: {path}: {problem}; using the checkpoint before it")
+        warn(f"warning: {path}: {problem}; using the previous checkpoint")
     return None
 
 
@@ -32,7 +32,7 @@ def find_corruption(path, resumable=True, thorough=True):
     Args:
         resumable: also verify state/, and require its index of sizes and hashes.
         thorough: compare hashes, not only sizes. Without an index, as in a copy without state/, JSON files must parse
-            and safetensors files must have the length that their header gives.
+            and the length of safetensors files must match their header.
     """
     path = Path(path)
     index = read_index(path)
@@ -47,7 +47,7 @@ def find_corruption(path, resumable=True, thorough=True):
         if os.path.getsize(path / name) != entry["size"]:
             return f"{name} is corrupted"
     if resumable and not _has_matching_trainer(path):
-        return f"{TRAINER} does not match the folder name"
+        return f"{TRAINER} is corrupted or belongs to another step"
     if not thorough:
         return None
     with ThreadPoolExecutor() as pool:
@@ -89,7 +89,7 @@ def read_index(path):
 
 
 def _has_matching_trainer(path):
-    """Return whether trainer.json has the step of the folder name: a run resumes at that step."""
+    """Return whether trainer.json is valid and has the step of the folder name, at which a run resumes."""
     try:
         trainer = read_trainer(path)
         has_step = trainer["step"] == int(CHECKPOINT_NAME.match(path.name)[1])
@@ -99,7 +99,7 @@ def _has_matching_trainer(path):
 
 
 def _hash_of(file):
-    """Return the hash of a file, or None if it cannot be read. An unchanged file is read only once."""
+    """Return the hash of a file, or None if it cannot be read. Hashes are cached until the file changes."""
     try:
         stat = os.stat(file)
         return _hash_once(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
@@ -107,7 +107,7 @@ def _hash_of(file):
         return None
 
 
-@lru_cache(maxsize=1024)  # bounded, because a long run writes many files
+@lru_cache(maxsize=1024)  # limit the cache, because a long run writes many files
 def _hash_once(file, size, mtime_ns, inode):
     return sha256(file)
 
@@ -115,10 +115,10 @@ def _hash_once(file, size, mtime_ns, inode):
 def shape_differences(path, config, shape):
     """Return a problem for each value of `shape` that differs from the `config` of the checkpoint at `path`."""
     differing = [key for key in shape if shape[key] != config[key]]
-    # by default these follow from n_head and n_embd, and then they are not separate problems
+    # these are derived from n_head and n_embd by default, so do not report them in addition to n_head and n_embd
     independent = [key for key in differing if key not in ("n_kv_head", "head_dim", "n_inner")]
     return [
         f"model.{key}={shape[key]}: {path} has {key}={config[key]}, and a resumed run keeps its architecture; set "
-        f"{key}={config[key]}, or start a new run in another out_dir"
+        f"{key}={config[key]}, or set out_dir to another folder to start a new run"
         for key in independent or differing
     ]

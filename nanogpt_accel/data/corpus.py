@@ -1,4 +1,4 @@
-"""A corpus: documents or token ids, which are read when they are needed."""
+"""A corpus of documents or token ids, read lazily."""
 
 import os
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training text: one text, documents, or token ids."""
+    """Training data: a single text, many documents, or token ids."""
 
     name: str  # short, for file names
-    source: dict  # plain values that identify the content, for the manifest
-    is_single: bool  # one text or sequence of ids, which is cut in two, instead of documents
-    read: Callable | None  # (split, bad) -> documents; None for token ids
+    source: dict  # JSON values that identify the content, for the manifest
+    is_single: bool  # a single text or sequence of ids, which is cut into train and val
+    read: Callable | None  # (split, bad) -> iterator over the documents; None for token ids
     splits: tuple | Callable = ("train",)  # the corpus's own splits, or a function that returns them
     bytes: int | None = None  # approximate size of the text, if known
     pin: Callable | None = None  # for a Hub data set: commit (None: the latest) -> the Corpus at this commit
@@ -23,7 +23,7 @@ class Corpus:
     ids: Callable | None = None  # for token ids: (dtype, vocab_size, start) -> the result of read_ids
 
     def own_splits(self):
-        """Return the corpus's own splits, "train" first. May ask the Hub for those of a data set."""
+        """Return the corpus's own splits, "train" first. For a Hub data set, this may send a request to the Hub."""
         return self.splits() if callable(self.splits) else self.splits
 
     def check_files(self, bad=None):
@@ -32,9 +32,9 @@ class Corpus:
             pass
 
     def documents(self, split="train", bad=None):
-        """Yield the documents that are not empty, each as one str. May be called again.
+        """Yield each non-empty document as a str. Can be called more than once.
 
-        bad: called with a line for each document that cannot be read, which is then skipped. None: raise an error.
+        bad: called with a one-line message for each document that cannot be read and is skipped. None: raise an error.
 
         Raises:
             ValueError: a text cannot be read, downloaded or decoded, or all documents are empty.
@@ -52,14 +52,14 @@ class Corpus:
                 yield text
         if is_empty:
             reason = f" that can be read (first error: {problems[0]})" if problems else ""
-            raise ValueError(f"corpus={self.source['name']}: contains no text{reason}; set another path")
+            raise ValueError(f"corpus={self.source['name']}: contains no text{reason}; set `corpus` to another path")
 
 
 def refuse(problem):
-    """Raise ValueError for a document that cannot be read."""
+    """Raise ValueError for a document that cannot be read. This is the default `bad`."""
     raise ValueError(f"{problem}; fix it, or set skip_bad_documents=true to skip such documents")
 
 
 def location(spec, path):
-    """Return the start of a message about a file of the corpus `spec`."""
+    """Return the prefix of a message about a file of the corpus `spec`."""
     return f"corpus={spec}" + (f": {path}" if path != os.path.expanduser(spec) else "")

@@ -1,6 +1,6 @@
-"""The data folder of a recipe's data section: find it, check it, and open it as a Dataset.
+"""Find, check and open the data folder that a recipe's data section describes. prepare.py creates it.
 
-`data` is a data section or any object with its attributes. This file writes nothing; prepare.py does.
+The argument `data` is a data section, or any object with the same attributes.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from .sources import find_corpus, source_name
 from .token_files import AGAIN, SPLITS, TokenFile, refuse_to_overwrite, token_paths
 from .tokenizer import Tokenizer
 
-SPLIT_SEED = 2357  # nanoGPT's; fixed, so that validation losses of runs with different seeds can be compared
+SPLIT_SEED = 2357  # nanoGPT's seed; fixed, so that validation losses of runs with different seeds can be compared
 TOKENIZERS = ("gpt2", "char", "bpe")
 
 
@@ -28,7 +28,7 @@ class Dataset:
     folder: Path
     manifest: dict
     tokenizer: Tokenizer
-    splits: dict  # "train", "val" and maybe "test" -> TokenFile
+    splits: dict  # "train", "val" and optionally "test" -> TokenFile
 
     @property
     def train(self):
@@ -40,12 +40,12 @@ class Dataset:
 
     @property
     def identity(self):
-        """Hashes of the tokens, which a checkpoint stores; a run resumes only with the same ones."""
+        """Hashes of the token files. A checkpoint stores them, and a run resumes only if they are unchanged."""
         hashes = {split: self.manifest["splits"][split]["sha256"] for split in SPLITS}
         return {"tokenizer": self.tokenizer.fingerprint} | hashes
 
     def text_bytes(self, split):
-        """Return the size of the text of a split in UTF-8, or None if unknown."""
+        """Return the number of bytes of a split's text in UTF-8, or None if unknown."""
         return self.manifest["splits"][split]["bytes"]
 
 
@@ -72,10 +72,10 @@ def is_prepared(data):
 def check(data, block_size=None):
     """Check the data section without tokenizing or downloading anything.
 
-    block_size: if given, also check that prepared data are long enough. Returns a list of problems, one line each.
+    Return a list of problems, one line each. block_size: if given, also check that prepared splits are long enough.
     """
     problems = []
-    if not (data.data_dir and is_prepared(data)):  # else the corpus is not needed
+    if not (data.data_dir and is_prepared(data)):  # prepared data can be used without the corpus
         for function in (lambda: check_fits(data, corpus_of(data)), lambda: _tokenizer_identity(data)):
             try:
                 function()
@@ -85,7 +85,7 @@ def check(data, block_size=None):
         return problems
     folder = data_folder(data)
     if folder.exists() and not folder.is_dir():
-        return [f"data_dir={folder}: not a folder; set a folder that contains train.bin and val.bin, or a new one"]
+        return [f"data_dir={folder}: not a folder; set data_dir to a data folder or a new folder"]
     try:
         refuse_to_overwrite(folder)
     except ValueError as error:  # checked first, because another process may be completing this folder
@@ -108,23 +108,23 @@ def corpus_of(data):
 
 
 def check_fits(data, corpus):
-    """Raise ValueError if the limits or the tokenizer do not fit the kind of the corpus."""
+    """Raise ValueError if the limits or the tokenizer cannot be used with this kind of corpus."""
     if corpus.ids and data.tokenizer in ("char", "bpe"):
         raise ValueError(
-            f"tokenizer={data.tokenizer}: is made from a text, but corpus={data.corpus} contains token ids; use gpt2, "
-            "or the folder of the tokenizer.json that made them"
+            f"tokenizer={data.tokenizer}: requires text, but corpus={data.corpus} contains token ids; set tokenizer to "
+            "gpt2, or to the folder of the tokenizer.json that the ids were made with"
         )
     limits = [f"{key}={getattr(data, key)}" for key in ("limit_documents", "limit_tokens") if getattr(data, key)]
     if corpus.is_single and limits:
         lines = "" if corpus.ids else ", or set lines=true for one document per line"
         raise ValueError(
-            f"{', '.join(limits)}: corpus={data.corpus} is one text, which cannot be limited; remove the limit, or "
-            f"use a shorter file (cut with head -c){lines}"
+            f"{', '.join(limits)}: corpus={data.corpus} is a single text, which cannot be limited; remove the "
+            f"limit, or shorten the file with head -c{lines}"
         )
 
 
 def facts_of(data, corpus):
-    """Return what determines the tokens, as plain values. The split of a single text does not depend on a seed."""
+    """Return all settings that determine the tokens, as JSON values. The split of a single text needs no seed."""
     limits = ("limit_documents", "limit_tokens", "skip_bad_documents")
     return {
         "corpus": corpus.source,
@@ -136,7 +136,7 @@ def facts_of(data, corpus):
 
 
 def _tokenizer_identity(data):
-    """Return a text that identifies the tokenizer setting: for a folder, its content and not its name."""
+    """Return a string that identifies the tokenizer. A folder is identified by its content, not by its name."""
     if data.tokenizer in TOKENIZERS:
         return f"bpe vocab_size={data.vocab_size}" if data.tokenizer == "bpe" else data.tokenizer
     if not os.path.isdir(os.path.expanduser(data.tokenizer)):
@@ -148,10 +148,10 @@ def _tokenizer_identity(data):
 
 
 def _differences(data, manifest):
-    """Return a list of problems if data_dir contains something else than the section requires.
+    """Return a list of problems: settings that differ from those that data_dir was prepared with.
 
-    A key with its default value requires nothing, so a recipe with only data_dir accepts any data. The corpus may no
-    longer exist, so only its name is compared.
+    Settings with their default value are not compared, so a recipe that sets only data_dir accepts any data. Only the
+    name of the corpus is compared, because the corpus may no longer exist.
     """
     if not data.data_dir or manifest.get("nanogpt"):
         return []
@@ -169,7 +169,9 @@ def _differences(data, manifest):
         "limit_tokens": manifest.get("limit_tokens"),
     }
     identities = {"corpus": lambda: source_name(data.corpus), "tokenizer": lambda: _tokenizer_identity(data)}
-    fields = getattr(type(data), "model_fields", {})  # of a pydantic section; all plain attributes are compared
+    fields = getattr(
+        type(data), "model_fields", {}
+    )  # a plain object has no defaults, so all its attributes are compared
     problems = []
     for key, value in prepared.items():
         setting = getattr(data, key)
@@ -179,7 +181,7 @@ def _differences(data, manifest):
         if setting != value:
             problems.append(
                 f"{key}={setting}, but data_dir={data.data_dir} was prepared with {key}={value}; remove {key} to use "
-                "these data, or set another data_dir"
+                "these data, or set data_dir to another folder"
             )
     return problems
 
@@ -187,8 +189,8 @@ def _differences(data, manifest):
 def open_dataset(data, verify=False):
     """Open the token files of a prepared folder as a Dataset.
 
-    If data_dir is set, the corpus is not needed. A nanoGPT folder is used with its own tokenizer. By default only token
-    files of less than 64 MiB in total are verified against the SHA-256 of the manifest, and some ids of larger ones are
+    If data_dir is set, the corpus is not needed. A nanoGPT folder is used with its own tokenizer. By default, token
+    files of 64 MiB or more in total are not verified against the SHA-256 of the manifest; only a sample of their ids is
     checked. verify: verify all token files, as `nanogpt-accel data FOLDER` does.
 
     Raises:
@@ -205,14 +207,14 @@ def open_dataset(data, verify=False):
         tokenizer = Tokenizer.char_from_meta(stoi) if stoi else Tokenizer.gpt2()
         manifest["tokenizer"]["fingerprint"] = tokenizer.fingerprint
     if data.document_mask and tokenizer.eot_id is None:
-        raise ValueError(f"data.document_mask=true: {folder} is one text without end-of-text tokens; set it to false")
+        raise ValueError(f"data.document_mask=true: {folder} has no end-of-text tokens; set document_mask=false")
     check_content(folder, manifest, tokenizer.vocab_size, verify_all=verify)
     splits = {split: TokenFile(token_paths(folder, manifest, split), manifest["dtype"]) for split in manifest["splits"]}
     return Dataset(folder, manifest, tokenizer, splits)
 
 
 def _load_tokenizer(folder, manifest):
-    """Load the tokenizer of a data folder, and check that it made the token files."""
+    """Load the tokenizer of a data folder, and check that the token files were made with it."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{path}: missing, so the token files cannot be decoded; restore it, or {AGAIN}")
@@ -224,14 +226,14 @@ def _load_tokenizer(folder, manifest):
     is_same = (tokenizer.fingerprint, tokenizer.vocab_size) == (expected["fingerprint"], expected["vocab_size"])
     is_same = is_same and expected["eot_id"] in (None, tokenizer.eot_id)
     if not is_same or tokenizer.dtype.__name__ != manifest["dtype"]:
-        raise ValueError(f"{path}: not the tokenizer that made the token files; {AGAIN}")
+        raise ValueError(f"{path}: the token files were made with another tokenizer; {AGAIN}")
     return tokenizer
 
 
 def guess_vocab_size(data, assumed):
-    """Return the vocabulary size of data that are not prepared, and append uncertain assumptions to `assumed`."""
+    """Estimate the vocabulary size of data that are not prepared yet. Append each assumption to `assumed`."""
     if data.tokenizer == "bpe":
-        assumed.append(f"vocabulary size {data.vocab_size:,} (vocab_size); a small corpus results in a smaller one")
+        assumed.append(f"vocabulary size {data.vocab_size:,} (vocab_size); smaller if the corpus is small")
         return data.vocab_size
     if data.tokenizer == "char":
         is_known = data.corpus == "shakespeare"
@@ -241,18 +243,21 @@ def guess_vocab_size(data, assumed):
 
 
 def require_tokenizer(dataset, folder, key):
-    """Return a list of problems if the model in `folder` has another tokenizer than the data. key: for the message."""
+    """Return a list of problems if the tokenizer of the model in `folder` is not the data's.
+
+    key: the setting that the message starts with.
+    """
     model, data = Tokenizer.load(folder), dataset.tokenizer
     if model.is_same(data):
         return []
     return [
         f"{key}: {folder} has a {model.kind} tokenizer (vocabulary size {model.vocab_size:,}), but {dataset.folder} "
-        f"has a {data.kind} tokenizer ({data.vocab_size:,}); prepare the data with tokenizer={folder}"
+        f"has a {data.kind} tokenizer (vocabulary size {data.vocab_size:,}); prepare the data with tokenizer={folder}"
     ]
 
 
 def require_block(dataset, block_size):
-    """Return a list of problems: the splits with less than the block_size + 1 tokens of one sample."""
+    """Return a list of problems: splits with fewer than block_size + 1 tokens, the length of a sample."""
     return _too_short({"train": len(dataset.train), "val": len(dataset.val)}, dataset.folder, block_size)
 
 

@@ -1,4 +1,4 @@
-"""Tokenize documents in threads, each of which takes a chunk of documents at a time."""
+"""Tokenize documents in several threads, one chunk of documents per thread at a time."""
 
 import itertools
 import os
@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 CHUNK = 2**19  # characters per chunk; the token files do not depend on it
-AHEAD = 16  # chunks that wait for a thread, so that two threads have work while a file is flushed for 0.3 seconds
+AHEAD = 16  # chunks in the queue: enough work for two threads while flushing a file takes 0.3 seconds
 
 
 def tokenize(documents, number, split_of, tokenizer, workers=None):
-    """Yield, chunk by chunk in order, runs of documents of the same split, as _encode returns them.
+    """Yield the result of _encode for each chunk of documents, in order.
 
-    Only a few chunks are in progress at a time, which bounds the memory. number: of the first document. split_of:
-    number -> split. workers: threads, by default one per processor.
+    Only a few chunks are in memory at a time. number: the number of the first document. split_of: document number ->
+    split. workers: number of threads, by default one per processor.
     """
     workers = workers or os.cpu_count()
     local = threading.local()
@@ -49,8 +49,10 @@ def _chunks(documents, number, split_of):
 
 
 def _encode(tokenizer, chunk):
-    """Return [(split, ids, sizes), ...]: the ids end each document with the end-of-text token, and sizes are the tokens
-    and bytes of each document, shape (documents, 2)."""
+    """Return [(split, ids, sizes), ...], one entry per run of consecutive documents of the same split.
+
+    Each document in `ids` ends with the end-of-text token. sizes: tokens and bytes per document, shape (documents, 2).
+    """
     runs, eot = [], np.array([tokenizer.eot_id], tokenizer.dtype)
     for split, group in itertools.groupby(chunk, key=lambda document: document[0]):
         texts = [text for _, text in group]

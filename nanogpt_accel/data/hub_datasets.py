@@ -18,15 +18,15 @@ class HubSet:
     id: str
     revision: str
     config: str | None = None
-    splits: dict = field(default_factory=lambda: {"train": "train"})  # ours -> the Hub's
+    splits: dict = field(default_factory=lambda: {"train": "train"})  # our name -> name on the Hub
     column: str = "text"
-    grouped: str | None = None  # key of GROUPED, if a document is several rows
+    grouped: str | None = None  # key of GROUPED, if a document consists of several rows
 
 
 def hub_corpus(spec, hub_set):
-    """Return the Corpus of a HubSet. The Hub is asked only when the text or the splits are needed.
+    """Return the Corpus of a HubSet. Nothing is requested from the Hub until the text or the splits are needed.
 
-    spec: the name of a built-in set, or hub:USER/SET, for which the Hub is asked for its validation and test splits.
+    spec: the name of a built-in set, or hub:USER/SET, whose validation and test splits are looked up on the Hub.
     """
     is_builtin = not spec.startswith("hub:")
     source = {"kind": "hub", "name": spec}
@@ -54,7 +54,7 @@ def hub_corpus(spec, hub_set):
 
 
 def _find_splits(spec, hub_set):
-    """Return {our split: the Hub's name} with the validation and test splits of the data set."""
+    """Return {our split: its name on the Hub}, including the validation and test splits of the data set."""
     from datasets import get_dataset_split_names
 
     with _hub_errors(spec, hub_set):
@@ -74,7 +74,7 @@ def _latest_commit(spec, hub_set):
 
 
 def _read(spec, hub_set, split, bad):
-    """Yield the texts of a split. split: the Hub's name."""
+    """Yield the texts of a split. split: its name on the Hub."""
     from datasets import load_dataset
 
     with _hub_errors(spec, hub_set):
@@ -83,18 +83,18 @@ def _read(spec, hub_set, split, bad):
         check_column(spec, hub_set.id, hub_set.column, columns)
         rows = rows.select_columns([hub_set.column]).with_format("arrow")
         number = 0
-        for table in rows.iter(batch_size=1000):  # Arrow tables are ten times as fast as single rows
+        for table in rows.iter(batch_size=1000):  # ten times as fast as reading single rows
             for text in arrow_texts(table.column(hub_set.column)):
                 number += 1
                 if isinstance(text, str):
                     yield text
                 else:
-                    bad(f"corpus={spec}: row {number}: no text in {hub_set.column}")
+                    bad(f"corpus={spec}: row {number}: no text in column {hub_set.column}")
 
 
 @contextmanager
 def _hub_errors(spec, hub_set):
-    """Turn the errors of the Hub's clients, which come from five libraries, into one line."""
+    """Convert any error of the Hub's clients (five libraries) to a ValueError with a one-line message."""
     try:
         yield
     except Exception as error:
@@ -110,7 +110,7 @@ def _hub_errors(spec, hub_set):
 
 
 def _articles(rows):
-    """Join the lines of WikiText to articles, which start with a first-level heading (` = Title = `)."""
+    """Join the lines of WikiText into articles. An article starts with a first-level heading (` = Title = `)."""
     lines = []
     for row in rows:
         if re.fullmatch(r" = [^=].*[^=] = \n?| = [^=] = \n?", row) and lines:
@@ -121,7 +121,7 @@ def _articles(rows):
 
 
 def _sentences(rows):
-    """Join 1024 sentences of BookCorpus per document. They are in order, but the ends of books are not marked."""
+    """Join every 1024 sentences of BookCorpus into a document, because the data set does not mark where a book ends."""
     rows = iter(rows)
     while lines := list(itertools.islice(rows, 1024)):
         yield "\n".join(lines)

@@ -14,12 +14,12 @@ from ..utils.text import file_name
 from .corpus import Corpus, location
 from .readers import READERS, file_state, open_file, read_file, read_ids, suffix_of
 
-# the suffixes that are read from a folder; a file or a glob may have any suffix
+# files in a folder are read if they have one of these suffixes; a single file or a glob may have any suffix
 TEXT_SUFFIXES = tuple(
     ".txt .text .md .rst .tex .html .py .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .sh .sql .r .jl".split()
 )
-TABLE_SUFFIXES = tuple(READERS)  # also followed by .gz or .zst
-# not supported; this error is clearer than the one about the first byte that is not UTF-8
+TABLE_SUFFIXES = tuple(READERS)  # each can be followed by .gz or .zst
+# not supported; an error that names the suffix is clearer than one about the first byte that is not UTF-8
 OTHER_SUFFIXES = tuple(
     ".zip .tar .tgz .bz2 .xz .7z .rar .lz4 .arrow .feather .orc .avro .npy .pkl .pt "
     ".pdf .doc .docx .odt .epub .xls .xlsx".split()
@@ -27,7 +27,7 @@ OTHER_SUFFIXES = tuple(
 
 
 def path_exists(spec):
-    """Return whether a corpus setting is a glob or an existing path. A broken link exists."""
+    """Return whether a corpus setting is a glob or an existing path. A broken link counts as existing."""
     path = os.path.expanduser(spec)
     return glob.has_magic(path) or os.path.lexists(path)
 
@@ -38,9 +38,9 @@ def base_name(spec):
 
 
 def local_corpus(spec, column, lines):
-    """Return the Corpus of the files of a path or glob, ordered by their names.
+    """Return the Corpus of a file, a folder or a glob. Files are read in the order of their names.
 
-    column: the text column, in files with many documents. lines: whether each line of a plain text is a document.
+    column: the text column of .jsonl, .csv and similar files. lines: whether each line of a plain text is a document.
     Raises FileNotFoundError if no file matches, and ValueError if a file is not supported.
     """
     root, paths, skipped = _find_files(spec)
@@ -68,10 +68,10 @@ def local_corpus(spec, column, lines):
     def read_one(path, bad):
         try:
             yield from read_file(spec, path, column, lines, bad)
-        except OSError as error:  # also if the file is cut off, or was deleted after it was listed
+        except OSError as error:  # for example, because the file is truncated or was deleted in the meantime
             problem = f"{location(spec, path)}: {error.strerror or error}"
             if is_single:
-                raise ValueError(f"{problem}; restore the file, or set another path") from None
+                raise ValueError(f"{problem}; restore the file, or set `corpus` to another path") from None
             bad(problem)
 
     def read(split, bad):
@@ -86,7 +86,7 @@ def local_corpus(spec, column, lines):
 
 
 def _find_files(spec):
-    """Return (the folder to which names are relative, paths, {suffix: number of skipped files})."""
+    """Return (base folder for relative names, paths, {suffix: number of skipped files})."""
     path = os.path.expanduser(spec)
     if os.path.isfile(path):
         return os.path.dirname(path), [path], {}
@@ -95,12 +95,12 @@ def _find_files(spec):
     if glob.has_magic(path):
         files = [file for file in glob.glob(path, recursive=True) if _is_file(file)]
         if not files:
-            raise FileNotFoundError(f"corpus={spec}: no file matches this glob; set another path")
+            raise FileNotFoundError(f"corpus={spec}: no file matches this glob; set `corpus` to another path")
         return ".", files, {}
-    problem = "a pipe, a device or a socket, which is not supported; write its text to a file"
+    problem = "pipes, devices and sockets are not supported; write the text to a file"
     if os.path.islink(path) and not os.path.exists(path):
-        problem = "a broken link; fix it"
-    raise ValueError(f"corpus={spec}: {problem}, or set another path")
+        problem = "broken link; fix the link"
+    raise ValueError(f"corpus={spec}: {problem}, or set `corpus` to another path")
 
 
 def _find_text_files(spec, folder):
@@ -111,7 +111,7 @@ def _find_text_files(spec, folder):
         raise ValueError(f"corpus={spec}: contains token ids, not text; set data_dir={spec} instead")
     if not files:
         raise ValueError(
-            f"corpus={spec}: contains no text file ({' '.join(suffixes)}); name its files with a glob such as "
+            f"corpus={spec}: contains no text file ({' '.join(suffixes)}); for other suffixes use a glob such as "
             f"'{os.path.join(spec, '*.log')}'"
         )
     skipped = Counter(map(suffix_of, paths)) - Counter(map(suffix_of, files))
@@ -119,7 +119,7 @@ def _find_text_files(spec, folder):
 
 
 def walk(root, excluded=None):
-    """Return the files in a folder and its subfolders that are not hidden. excluded: pattern of folder names."""
+    """Return the files in a folder and its subfolders, except hidden ones. excluded: regex of folders to skip."""
     paths = []
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if not f.startswith(".") and not (excluded and excluded.fullmatch(f))]
@@ -132,8 +132,8 @@ def _check_formats(spec, files, lines):
     ids = [file for file in files if _has_ids(file)]
     if ids and (lines or len(ids) < len(files) or any(map(_is_compressed, ids))):
         raise ValueError(
-            f"{location(spec, ids[0])}: contains token ids, which are read only from .bin files; remove text files and "
-            "compressed files (.gz, .zst) from the path, and do not set lines"
+            f"{location(spec, ids[0])}: contains token ids, which cannot be compressed or mixed with text; "
+            "decompress .gz and .zst files, remove text files from the path, and do not set lines"
         )
     if other := [file for file in files if suffix_of(file) in OTHER_SUFFIXES]:
         raise ValueError(
@@ -144,7 +144,7 @@ def _check_formats(spec, files, lines):
     if json_file and _has_json_lines(json_file):
         raise ValueError(
             f"{location(spec, json_file)}: each line is a JSON object; rename the file to .jsonl, and set text_column "
-            "to the key that has the text"
+            "to the key of the text"
         )
 
 
@@ -162,7 +162,7 @@ def _sort(root, paths):
     """Return (name relative to the root, path) of each file, sorted by name; 10.bin comes after 9.bin."""
 
     def name_of(path):
-        with suppress(ValueError):  # on another drive of Windows
+        with suppress(ValueError):  # on Windows, the path can be on another drive
             path = os.path.relpath(path, root or ".")
         return Path(path).as_posix()
 
@@ -173,7 +173,7 @@ def _sort(root, paths):
 
 
 def _is_file(path):
-    """Return whether a path is a regular file, or a broken link, which fails when it is read."""
+    """Return whether a path is a regular file or a broken link, which is reported when it is read."""
     return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 

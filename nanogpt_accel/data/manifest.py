@@ -1,9 +1,9 @@
-"""Read and verify data folders: ours, which manifest.json describes, and nanoGPT's.
+"""Read and verify data folders: ours, described by manifest.json, and nanoGPT's.
 
     manifest = read_manifest(folder)
     check_content(folder, manifest, vocab_size)
 
-A manifest means that the data are complete, because it is the last file to be moved into the folder.
+If a folder has a manifest, its data are complete, because the manifest is the last file to be moved there.
 """
 
 import hashlib
@@ -21,25 +21,25 @@ from ..utils.files import sha256
 from ..utils.text import one_line
 from .token_files import AGAIN, FILES, SPLITS, VERSION, TokenFile, sha256_of_split, token_paths
 
-SAMPLED_ABOVE = 2**30  # bytes of a nanoGPT file above which only its head, tail and size are hashed
-VERIFIED_BELOW = 2**26  # bytes of token files that are hashed whenever they are opened, in 0.2 seconds
-CHECKED_PLACES, CHECKED_TOKENS = 64, 2**18  # places of a split that are checked, and tokens per place
+SAMPLED_ABOVE = 2**30  # bytes; for larger nanoGPT files, only the first MiB, the last MiB and the size are hashed
+VERIFIED_BELOW = 2**26  # bytes; smaller data are hashed each time they are opened, which takes 0.2 seconds
+CHECKED_PLACES, CHECKED_TOKENS = 64, 2**18  # number of places to check per split, and tokens per place
 AGAIN_NANOGPT = "prepare it again with nanoGPT's prepare.py"
 
 
 def is_data_folder(folder):
-    """Return whether a folder has token files: ours with a manifest, or nanoGPT's without."""
+    """Return whether a folder has token files: our own with a manifest, or nanoGPT's without one."""
     has = {name: (Path(folder) / name).is_file() for name in FILES}
     # .bin files next to a tokenizer.json are ours, before Writer.finish() has moved the manifest
     return has["manifest.json"] or (has["train.bin"] and has["val.bin"] and not has["tokenizer.json"])
 
 
 def read_manifest(folder):
-    """Return the manifest of a data folder after a check of its values and of the file sizes.
+    """Return the manifest of a data folder. Check its values and the file sizes first.
 
-    For a nanoGPT folder a manifest is made in memory: `nanogpt` is true, the tokenizer has `stoi` if there is a
+    For a nanoGPT folder, create a manifest in memory: `nanogpt` is true, the tokenizer has `stoi` if there is a
     meta.pkl, and "bytes" and "documents" are None. The "sha256" of a file above SAMPLED_ABOVE is "sampled:" and a hash
-    of its first and last MiB and its size, so that a run does not read 17 GB at its start.
+    of its first MiB, last MiB and size, so that a run does not have to read 17 GB when it starts.
 
     Returns:
         {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "dtype", "splits": {"train" and "val", maybe
@@ -53,8 +53,8 @@ def read_manifest(folder):
     path = folder / "manifest.json"
     if not is_data_folder(folder):
         if any(folder.glob("*.bin")):
-            problem = "contains token files without a manifest.json, which may be incomplete"
-            raise ValueError(f"data_dir={folder}: {problem}; set another data_dir, or {AGAIN}")
+            problem = "the token files may be incomplete, because manifest.json is missing"
+            raise ValueError(f"data_dir={folder}: {problem}; set data_dir to another folder, or {AGAIN}")
         raise FileNotFoundError(f"data_dir={folder}: {_describe(folder)}")
     if not path.is_file():
         return _nanogpt_manifest(folder)
@@ -69,7 +69,7 @@ def read_manifest(folder):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {one_line(error)}; {AGAIN}") from None
     if version not in (1, VERSION):
-        raise ValueError(f"{path}: version {version} is not supported, only version {VERSION}; {AGAIN}")
+        raise ValueError(f"{path}: version {version} is not supported (supported: version {VERSION}); {AGAIN}")
     itemsize, splits = np.dtype(manifest["dtype"]).itemsize, manifest["splits"]
     for entry in [entry for counts in splits.values() for entry in counts["files"]]:
         file, expected = folder / entry["name"], entry["tokens"] * itemsize
@@ -79,13 +79,13 @@ def read_manifest(folder):
                 f"{file}: {size:,} bytes, but the manifest requires {expected:,} "
                 f"({entry['tokens']:,} tokens of {itemsize} bytes); {AGAIN}"
             )
-    # the file has them in the order of their first documents
+    # manifest.json lists the splits in the order in which they were first written
     manifest["splits"] = {split: splits[split] for split in (*SPLITS, "test") if split in splits}
     return manifest
 
 
 def _describe(folder):
-    """Return why a folder is not a data folder, and how to find the right one."""
+    """Return a message: why the folder is not a data folder, and which folder to use instead."""
     if (folder / "run.yaml").is_file():
         import yaml
 
@@ -102,7 +102,7 @@ def _describe(folder):
     if inner:
         more = f" and {len(inner) - 10:,} more" if len(inner) > 10 else ""
         return f"not a data folder; use one of the data folders in it: {', '.join(inner[:10])}{more}"
-    return "contains no train.bin and val.bin; prepare them first, or set the right data_dir"
+    return "contains no train.bin and val.bin; prepare the data first, or correct data_dir"
 
 
 class _Base(BaseModel):
@@ -144,7 +144,7 @@ class _Manifest(_Base):
 
 
 def _validate(manifest):
-    """Raise ValueError with the key of the first invalid value. Add the list of files that version 1 does not have."""
+    """Raise ValueError with the key of the first invalid value. Add the list of files to a manifest of version 1."""
     splits = manifest.get("splits")
     if manifest["version"] == 1 and isinstance(splits, dict):
         for split, counts in splits.items():
@@ -156,8 +156,8 @@ def _validate(manifest):
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if part != "[key]")
         raise ValueError(f"{key}: {first['msg'].replace('Input should', 'must')}") from None
-    if "nanogpt" in manifest:  # a key of the manifests that are made in memory
-        raise ValueError("nanogpt: not a key of this file")
+    if "nanogpt" in manifest:  # only manifests that are created in memory have this key
+        raise ValueError("nanogpt: unknown key")
     for split in SPLITS:
         if split not in splits:
             raise ValueError(f"splits.{split}: Field required")
@@ -168,14 +168,14 @@ def _validate(manifest):
                 raise ValueError(f"splits.{split}.files: {name!r} is a duplicate or not a file name of this split")
         total = sum(file["tokens"] for file in counts["files"])
         if counts["tokens"] != total:
-            raise ValueError(f"splits.{split}.tokens: {counts['tokens']:,}, but its files have {total:,}")
+            raise ValueError(f"splits.{split}.tokens: {counts['tokens']:,}, but the files have {total:,} in total")
 
 
 def check_content(folder, manifest, vocab_size, verify_all=False):
     """Verify the token files against the hashes of the manifest, and the ids against the vocabulary size.
 
-    Files of more than VERIFIED_BELOW bytes in total are hashed only with `verify_all`. The ids are checked in
-    CHECKED_PLACES evenly spaced places per split. A nanoGPT folder has no hashes.
+    Files of more than VERIFIED_BELOW bytes in total are hashed only with `verify_all`. The ids are checked at
+    CHECKED_PLACES evenly spaced places per split. A nanoGPT folder has no hashes to verify.
 
     Raises:
         ValueError: the content has changed, or an id is not in the vocabulary.
@@ -188,18 +188,18 @@ def check_content(folder, manifest, vocab_size, verify_all=False):
         if sha256_of_split(files) != manifest["splits"][split]["sha256"]:
             place = f"{files[0]}{' or another file of this split' if files[1:] else ''}"
             raise ValueError(
-                f"{place}: has changed since it was written (other SHA-256 than in manifest.json); {AGAIN}"
+                f"{place}: has changed since it was written (its SHA-256 differs from manifest.json); {AGAIN}"
             )
     for split, files in paths.items():
         tokens = TokenFile(files, manifest["dtype"])
         length = min(CHECKED_TOKENS, len(tokens))
-        places = min(CHECKED_PLACES, -(-len(tokens) // length)) if length else 0  # fewer cover a short split
+        places = min(CHECKED_PLACES, -(-len(tokens) // length)) if length else 0  # fewer for a short split
         for start in np.linspace(0, len(tokens) - length, places).astype(np.int64):
             highest = tokens.rows([start], length).max()
             if highest >= vocab_size:
                 raise ValueError(
                     f"{files[0]}: the {split} split contains the id {highest:,}, but the tokenizer has vocabulary "
-                    f"size {vocab_size:,}, so another tokenizer made it; {AGAIN_NANOGPT if is_nanogpt else AGAIN}"
+                    f"size {vocab_size:,}; {AGAIN_NANOGPT if is_nanogpt else AGAIN}"
                 )
 
 
@@ -209,7 +209,7 @@ def _nanogpt_manifest(folder):
         file = folder / f"{split}.bin"
         size = file.stat().st_size
         if size % 2:
-            raise ValueError(f"{file}: {size:,} bytes, not a multiple of 2, are not 16-bit ids; {AGAIN_NANOGPT}")
+            raise ValueError(f"{file}: not 16-bit ids: {size:,} bytes is not a multiple of 2; {AGAIN_NANOGPT}")
         splits[split] = {
             "tokens": size // 2,
             "bytes": None,
@@ -243,27 +243,27 @@ def _sampled_sha256(path, size):
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, tuples, text and numbers. Any other class or function is refused, not imported."""
+    """Reads only dicts, lists, tuples, strings and numbers. Never imports a class or function."""
 
     def find_class(self, module, name):
-        raise ValueError(f"asks for {module}.{name}, but only plain values are read")
+        raise ValueError(f"contains {module}.{name}, but only dicts, lists, tuples, strings and numbers are allowed")
 
 
 def read_meta(path):
-    """Return the stoi of a nanoGPT meta.pkl: {character: id}.
+    """Return the stoi of a nanoGPT meta.pkl, {character: id}. No code in the pickle is executed.
 
     Raises:
-        ValueError: the pickle has no stoi, or more than plain values. No code in it is executed.
+        ValueError: the pickle has no stoi, or contains classes or functions.
     """
     with open(path, "rb") as file:
         try:
             meta = _PlainUnpickler(file).load()
         except OSError:
             raise
-        except Exception as error:  # a damaged pickle raises almost anything
-            problem = f"not a pickle of plain values ({type(error).__name__}: {one_line(error)})"
+        except Exception as error:  # a damaged pickle can raise almost any exception
+            problem = f"cannot be read ({type(error).__name__}: {one_line(error)})"
             raise ValueError(f"{path}: {problem}; {AGAIN_NANOGPT}") from None
     stoi = meta.get("stoi") if isinstance(meta, dict) else None
     if not isinstance(stoi, dict) or not stoi:
-        raise ValueError(f"{path}: has no stoi, the ids of the characters; {AGAIN_NANOGPT}")
+        raise ValueError(f"{path}: has no stoi, the map from characters to ids; {AGAIN_NANOGPT}")
     return stoi

@@ -1,6 +1,6 @@
 """Prepare a corpus: read its documents, tokenize them, and write the token files.
 
-An interrupted preparation keeps its complete documents, and the next one resumes after them.
+If a preparation is interrupted, its complete documents are kept, and the next preparation resumes after them.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ from .manifest import is_data_folder
 from .token_files import SPLITS, Writer, earlier_attempt, find_active_process
 from .tokenizer import Tokenizer
 
-COUNTED_BELOW = 2**27  # bytes of a corpus below which its documents are counted first, to avoid an empty split
-LARGE_TEXT = 2**30  # bytes of a single text above which its memory use, 4 to 11 times as much, is reported
+COUNTED_BELOW = 2**27  # bytes; the documents of a smaller corpus are counted first, to avoid an empty split
+LARGE_TEXT = 2**30  # bytes; for a larger single text, the memory use (4 to 11 times its size) is reported
 
 
 def prepare(data, report=print, workers=None):
@@ -38,11 +38,11 @@ def prepare(data, report=print, workers=None):
 
     Args:
         data: the data section of a recipe.
-        report: called with each line of progress.
+        report: called with each line of progress output.
         workers: tokenizer threads, by default one per processor. The result does not depend on it.
 
     Returns:
-        The data folder, which is not changed if it is complete.
+        The data folder. It is not changed if it is already complete.
 
     Raises:
         ValueError, OSError: the corpus or a setting is invalid, or the folder cannot be written.
@@ -53,7 +53,7 @@ def prepare(data, report=print, workers=None):
     try:
         _prepare(folder, data, report, workers)
     except (KeyboardInterrupt, SystemExit):
-        if not find_active_process(folder):  # else this process was only waiting
+        if not find_active_process(folder):  # otherwise another process is preparing it
             kept = earlier_attempt(folder)[1]
             resume = "; run the same command to resume" if kept else ""
             report(f"{folder}: interrupted; {counted(kept, 'document')} kept{resume}")
@@ -84,13 +84,13 @@ def _prepare(folder, data, report, workers):
     if not corpus.is_single and tokenizer.eot_id is None:
         raise ValueError(
             f"tokenizer={data.tokenizer}: has no end-of-text token to separate the documents of "
-            f"corpus={data.corpus}; use gpt2, char or bpe, or a corpus that is a single text"
+            f"corpus={data.corpus}; set tokenizer to gpt2, char or bpe, or use a corpus that is a single text"
         )
     all_facts = facts | {"fingerprint": tokenizer.fingerprint}
     forced = _find_forced(corpus, data)
     while True:
         with _sigterm_as_exit(), _open_writer(folder, tokenizer.dtype, all_facts, data.shard_tokens, report) as writer:
-            if writer is None or writer.is_finished:  # completed by another process, or already by an earlier attempt
+            if writer is None or writer.is_finished:  # completed by another process or by an earlier attempt
                 return
             attempt = _Attempt(data, corpus, tokenizer, writer, report, workers)
             earlier = attempt.written_bytes()
@@ -108,7 +108,7 @@ def _prepare(folder, data, report, workers):
 
 
 def _pin(corpus, folder):
-    """Return a Hub data set at one commit: an interrupted attempt's, even if the branch has moved since."""
+    """Return a Hub data set pinned to a commit. Reuse that of an interrupted attempt if the branch has moved."""
     if corpus.pin is None:
         return corpus
     earlier = earlier_attempt(folder)[0].get("corpus", {})
@@ -117,7 +117,7 @@ def _pin(corpus, folder):
 
 
 def _bad_handler(data):
-    """Return `bad` for a pass over the corpus that does not report bad documents: skip them, or None to raise."""
+    """Return a callback for Corpus.documents that silently skips bad documents, or None to raise an error."""
     return (lambda problem: None) if data.skip_bad_documents else None
 
 
@@ -126,7 +126,7 @@ def _bad_handler(data):
 
 def _check_resources(folder, corpus, data, report):
     """Report the number of files, and the disk space and memory that a large corpus needs. Raise OSError if the disk
-    is too small."""
+    has too little free space."""
     if corpus.skipped or corpus.source.get("files", 1) > 1:
         kinds = sorted(corpus.skipped.items(), key=lambda kind: (-kind[1], kind[0]))
         shown = ", ".join(f"{count:,} {suffix}" for suffix, count in kinds[:10]) + ", ..." * (len(kinds) > 10)
@@ -134,7 +134,7 @@ def _check_resources(folder, corpus, data, report):
         report(f"corpus={data.corpus}: {counted(corpus.source['files'], 'file')} to read{skipped}")
     if corpus.bytes is None:
         return
-    # ids of 2 bytes; a BPE token is about 4 bytes of text, or 3 if the BPE was trained on other text
+    # An id has 2 bytes. A BPE token covers about 4 bytes of text, or 3 if the BPE was trained on other text.
     need = corpus.bytes * (1 if corpus.ids else 2 if data.tokenizer == "char" else 2 / 3)
     written = sum(file.stat().st_size for file in folder.glob(".partial/*.bin"))
     free = shutil.disk_usage(nearest_existing(folder)).free + written
@@ -148,7 +148,7 @@ def _check_resources(folder, corpus, data, report):
     if corpus.is_single and not corpus.ids and corpus.bytes > LARGE_TEXT:
         report(
             f"corpus={data.corpus}: a single text of {corpus.bytes / 1e9:,.1f} GB is tokenized in memory and needs "
-            f"at least {4 * corpus.bytes / 1e9:,.0f} GB; lines=true or several files are streamed instead"
+            f"at least {4 * corpus.bytes / 1e9:,.0f} GB; to stream it, set lines=true or split it into several files"
         )
 
 
@@ -163,18 +163,19 @@ def _make_tokenizer(data, corpus, report):
     )
     if data.tokenizer == "char":
         return Tokenizer.char(documents, add_eot=not corpus.is_single)
-    report(f"training a BPE with {data.vocab_size:,} tokens on {corpus.name}")
+    report(f"training a BPE tokenizer with {data.vocab_size:,} tokens on {corpus.name}")
     tokenizer = Tokenizer.train_bpe(documents, data.vocab_size)
     if tokenizer.vocab_size < data.vocab_size:
-        report(f"vocab_size={data.vocab_size}: the corpus is too small; the BPE has {tokenizer.vocab_size:,} tokens")
+        problem = "the corpus is too small for this vocabulary size"
+        report(f"vocab_size={data.vocab_size}: {problem}; the tokenizer has only {tokenizer.vocab_size:,} tokens")
     return tokenizer
 
 
-# ---- one process at a time, which may be interrupted
+# ---- locking and interruptions
 
 
 def _wait_for_others(folder, report):
-    """Wait until no other process prepares the folder."""
+    """Wait until no other process is preparing the folder."""
     is_reported = False
     while process := find_active_process(folder):
         if not is_reported:
@@ -184,7 +185,7 @@ def _wait_for_others(folder, report):
 
 
 def _open_writer(folder, dtype, facts, shard_tokens, report):
-    """Return a Writer after all other processes, or a context of None if one of them has prepared the folder."""
+    """Wait for other processes, then return a Writer, or nullcontext() if one of them has prepared the folder."""
     while not is_data_folder(folder):
         _wait_for_others(folder, report)
         with suppress(BlockingIOError):
@@ -197,8 +198,8 @@ def _open_writer(folder, dtype, facts, shard_tokens, report):
 
 @contextmanager
 def _sigterm_as_exit():
-    """Raise SystemExit on SIGTERM if it would end the process immediately, so that the Writer commits its documents."""
-    is_main_thread = threading.current_thread() is threading.main_thread()  # others may not set handlers
+    """Raise SystemExit on SIGTERM, so that the Writer commits its documents, unless SIGTERM has another handler."""
+    is_main_thread = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
     if not is_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
@@ -209,7 +210,7 @@ def _sigterm_as_exit():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# ---- documents to splits
+# ---- assign documents to splits
 
 
 def _draw(number):
@@ -221,8 +222,8 @@ def _draw(number):
 class _Assignment:
     """Assigns documents to train and val by a hash of their number.
 
-    forced: {number: split} that overrides the hash. nearest: {split: [draw, number]} of the document that is closest to
-    each split so far.
+    forced: {number: split}, overrides the hash. nearest: {split: [draw, number]}, the document that is closest to each
+    split so far.
     """
 
     def __init__(self, val_fraction, forced=(), nearest=()):
@@ -245,7 +246,7 @@ class _Assignment:
 def _find_forced(corpus, data):
     """Return {document: split} to force if the hash would leave a split of a small corpus empty.
 
-    A large corpus is not read twice for this. If one of its splits is empty at the end, there is a second attempt.
+    A large corpus is not checked in advance. If one of its splits is empty in the end, all documents are written again.
     """
     if corpus.is_single or corpus.bytes is None or corpus.bytes > COUNTED_BELOW or "val" in corpus.own_splits():
         return {}
@@ -256,11 +257,11 @@ def _find_forced(corpus, data):
         empty.discard(assignment.split_of(number))
         if not empty:
             return {}
-    return assignment.to_force(empty) if number > 0 else {}  # one document or none is an error later
+    return assignment.to_force(empty) if number > 0 else {}  # fewer than two documents are an error later
 
 
 class _BadDocuments:
-    """Counts the documents that are skipped, and reports the first three."""
+    """Counts the skipped documents, and reports the first three."""
 
     def __init__(self, count, report):
         self.count, self.report = count, report
@@ -304,19 +305,19 @@ class _Attempt:
         return {}
 
     def find_cut(self, length, unit):
-        """Return where val starts in a single text or sequence of ids."""
+        """Return the position where val starts in a single text or sequence of ids."""
         val_fraction = self.data.val_fraction
         cut = int(length * (1 - val_fraction))  # nanoGPT's int(n*0.9)
         for split, size in (("train", cut), ("val", length - cut)):
             if not size:
                 raise ValueError(
-                    f"corpus={self.corpus.source['name']}: the {split} split of {length:,} {unit} would be empty "
-                    f"with val_fraction={val_fraction}; use a larger corpus or another val_fraction"
+                    f"corpus={self.corpus.source['name']}: has {length:,} {unit}, so the {split} split would be empty "
+                    f"with val_fraction={val_fraction}; use a larger corpus or change val_fraction"
                 )
         return cut
 
     def write_ids(self):
-        """Copy token ids. Documents end with an end-of-text id; one that the cut divides counts in both splits."""
+        """Copy token ids. Documents end with an end-of-text id. A document cut in two counts in both splits."""
         writer, eot_id, done = self.writer, self.tokenizer.eot_id, self.writer.position
         length, chunks = self.corpus.ids(self.tokenizer.dtype, self.tokenizer.vocab_size, done)
         cut = self.find_cut(length, "token ids")
@@ -328,7 +329,7 @@ class _Attempt:
                     if not len(part):
                         continue
                     done += len(part)
-                    # a document starts with the split and after each end-of-text id except the last id of the split
+                    # a document starts at the start of a split and after each end-of-text id that has ids after it
                     documents = (split not in writer.counts) + np.count_nonzero(part == eot_id)
                     documents -= done == end and part[-1] == eot_id
                     n_bytes = None if token_bytes is None else int(token_bytes[part].sum())
@@ -337,7 +338,7 @@ class _Attempt:
                 self.show(progress)
 
     def write_documents(self, forced):
-        """Write the documents of all splits. Return {document: split} as write() does."""
+        """Write the documents of all splits. Return the same as write()."""
         splits, writer = self.corpus.own_splits(), self.writer
         start = {"split": 0, "documents": 0, "bad": 0, "draws": {}, "forced": list(forced.items())}
         position = writer.position or start
@@ -346,30 +347,30 @@ class _Attempt:
         has_val = "val" in splits
         for index in range(position["split"], len(splits)):
             done = position["documents"] if index == position["split"] else 0
-            is_shared = not has_val and splits[index] == "train"  # val documents are taken from train
+            is_shared = not has_val and splits[index] == "train"  # val is taken from the train documents
             done = self.write_split(index, done, assignment, is_shared, bad)
             if is_shared and done < 2:
-                fix = "or give the file itself as the corpus, to use the end of its text as val"
+                fix = "or set `corpus` to a single file, so that the end of its text becomes val"
                 if self.data.limit_tokens and self.remaining_tokens(SPLITS) <= 0:
-                    fix = f"or a limit_tokens above {self.data.limit_tokens}"
+                    fix = f"or raise limit_tokens above {self.data.limit_tokens}"
                 raise ValueError(
-                    f"corpus={self.corpus.source['name']}: one document cannot be both train and val; use more "
-                    f"documents, {fix}"
+                    f"corpus={self.corpus.source['name']}: a single document cannot be split into train and val; "
+                    f"use more documents, {fix}"
                 )
         bad.summarize()
-        # a second attempt is cheap, because only a small corpus leaves a split empty
+        # a second attempt is cheap, because a split can only be empty if the corpus is small
         return {} if has_val else assignment.to_force(split for split in SPLITS if split not in writer.counts)
 
     def write_split(self, index, done, assignment, is_shared, bad):
-        """Write the documents of one of the corpus's own splits, up to limit_tokens. Return how many are written.
+        """Write the documents of one of the corpus's own splits, up to limit_tokens. Return the number of documents.
 
-        done: number of documents that are already written. is_shared: divide the documents between train and val.
+        done: number of documents that an earlier attempt wrote. is_shared: divide the documents between train and val.
         """
         split = self.corpus.own_splits()[index]
         targets = SPLITS if is_shared else (split,)
         if done and self.remaining_tokens(targets) <= 0:
             return done
-        bad_before = bad.count  # a resumed attempt meets the bad documents of this split again
+        bad_before = bad.count  # a resumed attempt counts the bad documents of this split again
         documents = self.corpus.documents(split, bad if self.data.skip_bad_documents else None)
         documents = itertools.islice(documents, done, self.data.limit_documents)
         split_of = assignment.split_of if is_shared else lambda number: split
@@ -381,7 +382,7 @@ class _Attempt:
                 for target, ids, sizes in runs:
                     if (remaining := self.remaining_tokens(targets)) <= 0:
                         break
-                    # up to the document that reaches the limit; sizes: tokens and bytes of each document
+                    # include the document that reaches the limit; sizes: tokens and bytes per document
                     sizes = sizes[: int(np.searchsorted(sizes[:, 0].cumsum(), remaining)) + 1]
                     self.writer.write(target, ids[: sizes[:, 0].sum()], int(sizes[:, 1].sum()), len(sizes))
                     for number in range(done, done + len(sizes) if is_shared else done):
@@ -396,11 +397,11 @@ class _Attempt:
         return done
 
     def remaining_tokens(self, splits):
-        """Return how many more tokens limit_tokens allows for these splits together."""
+        """Return how many more tokens limit_tokens allows for these splits in total."""
         return (self.data.limit_tokens or float("inf")) - self.writer.total("tokens", splits)
 
     def written_bytes(self):
-        """Return the size of the text that is written so far, or of the ids if the corpus has no text."""
+        """Return the bytes of text written so far or, for a corpus of token ids, the bytes of the ids."""
         writer = self.writer
         return writer.total("tokens") * writer.dtype.itemsize if self.corpus.ids else writer.total("bytes")
 

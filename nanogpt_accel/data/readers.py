@@ -1,7 +1,7 @@
-"""Read documents from text, .jsonl, .csv and .parquet files, also compressed, and token ids from .bin files.
+"""Read documents from text, .jsonl, .csv and .parquet files, compressed or not, and token ids from .bin files.
 
-A reader gets `spec`, the corpus for its messages, and `bad`, which is called with a line for each document that cannot
-be read. To add a format with many documents per file, write a reader and add its suffix to READERS.
+A reader has the arguments `spec`, the corpus setting (for messages), and `bad`, which is called with a message for each
+document that cannot be read. To add a format with many documents per file, write a reader and add it to READERS.
 """
 
 import csv
@@ -25,7 +25,7 @@ def suffix_of(path):
 
 
 def file_state(path):
-    """Return (bytes, time of the last change in ns) of a file, or zeros if it is missing, which reading it reports."""
+    """Return (bytes, modification time in ns) of a file, or zeros if it is missing: reading it reports the error."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -50,13 +50,13 @@ def read_file(spec, path, column, lines, bad):
         try:
             yield decode(spec, raw, path).removeprefix("\ufeff")  # a byte order mark
         except ValueError as error:
-            if bad is refuse:  # this message already has a fix
+            if bad is refuse:  # the message of decode() already contains a fix
                 raise
             bad(str(error))
 
 
 def decode(spec, raw, path=None):
-    """Return UTF-8 bytes as str with unchanged line ends."""
+    """Decode UTF-8 bytes without changing line ends."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -65,7 +65,7 @@ def decode(spec, raw, path=None):
 
 
 def _numbered_lines(spec, path, bad):
-    """Yield (number from 1, text) of each line of a file."""
+    """Yield (line number, text) for each line of a file, counting from 1."""
     with open_file(path) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -89,11 +89,11 @@ def _read_jsonl(spec, path, column, bad):
         except json.JSONDecodeError as error:
             bad(f"{place}: not JSON ({error.msg})")
         except (ValueError, RecursionError) as error:
-            bad(f"{place}: JSON that cannot be read ({one_line(error)})")
+            bad(f"{place}: the JSON cannot be read ({one_line(error)})")
         except (TypeError, KeyError, IndexError):
             if number == 1 and bad is refuse and isinstance(row, dict):
                 check_column(spec, path, column, list(row))
-            bad(f"{place}: not an object with a string under {column}")
+            bad(f"{place}: not a JSON object with a string under the key {column}")
         else:
             yield text
 
@@ -102,17 +102,17 @@ def _read_csv(spec, path, column, bad):
     rows = _csv_rows(spec, path, bad)
     place, columns = next(rows, (f"{location(spec, path)}, line 1", None))
     if not columns:
-        return bad(f"{place}: empty, no column {column}; add a line of column names, or set text_column")
+        return bad(f"{place}: empty, so there is no column {column}; add a line of column names, or set text_column")
     check_column(spec, path, column, columns)
     index = columns.index(column)
     for place, row in rows:
         if len(row) > len(columns):
             bad(
-                f"{place}: a row of {len(row)} values, but the first line has {counted(len(columns), 'column')} "
-                "(texts that contain the delimiter must be quoted)"
+                f"{place}: the row has {len(row)} values, but the first line has {counted(len(columns), 'column')} "
+                "(values that contain the delimiter must be quoted)"
             )
         elif row and len(row) <= index:
-            bad(f"{place}: a row without {column}")
+            bad(f"{place}: the row has no value in column {column}")
         elif row and not _is_unicode(row[index]):
             bad(f"{place}: not UTF-8 text")
         elif row:
@@ -120,12 +120,12 @@ def _read_csv(spec, path, column, bad):
 
 
 def _csv_rows(spec, path, bad):
-    """Yield (location, values) of each row of a .csv or .tsv file. An invalid row has no values."""
+    """Yield (location, values) for each row of a .csv or .tsv file. The values of an invalid row are []."""
     csv.field_size_limit(2**31 - 1)
     with open_file(path) as raw:
         # files from Excel start with a byte order mark; _read_csv reports bytes that are not UTF-8 row by row
         text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
-        # strict, because otherwise an open quote makes one text of the rest of the file
+        # strict, because otherwise a missing quote would turn the rest of the file into one text
         rows = csv.reader(text, delimiter="," if suffix_of(path) == ".csv" else "\t", strict=True)
         while True:
             place = f"{location(spec, path)}, line {rows.line_num + 1}"
@@ -134,7 +134,7 @@ def _csv_rows(spec, path, bad):
             except StopIteration:
                 return
             except csv.Error as error:
-                bad(f"{place}: not CSV ({error}; is a quote not closed?)")
+                bad(f"{place}: not CSV ({error}; a closing quote may be missing)")
                 row = []
             yield place, row
 
@@ -143,20 +143,21 @@ def _read_parquet(spec, path, column, bad):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    open(path, "rb").close()  # the system's OSError says more than Arrow's
+    open(path, "rb").close()  # the OSError of open() is more precise than Arrow's
     try:
         with pq.ParquetFile(path) as file:
             check_column(spec, path, column, file.schema_arrow.names)
             kind = file.schema_arrow.field(column).type
             values = kind.value_type if pa.types.is_dictionary(kind) else kind
             if not (pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)):
-                raise ValueError(f"{location(spec, path)}: {column} contains {kind}, not text; set another text_column")
+                problem = f"{location(spec, path)}: column {column} contains {kind}, not text"
+                raise ValueError(f"{problem}; set text_column to another column")
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 for text in arrow_texts(batch.column(0)):
                     number += 1
                     if text is None:
-                        bad(f"{location(spec, path)}, row {number}: null in {column}, or not UTF-8 text")
+                        bad(f"{location(spec, path)}, row {number}: column {column} is null or not UTF-8 text")
                     else:
                         yield text
     except (pa.ArrowException, OSError) as error:
@@ -185,7 +186,7 @@ def arrow_texts(column):
 
 
 def _is_unicode(text):
-    """Return False for a text with half of a surrogate pair, which cannot be encoded."""
+    """Return whether a text has no lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "ignore").decode("utf-8") == text
 
 
@@ -193,9 +194,10 @@ def check_column(spec, path, column, columns):
     """Raise ValueError unless exactly one of the columns has this name."""
     place, count = location(spec, path), columns.count(column)
     if count > 1:
-        raise ValueError(f"{place}: {count} columns are named {column}; rename all but one, or set another text_column")
+        fix = "rename all but one, or set text_column to another column"
+        raise ValueError(f"{place}: {count} columns are named {column}; {fix}")
     if not count:
-        raise ValueError(f"{place}: no column {column}, only {', '.join(map(str, columns))}; set text_column")
+        raise ValueError(f"{place}: no column {column}; set text_column to one of {', '.join(map(str, columns))}")
 
 
 @contextmanager
@@ -208,7 +210,7 @@ def open_file(path):
     import pyarrow as pa
 
     compression = "gzip" if path.lower().endswith(".gz") else "zstd"
-    open(path, "rb").close()  # the system's OSError says more than Arrow's
+    open(path, "rb").close()  # the OSError of open() is more precise than Arrow's
     try:
         with pa.CompressedInputStream(pa.OSFile(path), compression) as stream:
             yield io.BufferedReader(stream)
@@ -220,22 +222,22 @@ def open_file(path):
 
 
 def read_ids(spec, files, dtype, vocab_size, start):
-    """Read token files in nanoGPT's format, ids without a header, as one sequence.
+    """Read token files in nanoGPT's format (ids without a header) as one sequence.
 
-    files: (path, bytes, time of the last change) of each file, in order. start: position of the first id to yield.
+    files: (path, bytes, modification time) of each file, in order. start: position of the first id to yield.
 
     Returns:
         (number of ids in all files, iterator over arrays of the ids from `start` on).
 
     Raises:
-        ValueError: a file has ids of another width, is cut off, or has an id outside of the vocabulary.
+        ValueError: a file is truncated, has ids of another dtype, or has an id that is not in the vocabulary.
     """
     dtype = np.dtype(dtype)
     form = f"{dtype.name} ids of a tokenizer with vocabulary size {vocab_size:,}"
     for path, n_bytes, _ in files:
         if n_bytes == 0 or n_bytes % dtype.itemsize:
-            problem = f"{n_bytes:,} bytes are not {form}"
-            raise ValueError(f"{location(spec, path)}: {problem}; restore the file, or set another path")
+            problem = f"{n_bytes:,} bytes cannot be {form}"
+            raise ValueError(f"{location(spec, path)}: {problem}; restore the file, or set `corpus` to another path")
 
     def chunks():
         before = 0  # ids in the files before this one
@@ -246,15 +248,16 @@ def read_ids(spec, files, dtype, vocab_size, start):
                 if ids.max() >= vocab_size:
                     wrong = int(np.argmax(ids >= vocab_size))
                     raise ValueError(
-                        f"{place}: the id {ids[wrong]:,} at position {position + wrong:,}, but the tokenizer has "
-                        f"vocabulary size {vocab_size:,}; set the tokenizer that made the ids, and write them as "
-                        f"{dtype.name} without a header"
+                        f"{place}: contains the id {ids[wrong]:,} at position {position + wrong:,}, but the "
+                        f"tokenizer has vocabulary size {vocab_size:,}; set tokenizer to the one that the ids were "
+                        f"made with, and write the ids as {dtype.name} without a header"
                     )
                 if position == 0 and (other := _other_content(ids)):
                     raise ValueError(f"{place}: looks like {other}; write the ids as {form}")
                 yield ids
             if file_state(path) != (n_bytes, changed):
-                raise ValueError(f"{place}: has changed while it was read; start again when it is complete")
+                fix = "run the command again when the file is complete"
+                raise ValueError(f"{place}: has changed while it was read; {fix}")
             before += count
 
     return sum(n_bytes for _, n_bytes, _ in files) // dtype.itemsize, chunks()
@@ -264,23 +267,23 @@ def _other_content(ids):
     """Return the format of a file whose first ids do not look like token ids, or None."""
     head = ids[:4096].tobytes()
     if head.startswith(b"\x93NUMPY"):
-        return "a file of numpy.save, which has a header (use ids.tofile(path))"
+        return "a numpy.save file, which has a header (use ids.tofile(path) instead)"
     if len(head) > 64 and not head.translate(None, bytes(range(32, 127)) + b"\t\r\n"):
         return "text"
     if len(ids) > 64 and ids[::2].any() and not ids[1::2].any():
-        return "wider numbers, because every second id is 0"
+        return "integers of more than 16 bits, because every second id is 0"
     return None
 
 
 def _ids_at(spec, path, position, count, dtype):
-    """Read `count` ids from a position of a file."""
+    """Read `count` ids of a file, starting at a position."""
     ids = np.empty(count, dtype)
     try:
         with open(path, "rb") as file:
             file.seek(position * dtype.itemsize)
-            problem = None if file.readinto(ids) == ids.nbytes else "has become shorter"
+            problem = None if file.readinto(ids) == ids.nbytes else "is shorter than before"
     except OSError as error:
         problem = error.strerror or str(error)
     if problem:
-        raise ValueError(f"{location(spec, path)}: {problem}; restore the file, or set another path")
+        raise ValueError(f"{location(spec, path)}: {problem}; restore the file, or set `corpus` to another path")
     return ids

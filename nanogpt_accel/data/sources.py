@@ -1,7 +1,7 @@
 """The built-in corpora, and find_corpus for any corpus: built-in, on the Hub, or local files.
 
     corpus = find_corpus("shakespeare")   # downloads nothing
-    for text in corpus.documents():       # one str per file, line or row, read when it is needed
+    for text in corpus.documents():       # one str per file, line or row, read lazily
         ...
 
 To add a corpus, add an entry to URLS or HUB.
@@ -33,10 +33,10 @@ URLS = {
     ),
 }
 
-# Pinned, so that a recipe always has the same text. datasets >= 4 runs no scripts, so for a data set that is only a
-# script the revision is the Hub's own parquet conversion.
+# Pinned, so that a recipe always reads the same text. datasets >= 4 does not run loading scripts, so the revision of a
+# data set that has only a script is the Hub's parquet conversion.
 HUB = {
-    # 8,013,769 web pages that Reddit linked, 40 GB, CC0
+    # 8,013,769 web pages linked on Reddit, 40 GB, CC0
     "openwebtext": HubSet("Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c", "plain_text"),
     # 74 million sentences of novels, 4.9 GB, license unknown
     "bookcorpus": HubSet("bookcorpus/bookcorpus", "refs/convert/parquet", "plain_text", grouped="sentences"),
@@ -50,7 +50,7 @@ HUB = {
     ),
     # 9,672,101 educational web pages, 50 GB, 10 billion tokens, ODC-By
     "fineweb_edu": HubSet("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample-10BT"),
-    # 2.1 million stories with the vocabulary of small children, 2 GB, CDLA-Sharing 1.0
+    # 2.1 million stories in the vocabulary of small children, 2 GB, CDLA-Sharing 1.0
     "tinystories": HubSet(
         "roneneldan/TinyStories",
         "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
@@ -59,12 +59,11 @@ HUB = {
 }
 BUILTIN = ("python", *URLS, *HUB)
 
-# Folders of the standard library that are poor training text: tests (half of all bytes), generated tables (encodings/
-# has a hundred code pages, pydoc_data/ the manual as one literal, config-*/ and _sysconfigdata* the build paths of one
-# machine), and site-packages, which is not part of the library.
+# Folders to skip: tests (half of all bytes), generated files (a hundred code pages in encodings/, the manual as one
+# string in pydoc_data/, build paths in config-*/), and site-packages, which is not part of the standard library.
 PYTHON_EXCLUDED = re.compile(r"(test|tests|idle_test|encodings|pydoc_data|config-.*|.*-packages|__pycache__)")
 
-TIMEOUT = 30  # seconds without a response after which a download fails
+TIMEOUT = 30  # seconds; a download fails after this time without a response
 
 
 def find_corpus(spec, *, text_column="text", lines=False, dataset_config=None, dataset_split="train", revision=None):
@@ -72,7 +71,7 @@ def find_corpus(spec, *, text_column="text", lines=False, dataset_config=None, d
 
     A built-in name has priority over a path; write ./python for a folder of that name.
 
-    The other arguments are keys of the data section; dataset_config, dataset_split and revision are for hub:USER/SET.
+    The other arguments are keys of the data section; dataset_config, dataset_split and revision apply to hub:USER/SET.
 
     Raises:
         FileNotFoundError: no such name or path.
@@ -87,11 +86,11 @@ def find_corpus(spec, *, text_column="text", lines=False, dataset_config=None, d
         return hub_corpus(spec, HUB[spec])
     if spec.startswith("hub:"):
         if not re.fullmatch(r"hub:[\w-][\w.-]*(/[\w.-]+)?", spec):
-            raise ValueError(f"corpus={spec}: not a name on the Hub; set corpus=hub:USER/SET")
+            raise ValueError(f"corpus={spec}: not a valid Hub id; set corpus=hub:USER/SET")
         return hub_corpus(spec, HubSet(spec[4:], revision, dataset_config, {"train": dataset_split}, text_column))
     if path_exists(spec):
         return local_corpus(spec, text_column, lines)
-    # a name with a slash is a path and not a misspelt name
+    # a setting with a slash is a path, not a misspelt name
     close = [] if os.path.dirname(spec) else difflib.get_close_matches(spec, BUILTIN, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     names = ", ".join(BUILTIN)
@@ -99,15 +98,15 @@ def find_corpus(spec, *, text_column="text", lines=False, dataset_config=None, d
 
 
 def source_name(spec):
-    """Return the `name` in the source of find_corpus(spec), without reading the disk."""
+    """Return find_corpus(spec).source["name"] without reading the disk."""
     return spec if spec in BUILTIN or spec.startswith("hub:") else base_name(spec)
 
 
 def joined_text(name, split):
     """Return a split of a built-in Hub data set as one str, with rows joined by empty lines.
 
-    Transformers' perplexity guide and the publications that follow it read raw WikiText-2 this way. Raises ValueError
-    if the set does not exist or the Hub cannot be read.
+    The perplexity guide of transformers, and publications that follow it, read raw WikiText-2 this way. Raises
+    ValueError if the data set does not exist or cannot be read.
     """
     names = [known for known in HUB if split in HUB[known].splits]
     if name not in names:
@@ -119,7 +118,7 @@ def _python():
     """Return the source code of Python's standard library: about 10 MB of text that needs no network."""
     root = sysconfig.get_path("stdlib")
     if not os.path.isfile(os.path.join(root, "os.py")):
-        raise ValueError(f"corpus=python: this Python has no sources in {root}; set corpus=shakespeare, or a path")
+        raise ValueError(f"corpus=python: {root} has no source files; set corpus=shakespeare, or corpus=PATH")
 
     def read(split, bad):
         for file in walk(root, PYTHON_EXCLUDED):
@@ -131,10 +130,10 @@ def _python():
     return Corpus(f"python-{version}", {"kind": "python", "name": "python", "revision": version}, False, read)
 
 
-# Our own, because the downloads of pooch (one more dependency), torch.hub (seconds to import), tiktoken and datasets
-# have no timeout or do not check the hash at each read, and their errors would still need our messages.
+# Why not pooch (one more dependency), torch.hub (takes seconds to import), tiktoken or datasets? Their downloads have
+# no timeout or do not verify the hash at each read, and their errors would still have to be reworded.
 def _fetch(name, url, sha256):
-    """Return the content of a URL, from the cache folder if it is there with the right hash."""
+    """Return the content of a URL. Use the copy in the cache folder if its hash is correct."""
     cache = cache_folder()
     path = os.path.join(cache, f"{name}.txt")
     if os.path.isfile(path):
@@ -151,7 +150,7 @@ def _fetch(name, url, sha256):
     digest = hashlib.sha256(raw).hexdigest()
     if digest != sha256:
         raise ValueError(
-            f"corpus={name}: {url} has changed, its SHA-256 is {digest} instead of {sha256}; set corpus=PATH to a copy "
+            f"corpus={name}: {url} has changed: its SHA-256 is {digest} instead of {sha256}; set corpus=PATH to a copy "
             "of the original file"
         )
     try:

@@ -1,11 +1,11 @@
-"""Read and write token files in nanoGPT's format: train.bin and val.bin, with one id after the other.
+"""Read and write token files in nanoGPT's format: train.bin and val.bin, which store consecutive token ids.
 
     with Writer(folder, np.uint16) as writer:
         writer.write("train", ids, len(raw_bytes))
         writer.finish({"corpus": ...}, save_tokenizer)
     x = TokenFile([folder / "train.bin"], "uint16").rows([0, 7], 256)
 
-A split of more than `shard_tokens` tokens has several files, train-00000.bin and so on, which are read as one.
+A split of more than `shard_tokens` tokens has several files, train-00000.bin and so on, which are read as one sequence.
 """
 
 import hashlib
@@ -28,15 +28,15 @@ VERSION = 2  # of manifest.json; version 1 had one file per split and no list of
 SPLITS = ("train", "val")
 FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
 SHARD_TOKENS = 100_000_000  # tokens per file: 200 MB
-COMMIT_SECONDS = 20  # between commits, so the most work that a crash can lose; a tenth before the first one
+COMMIT_SECONDS = 20  # between commits, so a crash loses at most this much work (the first one is after a tenth)
 LOCK_FILES = ("lock", "holder.json")  # in .partial
 AGAIN = "delete the folder and prepare it again"
 
 
 class TokenFile:
-    """A sequence of token ids in one file, or in several that follow each other.
+    """A sequence of token ids, stored in one file or in several consecutive files.
 
-    paths: one path, or a list of paths in order. dtype: of the ids, "uint16" or "uint32".
+    paths: one path, or a list of paths in order. dtype: "uint16" or "uint32".
     """
 
     def __init__(self, paths, dtype):
@@ -52,19 +52,19 @@ class TokenFile:
         """Return the ids at starts[i] ... starts[i] + length - 1, as int64 of shape (len(starts), length).
 
         Raises:
-            OSError: a file is missing or has become shorter.
+            OSError: a file is missing or was truncated.
         """
         starts = np.asarray(starts, dtype=np.int64)
         ids = np.empty((len(starts), length), dtype=self.dtype)
         is_inside = not len(starts) or (0 <= starts.min() and starts.max() + length <= len(self))
-        assert is_inside, f"a row is outside of {self.paths[-1]}"
-        # Plain reads: a memory map takes three times as long for short rows, and all pages that it has read count as
-        # resident. Files are opened for each call, because there may be more of them than a process may keep open.
+        assert is_inside, f"row out of range: {self.paths[-1]}"
+        # No memory map: it takes three times as long for short rows, and all pages that were read count as resident
+        # memory. Files are opened in each call, because there can be more files than a process may keep open.
         with ExitStack() as stack:
             files = {}
             for row, start in zip(ids, starts.tolist(), strict=True):
                 done = 0
-                while done < length:  # a row may continue in the next file
+                while done < length:  # a row can continue in the next file
                     position = start + done
                     i = bisect_right(self._ends, position)
                     if i not in files:
@@ -72,7 +72,7 @@ class TokenFile:
                     part = row[done : done + self._ends[i] - position]
                     files[i].seek((position - (self._ends[i - 1] if i else 0)) * self.dtype.itemsize)
                     if files[i].readinto(part) != part.nbytes:
-                        raise OSError(f"{self.paths[i]}: has become shorter since it was opened; {AGAIN}")
+                        raise OSError(f"{self.paths[i]}: was truncated after it was opened; {AGAIN}")
                     done += len(part)
         return ids.astype(np.int64)
 
@@ -91,25 +91,25 @@ class TokenArray:
 
 
 class Writer:
-    """Writes a data folder that becomes visible when it is complete, or resumes an interrupted attempt.
+    """Writes a data folder, which becomes visible when it is complete, or resumes an interrupted attempt.
 
-    The files grow in FOLDER/.partial, and finish() moves them to the folder, the manifest last. A later attempt resumes
-    from the last commit. On Ctrl-C and sys.exit() everything up to the last commit() call is committed. If there is no
-    commit, leaving the `with` block without finish() removes .partial.
+    The files are written in FOLDER/.partial. finish() moves them to FOLDER, the manifest last. A later attempt resumes
+    from the last commit. On Ctrl-C and sys.exit(), everything up to the last commit() call is committed. If nothing was
+    committed, leaving the `with` block without finish() removes .partial.
 
     Args:
         folder: the data folder.
         dtype: np.uint16 or np.uint32.
-        facts: plain values that determine the tokens. An earlier attempt with other facts is deleted.
-        shard_tokens: number of tokens after which a new file is started.
+        facts: JSON values that determine the tokens. An earlier attempt with different facts is deleted.
+        shard_tokens: maximum number of tokens per file.
 
     Attributes:
-        position: the argument of the earlier attempt's last commit(), or 0.
-        is_finished: the earlier attempt only had to move its files; the folder is complete now.
+        position: the argument of the last commit() of the earlier attempt, or 0.
+        is_finished: whether the earlier attempt was interrupted in finish(); the folder is complete now.
 
     Raises:
-        ValueError: the folder already contains such files.
-        BlockingIOError: another process is preparing it.
+        ValueError: the folder already contains token files.
+        BlockingIOError: another process is preparing the folder.
     """
 
     def __init__(self, folder, dtype, facts=None, shard_tokens=SHARD_TOKENS):
@@ -121,7 +121,7 @@ class Writer:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = locking.acquire(*(self.partial / name for name in LOCK_FILES))
         except BlockingIOError as error:
-            raise BlockingIOError(f"data_dir={folder}: {error} is preparing it") from None
+            raise BlockingIOError(f"data_dir={folder}: {error} is preparing this folder") from None
         except OSError as error:
             problem = f"data_dir={folder}: cannot be written ({error.strerror})"
             raise OSError(f"{problem}; set data_dir to a writable folder") from None
@@ -156,7 +156,7 @@ class Writer:
             self.position, self.counts, self.files, sizes = 0, {}, {}, {}
         for path in self.partial.iterdir():
             if path.name in sizes:
-                os.truncate(path, sizes[path.name])  # to its size at the commit
+                os.truncate(path, sizes[path.name])  # to the size at the last commit
             elif path.name not in LOCK_FILES and not (is_usable and path.name == "progress.json"):
                 path.unlink()
 
@@ -169,7 +169,7 @@ class Writer:
             with suppress(OSError):  # the previous commit remains valid
                 self._commit()
         for file in self._open.values():
-            with suppress(OSError):  # a full disk was reported by write()
+            with suppress(OSError):  # write() has already reported a full disk
                 file.close()
         if not self.is_finished and not self._has_committed:
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -183,7 +183,7 @@ class Writer:
         self._has_committed, self._progress = False, None
 
     def write(self, split, ids, n_bytes, documents=1):
-        """Append token ids, shape (n,), to a split. n_bytes: size of their text in UTF-8, None if unknown."""
+        """Append token ids, shape (n,), to a split. n_bytes: bytes of their text in UTF-8, None if unknown."""
         files = self.files.setdefault(split, [])
         with _disk_errors(self.folder):
             if not files or files[-1]["tokens"] >= self.shard_tokens:
@@ -199,11 +199,11 @@ class Writer:
         counts["documents"] += documents
 
     def total(self, key, splits=None):
-        """Return the sum of "tokens", "bytes" or "documents" over these splits, by default over all."""
+        """Return the sum of "tokens", "bytes" or "documents" over these splits (default: all)."""
         return sum(self.counts[split][key] or 0 for split in splits or self.counts if split in self.counts)
 
     def commit(self, position):
-        """Record that everything up to `position`, a plain value, is written, and flush it every COMMIT_SECONDS."""
+        """Record that everything up to `position` (a JSON value) is written. Flush it to disk every COMMIT_SECONDS."""
         self._record(position)
         if time.monotonic() - self._committed_at >= COMMIT_SECONDS / (1 if self._has_committed else 10):
             with _disk_errors(self.folder):
@@ -227,7 +227,7 @@ class Writer:
     def finish(self, facts, save_tokenizer):
         """Complete the data folder and return its manifest.
 
-        facts: plain values for the manifest: {"corpus": {"name", ...}, "tokenizer": {"asked", "kind", "vocab_size",
+        facts: JSON values for the manifest: {"corpus": {"name", ...}, "tokenizer": {"asked", "kind", "vocab_size",
         "fingerprint", "eot_id"}, "val_fraction", "split_seed"}. save_tokenizer: writes the tokenizer into a folder.
         """
         with _disk_errors(self.folder):
@@ -262,19 +262,19 @@ class Writer:
 
 
 def refuse_to_overwrite(folder, accept_moved=True):
-    """Raise ValueError if a Writer would overwrite files. accept_moved: except those of an interrupted finish()."""
+    """Raise ValueError if a Writer would overwrite files. accept_moved: ignore files of an interrupted finish()."""
     folder = Path(folder)
     if accept_moved and (folder / ".partial" / "manifest.json").exists():
         return
     if names := [name for name in FILES if (folder / name).exists()]:
         problem = f"data_dir={folder}: already contains {', '.join(names)}, which would be overwritten"
-        delete = ", or delete the folder" if any(name.endswith(".bin") for name in names) else ""
-        raise ValueError(f"{problem}; set another data_dir{delete}")
+        delete = ", or delete this folder" if any(name.endswith(".bin") for name in names) else ""
+        raise ValueError(f"{problem}; set data_dir to another folder{delete}")
 
 
 @contextmanager
 def _disk_errors(folder):
-    """Name the data folder and the fix in an OSError."""
+    """Add the data folder and the fix to the message of an OSError."""
     try:
         yield
     except OSError as error:
@@ -297,7 +297,7 @@ def find_active_process(folder):
     """Return the process that is preparing this folder, as `process N on HOST`, or None."""
     try:
         return locking.find_holder(*(Path(folder) / ".partial" / name for name in LOCK_FILES))
-    except OSError:  # .partial was removed in the meantime, or cannot be written, which Writer reports
+    except OSError:  # .partial was removed in the meantime, or is not writable, which the Writer reports
         return None
 
 

@@ -1,8 +1,8 @@
 """Tokenizers: GPT-2's BPE, characters, a BPE trained on the corpus, or any tokenizer.json.
 
 Every tokenizer is defined by its tokenizer.json, so transformers' AutoTokenizer loads what `save` writes without our
-code. Two kinds are encoded faster than with the tokenizers library: characters with a table, and byte-level BPEs with
-tiktoken, which returns the same ids more than ten times as fast.
+code. Two kinds have encoders that are faster than the tokenizers library: characters use a lookup table, and byte-level
+BPEs use tiktoken, which returns the same ids more than ten times as fast.
 """
 
 import copy
@@ -23,15 +23,15 @@ GPT2_SHA256 = {
 }
 # SHA-256 of GPT-2's vocabulary in the order of the ids, one entry per line
 GPT2_VOCAB_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
-# GPT-2's split of a text into words: tiktoken's r50k_pat_str with the first four alternatives in a group, which the
-# fancy-regex crate leaves to an automaton instead of backtracking for the look-ahead: 0.6 times the time
+# GPT-2's regular expression for words: tiktoken's r50k_pat_str with the first four alternatives in a group. The
+# fancy-regex crate matches the group with an automaton, without backtracking, and takes 0.6 times as long.
 GPT2_WORDS = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
-LONGEST_WORD = 1000  # bytes per word in the training of a BPE
-BPE_TEXT_LIMIT = 200_000_000  # characters that a BPE is trained on; more need memory and change few merges
+LONGEST_WORD = 1000  # maximum bytes per word when a BPE is trained
+BPE_TEXT_LIMIT = 200_000_000  # maximum characters to train a BPE on; more would need memory and change few merges
 
 
 class Tokenizer:
-    """A tokenizer.json with fast implementations of encoding.
+    """A tokenizer defined by a tokenizer.json, with fast encoders.
 
     Args:
         text: the content of a tokenizer.json.
@@ -73,7 +73,7 @@ class Tokenizer:
 
     @cached_property
     def _table(self):
-        """For "char", the ids by code point, -1 if there is none. The last entry is for all higher code points."""
+        """For "char": array from code point to id, or -1 if unknown. The last entry is for all higher code points."""
         if self.kind != "char":
             return None
         ids = {ord(token): i for token, i in self.vocab.items() if token != self.eot}
@@ -83,22 +83,22 @@ class Tokenizer:
 
     @cached_property
     def _bpe(self):
-        """For a byte-level BPE, an equivalent tiktoken Encoding, or None if there is none."""
+        """For a byte-level BPE: an equivalent tiktoken Encoding, or None if there is none."""
         if self.kind not in ("gpt2", "bpe"):
             return None
-        # tiktoken joins any pair that is a token, the tokenizers library only the pairs in its merges. The results are
-        # equal if the merges make every token from its bytes. GPT-2's two implementations are known to agree.
+        # tiktoken merges any pair that is a token, the tokenizers library only the pairs in its merges. The results are
+        # equal if the merges can build every token from its bytes. For GPT-2, the two are known to agree.
         tokenize = self._backend.model.tokenize
         if self.kind == "bpe" and any(len(tokenize(token)) != 1 for token in self.vocab if token != self.eot):
             return None
         return _tiktoken(self._spec, self.eot)
 
     def for_thread(self):
-        """Return a copy for one thread. A Rust regular expression is fast in the thread that used it first and takes
-        locks in all others (regex-automata, util::pool): a shared one needed 1.3 times the time."""
+        """Return a copy for use in one thread. A Rust regular expression is fast in the thread that used it first, but
+        takes locks in all others (regex-automata, util::pool): a shared copy took 1.3 times as long."""
         own = copy.copy(self)
         if self._bpe is not None:
-            own._bpe = copy.copy(self._bpe)  # builds its regular expressions again and shares the vocabulary
+            own._bpe = copy.copy(self._bpe)  # has its own regular expressions, but shares the vocabulary
         return own
 
     @classmethod
@@ -118,7 +118,7 @@ class Tokenizer:
                     "machine with a network, and set TIKTOKEN_CACHE_DIR to a copy of its cache folder"
                 ) from None
         vocab = json.loads(files["encoder.json"])
-        merges = [tuple(line.split()) for line in files["vocab.bpe"].split("\n")[1:-1]]  # the first line is a version
+        merges = [tuple(line.split()) for line in files["vocab.bpe"].split("\n")[1:-1]]  # the first line is the version
         return cls(_byte_level_json(models.BPE(vocab, merges), is_gpt2=True))
 
     @classmethod
@@ -139,15 +139,15 @@ class Tokenizer:
         """Return the tokenizer of a nanoGPT meta.pkl. stoi: {character: id}."""
         is_stoi = isinstance(stoi, dict) and stoi and all(isinstance(s, str) and len(s) == 1 for s in stoi)
         if not is_stoi or sorted(map(repr, stoi.values())) != sorted(map(repr, range(len(stoi)))):
-            raise ValueError("meta.pkl: its stoi does not map each character to a different id from 0 to n - 1")
+            raise ValueError("meta.pkl: stoi must map each character to a different id from 0 to n - 1")
         return cls(_char_json(stoi, add_eot=False))
 
     @classmethod
     def train_bpe(cls, documents, vocab_size):
         """Train a byte-level BPE with up to `vocab_size` tokens, or fewer if the text has too few pairs.
 
-        It is trained on all documents, validation too, up to BPE_TEXT_LIMIT characters. The vocabulary contains all 256
-        bytes, so every text can be encoded. The last id is the end-of-text token.
+        The training text is all documents, including validation, up to BPE_TEXT_LIMIT characters. The vocabulary
+        contains all 256 bytes, so every text can be encoded. The last id is the end-of-text token.
         """
         from tokenizers import Tokenizer as Backend
         from tokenizers import models, pre_tokenizers, trainers
@@ -181,7 +181,7 @@ class Tokenizer:
                 try:
                     return cls(_byte_level_json(models.BPE.from_file(*files), is_gpt2=True))
                 except Exception as error:  # the library raises bare Exceptions
-                    raise ValueError(f"{', '.join(files)}: not the two files of GPT-2's BPE: {error}") from None
+                    raise ValueError(f"{', '.join(files)}: cannot be read as a GPT-2 tokenizer: {error}") from None
             if _is_gpt2_model(folder):
                 return cls.gpt2()
             raise FileNotFoundError(f"{path}: no such file; copy the model's tokenizer to {folder}")
@@ -191,7 +191,7 @@ class Tokenizer:
                 with open(config_path, encoding="utf-8") as file:
                     config = json.load(file)
             except (ValueError, RecursionError) as error:
-                fix = f"fix it, or delete it if the end-of-text token is {EOT}"
+                fix = f"fix the file, or delete it if the end-of-text token is {EOT}"
                 raise ValueError(f"{config_path}: not JSON ({one_line(error)}); {fix}") from None
         try:
             with open(path, encoding="utf-8") as file:
@@ -199,21 +199,21 @@ class Tokenizer:
             eot = config.get("eos_token") if isinstance(config, dict) else None
             eot = eot.get("content") if isinstance(eot, dict) else eot
             return cls(text, eot if isinstance(eot, str) else EOT)
-        except ValueError as error:  # of JSON, UTF-8 or Tokenizer
+        except ValueError as error:  # raised by json, the UTF-8 decoder or Tokenizer
             raise ValueError(f"{path}: {error}") from None
 
     def is_same(self, other):
-        """Return whether both encode every text to the same ids. GPT-2's is published with different other settings."""
+        """Return whether both encode every text to the same ids. Other settings may differ, as in copies of GPT-2's."""
         return self.fingerprint == other.fingerprint or self.kind == other.kind == "gpt2"
 
     @cached_property
     def fingerprint(self):
-        """The SHA-256 of the tokenizer.json, independent of its layout, padding and truncation."""
+        """The SHA-256 of the tokenizer.json, independent of formatting, padding and truncation."""
         spec = self._spec | {"truncation": None, "padding": None}
         return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text):
-        """Return the ids of a plain text, shape (n,), of self.dtype. Special tokens in the text are plain text too.
+        """Encode a text to ids of self.dtype, shape (n,). Special tokens in the text are treated as plain text.
 
         Raises:
             ValueError: the text has characters that are not in the vocabulary.
@@ -234,14 +234,14 @@ class Tokenizer:
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
 
     def encode_batch(self, texts):
-        """Return encode() of each text. It releases the GIL; each thread needs its own for_thread()."""
+        """Encode each text. This releases the GIL; each thread needs its own copy from for_thread()."""
         if self._bpe is not None or self._table is not None:
             return [self.encode(text) for text in texts]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def encode_prompt(self, text):
-        """Return the ids of a prompt as list[int]. Unlike in encode(), the end-of-text token in it is one token."""
+        """Encode a prompt to list[int]. Unlike in encode(), an end-of-text token in the text becomes a single id."""
         if self.eot is None and EOT in text:
             raise ValueError(f"the tokenizer has no {EOT}")
         ids = []
@@ -250,7 +250,7 @@ class Tokenizer:
         return ids
 
     def check_prompt(self, text, block_size, key):
-        """Return a list of problems with a prompt of at most block_size tokens (None: any). key: for the message."""
+        """Return a list of problems with a prompt. block_size: maximum number of tokens, or None. key: for messages."""
         try:
             length = len(self.encode_prompt(text))
         except ValueError as error:
@@ -262,7 +262,7 @@ class Tokenizer:
         return [f"{key}={text[:40]!r}: {length} tokens, must be {limit}; {fix}"]
 
     def token_bytes(self):
-        """Return the UTF-8 bytes per id, shape (vocab_size,), 0 for end-of-text, or None if that is not known."""
+        """Return the number of UTF-8 bytes of each id, shape (vocab_size,), 0 for end-of-text; None if unknown."""
         if self._table is None and self._bpe is None:
             return None
         sizes = np.zeros(self.vocab_size, np.int64)
@@ -271,21 +271,21 @@ class Tokenizer:
         return sizes
 
     def decode(self, ids):
-        """Return the text of ids, with special tokens. Bytes of incomplete characters become U+FFFD."""
+        """Decode ids to text, including special tokens. Bytes of incomplete characters become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, folder, max_length=None):
         """Write tokenizer.json and tokenizer_config.json. max_length: the model's context in tokens."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # exists in transformers 4 and 5
-            "clean_up_tokenization_spaces": False,  # True drops spaces before commas in decode
+            "clean_up_tokenization_spaces": False,  # True would make decode() drop spaces before commas
             # without it transformers 4 returns token_type_ids, which its GPT-2 adds to the embedding
             "model_input_names": ["input_ids", "attention_mask"],
         }
         if self.eot:
             config |= {"bos_token": self.eot, "eos_token": self.eot}
         if self.eot and self.kind in ("gpt2", "bpe"):
-            config["unk_token"] = self.eot  # as in OpenAI's; no byte is unknown, but ctranslate2 requires one
+            config["unk_token"] = self.eot  # as in OpenAI's tokenizer; never needed, but ctranslate2 requires it
         if max_length:
             config["model_max_length"] = max_length
         files = {"tokenizer.json": self.text, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
@@ -295,7 +295,7 @@ class Tokenizer:
 
 
 def _is_gpt2_model(folder):
-    """Return whether a folder has a GPT-2 model with GPT-2's vocabulary size, whose tokenizer can only be GPT-2's."""
+    """Return whether a folder has a GPT-2 model with GPT-2's vocabulary size, and so needs GPT-2's tokenizer."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
@@ -314,7 +314,7 @@ def _truncate(documents, limit):
 
 
 def _char_json(vocab, add_eot):
-    """Return the tokenizer.json of single characters. vocab: {character: id}."""
+    """Return the tokenizer.json of a character tokenizer. vocab: {character: id}."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
@@ -342,9 +342,9 @@ def _byte_level_json(model, is_gpt2=False):
 
 
 def _tiktoken(spec, eot):
-    """Return the byte-level BPE of a tokenizer.json as a tiktoken Encoding, or None if that would encode differently.
+    """Return the byte-level BPE of a tokenizer.json as a tiktoken Encoding, or None if the ids would differ.
 
-    tiktoken joins the pair whose token has the lowest id, the tokenizers library the pair that is first in the merges.
+    tiktoken merges the pair whose token has the lowest id, the tokenizers library the pair that is first in the merges.
     So the ids must be in the order of the merges.
     """
     splitter, model = spec["pre_tokenizer"] or {}, spec["model"]
@@ -352,7 +352,7 @@ def _tiktoken(spec, eot):
         return None
     if spec.get("normalizer") or model.get("ignore_merges") or any(a["content"] != eot for a in spec["added_tokens"]):
         return None
-    # GPT-2 writes a byte as a character: itself if it is visible, else the next one from U+0100 on
+    # GPT-2 represents each byte by a character: its own if it is visible, else the next one, starting at U+0100
     visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     byte_of = {chr(b): b for b in visible}
     byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in visible)}
@@ -365,7 +365,7 @@ def _tiktoken(spec, eot):
     import tiktoken
 
     ranks = {bytes([byte_of[c] for c in token]): i for token, i in vocab.items()}
-    # a special token is required although none is looked for: without one, tiktoken's search for it stops at every
-    # character, and encoding takes 1.4 times as long
+    # Without any special token, tiktoken's search for special tokens stops at every character, and encoding takes 1.4
+    # times as long.
     special_tokens = {eot or EOT: max(ranks.values()) + 1}
     return tiktoken.Encoding("byte-level BPE", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=special_tokens)

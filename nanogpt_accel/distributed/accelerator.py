@@ -12,7 +12,7 @@ def pick_device(device):
     """Return the torch.device of a recipe's `device`. auto: the CPU if the launcher requests it, else CUDA, MPS, CPU.
 
     Raises:
-        ValueError: torch does not find that device.
+        ValueError: torch does not find this device.
     """
     import torch
 
@@ -40,7 +40,7 @@ def make_accelerator(
         mixed_precision: auto, no, fp16 or bf16; see pick_precision.
         compile: see should_compile; "regional" compiles one block and reuses it for all.
         trackers: names of Accelerate's trackers. logging_dir: the folder for their files.
-        collective_timeout: seconds that a process waits for the others before the run ends.
+        collective_timeout: seconds that a process waits for the others before it ends the run with an error.
 
     Raises:
         ValueError: the device is not available, or the processes are not connected.
@@ -64,10 +64,10 @@ def make_accelerator(
         raise ValueError(f"{launched}: several GPUs need NCCL, which Windows does not have; use one process or WSL2")
     precision = pick_precision(mixed_precision, chosen.type)
     if (chosen.type, precision) == ("mps", "bf16") and not torch.backends.mps.is_macos_or_newer(14, 0):
-        raise ValueError("mixed_precision=bf16: MPS requires macOS 14; set fp16 or no")
+        raise ValueError("mixed_precision=bf16: MPS requires macOS 14; set mixed_precision to fp16 or no")
     torch.set_float32_matmul_precision("high")  # TF32 if the hardware has it, as in nanoGPT
     accelerator = Accelerator(
-        cpu=chosen.type == "cpu",  # without it, processes without a GPU are not connected
+        cpu=chosen.type == "cpu",  # otherwise Accelerate does not connect processes that have no GPU
         mixed_precision=precision,
         dynamo_plugin=TorchDynamoPlugin(
             backend="inductor" if should_compile(compile, chosen.type) else "no",
@@ -86,7 +86,7 @@ def make_accelerator(
     for kind in ("FSDP", "DEEPSPEED"):
         if launcher_requests(kind) and accelerator.distributed_type != kind:
             raise ValueError(
-                f"the launcher requests {kind}, but Accelerate does not shard on {chosen.type}; use "
+                f"the launcher requests {kind}, which Accelerate does not support on {chosen.type}; use "
                 "configs/multi_gpu.yaml or configs/cpu_2proc.yaml"
             )
     return accelerator
@@ -113,16 +113,16 @@ def assert_ranks_agree(accelerator, **facts):
 
 
 def should_compile(compile, device_type):
-    """Return whether a recipe's `compile` setting compiles the model. "auto" does so on CUDA, except on Windows (torch
-    has no Triton there) and with DeepSpeed (torch.compile does not support its hooks)."""
+    """Return whether a recipe's `compile` setting compiles the model. "auto": compile on CUDA, except on Windows (no
+    Triton for torch) and with DeepSpeed (torch.compile does not support its hooks)."""
     if compile != "auto":
         return bool(compile)
     return device_type == "cuda" and sys.platform != "win32" and not launcher_requests("DEEPSPEED")
 
 
 def pick_precision(mixed_precision, device_type):
-    """Return no, fp16, bf16 or fp8. auto: the launcher's setting, or auto_precision if that is "no", which `accelerate
-    launch` also passes on by default."""
+    """Return no, fp16, bf16 or fp8. auto: the launcher's setting or, if that is "no" (also the default of
+    `accelerate launch`), the result of auto_precision."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision != "auto":
         return mixed_precision
@@ -135,7 +135,7 @@ def auto_precision(device_type, has_bf16):
 
 
 def has_native_bf16(device_type):
-    """Return whether bfloat16 is supported by the hardware and faster than float32. Of CPUs: those with Intel's AMX."""
+    """Return whether the hardware supports bfloat16 and computes faster in it. On CPUs, this requires Intel's AMX."""
     import torch
 
     if device_type == "cuda":

@@ -1,7 +1,7 @@
-"""Faster training and sampling on CPUs. Results change only by rounding.
+"""Faster training and sampling on CPUs. Results differ only by rounding.
 
-Steps of nanoGPT's CPU setting, without and with `tune`: 36 and 24 ms in float32 on 2 cores of an AMD EPYC with AVX-512,
-40 and 20 ms in bfloat16 on 2 cores of an Intel Xeon with AMX. `tune_generation` is for sampling.
+Time per step in nanoGPT's CPU setting, without and with `tune`: 36 and 24 ms in float32 on 2 cores of an AMD EPYC with
+AVX-512, 40 and 20 ms in bfloat16 on 2 cores of an Intel Xeon with AMX. `tune_generation` is for sampling.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ def tune(model, accelerator, compile=False):
     if accelerator.mixed_precision == "no" and compile is not True and has_slow_mkl():
         for module in model.modules():
             if type(module) is nn.Linear:
-                module.__class__ = OneDNNLinear  # keeps parameters and their names
+                module.__class__ = OneDNNLinear  # the parameters and their names stay the same
         changes.append("linear layers with oneDNN")
     if accelerator.mixed_precision == "bf16" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("sdpa_float32_backward")
@@ -35,9 +35,9 @@ def tune(model, accelerator, compile=False):
 def tune_generation(model):
     """Make generation faster in place if the model is on the CPU. Not for training.
 
-    With one token at a time, a linear layer multiplies a matrix by a vector and is limited by reading the matrix. If
-    out_features > in_features, MKL reads it 1.4 times as fast with the input dimension first in memory (13 and 19 GB/s
-    for 768 x 3072 in float32 on 2 cores), and the lm_head twice as fast.
+    For one token at a time, a linear layer multiplies a matrix by a vector, and reading the matrix limits the speed. If
+    out_features > in_features, MKL reads a column-major weight 1.4 times as fast (19 instead of 13 GB/s for 768 x 3072
+    in float32 on 2 cores), and that of the lm_head twice as fast.
     """
     if model.device.type != "cpu":
         return
@@ -47,8 +47,8 @@ def tune_generation(model):
 
 
 def keep_memory():
-    """Let glibc's malloc keep freed memory, and return whether that is supported. By default every step returns its
-    activations to the system and gets them back page by page: 2,500 page faults per step."""
+    """Let glibc's malloc keep freed memory, and return whether that is supported. By default, every step returns the
+    memory of its activations to the system and gets it back page by page: 2,500 page faults per step."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -67,7 +67,7 @@ def has_slow_mkl():
 
 
 class OneDNNLinear(nn.Linear):
-    """nn.Linear that uses oneDNN, forward and backward, with the operator that torch.compile uses on CPUs."""
+    """An nn.Linear that uses oneDNN in both passes, with the operator that torch.compile uses on CPUs."""
 
     def forward(self, x):
         return _OneDNNLinear.apply(x, self.weight, self.bias)
@@ -99,13 +99,13 @@ def _times(x, weight, bias=None):
 
 def sdpa_float32_backward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """transformers' "sdpa" with a float32 backward pass, for training in bfloat16 on CPUs. The matrices are too small
-    for AMX: torch's backward pass takes 4.8 ms in bfloat16 and 0.9 ms in float32 for 12 x 4 heads of 64 x 32.
+    for AMX: for 12 x 4 heads of 64 x 32, torch's backward pass takes 4.8 ms in bfloat16 and 0.9 ms in float32.
 
     query: (B, nh, T, hs), key and value: (B, nkv, T, hs). Returns (B, T, nh, hs), and None for the weights.
     """
     if query.dtype != torch.bfloat16 or not (torch.is_grad_enabled() and query.requires_grad):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if attention_mask is not None or dropout > 0:  # torch's kernels for these are slow in both passes
+    if attention_mask is not None or dropout > 0:  # torch's bfloat16 kernels for these are slow
         inputs = query.float(), key.float(), value.float()
         with torch.autocast("cpu", enabled=False):
             y, _ = sdpa_attention_forward(module, *inputs, attention_mask, dropout, scaling, **kwargs)

@@ -1,12 +1,12 @@
-"""Read the launcher's settings from the environment, and check that they can work."""
+"""Read the launcher's settings from the environment, and check that they are supported."""
 
 import os
 
-FP8_BACKENDS = ("torchao", "transformer_engine", "msamp")  # Accelerate needs one of these modules
+FP8_BACKENDS = ("torchao", "transformer_engine", "msamp")  # Accelerate needs one of these modules for fp8
 
 
 def check_launch(gradient_accumulation_steps):
-    """Return the problems of the launch. Nothing heavy is imported."""
+    """Return a list of problems with the launch, without importing a heavy library."""
     problems, processes = [], world_size()
     if gradient_accumulation_steps % processes:
         low = gradient_accumulation_steps // processes * processes
@@ -20,7 +20,7 @@ def check_launch(gradient_accumulation_steps):
 
 
 def check_launcher():
-    """Return the problems of the launcher's settings."""
+    """Return a list of problems with the launcher's settings."""
     from importlib.util import find_spec
 
     problems = []
@@ -28,12 +28,12 @@ def check_launcher():
     if world_size() > 1 and missing:
         problem = f"WORLD_SIZE={world_size()}: {', '.join(missing)} not set"
         problems.append(f"{problem}; launch with `accelerate launch` or torchrun, or unset WORLD_SIZE")
-    # `accelerate launch` sets these variables if it should start several processes on the CPU but starts only one
+    # `accelerate launch` sets these variables if it was asked for several processes on the CPU but starts only one
     is_mpi = any(name in os.environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
     if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ and not is_mpi:
         problems.append(
-            "accelerate launch started one process instead of several, as with --cpu and distributed_type: MULTI_CPU; "
-            "use --config_file configs/cpu_2proc.yaml, or torchrun"
+            "accelerate launch started one process instead of several (this happens with --cpu and distributed_type: "
+            "MULTI_CPU); use --config_file configs/cpu_2proc.yaml, or torchrun"
         )
     for name, supported, fix in (
         ("FSDP_VERSION", "2", "set fsdp_version: 2 in the config file, as configs/fsdp2.yaml does"),
@@ -45,7 +45,7 @@ def check_launcher():
     if launcher_requests("MEGATRON_LM"):
         problems.append("distributed_type: MEGATRON_LM: not supported; to shard the model, use configs/fsdp2.yaml")
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8" and not any(map(find_spec, FP8_BACKENDS)):
-        problems.append("mixed_precision: fp8: the launcher's setting needs another library; pip install torchao")
+        problems.append("mixed_precision: fp8: requires an fp8 library, such as torchao; run pip install torchao")
     for kind in ("TP", "CP", "SP"):
         size = os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")
         if size != "1":

@@ -1,7 +1,7 @@
 """Everything that depends on how weights and optimizer state are sharded: FSDP2 (fully_shard) and DeepSpeed ZeRO.
 
-Checkpoints do not depend on it. The weights are a full state dict, and the optimizer state is stored by parameter,
-field and row, so a run can resume with another number of processes, sharded or not.
+Checkpoints do not depend on the sharding. The weights are a full state dict, and the optimizer state is stored by
+parameter, field and row, so a run can resume with another number of processes, sharded or not.
 """
 
 import torch
@@ -24,7 +24,7 @@ def _is_dtensor(tensor):
 
 def init_empty(make):
     """Return the model that make() builds, with uninitialized weights, which on Linux take no memory until they are
-    written. FSDP2 broadcasts the weights of the main process, so only that process has to load or draw them."""
+    written. FSDP2 broadcasts the weights of the main process, so only that process has to load or initialize them."""
     with torch.device("meta"):
         model = make()
     model.to_empty(device="cpu")
@@ -33,8 +33,8 @@ def init_empty(make):
 
 
 def disable_zero3_init(accelerator):
-    """Keep transformers from sharding every loaded model with ZeRO-3, as it does while `dschf` exists. `prepare` shards
-    the model to train."""
+    """Keep transformers from sharding every loaded model with ZeRO-3, as it does while `dschf` exists. Only
+    `prepare` should shard a model."""
     if is_deepspeed(accelerator):
         accelerator.state.deepspeed_plugin.dschf = None
 
@@ -49,7 +49,7 @@ def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
         train_micro_batch_size_per_gpu=batch_size, gradient_accumulation_steps=micro_steps, gradient_clipping=grad_clip
     )
-    # DeepSpeed copies the rounded weights to float32, but a run must resume with the exact ones
+    # DeepSpeed initializes its float32 weights from rounded ones, but a run must resume with the exact weights
     is_rounded = accelerator.mixed_precision != "no"
     weights = {name: p.detach().clone() for name, p in model.named_parameters()} if is_rounded else {}
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -67,9 +67,9 @@ def _configure_fsdp(accelerator):
         plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(
             param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    # reduce-scatter after every micro-batch; otherwise each process keeps full gradients between them
+    # reduce-scatter after every micro-batch; otherwise each process keeps full gradients between micro-batches
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-    # compiling the full model would wrap it in a module that owns the parameters outside of the blocks
+    # compiling the full model would wrap it in a module that owns all parameters outside of the blocks
     accelerator.state.dynamo_plugin.use_regional_compilation = True
 
 
@@ -82,7 +82,7 @@ def as_float(norm):
 
 
 def reshard(model):
-    """Free the weights that FSDP2 gathered for an evaluation; it keeps those of the last layers."""
+    """Free the full weights of the last layers, which FSDP2 keeps after an evaluation."""
     for module in model.modules():
         if isinstance(module, torch.distributed.fsdp.FSDPModule):
             module.reshard()
@@ -92,9 +92,9 @@ def reshard(model):
 
 
 def full_state_dict(accelerator, model, copy=False):
-    """Return {name: tensor on the CPU} of the weights, with tied weights once; empty except on the main process.
+    """Return {name: tensor on the CPU} of the weights; empty except on the main process. Tied weights appear once.
 
-    All processes call it, with the unwrapped model. Parameters are gathered one by one, so no device stores all of
+    Call it on all processes, with the unwrapped model. Parameters are gathered one by one, so no device stores all of
     them. copy: also copy tensors that are on the CPU already.
     """
     weights = {}
@@ -125,8 +125,8 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
     """Return the part of the optimizer state that this process saves. All processes call it.
 
     Returns:
-        ({"PARAMETER/FIELD": tensor on the CPU}, {"PARAMETER/FIELD": first row} of those that are sharded). Both are
-        empty if the index of shard_index is None.
+        ({"PARAMETER/FIELD": tensor on the CPU}, {"PARAMETER/FIELD": first row} of the sharded ones). Both are empty if
+        the index from shard_index is None.
     """
     index, _ = shard_index(accelerator, model)
     tensors, first_rows = {}, {}
@@ -146,7 +146,7 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
                     continue
                 first_rows[f"{name}/{field}"] = _local_rows(parameter)[0]
             elif index > 0:
-                continue  # replicated, such as the step count
+                continue  # replicated on all processes, such as the step count
             tensors[f"{name}/{field}"] = tensor.detach().contiguous().to("cpu", copy=copy)
     return tensors, first_rows
 
@@ -155,7 +155,7 @@ def _full_tensor(parameter):
     """Return a full parameter, gathered if it is sharded."""
     if _is_dtensor(parameter):
         return parameter.full_tensor()
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # DeepSpeed: the float32 copy
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # DeepSpeed: return the float32 copy
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)
@@ -207,7 +207,7 @@ def _to_sharded(parameter, local):
     )
 
 
-# ---- DeepSpeed: torch's optimizer updates a few flat vectors; each is this process's part of many parameters
+# ---- DeepSpeed: torch's optimizer updates a few flat vectors. Each has this process's part of many parameters.
 
 
 def _deepspeed_state(parameter, zero):
@@ -222,15 +222,15 @@ def _deepspeed_state(parameter, zero):
 
 
 def _link_deepspeed(zero):
-    """Link the parameters to the state of all vectors in stages 1 and 2. DeepSpeed does so in the first step, when only
-    one vector has a state."""
+    """In stages 1 and 2, link the parameters to the optimizer state of all vectors. DeepSpeed does this in the first
+    step, when only one vector has a state."""
     if hasattr(zero, "single_partition_of_fp32_groups"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
 def _restore_deepspeed(model, optimizer, fields, read):
-    """Create and fill the state of the vectors. DeepSpeed itself creates it in the first step."""
+    """Create and fill the state of the vectors, which DeepSpeed itself would create in the first step."""
     zero = optimizer.optimizer
     is_stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
     vectors = zero.fp32_partitioned_groups_flat if is_stage_3 else zero.single_partition_of_fp32_groups
@@ -249,10 +249,10 @@ def _restore_deepspeed(model, optimizer, fields, read):
 
 
 def _set_deepspeed(parameter, value, field=None):
-    """Set a field of a parameter's state or, without a field, its float32 copy. Each process stores its part."""
+    """Set a field of a parameter's optimizer state; None: set its float32 copy. Each process stores its part."""
     if not hasattr(parameter, "ds_id"):  # stages 1 and 2
         return parameter.set_full_hp_param(value, field)
-    part = parameter.ds_tensor.numel()  # the last part is padded to the same size
+    part = parameter.ds_tensor.numel()  # all parts have the same size; the last one is padded
     padded = value.new_zeros(torch.distributed.get_world_size(), part)
     padded.view(-1)[: value.numel()] = value.flatten()
     parameter._z3_optimizer.set_local_hp_param(padded[torch.distributed.get_rank()], parameter, field)

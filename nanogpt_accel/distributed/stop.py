@@ -13,7 +13,7 @@ from .launcher import world_size
 
 
 def lost_process(error):
-    """Return the first line of an error if it means that another process ended or does not answer, else None."""
+    """Return the first line of an error if it means that another process ended or does not respond, else None."""
     import torch
 
     words = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "socket")
@@ -32,7 +32,7 @@ class StopSignals:
         self.received, self.armed, self._last, self._handlers = None, False, 0.0, {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
+        if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
             for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK"):  # SIGUSR1: only POSIX; SIGBREAK: only Windows
                 if hasattr(signal, name):
                     self._handlers[name] = signal.signal(getattr(signal, name), self._handle)
@@ -43,7 +43,7 @@ class StopSignals:
             signal.signal(getattr(signal, name), handler)
 
     def _handle(self, number, frame):
-        # processes of a launcher get a Ctrl-C twice: from the terminal and from the launcher
+        # processes that a launcher started receive each Ctrl-C twice: from the terminal and from the launcher
         is_second = number == signal.SIGINT and self.received and time.monotonic() - self._last > 2
         self._last = time.monotonic()
         if is_second:
@@ -77,8 +77,8 @@ class Stopper:
     def all_ranks_agreed(self):
         """Return whether the run should stop now. Call it on all ranks, once per step.
 
-        With several ranks, the result is that of the previous step: its all_reduce over gloo, between CPUs, is
-        complete by now, so that no rank waits for its device.
+        With several ranks, the result is delayed by one step: the all_reduce of the previous step, which runs on the
+        CPU with gloo, is complete by now, so no rank has to wait for its device.
         """
         import torch
 
@@ -96,9 +96,9 @@ class Stopper:
 
     @property
     def reason(self):
-        return self._signals.received or "a signal to another process"
+        return self._signals.received or "a signal received by another process"
 
     def close(self):
-        """Wait for the last all_reduce, which the other ranks may still need."""
+        """Wait for the last all_reduce, because the other ranks may still wait for it."""
         if self._pending is not None:
             self._pending[0].wait()

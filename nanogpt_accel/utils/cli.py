@@ -14,8 +14,8 @@ from .fields import raise_problems, show_value, type_name, validate
 from .text import counted
 
 _GC_THRESHOLD = gc.get_threshold()  # Python's default
-_RARELY = 100_000  # new objects between garbage collections during imports
-# errors of the machine, not of the code; their text names the file
+_RARELY = 100_000  # number of new objects between garbage collections during imports
+# errors of the system, not of the code; their message names the file
 _SYSTEM_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM ENAMETOOLONG ELOOP EMFILE ENFILE ESTALE ENOTCONN"
 _SYSTEM_ERRORS = {getattr(errno, name) for name in _SYSTEM_ERRORS.split()}
 _INVALID_NAME = 123  # Windows' ERROR_INVALID_NAME, for a colon or a question mark in a file name
@@ -24,11 +24,11 @@ _ASSIGNMENT = re.compile(r"^(?:--)?([A-Za-z][\w.-]*)=(.*)$", re.DOTALL)
 
 
 def parse(argv, fields, n_targets=1):
-    """Split a command line into its target and its options. The last of several values of an option wins.
+    """Split a command line into its target and its options. If an option is repeated, the last value wins.
 
     Args:
         argv: the arguments after the command name.
-        fields: {key, dotted or leaf: pydantic FieldInfo} of the known options.
+        fields: {key: pydantic FieldInfo} of the known options. A key is dotted (model.n_layer) or a leaf (n_layer).
         n_targets: the maximum number of positional arguments.
 
     Returns:
@@ -52,7 +52,7 @@ def parse(argv, fields, n_targets=1):
             elif words:
                 options[key] = words.pop(0)
             else:
-                problems.append(f"--{key} needs a value: --{key}=VALUE")
+                problems.append(f"--{key}: the value is missing; use --{key}=VALUE")
         else:
             targets.append(word)
     if len(targets) > n_targets:
@@ -66,12 +66,12 @@ def parse_with_recipe(argv, own, fields, n_targets=1):
     """Parse the arguments of a command that has its own options and also accepts the keys of a recipe.
 
     Args:
-        own: Section class of the command's options; a field with an alias is typed by its alias.
+        own: Section class of the command's options; a field with an alias is set by its alias.
         fields: see `parse`, for the recipe's keys.
 
     Returns:
-        (target, options, settings, problems): options as an `own`, the recipe's keys as text, and one line for each
-        invalid option.
+        (target, options, settings, problems). options: an instance of `own`. settings: {recipe key: text}. problems:
+        one line for each invalid option.
     """
     names = {field.alias or name: field for name, field in own.model_fields.items()}
     target, settings = parse(argv, {**fields, **names}, n_targets)
@@ -86,7 +86,7 @@ def parse_options(argv, own, n_targets=1):
 
 
 class Stopped(Exception):
-    """A run was stopped and can be resumed: exit status 75, EX_TEMPFAIL of sysexits.h."""
+    """Raised if a run was stopped and can be resumed: exit status 75 (EX_TEMPFAIL in sysexits.h)."""
 
 
 def wants_help(argv):
@@ -115,16 +115,16 @@ def show_help(usage, text, sections):
 def run(command, argv):
     """Run `command(argv)` and return the exit status of the process.
 
-    A ValueError or OSError raised by this package is a message for the user: print it without a traceback, one line per
-    problem, and return 2. The same goes for errors of the machine, such as a full disk. Such an error from a library is
+    A ValueError or OSError raised by this package, or a system error such as a full disk, is a message for the user:
+    print it without a traceback, one line per problem, and return 2. Any other ValueError or OSError from a library is
     a bug and keeps its traceback. NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
     """
-    # Waiting OpenMP threads spin for a long time. If another program uses their core, everything slows down: steps of
-    # 76 ms took 170 to 2,800 ms. 1,000 spins avoid this and cost nothing on an idle machine.
+    # By default, waiting OpenMP threads spin for a long time. If another program uses the same core, steps of 76 ms
+    # took 170 to 2,800 ms. A limit of 1,000 spins avoids this and costs nothing on an idle machine.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
     # The garbage collector runs after every 700 new objects. While torch and transformers are imported, that takes
-    # 0.6 s in total, and the collection at exit another 0.9 s. So it runs rarely, and not at exit.
+    # 0.6 s in total, and the collection at exit another 0.9 s. So run it rarely, and not at exit.
     gc.set_threshold(_RARELY)
     atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
@@ -146,11 +146,11 @@ def run(command, argv):
         if os.environ.get("NANOGPT_ACCEL_DEBUG") == "1" or not is_message:
             raise
         if not is_main:
-            time.sleep(3)  # if rank 0 reports the same error, the launcher ends this process in the meantime
+            time.sleep(3)  # if rank 0 reports the same error, the launcher ends this process before it prints it again
         for line in str(error).splitlines() or [type(error).__name__]:
             print(f"{'' if is_main else f'rank {rank}: '}error: {line}", file=sys.stderr)
         return 2
-    except (Stopped, FloatingPointError) as error:  # on all ranks
+    except (Stopped, FloatingPointError) as error:  # raised on all ranks, so only rank 0 reports it
         is_stopped = isinstance(error, Stopped)
         if is_main:
             print(error if is_stopped else f"error: {error}", file=sys.stderr)
@@ -164,7 +164,7 @@ def run(command, argv):
 
 
 def restore_gc():
-    """Let the garbage collector run as often as usual again, if `run` slowed it down for the imports."""
+    """Restore the default frequency of garbage collection if `run` lowered it for the imports."""
     if gc.get_threshold()[0] == _RARELY:
         gc.set_threshold(*_GC_THRESHOLD)
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 
 
 def _integer(value):
-    """Accept 1e3, "1e3" and "1_000", because YAML reads 6e5 as text. Refuse true and false."""
+    """Accept 1e3, "1e3" and "1_000", because YAML reads 6e5 as a string. Reject true and false."""
     if isinstance(value, bool):
         raise ValueError("must be an integer, not true or false")
     for convert in (int, float) if isinstance(value, str) else ():
@@ -42,7 +42,7 @@ def _split_words(value):
 
 
 class Section(BaseModel):
-    """A group of settings: a section of a recipe, or the options of a command. Unknown keys are refused."""
+    """A group of settings: a section of a recipe, or the options of a command. Unknown keys are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -67,7 +67,7 @@ def validate(section, values, where=""):
     try:
         return section(**values), [], set()
     except ValidationError as error:
-        messages = {}  # key -> [message, ...]; a union type has one message for each member
+        messages = {}  # key -> [message, ...]; a union type has one message per member
         for item in error.errors():
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             message = "" if item["type"] == "extra_forbidden" else message.split(", unable to parse")[0]
@@ -82,7 +82,7 @@ def validate(section, values, where=""):
 
 
 def type_name(annotation):
-    """Return the type of a field in the words of a help page: int, float, `a|b`, `A,B,...`."""
+    """Return the type of a field as a help page shows it: int, float, `a|b`, `A,B,...`."""
     arguments = getattr(annotation, "__args__", None)
     if arguments is None:
         names = {type(None): "none", str: "TEXT", bool: "true|false"}
@@ -94,7 +94,7 @@ def type_name(annotation):
 
 
 def show_value(value):
-    """Return a value as a user would type it."""
+    """Return a value as a user would write it on the command line."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def cache_folder():
-    """Return the folder for downloads, except those of the Hub's and tiktoken's clients."""
+    """Return the folder for our own downloads. The clients of the Hub and tiktoken have their own folders."""
     parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.environ.get("NANOGPT_ACCEL_CACHE") or os.path.join(parent, "nanogpt_accel")
 
 
 def sha256(file):
     """Return the SHA-256 of a file in hexadecimal."""
-    digest, buffer = hashlib.sha256(), bytearray(2**16)  # 4 MiB is not faster, and grows the heap
+    digest, buffer = hashlib.sha256(), bytearray(2**16)  # larger blocks (4 MiB) are not faster, and need a larger heap
     with open(file, "rb", buffering=0) as opened:
         while count := opened.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
@@ -24,8 +24,8 @@ def sha256(file):
 
 
 def write_atomically(path, content):
-    """Write text or bytes to a file so that it is complete or does not exist, even after a crash."""
-    temporary = f"{path}.tmp-{os.getpid()}"  # other processes may write the same file
+    """Write text or bytes to a file atomically: a crash never leaves an incomplete file."""
+    temporary = f"{path}.tmp-{os.getpid()}"  # other processes may write the same file at the same time
     with open(temporary, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         flush_file(file)
@@ -45,7 +45,7 @@ def nearest_existing(folder):
 
 
 def remove_checkpoint(folder):
-    """Rename a checkpoint to a hidden name and delete it, so that no partly deleted checkpoint is ever visible."""
+    """Rename a checkpoint to a hidden name and delete it, so that a partly deleted checkpoint is never visible."""
     hidden = folder.with_name(f".{folder.name}.old")
     if hidden.exists():
         delete(hidden)
@@ -54,7 +54,7 @@ def remove_checkpoint(folder):
 
 
 def rename_folder(folder, target):
-    """Rename a folder. Windows refuses this while a virus scanner has a new file open, so try again for 2 seconds."""
+    """Rename a folder. Windows rejects this while a virus scanner has a new file open, so retry for up to 2 seconds."""
     for _ in range(20 if os.name == "nt" else 0):
         with suppress(PermissionError):
             return os.rename(folder, target)

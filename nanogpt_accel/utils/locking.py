@@ -1,4 +1,4 @@
-"""File locks that name their owner. The operating system releases the lock of a process that died."""
+"""File locks that record their owner. If a process dies, the operating system releases its lock."""
 
 import errno
 import json
@@ -13,8 +13,9 @@ from filelock import FileLock, Timeout
 def acquire(lock_file, holder_file):
     """Lock a file without waiting, write the process id and host to `holder_file`, and return the lock.
 
-    Its release() may be called more than once; the end of the process also releases it. If the file system has no locks
-    (ENOLCK, EOPNOTSUPP), continue without one. Without flock (ENOSYS), filelock uses the existence of the file.
+    The lock is released by release(), which may be called more than once, or when the process ends. If the file system
+    does not support locks (ENOLCK, EOPNOTSUPP), nothing is locked. Without flock (ENOSYS), filelock uses the existence
+    of the file as the lock.
 
     Raises:
         BlockingIOError: another process has the lock; the message is the result of find_holder.
@@ -36,7 +37,7 @@ def acquire(lock_file, holder_file):
 
 
 def find_holder(lock_file, holder_file):
-    """Return the process that has the lock, as `process N on HOST`, or None. Write nothing.
+    """Return the process that has the lock, as `process N on HOST`, or None, without writing to the disk.
 
     Raises:
         OSError: the file cannot be locked.

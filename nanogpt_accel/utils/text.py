@@ -1,4 +1,4 @@
-"""Format numbers and errors for people."""
+"""Format numbers and errors for messages."""
 
 import re
 
@@ -28,10 +28,10 @@ def first_line(error):
 
 
 def one_line(error, limit=200):
-    """Return an error's message in one line of at most `limit` characters, or its type if it has no message."""
+    """Return an error's message as one line of at most `limit` characters, or its type if it has no message."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def file_name(text):
-    """Return a text for use in a file name, with - for everything except letters, digits, _, . and -."""
+    """Make a text usable as a file name: replace all characters except letters, digits, _, . and - by -."""
     return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)

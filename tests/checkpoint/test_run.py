@@ -91,7 +91,7 @@ def test_of_two_resumes_at_once_one_trains(recipe, tmp_path):
     jobs = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [job.communicate()[1] for job in jobs]
     assert sorted(job.returncode for job in jobs) == [0, 2], errors
-    assert sum("is training in it" in error for error in errors) == 1
+    assert sum("is training in this folder" in error for error in errors) == 1
     assert steps_of("run") == list(range(600))
 
 

@@ -75,7 +75,7 @@ def test_a_checkpoint_renamed_to_another_step_is_skipped(folder):
     list_checkpoints(folder)[-1].rename(folder / "checkpoint-000099")
     lines = []
     assert latest_valid(folder, lines.append).name == "checkpoint-000010"
-    assert "checkpoint-000099: state/trainer.json does not match the folder name" in lines[0]
+    assert "checkpoint-000099: state/trainer.json is corrupted or belongs to another step" in lines[0]
 
 
 def test_without_a_valid_checkpoint_none_is_found(refused, folder):

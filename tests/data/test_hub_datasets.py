@@ -141,7 +141,7 @@ CASES = {  # name -> the token, revisions for the table, and the words after `pr
 
 
 REFUSED = [
-    ("hf_me", ["hub:me/bad"], ["corpus=hub:me/bad: row 5: no text in text", "skip_bad_documents=true"]),
+    ("hf_me", ["hub:me/bad"], ["corpus=hub:me/bad: row 5: no text in column text", "skip_bad_documents=true"]),
     ("hf_other", ["hub:me/gated"], ["me/gated", "gated", "hf auth login"]),
     (None, ["hub:me/gated"], ["me/gated", "hf auth login"]),
     ("hf_other", ["hub:me/private"], ["me/private", "its name"]),
@@ -151,7 +151,7 @@ REFUSED = [
     ("hf_me", ["hub:me/configs", "dataset_config=medium"], ["medium", "big", "small", "dataset_config"]),
     ("hf_me", ["hub:me/configs"], ["me/configs", "big", "small", "dataset_config"]),
     ("hf_me", ["hub:me/one", "revision=" + "0" * 40], ["me/one", "0" * 40]),
-    ("hf_me", ["hub:me/numbers"], ["me/numbers", "no text in text"]),
+    ("hf_me", ["hub:me/numbers"], ["me/numbers", "no text in column text"]),
     ("hf_me", ["wikitext2"], ["corpus=wikitext2", "Salesforce/wikitext", sources.HUB["wikitext2"].revision]),
     ("hf_me", ["hub:me/../one"], ["corpus=hub:me/../one", "hub:USER/SET"]),
 ]

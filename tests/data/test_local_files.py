@@ -184,7 +184,7 @@ def test_a_pipe_or_a_device_as_corpus(capsys):
     os.mkfifo("pipe.txt")
     Path("gone.txt").symlink_to("nowhere.txt")
     Path("round.txt").symlink_to("round.txt")
-    for name, word in (("pipe.txt", "a pipe"), ("/dev/zero", "device"), ("gone.txt", "link"), ("round.txt", "link")):
+    for name, word in (("pipe.txt", "pipes"), ("/dev/zero", "device"), ("gone.txt", "link"), ("round.txt", "link")):
         expect(error_line(capsys, f"corpus={name}"), f"corpus={name}", word, "another path")
 
 

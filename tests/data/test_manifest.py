@@ -32,9 +32,9 @@ def test_a_folder_that_is_something_else(refused, tmp_path):
             read_manifest(run)
         message = str(caught.value)
         assert message.startswith(f"data_dir={run}: a run") and words in message and "delete" not in message
-    with pytest.raises(ValueError, match="another data_dir$"):
+    with pytest.raises(ValueError, match="data_dir to another folder$"):
         write(run)
-    with refused(FileNotFoundError, "prepare them first"):
+    with refused(FileNotFoundError, "prepare the data first"):
         read_manifest(tmp_path / "nothing")
 
 
@@ -87,7 +87,7 @@ def test_a_manifest_of_version_1_is_still_read(tmp_path):
 
 @pytest.mark.parametrize("folder", ["", "missing"])
 def test_no_token_files(refused, tmp_path, folder):
-    with refused(FileNotFoundError, f"data_dir={tmp_path / folder}", "prepare them first"):
+    with refused(FileNotFoundError, f"data_dir={tmp_path / folder}", "prepare the data first"):
         read_manifest(tmp_path / folder)
 
 
@@ -180,7 +180,7 @@ def test_a_hostile_meta_runs_nothing(refused, nanogpt, protocol):
             except TypeError:  # a token_files does not pickle: spell the attack out
                 raw = b"c__builtin__\ngetattr\n(cos\nX\x03\x00\x00\x00septR."
             (nanogpt / "meta.pkl").write_bytes(raw)
-            with refused(ValueError, nanogpt / "meta.pkl", name, "asks for", "prepare.py"):
+            with refused(ValueError, nanogpt / "meta.pkl", name, "contains", "prepare.py"):
                 read_manifest(nanogpt)
             assert not mark.exists()
     pickle.loads(pickle.dumps(attacks["open"], protocol)).close()
@@ -362,10 +362,10 @@ def test_token_files_without_their_manifest_are_noticed_first(capsys, out, monke
     (out / "manifest.json").unlink()
     monkeypatch.setattr(prepare, "_prepare", lambda *args: pytest.fail("the corpus is read"))
     for command in ("prepare", "train"):
-        expect(error_line(capsys, command=command), "data_dir=out", "train.bin", "another data_dir")
+        expect(error_line(capsys, command=command), "data_dir=out", "train.bin", "data_dir to another folder")
     (out / "val.bin").unlink()
     (out / "tokenizer.json").unlink()
-    expect(error_line(capsys), "data_dir=out", "contains train.bin", "another data_dir")
+    expect(error_line(capsys), "data_dir=out", "contains train.bin", "data_dir to another folder")
 
 
 @pytest.mark.parametrize(
@@ -373,10 +373,14 @@ def test_token_files_without_their_manifest_are_noticed_first(capsys, out, monke
     [
         ("tokenizer.json", None, ["out/tokenizer.json: missing"]),
         ("tokenizer.json", "", ["out/tokenizer.json: not a tokenizer.json"]),
-        ("tokenizer.json", "another's", ["out/tokenizer.json: not the tokenizer that made"]),
+        ("tokenizer.json", "another's", ["out/tokenizer.json: the token files were made with another tokenizer"]),
         ("tokenizer_config.json", "{", ["out/tokenizer_config.json: not JSON"]),
         ("tokenizer_config.json", "[" * 200_000, ["out/tokenizer_config.json: not JSON"]),
-        ("tokenizer_config.json", '{"eos_token": "0"}', ["out/tokenizer.json: not the tokenizer that made"]),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "0"}',
+            ["out/tokenizer.json: the token files were made with another tokenizer"],
+        ),
     ],
 )
 def test_another_or_a_damaged_tokenizer(capsys, out, name, text, words):

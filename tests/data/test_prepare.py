@@ -102,7 +102,7 @@ def test_a_text_too_short_to_cut(refused, work, text, val_fraction, split):
     (work / "x.txt").write_text(text)
     data = Data(corpus="x.txt", tokenizer="char", val_fraction=val_fraction)
     with refused(
-        ValueError, "corpus=x.txt", f"the {split} split of {len(text)} characters", f"val_fraction={val_fraction}"
+        ValueError, "corpus=x.txt", f"has {len(text)} characters, so the {split} split", f"val_fraction={val_fraction}"
     ):
         prepare.prepare(data)
     assert not data_folder(data).exists()
@@ -172,7 +172,7 @@ def test_one_document_cannot_be_split(refused, notes):
         file.write_text("")
     for tokenizer in ("char", "bpe"):
         data = Data(corpus="notes", tokenizer=tokenizer)
-        with refused(ValueError, "corpus=notes", "one document"):
+        with refused(ValueError, "corpus=notes", "a single document"):
             prepare.prepare(data, print)
         assert not data_folder(data).exists()
 
@@ -426,7 +426,7 @@ def test_a_limit_of_tokens_holds_for_each_split_of_its_own(monkeypatch):
 def test_a_single_text_has_no_documents_to_limit(capsys, limit):
     lines("x.txt", DOCS)
     line = refusal(capsys, "corpus=x.txt", limit)
-    assert f"{limit}: corpus=x.txt is one text" in line and "lines=true" in line
+    assert f"{limit}: corpus=x.txt is a single text" in line and "lines=true" in line
     assert main(["prepare", "r.yaml", "corpus=x.txt", f"{limit}0", "lines=true"]) == 0
 
 
@@ -435,7 +435,7 @@ def test_limits_that_leave_one_document(capsys):
     assert "limit_documents=1: must be 2 or more, because train and val need" in refusal(
         capsys, "corpus=x.jsonl", "limit_documents=1"
     )
-    assert "a limit_tokens above 1" in refusal(capsys, "corpus=x.jsonl", "limit_tokens=1")
+    assert "raise limit_tokens above 1" in refusal(capsys, "corpus=x.jsonl", "limit_tokens=1")
 
 
 # ---- interruptions
@@ -814,7 +814,7 @@ def test_long_work_reports_its_progress(notes, monkeypatch):
     lines = []
     data = Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3)
     assert prepare.ready(data, True, lines.append).folder == data_folder(data)
-    assert lines[:2] == ["corpus=notes: 12 files to read", "training a BPE with 300 tokens on notes"]
+    assert lines[:2] == ["corpus=notes: 12 files to read", "training a BPE tokenizer with 300 tokens on notes"]
     lines = [line for line in lines[2:-1] if "too small" not in line]
     assert len(lines) > 3 and all("document" in line and "B/s" in line for line in lines)
 
@@ -842,13 +842,14 @@ def test_every_table_is_checked_before_a_bpe_is_trained(capsys):
     Path("f/ignored.zip").touch()
     assert main(["prepare", "r.yaml", "corpus=f", "tokenizer=bpe"]) == 2
     out, err = capsys.readouterr()
-    assert err == "error: corpus=f: f/b.csv: no column text, only story; set text_column\n"
+    assert err == "error: corpus=f: f/b.csv: no column text; set text_column to one of story\n"
     assert out == "corpus=f: 2 files to read; 1 skipped (1 .zip)\n" and not Path("out").exists()
     Path("f/b.csv").unlink()
     assert main(["prepare", "r.yaml", "corpus=f", "tokenizer=bpe", "vocab_size=9000"]) == 0
     size = len(json.loads(Path("out/tokenizer.json").read_text())["model"]["vocab"]) + 1
     assert (
-        f"vocab_size=9000: the corpus is too small; the BPE has {size:,} tokens" in capsys.readouterr().out
+        f"vocab_size=9000: the corpus is too small for this vocabulary size; the tokenizer has only {size:,} tokens"
+        in capsys.readouterr().out
         and size < 9000
     )
 

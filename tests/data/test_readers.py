@@ -114,12 +114,16 @@ BAD = [
     # an invalid line
     ("x.jsonl", lambda: b'{"text": "a"}\n{"text": "b"\n', ["x.jsonl, line 2", "not JSON", "skip_bad_documents=true"]),
     ("x.jsonl.gz", lambda: gzip.compress(b'{"text": "a"}\n\n{"text": "b"\n'), ["x.jsonl.gz, line 3", "not JSON"]),
-    ("x.jsonl", lambda: b'{"text": "a"}\n["b"]\n', ["x.jsonl, line 2", "not an object with a string under text"]),
-    ("x.jsonl", lambda: b'{"text": "a"}\n"text"\n', ["x.jsonl, line 2", "not an object"]),
-    ("x.jsonl", lambda: b'{"text": "a"}\n{"n": 1}\n', ["x.jsonl, line 2", "not an object"]),
-    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": null}\n', ["x.jsonl, line 2", "not an object"]),
-    ("x.jsonl", lambda: b'{"text": 3}\n', ["x.jsonl, line 1", "not an object with a string under text"]),
-    ("x.csv", lambda: b"n,text\n1,a\n2\n", ["x.csv, line 3", "a row without text"]),
+    (
+        "x.jsonl",
+        lambda: b'{"text": "a"}\n["b"]\n',
+        ["x.jsonl, line 2", "not a JSON object with a string under the key text"],
+    ),
+    ("x.jsonl", lambda: b'{"text": "a"}\n"text"\n', ["x.jsonl, line 2", "not a JSON object"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"n": 1}\n', ["x.jsonl, line 2", "not a JSON object"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": null}\n', ["x.jsonl, line 2", "not a JSON object"]),
+    ("x.jsonl", lambda: b'{"text": 3}\n', ["x.jsonl, line 1", "not a JSON object with a string under the key text"]),
+    ("x.csv", lambda: b"n,text\n1,a\n2\n", ["x.csv, line 3", "the row has no value in column text"]),
     # not UTF-8
     ("x.jsonl", lambda: b'{"text": "a"}\n{"text": "b\xff"}\n', ["x.jsonl, line 2", "not UTF-8", "byte 11"]),
     ("x.csv", lambda: b"text\na\nb\xff\n", ["x.csv", "line 3", "not UTF-8"]),
@@ -143,13 +147,13 @@ BAD = [
     # no text
     ("x.parquet", lambda: parquet({"text": [1, 2]}), ["x.parquet", "text contains int64, not text", "text_column"]),
     ("x.parquet", lambda: parquet({"text": [["a"]]}), ["x.parquet", "text contains list<", "not text"]),
-    ("x.parquet", lambda: parquet({"text": ["a", None, "b"]}), ["x.parquet, row 2", "null in text"]),
+    ("x.parquet", lambda: parquet({"text": ["a", None, "b"]}), ["x.parquet, row 2", "column text is null"]),
     ("x.parquet", lambda: parquet({"text": ["", ""]}), ["corpus=x.parquet", "contains no text"]),
     ("x.jsonl", lambda: b"\n\n", ["corpus=x.jsonl", "contains no text"]),
     ("x.csv", lambda: b"text\n", ["corpus=x.csv", "contains no text"]),
     ("x.jsonl.gz", lambda: b"", ["corpus=x.jsonl.gz", "contains no text"]),
     # only one document
-    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": ""}\n', ["corpus=x.jsonl", "one document cannot be both"]),
+    ("x.jsonl", lambda: b'{"text": "a"}\n{"text": ""}\n', ["corpus=x.jsonl", "a single document cannot be split into"]),
 ]
 
 
@@ -268,7 +272,7 @@ def test_a_wrong_column_has_the_same_message_in_every_format(monkeypatch, tmp_pa
         with pytest.raises(ValueError) as caught:
             texts(name)
         said.add(str(caught.value).replace(name, "FILE"))
-    assert said == {"corpus=FILE: no column text, only story, n; set text_column"}
+    assert said == {"corpus=FILE: no column text; set text_column to one of story, n"}
 
 
 def test_a_damaged_single_text_has_another_fix(capsys):
@@ -284,7 +288,7 @@ def test_the_first_error_is_reported_if_no_document_can_be_read(capsys):
         error_line(capsys, "corpus=t.jsonl", "skip_bad_documents=true"),
         "corpus=t.jsonl",
         "contains no text",
-        "t.jsonl, line 1: not an object with a string under text",
+        "t.jsonl, line 1: not a JSON object with a string under the key text",
     )
 
 
@@ -300,18 +304,18 @@ def one_wrong(dtype, at, value):
 @pytest.mark.parametrize(
     ("raw", "given", "words"),
     [
-        (b"", [], ["0 bytes are not uint16 ids", "uint16", "vocabulary size 50,257", "another path"]),
-        (b"\0", [], ["1 bytes are not uint16 ids"]),
-        (bytes(3001), [], ["3,001 bytes are not uint16 ids"]),
-        (bytes(2), [], ["the train split of 1 token ids", "val_fraction=0.2"]),
-        (bytes(6), ["val_fraction=0.9"], ["the train split of 3 token ids", "val_fraction=0.9"]),
+        (b"", [], ["0 bytes cannot be uint16 ids", "uint16", "vocabulary size 50,257", "another path"]),
+        (b"\0", [], ["1 bytes cannot be uint16 ids"]),
+        (bytes(3001), [], ["3,001 bytes cannot be uint16 ids"]),
+        (bytes(2), [], ["has 1 token ids, so the train split would be empty", "val_fraction=0.2"]),
+        (bytes(6), ["val_fraction=0.9"], ["has 3 token ids, so the train split would be empty", "val_fraction=0.9"]),
         (
             one_wrong("<u2", 2345, 50257),
             [],
             ["the id 50,257 at position 2,345", "vocabulary size 50,257", "tokenizer", "uint16"],
         ),
-        (np.arange(1, 3000, dtype="<u4").tobytes(), [], ["every second id is 0", "wider numbers", "uint16"]),
-        (np.arange(1, 3000, dtype="<i8").tobytes(), [], ["every second id is 0", "wider numbers", "uint16"]),
+        (np.arange(1, 3000, dtype="<u4").tobytes(), [], ["every second id is 0", "more than 16 bits", "uint16"]),
+        (np.arange(1, 3000, dtype="<i8").tobytes(), [], ["every second id is 0", "more than 16 bits", "uint16"]),
         (np.arange(1, 400, dtype="<u4").tobytes(), [], ["every second id is 0"]),
         (b"\x93NUMPY\x01\x00" + b" " * 120 + bytes(6000), [], ["numpy.save", "header", "tofile"]),
         (b"To be, or not to be:\n" * 100, [], ["looks like text"]),
@@ -321,15 +325,15 @@ def one_wrong(dtype, at, value):
         (
             bytes(6000),
             ["tokenizer=char"],
-            ["tokenizer=char", "made from a text", "corpus=a.bin contains token ids", "gpt2"],
+            ["tokenizer=char", "requires text", "corpus=a.bin contains token ids", "gpt2"],
         ),
         (
             bytes(6000),
             ["tokenizer=bpe"],
-            ["tokenizer=bpe", "made from a text", "corpus=a.bin contains token ids", "gpt2"],
+            ["tokenizer=bpe", "requires text", "corpus=a.bin contains token ids", "gpt2"],
         ),
-        (bytes(6000), ["limit_tokens=50"], ["limit_tokens=50", "is one text", "a shorter file"]),
-        (bytes(6000), ["limit_documents=5"], ["limit_documents=5", "is one text", "a shorter file"]),
+        (bytes(6000), ["limit_tokens=50"], ["limit_tokens=50", "is a single text", "shorten the file"]),
+        (bytes(6000), ["limit_documents=5"], ["limit_documents=5", "is a single text", "shorten the file"]),
     ],
 )
 def test_files_that_are_not_ids(capsys, gpt2_files, raw, given, words):
@@ -343,11 +347,14 @@ def test_errors_name_the_file_of_ids(capsys, gpt2_files, monkeypatch):
     monkeypatch.setattr(readers, "IDS_AT_ONCE", 3)
     for name in ("a.bin", "b.bin", "c.bin"):
         Path(name).write_bytes(one_wrong("<u2", 7, 60_000 if name == "b.bin" else 7))
-    expect(error_line(capsys, "corpus=?.bin", "tokenizer=gpt2"), "corpus=?.bin: b.bin: the id 60,000 at position 7,")
+    expect(
+        error_line(capsys, "corpus=?.bin", "tokenizer=gpt2"),
+        "corpus=?.bin: b.bin: contains the id 60,000 at position 7,",
+    )
     Path("c.bin").write_bytes(bytes(7))
     for command in ("prepare", "train"):
         line = error_line(capsys, "corpus=?.bin", "tokenizer=gpt2", command=command)
-        expect(line, "corpus=?.bin: c.bin: 7 bytes are not uint16 ids")
+        expect(line, "corpus=?.bin: c.bin: 7 bytes cannot be uint16 ids")
     assert not Path("out").exists() and not Path("run").exists()
 
 
@@ -362,9 +369,9 @@ def test_a_file_of_ids_that_changes_or_goes(capsys, gpt2_files, monkeypatch):
         monkeypatch.setattr(module, "check_fits", meanwhile)
     file = Path("a.bin")
     for change, *words in (
-        (lambda: os.truncate(file, 100), "corpus=a.bin: has become shorter", "restore the file"),
+        (lambda: os.truncate(file, 100), "corpus=a.bin: is shorter than before", "restore the file"),
         (file.unlink, "corpus=a.bin: No such file", "restore the file"),
-        (lambda: file.write_bytes(b"\1\0" * 3000), "corpus=a.bin: has changed", "start again"),
+        (lambda: file.write_bytes(b"\1\0" * 3000), "corpus=a.bin: has changed", "run the command again"),
     ):
         file.write_bytes(bytes(6000))
         changes = [lambda: None, change]  # the check of the recipe calls it first

@@ -213,7 +213,7 @@ def test_a_crash_between_the_moves_is_never_taken_for_data(refused, monkeypatch,
             ValueError,
             f"data_dir={tmp_path / 'data'}",
             "tokenizer.json",
-            "delete" if has_tokens else "set another data_dir",
+            "delete" if has_tokens else "set data_dir to another folder",
         ):
             write(tmp_path / "data", facts=other)
         gc.collect()  # releases the lock of the Writer that failed
@@ -267,7 +267,7 @@ def test_damaged_progress_starts_over(monkeypatch, tmp_path, damage):
 @pytest.mark.parametrize("name", ["manifest.json", "train.bin", "val.bin", "tokenizer.json"])
 def test_nothing_is_overwritten(refused, tmp_path, name):
     (tmp_path / name).write_text("mine")
-    with refused(ValueError, f"data_dir={tmp_path}", name, "another data_dir"):
+    with refused(ValueError, f"data_dir={tmp_path}", name, "data_dir to another folder"):
         write(tmp_path)
     assert names(tmp_path) == [name] and (tmp_path / name).read_text() == "mine"
 
@@ -283,7 +283,7 @@ def test_two_processes_that_prepare_at_once(tmp_path):
         [sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(BlockingIOError, match=f"process {other.pid} on .* is preparing it") as caught:
+        with pytest.raises(BlockingIOError, match=f"process {other.pid} on .* is preparing this folder") as caught:
             write(tmp_path)
         assert f"data_dir={tmp_path}" in str(caught.value) and not is_data_folder(tmp_path)
         assert token_files.find_active_process(tmp_path) == f"process {other.pid} on {platform.node()}"
@@ -352,7 +352,7 @@ def test_a_file_that_shrinks_amid_a_run(refused, tmp_path):
     file = TokenFile([tmp_path / "0.bin", tmp_path / "1.bin"], "uint16")
     os.truncate(tmp_path / "0.bin", 1999)
     assert file.rows([900, 1500], 50)[:, 0].tolist() == [900, 500]
-    with refused(OSError, tmp_path / "0.bin", "shorter", "prepare it again"):
+    with refused(OSError, tmp_path / "0.bin", "truncated", "prepare it again"):
         file.rows([980], 50)
 
 

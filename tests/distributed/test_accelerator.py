@@ -194,7 +194,7 @@ def test_sharding_that_accelerate_would_ignore_is_refused(refused, machine, monk
         "Accelerator",
         lambda **options: SimpleNamespace(num_processes=1, distributed_type=DistributedType.MULTI_CPU),
     )
-    with refused(ValueError, f"the launcher requests {name}", "does not shard on cpu", "configs/cpu_2proc.yaml"):
+    with refused(ValueError, f"the launcher requests {name}", "does not support on cpu", "configs/cpu_2proc.yaml"):
         make_accelerator("cpu")
     monkeypatch.setattr(
         accelerate,

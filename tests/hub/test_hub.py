@@ -493,7 +493,7 @@ def test_failing_pushes_do_not_change_the_run(child, hub, place, run):
     assert status == 0 and "Traceback" not in err
     (line,) = [line for line in out.splitlines() if line.startswith("warning: not pushed")]  # once
     assert "500" in line
-    assert closing(out) == "not pushed to the Hub; try: nanogpt-accel push runs/down me/down form=custom"
+    assert closing(out) == "not pushed to the Hub; retry with: nanogpt-accel push runs/down me/down form=custom"
     assert losses(folder) == losses(run) and losses(folder, "val_loss") == losses(run, "val_loss")
     assert leftovers(folder) == [] and commits(hub, "me/down") == []
     # the suggested command works
@@ -516,7 +516,7 @@ def test_a_run_without_network_finishes(no_hub, place, run):
     assert (status, err) == (0, "")
     lines = [line for line in out.splitlines() if line.startswith("warning: ")]
     assert "the run continues" in lines[0] and "The next checkpoint tries again" in lines[1]
-    assert closing(out) == "not pushed to the Hub; try: nanogpt-accel push runs/alone me/alone form=custom"
+    assert closing(out) == "not pushed to the Hub; retry with: nanogpt-accel push runs/alone me/alone form=custom"
     folder = place / "runs" / "alone"
     assert losses(folder) == losses(run) and leftovers(folder) == []
 

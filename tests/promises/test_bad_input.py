@@ -275,7 +275,7 @@ def test_files_of_the_user_are_not_overwritten(capsys, workplace):
         assert (workplace / "nothing" / "README.md").read_text() == "mine"
     finally:
         (workplace / "nothing" / "README.md").unlink()
-    assert has_all(line, ["out_dir=nothing", "README.md", "another out_dir"])
+    assert has_all(line, ["out_dir=nothing", "README.md", "out_dir to another folder"])
 
 
 def test_overwriting_the_model_of_init_from_is_refused(capsys):
@@ -311,7 +311,7 @@ def test_resume_falls_back_from_a_truncated_checkpoint(capsys, workplace, copy, 
     assert main(["train", str(copy)]) == 0
     out = capsys.readouterr().out
     (warning,) = [line for line in out.splitlines() if "warning" in line]
-    assert has_all(warning, [str(copy / "checkpoint-000006"), f"{name} is corrupted", "the checkpoint before it"])
+    assert has_all(warning, [str(copy / "checkpoint-000006"), f"{name} is corrupted", "the previous checkpoint"])
     assert f"resuming {copy} from checkpoint-000004" in out and "iter 5:" in out and "iter 3:" not in out
     again, first = (run / "checkpoint-000006" for run in (copy, workplace / "runs" / "tiny"))
     for file in ("model.safetensors", "config.json", "state/optimizer.safetensors", "tokenizer.json"):

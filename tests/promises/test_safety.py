@@ -86,7 +86,9 @@ def test_second_trainer_in_a_run_folder_is_refused(recipe, copy, trainer, capsys
     ):
         assert main(["train", *argv]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: out_dir={copy}: process {trainer.pid} on {platform.node()} is training in it")
+        assert line.startswith(
+            f"error: out_dir={copy}: process {trainer.pid} on {platform.node()} is training in this folder"
+        )
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
     assert main(["sample", str(copy), "max_new_tokens=1", "device=cpu"]) == 0  # reading is allowed
 

@@ -62,8 +62,8 @@ def test_parse_targets_and_options(words, target, options):
     ("words", "messages"),
     [
         (["a.yaml", "b.yaml"], ["expected at most 1 target, got 2: a.yaml b.yaml"]),
-        (["a.yaml", "--n_layer"], ["--n_layer needs a value"]),
-        (["a", "b", "c", "--compile"], ["--compile needs a value", "expected at most 1 target, got 3"]),
+        (["a.yaml", "--n_layer"], ["--n_layer: the value is missing"]),
+        (["a", "b", "c", "--compile"], ["--compile: the value is missing", "expected at most 1 target, got 3"]),
     ],
 )
 def test_parse_refuses_bad_command_lines(words, messages):
