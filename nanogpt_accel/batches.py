@@ -1,8 +1,8 @@
-"""The tokens of each batch: a pure function of (seed, step).
+"""Select the tokens of each batch as a pure function of (seed, step).
 
-No state is carried between steps, so a run can resume at any step, and the samples of a step are the same on any number
-of processes. Samples are numbered: step s takes samples s*G to (s+1)*G - 1, where G = batch_size *
-gradient_accumulation_steps, one micro-batch after another.
+There is no state between steps, so a run can resume at any step, and the samples of a step are the same for any number
+of processes. With G = batch_size * gradient_accumulation_steps, step s uses samples s*G to (s+1)*G - 1, in the order of
+its micro-batches.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
-WINDOW = 256  # samples whose positions are computed together
-_ROUNDS = 6  # of the Feistel network; in theory 4 give a pseudorandom permutation, and small domains need more
+WINDOW = 256  # number of samples for which the positions are computed at once
+_ROUNDS = 6  # of the Feistel network; 4 are enough in theory, but small domains need more
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Batches:
     """The batches of a training run.
 
     Args:
-        tokens: object with len() and rows(starts, length) -> (len(starts), length) int64.
+        tokens: an object with len() and a method rows(starts, length), which returns (len(starts), length) int64.
         batch_size: sequences per micro-batch.
         micro_batches: micro-batches per step, over all processes.
-        sampling: "shuffle" takes each block once per epoch, and changes the order and the block boundaries every epoch;
-            "random" takes random crops with replacement, as nanoGPT does.
+        sampling: "shuffle" uses each block once per epoch, with a new order and new block boundaries in every epoch;
+            "random" draws random crops with replacement, as in nanoGPT.
     """
 
     tokens: object
@@ -34,7 +34,7 @@ class Batches:
     sampling: str = "shuffle"
 
     def __call__(self, step, micro_batch):
-        """Return the tokens of a micro-batch: (batch_size, block_size + 1) int64, inputs and targets overlapping."""
+        """Return the tokens of a micro-batch: (batch_size, block_size + 1) int64, for inputs and targets."""
         return self.tokens.rows(self.starts(step, micro_batch), self.block_size + 1)
 
     def starts(self, step, micro_batch):
@@ -47,7 +47,7 @@ class Batches:
         return starts[first % WINDOW :][: self.batch_size]
 
 
-# windows, because numpy needs as long for the samples of one batch as for hundreds
+# in windows, because numpy takes no longer for hundreds of samples than for those of one batch
 @lru_cache(maxsize=4)
 def _window_starts(number, n_tokens, block_size, seed, sampling):
     """Return the start positions of samples number * WINDOW to (number + 1) * WINDOW - 1: (WINDOW,) int64."""
@@ -57,10 +57,10 @@ def _window_starts(number, n_tokens, block_size, seed, sampling):
     n_blocks, max_shift = epoch_shape(n_tokens, block_size)
     starts = np.empty(WINDOW, dtype=np.int64)
     epochs, places = samples // np.uint64(n_blocks), samples % np.uint64(n_blocks)
-    for epoch in np.unique(epochs):  # a window can contain the end of an epoch
+    for epoch in np.unique(epochs):  # a window may include the end of an epoch
         is_in_epoch = epochs == epoch
         key = seed_of(seed, 2, int(epoch))
-        shift = key % (max_shift + 1)  # new block boundaries, so that the text is cut at other positions every epoch
+        shift = key % (max_shift + 1)  # so that every epoch has different block boundaries
         starts[is_in_epoch] = shuffled(places[is_in_epoch], n_blocks, key).astype(np.int64) * block_size + shift
     return starts
 
@@ -70,21 +70,21 @@ def _random_starts(samples, n_tokens, block_size, key):
 
 
 def model_inputs(rows, device="cpu", eot_id=None):
-    """Return the model's keyword arguments for rows of tokens, on a device.
+    """Convert rows of tokens to keyword arguments of the model, and move them to a device.
 
     Args:
-        rows: (B, T + 1) int64 array with overlapping inputs and targets.
-        eot_id: end-of-text token, to restrict attention to documents. Positions restart at 0 with each end-of-text,
-            which is the first token of a document, as in sampling. transformers' causal mask treats such a restart as a
+        rows: (B, T + 1) int64 array: the first T tokens of a row are the inputs, the last T the targets.
+        eot_id: end-of-text token, to mask attention across documents. Each document starts with this token, as in
+            sampling, and its positions start at 0. transformers' causal mask treats a restart of the positions as a
             document boundary (Krell et al. 2021, Efficient Sequence Packing). None: no document mask.
 
     Returns:
-        dict: input_ids and shift_labels, and position_ids if eot_id is given; (B, T) each.
+        dict of (B, T) tensors: input_ids, shift_labels, and position_ids if eot_id is given.
     """
     import torch
 
     rows, is_cuda = torch.as_tensor(rows), torch.device(device).type == "cuda"
-    rows = (rows.pin_memory() if is_cuda else rows).to(device, non_blocking=is_cuda)  # does not wait for the GPU
+    rows = (rows.pin_memory() if is_cuda else rows).to(device, non_blocking=is_cuda)  # asynchronous on CUDA
     input_ids, shift_labels = rows[:, :-1], rows[:, 1:]
     if eot_id is None:
         return {"input_ids": input_ids, "shift_labels": shift_labels}
@@ -94,16 +94,16 @@ def model_inputs(rows, device="cpu", eot_id=None):
 
 
 def epoch_shape(n_tokens, block_size):
-    """Return (blocks per epoch, maximum shift of the block boundaries). One block less leaves room for the shift."""
+    """Return (blocks per epoch, maximum shift of the block boundaries). The shift takes the place of one block."""
     n_blocks = max((n_tokens - 1) // block_size - 1, 1)
     return n_blocks, n_tokens - 1 - n_blocks * block_size
 
 
 def evaluation_batches(n_tokens, block_size, batch_size, eval_iters, seed=0):
-    """Return the fixed batches of an evaluation: a list of (starts, length), for sequences with `length` targets.
+    """Return the fixed batches of an evaluation: a list of (starts, length), where length is the number of targets.
 
-    eval_iters: "all" covers every token except the first exactly once, in blocks of block_size and a shorter last one;
-        a number gives that many batches of random crops, the same ones in every call.
+    eval_iters: "all" for every token except the first, exactly once, in blocks of block_size and a shorter last block;
+        or a number of batches of random crops, which are the same in every call.
     """
     if eval_iters == "all":
         n_blocks, n_rest = divmod(n_tokens - 1, block_size)
@@ -116,14 +116,14 @@ def evaluation_batches(n_tokens, block_size, batch_size, eval_iters, seed=0):
 
 
 def sliding_windows(n_tokens, block_size, stride, batch_size):
-    """Return overlapping evaluation windows, which give most targets more context than separate blocks.
+    """Return overlapping evaluation windows. Most targets have more context in them than in separate blocks.
 
-    The windows are those of transformers' guide "Perplexity of fixed-length models": block_size tokens each, `stride`
-    tokens apart. As in the guide, stride = block_size gives no overlap and leaves out the first token of each window.
+    As in transformers' guide "Perplexity of fixed-length models", a window of block_size tokens starts every `stride`
+    tokens. With stride = block_size, windows do not overlap, and the first token of a window is not a target.
 
     Returns:
-        list of (starts, length, counted): windows with `length` targets, the last `counted` of which count, so that
-        every token except the first counts once.
+        list of (starts, length, counted): windows with `length` targets, of which the last `counted` are scored, so
+        that every token except the first is scored once.
     """
     batches, end = [], 0
     for start in range(0, n_tokens, stride):
@@ -146,13 +146,13 @@ def seed_of(*numbers):
 
 
 def shuffled(places, n, key):
-    """Return the elements at some places of a pseudorandom permutation of 0..n-1, without building the permutation.
+    """Return some elements of a pseudorandom permutation of 0..n-1, without computing the full permutation.
 
-    A Feistel network permutes the smallest power of 4 that is at least n. Results outside 0..n-1 are permuted again
-    (cycle walking). So the cost does not depend on the size of the token file.
+    A Feistel network permutes the numbers below the smallest power of 4 that is at least n. Results of n or more are
+    permuted again (cycle walking). Therefore, the cost does not depend on the size of the token file.
     Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains (2002).
 
-    places: (k,) uint64, each below n, as the result. key: number of the permutation.
+    places: (k,) uint64, indices into the permutation. key: selects the permutation. The result is (k,) uint64 too.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -161,8 +161,8 @@ def shuffled(places, n, key):
     while outside.any():
         left, right = result[outside] >> half, result[outside] & mask
         for i in range(_ROUNDS):
-            # mix only uses the sum of value and key: with key + i instead, the rounds would be shifts of each other,
-            # and permutations of fewer than 100 places would be far from uniform
+            # not key + i, because mix only uses the sum of value and key: the rounds would be shifted copies of each
+            # other, and permutations of fewer than 100 elements would be far from uniform
             left, right = right, left ^ (mix(right, key + (i << 40)) & mask)
         result[outside] = left << half | right
         outside = result >= n
@@ -170,9 +170,9 @@ def shuffled(places, n, key):
 
 
 def mix(values, key):
-    """Return a 64-bit hash of each value and the key, with SplitMix64's finalizer (Steele, Lea, Flood 2014).
+    """Return a 64-bit hash of each value and the key, computed with SplitMix64's finalizer (Steele, Lea, Flood 2014).
 
-    values: (k,) uint64, as the result. The arithmetic wraps around.
+    values: (k,) uint64, like the result. The arithmetic is modulo 2**64.
     """
     key = (key * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     z = values * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)

@@ -1,4 +1,4 @@
-"""Compute the loss over a split, perplexity and bits per byte."""
+"""Compute the loss, perplexity and bits per byte of a model on a split."""
 
 import math
 
@@ -9,14 +9,14 @@ def perplexity(loss):
 
 
 def bits_per_byte(loss, tokens, text_bytes):
-    """Return bits per byte of text, which are comparable between tokenizers; None if the text's size is unknown."""
+    """Return the loss in bits per byte of text, which is comparable across tokenizers, or None without text_bytes."""
     return loss / math.log(2) * tokens / text_bytes if text_bytes else None
 
 
 def scores(loss, tokens, text_bytes, train_loss=None, split="val", error=None):
-    """Return the scores of an evaluation by name.
+    """Return the results of an evaluation as {name: value}.
 
-    loss: nats per token. tokens, text_bytes: size of the full split. error: standard error of the loss.
+    loss: nats per token. tokens, text_bytes: size of the full split. error: standard error of the loss, if known.
     """
     values = {"train_loss": train_loss, f"{split}_loss": loss, "standard_error": error, "perplexity": perplexity(loss)}
     values["bits_per_byte"] = bits_per_byte(loss, tokens, text_bytes)
@@ -24,22 +24,22 @@ def scores(loss, tokens, text_bytes, train_loss=None, split="val", error=None):
 
 
 def describe(scores):
-    """Format scores as nanoGPT does: train loss 1.2345, val loss 1.2345, perplexity 3.44, ..."""
+    """Format the scores in nanoGPT's style: train loss 1.2345, val loss 1.2345, perplexity 3.44, ..."""
     return ", ".join(
         f"{name.replace('_', ' ')} {value:.{2 if name == 'perplexity' else 4}f}" for name, value in scores.items()
     )
 
 
 def mean_loss(model, tokens, batches, to_inputs, accelerator, progress=None):
-    """Return the mean loss over fixed batches in nats per token. All ranks share the work and get the same result.
+    """Return the mean loss over batches in nats per token. The batches are distributed, and all ranks get the result.
 
     Args:
-        model: the prepared model. It is in eval mode during the call.
-        tokens: the token file, with rows(starts, length).
+        model: the prepared model. It is switched to eval mode during the call.
+        tokens: the token file; see batches.Batches.
         batches: a list of (starts, length), from batches.evaluation_batches.
-        to_inputs: rows of tokens -> the model's keyword arguments, from batches.model_inputs.
-        accelerator: gathers the losses.
-        progress: called on all ranks with the number of batches completed since the last call.
+        to_inputs: function rows of tokens -> keyword arguments of the model, from batches.model_inputs.
+        accelerator: used to gather the losses.
+        progress: called on all ranks, each time with the number of newly completed batches.
     """
 
     def batch_loss(inputs, starts, length):
@@ -51,14 +51,14 @@ def mean_loss(model, tokens, batches, to_inputs, accelerator, progress=None):
 
 
 def window_losses(model, tokens, windows, to_inputs, accelerator, progress=None):
-    """Return the loss of each fixed window. All ranks share the work and get the same result.
+    """Return the loss of each window. The windows are distributed, and all ranks get the result.
 
     Args:
         model, tokens, to_inputs, accelerator, progress: see mean_loss.
         windows: a list of (starts, length, counted), from batches.sliding_windows.
 
     Returns:
-        (sums, counts): per window, (n,) float64: the summed loss in nats, and the number of predictions counted.
+        (sums, counts): (n,) float64 each: per window, the summed loss in nats and the number of scored targets.
     """
     import torch
     from torch.nn import functional as F
@@ -77,17 +77,17 @@ def window_losses(model, tokens, windows, to_inputs, accelerator, progress=None)
 
 
 def _evaluate_batches(model, tokens, batches, to_inputs, accelerator, progress, evaluate):
-    """Return evaluate(inputs, *batch) of every batch as one tensor, (n_batches, ...), on each rank."""
+    """Return the results of evaluate(inputs, *batch) for all batches as one tensor, (n_batches, ...), on each rank."""
     import torch
 
     was_training = model.training
     model.eval()
     world, rank = accelerator.num_processes, accelerator.process_index
-    # pad all inputs to the largest batch, because a compiled model recompiles for each new shape
+    # pad all inputs to the same shape, because a compiled model is recompiled for each new shape
     shape = max(len(starts) for starts, *_ in batches), max(length for _, length, *_ in batches)
     results = []
     with torch.no_grad():
-        # sharded models need the same number of calls on every rank; surplus results are dropped below
+        # sharded models need the same number of calls on every rank; the surplus results are dropped below
         for i in range(0, len(batches), world):
             batch = batches[min(i + rank, len(batches) - 1)]
             starts, length, *_ = batch
@@ -96,11 +96,11 @@ def _evaluate_batches(model, tokens, batches, to_inputs, accelerator, progress, 
                 progress(min(world, len(batches) - i))
     model.train(was_training)
     gathered = accelerator.gather(torch.stack(results)).view(world, -1, *results[0].shape)
-    return gathered.transpose(0, 1).flatten(0, 1)[: len(batches)]  # in the order of the batches
+    return gathered.transpose(0, 1).flatten(0, 1)[: len(batches)]  # in the order of `batches`
 
 
 def _pad_inputs(inputs, shape):
-    """Pad the model's inputs, (b, t) each, to `shape`, (B, T). The padding has no effect on the loss."""
+    """Pad the model's inputs from (b, t) to `shape`, (B, T). The padding has no effect on the loss."""
     from torch.nn import functional as F
 
     b, t = inputs["input_ids"].shape
@@ -109,10 +109,10 @@ def _pad_inputs(inputs, shape):
 
 
 def mean_and_error(sums, counts):
-    """Return (mean, standard error) of the loss per token, from window_losses.
+    """Return the mean and the standard error of the loss per token, from the results of window_losses.
 
-    The windows are the sample, because tokens of one window are not independent. The error is that of a ratio estimator
-    (Cochran 1977, chapter 2), or None for a single window.
+    The standard error treats windows as independent samples, because the tokens of a window are correlated. It is that
+    of a ratio estimator (Cochran 1977, chapter 2), or None if there is only one window.
     """
     mean, n = sums.sum() / counts.sum(), len(sums)
     if n < 2:

@@ -1,9 +1,9 @@
-"""Full definition of a GPT language model, all of it in this single file.
+"""Full definition of a GPT language model in a single file.
 
 Every checkpoint contains a copy of this file, so it only imports torch and transformers. The names are those of
-nanoGPT's model.py. The interface is that of transformers: GPT is a PreTrainedModel with a KV cache, `generate` and a
-choice of attention implementations. By default it is the GPT-2 that nanoGPT trains; the options of GPTConfig turn it
-into a Llama, Qwen3 or nanochat model.
+nanoGPT's model.py. The interface is that of transformers: GPT is a PreTrainedModel with a KV cache, `generate` and
+configurable attention implementations. The default architecture is that of nanoGPT's GPT-2; other settings of
+GPTConfig give the architectures of Llama, Qwen3 and nanochat.
 
 References:
 1) GPT-2, OpenAI: https://github.com/openai/gpt-2/blob/master/src/model.py
@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 @strict
 class GPTConfig(PreTrainedConfig):
-    """The architecture of a GPT, with nanoGPT's names. The defaults are nanoGPT's GPT-2.
+    """The architecture of a GPT. The names and defaults are those of nanoGPT's GPT-2.
 
     References: RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), QK-norm (Henry et al. 2020,
     Dehghani et al. 2023), grouped KV heads (Ainslie et al. 2023), SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021),
@@ -59,7 +59,7 @@ class GPTConfig(PreTrainedConfig):
     n_embd: int = 768
     dropout: float | int = 0.0
     bias: bool = False  # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
-    n_kv_head: int | None = None  # key and value heads, each shared by n_head / n_kv_head query heads. None: n_head
+    n_kv_head: int | None = None  # key-value heads, each shared by n_head / n_kv_head query heads. None: n_head
     head_dim: int | None = None  # None: n_embd / n_head
     n_inner: int | None = None  # hidden size of the MLP. None: 4 * n_embd
     norm: str = "layernorm"  # or "rmsnorm"
@@ -68,12 +68,12 @@ class GPTConfig(PreTrainedConfig):
     embd_norm: bool = False  # normalize the embeddings before the first block
     qk_norm: bool = False  # apply RMSNorm to the queries and keys of each head
     position: str = "learned"  # or "rotary"
-    rope_theta: float | int = 10000.0  # base of the rotary wavelengths
-    activation: str = "gelu"  # the exact GELU, as in nanoGPT; or "gelu_new" (tanh GELU, as in GPT-2), "relu2", "swiglu"
-    logit_softcap: float | int | None = None  # squash the logits into this range (+-) with tanh. None: no limit
-    tie_word_embeddings: bool = True  # share one weight between the token embedding and the output head
+    rope_theta: float | int = 10000.0  # base of the rotary frequencies
+    activation: str = "gelu"  # exact GELU, as in nanoGPT; or "gelu_new" (tanh GELU, as in GPT-2), "relu2", "swiglu"
+    logit_softcap: float | int | None = None  # limit the logits to +-logit_softcap with tanh. None: no limit
+    tie_word_embeddings: bool = True  # share the weight of the token embedding and the output head
     initializer_range: float = 0.02
-    zero_init: bool = False  # initialize the projections into the residual stream with zeros
+    zero_init: bool = False  # initialize the output projections of blocks with zeros
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -87,13 +87,13 @@ class GPTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Raise a ValueError if the options do not fit together. transformers calls this for every new config."""
+        """Raise a ValueError if the settings are inconsistent. transformers calls this for every new config."""
         if self.head_dim is None:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.n_head % self.n_kv_head != 0:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         if self.position == "rotary" and self.head_dim % 2 != 0:
-            raise ValueError(f"head_dim={self.head_dim} is odd, but rotary embeddings need an even head_dim")
+            raise ValueError(f"head_dim={self.head_dim} is odd, but rotary embeddings require an even head_dim")
         for key, choices in {
             "activation": (*ACTIVATIONS, "swiglu"),
             "norm": ("layernorm", "rmsnorm"),
@@ -114,12 +114,12 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         if self.weight is None:
             return super().forward(x)
-        # under autocast, queries are bfloat16 but the weight is float32; the kernel needs the same dtype
+        # under autocast, x is bfloat16 but the weight is float32; the fused kernel requires equal dtypes
         return super().forward(x.to(self.weight.dtype))
 
 
 def make_norm(config):
-    """Return a new norm for the residual stream."""
+    """Return a norm layer for the residual stream."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_weight)
     return nn.LayerNorm(
@@ -133,22 +133,22 @@ def make_norm(config):
 def rotary_tables(config, position_ids):
     """Return the cosines and sines of the rotary angles, (B, 1, T, hs / 2) each, in float32.
 
-    They are cheap to compute for every batch, and unlike a stored table they fit any sequence length.
+    Computing them for every batch is cheap and, unlike a precomputed table, does not limit the sequence length.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim  # (hs / 2,)
-    # an elementwise product, because autocast would compute a matmul in bfloat16
+    # not a matmul, because autocast would compute it in bfloat16
     angles = position_ids[:, None, :, None].float() * (1.0 / config.rope_theta**pairs)  # (B, 1, T, hs / 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotate each pair (x_i, x_{i + hs/2}) of a head by its angle, in float32. x: (B, heads, T, hs)."""
+    """Rotate each pair of dimensions (i, i + hs/2) of every head by its angle, in float32. x: (B, heads, T, hs)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Compute softmax(q k^T / sqrt(hs) + mask) v step by step. SDPA does the same without the (T, T) matrix."""
+    """Compute softmax(q k^T / sqrt(hs) + mask) v explicitly. SDPA gives the same result without a (T, T) matrix."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, nh, T, hs)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     att = query @ key.transpose(-2, -1) * scaling  # (B, nh, T, T)
@@ -174,14 +174,14 @@ class CausalSelfAttention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps, elementwise_affine=config.norm_weight)
         self.config = config
         self.layer_idx = layer_idx
-        # the attention functions of transformers read these three
+        # the attention functions of transformers read these attributes
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
         self.num_key_value_groups = config.n_head // config.n_kv_head
 
     def forward(self, x, attention_mask=None, cache=None, rotary=None, **kwargs):
         B, T, _ = x.shape
-        q, k, v = self.c_attn(x).split(self.split_sizes, dim=2)  # (B, T, nh * hs) and twice (B, T, nkv * hs)
+        q, k, v = self.c_attn(x).split(self.split_sizes, dim=2)  # (B, T, nh * hs), and (B, T, nkv * hs) for k and v
         q = q.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, nkv, T, hs)
         v = v.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, nkv, T, hs)
@@ -189,7 +189,7 @@ class CausalSelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # norms and rotary embeddings compute in float32
+        q, k = q.to(v.dtype), k.to(v.dtype)  # norms and rotary embeddings return float32
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (B, nkv, T_past + T, hs)
 
@@ -204,7 +204,7 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        # SwiGLU: one matrix computes the gate, in its first n_inner rows, and the gated values
+        # SwiGLU: the first n_inner rows of c_fc compute the gate, the other rows the values
         self.is_gated = config.activation == "swiglu"
         self.c_fc = nn.Linear(config.n_embd, (2 if self.is_gated else 1) * config.n_inner, bias=config.bias)
         self.act = F.silu if self.is_gated else ACTIVATIONS[config.activation]
@@ -213,7 +213,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.c_fc(x)  # (B, T, n_inner), or (B, T, 2 * n_inner) with a gate
+        x = self.c_fc(x)  # (B, T, n_inner), or (B, T, 2 * n_inner) with SwiGLU
         if self.is_gated:
             gate, x = x.chunk(2, dim=-1)
             x = self.act(gate) * x
@@ -237,9 +237,9 @@ class Block(GradientCheckpointingLayer):
 
 
 def chunk_cross_entropy(x, weight, targets, softcap, needs_grad):
-    """Return the summed cross-entropy of a chunk x, (n, C), and the gradient with respect to its logits, (n, V).
+    """Return the summed cross-entropy of a chunk x, (n, C), and its gradient with respect to the logits, (n, V).
 
-    The gradient has the dtype of x. See FusedLinearCrossEntropy.
+    The gradient has the dtype of x. FusedLinearCrossEntropy calls this for every chunk.
     """
     is_counted, targets = targets != -100, targets.clamp(min=0).unsqueeze(1)  # (n,), (n, 1)
     logits = F.linear(x, weight).float()  # (n, V)
@@ -250,9 +250,9 @@ def chunk_cross_entropy(x, weight, targets, softcap, needs_grad):
     loss = ((total - logits.gather(1, targets).squeeze(1)) * is_counted).sum()
     if not needs_grad:
         return loss, None
-    # the gradient is softmax(logits), minus 1 at the target; it is zero for ignored targets
+    # the gradient is softmax(logits) - one_hot(target), or zero for ignored targets
     total = total.masked_fill(~is_counted, math.inf).unsqueeze(1)  # (n, 1)
-    if torch.compiler.is_compiling():  # this compiles to one kernel, scatter_add_ to three
+    if torch.compiler.is_compiling():  # this compiles to one kernel; scatter_add_ needs three
         is_target = torch.arange(logits.shape[1], device=logits.device) == targets  # (n, V)
         grad = (logits - total).exp() - (is_target & is_counted.unsqueeze(1)).float()
     else:  # in place, to reuse the memory of the logits
@@ -264,18 +264,18 @@ def chunk_cross_entropy(x, weight, targets, softcap, needs_grad):
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of the logits x @ weight.T, without ever having all logits in memory.
+    """Compute the summed cross-entropy of the logits x @ weight.T without having all logits in memory at once.
 
-    The rows of x are processed in chunks. The forward pass already computes the gradients of each chunk, so that the
-    backward pass does not need the logits again. The idea is that of Liger Kernel (Hsu et al. 2024).
+    The rows of x are processed in chunks. The forward pass also computes the gradients of each chunk, so that the
+    backward pass does not need the logits. This follows Liger Kernel (Hsu et al. 2024).
 
-    torch's F.linear_cross_entropy does the same, but does not support autocast or a soft-cap, and causes a graph break
-    in torch.compile.
+    F.linear_cross_entropy in torch is similar, but it does not support autocast or a soft-cap, and it causes a graph
+    break in torch.compile.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, chunk_size, needs_grad):
-        """Return a float32 scalar. x: (N, C) and weight: (V, C), of the same dtype. targets: (N,), -100 is ignored."""
+        """Return the loss in float32. x: (N, C). weight: (V, C), of the same dtype. targets: (N,); -100 is ignored."""
         loss = torch.zeros((), device=x.device)
         if needs_grad:
             grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
@@ -291,7 +291,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad.t(), chunk)
             else:
                 grad_weight += grad.t() @ chunk  # addmm_ cannot accumulate half-precision products in float32
-            del grad  # free its memory before the next chunk
+            del grad  # free the memory before the next chunk
         if needs_grad:
             ctx.save_for_backward(grad_x, grad_weight)
             ctx.dtype = weight.dtype
@@ -300,7 +300,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors
-        # in place, because these tensors are large; so the backward pass can only run once
+        # in place, because these tensors are large; therefore, the backward pass can only run once
         return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss).to(ctx.dtype), None, None, None, None
 
 
@@ -315,8 +315,8 @@ class GPT(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # with return_logits=False, the maximum number of logits in memory; the loss of more logits is computed in chunks.
-    # None: 2**24 on a CPU (64 MB in float32), and 2**27 on a GPU, which is fastest with chunks of about a thousand rows
+    # with return_logits=False: maximum number of logits in memory; if there are more, the loss is computed in chunks.
+    # None: 2**24 on a CPU (64 MB in float32), 2**27 on a GPU, where chunks of about a thousand rows are fastest
     largest_logits = None
     _can_record_outputs = {"attentions": CausalSelfAttention}
 
@@ -352,7 +352,7 @@ class GPT(PreTrainedModel, GenerationMixin):
                 init.zeros_(module.bias)
 
     def set_block_size(self, block_size):
-        """Change the context length: crop learned positions, as in nanoGPT's crop_block_size, or only the config."""
+        """Set the context length. Learned position embeddings are cropped, as in nanoGPT's crop_block_size."""
         self.config.block_size = block_size
         if self.config.position == "learned":
             wpe = self.transformer.wpe
@@ -385,29 +385,29 @@ class GPT(PreTrainedModel, GenerationMixin):
         past_key_values=None,
         **kwargs,
     ):
-        """Return the logits of the next tokens, and the loss if targets are given.
+        """Return the next-token logits, and the loss if there are targets.
 
         Args:
             input_ids: (B, T) int64; or inputs_embeds: (B, T, C).
-            attention_mask: (B, T_past + T), 1 for tokens to attend to and 0 for padding. None: no padding.
-            position_ids: (B, T) or (1, T). None: continue after the tokens in the cache.
-            cache: a transformers Cache; before transformers 5.24 the argument was past_key_values.
-            labels: (B, T), not shifted yet: the model shifts them, as always in transformers. -100 is ignored.
-            shift_labels: (B, T), already shifted: shift_labels[:, t] is the token after input_ids[:, t].
-            use_cache: whether to return a KV cache. None: as in the config, but not in training or with targets.
-            logits_to_keep: only compute the logits of this many last positions, 0 for all; or a tensor of positions.
-            num_items_in_batch: divide the summed loss by this number instead of the number of targets. Trainer uses it
-                for gradient accumulation.
-            output_hidden_states: also return the input of each block, and the output of the last norm.
-            return_logits: False if only the loss is needed. Then at most largest_logits logits are in memory at a time.
-                The loss is the same up to rounding.
+            attention_mask: (B, T_past + T), with 1 for tokens and 0 for padding. None: no padding.
+            position_ids: (B, T) or (1, T). None: consecutive positions that continue after those in the cache.
+            cache: a transformers Cache (called past_key_values before transformers 5.24).
+            labels: (B, T), unshifted: the model shifts them, as other transformers models do. -100 is ignored.
+            shift_labels: (B, T), labels that are already shifted: shift_labels[:, t] follows input_ids[:, t].
+            use_cache: whether to return a KV cache. None: as in the config, but not in train mode or with targets.
+            logits_to_keep: number of last positions to compute logits for (0: all), or a tensor of positions.
+            num_items_in_batch: divide the summed loss by this instead of the number of targets. transformers' Trainer
+                uses this argument for gradient accumulation.
+            output_hidden_states: also return the input of each block and the output of the final norm.
+            return_logits: if False, only the loss is returned, and at most largest_logits logits are in memory at a
+                time. The loss is the same up to rounding.
 
         Returns:
             CausalLMOutputWithPast: loss (nats per token, float32 scalar), logits (B, T, V), the cache, hidden_states
-            (n_layer + 1 of (B, T, C)). logits are None with return_logits=False and targets.
+            (n_layer + 1 tensors (B, T, C)). The logits are None if return_logits=False and there are targets.
 
         Raises:
-            ValueError: the sequence is longer than block_size, with learned positions.
+            ValueError: the sequence is longer than block_size, and the model has learned positions.
         """
         has_targets = labels is not None or shift_labels is not None
         if use_cache is None:
@@ -423,7 +423,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         T_past = cache.get_seq_length() if cache is not None else 0
         if self.config.position == "learned" and T_past + T > self.config.block_size:
             raise ValueError(f"a sequence of {T_past + T} tokens is longer than block_size={self.config.block_size}")
-        # for a plain training batch, SDPA's is_causal replaces the mask
+        # without padding and a cache, SDPA's is_causal replaces the mask
         is_plain = attention_mask is None and position_ids is None and cache is None
         if not (is_plain and self.config._attn_implementation == "sdpa"):
             attention_mask = create_causal_mask(self.config, tok_emb, attention_mask, cache, position_ids)
@@ -456,7 +456,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])  # (B, T, V)
         if self.config.logit_softcap is not None:
-            logits = logits.float() if has_targets else logits  # the soft-cap in float32, as in chunked_loss
+            logits = logits.float() if has_targets else logits  # apply the soft-cap in float32, as in chunked_loss
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         loss = None
         if has_targets:
@@ -473,20 +473,20 @@ class GPT(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss, logits, cache, hidden_states)
 
     def chunked_loss(self, x, shift_labels, n_chunks, num_items_in_batch=None):
-        """Return the loss without having all logits in memory. x: (B, T, C), shift_labels: (B, T)."""
+        """Return the loss without having all logits in memory at once. x: (B, T, C), shift_labels: (B, T)."""
         device, weight = x.device.type, self.lm_head.weight
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x, targets = x.flatten(0, 1), shift_labels.flatten()  # (B * T, C), (B * T,)
         chunk_size = math.ceil(len(x) / n_chunks)
         if chunk_size > 128:
-            chunk_size = math.ceil(chunk_size / 128) * 128  # full tiles of 128 rows for the matmuls
+            chunk_size = math.ceil(chunk_size / 128) * 128  # a multiple of 128 rows, for efficient matmuls
         loss = FusedLinearCrossEntropy.apply(
             x.to(dtype), weight.to(dtype), targets, self.config.logit_softcap, chunk_size, torch.is_grad_enabled()
         )
         return loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-# Once this file is imported, AutoModelForCausalLM.from_pretrained knows the classes. Otherwise it needs
+# If this file is imported, AutoModelForCausalLM.from_pretrained knows these classes. Otherwise, from_pretrained needs
 # trust_remote_code=True and uses the copy of this file that save_pretrained writes next to the weights
 AutoConfig.register(GPTConfig.model_type, GPTConfig, exist_ok=True)
 AutoModelForCausalLM.register(GPTConfig, GPT, exist_ok=True)

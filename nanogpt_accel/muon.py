@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), with AdamW for the parameters that are not matrices."""
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), with AdamW for parameters that are not matrices."""
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -6,15 +6,15 @@ from torch.optim.adamw import adamw
 
 
 def fused_row_counts(model):
-    """Return {weight: row counts of its matrices} for weights that concatenate several matrices into one matmul: the
-    query, key and value projections, and the two input projections of SwiGLU."""
+    """Return {weight: [rows of each matrix]} for weights that consist of several concatenated matrices: the query, key
+    and value projections of attention, and the two input projections of SwiGLU."""
     rows = {block.attn.c_attn.weight: block.attn.split_sizes for block in model.transformer.h}
     rows |= {block.mlp.c_fc.weight: [model.config.n_inner] * 2 for block in model.transformer.h if block.mlp.is_gated}
     return rows
 
 
 def check_unsharded(optimizer):
-    """Raise ValueError if parameters of Muon are sharded."""
+    """Raise a ValueError if the parameters that Muon updates are sharded."""
     for group in optimizer.param_groups:
         if group.get("use_muon") and any(p.dim() != 2 or isinstance(p, DTensor) for p in group["params"]):
             raise ValueError(
@@ -24,13 +24,13 @@ def check_unsharded(optimizer):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the parameter groups with use_muon, AdamW for the other groups.
+    """Use Muon for parameter groups with use_muon=True, and AdamW for the other groups.
 
-    Muon replaces each update of Nesterov momentum by the nearest orthogonal matrix, so that a few directions with large
-    gradients do not dominate the update. The numbers are those of torch.optim.Muon, which processes one matrix after
-    another. This one batches all matrices of one shape, transposed or not.
+    Muon replaces each update of Nesterov momentum with the nearest orthogonal matrix, so that a few directions with
+    large gradients do not dominate the update. The updates are the same as in torch.optim.Muon, but matrices of the
+    same shape (or transposed shape) are processed in one batch instead of one after another.
 
-    fused_rows: {weight: row counts}, from fused_row_counts; each of these matrices is orthogonalized separately.
+    fused_rows: from fused_row_counts. Matrices that are concatenated in one weight are orthogonalized separately.
     """
 
     def __init__(self, groups, fused_rows):
@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov momentum
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        by_shape = {}  # sorted shape -> [(matrix, its update)]
+        by_shape = {}  # sorted shape -> [(matrix, update)]
         for p, update in zip(params, updates, strict=True):
             rows = self.fused_rows.get(p, len(p))
             for matrix, part in zip(p.split(rows), update.split(rows), strict=True):
@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
         for pairs in by_shape.values():
             orthogonal = orthogonalize(torch.stack([part.mT if is_tall(part) else part for _, part in pairs]))
             for (matrix, _), part in zip(pairs, orthogonal, strict=True):
-                # a tall orthogonal matrix lowers the RMS from input to output; this factor restores it
+                # a tall orthogonal matrix has outputs of smaller RMS than its inputs; this factor compensates for it
                 scale = max(1.0, len(matrix) / matrix.shape[1]) ** 0.5
                 matrix.add_(part.mT if is_tall(matrix) else part, alpha=-group["lr"] * scale)
 
@@ -95,14 +95,14 @@ def orthogonalize(matrices):
     singular values as fast as possible (Jordan et al. 2024). bfloat16 is precise enough, and much faster on GPUs.
 
     Args:
-        matrices: (n, rows, columns) with rows <= columns, for which x x^T is the smaller Gram matrix.
+        matrices: (n, rows, columns) with rows <= columns, so that x x^T is smaller than x^T x.
 
     Returns:
-        The same shape, in bfloat16 on CUDA and in float32 on other devices.
+        A tensor of the same shape, in bfloat16 on CUDA and in float32 on other devices.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # all singular values are at most 1
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # so that all singular values are at most 1
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

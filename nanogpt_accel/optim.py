@@ -1,8 +1,8 @@
 """Learning rate schedules and optimizers.
 
 To add a schedule, write a function like `cosine` and add it to SCHEDULES. To add an optimizer, write a function like
-`adamw` and add it to OPTIMIZERS. Recipes can then use it. torch is imported only when an optimizer is created, because
-recipe.py reads both tables.
+`adamw` and add it to OPTIMIZERS. Recipes can then select it. torch is imported only when an optimizer is created,
+because recipe.py imports this file and must load quickly.
 """
 
 import math
@@ -11,7 +11,7 @@ import math
 
 
 def cosine(step, *, learning_rate, warmup_iters, lr_decay_iters, min_lr, **others):
-    """Return nanoGPT's schedule: half a cosine from learning_rate down to min_lr at lr_decay_iters."""
+    """Decay the learning rate to min_lr along half a cosine, as in nanoGPT. The decay ends at step lr_decay_iters."""
     if step > lr_decay_iters:
         return min_lr
     decay_ratio = (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
@@ -19,8 +19,10 @@ def cosine(step, *, learning_rate, warmup_iters, lr_decay_iters, min_lr, **other
 
 
 def warmup_stable_decay(step, *, learning_rate, lr_decay_iters, min_lr, decay_fraction, **others):
-    """Keep the rate constant, then decay it linearly to min_lr over the last decay_fraction of lr_decay_iters (MiniCPM,
-    Hu et al. 2024)."""
+    """Keep the learning rate constant, then decay it linearly to min_lr (MiniCPM, Hu et al. 2024).
+
+    decay_fraction: fraction of lr_decay_iters that the decay takes.
+    """
     if step > lr_decay_iters:
         return min_lr
     remaining = (lr_decay_iters - step) / (decay_fraction * lr_decay_iters)
@@ -48,9 +50,9 @@ def learning_rate(step, *, schedule, learning_rate, warmup_iters, **others):
 
 
 def parameter_groups(model, weight_decay):
-    """Return nanoGPT's two groups: weight decay for matrices and embeddings, none for biases and norms.
+    """Return nanoGPT's two groups: matrices and embeddings with weight decay, biases and norms without.
 
-    Their lr_scale is a factor for the learning rate of each step.
+    The learning rate of a group is the scheduled learning rate times the lr_scale of the group.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -67,14 +69,14 @@ def adamw_settings(model, settings):
 
 
 def adamw(model, settings):
-    """Return AdamW for all parameters."""
+    """Return an AdamW optimizer for all parameters."""
     import torch
 
     return torch.optim.AdamW(parameter_groups(model, settings.weight_decay), **adamw_settings(model, settings))
 
 
 def muon(model, settings):
-    """Return Muon for the matrices in the blocks, with AdamW for all other parameters."""
+    """Return an optimizer that uses Muon for the matrices in the blocks and AdamW for all other parameters."""
     from .muon import Muon, fused_row_counts
 
     matrices = [p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2]
@@ -98,5 +100,5 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def make_optimizer(model, settings):
-    """Return a torch.optim.Optimizer for a model. settings: the optimizer section of a recipe."""
+    """Return the optimizer for a model. settings: the optimizer section of a recipe."""
     return OPTIMIZERS[settings.algorithm](model, settings)

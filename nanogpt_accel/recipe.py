@@ -1,7 +1,7 @@
-"""Recipes: one YAML file defines a run. Launcher settings are in configs/.
+"""Recipes: one YAML file defines a run. The launcher settings are in configs/.
 
-The section classes define every key with its default, constraints and help text. Defaults are nanoGPT's for GPT-2,
-unless the help text says otherwise. Nothing heavy is imported here, so mistakes in a recipe are reported immediately.
+The section classes define the default, constraints and help text of every key. Most defaults are those of nanoGPT's
+GPT-2. torch and transformers are not imported here, so that mistakes in a recipe are reported immediately.
 """
 
 import json
@@ -48,21 +48,23 @@ class Data(Section):
         "of .bin token files",
     )
     text_column: str = Field("text", description="text column of .jsonl, .csv and .parquet files and of Hub datasets")
-    lines: bool = Field(False, description="read each line of a plain text file as a document; false: each file")
-    dataset_config: TextOrNone = Field(None, description="configuration of hub:USER/SET; none: the default one")
+    lines: bool = Field(False, description="in plain text files, treat each line as a document, not each file")
+    dataset_config: TextOrNone = Field(None, description="configuration of hub:USER/SET, if it is not the default one")
     dataset_split: str = Field(
         "train",
-        description="split of hub:USER/SET to train on; if it also has a validation or test split, it is used as such",
+        description="split of hub:USER/SET to train on; its validation and test splits are used if they exist",
     )
-    revision: TextOrNone = Field(None, description="branch, tag or commit of hub:USER/SET; none: main")
+    revision: TextOrNone = Field(None, description="branch, tag or commit of hub:USER/SET; default: main")
     skip_bad_documents: bool = Field(
-        False, description="skip and count unreadable documents; false: stop with an error"
+        False, description="skip and count unreadable documents, instead of stopping with an error"
     )
     limit_documents: Annotated[IntOrNone, BeforeValidator(_refuse_one)] = Field(
-        None, ge=2, description="use at most this many documents per split; none: all"
+        None, ge=2, description="use at most this many documents per split; default: all"
     )
-    limit_tokens: IntOrNone = Field(None, ge=1, description="stop tokenizing after about this many tokens; none: all")
-    shard_tokens: Int = Field(100_000_000, ge=1000, description="tokens per token file; a larger corpus is split")
+    limit_tokens: IntOrNone = Field(
+        None, ge=1, description="stop tokenizing after about this many tokens; default: all"
+    )
+    shard_tokens: Int = Field(100_000_000, ge=1000, description="maximum number of tokens per token file")
     tokenizer: str = Field(
         "gpt2", description="gpt2, char, bpe (byte-level BPE trained on the corpus), or a folder with a tokenizer.json"
     )
@@ -71,31 +73,29 @@ class Data(Section):
     )
     data_dir: TextOrNone = Field(
         None,
-        description="folder with train.bin and val.bin, as nanoGPT writes them; none: a folder in data/, named after "
+        description="folder with train.bin and val.bin, as nanoGPT writes them; default: a folder in data/ named after "
         "the corpus and the tokenizer",
     )
     val_fraction: Float = Field(
         0.0005,
         gt=0,
         lt=1,
-        description="fraction of the text for validation: full documents, or the end of a corpus with one document",
+        description="validation fraction: full documents, or the end of the text if there is only one document",
     )
     sampling: Literal["shuffle", "random"] = Field(
         "shuffle",
-        description="shuffle: each block once per epoch, in a new order every epoch; random: random crops with "
+        description="shuffle: use each block once per epoch, in a new order every epoch; random: random crops with "
         "replacement, as in nanoGPT",
     )
-    document_mask: bool = Field(
-        False, description="restrict attention to the current document, from its end-of-text token on; slower"
-    )
+    document_mask: bool = Field(False, description="mask attention to earlier documents in the same sequence; slower")
 
 
 class Model(Section):
     init_from: str = Field(
         "scratch",
-        description="scratch; resume (continue the run in out_dir); or weights to start from: a run or checkpoint "
+        description="scratch, resume (continue the run in out_dir), or weights to start from: a run or checkpoint "
         "folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat "
-        "model. Loaded weights define the architecture, except block_size and dropout",
+        "model. If weights are loaded, their architecture replaces these settings, except block_size and dropout",
     )
     n_layer: Int = Field(12, ge=1, le=10_000, description="number of transformer blocks")
     n_head: Int = Field(12, ge=1, le=10_000, description="number of attention heads per block")
@@ -104,46 +104,46 @@ class Model(Section):
         None,
         ge=1,
         le=10_000,
-        description="key-value heads, each shared by n_head / n_kv_head query heads; none: n_head",
+        description="number of key-value heads, each shared by n_head / n_kv_head query heads; default: n_head",
     )
-    head_dim: IntOrNone = Field(None, ge=1, le=100_000, description="size of each head; none: n_embd / n_head")
+    head_dim: IntOrNone = Field(None, ge=1, le=100_000, description="size of each head; default: n_embd / n_head")
     n_inner: IntOrNone = Field(
         None,
         ge=1,
         le=10_000_000,
-        description="hidden size of the MLP; none: 4 * n_embd. With swiglu, 8/3 * n_embd has as many weights",
+        description="MLP hidden size; default: 4 * n_embd. SwiGLU with 8/3 * n_embd has the same number of weights",
     )
     block_size: Int = Field(1024, ge=2, description="context length in tokens")
     dropout: Float = Field(0.0, ge=0, lt=1, description="dropout rate; 0 for pretraining, 0.1 or more for finetuning")
     bias: bool = Field(
-        False, description="use biases in Linear and LayerNorm, as in GPT-2; false: a bit better and faster"
+        False, description="use biases in Linear and LayerNorm, as in GPT-2; a bit better and faster without biases"
     )
     norm: Literal["layernorm", "rmsnorm"] = Field(
         "layernorm", description="layernorm, as in GPT-2, or rmsnorm, as in Llama"
     )
-    norm_weight: bool = Field(True, description="learn a gain in each norm; false: no gain, as in nanochat")
-    norm_eps: Float = Field(1e-5, ge=0, lt=1, description="epsilon that the norms add to the variance")
+    norm_weight: bool = Field(True, description="learn a weight in each norm; nanochat has none")
+    norm_eps: Float = Field(1e-5, ge=0, lt=1, description="epsilon added to the variance in each norm")
     embd_norm: bool = Field(False, description="normalize the embedding before the first block, as in nanochat")
     qk_norm: bool = Field(False, description="apply RMSNorm to the queries and keys of each head, as in Qwen3")
     position: Literal["learned", "rotary"] = Field(
         "learned", description="learned: one embedding per position, as in GPT-2; rotary: RoPE, as in Llama"
     )
-    rope_theta: Float = Field(10_000.0, ge=1, description="base of the rotary frequencies; longer contexts need more")
+    rope_theta: Float = Field(10_000.0, ge=1, description="RoPE base; longer contexts need a larger base")
     activation: Literal["gelu", "gelu_new", "relu2", "swiglu"] = Field(
         "gelu",
         description="gelu: exact GELU, as in nanoGPT; gelu_new: tanh approximation, as in OpenAI's GPT-2; relu2: "
-        "squared ReLU, as in nanochat; swiglu: SwiGLU, as in Llama, with a gate of width n_inner",
+        "squared ReLU, as in nanochat; swiglu: SwiGLU, as in Llama, where gate and values have n_inner dimensions each",
     )
     logit_softcap: FloatOrNone = Field(
-        None, ge=1, description="limit logits to +-this value with tanh, as in nanochat (15); none: no limit"
+        None, ge=1, description="limit the logits to +-logit_softcap with tanh, as in nanochat (15); default: no limit"
     )
     tie_word_embeddings: bool = Field(True, description="share the weights of the token embedding and the output head")
     pad_vocab_to_multiple_of: Int = Field(
-        64, ge=1, description="pad the vocabulary size for faster kernels (50,257 becomes 50,304); 1: no padding"
+        64, ge=1, description="pad the vocabulary size for faster kernels (50,257 becomes 50,304); 1 disables padding"
     )
     initializer_range: Float = Field(0.02, gt=0, description="standard deviation of the initial weights")
     zero_init: bool = Field(
-        False, description="initialize the output projections with zeros, so that each block starts as the identity"
+        False, description="initialize the output projections of blocks with zeros; each block starts as the identity"
     )
 
 
@@ -157,67 +157,68 @@ class Optimizer(Section):
     beta2: Float = Field(0.95, ge=0, lt=1, description="decay rate of AdamW's second moment")
     grad_clip: Float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     muon_learning_rate: Float = Field(
-        0.02, gt=0, description="maximum learning rate of Muon; it follows the same schedule as AdamW's"
+        0.02, gt=0, description="maximum learning rate of Muon, with the same schedule as for AdamW"
     )
     muon_momentum: Float = Field(0.95, ge=0, lt=1, description="momentum of Muon")
     muon_weight_decay: Float = Field(0.0, ge=0, description="weight decay of Muon, for the matrices in the blocks")
     schedule: Literal[tuple(SCHEDULES)] = Field(
         "cosine",
-        description="learning rate after the warm-up. cosine: half a cosine down to min_lr; constant; "
-        "warmup_stable_decay: constant, then linear down to min_lr",
+        description="schedule after the warm-up. cosine: decay to min_lr along half a cosine; constant: no decay; "
+        "warmup_stable_decay: constant at first, then linear decay to min_lr",
     )
-    warmup_iters: Int = Field(2000, ge=0, description="number of linear warm-up steps")
-    lr_decay_iters: IntOrNone = Field(None, ge=1, description="step at which min_lr is reached; none: max_iters")
-    min_lr: FloatOrNone = Field(None, ge=0, description="final learning rate of the schedule; none: learning_rate / 10")
+    warmup_iters: Int = Field(2000, ge=0, description="number of warm-up steps; the learning rate increases linearly")
+    lr_decay_iters: IntOrNone = Field(None, ge=1, description="step at which min_lr is reached; default: max_iters")
+    min_lr: FloatOrNone = Field(None, ge=0, description="final learning rate; default: learning_rate / 10")
     decay_fraction: Float = Field(
-        0.2, gt=0, le=1, description="warmup_stable_decay: last fraction of lr_decay_iters, in which the rate decays"
+        0.2, gt=0, le=1, description="for warmup_stable_decay: fraction of lr_decay_iters that the final decay takes"
     )
 
 
 class Train(Section):
-    batch_size: Int = Field(12, ge=1, description="sequences per micro-batch and process")
+    batch_size: Int = Field(12, ge=1, description="number of sequences per micro-batch")
     gradient_accumulation_steps: Int = Field(
         40,
         ge=1,
-        description="micro-batches per step over ALL processes, so tokens per step do not depend on their number",
+        description="micro-batches per step over ALL processes, so more GPUs do not change the tokens per step",
     )
     max_iters: Int = Field(600_000, ge=0, description="number of optimizer steps")
     eval_interval: Int = Field(2000, ge=1, description="steps between evaluations")
     eval_iters: Literal["all"] | Int = Field(
-        200, description="batches per evaluation, the same ones every time; all: the full validation split"
+        200, description="number of batches per evaluation, the same ones every time; all: the full validation split"
     )
     eval_first: bool = Field(True, description="also evaluate before the first step")
-    eval_train: bool = Field(True, description="also evaluate on the same number of training batches")
+    eval_train: bool = Field(True, description="also evaluate on training data, with the same number of batches")
     eval_only: bool = Field(False, description="evaluate once and exit")
     log_interval: Int = Field(1, ge=1, description="steps between log lines")
     device: Device = Field(
-        "auto", description="auto, cpu, cuda, cuda:N or mps; auto: the launcher's, otherwise the best available"
+        "auto", description="auto, cpu, cuda, cuda:N or mps; auto: the launcher's device, otherwise the best available"
     )
     mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_read_no)] = Field(
         "auto",
         description="auto: the launcher's setting, otherwise bf16 if the hardware supports it natively (Ampere and "
-        "later GPUs, CPUs with AMX), fp16 on other CUDA devices, no elsewhere",
+        "later GPUs, CPUs with AMX), fp16 on other CUDA devices, and no mixed precision elsewhere",
     )
     compile: Annotated[Literal["auto", "regional"] | bool, BeforeValidator(_read_bool)] = Field(
-        "auto", description="use torch.compile; auto: on CUDA, but not on Windows; regional: compile one block for all"
+        "auto",
+        description="use torch.compile; auto: on CUDA except on Windows; regional: compile one block and reuse it",
     )
     activation_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, about a third more time"
+        False, description="recompute activations in the backward pass: saves memory, takes about a third more time"
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
-        description="what to do when the loss or the gradient norm is NaN or Inf: stop the run, or skip the step; skip "
-        "checks every step, which costs a little speed",
+        description="what to do when the loss or the gradient norm is NaN or Inf. stop: end the run with an error; "
+        "skip: skip the step, which requires a check in every step and is slightly slower",
     )
-    max_skips: Int = Field(10, ge=0, description="on_nonfinite=skip: stop after more than this many skips in a row")
+    max_skips: Int = Field(10, ge=0, description="stop if on_nonfinite=skip skips more than this many steps in a row")
     max_hours: FloatOrNone = Field(
-        None, gt=0, description="save a checkpoint and stop after this many hours; none: never"
+        None, gt=0, description="save a checkpoint and stop after this many hours; default: no limit"
     )
-    collective_timeout: Float = Field(600.0, ge=1, description="seconds to wait for other processes before failing")
-    sample_tokens: Int = Field(0, ge=0, description="length in tokens of the sample printed at the end; 0: no sample")
+    collective_timeout: Float = Field(600.0, ge=1, description="timeout of collective operations in seconds")
+    sample_tokens: Int = Field(0, ge=0, description="tokens per sample; a sample is printed at the end; 0: no samples")
     sample_prompt: str = Field("\n", description="prompt of the samples")
     sample_interval: IntOrNone = Field(
-        None, ge=1, description="steps between samples for samples.jsonl during training; none: only one at the end"
+        None, ge=1, description="steps between the samples written to samples.jsonl; default: one sample, at the end"
     )
 
 
@@ -225,55 +226,55 @@ class Checkpoint(Section):
     save_interval: IntOrNone = Field(
         None,
         ge=1,
-        description="steps between checkpoints; none: eval_interval. The best and the last one are always saved",
+        description="steps between checkpoints; default: eval_interval. Best and last checkpoints are always saved",
     )
-    keep_last: Int = Field(2, ge=1, description="number of latest checkpoints to keep, in addition to the best one")
-    async_save: bool = Field(False, description="write checkpoints in the background; training only waits for a copy")
+    keep_last: Int = Field(2, ge=1, description="number of recent checkpoints to keep, in addition to the best one")
+    async_save: bool = Field(False, description="write checkpoints in the background, after copying the state")
     resume: Annotated[Literal["no", "auto"], BeforeValidator(_read_no)] = Field(
-        "no", description="auto: continue from the latest valid checkpoint in out_dir, if any; for requeued jobs"
+        "no", description="auto: continue from the latest valid checkpoint in out_dir, if any (for requeued jobs)"
     )
 
 
 class Tracking(Section):
     trackers: Words = Field([], description="experiment trackers of Accelerate, such as wandb or tensorboard")
-    project: str = Field("nanogpt_accel", description="project name in the trackers")
-    run_name: TextOrNone = Field(None, description="run name in wandb; none: the name of out_dir")
+    project: str = Field("nanogpt_accel", description="name of the project in the trackers")
+    run_name: TextOrNone = Field(None, description="name of the run in wandb; default: the name of out_dir")
     quiet: bool = Field(False, description="print only warnings and the final results")
 
 
 class Hub(Section):
     push_to_hub: bool = Field(False, description="push every checkpoint to the Hugging Face Hub during training")
     hub_model_id: TextOrNone = Field(
-        None, description="USER/NAME of the repository; none: the name of out_dir, for the token's user"
+        None, description="repository, USER/NAME; default: the name of out_dir, in the account of the token"
     )
-    hub_private: bool = Field(False, description="make a new repository private")
-    hub_branch: TextOrNone = Field(None, description="branch to push to; none: main")
+    hub_private: bool = Field(False, description="if the repository is created, make it private")
+    hub_branch: TextOrNone = Field(None, description="branch to push to; default: main")
 
 
 class Expect(Section):
-    """Expected result, which the run is compared with at its end. It can only be set in a recipe file."""
+    """The expected result, compared with the actual result at the end of a run. It can only be set in a recipe file."""
 
     val_loss: FloatOrNone = Field(
-        None, gt=0, description="validation loss in nats per token, as the run measures it; none: unknown"
+        None, gt=0, description="expected validation loss in nats per token, measured as in the run; default: unknown"
     )
     tolerance: FloatOrNone = Field(
-        None, gt=0, description="largest difference that counts as reproduced; none: only print both losses"
+        None, gt=0, description="largest difference that counts as reproduced; default: only print the two losses"
     )
-    evaluation: Literal["last", "best"] = Field("last", description="compare the last or the best evaluation")
-    steps: IntOrNone = Field(None, ge=0, description="number of steps that val_loss is for; none: max_iters")
-    hardware: str = Field("", description="hardware of the measurement")
-    time: str = Field("", description="duration on that hardware")
-    source: str = Field("", description="who measured or published it")
+    evaluation: Literal["last", "best"] = Field("last", description="evaluation to compare: the last or the best")
+    steps: IntOrNone = Field(None, ge=0, description="step at which val_loss was measured; default: max_iters")
+    hardware: str = Field("", description="hardware on which val_loss was measured")
+    time: str = Field("", description="duration of the run on that hardware")
+    source: str = Field("", description="who measured or published val_loss")
     changed: list[str] = Field(
-        [], description="set by train: keys changed on the command line, so that val_loss does not apply"
+        [], description="set automatically: keys changed on the command line, because of which val_loss does not apply"
     )
 
 
 class Recipe(Section):
-    """A complete run. Leaf names are unique over all sections, so `n_layer=6` and `model.n_layer=6` both work."""
+    """A complete run. Key names are unique across sections, so `n_layer=6` and `model.n_layer=6` both work."""
 
-    seed: Int = Field(1337, ge=0, lt=2**63, description="random seed of the batches, the initial weights and dropout")
-    out_dir: str = Field("", description="run folder; empty: runs/ plus the name of the recipe")
+    seed: Int = Field(1337, ge=0, lt=2**63, description="random seed for the batches, the initial weights and dropout")
+    out_dir: str = Field("", description="run folder; default: runs/ plus the name of the recipe")
     overwrite: bool = Field(False, description="replace an existing run in out_dir")
     data: Data = Data()
     model: Model = Model()
@@ -286,7 +287,7 @@ class Recipe(Section):
 
     @property
     def shape(self):
-        """The architecture: the model settings that GPTConfig takes and a run never changes, with None resolved."""
+        """The settings of GPTConfig that define the architecture, with defaults filled in for None."""
         model = self.model
         others = {"init_from", "dropout", "pad_vocab_to_multiple_of", "initializer_range", "zero_init"}
         return model.model_dump(exclude=others) | {
@@ -309,7 +310,7 @@ class Recipe(Section):
 
     @property
     def lr_schedule(self):
-        """Keyword arguments of optim.learning_rate, with None resolved."""
+        """Keyword arguments for optim.learning_rate, with defaults filled in for None."""
         settings = self.optimizer.model_dump(include={"schedule", "learning_rate", "warmup_iters", "decay_fraction"})
         return settings | {"lr_decay_iters": self.lr_decay_iters, "min_lr": self.min_lr}
 
@@ -319,25 +320,25 @@ class Recipe(Section):
         return -(-vocab_size // multiple) * multiple
 
     def should_evaluate(self, step):
-        """Return whether to evaluate before a step."""
+        """Return whether to evaluate the model before this training step."""
         return step % self.train.eval_interval == 0 and (step > 0 or self.train.eval_first)
 
     def should_save(self, step):
-        """Return whether to save a checkpoint before a step, regardless of its validation loss."""
+        """Return whether to save a checkpoint before this training step, regardless of the validation loss."""
         return step > 0 and step % self.save_interval == 0
 
     def should_sample(self, step):
-        """Return whether to generate a sample before a step."""
+        """Return whether to generate a sample before this training step."""
         return step > 0 and self.train.sample_interval is not None and step % self.train.sample_interval == 0
 
     def should_log(self, step):
-        """Return whether to log a step. Always log the last step before an evaluation or a checkpoint, because logging
-        detects a diverged model, which must not be saved."""
+        """Return whether to log this step. The last step before an evaluation or a checkpoint is always logged, because
+        logging also detects a diverged model, which must not be saved."""
         is_before_save = (step + 1) % self.train.eval_interval == 0 or (step + 1) % self.save_interval == 0
         return step % self.train.log_interval == 0 or is_before_save or step + 1 == self.train.max_iters
 
     def replace(self, **values):
-        """Return a copy with other values, by leaf key: recipe.replace(batch_size=6, compile=False)."""
+        """Return a copy with some settings changed, without naming sections: recipe.replace(batch_size=6)."""
         changes = {}
         for key, value in values.items():
             changes.setdefault(SECTION_OF[key], {})[key] = value
@@ -347,7 +348,7 @@ class Recipe(Section):
         )
 
     def flat(self):
-        """Return all settings except `expect` as one flat dictionary of plain values, which every tracker accepts."""
+        """Return all settings except `expect` as a flat dictionary, with types that every tracker accepts."""
         values = {}
         for key, section in SECTION_OF.items():
             if section != "expect":
@@ -356,9 +357,9 @@ class Recipe(Section):
         return values
 
     def to_yaml(self, brief=False):
-        """Return the YAML text that load_recipe reads back to an equal recipe.
+        """Return the recipe as YAML; load_recipe returns an equal recipe for this text.
 
-        brief: for publishing; without defaults, expected results and local folders.
+        brief: leave out default values, expected results and local folders, for publication.
         """
         if not brief:
             return yaml.safe_dump(self.model_dump(), sort_keys=False)
@@ -374,39 +375,39 @@ SECTIONS = {
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }
 SETTINGS = {name: section for name, section in SECTIONS.items() if name != "expect"}  # allowed on the command line
-# leaf key -> its section, "" for top-level keys
+# key -> its section, or "" for top-level keys
 SECTION_OF = {key: "" for key in Recipe.model_fields if key not in SECTIONS}
 SECTION_OF |= {key: name for name, section in SECTIONS.items() for key in section.model_fields}
 FIELDS = {key: (SECTIONS[name] if name else Recipe).model_fields[key] for key, name in SECTION_OF.items()}
 FIELDS |= {f"{name}.{key}": FIELDS[key] for key, name in SECTION_OF.items() if name}
 
-# settings that an expected loss depends on; not the seed, because the tolerance covers it
+# the settings that affect the expected loss, except the seed, because the tolerance covers its effect
 LOSS_SECTIONS = ("data", "model", "optimizer")
 LOSS_TRAIN_KEYS = ("batch_size", "gradient_accumulation_steps", "max_iters")
 LOSS_TRAIN_KEYS += ("eval_interval", "eval_iters", "eval_first", "eval_only")
 
-# nanoGPT's keys that have another name here -> what to use instead
+# nanoGPT's name of a setting -> what to use here instead
 NANOGPT_KEYS = {
     "dataset": "corpus=NAME, or data_dir=FOLDER for a folder with .bin files",
-    "dtype": "mixed_precision=bf16, fp16 or no",
+    "dtype": "mixed_precision=bf16, mixed_precision=fp16 or mixed_precision=no",
     "decay_lr": "schedule=constant warmup_iters=0 to disable the decay",
     "wandb_log": "trackers=wandb",
     "wandb_project": "project=NAME",
     "wandb_run_name": "run_name=NAME",
     "always_save_checkpoint": "save_interval and keep_last; the best and the last checkpoint are always saved",
-    "backend": "`accelerate config`, because the launcher chooses the backend",
+    "backend": "`accelerate config`, because the launcher sets the backend",
 }
 
 
 def _conflicts(recipe):
-    """Yield (keys, problem) for values that are valid on their own, but not together."""
+    """Yield (keys, problem) for values that are valid individually, but not in combination."""
     model, optimizer, train, head_dim = recipe.model, recipe.optimizer, recipe.train, recipe.shape["head_dim"]
     if model.n_embd % model.n_head and not model.head_dim:
         multiple = -(-model.n_embd // model.n_head) * model.n_head
         yield (
             {"n_embd", "n_head", "head_dim"},
             f"model.n_embd={model.n_embd} is not divisible by model.n_head={model.n_head}; "
-            f"set n_embd={multiple}, or change n_head",
+            f"set n_embd={multiple} or change n_head",
         )
     if model.n_head % (model.n_kv_head or 1):
         divisors = " or ".join(str(n) for n in range(1, model.n_head + 1) if model.n_head % n == 0)
@@ -424,14 +425,14 @@ def _conflicts(recipe):
     if train.sample_interval and not train.sample_tokens:
         yield (
             {"sample_interval", "sample_tokens"},
-            f"train.sample_interval={train.sample_interval} needs a sample length; set sample_tokens=200, for example",
+            f"train.sample_interval={train.sample_interval} requires sample_tokens; set sample_tokens=200, for example",
         )
     if train.eval_iters != "all" and train.eval_iters < 1:
-        yield {"eval_iters"}, f"train.eval_iters={train.eval_iters}: must be 1 or more, or all"
+        yield {"eval_iters"}, f"train.eval_iters={train.eval_iters}: must be at least 1, or all"
     if recipe.min_lr > optimizer.learning_rate:
         yield (
             {"min_lr", "learning_rate"},
-            f"optimizer.min_lr={recipe.min_lr} is above optimizer.learning_rate={optimizer.learning_rate}; "
+            f"optimizer.min_lr={recipe.min_lr} is greater than optimizer.learning_rate={optimizer.learning_rate}; "
             "lower min_lr or raise learning_rate",
         )
     schedule_keys = {"warmup_iters", "lr_decay_iters", "max_iters", "schedule"}
@@ -439,15 +440,15 @@ def _conflicts(recipe):
     if optimizer.schedule == "cosine" and warmup_iters > lr_decay_iters:
         yield (
             schedule_keys,
-            f"optimizer.warmup_iters={warmup_iters} is above lr_decay_iters={lr_decay_iters}; "
+            f"optimizer.warmup_iters={warmup_iters} is greater than lr_decay_iters={lr_decay_iters}; "
             f"lower warmup_iters, for example to {lr_decay_iters // 20}",
         )
     decay_start = lr_decay_iters * (1 - optimizer.decay_fraction) + 1e-6
     if optimizer.schedule == "warmup_stable_decay" and warmup_iters > decay_start:
         yield (
             schedule_keys | {"decay_fraction"},
-            f"optimizer.warmup_iters={warmup_iters} overlaps with the decay, which takes the last decay_fraction="
-            f"{optimizer.decay_fraction} of lr_decay_iters={lr_decay_iters}; "
+            f"optimizer.warmup_iters={warmup_iters} overlaps with the decay, which starts at step "
+            f"{math.floor(decay_start)} (decay_fraction={optimizer.decay_fraction}, lr_decay_iters={lr_decay_iters}); "
             f"set warmup_iters to {math.floor(decay_start)} or less",
         )
 
@@ -456,28 +457,28 @@ def load_recipe(path, overrides=None, check=None):
     """Read a recipe file, apply overrides, and report all problems together.
 
     Args:
-        path: a YAML file, or a run folder, whose run.yaml is read. None: only defaults.
-        overrides: {key: value or text} with leaf keys or section.leaf keys. They win over the file.
-        check: function recipe -> list of additional problems. Its recipe has the defaults in place of invalid values.
+        path: a YAML file, or a run folder with a run.yaml. None: use only defaults.
+        overrides: {key: value or text}, which replace values of the file. Keys may include the section or not.
+        check: function recipe -> list of additional problems. Invalid values are replaced by defaults in this recipe.
 
     Returns:
-        The frozen Recipe. The default of out_dir is runs/ plus the name of the file.
+        The Recipe, which is immutable. If out_dir is not set, it is runs/ plus the name of the file.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: one line per problem.
+        ValueError: there are problems; the message has one line per problem.
     """
     path = Path(path) if path else None
     if path and (path / "run.yaml").is_file():
         path = path / "run.yaml"
-    values = {name: {} for name in ("", *SECTIONS)}  # section -> {leaf: value}
+    values = {name: {} for name in ("", *SECTIONS)}  # section -> {key: value}
     problems = []
 
     # 1) the file
     for key, value in (_read_yaml(path) if path else {}).items():
         section, leaves = (key, {} if value is None else value) if key in SECTIONS else ("", {key: value})
         if not isinstance(leaves, dict):
-            problems.append(f"{path}: {key}={value}: a section must contain keys, one per line and indented")
+            problems.append(f"{path}: {key}={value}: write the keys of this section on separate, indented lines")
             continue
         for leaf, leaf_value in leaves.items():
             if SECTION_OF.get(leaf) == section:
@@ -493,12 +494,12 @@ def load_recipe(path, overrides=None, check=None):
         if home is None or (dot and section != home):
             problems.append(_unknown(key))
         elif home == "expect":
-            hint = " (for the number of steps, use max_iters)" * (leaf == "steps")
+            hint = "; for the number of training steps, use max_iters" * (leaf == "steps")
             problems.append(f"{key}: expected results can only be set in a recipe file, not on the command line{hint}")
         else:
             values[home][leaf] = value
 
-    # 3) values on their own, then values of several keys
+    # 3) validate each value, then combinations of values
     sections, invalid = {}, set()
     for name, section in {**SECTIONS, "": Recipe}.items():
         sections[name], section_problems, section_invalid = validate(section, values[name], f"{name}." if name else "")
@@ -518,7 +519,7 @@ def load_recipe(path, overrides=None, check=None):
 
 
 def _changed_keys(file_values, recipe):
-    """Yield the keys that an expected loss depends on and whose values differ from the file's."""
+    """Yield the keys that affect the expected loss and whose values differ from those in the file."""
     for name in (*LOSS_SECTIONS, "train"):
         before, after = validate(SECTIONS[name], file_values[name])[0], getattr(recipe, name)
         for key in LOSS_TRAIN_KEYS if name == "train" else SECTIONS[name].model_fields:
@@ -528,12 +529,12 @@ def _changed_keys(file_values, recipe):
 
 
 def _misplaced(section, leaf):
-    """Return the message for a key that is not in this section of a file."""
+    """Return the error message for a key that does not belong to the section that it is in."""
     key = f"{section}.{leaf}" if section else leaf
     if leaf not in SECTION_OF:
         return _unknown(key)
     home = SECTION_OF[leaf]
-    return f"{key} is misplaced; move {leaf} to " + (f"the section {home}" if home else "the top level")
+    return f"{key} is in the wrong place; move {leaf} to " + (f"the section {home}" if home else "the top level")
 
 
 def _unknown(key):
@@ -544,24 +545,24 @@ def _unknown(key):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a duplicate key is an error instead of silently replacing the first one."""
+    """PyYAML's safe loader, but with an error for duplicate keys, of which PyYAML silently uses the last one."""
 
     def construct_mapping(self, node, deep=False):
         keys = set()
         for key, _ in node.value:
             problem = None
             if not isinstance(key, yaml.ScalarNode):
-                problem = "a key must be text"
+                problem = "a key must be a string"
             elif key.value in keys:
                 problem = f"duplicate key {key.value}"
             if problem:
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             keys.add(key.value)
-        return super().construct_mapping(node, deep=True)  # refuses an alias of itself
+        return super().construct_mapping(node, deep=True)  # an error for a mapping that contains itself
 
 
 def _read_yaml(path):
-    """Return the file's top-level mapping."""
+    """Return the top-level mapping of a YAML file."""
     if not path.is_file():
         names = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = nearest(path.stem, names).replace("?", ".yaml?") or (f"; available: {', '.join(names)}" if names else "")
@@ -569,15 +570,15 @@ def _read_yaml(path):
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file (byte {error.start})") from None
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # from PyYAML for 2024-99-99 or !!int x
-        raise ValueError(f"{path}: not YAML: cannot read a value ({error})") from None
+        raise ValueError(f"{path}: not a UTF-8 text file (invalid byte at position {error.start})") from None
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # raised for !!int x or 2024-99-99
+        raise ValueError(f"{path}: invalid YAML: cannot read a value ({error})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{path}: not YAML: {line}{getattr(error, 'problem', None) or error}") from None
+        raise ValueError(f"{path}: invalid YAML: {line}{getattr(error, 'problem', None) or error}") from None
     if values is None and path.name == "run.yaml":
-        raise ValueError(f"{path}: the file is empty; start the run again from its recipe with overwrite=true")
+        raise ValueError(f"{path}: the file is empty; restart the run from its recipe with overwrite=true")
     if not isinstance(values, dict | None):
         raise ValueError(f"{path}: a recipe must contain sections with keys, but this is a {type(values).__name__}")
     values = values or {}
@@ -590,12 +591,12 @@ def _read_yaml(path):
 
 
 def schema():
-    """Return the JSON schema of recipe files, with which editors complete and check them.
+    """Return the JSON schema of recipe files, which editors use for completion and validation.
 
-    recipes/recipe.schema.json contains it: python -m nanogpt_accel.recipe > recipes/recipe.schema.json
+    To update the file: python -m nanogpt_accel.recipe > recipes/recipe.schema.json
     """
     definition = Recipe.model_json_schema()
-    # `trackers: wandb` is allowed, too
+    # a single tracker may be written without a list: `trackers: wandb`
     definition["$defs"]["Tracking"]["properties"]["trackers"]["type"] = ["array", "string", "null"]
     return json.dumps(definition, indent=1) + "\n"
 

@@ -506,7 +506,7 @@ def test_yaml_lists_numbers_and_empty_values():
         ("sampling", "shufle", "data.sampling=shufle: must be 'shuffle' or 'random'"),
         ("device", "gpu", "train.device=gpu"),
         ("device", "cuda:x", "train.device=cuda:x"),
-        ("eval_iters", "0", "train.eval_iters=0: must be 1 or more, or all"),
+        ("eval_iters", "0", "train.eval_iters=0: must be at least 1, or all"),
         ("eval_iters", "some", "train.eval_iters=some: must be 'all'"),
         ("compile", "maybe", "train.compile=maybe: must be 'auto'"),
         ("seed", "-1", "seed=-1: must be greater than or equal to 0"),
@@ -552,18 +552,18 @@ def test_unknown_keys_on_the_command_line_are_refused(key, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("n_layer: 6", "mine.yaml: n_layer is misplaced; move n_layer to the section model"),
+        ("n_layer: 6", "mine.yaml: n_layer is in the wrong place; move n_layer to the section model"),
         (
             "model:\n  learning_rate: 1",
-            "mine.yaml: model.learning_rate is misplaced; move learning_rate to the section optimizer",
+            "mine.yaml: model.learning_rate is in the wrong place; move learning_rate to the section optimizer",
         ),
-        ("model:\n  seed: 1", "mine.yaml: model.seed is misplaced; move seed to the top level"),
+        ("model:\n  seed: 1", "mine.yaml: model.seed is in the wrong place; move seed to the top level"),
         ("model:\n  n_layr: 6", "mine.yaml: unknown key model.n_layr (did you mean n_layer?)"),
         ("modle:\n  n_layer: 6", "mine.yaml: unknown key modle"),
         ("zzz: 1", "mine.yaml: unknown key zzz"),
-        ("model: 6", "mine.yaml: model=6: a section must contain keys"),
-        ("model: [n_layer]", "a section must contain keys"),
-        ("model: []", "a section must contain keys"),
+        ("model: 6", "mine.yaml: model=6: write the keys of this section"),
+        ("model: [n_layer]", "write the keys of this section"),
+        ("model: []", "write the keys of this section"),
         (
             "train:\n  dtype: bfloat16",
             "mine.yaml: unknown key train.dtype; instead of nanoGPT's dtype, use mixed_precision",
@@ -622,14 +622,15 @@ def test_checks_across_sections():
     assert "set n_embd=108" in problems(n_embd="100")[0]
     assert load(n_embd="108").model.n_embd == 108  # the suggested value is valid
     (line,) = problems(min_lr="0.1", learning_rate="0.01")
-    assert "optimizer.min_lr=0.1 is above optimizer.learning_rate=0.01; lower min_lr or raise learning_rate" in line
+    assert "optimizer.min_lr=0.1 is greater than optimizer.learning_rate=0.01; " in line
+    assert line.endswith("lower min_lr or raise learning_rate")
     (line,) = problems(warmup_iters="500", max_iters="100")
-    assert "warmup_iters=500 is above lr_decay_iters=100" in line and line.endswith("for example to 5")
+    assert "warmup_iters=500 is greater than lr_decay_iters=100" in line and line.endswith("for example to 5")
     load(warmup_iters="500", max_iters="100", schedule="constant")
     load(warmup_iters="5", max_iters="100")
     trapezoid = {"schedule": "warmup_stable_decay", "max_iters": "100", "decay_fraction": "0.9"}
     (line,) = problems(warmup_iters="11", **trapezoid)
-    assert "warmup_iters=11 overlaps" in line and "decay_fraction=0.9 of lr_decay_iters=100" in line
+    assert "warmup_iters=11 overlaps" in line and "(decay_fraction=0.9, lr_decay_iters=100)" in line
     assert "set warmup_iters to 10 or less" in line
     load(warmup_iters="10", **trapezoid)
     assert len(problems(n_embd="100", min_lr="1", warmup_iters="1e9")) == 3
@@ -649,10 +650,10 @@ def test_check_of_a_command_gets_the_recipe():
     [
         ("seed: 1\nseed: 2\n", ["line 2", "duplicate key seed"]),
         ("model:\n  n_layer: 1\n  bias: no\n  n_layer: 2\n", ["line 4", "duplicate key n_layer"]),
-        ("model:\n  bias: [1\n", ["not YAML", "line 3"]),
-        ("model:\n\tn_layer: 6\n", ["not YAML", "line 2", r"'\t'"]),
-        ("seed: 1\nx: !!python/object/apply:os.mkdir ['hacked']\n", ["not YAML", "line 2"]),
-        ("seed: {[a, b]: 1}\n", ["not YAML", "line 1"]),
+        ("model:\n  bias: [1\n", ["invalid YAML", "line 3"]),
+        ("model:\n\tn_layer: 6\n", ["invalid YAML", "line 2", r"'\t'"]),
+        ("seed: 1\nx: !!python/object/apply:os.mkdir ['hacked']\n", ["invalid YAML", "line 2"]),
+        ("seed: {[a, b]: 1}\n", ["invalid YAML", "line 1"]),
         ("- a\n- b\n", ["a recipe must contain sections with keys, but this is a list"]),
         ("just text", ["this is a str"]),
     ],
@@ -665,7 +666,7 @@ def test_files_that_are_not_recipes_are_refused(refused, text, words):
 
 def test_binary_file_is_refused(refused):
     Path("mine.yaml").write_bytes(b"seed: \xff")
-    with refused(ValueError, "mine.yaml: not a UTF-8 text file (byte 6)"):
+    with refused(ValueError, "mine.yaml: not a UTF-8 text file (invalid byte at position 6)"):
         load_recipe("mine.yaml")
 
 

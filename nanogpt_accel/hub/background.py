@@ -1,4 +1,4 @@
-"""Push checkpoints to the Hub while the run continues."""
+"""Push checkpoints to the Hub in the background."""
 
 import os
 import shutil
@@ -10,27 +10,27 @@ from ..utils.files import write_atomically
 from .card import adapt_usage
 from .transfer import create, upload
 
-PUSH_TIMEOUT_S = 1800  # how long the end of a run waits for a push
+PUSH_TIMEOUT_S = 1800  # maximum time to wait for a push at the end of a run
 
 
 class BackgroundPush:
-    """Push checkpoints in a thread, one at a time. If several are waiting, only the latest is pushed.
+    """Push checkpoints in a thread, one at a time. If several checkpoints are waiting, only the latest is pushed.
 
-    The files of a checkpoint are hard-linked first, so that it may be pruned before it is pushed. After a failed push,
-    the next checkpoint tries again; there is one warning until a push succeeds.
+    The files of a checkpoint are hard-linked first, so that the checkpoint can be pruned before the push. If a push
+    fails, it is retried with the next checkpoint. Repeated failures cause only one warning.
     """
 
     def __init__(self, repo, folder, warn, private=False, branch=None):
-        """repo: the repository, created if missing. folder: the run folder. warn: called with one line per warning."""
+        """repo: repository, created if it does not exist. folder: run folder. warn: function that prints a line."""
         self.repo, self.private, self.branch, self.warn = repo, private, branch, warn
-        self.pushed = None  # the last pushed checkpoint
+        self.pushed = None  # last checkpoint that was pushed
         self._folder, self._has_warned = Path(folder), False
         self._lock = threading.Lock()
         self._waiting = None  # (folder of links, checkpoint, message)
         self._worker = None
 
     def push(self, checkpoint, message):
-        """Push a checkpoint folder after the current push, and return immediately."""
+        """Schedule the push of a checkpoint folder, and return immediately."""
         links = self._folder / f".push-{Path(checkpoint).name}-{time.monotonic_ns()}"
         try:
             links.mkdir()
@@ -50,7 +50,7 @@ class BackgroundPush:
                 self._worker.start()
 
     def wait(self):
-        """Wait for all pushes, but at most PUSH_TIMEOUT_S, in case the Hub does not answer."""
+        """Wait for all pushes, but no longer than PUSH_TIMEOUT_S, in case the Hub does not respond."""
         if (worker := self._worker) is not None:
             worker.join(PUSH_TIMEOUT_S)
 
@@ -63,7 +63,7 @@ class BackgroundPush:
                 (links, checkpoint, message), self._waiting = self._waiting, None
             try:
                 self.repo = create(self.repo, self.private, self.branch)
-                if (readme := links / "README.md").is_file():  # replaced, because it is a link to the checkpoint's
+                if (readme := links / "README.md").is_file():  # a link, so write a new file instead of changing it
                     card = readme.read_text(encoding="utf-8", errors="replace")
                     write_atomically(readme, adapt_usage(card, True, self.repo, self.branch))
                 upload(links, self.repo, message, self.branch)
@@ -76,7 +76,9 @@ class BackgroundPush:
     def _report_failure(self, message, error):
         if not self._has_warned:
             self._has_warned = True
-            self.warn(f"warning: not pushed to the Hub: {message}: {error}. The next checkpoint tries again")
+            self.warn(
+                f"warning: not pushed to the Hub: {message}: {error}. The push is retried with the next checkpoint"
+            )
 
 
 def _link(file, target):

@@ -1,4 +1,4 @@
-"""Write model cards: the README.md of a checkpoint, of an exported model and of a repository on the Hub."""
+"""Write model cards: the README.md of checkpoints, exported models and repositories on the Hub."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import __version__
 from .transfer import is_model_id
 
-# built-in corpus -> metadata in the terms of the Hub, whose list of licenses does not contain Python's
+# built-in corpus -> metadata of the Hub; its list of licenses does not include Python's
 CORPUS_METADATA = {
     "python": {"language": "code", "license": "other", "license_name": "psf-2.0"},
     "shakespeare": {"language": "en"},  # in the public domain
@@ -27,7 +27,7 @@ def checkpoint_card(recipe, data, trainer, num_parameters):
     """Return the text of a checkpoint's README.md. trainer: the content of its trainer.json."""
     tokenizer, init_from, block_size = data.tokenizer, recipe.model.init_from, recipe.model.block_size
     corpus, steps = data.manifest["corpus"], f"after {trainer['step']:,} steps"
-    loss = trainer["val_loss"] if trainer["evaluated"] else None  # else it is the loss of an earlier step
+    loss = trainer["val_loss"] if trainer["evaluated"] else None  # otherwise, it is the loss of an earlier step
     is_hub_id = init_from not in ("scratch", "resume") and not Path(init_from).exists() and is_model_id(init_from)
     base_model = init_from.partition("@")[0] if is_hub_id else None
     start = f", starting from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
@@ -48,7 +48,7 @@ def checkpoint_card(recipe, data, trainer, num_parameters):
     sections = {
         "Training data": f"{corpus_name}: {len(data.train):,} tokens for training, {len(data.val):,} for validation.",
         "Evaluation": evaluation,
-        "Training recipe": f"Settings with default values are left out.\n\n```yaml\n{recipe.to_yaml(brief=True)}```",
+        "Training recipe": f"Settings with default values are omitted.\n\n```yaml\n{recipe.to_yaml(brief=True)}```",
         "Framework versions": "\n".join(f"- {name} {version}" for name, version in versions.items()),
     }
     name, more = Path(recipe.out_dir).resolve().name, {"base_model": base_model, "sections": sections}
@@ -62,18 +62,18 @@ def model_card(
 
     Args:
         name: the title. text: the first paragraph, in Markdown.
-        tokenizer, block_size: of the model, for a prompt and a length that it supports.
-        needs_code: whether the model needs the model.py in its folder.
-        corpus: the training corpus, as in a manifest: {"kind", "name", "id", "config"}, each of which may be missing.
-        val_loss: on the validation split of the corpus, in nats per token; not written if it is None, NaN or Inf.
-        base_model: Hub id of the model that the training started from.
-        sections: {title: Markdown}, to follow the code.
+        tokenizer, block_size: tokenizer and context length of the model, for the prompt and length in the code.
+        needs_code: whether loading the model requires the model.py in its folder.
+        corpus: the training corpus, with the manifest's keys "kind", "name", "id" and "config"; all are optional.
+        val_loss: validation loss on the corpus in nats per token; omitted if it is None, NaN or Inf.
+        base_model: Hub id of the model that training started from.
+        sections: {title: Markdown} of sections after the code.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
     corpus, metadata = corpus or {}, {}
     corpus_name = corpus.get("name") or "unknown"
-    if corpus.get("kind") in ("hub", "url", "python"):  # a local file may have the name of a built-in corpus
+    if corpus.get("kind") in ("hub", "url", "python"):  # a local file may have the same name as a built-in corpus
         metadata |= CORPUS_METADATA.get(corpus_name, {})
     if val_loss is not None and math.isfinite(val_loss):
         result = EvalResult(
@@ -98,7 +98,7 @@ def model_card(
 def _usage_code(tokenizer, block_size, needs_code):
     """Return Python code that loads a model from the current folder and generates text."""
     prompt = "The"
-    if tokenizer.kind == "char":  # characters without a token are an error
+    if tokenizer.kind == "char":  # characters outside the vocabulary are an error
         characters = tokenizer.vocab.keys() - {tokenizer.eot}
         prompt = "".join(c for c in prompt if c in characters) or min(characters, default="")
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,16 +119,16 @@ tokenizer = AutoTokenizer.from_pretrained(path{revision})"""
 
 
 def adapt_usage(card, needs_code, repo=None, branch=None):
-    """Return a card whose code loads the model from the Hub repository, or from the current folder if repo is None."""
+    """Change the code in a card to load the model from a Hub repository, or from the current folder if repo is None."""
     return _LOADING_CODE.sub(lambda match: _loading_code(needs_code, repo, branch), card, count=1)
 
 
 def converted_card(source, name, tokenizer, block_size, *, needs_code, repo=None, branch=None):
-    """Return the card of a converted model. Only the code changes in a card that this toolkit wrote; any other card is
-    replaced by a short one with the title `name`. repo, branch: see adapt_usage."""
+    """Return the card of a converted model. Only the code is changed in a card that nanogpt_accel wrote. Any other
+    card is replaced with a short card, with the title `name`. repo, branch: see adapt_usage."""
     readme = Path(source) / "README.md"
     card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    if "nanogpt_accel" not in card.split("\n---", 1)[0]:  # not in the tags
+    if "nanogpt_accel" not in card.split("\n---", 1)[0]:  # nanogpt_accel is not in the tags
         text = "A language model, converted from another format by nanogpt_accel."
         card = model_card(name, text, tokenizer, block_size, needs_code=needs_code)
     return adapt_usage(card, needs_code, repo, branch)

@@ -1,4 +1,4 @@
-"""Download from and upload to the Hugging Face Hub."""
+"""Download models from the Hugging Face Hub, and upload them."""
 
 import re
 import sys
@@ -12,18 +12,18 @@ from ..utils.text import first_line
 
 _LOGIN = "run `hf auth login` or set HF_TOKEN"
 _MODEL_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
-REPORT_AFTER_S = 2  # shorter transfers are not reported
-# the files of a model that this toolkit reads, without weights for other frameworks
+REPORT_AFTER_S = 2  # faster transfers are not reported
+# the files of a model that nanogpt_accel reads, excluding weights for other frameworks
 _ALLOW_PATTERNS = ["*.json", "*.safetensors", "model.py", "merges.txt", "README.md"]
 
 
 def is_model_id(text):
-    """Return whether a text has the form NAME, USER/NAME or USER/NAME@REVISION of a Hub model."""
+    """Return whether a text looks like the id of a Hub model: NAME, USER/NAME or USER/NAME@REVISION."""
     return _MODEL_ID.fullmatch(str(text)) is not None
 
 
 def download(model_id, report=print, bars=True):
-    """Return a local folder with the files of a Hub model, which is in huggingface_hub's cache.
+    """Download a Hub model to huggingface_hub's cache, and return its folder there.
 
     Args:
         report: called with one line if the download is slow.
@@ -35,21 +35,21 @@ def download(model_id, report=print, bars=True):
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # its warnings repeat the errors raised below
+    logging.set_verbosity_error()  # no warnings, because they repeat the errors raised below
     match = _MODEL_ID.fullmatch(model_id)
     fetch = {"repo_id": match["repo"], "revision": match["revision"], "ignore_patterns": ["*/*"]}
     try:
         with _progress(f"downloading {model_id} from the Hub", report, bars):
             folder = Path(snapshot_download(**fetch, allow_patterns=_ALLOW_PATTERNS))
-            if not list(folder.glob("*.safetensors")):  # older models only have PyTorch's format
+            if not list(folder.glob("*.safetensors")):  # older models only have PyTorch's .bin files
                 snapshot_download(**fetch, allow_patterns=["pytorch_model*.bin"])
-    except Exception as error:  # from the Hub, the network or the disk
+    except Exception as error:  # errors of the Hub, the network or the disk
         raise ValueError(f"{model_id}: no such folder, and {_explain(error)}") from None
     return folder
 
 
 def check_push(model_id, key):
-    """Check a push without using the network. Return a list of problems. key: the setting to name in them."""
+    """Check the settings for a push without using the network. Return a list of problems. key: setting to name."""
     from huggingface_hub import get_token, is_offline_mode
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -59,7 +59,7 @@ def check_push(model_id, key):
     except HFValidationError as error:
         problems.append(f"{key}={model_id}: not a valid repository name; use USER/NAME ({error})")
     if get_token() is None:
-        problems.append(f"{key}={model_id}: no token found to push with; {_LOGIN}")
+        problems.append(f"{key}={model_id}: no token found; {_LOGIN}")
     if is_offline_mode():
         problems.append(f"{key}={model_id}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it to push")
     return problems
@@ -69,20 +69,20 @@ def create(model_id, private=False, branch=None):
     """Create the repository and the branch if they do not exist, and return the repository's full name.
 
     Raises:
-        PermissionError: the Hub refuses. ConnectionError: any other failure. The message gives the reason and the fix.
+        PermissionError: the Hub refuses the request. ConnectionError: any other failure. Messages include the fix.
     """
     from huggingface_hub import HfApi
 
     with _hub_errors(model_id):
         api = HfApi()
         repo = api.create_repo(model_id, private=private, exist_ok=True).repo_id
-        # for an existing repository that this token may only read, create_repo succeeds and create_branch fails
+        # create_repo also succeeds with a token that can only read the existing repository; create_branch then fails
         api.create_branch(repo, branch=branch or "main", exist_ok=True)
         return repo
 
 
 def upload(folder, repo, message, branch=None, report=lambda line: None, bars=False):
-    """Upload a model folder as one commit and return the URL of the commit. Unchanged files are not sent again.
+    """Upload a model folder as one commit and return the URL of the commit. Unchanged files are not uploaded again.
 
     report, bars: see download.
 
@@ -99,11 +99,11 @@ def upload(folder, repo, message, branch=None, report=lambda line: None, bars=Fa
 
 @contextmanager
 def _progress(what, report, bars):
-    """Show huggingface_hub's progress bars in a terminal if `bars`; otherwise report a slow transfer."""
+    """Show huggingface_hub's progress bars in a terminal if `bars` is set. Otherwise, report slow transfers."""
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     shows_bars = bars and sys.stderr.isatty()
-    with warnings.catch_warnings():  # the call warns if HF_HUB_DISABLE_PROGRESS_BARS overrides it
+    with warnings.catch_warnings():  # there is a warning if HF_HUB_DISABLE_PROGRESS_BARS overrides this
         warnings.simplefilter("ignore")
         (enable_progress_bars if shows_bars else disable_progress_bars)()
     if shows_bars:
@@ -123,7 +123,7 @@ def _progress(what, report, bars):
 
 @contextmanager
 def _hub_errors(model_id):
-    """Turn any error into a PermissionError if the Hub refused and a retry would not help, else a ConnectionError."""
+    """Convert errors to a PermissionError if the Hub refused and a retry is useless, otherwise a ConnectionError."""
     try:
         yield
     except Exception as error:
@@ -133,12 +133,12 @@ def _hub_errors(model_id):
 
 
 def _status(error):
-    """Return the HTTP status of the Hub's response, or None. For file uploads it is in the error's cause."""
+    """Return the HTTP status of the Hub's response, or None. For file uploads, the error's cause has the response."""
     return getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
 
 
 def _explain(error):
-    """Return the reason of a failed transfer and the fix. The caller adds the model's name."""
+    """Return the reason for a failed transfer and the fix. The caller adds the name of the model."""
     from huggingface_hub import errors
 
     status = _status(error)
@@ -152,5 +152,5 @@ def _explain(error):
     if isinstance(error, errors.HFValidationError):
         return f"not a valid name for a Hub model ({text})"
     if status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
-        return f"the Hub rejected the token ({text}); {_LOGIN} with a token that has access, for a push write access"
+        return f"the Hub rejected the token ({text}); {_LOGIN} with a token that has access (write access for a push)"
     return f"the Hub cannot be reached ({text})"

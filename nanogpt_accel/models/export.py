@@ -12,7 +12,7 @@ from ..utils.fields import raise_problems
 from .load import check_tokenizer, load_model, load_strict, read_config
 from .stock import ARCHITECTURES, nearest_architecture, to_stock_config, to_stock_weights
 
-# the logits of this text are compared
+# sample text for the comparison of the logits
 _TEXT = """A language model reads the start of a text and predicts which token comes next. If it is trained on enough
 text, it learns spelling first, then grammar, and in the end something of what the text is about.
 In 1948, C. E. Shannon drew letters from a book by hand; "the process is laborious", he wrote, and stopped.
@@ -21,19 +21,19 @@ In 1948, C. E. Shannon drew letters from a book by hand; "the process is laborio
 
 
 def export(source, to, form, keep_padding=False, dtype="float32", report=print, repo=None, branch=None):
-    """Convert a model folder to another folder.
+    """Convert a model and write it to a new folder.
 
     Args:
         source: a model folder of any supported architecture. to, dtype, report: see `write_model`.
-        form: "stock" or "custom".
-        keep_padding: in a stock model, keep the vocabulary entries that only pad the vocabulary size.
-        repo, branch: repository on the Hub for which the folder is made, if any; the model card names it.
+        form: "stock" for a model class of transformers, "custom" for GPT with its model.py.
+        keep_padding: in a stock model, keep the padding of the vocabulary.
+        repo, branch: repository on the Hub that the model card names, if the folder is to be uploaded.
 
     Returns:
-        (class, difference, tokens): the name of the class that loads the folder, and the results of `write_model`.
+        (class, difference, tokens): the name of the exported model class, and the results of `write_model`.
 
     Raises:
-        ValueError: no stock architecture supports the model; the message names the settings.
+        ValueError: no stock architecture supports the model. The message names the unsupported settings.
     """
     source, config, tokenizer = Path(source), read_config(source), Tokenizer.load(source)
     raise_problems(check_tokenizer(tokenizer, config, source))
@@ -44,7 +44,7 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print, 
         if obstacles:
             raise ValueError(
                 f"{source}: no stock architecture supports this model. The closest is {name}, but it does not support "
-                f"{', '.join(obstacles)}. Use form=custom to write the model with its own model.py, which needs "
+                f"{', '.join(obstacles)}. Set form=custom to export the model with its model.py; it then requires "
                 "trust_remote_code=True"
             )
     report(f"exporting {source} as {name}")
@@ -56,16 +56,16 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print, 
 
 
 def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="float32", report=print):
-    """Write a GPT as a folder that transformers loads, then load the folder and compare the logits on a sample text.
+    """Write a GPT as a model folder for transformers, load the folder, and compare the logits on a sample text.
 
     Args:
-        model: the GPT, in float32 on the CPU, in eval mode. It is rounded to dtype too.
-        to: a folder that does not exist yet, or an empty one.
-        form: a key of ARCHITECTURES that supports the model, or "custom" for GPT itself with its model.py.
+        model: the GPT, in float32 on the CPU, in eval mode. Its weights are rounded to dtype in place.
+        to: a new or empty folder.
+        form: a key of ARCHITECTURES that supports the model, or "custom" for GPT with its model.py.
         tokenizer: the model's Tokenizer. card: the text of README.md.
-        vocab_size: of a stock model, if it should be smaller than the model's.
-        dtype: of the written weights: "float32", "bfloat16" or "float16".
-        report: called with one line before each slow part.
+        vocab_size: vocabulary size of the stock model, to remove padding. None: that of the GPT.
+        dtype: dtype of the written weights: "float32", "bfloat16" or "float16".
+        report: called with a line of text before each slow operation.
 
     Returns:
         (difference, tokens): the largest absolute difference of the logits, and the number of tokens compared.
@@ -81,7 +81,7 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
     to, existed = Path(to), Path(to).exists()
     temporary = to / ".tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
+        shutil.rmtree(temporary, ignore_errors=True)  # from an interrupted export
         temporary.mkdir(parents=True)
         report(f"writing {model.num_parameters():,} parameters")
         model.to(getattr(torch, dtype))
@@ -96,7 +96,7 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
 
         report("loading the written model to compare the logits")
         difference, tokens = _compare_logits(model.float(), temporary, to, tokenizer, vocab_size)
-        # config.json last, because a folder without it is not taken for a model
+        # config.json last, because a folder without config.json is not recognized as a model
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, to / file.name)
     except (OSError, SafetensorError) as error:
@@ -109,7 +109,7 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
 
 
 def _compare_logits(model, written, to, tokenizer, vocab_size):
-    """Return (largest difference, number of tokens) for a model and the folder that was written from it."""
+    """Compare a model with the folder written from it. Return (largest difference of the logits, number of tokens)."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -128,7 +128,7 @@ def _compare_logits(model, written, to, tokenizer, vocab_size):
 
 
 def _save_stock(model, folder, form, vocab_size, n_tokens):
-    """Save the model as a stock model with this vocabulary size; n_tokens: vocabulary size of the tokenizer."""
+    """Save the model as a stock model with this vocabulary size. n_tokens: vocabulary size of the tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -141,11 +141,11 @@ def _save_stock(model, folder, form, vocab_size, n_tokens):
         stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(form, **to_stock_config(form, config)))
     stock.to(model.dtype)
     for name, parameter in stock.named_parameters():
-        if name not in weights:  # GPT has no such bias or norm weight: use zeros or ones
+        if name not in weights:  # a bias or norm weight that GPT does not have: set it to zeros or ones
             assert parameter.dim() == 1, name
             weights[name] = torch.full(parameter.shape, float(name.endswith("weight")), dtype=model.dtype)
     if form != "gpt2":
-        stock.config.rope_theta = float(config["rope_theta"])  # read by transformers 4, which else uses 10,000
+        stock.config.rope_theta = float(config["rope_theta"])  # for transformers 4, whose default is 10,000
     stock.generation_config = GenerationConfig(
         bos_token_id=config["bos_token_id"],
         eos_token_id=config["eos_token_id"],

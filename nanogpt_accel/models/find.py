@@ -9,33 +9,31 @@ from ..hub.transfer import download, is_model_id
 
 
 def may_be_model(target):
-    """Return whether a target is an existing folder or has the form of a Hub id."""
+    """Return whether a target is an existing folder or looks like a Hub id."""
     return Path(target).is_dir() or (is_model_id(target) and not Path(target).exists())
 
 
 def check_model(target):
-    """Check that a target may be a model, without reading any file of it. Return a list of problems."""
+    """Check that a target may be a model, without reading its files. Return a list of problems."""
     return [] if may_be_model(target) else [f"{target}: {nanogpt_hint(target) or 'no such folder'}"]
 
 
 def nanogpt_hint(target):
-    """Return how to import a nanoGPT ckpt.pt, given its path or its folder; "" for any other target."""
+    """Return how to import the target if it is a nanoGPT ckpt.pt or a folder with one, otherwise ""."""
     path = Path(target)
     file = path if path.suffix == ".pt" else path / "ckpt.pt"
-    return (
-        f"is a nanoGPT checkpoint. Convert it with: nanogpt-accel import {file} --to FOLDER" if file.is_file() else ""
-    )
+    return f"convert this nanoGPT checkpoint with: nanogpt-accel import {file} --to FOLDER" if file.is_file() else ""
 
 
 def find_model(target, warn=print, bars=True):
-    """Return the local folder of a model. For a run folder, that is its best checkpoint; a Hub model is downloaded.
+    """Return the local folder of a model: the best checkpoint of a run, a model folder, or a downloaded Hub model.
 
     Args:
         target: a run folder, a checkpoint, another model folder, or a Hub id.
         warn: called with one line per warning. bars: see `download`.
 
     Raises:
-        ValueError, FileNotFoundError: the target is not a model that can be loaded; the message gives the reason.
+        ValueError, FileNotFoundError: the target cannot be loaded as a model; the message gives the reason.
     """
     path = Path(target)
     for problem in check_model(target):
@@ -51,17 +49,17 @@ def find_model(target, warn=print, bars=True):
 
 
 def _best_valid(run, target, warn):
-    """Return the best checkpoint of a run if it is valid, else the latest valid one."""
+    """Return the best checkpoint of a run. If it is not valid, return the latest valid checkpoint."""
     latest = latest_valid(run, warn, resumable=False)
     if latest is None:
-        raise ValueError(f"{target}: this run folder has no valid checkpoint")
+        raise ValueError(f"{target}: the run folder does not contain a valid checkpoint")
     best_step = read_trainer(latest)["best_step"] if find_corruption(latest) is None else None
     best = latest if best_step is None else checkpoint_path(run, best_step)
     return best if find_corruption(best, resumable=False) is None else latest
 
 
 def _find_model_corruption(path):
-    """Return which file of a model folder of any origin is missing or corrupted, as text, or None."""
+    """Return a description of the first missing or corrupted file of any model folder, or None."""
     weights = sorted(path.glob("*.safetensors"))
     if not weights and list(path.glob("pytorch_model*.bin")):
         return find_file_corruption(path, "config.json")

@@ -1,4 +1,4 @@
-"""Generate text from a model, and stream it while it is generated."""
+"""Generate text with a model, optionally as a stream."""
 
 import copy
 
@@ -8,18 +8,18 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-# New ids are decoded together with this many ids before them, because some tokenizers drop a leading space
+# New ids are decoded together with this many previous ids, because some tokenizers drop a leading space
 CONTEXT = 8
 
 
 def text_after(decode, prompt_ids, new_ids):
-    """Return the text that new_ids add after a prompt. decode: list of ids -> text."""
+    """Return the text of new_ids when they follow prompt_ids. decode: function list of ids -> text."""
     context = prompt_ids[-CONTEXT:]
     return decode(context + new_ids)[len(decode(context)) :]
 
 
 class _Streamer(BaseStreamer):
-    """Pass the text of new ids to on_text, as soon as they form complete UTF-8 characters."""
+    """Pass new text to on_text as soon as the new ids form complete UTF-8 characters."""
 
     def __init__(self, prompt_ids, decode, on_text):
         self.decode, self.on_text = decode, on_text
@@ -46,10 +46,10 @@ class _Streamer(BaseStreamer):
 
 
 class _Sampler(LogitsProcessor):
-    """Sample the next ids here, and return scores that leave `generate` no other choice.
+    """Sample the next ids, and return scores that force `generate` to choose these ids.
 
-    This gives each text its own random generator, so that it does not depend on the other texts of its batch. The
-    softmax covers only the top_k candidates, which makes a step on a CPU about 10 % faster.
+    Each text has its own random generator, so that it does not depend on the other texts in the batch. The softmax is
+    computed over the top_k candidates only, which makes a step on a CPU about 10 % faster.
     """
 
     def __init__(self, generators, vocab_size, temperature, top_k, top_p):
@@ -60,9 +60,9 @@ class _Sampler(LogitsProcessor):
         logits, candidates = scores[:, : self.vocab_size].topk(1 if self.temperature == 0 else self.k)  # (B, k)
         chosen = torch.zeros(len(scores), 1, dtype=torch.long)
         if self.temperature > 0:
-            logits = logits.cpu().double()  # topk sorts them in descending order
+            logits = logits.cpu().double()  # topk returns them in descending order
             probs = F.softmax((logits - logits[:, :1]) / self.temperature, dim=-1)
-            # nucleus: the most likely candidates, up to and including the one that reaches top_p
+            # keep the nucleus: the most likely candidates until their total probability reaches top_p
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= self.top_p, 0.0)
             chosen = torch.cat([p.multinomial(1, generator=g) for p, g in zip(probs, self.generators, strict=True)])
         ids = candidates.gather(1, chosen.view(-1, 1).to(candidates.device))  # (B, 1)
@@ -83,31 +83,31 @@ def generate(
     decode=None,
     on_text=None,
 ):
-    """Generate up to max_new_tokens tokens after each prompt, with transformers' `generate` and its KV cache.
+    """Generate up to max_new_tokens tokens after each prompt, with transformers' `generate` and a KV cache.
 
-    As in nanoGPT, generation does not stop at an end-of-text token. The model's generation_config has no effect.
+    As in nanoGPT, generation does not stop at an end-of-text token. The model's generation_config is ignored.
 
     Args:
-        model: a GPT in eval mode. prompts: lists of at least one id. seeds: one per prompt.
-        vocab_size: of the tokenizer; larger ids pad the model's vocabulary and are never sampled.
-        temperature: 0 is greedy. top_k: 0 keeps all tokens. top_p: 1 keeps all tokens (Holtzman et al. 2020).
-        overflow: what to do if a text reaches block_size. "slide": continue with the last half of the window as
-            context, which is much cheaper than a new window for every token, as in nanoGPT. "stop": end the text.
-            "extend": continue with positions that were not trained; for rotary positions only.
-        on_text: for a single prompt, called with each new part of the text. decode: list of ids -> text.
+        model: a GPT in eval mode. prompts: lists of ids, none of them empty. seeds: one per prompt.
+        vocab_size: vocabulary size of the tokenizer. Other ids of the model are padding and are never sampled.
+        temperature: 0 for greedy decoding. top_k: 0 for all tokens. top_p: 1 for all tokens (Holtzman et al. 2020).
+        overflow: what to do if a text reaches block_size. "slide": keep only the last half as context, which is much
+            cheaper than sliding by one token, as nanoGPT does. "stop": end the text. "extend": continue beyond the
+            trained positions (for rotary positions only).
+        on_text: called with each new part of the text, for a single prompt. decode: function list of ids -> text.
 
     Returns:
-        A list of new ids per prompt. Up to rounding, it does not depend on the other prompts.
+        One list of new ids per prompt. Up to rounding, it does not depend on the other prompts.
     """
     assert overflow != "extend" or model.config.position == "rotary"
     block_size = model.config.block_size
-    # transformers fills unset fields, such as eos_token_id, from the model's generation_config. A shallow copy of the
-    # model has an empty one; the model itself stays unchanged, because a background save may read it
+    # transformers fills unset fields, such as eos_token_id, from the model's generation_config. Therefore, use an empty
+    # generation_config, in a shallow copy of the model, because a background save may be reading the original
     model = copy.copy(model)
     model.generation_config = GenerationConfig()
     settings = GenerationConfig(use_cache=True, do_sample=False, pad_token_id=0)
     streamer = _Streamer(prompts[0], decode, on_text) if on_text else None
-    # sample on the CPU, so that a seed gives the same text on every device
+    # on the CPU, so that a seed gives the same text on every device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     contexts, new_ids = [list(prompt) for prompt in prompts], [[] for _ in prompts]
     while True:
@@ -120,7 +120,7 @@ def generate(
         rows = [torch.tensor(contexts[i]) for i in active]
         ids = pad_sequence(rows, batch_first=True, padding_side="left").to(model.device)  # (B, T)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        # generate until the first text is complete or its window is full
+        # generate until one of the texts is complete or reaches block_size
         settings.max_new_tokens = min(max_new_tokens - len(new_ids[i]) for i in active)
         if overflow != "extend":
             settings.max_new_tokens = min(settings.max_new_tokens, block_size - ids.shape[1])

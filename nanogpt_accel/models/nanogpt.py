@@ -7,15 +7,15 @@ from .load import build_model, loading_error
 
 
 def read_nanogpt(path, activation="gelu"):
-    """Load the GPT of a nanoGPT ckpt.pt, also of a compiled or DDP model. No code in the file is executed.
+    """Load a nanoGPT ckpt.pt, including one of a compiled or DDP model. Code in the file is not executed.
 
-    activation: "gelu" as in nanoGPT since May 2023, or "gelu_new" for checkpoints of older versions.
+    activation: "gelu" for nanoGPT since May 2023, "gelu_new" for checkpoints of older versions.
 
     Returns:
-        (model, info): info has nanoGPT's `iter_num`, `best_val_loss` and `config`, each None if missing.
+        (model, info): the GPT, and a dict with nanoGPT's `iter_num`, `best_val_loss` and `config`, or None if missing.
 
     Raises:
-        ValueError: the file is not such a checkpoint, or contains other objects than tensors and plain values.
+        ValueError: the file is not a nanoGPT checkpoint, or contains objects other than tensors and plain values.
     """
     import torch
 
@@ -24,21 +24,21 @@ def read_nanogpt(path, activation="gelu"):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = f"refused, because it contains more than tensors and plain values ({loading_error(error)})"
+        reason = f"refused, because it contains objects other than tensors and plain values ({loading_error(error)})"
         raise ValueError(f"{path}: {reason}") from None
-    except Exception as error:  # torch raises almost any exception for a corrupted file
-        raise ValueError(f"{path}: not a file that torch.save wrote ({loading_error(error)})") from error
+    except Exception as error:  # a corrupted file may raise any exception
+        raise ValueError(f"{path}: not a file written by torch.save, or corrupted ({loading_error(error)})") from error
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ValueError(f"{path}: not a checkpoint of nanoGPT's train.py: `model` and `model_args` are missing")
     try:
         layers = {name.partition(".h.")[2].partition(".")[0] for name in content["model"] if ".h." in name}
         if len(layers) != content["model_args"]["n_layer"]:
-            raise ValueError(f"n_layer={content['model_args']['n_layer']}, but the file has {len(layers)} layers")
+            raise ValueError(f"n_layer={content['model_args']['n_layer']}, but the file contains {len(layers)} layers")
         config = GPTConfig(**{"bias": True, **content["model_args"]}, activation=activation)
         weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", k): tensor.float() for k, tensor in content["model"].items()}
         for name in [name for name in weights if name.endswith(".attn.bias")] + ["lm_head.weight"]:
-            weights.pop(name, None)  # the causal mask of older versions, and the tied head
+            weights.pop(name, None)  # the causal mask in older versions, and the tied output head
         model = build_model(config, weights)
-    except Exception as error:  # these entries may have any type
-        raise ValueError(f"{path}: its weights do not fit its model_args ({loading_error(error)})") from error
+    except Exception as error:  # the entries may have any type
+        raise ValueError(f"{path}: the weights do not match model_args ({loading_error(error)})") from error
     return model, {key: content.get(key) for key in ("iter_num", "best_val_loss", "config")}

@@ -1,4 +1,4 @@
-"""The shape of a recipe's model, without its weights."""
+"""Determine the architecture of a recipe's model without loading its weights."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from .load import read_config
 
 
 def model_shape(recipe, vocab_size):
-    """Return the shape of a recipe's model: the fields of GPTConfig that define it, with every None resolved.
+    """Return the fields of GPTConfig that define a recipe's architecture, with defaults filled in for None.
 
     Args:
-        vocab_size: of the tokenizer. It is only used for a new model; pretrained weights have their own.
+        vocab_size: vocabulary size of the tokenizer, for a new model. Pretrained models have their own.
 
     Raises:
-        ValueError: init_from names weights that are not on this machine, or an architecture that GPT does not support.
+        ValueError: the model in init_from is not on this machine, or GPT does not support its architecture.
     """
     init_from, block_size = recipe.model.init_from, recipe.model.block_size
     if init_from in ("scratch", "resume"):
@@ -23,8 +23,8 @@ def model_shape(recipe, vocab_size):
         return recipe.shape | GPT2_SHAPES[init_from] | {"block_size": block_size}
     if not Path(init_from).is_dir():
         raise ValueError(
-            f"model.init_from={init_from}: the shape of this model is unknown, because it is not on this machine. "
-            "Give the path of its folder, or init_from=scratch with n_layer, n_head and n_embd"
+            f"model.init_from={init_from}: the architecture of this model is unknown, because the model is not on "
+            "this machine; set init_from to its local folder, or set init_from=scratch, n_layer, n_head and n_embd"
         )
     config = read_config(find_model(init_from))
     return {key: config[key] for key in ("vocab_size", *recipe.shape)} | {"block_size": block_size}

@@ -1,6 +1,6 @@
 """Convert configs and weights between GPT and the stock architectures GPT-2, Llama, Qwen3 and nanochat.
 
-To add an architecture, write a section like the ones below and list it in ARCHITECTURES.
+To add an architecture, write a section like those below, and add it to ARCHITECTURES.
 """
 
 import re
@@ -9,25 +9,25 @@ from typing import NamedTuple
 
 from ..recipe import Model
 
-# nanoGPT's GPT-2; GPTConfig has the same defaults as a recipe
+# the architecture of nanoGPT's GPT-2; recipes and GPTConfig have the same defaults
 DEFAULTS = Model().model_dump(
     include={"n_kv_head", "head_dim", "n_inner", "bias", "norm", "norm_weight", "norm_eps", "embd_norm", "qk_norm"}
     | {"position", "rope_theta", "activation", "logit_softcap", "tie_word_embeddings"}
 )
-# transformers' name of an activation -> GPTConfig's
+# name of an activation in transformers -> name in GPTConfig
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "relu2": "relu2"}
 _UNGATED = ["gelu", "gelu_new", "relu2"]
 
 
 class Architecture(NamedTuple):
-    """A model class of transformers, and how to convert its config and weights."""
+    """A model class of transformers, with functions to convert its config and weights."""
 
     model_class: str
     read_config: Callable  # config.json -> fields of GPTConfig that differ from DEFAULTS
     write_config: Callable  # config -> arguments of the config class
-    supported: Callable  # config -> {field: the values that the class supports}
-    weight_names: dict  # module of GPT -> modules of the class, whose weights GPT concatenates
-    # (name in the class, tensor, config) -> converted tensor; the same function converts in both directions
+    supported: Callable  # config -> {field: values that the class supports}
+    weight_names: dict  # module of GPT -> modules of the class with the same weights; GPT concatenates several
+    # (name in the class, tensor, config) -> converted tensor; this function is its own inverse
     convert_weight: Callable = lambda name, tensor, config: tensor
 
 
@@ -42,7 +42,7 @@ def _read_keys(keys, stored):
     fields = {field: stored[key] for field, key in keys.items()}
     if "activation" in fields:
         if fields["activation"] not in _ACTIVATIONS:
-            raise ValueError(f"activation {fields['activation']} is not supported")
+            raise ValueError(f"{keys['activation']}={fields['activation']} is not supported")
         fields["activation"] = _ACTIVATIONS[fields["activation"]]
     return fields
 
@@ -62,7 +62,7 @@ _GPT2_MODULES = ["wte", "wpe", *(f"h.{{}}.{name}" for name in _GPT2_BLOCK), "ln_
 
 def _read_gpt2(stored):
     _require(stored, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    # the defaults of GPT2Config
+    # defaults of GPT2Config
     defaults = {"n_inner": None, "resid_pdrop": 0.1, "layer_norm_epsilon": 1e-5}
     defaults |= {"activation_function": "gelu_new", "tie_word_embeddings": True}
     return {"bias": True, **_read_keys(_GPT2_KEYS, defaults | stored)}
@@ -70,12 +70,12 @@ def _read_gpt2(stored):
 
 def _write_gpt2(config):
     stored = {key: config[field] for field, key in _GPT2_KEYS.items()}
-    n_ctx = config["block_size"]  # read by llama.cpp's converter
+    n_ctx = config["block_size"]  # llama.cpp's converter reads this key
     return {**stored, "embd_pdrop": config["dropout"], "attn_pdrop": config["dropout"], "n_ctx": n_ctx}
 
 
 def _convert_gpt2(name, tensor, config):
-    # OpenAI's Conv1D stores its matrices as (in, out)
+    # OpenAI's Conv1D stores matrices as (in, out)
     return tensor.t() if (".attn." in name or ".mlp." in name) and tensor.dim() == 2 else tensor
 
 
@@ -97,7 +97,7 @@ GPT2 = Architecture(
     convert_weight=_convert_gpt2,
 )
 
-# ---- Llama, whose keys and names Qwen3 and nanochat share
+# ---- Llama (Qwen3 and nanochat use the same keys and weight names)
 
 _LLAMA_KEYS = {
     "vocab_size": "vocab_size",
@@ -129,7 +129,7 @@ _LLAMA_SUPPORTED = {**_RMSNORM_AND_ROTARY, "embd_norm": [False], "logit_softcap"
 
 
 def _read_llama_keys(stored, keys=_LLAMA_KEYS, **defaults):
-    # transformers 5 has rope_parameters, earlier versions rope_theta and rope_scaling
+    # transformers 5 writes rope_parameters, earlier versions write rope_theta and rope_scaling
     old_rope = {"rope_theta": stored.get("rope_theta", 10_000.0), **(stored.get("rope_scaling") or {})}
     rope = stored.get("rope_parameters") or old_rope
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -164,7 +164,7 @@ LLAMA = Architecture(
     supported=lambda config: {
         **_LLAMA_SUPPORTED,
         "qk_norm": [False],
-        "n_head": [config["n_head"]] if config["n_embd"] % config["n_head"] == 0 else [],  # LlamaConfig requires it
+        "n_head": [config["n_head"]] if config["n_embd"] % config["n_head"] == 0 else [],  # a constraint of LlamaConfig
     },
     weight_names=_LLAMA_NAMES,
 )
@@ -202,7 +202,7 @@ def _read_nanochat(stored):
 def _convert_nanochat(name, tensor, config):
     if not re.search(r"\.[qk]_proj", name):
         return tensor
-    # nanochat rotates by the negative angle; flipping the sign of the second half of each head compensates for it
+    # nanochat rotates in the opposite direction; negating the second half of each head compensates for this
     halves = tensor.unflatten(0, (-1, 2, config["head_dim"] // 2))  # (nh, 2, hs / 2, C)
     return (halves * tensor.new_tensor([1.0, -1.0]).view(1, 2, 1, 1)).flatten(0, 2)
 
@@ -227,14 +227,14 @@ NANOCHAT = Architecture(
     convert_weight=_convert_nanochat,
 )
 
-# model_type in config.json -> how to convert
+# model_type in config.json -> Architecture
 ARCHITECTURES = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3, "nanochat": NANOCHAT}
 
 # ---- configs
 
 
 def from_stock_config(model_type, stored):
-    """Return GPTConfig's fields for a stock config.json, with the defaults of transformers' config classes.
+    """Convert a stock config.json to GPTConfig's fields. Missing keys have the defaults of transformers' config class.
 
     Raises:
         ValueError: GPT does not support a feature of the model. KeyError: a required key is missing.
@@ -244,15 +244,15 @@ def from_stock_config(model_type, stored):
 
 
 def to_stock_config(model_type, config):
-    """Return the arguments of transformers' config class."""
+    """Convert GPTConfig's fields to arguments of transformers' config class."""
     common = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     common["initializer_range"] = config.get("initializer_range", 0.02)
     return common | ARCHITECTURES[model_type].write_config(config)
 
 
 def nearest_architecture(config):
-    """Return (model_type, obstacles) of the stock architecture with the fewest obstacles: settings of this config, as
-    key=value, that it does not support. Without any, it computes the same as GPT."""
+    """Return (model_type, obstacles) for the closest stock architecture. Obstacles are the settings of this config that
+    the architecture does not support, as key=value. Without obstacles, its logits are the same as those of GPT."""
     obstacles = {}
     for model_type, architecture in ARCHITECTURES.items():
         supported = architecture.supported(config)
@@ -265,14 +265,14 @@ def nearest_architecture(config):
 
 
 def to_stock_weights(model_type, config, weights):
-    """Return a stock model's tensors by name, without the biases and norm weights that GPT does not have."""
+    """Convert GPT's weights to a stock model's {name: tensor}. Biases and norm weights that GPT lacks are omitted."""
     architecture, stock = ARCHITECTURES[model_type], {}
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")
         layer = re.search(r"\d+|$", module)[0]
         modules = architecture.weight_names[re.sub(r"\.\d+\.", ".{}.", module)]
         sizes = len(tensor) // len(modules)
-        if len(modules) == 3:  # queries, keys and values
+        if len(modules) == 3:  # query, key and value projections
             sizes = [config[key] * config["head_dim"] for key in ("n_head", "n_kv_head", "n_kv_head")]
         for module, part in zip(modules, tensor.split(sizes), strict=True):
             stock[f"{module.format(layer)}.{kind}"] = architecture.convert_weight(module, part, config).contiguous()
@@ -280,7 +280,7 @@ def to_stock_weights(model_type, config, weights):
 
 
 def from_stock_weights(model_type, config, stock):
-    """Return GPT's tensors by name. If config["bias"] is false, the biases are zero and left out."""
+    """Convert a stock model's weights to GPT's {name: tensor}. If config["bias"] is false, omit the biases."""
     import torch
 
     architecture, weights = ARCHITECTURES[model_type], {}
@@ -294,5 +294,5 @@ def from_stock_weights(model_type, config, stock):
                     weights[f"{ours.format(layer)}.{kind}"] = torch.cat(parts).contiguous()
                     remaining.difference_update(names)
     if remaining:
-        raise ValueError(f"GPT does not have the weights {', '.join(sorted(remaining)[:3])}")
+        raise ValueError(f"the model has weights that GPT does not support: {', '.join(sorted(remaining)[:3])}")
     return weights

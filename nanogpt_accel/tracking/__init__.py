@@ -1,5 +1,5 @@
-"""What a run reports: metrics.jsonl, experiment trackers, the console, the loss plot.
+"""Report the progress of a run: metrics.jsonl, experiment trackers, console output, loss plot.
 
-In: numbers per step and per evaluation. Out: files in the run folder, terminal output, a tracker's dashboard.
-To add a metric per step, add it to train.py's log section; all outputs get it.
+In: metrics per step and per evaluation. Out: files in the run folder, terminal output, tracker dashboards.
+To report another metric per step, add it to the log section of train.py.
 """

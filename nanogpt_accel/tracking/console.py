@@ -10,20 +10,20 @@ from ..utils.text import counted, data_size, duration
 
 
 class Console:
-    """Print on the main process, and nothing on the others.
+    """Print on the main process only.
 
-    In a terminal, `step` updates one live progress line and `say` prints above it. Otherwise both print lines.
+    In a terminal, `step` updates a live progress line, and `say` prints above that line. Otherwise, both print lines.
 
-    quiet: print only warnings and lines with `always`. stderr: for commands whose result goes to stdout.
+    quiet: print only warnings and lines with always=True. stderr: print to stderr, to keep stdout for results.
     """
 
     def __init__(self, enabled=True, quiet=False, stderr=False):
         self.enabled, self.quiet, self.stderr = enabled, quiet, stderr
         self.is_verbose = enabled and not quiet
-        self.live = None  # rich's display, while there are live lines
+        self.live = None  # rich's progress display, if there are live lines
 
     def say(self, text="", always=False):
-        """Print a line that stays. Warnings start with `warning:`."""
+        """Print a permanent line. always: print it even if `quiet` is set, as for lines that start with `warning:`."""
         if self.quiet and not always and not text.startswith("warning:"):
             return
         if self.live is not None:
@@ -31,24 +31,24 @@ class Console:
         elif self.enabled:
             self._print(text)
 
-    __call__ = say  # a console can be passed as a function that prints a line
+    __call__ = say  # so that a Console can be passed as a function that prints a line
 
     def write(self, text):
-        """Print text without a line end, for samples that are printed word by word."""
+        """Print text without a newline, for samples that are printed token by token."""
         if self.is_verbose:
             self._print(text, end="")
 
     # ---- training
 
     def start(self, first_step, last_step, eval_interval, is_compiled=False):
-        """Start the progress of steps first_step to last_step.
+        """Start the progress display for the steps from first_step to last_step.
 
-        eval_interval: steps between evaluations. is_compiled: whether the first step includes torch.compile.
+        eval_interval: steps between evaluations. is_compiled: whether the first step includes compilation time.
         """
         self.first_step, self.last_step, self.eval_interval = first_step, last_step, eval_interval
         self.is_compiled, self.is_total_printed = is_compiled, False
         self.start_time, self.last_report = time.perf_counter(), None
-        self.timed_steps, self.seconds, self.evaluation_seconds = 0, 0.0, 0.0  # without the first report
+        self.timed_steps, self.seconds, self.evaluation_seconds = 0, 0.0, 0.0  # excluding the first report
         self.line = self.open_line("step", last_step, first_step, f"{first_step:,}/{last_step:,}", stays=True)
         if is_compiled:
             self.say("compiling: the first step takes a while")
@@ -56,7 +56,7 @@ class Console:
     def step(self, step, loss, seconds, tokens_per_second, mfu, notes=()):
         """Report a finished step. loss: nats per token. seconds: per step. mfu: fraction of peak FLOPS, or None."""
         done, elapsed, left = step + 1, time.perf_counter() - self.start_time, ""
-        if self.last_report is not None:  # the first report is not representative, because it includes the warm-up
+        if self.last_report is not None:  # the time of the first report includes compilation and allocation
             self.timed_steps += done - self.last_report
             self.seconds += seconds * (done - self.last_report)
             left = f", {duration(self._remaining(done))} left" if done < self.last_step else ""
@@ -67,11 +67,11 @@ class Console:
             self.is_total_printed = True
             total = elapsed + self._remaining(done)
             if total >= 60:
-                first = f" from step {self.first_step:,} on" if self.first_step else ""
+                first = f" since step {self.first_step:,}" if self.first_step else ""
                 self.say(f"time: about {duration(total)} in total{first}")
         speed = f"{tokens_per_second:,.0f} tokens/s" + (f", mfu {mfu:.2%}" if mfu is not None else "")
         speed += "".join(f", {note}" for note in notes)
-        if self.live is not None:  # a narrow terminal cuts off the end, so the less important numbers come last
+        if self.live is not None:  # narrow terminals cut off the line, so the least important numbers come last
             text = f"{done:,}/{self.last_step:,}, loss {loss:.4f}{left}, {speed}"
             self.live.update(self.line, completed=done, description=text)
         elif self.is_verbose:
@@ -79,33 +79,33 @@ class Console:
 
     @contextmanager
     def evaluating(self, n_batches):
-        """Yield the Progress of an evaluation, and use its duration to estimate later ones."""
+        """Yield a Progress for an evaluation, and measure its duration to estimate that of later evaluations."""
         start_time = time.perf_counter()
         with Progress("evaluating", n_batches, self, "batches", interval=60) as progress:
             yield progress
         now, timed_batches = time.perf_counter(), progress.done - (progress.first or 0)
         self.evaluation_seconds = now - start_time
-        if timed_batches:  # without the first batch, which may include compilation
+        if timed_batches:  # exclude the first batch, which may include compilation time
             self.evaluation_seconds = (now - progress.start_time) / timed_batches * n_batches
 
     def stop(self):
-        """End the live lines. Later lines are printed below them."""
+        """Stop the live display. Later lines are printed below it."""
         if self.live is not None:
             self.live.stop()
             self.live = None
 
     def _remaining(self, done):
-        """Return the estimated seconds for the remaining steps and evaluations."""
+        """Return the estimated time in seconds for the remaining steps and evaluations."""
         evaluations = self.last_step // self.eval_interval - (done - 1) // self.eval_interval
-        evaluations += self.last_step % self.eval_interval > 0  # the last step is always evaluated
+        evaluations += self.last_step % self.eval_interval > 0  # the model is always evaluated after the last step
         return (self.last_step - done) * self.seconds / self.timed_steps + evaluations * self.evaluation_seconds
 
     # ---- live lines
 
     def open_line(self, name, total, done=0, text="", stays=False):
-        """Start a live line below the others and return its id, or None without a terminal.
+        """Add a live line below the others and return its id, or None if there is no terminal.
 
-        total: None if unknown. stays: whether its last state stays in the terminal, if this is the first live line.
+        total: None if unknown. stays: keep the last state of the display in the terminal, if this is its first line.
         """
         is_terminal = (sys.stderr if self.stderr else sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
         if not (self.is_verbose and is_terminal):
@@ -119,35 +119,36 @@ class Console:
             columns = TextColumn("{task.fields[name]}"), bar, TextColumn("{task.description}", markup=False)
             self.live = Display(*columns, console=terminal, redirect_stdout=not self.stderr, transient=not stays)
             self.live.start()
-            atexit.register(self.stop)  # makes the cursor visible again after an error
+            atexit.register(self.stop)  # so that the cursor is visible again after an error
         return self.live.add_task(text, total=total, completed=done, name=name)
 
     def close_line(self, line):
-        """Remove a live line. rich's display ends with the last one."""
+        """Remove a live line. Stop the display when no live line remains."""
         if self.live is not None:
             self.live.remove_task(line)
             if not self.live.tasks:
                 self.stop()
 
     def _print(self, text, end="\n"):
-        """Print, but ignore a log file on a full disk, which must not end the run. A closed pipe ends it as usual."""
+        """Print text. Ignore errors such as a full disk, so that the run continues, but raise one for a closed pipe."""
         try:
             print(text, end=end, flush=True, file=sys.stderr if self.stderr else sys.stdout)
         except BrokenPipeError:
             raise
-        except UnicodeEncodeError:  # on Windows, the encoding of a log may not have all characters
+        except UnicodeEncodeError:  # on Windows, the encoding of a log file may not include all characters
             self._print(text.encode("ascii", "replace").decode(), end)
         except OSError:
             pass
 
 
 class Progress:
-    """Progress of countable work: a live line in a terminal, otherwise a line every few seconds.
+    """Show the progress of a task: a live line in a terminal, otherwise a new line every few seconds.
 
         with Progress("evaluating", 300, console, "batches") as progress:
-            progress(20)  # 20 more are done
+            progress(20)  # 20 more batches
 
-    total: None if unknown. report: a Console, or a function that takes a line. interval: seconds between lines.
+    total: number of items, None if unknown. report: a Console, or a function that prints a line. interval: seconds
+    between lines.
     """
 
     def __init__(self, name, total, report, noun="", interval=5):
@@ -165,13 +166,13 @@ class Progress:
             self.report.close_line(self.line)
 
     def __call__(self, count):
-        """Report that `count` more are done."""
+        """Report that `count` more items are done."""
         self.done += count
         self._show()
 
     def _show(self):
         now = time.perf_counter()
-        if self.first is None:  # the speed excludes the first report: it includes the warm-up, or an earlier attempt
+        if self.first is None:  # excluded from the speed, because it may include warm-up or an earlier attempt
             self.first, self.start_time = self.done, now
         if now - self.last_shown < (0.2 if self.line is not None else self.interval):
             return
@@ -190,10 +191,10 @@ class Progress:
 
 
 class TextProgress(Progress):
-    """Progress of tokenizing a text. total: its approximate size in bytes, None if unknown."""
+    """Show the progress of tokenization. total: approximate size of the text in bytes, None if unknown."""
 
     def __call__(self, documents, bytes, tokens):
-        """Report the totals so far, including earlier attempts."""
+        """Report the totals so far, including those of earlier attempts."""
         if self.first is None:
             self.first_documents = documents
         self.documents, self.done, self.tokens = documents, bytes, tokens

@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def report_expectation(recipe, last, best, console):
-    """Print whether the run reproduced the expected validation loss, and write it to expect.json.
+    """Print whether the run reproduced the expected validation loss, and write the result to expect.json.
 
-    last, best: validation losses in nats per token; None without an evaluation.
+    last, best: validation losses of the run in nats per token, None if there was no evaluation.
     """
     expect, max_iters = recipe.expect, recipe.train.max_iters
     got = best if expect.evaluation == "best" else last
@@ -16,7 +16,7 @@ def report_expectation(recipe, last, best, console):
         return
     steps, outcome, condition = max_iters if expect.steps is None else expect.steps, None, ""
     if expect.changed:
-        condition = f" for the unchanged recipe (changed here: {', '.join(expect.changed)})"
+        condition = f" for the unmodified recipe (modified in this run: {', '.join(expect.changed)})"
     elif steps != max_iters and not recipe.train.eval_only:
         condition = f" after {steps:,} steps (this run: {max_iters:,})"
     elif expect.tolerance is not None:

@@ -11,12 +11,12 @@ import numpy as np
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per line with its `step`; evaluations have a `val_loss`.
+    """Write metrics.jsonl: one JSON object per line with a `step`, and a `val_loss` if the line is an evaluation.
 
-    The line of training step s is written after the step, that of an evaluation at step s before it.
+    Training step s is logged after the step; an evaluation at step s takes place, and is logged, before that step.
 
-    resume_step: step of the checkpoint that the run continues from. Lines written after it are removed, so that each
-        step is logged once. warn: function that takes a line.
+    resume_step: step of the checkpoint that the run continues from. Lines written after this checkpoint are removed, so
+        that each step is logged once. warn: function that prints a line.
     """
 
     def __init__(self, path, resume_step=None, warn=print):
@@ -33,18 +33,18 @@ class MetricsLog:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
-            os.fsync(file.fileno())  # before it replaces the log
+            os.fsync(file.fileno())  # the data must be on disk before the file replaces the log
         os.replace(temporary, self.path)
 
     def write(self, **values):
-        """Append a line. An error is a warning, and the line is written later."""
+        """Append a line. If that fails, print a warning, and write the line later."""
         for key, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[key] = None  # JSON has no NaN
         is_new_error, self._pending = not self._pending, self._pending + json.dumps(values).encode() + b"\n"
         error = self._append()
         if error and is_new_error:
-            self.warn(f"warning: {self.path} cannot be written ({error}); training continues and tries again")
+            self.warn(f"warning: {self.path} cannot be written ({error}); training continues and retries later")
 
     def _append(self):
         """Write the pending lines. Return the error if that fails."""
@@ -55,23 +55,23 @@ class MetricsLog:
             self._pending = b""
         except OSError as error:
             with suppress(OSError):
-                os.ftruncate(self.file.fileno(), size)  # removes an incomplete line
+                os.ftruncate(self.file.fileno(), size)  # remove an incomplete line
             return error
 
     def flush(self):
-        """Flush to disk. Before a checkpoint, so that after a power failure no checkpoint lacks the lines before it."""
+        """Flush to disk. Called before saving a checkpoint, so that no line before it is lost in a power failure."""
         with suppress(OSError):
             os.fsync(self.file.fileno())
 
     def close(self):
         if self._pending and (error := self._append()):
             n_lines = len(self._pending.splitlines())
-            self.warn(f"warning: {self.path} cannot be written ({error}); its last lines are lost: {n_lines}")
+            self.warn(f"warning: {self.path} cannot be written ({error}); number of lines lost at the end: {n_lines}")
         self.file.close()
 
 
 def read_metrics(path):
-    """Return the objects in a metrics.jsonl, without a last line that a crash left incomplete."""
+    """Return the objects in a metrics.jsonl file. If the last line is incomplete after a crash, omit it."""
     lines = []
     if os.path.exists(path):
         for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
@@ -86,8 +86,8 @@ def read_metrics(path):
 
 
 class Spikes:
-    """Detect loss spikes: losses more than 7 standard deviations above the mean of up to 1,000 earlier ones (OLMo team
-    2025, OLMo 2). The earlier losses are read from metrics.jsonl, so a resumed run detects the same spikes."""
+    """Detect loss spikes: losses more than 7 standard deviations above the mean of the previous 1,000 losses (OLMo team
+    2025, OLMo 2). A resumed run reads the previous losses from metrics.jsonl, so that it detects the same spikes."""
 
     MIN_LOSSES, MAX_LOSSES = 100, 1000
 
@@ -96,7 +96,7 @@ class Spikes:
         self._losses = np.array(losses[-self.MAX_LOSSES :])
 
     def is_spike(self, loss):
-        """Add the next loss of the log, and return whether it is a spike."""
+        """Add the next logged loss, and return whether it is a spike."""
         previous = self._losses
         if math.isfinite(loss):
             self._losses = np.append(previous, loss)[-self.MAX_LOSSES :]
@@ -104,8 +104,8 @@ class Spikes:
 
 
 def plot_losses(metrics_path, image_path):
-    """Plot training and validation loss per step as a PNG."""
-    from matplotlib.figure import Figure  # not pyplot, which is for interactive use and keeps every figure
+    """Plot the training and validation losses over steps to a PNG file."""
+    from matplotlib.figure import Figure  # not pyplot, which keeps every figure in memory
 
     lines = read_metrics(metrics_path)
     train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]

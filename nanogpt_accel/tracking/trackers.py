@@ -1,17 +1,17 @@
-"""Experiment trackers (wandb, tensorboard, ...) through Accelerate. If one fails, the run continues."""
+"""Log to the experiment trackers of Accelerate (wandb, tensorboard, ...). If a tracker fails, the run continues."""
 
 import secrets
 from importlib.util import find_spec
 
 from ..utils.text import first_line
 
-# Accelerate's names, which are also the names of the modules
+# Accelerate's names of the trackers, which are also their module names
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 TEXT_TRACKERS = ("comet_ml", "tensorboard", "wandb")
 
 
 def check_trackers(names):
-    """Return a list of problems: trackers that Accelerate does not support or that are not installed."""
+    """Return a list of problems, for trackers that are not supported by Accelerate or not installed."""
     problems = []
     for name in names:
         if name not in TRACKERS:
@@ -22,16 +22,16 @@ def check_trackers(names):
 
 
 class Trackers:
-    """The Accelerator's trackers of a run. An error while logging is only a warning.
+    """Log to the trackers of an Accelerator. If logging fails, print a warning.
 
     Args:
         config: flat dictionary of the settings.
-        first_step: above 0, the run is resumed and continues the tracker's run.
+        first_step: if it is above 0, the run is resumed, and the tracker continues its previous run.
         folder: run folder, for trackers that write files.
-        warn: function that takes a line.
+        warn: function that prints a line.
 
     Raises:
-        ValueError: a tracker cannot be started.
+        ValueError: a tracker could not be started.
     """
 
     def __init__(self, accelerator, project, config, first_step, folder, name, warn=print):
@@ -43,21 +43,21 @@ class Trackers:
                 id_file.write_text(secrets.token_hex(4), encoding="utf-8")
             options["wandb"] |= {"id": id_file.read_text(encoding="utf-8").strip(), "resume": "allow"}
         if first_step:
-            options["tensorboard"] = {"purge_step": first_step}  # removes the values logged after the checkpoint
+            options["tensorboard"] = {"purge_step": first_step}  # remove values that were logged after the checkpoint
         try:
             accelerator.init_trackers(project, config=config, init_kwargs=options)
-        except Exception as error:  # each tracker has its own exceptions
+        except Exception as error:  # trackers raise different exceptions
             raise ValueError(
                 f"tracking.trackers: cannot start a tracker: {first_line(error)}; without a network or an account, "
                 "set WANDB_MODE=offline or trackers=tensorboard"
             ) from None
 
     def log(self, values, step):
-        """Log {name: number}."""
+        """Log a dictionary {name: number}."""
         self._try(self.accelerator.log, values, step)
 
     def log_text(self, name, text, step):
-        """Log a text in the trackers that display texts."""
+        """Log a text to those trackers that can display text."""
         for tracker in self.accelerator.trackers:
             if tracker.name in TEXT_TRACKERS:
                 self._try(tracker.log, {name: text}, step)
@@ -68,5 +68,5 @@ class Trackers:
         except Exception as error:
             if not self._has_warned:
                 reason = first_line(error)
-                self.warn(f"warning: a tracker failed ({reason}); training continues, metrics.jsonl has all values")
+                self.warn(f"warning: a tracker failed ({reason}); training continues, and metrics.jsonl has all values")
             self._has_warned = True

@@ -221,7 +221,7 @@ def test_a_long_run_is_downsampled_and_keeps_its_spikes():
             5,
         ),
         (lambda run: (run / "run.yaml").write_text("model: {n_layers: 3}"), "unknown key model.n_layers", 5),
-        (lambda run: (run / "run.yaml").write_text("{"), "not YAML", 5),
+        (lambda run: (run / "run.yaml").write_text("{"), "invalid YAML", 5),
         (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl is missing or empty", 0),
         (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl is missing or empty", 0),
         (lambda run: (run / "metrics.jsonl").write_text("{{{"), "metrics.jsonl has no valid lines", 0),

@@ -188,16 +188,16 @@ def truncated(length):
     os.truncate("ckpt.pt", length)
 
 
-FIT = "its weights do not fit its model_args"
+FIT = "the weights do not match model_args"
 NO_CKPT = "not a checkpoint of nanoGPT's train.py"
 
 
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (lambda: Path("ckpt.pt").write_text("no checkpoint"), "not a file that torch.save wrote"),
-        (lambda: Path("ckpt.pt").write_bytes(b""), "not a file that torch.save wrote"),
-        (lambda: truncated(100), "not a file that torch.save wrote"),
+        (lambda: Path("ckpt.pt").write_text("no checkpoint"), "not a file written by torch.save, or corrupted"),
+        (lambda: Path("ckpt.pt").write_bytes(b""), "not a file written by torch.save, or corrupted"),
+        (lambda: truncated(100), "not a file written by torch.save, or corrupted"),
         *(
             (
                 lambda config=config: torch.save(
@@ -207,7 +207,7 @@ NO_CKPT = "not a checkpoint of nanoGPT's train.py"
             )
             for config in ("x", {"dataset": 3})
         ),
-        (lambda: truncated(20_000), "not a file that torch.save wrote"),
+        (lambda: truncated(20_000), "not a file written by torch.save, or corrupted"),
         (lambda: torch.save({"model_state": {}}, "ckpt.pt"), NO_CKPT),
         (lambda: torch.save(nanogpt(), "ckpt.pt"), NO_CKPT),
         (lambda: torch.save(torch.zeros(3), "ckpt.pt"), NO_CKPT),

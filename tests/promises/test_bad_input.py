@@ -96,7 +96,7 @@ EARLY = [
     ([*TINY, "dropout=1.5"], ["model.dropout=1.5", "less than 1"]),
     ([*TINY, "val_fraction=0"], ["data.val_fraction=0", "greater than 0"]),
     ([*TINY, "learning_rate=nan"], ["optimizer.learning_rate=nan", "finite"]),
-    ([*TINY, "eval_iters=0"], ["train.eval_iters=0", "1 or more"]),
+    ([*TINY, "eval_iters=0"], ["train.eval_iters=0", "at least 1"]),
     ([*TINY, "warmup_iters=99"], ["warmup_iters=99", "lr_decay_iters=6"]),
     (["sample", "runs/tiny", "top_p=0"], ["top_p=0", "greater than 0"]),
     # n_embd not divisible by n_head
@@ -121,11 +121,11 @@ EARLY = [
     (["train"], ["no recipe given"]),
     (["train", "tinny.yaml"], ["tinny.yaml", "no such recipe", "did you mean tiny"]),
     (["train", "gone/tiny.yaml"], ["gone/tiny.yaml", "no such recipe"]),
-    (["train", "torn.yaml"], ["torn.yaml", "not YAML", "line 4"]),
-    (["train", "tab.yaml"], ["tab.yaml", "not YAML", "line 2"]),
+    (["train", "torn.yaml"], ["torn.yaml", "invalid YAML", "line 4"]),
+    (["train", "tab.yaml"], ["tab.yaml", "invalid YAML", "line 2"]),
     (["train", "twice.yaml"], ["twice.yaml", "line 3", "duplicate key n_layer"]),
     (["train", "words.yaml"], ["words.yaml", "sections with keys"]),
-    (["train", "latin.txt"], ["latin.txt", "UTF-8", "byte 0"]),
+    (["train", "latin.txt"], ["latin.txt", "UTF-8", "byte at position 0"]),
     (["train", "tiny.yaml", "other.yaml"], ["expected at most 1 target", "other.yaml"]),
     # corpus missing, empty, not UTF-8, shorter than a block, and a val split shorter than one
     ([*TINY, "corpus=gone.txt"], ["corpus=gone.txt", "no such corpus"]),
@@ -343,7 +343,8 @@ def test_run_without_a_valid_checkpoint_is_refused(capsys, copy):
     (line,) = refusal(capsys, "train", copy)
     assert has_all(line, ["nothing to resume", "no valid checkpoint", str(copy), "init_from=scratch"])
     assert main(["sample", str(copy)]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"error: {copy}: this run folder has no valid checkpoint"
+    message = f"error: {copy}: the run folder does not contain a valid checkpoint"
+    assert capsys.readouterr().err.splitlines()[-1] == message
 
 
 # ---- processes

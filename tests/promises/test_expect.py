@@ -159,7 +159,7 @@ class Lines:
             {"n_layer": "1", "seed": "2"},
             1.5,
             1.5,
-            "expected 1.470 +- 0.5 for the unchanged recipe (changed here: n_layer), got 1.500",
+            "expected 1.470 +- 0.5 for the unmodified recipe (modified in this run: n_layer), got 1.500",
         ),
         (
             "{val_loss: 1.47, tolerance: 0.5, steps: 2000}",

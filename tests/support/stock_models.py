@@ -20,7 +20,7 @@ from nanogpt_accel.model import GPT, GPTConfig
 CHARS = "\n !\"',-.:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 N = len(CHARS) + 1  # tokens; the last one is end-of-text
 ROWS, T_MAX = 80, 32  # vocabulary size with much padding, context length
-SUPPORTED = ("models of this toolkit", "gpt2", "llama", "qwen3", "nanochat")
+SUPPORTED = ("Supported models: nanogpt_accel", "gpt2", "llama", "qwen3", "nanochat")
 
 
 def randomize(model):

@@ -92,7 +92,7 @@ def test_time_left_is_exact_if_steps_and_evaluations_keep_their_durations(capsys
                     and "left" not in lines[-1]
                 )
             else:
-                estimate = [f"time: about {duration(total)} in total from step 4 on"]
+                estimate = [f"time: about {duration(total)} in total since step 4"]
                 assert lines[:-1] == estimate * (step == first + 5)
                 left = f", {duration(total + 100 - clock[0])} left" if step + 1 < last else " tokens/s"
                 assert lines[-1].endswith(left)
