@@ -1,6 +1,6 @@
-"""nanoGPT redone on Hugging Face Accelerate: one recipe, one plain loop, one model that any tool loads.
+"""nanoGPT, rebuilt on Hugging Face Accelerate: one recipe, one plain training loop, one model that any tool can load.
 
-`from nanogpt_accel.train import train` trains from Python; the names below load on first use, so that
+`from nanogpt_accel.train import train` trains from Python; the names below are imported on first use, so that
 `nanogpt-accel --help` does not wait for torch.
 """
 

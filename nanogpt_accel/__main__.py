@@ -1,4 +1,4 @@
-"""`nanogpt-accel COMMAND ...`: the table of commands. Only the command that runs is imported."""
+"""`nanogpt-accel COMMAND ...`: the table of commands. Only the selected command is imported."""
 
 import sys
 from importlib import import_module
@@ -8,16 +8,16 @@ from .utils import cli
 from .utils.fields import nearest
 
 COMMANDS = {
-    "prepare": "tokenize the corpus of a recipe; train does this if needed",
+    "prepare": "tokenize the corpus of a recipe; train does this automatically",
     "data": "show the contents of a data folder",
-    "plan": "estimate parameters, memory and time of a recipe, and suggest one of configs/",
-    "bench": "measure the training speed of a recipe, by part; compare variants",
+    "plan": "estimate parameters, memory and time of a recipe, and suggest a file in configs/",
+    "bench": "measure how fast a recipe trains, and compare variants",
     "train": "train a recipe, or resume a run",
     "sample": "generate text with a model: a run folder, a checkpoint folder or a Hub id",
-    "evaluate": "compute loss, perplexity and bits per byte of a model on a validation set",
-    "report": "write a page about one or more runs: curves, samples, recipes",
-    "export": "convert a model to a stock architecture that any tool loads",
-    "import": "convert a checkpoint of nanoGPT",
+    "evaluate": "compute loss, perplexity and bits per byte of a model on a validation split",
+    "report": "write an HTML page about one or more runs: curves, samples, recipes",
+    "export": "convert a model to a stock architecture that other tools load",
+    "import": "convert a nanoGPT checkpoint to a model folder",
     "push": "push a model to the Hugging Face Hub",
     "doctor": "check this machine and this launch, and suggest fixes",
 }
@@ -44,7 +44,7 @@ def _dispatch(argv):
 
 
 def import_command(name):
-    """Return the module of a command."""
+    """Import and return the module of a command."""
     module = {"train": "train", "import": "commands.import_nanogpt"}.get(name, f"commands.{name}")
     return import_module(f".{module}", __package__)
 

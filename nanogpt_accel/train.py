@@ -6,7 +6,7 @@
 
 From Python: `from nanogpt_accel.train import train; model, history = train("recipes/quickstart.yaml", max_iters=100)`
 
-Read `training_loop` first: it shows what happens in a run, in the order in which it happens. Data order and dropout
+Read `training_loop` first: it shows what happens in a run, from start to end. Data order and dropout
 are functions of (seed, step), so a checkpoint needs only the weights, the optimizer's state and `TrainState`.
 training.py builds everything that the loop uses; checkpoint/run.py writes all files of a run.
 """
@@ -82,7 +82,7 @@ class TrainState:
 
 
 def training_loop(setup, data, run, state, stopper, console):
-    """Train to max_iters, or until the run is told to stop. Return whether it was stopped early."""
+    """Train until max_iters, or until a signal or max_hours stops the run. Return whether it was stopped early."""
     import torch
 
     recipe, accelerator, model, optimizer = setup.recipe, setup.accelerator, setup.model, setup.optimizer
@@ -108,8 +108,8 @@ def training_loop(setup, data, run, state, stopper, console):
 
         # save: at save_interval, at the end, and whenever the validation loss is the best so far
         is_due = recipe.should_save(step) or is_last or is_stopping
-        if (is_due and step > first_step) or (is_best and step > 0):  # first_step is saved already, or 0
-            if losses:  # the previous step was not logged, so its numbers were not checked yet
+        if (is_due and step > first_step) or (is_best and step > 0):  # first_step is 0 or already saved
+            if losses:  # the losses since the last logged step are not checked yet
                 nonfinite.check(step - 1, losses, grad_norm)
             run.save(state, optimizer)
         if is_last or is_stopping:
@@ -136,14 +136,14 @@ def training_loop(setup, data, run, state, stopper, console):
                 micro_loss = model(**inputs, return_logits=False).loss
                 # fetch the next inputs while the device works; after the last micro-batch, those of the next step
                 inputs = setup.fetch(step, micro_step + 1)
-                accelerator.backward(micro_loss)  # divides by the number of micro-steps
+                accelerator.backward(micro_loss)  # divides the loss by the number of micro-steps
                 loss += micro_loss.detach() / setup.micro_steps
 
         # clip and step; with on_nonfinite=skip the CPU waits here for the gradient norm
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip or math.inf)
         if not nonfinite.should_skip(grad_norm):
             optimizer.step()
-        nonfinite.count_skips(state, grad_norm)  # raises after max_skips in a row
+        nonfinite.count_skips(state, grad_norm)  # raises if more than max_skips in a row
         optimizer.zero_grad()
         losses.append(loss)
         state.advance(lr)
@@ -158,13 +158,13 @@ def training_loop(setup, data, run, state, stopper, console):
 
 
 def run_training(recipe, signals):
-    """Run a recipe to its end.
+    """Run a recipe: prepare its data, train or evaluate the model, and return it.
 
-    signals: a StopSignals, which notes the signals that stop a run.
+    signals: a StopSignals, which records signals such as SIGTERM.
 
     Returns:
-        The trained GPT. If it is sharded: on the main process a GPT with the weights of the last checkpoint, None on
-        the others.
+        The trained GPT. If it is sharded, the main process returns a GPT with the weights of the last checkpoint, and
+        the other processes return None.
 
     Raises:
         ValueError: the recipe cannot run on this machine.
@@ -177,7 +177,7 @@ def run_training(recipe, signals):
     if recipe.train.eval_only:
         return evaluate_only(recipe, console)
     repository = create_repository(recipe)
-    data, source = open_data(recipe, console)  # source: folder of the initial weights, if there are any
+    data, source = open_data(recipe, console)  # source: folder of the initial weights, or None
     with Run(recipe, console, repository) as run:
         # check again under the lock: another process may have trained in this folder since the first check
         recipe = resolve_resume(recipe)
@@ -196,7 +196,7 @@ def run_training(recipe, signals):
         run.start(setup, data, state, stopper, is_resumed)
         describe_run(setup, data, state.step, console)
         console.start(state.step, recipe.train.max_iters, recipe.train.eval_interval, setup.is_compiled)
-        cli.restore_gc()  # cli.run slowed it down for the imports; saving leaves models in reference cycles
+        cli.restore_gc()  # cli.run made it rare for fast imports, but saving leaves models in reference cycles
         is_stopped = training_loop(setup, data, run, state, stopper, console)
         console.stop()
         run.saver.wait()
@@ -214,7 +214,7 @@ def run_training(recipe, signals):
 
 
 def evaluate_only(recipe, console):
-    """Evaluate a recipe's model once, write nothing, and return the model."""
+    """Evaluate a recipe's model once and return it, without writing any files."""
     data, source = open_data(recipe, console)
     if recipe.model.init_from == "resume":
         source = find_checkpoint(recipe, data, console)
@@ -239,10 +239,9 @@ def load_scaler(source, accelerator):
 
 
 def warn_if_schedule_changed(recipe, state, console):
-    """Warn if the learning rate jumps at the first step of a resumed run, because settings were changed."""
+    """Warn if the learning rate jumps at the first step of a resumed run, because its schedule was changed."""
     before, now = state.learning_rate, learning_rate(state.step, **recipe.lr_schedule)
-    # from step to step a schedule changes it by less than a fifth, except in warm-up and at the end of a decay, where
-    # it is small compared with the highest rate
+    # schedules change the learning rate by less than 20% per step, except where it is small (warm-up, end of decay)
     if state.step < recipe.train.max_iters and not math.isclose(
         now, before, rel_tol=0.2, abs_tol=0.05 * recipe.optimizer.learning_rate
     ):
@@ -287,28 +286,28 @@ def main(argv):
         )
     target, options = cli.parse(argv, FIELDS)
     if target is None:
-        raise ValueError("no recipe given: nanogpt-accel train RECIPE.yaml, for example recipes/quickstart.yaml")
+        raise ValueError("RECIPE.yaml or RUN_FOLDER is missing; usage: nanogpt-accel train recipes/quickstart.yaml")
     if Path(target).is_dir():
         if not (Path(target) / "run.yaml").is_file():
-            raise ValueError(f"{target}: not a run folder, because it has no run.yaml; give a recipe or a run folder")
+            raise ValueError(f"{target}: not a run folder, because it has no run.yaml; pass a recipe or a run folder")
         if "out_dir" in options:
             raise ValueError(
                 f"out_dir={options['out_dir']}: a resumed run stays in {target}; to write to another folder, start a "
                 f"new run with init_from={target}"
             )
-        # a run folder must have a checkpoint; the recipe's resume=auto would start over without one
+        # fail if there is no checkpoint; with the recipe's resume=auto, the run would start over
         options = {"init_from": "resume", "resume": "no", **options, "out_dir": target}
         target = Path(target) / "run.yaml"
     recipe = resolve_resume(load_recipe(target, options, check=check_recipe))
     try:
         with StopSignals() as signals:
             run_training(recipe, signals)
-    except KeyboardInterrupt:  # Ctrl-C before the loop; in the loop it ends in cli.Stopped
+    except KeyboardInterrupt:  # Ctrl-C before the loop; in the loop, cli.Stopped is raised
         raise KeyboardInterrupt(how_to_resume(recipe.out_dir)) from None
     except RuntimeError as error:
         if reason := lost_process(error):
             raise ConnectionError(
-                f"another process of this run ended or did not answer within collective_timeout="
+                f"another process of this run exited or did not respond within collective_timeout="
                 f"{recipe.train.collective_timeout:g} s ({reason}); {how_to_resume(recipe.out_dir)}"
             ) from error
         raise
@@ -325,7 +324,7 @@ def train(recipe, **overrides):
         (model, history): the trained GPT, and the lines of metrics.jsonl as dictionaries.
 
     Raises:
-        ValueError: the recipe has problems; one line per problem. Also everything that `run_training` raises.
+        ValueError: the recipe has problems; one line per problem. Also the exceptions of `run_training`.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides, check_recipe)
@@ -336,12 +335,11 @@ def train(recipe, **overrides):
     if not _TRAINING.acquire(blocking=False):
         raise ValueError(
             "another thread of this process is training, and both would share a random number generator; "
-            "wait for it, or train in another process"
+            "wait until it has finished, or train in another process"
         )
     try:
-        model = run_training(
-            resolve_resume(recipe), StopSignals()
-        )  # without handlers: signals keep their default action
+        # StopSignals without `with` installs no handlers, so signals keep their default action
+        model = run_training(resolve_resume(recipe), StopSignals())
     finally:
         _TRAINING.release()
     return model, read_metrics(Path(recipe.out_dir) / "metrics.jsonl")

@@ -1,6 +1,6 @@
-"""Build what the loop needs from a recipe: data, model, optimizer, precision. `train` and `bench` share it.
+"""Build what the loop needs from a recipe: data, model, optimizer, precision. Shared by `train` and `bench`.
 
-Nothing heavy is imported at the top, so that `check_recipe` answers before torch is loaded.
+torch and transformers are not imported at the top, so `check_recipe` reports mistakes before they are loaded.
 """
 
 import json
@@ -48,14 +48,14 @@ def check_recipe(recipe):
     if train.sample_interval and (launcher_requests("FSDP") or launcher_requests("DEEPSPEED")):
         problems.append(
             f"train.sample_interval={train.sample_interval}: sampling during training is not supported for sharded "
-            "models; leave it out with FSDP2 and DeepSpeed"
+            "models; remove sample_interval with FSDP2 or DeepSpeed"
         )
     if train.on_nonfinite == "skip" and launcher_requests("DEEPSPEED"):
         problems.append(
-            "train.on_nonfinite=skip: not supported with DeepSpeed, which makes its step in the backward pass; "
-            "use on_nonfinite=stop, or configs/fsdp2.yaml"
+            "train.on_nonfinite=skip: not supported with DeepSpeed, which updates the weights in the backward pass; "
+            "set on_nonfinite=stop, or launch with configs/fsdp2.yaml"
         )
-    # the state of the folder means nothing while another process trains in it
+    # if another process trains in the folder, report only that, because the contents still change
     locked = check_lock(out_dir) if is_main() and not train.eval_only else []
     problems += locked or check_out_dir(recipe)
     if not train.eval_only:
@@ -66,27 +66,27 @@ def check_recipe(recipe):
 
 
 def check_out_dir(recipe):
-    """Check what the run would resume, overwrite or start from; return a list of messages."""
+    """Check what the run would resume, overwrite or start from; return a list of problems."""
     out_dir, init_from = Path(recipe.out_dir), recipe.model.init_from
     saved, is_new = list_checkpoints(out_dir), not (recipe.overwrite or recipe.train.eval_only)
     latest = latest_valid(out_dir, warn=lambda line: None, thorough=False)
     problems = []
     if init_from == "resume" and latest is None:
         problems.append(
-            f"out_dir={out_dir}: nothing to resume, it has no {'valid ' * bool(saved)}checkpoint; to start over, use "
-            "init_from=scratch"
+            f"out_dir={out_dir}: nothing to resume, no {'valid ' * bool(saved)}checkpoint in this folder; to start "
+            "over, set init_from=scratch"
         )
     elif init_from == "resume":
         problems += shape_differences(latest, read_config(latest), recipe.shape)
     elif saved and is_new and latest is None:
         problems.append(
             f"out_dir={out_dir}: contains a run without a valid checkpoint ({saved[-1].name}: "
-            f"{find_corruption(saved[-1])}); overwrite it with overwrite=true, or set another out_dir"
+            f"{find_corruption(saved[-1])}); overwrite it with overwrite=true, or set out_dir to another folder"
         )
     elif saved and is_new:
         problems.append(
             f"out_dir={out_dir}: already contains a run ({saved[-1].name}); continue it with `nanogpt-accel train "
-            f"{out_dir}`, overwrite it with overwrite=true, or set another out_dir"
+            f"{out_dir}`, overwrite it with overwrite=true, or set out_dir to another folder"
         )
     elif not saved and not recipe.train.eval_only:
         problems += check_run_folder(out_dir)
@@ -97,7 +97,7 @@ def check_out_dir(recipe):
         )
     if recipe.overwrite and out_dir.resolve() in (Path(init_from).resolve(), Path(init_from).resolve().parent):
         problems.append(
-            f"model.init_from={init_from}: is in out_dir={out_dir}, which overwrite=true clears; set another out_dir"
+            f"model.init_from={init_from}: is in out_dir={out_dir}, which overwrite=true clears; change out_dir"
         )
     return problems
 
@@ -106,11 +106,11 @@ def check_out_dir(recipe):
 
 
 def open_data(recipe, console):
-    """Open the token files of a recipe, prepared first if they are missing, and find the model to start from.
+    """Open the data of a recipe, after preparing it if necessary, and find the model to start from.
 
     Returns:
         (Dataset, folder of the weights that init_from names). The folder is None for a new model, and for a resumed
-        run, which takes its checkpoint once it has the lock of the run folder; see find_checkpoint.
+        run, whose checkpoint is selected after the run folder is locked; see find_checkpoint.
 
     Raises:
         ValueError: too few tokens, a sample prompt that cannot be encoded, or a model that does not fit the data.
@@ -140,13 +140,13 @@ def find_checkpoint(recipe, data, console):
     """Return the latest valid checkpoint of a run.
 
     Raises:
-        ValueError: it was trained on other data.
+        ValueError: the checkpoint was trained on different data.
     """
     source = latest_valid(recipe.out_dir, console)
     if read_trainer(source)["data"] != data.identity:
         raise ValueError(
-            f"{source} was trained on other data than {data.folder} contains now; set data_dir to the "
-            f"folder that it was trained on, or start a new run with init_from={source} and another out_dir"
+            f"{source}: trained on different data from what {data.folder} now contains; set data_dir to the folder "
+            f"of its training data, or start a new run with init_from={source} and out_dir set to another folder"
         )
     return source
 
@@ -154,7 +154,7 @@ def find_checkpoint(recipe, data, console):
 def make_model(recipe, tokenizer, source, on_meta=False):
     """Create a GPT in float32 on the CPU, or load its weights from the folder `source`.
 
-    on_meta: of a new model, create the parameters without values, for a rank that receives those of the main process.
+    on_meta: create a new model on the meta device, for a rank that receives the weights of the main process.
     """
     from .distributed.sharding import init_empty
     from .model import GPT, GPTConfig
@@ -176,7 +176,7 @@ def make_model(recipe, tokenizer, source, on_meta=False):
 
 
 def adopt_shape(recipe, config, source, console):
-    """Return the recipe with the architecture of the model that it starts from, so that run.yaml can be resumed.
+    """Return the recipe with the architecture of the model in `source`, so that the run can be resumed from run.yaml.
 
     Raises:
         ValueError: a recipe cannot express the architecture.
@@ -191,7 +191,7 @@ def adopt_shape(recipe, config, source, console):
         console.say(f"using the architecture of {source}; ignoring the recipe's {', '.join(sorted(ignored))}")
     section, problems, _ = validate(SECTIONS["model"], recipe.model.model_dump() | shape, "model.")
     if problems:
-        raise ValueError(f"{source}: its architecture is not valid in a recipe: {'; '.join(problems)}")
+        raise ValueError(f"{source}: a recipe cannot express its architecture: {'; '.join(problems)}")
     return recipe.model_copy(update={"model": section})
 
 
@@ -203,12 +203,12 @@ class Setup:
 
     Args:
         model: a GPT on the CPU.
-        tokens: the training tokens, with rows(starts, length). eot_id: id of the end-of-text token, or None.
+        tokens: the training tokens, such as a TokenFile. eot_id: id of the end-of-text token, or None.
 
     Attributes:
-        model: as accelerator.prepare returns it; call this one. raw_model: the GPT inside it.
+        model: the prepared model, which the loop calls. raw_model: the GPT inside it.
         micro_steps: micro-batches per step on each rank.
-        cpu_tuning: changes that make training on a CPU faster; summary: of the model. Texts for the log.
+        summary, cpu_tuning: texts for the log that describe the model and the changes for faster training on a CPU.
     """
 
     def __init__(self, recipe, accelerator, model, tokens, eot_id):
@@ -222,7 +222,7 @@ class Setup:
         if not is_sharded(accelerator):  # a sharded model is moved shard by shard
             model.to(accelerator.device)
             self.cpu_tuning = cpu.tune(model, accelerator, train.compile)
-        micro_batches = train.gradient_accumulation_steps  # over all ranks
+        micro_batches = train.gradient_accumulation_steps  # per step, over all ranks
         batch_size, block_size = train.batch_size, recipe.model.block_size
         self.micro_steps = accelerator.gradient_accumulation_steps = micro_batches // accelerator.num_processes
         self.tokens_per_step = micro_batches * batch_size * block_size
@@ -254,7 +254,7 @@ class Setup:
         return self.accelerator.state.dynamo_plugin.backend != "NO"
 
     def micro_batch(self, micro_step):
-        """Return the number of this rank's micro-batch among all micro-batches of a step."""
+        """Return the index of this rank's micro-batch among all micro-batches of a step."""
         return micro_step * self.accelerator.num_processes + self.accelerator.process_index
 
     def fetch(self, step, micro_step):
@@ -262,14 +262,13 @@ class Setup:
         return self.to_inputs(self.batches(step, self.micro_batch(micro_step)))
 
     def seed_dropout(self, step, micro_step):
-        """Seed dropout by the number of the micro-batch, so that a resumed run repeats it exactly on any number of
-        ranks."""
+        """Seed dropout per step and micro-batch, so that a resumed run uses the same masks on any number of ranks."""
         import torch
 
         torch.manual_seed(seed_of(self.recipe.seed, 0, step, self.micro_batch(micro_step)))
 
     def release(self):
-        """Free the model and the optimizer, also in Accelerate."""
+        """Free the model and the optimizer, including Accelerate's references to them."""
         self.model = self.optimizer = None
         self.accelerator.free_memory()
 
@@ -280,7 +279,7 @@ def is_sharded(accelerator):
 
 
 def accelerator_for(recipe):
-    """Return the Accelerator of a recipe; see distributed/accelerator.py."""
+    """Create the Accelerator for a recipe; see distributed/accelerator.py."""
     train = recipe.train
     return make_accelerator(
         train.device,
@@ -294,7 +293,7 @@ def accelerator_for(recipe):
 
 def set_up(recipe, data, source, console):
     """Return the Setup of a run: a new model, or one with the weights of the folder `source`."""
-    # torch and transformers take seconds to import: only after all checks
+    # imported only after all checks, because torch and transformers take seconds to import
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -313,7 +312,7 @@ def set_up(recipe, data, source, console):
         if is_resumed
         else f"starting from the weights of {source}"
         if source
-        else "starting from new weights"
+        else "starting from scratch, with randomly initialized weights"
     )
     if source is not None and not is_resumed:
         recipe = adopt_shape(recipe, model.config, source, console)
@@ -324,7 +323,7 @@ def set_up(recipe, data, source, console):
 
 
 def evaluate(setup, data, console):
-    """Evaluate the model on fixed batches of both splits, shared by all ranks; return {name: score}."""
+    """Evaluate the model on fixed batches, which are divided among the ranks; return {name: score}."""
     recipe, train_loss = setup.recipe, None
     block_size, batch_size = recipe.model.block_size, recipe.train.batch_size
     val_batches = evaluation_batches(len(data.val), block_size, batch_size, recipe.train.eval_iters)
@@ -340,16 +339,16 @@ def evaluate(setup, data, console):
 
 
 def is_finite(grad_norm):
-    """Return whether a gradient norm, which may be a tensor on the device, is finite. Waits for the device."""
+    """Return whether a gradient norm, which may be a tensor on the device, is finite. This waits for the device."""
     from .distributed.sharding import as_float
 
     return math.isfinite(as_float(grad_norm))
 
 
 class NonFinite:
-    """Decides what follows from a loss or a gradient norm that is NaN or Inf: the run ends, or the step is skipped.
+    """Detects a loss or gradient norm that is NaN or Inf, and ends the run or skips the step.
 
-    fp16's gradient scaler finds infinities while it searches for its scale, and skips those steps itself.
+    In fp16, infinite gradients are normal while the gradient scaler searches for its scale; it skips these steps.
     """
 
     def __init__(self, setup, run, tokenizer):
@@ -358,11 +357,11 @@ class NonFinite:
         self.may_skip, self.max_skips = train.on_nonfinite == "skip", train.max_skips
 
     def should_skip(self, grad_norm):
-        """Return whether to skip the optimizer's step, because the gradient is not finite and the recipe says so."""
+        """Return whether to skip the optimizer step: with on_nonfinite=skip, if the gradient norm is not finite."""
         return self.may_skip and self.accelerator.scaler is None and not is_finite(grad_norm)
 
     def count_skips(self, state, grad_norm):
-        """Count the step, after the optimizer, if it was skipped.
+        """Count this step if it was skipped. Call this after the optimizer step.
 
         Raises:
             FloatingPointError: more than max_skips steps in a row were skipped.
@@ -377,7 +376,7 @@ class NonFinite:
             raise self.error(f"gradients of steps {first} to {state.step} are not finite", state.step)
 
     def check(self, step, losses, grad_norm):
-        """Return (losses of the steps up to `step`, means over all ranks; the last gradient norm) as floats.
+        """Return (losses of the steps up to `step`, averaged over all ranks; last gradient norm) as floats.
 
         Raises:
             FloatingPointError: one of them is not finite, and the run does not skip such steps.
@@ -394,7 +393,7 @@ class NonFinite:
             if not math.isfinite(loss):
                 raise self.error(f"loss of step {i} is {loss}", i)
         scaler = self.accelerator.scaler
-        is_scaling = scaler is not None and scaler.get_scale() >= 1  # below 1 it found no scale
+        is_scaling = scaler is not None and scaler.get_scale() >= 1  # below 1, there is no scale that works
         if not (math.isfinite(grad_norm) or is_scaling or self.accelerator.optimizer_step_was_skipped):
             raise self.error(f"gradient norm of step {step} is {grad_norm}", step)
         return losses, grad_norm
@@ -405,7 +404,7 @@ class NonFinite:
             raise self.error(f"validation loss after {step} steps is {loss}")
 
     def error(self, what, step=None):
-        """Return the error that ends the run; the batch of `step` is written to the run folder first."""
+        """Write the batch of `step` to the run folder, if a step is given, and return the error that ends the run."""
         self.run.saver.wait()
         out_dir = Path(self.setup.recipe.out_dir)
         if step is not None:
@@ -413,7 +412,7 @@ class NonFinite:
             if self.accelerator.is_main_process:
                 with suppress(OSError):
                     self.write_batch(file, step)
-            what += f" (its batch is in {file})"
+            what += f" (the batch is saved in {file})"
         saved = latest_valid(out_dir)
         fix = "no checkpoint was saved yet; start over with a lower learning_rate"
         if saved:
@@ -424,7 +423,7 @@ class NonFinite:
         return FloatingPointError(f"{what}; {fix}")
 
     def write_batch(self, path, step):
-        """Write the global batch of a step: the start of each sequence in the training tokens, and its text."""
+        """Write the global batch of a step: for each sequence, its start in the training tokens and its text."""
         batches, numbers = self.setup.batches, range(self.setup.recipe.train.gradient_accumulation_steps)
         starts = [start for number in numbers for start in batches.starts(step, number).tolist()]
         rows = [row for number in numbers for row in batches(step, number).tolist()]
@@ -435,9 +434,9 @@ class NonFinite:
 
 
 def write_sample(recipe, tokenizer, model, on_text=None):
-    """Return the text that the model generates after sample_prompt. on_text: called with each chunk of it.
+    """Return the text that the model generates after sample_prompt. on_text: called with each new chunk of text.
 
-    It uses a separate random number generator, so the training is not affected.
+    Sampling uses a separate random number generator, so it does not affect training.
     """
     from .models.generation import generate, text_after
 
@@ -460,7 +459,7 @@ def write_sample(recipe, tokenizer, model, on_text=None):
 
 
 def finished_model(setup, recipe):
-    """Return the trained GPT. A sharded one is complete only in its checkpoint, which the main process loads."""
+    """Return the trained GPT. The main process loads a sharded model from its last checkpoint; others return None."""
     if not is_sharded(setup.accelerator):
         return setup.raw_model
     saved = latest_valid(recipe.out_dir) if is_main() else None
@@ -503,15 +502,15 @@ def describe_run(setup, data, first_step, console):
         if setup.peak_flops:
             flops = max(train.max_iters - first_step, 0) * tokens_per_step * setup.flops_per_token
             seconds = flops / (0.4 * setup.peak_flops * accelerator.num_processes)
-            console.say(f"time: {duration(seconds)} at an MFU of 40%; measured after a few steps")
+            console.say(f"time: {duration(seconds)} at an MFU of 40%; replaced by a measured time after a few steps")
     details = [
         f"device: {device_name(device)}",
         f"mixed precision {accelerator.mixed_precision}",
         f"attention {setup.raw_model.config._attn_implementation}",
         "compiled" if setup.is_compiled else None,
         setup.cpu_tuning,
-        None if setup.peak_flops or device.type == "cpu" else "no MFU: peak FLOP/s of this device unknown",
+        None if setup.peak_flops or device.type == "cpu" else "no MFU (peak FLOP/s of this device unknown)",
     ]
     console.say(", ".join(filter(None, details)))
     if first_step >= train.max_iters and not train.eval_only:
-        console.say(f"all max_iters={train.max_iters} steps are done; set a higher max_iters to continue")
+        console.say(f"max_iters={train.max_iters}: all steps are done; set a higher max_iters to continue")

@@ -1,11 +1,11 @@
-"""Measure how fast a recipe trains on this machine, and which part of a step takes how long.
+"""Measure how fast a recipe trains on this machine, and how long each part of a step takes.
 
     nanogpt-accel bench recipes/gpt2.yaml gradient_accumulation_steps=1
     nanogpt-accel bench recipes/gpt2.yaml --compare compile,loss
     accelerate launch --config_file configs/multi_gpu.yaml -m nanogpt_accel bench recipes/gpt2.yaml --profile trace.json
 
-The steps are the same as in train.py, with the same model, optimizer, precision, batches and Accelerator. The command
-does not download, evaluate or save anything.
+The measured steps are those of train.py, with the same model, optimizer, precision, batches and Accelerator. The
+command does not download data or weights, and it does not evaluate or save the model.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from ..training import Setup, accelerator_for
 from ..utils import cli
 from ..utils.fields import Int, Section, Words, nearest, raise_problems
 
-# axis -> its variants as (name, {setting of the recipe or of Variant: value}); for batch_size see variants_of
+# axis -> [(name of the variant, settings changed in the recipe or in Variant)]; variants_of adds those of batch_size
 AXES = {
     "compile": [("eager", {"compile": False}), ("compiled", {"compile": True})],
     "attention": [("sdpa", {"attention": "sdpa"}), ("eager attention", {"attention": "eager"})],
@@ -42,10 +42,10 @@ PARTS = ("data", "forward", "backward", "optimizer")
 class BenchOptions(Section):
     """The options of `bench`, in addition to the keys of a recipe."""
 
-    steps: Int = Field(10, ge=1, description="number of measured steps; the figures are medians")
-    warmup: Int = Field(3, ge=1, description="number of steps before the measurement, for compilation and allocation")
-    compare: Words = Field([], description=f"compare all combinations of variants along these axes: {', '.join(AXES)}")
-    profile: str | None = Field(None, description="write a trace of two steps to this file, for ui.perfetto.dev")
+    steps: Int = Field(10, ge=1, description="number of measured steps; reported times are their medians")
+    warmup: Int = Field(3, ge=1, description="number of unmeasured steps before, for compilation and allocation")
+    compare: Words = Field([], description=f"compare variants along these axes, in all combinations: {', '.join(AXES)}")
+    profile: str | None = Field(None, description="write a trace of two steps to this file; open it in ui.perfetto.dev")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
@@ -53,17 +53,17 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel bench RECIPE.yaml [steps=10] [--compare AXIS,...] [--profile FILE] [--json] [key=value ...]",
-            "Measure the time of each part of a step, tokens/s, MFU and peak memory of a recipe on this machine.",
+            "Measure a recipe's training speed on this machine: time per part of a step, tokens/s, MFU, peak memory.",
             {"options": BenchOptions, **SECTIONS},
         )
     target, options, overrides, problems = cli.parse_with_recipe(argv, BenchOptions, FIELDS)
     if target is None:
-        problems.append("no recipe given; run nanogpt-accel bench RECIPE.yaml, such as recipes/gpt2.yaml")
+        problems.append("RECIPE.yaml is missing; usage: nanogpt-accel bench recipes/gpt2.yaml")
     for axis in options.compare:
         if axis not in AXES:
             problems.append(f"compare={axis}: unknown axis{nearest(axis, AXES)}; choose from {', '.join(AXES)}")
     if options.profile and not Path(options.profile).absolute().parent.is_dir():
-        problems.append(f"profile={options.profile}: no such folder; create it, or set another file")
+        problems.append(f"profile={options.profile}: no such folder; create it, or set profile to another path")
     raise_problems(problems)
     recipe = load_recipe(target, overrides, check=check)
     figures = bench(recipe, options)
@@ -72,7 +72,7 @@ def main(argv):
 
 
 def check(recipe):
-    """Return a list of problems. The data may be missing, because random tokens take the same time."""
+    """Return a list of problems. Missing data is not a problem: random tokens replace it and take the same time."""
     problems = check_launch(recipe.train.gradient_accumulation_steps)
     if dataset.is_prepared(recipe.data):
         problems += dataset.check(recipe.data, recipe.model.block_size)
@@ -80,7 +80,7 @@ def check(recipe):
 
 
 def variants_of(recipe, axes):
-    """Return [(name, settings)] for every combination of the axes' variants, or only the recipe without axes."""
+    """Return [(name, settings)] for all combinations of the axes' variants; without axes, only the recipe itself."""
     size = recipe.train.batch_size
     sizes = [(f"batch_size={n}", {"batch_size": n}) for n in (size // 2, size, 2 * size) if n]
     variants = []
@@ -91,7 +91,7 @@ def variants_of(recipe, axes):
 
 
 def find_data(recipe):
-    """Return (tokens, vocabulary size and end-of-text token of the tokenizer, description of the source)."""
+    """Return (training tokens, vocabulary size, id of the end-of-text token, description of the data)."""
     data = recipe.data
     if dataset.is_prepared(data):
         prepared = dataset.open_dataset(data)
@@ -102,7 +102,7 @@ def find_data(recipe):
 
 
 class RandomTokens:
-    """A million random ids with the interface of a token file."""
+    """A million random token ids, with the interface of TokenFile."""
 
     def __init__(self, vocab_size):
         import numpy as np
@@ -117,14 +117,14 @@ class RandomTokens:
 
 
 def find_config(recipe, vocab_size):
-    """Return the GPTConfig of the recipe's model. Pretrained weights are not loaded."""
+    """Return the GPTConfig of the recipe's model, without loading pretrained weights."""
     from ..model import GPTConfig
 
     return GPTConfig(**model_shape(recipe, vocab_size), dropout=recipe.model.dropout)
 
 
 def bench(recipe, options):
-    """Return all figures as one dictionary, in seconds, bytes and tokens per second.
+    """Run the benchmark and return its results as a dictionary, in seconds, bytes and tokens per second.
 
     Raises:
         ValueError: a setting of the recipe is not supported on this machine.
@@ -141,7 +141,7 @@ def bench(recipe, options):
         for _ in range(options.warmup):
             variant.step()
     times = {variant: [] for variant in variants}
-    for _ in range(options.steps):  # alternate, so that other load on the machine affects all variants
+    for _ in range(options.steps):  # alternate between variants, so that other load affects all of them
         for variant in variants:
             times[variant].append(variant.step())
     figures = [figures_of(variant, times[variant]) for variant in variants]
@@ -170,7 +170,7 @@ def bench(recipe, options):
 
 
 def figures_of(variant, steps):
-    """Return the figures of a variant. steps: the results of its `step`."""
+    """Return the results of a variant as a dictionary. steps: the return values of its `step`."""
     setup = variant.setup
     speeds = [setup.tokens_per_step / step["total"] for step in steps]
     speed, peak = statistics.median(speeds), setup.peak_flops
@@ -189,7 +189,7 @@ def figures_of(variant, steps):
 
 
 class Variant:
-    """A training setup whose `step` measures its parts. settings: differences from the recipe, see AXES."""
+    """A training setup that measures each part of a step. settings: changes to the recipe, as in AXES."""
 
     def __init__(self, recipe, config, tokens, eot_id, name, settings):
         import torch
@@ -205,7 +205,7 @@ class Variant:
         sharding.disable_zero3_init(accelerator)
         self.setup = Setup(recipe, accelerator, GPT(config), tokens, eot_id)
         model, self.device = self.setup.raw_model, accelerator.device
-        if "chunked" in settings:  # at least four chunks, to compare them for small models too
+        if "chunked" in settings:  # at least four chunks, so that small models use the chunked loss too
             n_logits = recipe.train.batch_size * config.block_size * config.vocab_size
             model.largest_logits = min(2**27, n_logits / 4) if settings["chunked"] else math.inf
         if "attention" in settings:
@@ -214,10 +214,10 @@ class Variant:
         self.inputs = self.setup.fetch(0, 0)
 
     def step(self):
-        """Run one step like train.py's loop, and return the seconds by part and in total.
+        """Run one step as in train.py, and return the seconds per part and in total.
 
-        On CUDA, "data" is CPU time while the GPU works, and the other parts are GPU time, so the total is less than
-        their sum.
+        On CUDA, "data" is CPU time that overlaps with the GPU's work. The other parts are GPU time, so the total is
+        less than the sum of the parts.
         """
         setup, accelerator, recipe, step = self.setup, self.setup.accelerator, self.setup.recipe, self.number
         marks, data_seconds = [], 0.0
@@ -254,7 +254,7 @@ class Variant:
         }
 
     def mark(self):
-        """Return the current time, or a CUDA event."""
+        """Return a time mark: an event on CUDA, the current time on other devices."""
         import torch
 
         if self.device.type != "cuda":  # timed events can hang on MPS (pytorch/pytorch#196395)
@@ -265,19 +265,19 @@ class Variant:
         return event
 
     def synchronize(self):
-        """Wait for the device."""
+        """Wait until the device has finished its work."""
         import torch
 
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
     def peak_memory(self):
-        """Run one more step and return the peak bytes of its tensors, or None on MPS, which does not report them."""
+        """Run one more step and return its peak memory in bytes, or None on MPS, which does not report it."""
         import torch
 
         if self.device.type == "mps":
             return None
-        storages = {}  # weights, buffers and optimizer state, which stay from step to step
+        storages = {}  # weights, buffers and optimizer state, which are kept between steps
         state = [value for fields in self.setup.optimizer.state.values() for value in fields.values()]
         for tensor in (*self.setup.model.parameters(), *self.setup.model.buffers(), *state):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device.type:
@@ -286,7 +286,7 @@ class Variant:
         kept = sum(storages.values())
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)  # includes other variants
+            before = torch.cuda.memory_allocated(self.device)  # includes the memory of other variants
             self.step()
             return kept + torch.cuda.max_memory_allocated(self.device) - before
         # the CPU allocator has no statistics, but the profiler records each allocation
@@ -298,7 +298,7 @@ class Variant:
         return kept + max(itertools.accumulate((n_bytes for _, n_bytes in memory), initial=0))
 
     def profile(self, file, steps=2, profile_memory=False):
-        """Run more steps and write their Chrome trace."""
+        """Run `steps` more steps and write a Chrome trace of them."""
         import torch
         from torch.profiler import ProfilerActivity
 
@@ -311,12 +311,12 @@ class Variant:
 
 
 def between(start, end):
-    """Return the seconds from one mark to another."""
+    """Return the seconds between two marks."""
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
 def report(target, figures):
-    """Yield the figures as lines of text."""
+    """Yield the results as lines of text."""
     threads = f", {figures['threads']} threads" if figures["device"] == "CPU" else ""
     yield (
         f"{target} on {figures['processes']} x {figures['device']}, mixed precision {figures['mixed_precision']}, "

@@ -14,14 +14,14 @@ from ..utils import cli
 from ..utils.fields import Int, Section, raise_problems
 from ..utils.text import counted
 
-WIDTH = 100  # characters per line of the text
-COUNTED = 50_000_000  # tokens per split that are counted to find the most common ones
+WIDTH = 100  # characters per line when text is shown
+COUNTED = 50_000_000  # the most common tokens are determined from this many tokens per split
 
 
 class DataOptions(Section):
     """The options of `data`."""
 
-    peek: Int = Field(60, ge=0, description="tokens to show from the start of each split")
+    peek: Int = Field(60, ge=0, description="number of tokens to show from the start of each split")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
@@ -29,13 +29,13 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel data FOLDER [key=value ...]",
-            "Show the contents of a data folder, ours or nanoGPT's: counts, bytes per token, the ten most common "
-            "tokens, and the start of the text. Our files are verified against the hashes in the manifest.",
+            "Show the contents of a data folder, of this package or of nanoGPT: counts, bytes per token, the ten most "
+            "common tokens, and the start of the text. If the folder has a manifest, its hashes are verified.",
             {"options": DataOptions},
         )
     target, options, problems = cli.parse_options(argv, DataOptions)
     if target is None:
-        problems.append("data needs a folder: nanogpt-accel data data/NAME")
+        problems.append("FOLDER is missing; usage: nanogpt-accel data data/NAME")
     raise_problems(problems)
     data = dataset.open_dataset(SECTIONS["data"](data_dir=target), verify=True)
     splits = {split: describe(data, split, options.peek) for split in data.splits}
@@ -63,15 +63,15 @@ def main(argv):
 
 
 def describe(data, split, peek):
-    """Return the counts, the most common tokens as (text, share), and the first `peek` tokens of a split."""
+    """Return a split's counts, its most common tokens as (text, share), and the text of its first `peek` tokens."""
     tokens, counts = data.splits[split], data.manifest["splits"][split]
     frequencies = np.zeros(data.tokenizer.vocab_size, np.int64)
     for start in range(0, min(len(tokens), COUNTED), 2**20):
         ids = tokens.rows([start], min(2**20, len(tokens) - start))[0]
         if ids.max() >= len(frequencies):
             raise ValueError(
-                f"{tokens.paths[0]}: contains the id {ids.max()}, but the tokenizer has vocabulary size "
-                f"{len(frequencies):,}, so another tokenizer made it"
+                f"{tokens.paths[0]}: contains the token id {ids.max()}, but the vocabulary size of the tokenizer is "
+                f"{len(frequencies):,}, so the file was made with another tokenizer; prepare the data again"
             )
         frequencies += np.bincount(ids, minlength=len(frequencies))
     common = [i for i in np.argsort(-frequencies, kind="stable")[:10] if frequencies[i]]

@@ -1,10 +1,10 @@
 """Check this machine and this launch before a run, and suggest fixes.
 
     nanogpt-accel doctor
-    accelerate launch --config_file configs/multi_gpu.yaml -m nanogpt_accel doctor    # also checks the communication
+    accelerate launch --config_file configs/multi_gpu.yaml -m nanogpt_accel doctor    # also tests communication
 
 The exit status is 1 if training would fail, and 0 if there are only warnings. In contrast to `accelerate env`, the
-command compares versions with the requirements of this package, tries the features of the machine and suggests fixes.
+command compares versions with the requirements of this package, runs small tests on the devices and suggests fixes.
 """
 
 import json
@@ -51,7 +51,7 @@ torch.testing.assert_close(compiled, model(x), rtol=1e-3, atol=1e-3)
 class DoctorOptions(Section):
     """The options of `doctor`."""
 
-    compile_limit: Int = Field(120, ge=0, description="time limit in seconds to try torch.compile; 0: do not try it")
+    compile_limit: Int = Field(120, ge=0, description="time limit in seconds for the test of torch.compile; 0: skip it")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
@@ -65,7 +65,7 @@ def main(argv):
         )
     target, options, problems = cli.parse_options(argv, DoctorOptions)
     if target is not None:
-        problems.append(f"{target}: doctor takes no target")
+        problems.append(f"{target}: doctor accepts only options; remove this argument")
     raise_problems(problems)
     findings = examine(options.compile_limit)
     if is_main() and options.json_output:
@@ -79,7 +79,7 @@ def main(argv):
 
 
 def examine(compile_limit):
-    """Return a list of findings {what, found, state, fix}. state: ok, warning, or broken if training would fail."""
+    """Return a list of findings {what, found, state, fix}. The state is ok, warning or broken (training would fail)."""
     findings = versions()
     if not is_broken(findings):  # the next checks need the packages
         findings += [broken("launch", problem) for problem in check_launcher()]
@@ -89,7 +89,7 @@ def examine(compile_limit):
         accelerator = make_accelerator(collective_timeout=120)
     except ValueError as error:
         return [*findings, broken("launch", str(error))]
-    except RuntimeError as error:  # the processes cannot connect
+    except RuntimeError as error:  # the processes cannot connect to each other
         fix = "set USE_LIBUV=0" if "libuv" in str(error) else "check MASTER_ADDR, MASTER_PORT and the network"
         return [*findings, broken("launch", first_line(error), fix)]
     try:
@@ -128,7 +128,7 @@ def versions():
         return [*found, warning("nanogpt_accel", "not installed, so its requirements are unknown", "pip install -e .")]
     for requirement in map(Requirement, needed):
         name, fix = requirement.name, f"pip install '{requirement}'"
-        if requirement.marker is not None:  # an extra
+        if requirement.marker is not None:  # only needed for an extra
             continue
         try:
             version = metadata.version(name)
@@ -136,7 +136,7 @@ def versions():
             found.append(broken(name, "not installed", fix))
             continue
         is_tested = requirement.specifier.contains(version, prereleases=True)
-        found.append(ok(name, version) if is_tested else warning(name, f"{version} is not tested", fix))
+        found.append(ok(name, version) if is_tested else warning(name, f"{version}, not tested with this package", fix))
     for name in OPTIONAL:
         with suppress(metadata.PackageNotFoundError):
             found.append(ok(name, metadata.version(name)))
@@ -144,7 +144,7 @@ def versions():
 
 
 def devices(device):
-    """Check processors, memory and, with a matrix product, each GPU."""
+    """Check the processor, the memory and, by computing a matrix product, each GPU."""
     import psutil
     import torch
 
@@ -159,11 +159,11 @@ def devices(device):
             matrix.mm(matrix).sum().item()
         except RuntimeError as error:
             fix = "install another build of torch (pytorch.org), or exclude this GPU with CUDA_VISIBLE_DEVICES"
-            found.append(broken(what, f"{name} fails to compute ({first_line(error)})", fix))
+            found.append(broken(what, f"{name}: a matrix product failed ({first_line(error)})", fix))
             continue
         text = f"{name}, {total / GIB:.1f} GiB, {free / GIB:.1f} GiB free, CUDA {torch.version.cuda}"
         is_free = free > total / 2
-        found.append(ok(what, text) if is_free else warning(what, text, "other processes use it; see nvidia-smi"))
+        found.append(ok(what, text) if is_free else warning(what, text, "other processes use this GPU; see nvidia-smi"))
     if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
         text = f"torch {torch.__version__} finds no GPU, but an NVIDIA driver is installed"
         found.append(warning("cuda", text, "install the CUDA build of torch (pytorch.org), or update the driver"))
@@ -171,7 +171,7 @@ def devices(device):
 
 
 def precision(accelerator):
-    """Check which precision mixed_precision=auto uses, and whether bf16 is native."""
+    """Check which precision mixed_precision=auto selects, and whether the device computes bf16 natively."""
     text, device = f"mixed_precision=auto selects {accelerator.mixed_precision}", accelerator.device.type
     if device not in ("cuda", "cpu"):
         return ok("precision", text)
@@ -180,7 +180,7 @@ def precision(accelerator):
 
 
 def attention(device):
-    """Check which kernels of scaled_dot_product_attention support forward and backward on the device."""
+    """Check which kernels of scaled_dot_product_attention support forward and backward passes on the device."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
@@ -189,17 +189,17 @@ def attention(device):
     if device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-    for name in names if device.type != "mps" else ("MATH",):  # MPS ignores the choice
+    for name in names if device.type != "mps" else ("MATH",):  # MPS ignores sdpa_kernel
         q = torch.randn(1, 2, 64, 64, device=device, dtype=dtype, requires_grad=True)
         try:
             with warnings.catch_warnings(), sdpa_kernel([getattr(SDPBackend, name)]):
-                warnings.simplefilter("ignore")  # each unavailable kernel warns
+                warnings.simplefilter("ignore")  # torch warns about each unavailable kernel
                 scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
             works.append(name.removesuffix("_ATTENTION").lower())
         except RuntimeError:
             pass
     if works == ["math"] and device.type != "mps":
-        return warning("attention", "sdpa: only math, which is slow and needs more memory", "use a newer torch or GPU")
+        return warning("attention", "sdpa: only math, a slow kernel that needs more memory", "use a newer torch or GPU")
     return ok("attention", f"sdpa: {', '.join(works)}") if works else broken("attention", "sdpa: no kernel works")
 
 
@@ -212,7 +212,7 @@ def compiling(device, limit):
     compiler = "cl of Visual Studio" if sys.platform == "win32" else "g++ or clang++"
     fix = f"install a C++ compiler ({compiler}) and, for GPUs, triton"
     fix += ", or set compile=false" if is_default else "; only needed for compile=true"
-    env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # so that a timeout leaves no workers behind
+    env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # so that no workers remain after a timeout
     command, text = [sys.executable, "-c", COMPILE, str(device)], {"encoding": "utf-8", "errors": "replace"}
     start = time.monotonic()
     try:
@@ -220,20 +220,20 @@ def compiling(device, limit):
     except subprocess.TimeoutExpired:
         return [failure(f"timed out after compile_limit={limit} s", fix)]
     if done.returncode:
-        return [failure(f"fails ({(done.stderr.strip().splitlines() or ['no message'])[-1]})", fix)]
-    return [ok("torch.compile", f"works, {time.monotonic() - start:.0f} s including the start of a process")]
+        return [failure(f"failed ({(done.stderr.strip().splitlines() or ['no message'])[-1]})", fix)]
+    return [ok("torch.compile", f"works; took {time.monotonic() - start:.0f} s, including the start of a process")]
 
 
 def communication(accelerator):
-    """Check an all-reduce between the processes of this launch, with the backend of the gradients and with gloo."""
+    """Check and time an all-reduce between all processes, with the backend used for gradients and with gloo."""
     import torch
     from torch import distributed
 
     world, found = accelerator.num_processes, []
     if world == 1:
-        return [ok("processes", "one; to check several, use accelerate launch -m nanogpt_accel doctor")]
+        return [ok("processes", "one; to test communication, run accelerate launch -m nanogpt_accel doctor")]
     backends = [(distributed.get_backend(), None, accelerator.device)]
-    if accelerator.device.type != "cpu":  # ranks agree on a stop over gloo
+    if accelerator.device.type != "cpu":  # ranks use gloo to agree on when to stop
         backends.append(("gloo", distributed.new_group(backend="gloo"), torch.device("cpu")))
     for name, group, device in backends:
         synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
@@ -248,7 +248,7 @@ def communication(accelerator):
         synchronize()
         speed = ALL_REDUCE_BYTES * ROUNDS / (time.perf_counter() - start)
         text = f"{name}: {world} processes, all-reduce of {ALL_REDUCE_BYTES >> 20} MiB at {speed / 1e9:.3g} GB/s"
-        wrong = broken("processes", f"{name}: wrong sum over {world} processes", NCCL_FIX)
+        wrong = broken("processes", f"{name}: wrong result of an all-reduce over {world} processes", NCCL_FIX)
         found.append(ok("processes", text) if is_correct else wrong)
     return found
 
@@ -259,7 +259,7 @@ def accelerate_config():
 
     path = Path(default_config_file)
     if not path.is_file():
-        return ok("launcher", f"no {path}; pass --config_file to accelerate launch, such as configs/multi_gpu.yaml")
+        return ok("launcher", f"{path} does not exist; use accelerate launch --config_file configs/multi_gpu.yaml")
     try:
         values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -268,7 +268,7 @@ def accelerate_config():
     text = f"{path}: " + ", ".join(f"{key} {values[key]}" for key in keys if key in values)
     if values.get("distributed_type") == "MULTI_CPU":
         fix = "use accelerate launch --config_file configs/cpu_2proc.yaml"
-        return warning("launcher", f"{text}, which starts a single process", fix)
+        return warning("launcher", f"{text}; MULTI_CPU starts a single process", fix)
     return ok("launcher", text)
 
 
@@ -277,9 +277,9 @@ def disk():
     folder = Path.cwd()
     free = shutil.disk_usage(folder).free
     if check_writable(folder):
-        return broken("disk", f"{folder} is not writable", "use another folder, or set data_dir and out_dir")
+        return broken("disk", f"{folder} is not writable", "change to another folder, or set data_dir and out_dir")
     state = broken if free < 2**26 else warning if free < GIB else ok
-    fix = "" if state is ok else "free some space, or use another disk"
+    fix = "" if state is ok else "free some space, or change to a folder on another disk"
     return state("disk", f"{folder}: {free / GIB:.1f} GiB free", fix)
 
 

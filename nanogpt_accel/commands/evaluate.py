@@ -2,7 +2,7 @@
 
 nanogpt-accel evaluate runs/shakespeare_char                     # on the data that the run was trained with
 nanogpt-accel evaluate runs/a --recipe recipes/shakespeare_char.yaml eval_iters=200 --json
-nanogpt-accel evaluate gpt2-large text=wikitext2 split=test stride=512      # as in transformers' guide
+nanogpt-accel evaluate gpt2-large text=wikitext2 split=test stride=512      # as in transformers' perplexity guide
 nanogpt-accel evaluate gpt2 tasks=hellaswag,lambada_openai
 """
 
@@ -29,27 +29,29 @@ from ..tracking.console import Console, Progress
 from ..utils import cli
 from ..utils.fields import Int, Section, raise_problems
 
-# the settings of a recipe's train section that have an effect, for the help page
+# the keys of a recipe's train section that `evaluate` uses, for the help page
 _TRAIN_KEYS = ("batch_size", "eval_iters", "device", "mixed_precision", "compile")
 TRAIN = SimpleNamespace(model_fields={key: SECTIONS["train"].model_fields[key] for key in _TRAIN_KEYS})
 
 
 class EvaluateOptions(Section):
-    """The options of `evaluate`; every key of a recipe can be given too."""
+    """The options of `evaluate`; it also accepts every key of a recipe."""
 
-    recipe: str | None = Field(None, description="recipe with the data to use; none: the run.yaml of the model's run")
+    recipe: str | None = Field(None, description="recipe that defines the data; default: run.yaml of the model's run")
     split: str = Field("val", description="split to evaluate on: val, train, or test if the corpus has one")
     stride: Int | None = Field(
-        None, ge=1, description="use overlapping windows, each starting stride tokens after the last; none: no overlap"
+        None,
+        ge=1,
+        description="distance in tokens between the starts of overlapping windows; default: windows do not overlap",
     )
     text: str | None = Field(
-        None, description="evaluate on a text file instead, or on wikitext2 as in transformers' guide to perplexity"
+        None, description="evaluate on this text file, or on wikitext2 as in transformers' perplexity guide"
     )
     tasks: str | None = Field(
-        None, description="evaluate on lm-eval tasks instead: hellaswag,... (pip install 'nanogpt_accel[eval]')"
+        None, description="evaluate on these lm-eval tasks: hellaswag,... (needs pip install 'nanogpt_accel[eval]')"
     )
     tasks_dir: str | None = Field(None, description="folder with your own lm-eval task files")
-    num_fewshot: Int | None = Field(None, ge=0, description="examples before each question; none: the task's default")
+    num_fewshot: Int | None = Field(None, ge=0, description="examples per prompt; default: the task's own number")
     limit: Int | None = Field(None, ge=1, description="use at most this many questions per task")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
@@ -58,15 +60,15 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel evaluate MODEL [--recipe RECIPE.yaml] [--json] [key=value ...]",
-            "Compute the loss in nats per token, perplexity and bits per byte of a model on a validation split, all of "
-            "it unless eval_iters is set.\nMODEL is a run folder (its best checkpoint), a checkpoint folder, gpt2 to "
-            "gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.\nblock_size=N uses "
-            "samples shorter than the model's context length.",
+            "Compute the loss in nats per token, perplexity and bits per byte of a model on the full validation split, "
+            "or on eval_iters batches.\nMODEL is a run folder (its best checkpoint), a checkpoint folder, gpt2 to "
+            "gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.\nblock_size=N "
+            "evaluates samples of N tokens; the default is the model's context length.",
             {"options": EvaluateOptions, "data": SECTIONS["data"], "train": TRAIN},
         )
     target, options, given, problems = cli.parse_with_recipe(argv, EvaluateOptions, FIELDS)
     if target is None:
-        problems.append("MODEL is missing: nanogpt-accel evaluate runs/NAME")
+        problems.append("MODEL is missing; usage: nanogpt-accel evaluate runs/NAME")
     raise_problems(problems)
     train_keys = {key: value for key, value in given.items() if key.rpartition(".")[2] in TRAIN.model_fields}
     if options.tasks:
@@ -83,14 +85,17 @@ class Text(NamedTuple):
     """The tokens to evaluate on."""
 
     name: str
-    tokens: object  # with len() and rows(starts, length); None if the split does not exist
+    tokens: object  # supports len() and rows(starts, length); None if the split does not exist
     n_bytes: int | None  # None if unknown
     eot_id: int | None
 
 
 def load_data_recipe(target, path, given):
-    """Load the recipe with the data to evaluate on: the recipe at `path`, else the data set that the options name,
-    tokenized with the model's own tokenizer, else the recipe of the model's run. given: recipe keys as typed."""
+    """Load the recipe that defines the data to evaluate on.
+
+    This is the recipe at `path` if it is not None. Otherwise, if `given` (the recipe keys on the command line) names a
+    corpus or data_dir, this data; a corpus is tokenized with the model's own tokenizer. Otherwise the run's own recipe.
+    """
     keys = {key.removeprefix("data.") for key in given} & {"corpus", "data_dir", "tokenizer"}
     if path is None and keys & {"corpus", "data_dir"}:
         if keys == {"corpus"}:
@@ -104,13 +109,13 @@ def load_data_recipe(target, path, given):
 
 
 def run_recipe(target):
-    """Return the run.yaml of a model's run."""
+    """Return the path of the run.yaml of a model's run."""
     for folder in (Path(target), Path(target).parent):
         if (folder / "run.yaml").is_file():
             return folder / "run.yaml"
-    place = "in or next to this folder" if Path(target).exists() else "(this folder does not exist)"
+    reason = "no run.yaml in or next to this folder" if Path(target).exists() else "no such folder"
     raise ValueError(
-        f"{target}: no run.yaml {place} to take the data from. Add --recipe RECIPE.yaml, corpus=... or data_dir=..."
+        f"{target}: {reason}, so the data is unknown; add --recipe RECIPE.yaml, corpus=... or data_dir=..."
     )
 
 
@@ -150,7 +155,7 @@ def open_split(recipe, options, folder, config, target, console):
     problems = dataset.require_tokenizer(data, folder, key=target) or check_tokenizer(data.tokenizer, config, folder)
     name, split = str(data.folder), options.split
     if split not in data.splits:
-        problems.append(f"split={split}: {data.folder} only has {', '.join(data.splits)}")
+        problems.append(f"split={split}: not in {data.folder}, which only has {', '.join(data.splits)}")
         return Text(name, None, None, None), problems
     return Text(name, data.splits[split], data.text_bytes(split), data.tokenizer.eot_id), problems
 
@@ -161,7 +166,7 @@ def open_text(options, folder):
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else joined_text(options.text, options.split)
     except UnicodeDecodeError as error:
-        raise ValueError(f"text={path}: not UTF-8 at byte {error.start}. Convert it with iconv -t utf-8") from None
+        raise ValueError(f"text={path}: not UTF-8 at byte {error.start}; convert it with iconv -t utf-8") from None
     tokenizer = Tokenizer.load(folder)
     tokens = TokenArray(tokenizer.encode(text))
     problems = [] if len(tokens) > 1 else [f"text={path}: must have at least 2 tokens, but has {len(tokens)}"]
@@ -171,21 +176,21 @@ def open_text(options, folder):
 def check_windows(text, block_size, recipe, options, config, folder):
     """Check block_size and stride against the model and the text. Return a list of problems."""
     stride, eval_iters, context, problems = options.stride, recipe.train.eval_iters, config["block_size"], []
-    has_windows = options.text and stride  # they may be shorter than block_size
+    has_windows = options.text and stride  # sliding windows may be shorter than block_size
     if text.tokens is not None and len(text.tokens) <= block_size and not has_windows:
         size = f"{text.name} has {len(text.tokens):,} tokens, but a sample needs {block_size + 1:,}"
-        problems.append(f"block_size={block_size}: {size}. Set a smaller block_size")
+        problems.append(f"block_size={block_size}: {size}; set a smaller block_size")
     if config["position"] == "learned" and block_size > context:
         problems.append(f"block_size={block_size}: must not exceed {context}, the context length of {folder}")
     if stride and stride > block_size:
         problems.append(f"stride={stride}: must not exceed block_size={block_size}, or some tokens are never predicted")
     if stride and eval_iters != "all":
-        problems.append(f"eval_iters={eval_iters}: remove it, because stride={stride} always evaluates the full text")
+        problems.append(f"eval_iters={eval_iters}: not supported with stride={stride}; remove one of them")
     return problems
 
 
 def compute_losses(folder, text, block_size, stride, recipe, accelerator, console):
-    """Load the model and return its (sums, counts) of evaluation.window_losses on the text."""
+    """Load the model, evaluate it on the text, and return (sums, counts) of evaluation.window_losses."""
     from ..batches import evaluation_batches, model_inputs, sliding_windows
     from ..distributed import cpu
     from ..evaluation import window_losses
@@ -202,7 +207,7 @@ def compute_losses(folder, text, block_size, stride, recipe, accelerator, consol
     eot_id = text.eot_id if recipe.data.document_mask else None
     to_inputs = partial(model_inputs, device=accelerator.device, eot_id=eot_id)
     if accelerator.state.dynamo_plugin.backend != "NO":
-        console.say("compiling: the first batch takes a while")
+        console.say("compiling the model: the first batch takes longer")
     with Progress("evaluating", len(windows), console, "batches") as progress:
         return window_losses(model, text.tokens, windows, to_inputs, accelerator, progress)
 
@@ -210,7 +215,7 @@ def compute_losses(folder, text, block_size, stride, recipe, accelerator, consol
 def evaluate_tasks(target, recipe, options):
     """Print the scores of a model on tasks of lm-eval (EleutherAI's evaluation harness)."""
     if find_spec("lm_eval") is None:
-        raise ValueError(f"tasks={options.tasks}: lm-eval is not installed. Run: pip install 'nanogpt_accel[eval]'")
+        raise ValueError(f"tasks={options.tasks}: lm-eval is not installed; run pip install 'nanogpt_accel[eval]'")
     console = Console(is_main(), stderr=True)
     folder = find_model(target, console, bars=console.is_verbose)
     from lm_eval import simple_evaluate
@@ -222,8 +227,8 @@ def evaluate_tasks(target, recipe, options):
     manager = TaskManager(include_path=options.tasks_dir)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(
-            f"tasks={','.join(unknown)}: lm-eval has no such task. `lm-eval ls tasks` lists all tasks; "
-            "tasks_dir=FOLDER adds your own"
+            f"tasks={','.join(unknown)}: unknown to lm-eval; list its tasks with `lm-eval ls tasks`, or set "
+            "tasks_dir to a folder with your own"
         )
     device = pick_device(recipe.train.device)
     results = simple_evaluate(
@@ -236,7 +241,7 @@ def evaluate_tasks(target, recipe, options):
         device=str(device),
         task_manager=manager,
     )
-    if results is None:  # this is not the main process
+    if results is None:  # not the main process
         return
     scores = {
         task: {key: value for key, value in values.items() if isinstance(value, (int, float))}
@@ -250,7 +255,7 @@ def evaluate_tasks(target, recipe, options):
 
 
 def describe_task(values):
-    """Format a task's scores. lm-eval's keys are metric,filter, and metric_stderr,filter for the standard error."""
+    """Format the scores of a task. lm-eval names a score "metric,filter" and its error "metric_stderr,filter"."""
     parts = []
     for key, value in values.items():
         if "," in key and "_stderr" not in key:

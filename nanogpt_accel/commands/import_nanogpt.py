@@ -1,4 +1,4 @@
-"""Read a nanoGPT ckpt.pt and write it as a model folder of this toolkit.
+"""Convert a nanoGPT ckpt.pt to a model folder of this package.
 
 nanogpt-accel import nanoGPT/out-shakespeare-char/ckpt.pt --to imported
 nanogpt-accel train recipes/shakespeare_char.yaml init_from=imported out_dir=runs/more
@@ -25,13 +25,13 @@ from ..utils.fields import Section, raise_problems
 class ImportOptions(Section):
     """The options of `import`."""
 
-    to: str = Field("", description="folder to write; it must be empty or not exist yet")
+    to: str = Field("", description="output folder; must be empty or not exist yet")
     tokenizer: str = Field(
         "auto",
-        description="gpt2, a nanoGPT meta.pkl, or a folder with a tokenizer.json; auto: the data/DATASET/meta.pkl "
-        "next to the checkpoint's folder, as in nanoGPT, else gpt2",
+        description="gpt2, a path of a nanoGPT meta.pkl, or a folder with a tokenizer.json; auto: "
+        "data/DATASET/meta.pkl next to the checkpoint's folder, as in nanoGPT, or gpt2 if that file does not exist",
     )
-    activation: Literal["gelu", "gelu_new"] = Field("gelu", description="gelu_new: nanoGPT from before May 2023")
+    activation: Literal["gelu", "gelu_new"] = Field("gelu", description="gelu_new: for nanoGPT before May 2023")
 
 
 def main(argv):
@@ -39,7 +39,7 @@ def main(argv):
         return cli.show_help(
             "nanogpt-accel import CKPT.pt --to FOLDER [key=value ...]",
             "Convert a checkpoint of nanoGPT's train.py to a model folder for sample, evaluate, export, push and "
-            "init_from. Only the weights are read; no code in the file is executed.",
+            "init_from. Code in the checkpoint file is never executed.",
             {"options": ImportOptions},
         )
     target, options, problems = cli.parse_options(argv, ImportOptions)
@@ -48,10 +48,10 @@ def main(argv):
     if target is not None and (Path(target) / "ckpt.pt").is_file():
         target = str(Path(target) / "ckpt.pt")
     if target is None:
-        problems.append(f"CKPT.pt is missing: {usage}")
+        problems.append(f"CKPT.pt is missing; usage: {usage}")
     elif not Path(target).is_file():
         problems.append(f"{target}: no such file")
-    problems += check_empty(to, "to") if to else [f"--to is missing: {usage}"]
+    problems += check_empty(to, "to") if to else [f"--to is missing; usage: {usage}"]
     raise_problems(problems)
 
     model, info = read_nanogpt(target, options.activation)
@@ -84,11 +84,11 @@ def find_tokenizer(setting, checkpoint_file, dataset, vocab_size):
         ValueError: the tokenizer cannot be found, or has more tokens than the model.
     """
     meta = checkpoint_file.resolve().parent.parent / "data" / dataset / "meta.pkl"
-    has_meta = bool(dataset) and os.path.isfile(meta)  # unlike Path.is_file, false for a name that is too long
+    has_meta = bool(dataset) and os.path.isfile(meta)  # Path.is_file raises an error if the name is too long
     if setting == "auto" and not has_meta and vocab_size not in (50257, 50304):
         raise ValueError(
-            f"{checkpoint_file}: the tokenizer of this model with {vocab_size} tokens is unknown, because {meta} does "
-            "not exist. Set tokenizer=PATH of that file"
+            f"{checkpoint_file}: the tokenizer of this model (vocabulary size {vocab_size}) is unknown, because {meta} "
+            "does not exist; set tokenizer to the path of its meta.pkl"
         )
     if setting == "auto":
         setting = str(meta) if has_meta else "gpt2"
@@ -103,7 +103,7 @@ def find_tokenizer(setting, checkpoint_file, dataset, vocab_size):
         tokenizer = Tokenizer.load(setting)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"tokenizer={setting}: has {tokenizer.vocab_size:,} tokens, but {checkpoint_file} only has {vocab_size:,}. "
-            "The tokenizer belongs to another model"
+            f"tokenizer={setting}: has {tokenizer.vocab_size:,} tokens, but {checkpoint_file} only has {vocab_size:,}; "
+            "set tokenizer to the one that the model was trained with"
         )
     return tokenizer

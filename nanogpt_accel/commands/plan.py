@@ -1,4 +1,4 @@
-"""Compute what a run needs: parameters, FLOPs, memory and time, and which launch configurations fit.
+"""Estimate the parameters, FLOPs, memory and time of a run, and find the launch configurations that fit.
 
     nanogpt-accel plan recipes/gpt2.yaml gpus=8 gpu=a100 mfu=0.37
     nanogpt-accel plan recipes/gpt2.yaml n_layer=48 n_head=25 n_embd=1600 gpus=64 --json
@@ -24,10 +24,10 @@ from ..utils.fields import Float, Int, Section, nearest, raise_problems
 from ..utils.text import duration
 
 GIB = 2**30
-RESERVE = 0.1  # share of GPU memory for the CUDA context, kernel workspaces and fragmentation
+RESERVE = 0.1  # share of GPU memory reserved for the CUDA context, kernel workspaces and fragmentation
 SMALL = 50e6  # parameters; smaller models are limited by kernel launches, not by FLOPs
 NVLINK, INFINIBAND = 450e9, 50e9  # bytes per second per GPU: NVLink 4 within a machine, 400 Gb/s between machines
-# training tokens before the data are prepared: nanoGPT's counts (data/*/readme.md) for the val_fraction of the recipes
+# training tokens of unprepared corpora, as counted by nanoGPT (data/*/readme.md) with the recipes' val_fraction
 TRAIN_TOKENS = {
     ("openwebtext", "gpt2"): 9_035_582_198,
     ("shakespeare", "gpt2"): 301_966,
@@ -41,9 +41,9 @@ class PlanOptions(Section):
 
     gpus: Int = Field(1, ge=1, description="number of GPUs")
     gpus_per_node: Int = Field(8, ge=1, description="number of GPUs per machine")
-    gpu: str = Field("", description=f"{', '.join(GPUS)}; empty: H100, or no GPU if the recipe's device is cpu or mps")
-    gpu_memory: Float = Field(0, ge=0, description="memory per GPU in GiB; 0: from the data sheet")
-    mfu: Float = Field(0.4, gt=0, le=1, description="expected MFU; nanoGPT: 0.37 on an A100, llm-foundry: 0.43 on 8")
+    gpu: str = Field("", description=f"{', '.join(GPUS)}; default: H100, or no GPU if device is cpu or mps")
+    gpu_memory: Float = Field(0, ge=0, description="memory per GPU in GiB; 0: the value of the data sheet")
+    mfu: Float = Field(0.4, gt=0, le=1, description="expected MFU; nanoGPT has 0.37 on one A100, llm-foundry 0.43 on 8")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
@@ -51,12 +51,12 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel plan RECIPE.yaml [gpus=8] [gpu=h100] [mfu=0.4] [--json] [key=value ...]",
-            "Print parameters, FLOPs, memory, time and checkpoint size of a run, and which files in configs/ fit.",
+            "Print parameters, FLOPs, memory, time and checkpoint size of a run, and the configs/ files that fit.",
             {"options": PlanOptions, **SETTINGS},
         )
     target, options, overrides, problems = cli.parse_with_recipe(argv, PlanOptions, FIELDS)
     if target is None:
-        problems.append("no recipe given; run nanogpt-accel plan RECIPE.yaml, such as recipes/gpt2.yaml")
+        problems.append("RECIPE.yaml is missing; usage: nanogpt-accel plan recipes/gpt2.yaml")
     raise_problems(problems)
     recipe = load_recipe(target, overrides, check=lambda recipe: check(recipe, options))
     figures = plan(recipe, options)
@@ -80,10 +80,10 @@ def check(recipe, options):
 
 
 def find_gpu(recipe, options):
-    """Return (name in GPUS, or None to plan for a device without a row in the table; problems)."""
+    """Return (key of GPUS, or None for a CPU, for MPS and for an unknown GPU; list of problems)."""
     if not options.gpu:
         return (None if recipe.train.device in ("cpu", "mps") else "H100"), []
-    short_name = lambda name: re.sub(r"[\s_-]", "", name.lower())  # noqa: E731  rtx4090 for RTX 4090
+    short_name = lambda name: re.sub(r"[\s_-]", "", name.lower())  # noqa: E731  so that rtx4090 matches
     names, typed = {short_name(name): name for name in GPUS}, short_name(options.gpu)
     if typed in names:
         return names[typed], []
@@ -94,7 +94,7 @@ def find_gpu(recipe, options):
 
 
 def plan(recipe, options):
-    """Return all figures of a run as one dictionary, in bytes, seconds and FLOPs unless the key names another unit."""
+    """Return all estimates of a run as a dictionary, in bytes, seconds and FLOPs unless the key names another unit."""
     train, gpus, gpu = recipe.train, options.gpus, find_gpu(recipe, options)[0]
     vocab_size, train_tokens, assumed = find_data(recipe)
     shape = model_shape(recipe, vocab_size)
@@ -144,14 +144,14 @@ def plan(recipe, options):
 
 
 def find_data(recipe):
-    """Return (vocabulary size of the tokenizer, training tokens or None, list of assumptions)."""
+    """Return (vocabulary size of the tokenizer, number of training tokens or None, list of assumptions)."""
     data, assumed = recipe.data, []
     if dataset.is_prepared(data):
         manifest = read_manifest(dataset.data_folder(data))
         return manifest["tokenizer"]["vocab_size"], manifest["splits"]["train"]["tokens"], assumed
     train_tokens = None if data.limit_documents else TRAIN_TOKENS.get((data.corpus, data.tokenizer))
     if train_tokens:
-        assumed.append(f"{data.corpus} has {train_tokens:,} training tokens, nanoGPT's count")
+        assumed.append(f"{data.corpus} has {train_tokens:,} training tokens, as counted by nanoGPT")
         train_tokens = min(train_tokens, data.limit_tokens or train_tokens)
     is_new = recipe.model.init_from in ("scratch", "resume")  # pretrained weights define the vocabulary size
     return dataset.guess_vocab_size(data, assumed) if is_new else None, train_tokens, assumed
@@ -161,11 +161,11 @@ def assumptions(recipe, options, gpu, precision, n_params):
     """Return a list of assumptions about hardware and speed."""
     train, assumed = recipe.train, []
     if gpu and precision == "no":
-        assumed.append("the peak FLOP/s are those of half precision; mixed_precision=no is much slower")
+        assumed.append("peak FLOP/s of half precision; training with mixed_precision=no is much slower")
     if gpu is None and train.mixed_precision == "auto" and train.device != "mps":
-        assumed.append("the CPU has no AMX, so it trains in float32; with AMX it uses bf16 and less memory")
+        assumed.append("a CPU without AMX, which trains in float32; a CPU with AMX uses bf16 and less memory")
     if train.activation_checkpointing:
-        assumed.append("mfu does not count the recomputed activations, a third more FLOPs; set a lower mfu")
+        assumed.append("mfu ignores the FLOPs of recomputed activations, about a third more; set a lower mfu")
     if gpu and n_params < SMALL:
         assumed.append(
             f"mfu={options.mfu:g}, which is too high for a model this small: nanoGPT's shakespeare_char reaches "
@@ -175,7 +175,7 @@ def assumptions(recipe, options, gpu, precision, n_params):
 
 
 def run_size(recipe, shape, train_tokens):
-    """Return the figures that do not depend on the hardware: parameters, FLOPs, tokens, checkpoints, scaling laws."""
+    """Return the estimates that do not depend on hardware: parameters, FLOPs, tokens, checkpoints, scaling laws."""
     train = recipe.train
     parts = sizing.parameters(shape)
     n_params, flops_per_token = sum(parts.values()), sizing.flops_per_token(shape)
@@ -209,7 +209,7 @@ def run_size(recipe, shape, train_tokens):
 def run_time(size, exchange, gpu, options):
     """Return seconds per step and days; all None without a GPU.
 
-    exchange: seconds of communication per step. It overlaps with the computation, so the longer of the two counts.
+    exchange: seconds of communication per step. It overlaps with computation, so a step takes the longer of the two.
     """
     keys = ("computing_seconds", "exchange_seconds", "seconds_per_step", "tokens_per_second_per_gpu", "days")
     if gpu is None:
@@ -222,7 +222,7 @@ def run_time(size, exchange, gpu, options):
 
 
 def find_layouts(gpus, gpus_per_node, algorithm, gpu, device):
-    """Return {layout: (file in configs/, shards)}, the simplest first."""
+    """Return {layout: (file in configs/, number of shards)}, the simplest layout first."""
     if gpu is None:
         return {"ddp": ("mps.yaml" if device == "mps" else "cpu.yaml" if gpus == 1 else "cpu_2proc.yaml", 1)}
     if gpus == 1:
@@ -231,14 +231,14 @@ def find_layouts(gpus, gpus_per_node, algorithm, gpu, device):
         ddp, fsdp2 = ("multi_gpu.yaml", 1), ("fsdp2.yaml", gpus)
     else:  # hybrid sharding: each machine has one copy of the model
         ddp, fsdp2 = ("multi_node.yaml", 1), ("fsdp2_multi_node.yaml", gpus_per_node)
-    if algorithm == "muon":  # does not support sharded parameters
+    if algorithm == "muon":  # Muon does not support sharded parameters
         return {"ddp": ddp}
     zero2, zero3 = ("deepspeed_zero2.yaml", gpus), ("deepspeed_zero3.yaml", gpus)
     return {"ddp": ddp, "fsdp2": fsdp2, "zero2": zero2, "zero3": zero3}
 
 
 def memory_by_layout(memory_of, layouts, train):
-    """Return {layout: bytes by part, their total, and activations with and without checkpointing}."""
+    """Return {layout: {part: bytes}}, with their total, and the activations with and without checkpointing."""
     memory = {}
     for layout, (config, shards) in layouts.items():
         full, checkpointed = (
@@ -257,13 +257,13 @@ def memory_by_layout(memory_of, layouts, train):
 
 
 def find_fix(train, gpus, memory_of, layouts, limit):
-    """Return which settings would make a layout fit into `limit` bytes, as text."""
+    """Return advice on how to make the run fit into `limit` bytes per GPU, as text."""
 
     def fits(batch, checkpointing):
         parts = (memory_of(name, n, batch=batch, checkpointing=checkpointing) for name, (_, n) in layouts.items())
         return min(sum(sizes.values()) for sizes in parts) <= limit
 
-    sequences = train.batch_size * train.gradient_accumulation_steps  # per step; keep this number
+    sequences = train.batch_size * train.gradient_accumulation_steps  # per step, which must stay the same
     for checkpointing in dict.fromkeys((train.activation_checkpointing, True)):
         switch = " activation_checkpointing=true" if checkpointing > train.activation_checkpointing else ""
         if switch and fits(train.batch_size, True):
@@ -271,7 +271,7 @@ def find_fix(train, gpus, memory_of, layouts, limit):
         for smaller in range(train.batch_size - 1, 0, -1):
             if sequences % (smaller * gpus) == 0 and fits(smaller, checkpointing):
                 return f"set batch_size={smaller} gradient_accumulation_steps={sequences // smaller}{switch}"
-    return "use more GPUs (FSDP2 shards over them), a GPU with more memory, or a smaller model or block_size"
+    return "use more GPUs with FSDP2, GPUs with more memory, a smaller model or a smaller block_size"
 
 
 # ---- the figures as text
@@ -298,7 +298,7 @@ def report(target, figures):
     )
     yield from run_lines(figures, total)
     size = f"{figures['checkpoint_bytes'] / 1e9:.3g} GB"
-    yield f"checkpoint   {size} (weights and optimizer state); up to {figures['checkpoints']} are kept"
+    yield f"checkpoint   {size} (weights and optimizer state); up to {figures['checkpoints']} checkpoints are kept"
     yield ""
     yield from memory_lines(figures)
     yield from (f"assumed: {line}" for line in figures["assumed"])

@@ -1,7 +1,7 @@
-"""Tokenize the corpus of a recipe. train does this too, if needed.
+"""Tokenize the corpus of a recipe. `train` does this automatically if the data is not prepared yet.
 
-The data folder contains train.bin and val.bin in nanoGPT's format, the tokenizer and a manifest.json. Its name depends
-on every setting that changes the tokens.
+The data folder contains train.bin and val.bin in nanoGPT's format, the tokenizer and a manifest.json. The name of
+the folder depends on every setting that affects the tokens.
 """
 
 from ..data import dataset
@@ -17,7 +17,7 @@ def main(argv):
         return cli.show_help("nanogpt-accel prepare RECIPE [key=value ...]", __doc__, {"data": SECTIONS["data"]})
     target, options = cli.parse(argv, FIELDS)
     if target is None:
-        raise ValueError("prepare needs a recipe: nanogpt-accel prepare recipes/shakespeare_char.yaml")
+        raise ValueError("RECIPE is missing; usage: nanogpt-accel prepare recipes/shakespeare_char.yaml")
     recipe = load_recipe(target, options, check=lambda recipe: dataset.check(recipe.data))
     was_prepared = dataset.is_prepared(recipe.data)
     if not was_prepared:

@@ -22,11 +22,12 @@ class PushOptions(Section):
     """The options of `push`."""
 
     form: Literal["stock", "custom"] = Field(
-        "stock", description="stock: as GPT-2, Llama, Qwen3 or nanochat of transformers; custom: GPT with its model.py"
+        "stock",
+        description="stock: transformers' GPT-2, Llama, Qwen3 or nanochat; custom: this package's GPT with its code",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the pushed weights")
-    private: bool = Field(False, description="make the repository private if it is created")
-    branch: str | None = Field(None, description="branch to push to, created if it does not exist; none: main")
+    private: bool = Field(False, description="if the repository does not exist, create it as private")
+    branch: str | None = Field(None, description="branch to push to, created if it does not exist; default: main")
 
 
 def main(argv):
@@ -34,14 +35,14 @@ def main(argv):
         return cli.show_help(
             "nanogpt-accel push MODEL USER/NAME [key=value ...]",
             "Push a model to the Hugging Face Hub: a run folder (its best checkpoint), a checkpoint folder, or any "
-            "other model that `sample` takes. USER is optional and defaults to the user of the token.\n"
-            "Files that are on the Hub already are not sent again, so an interrupted push can be repeated.\n"
-            "The token is that of `hf auth login` or HF_TOKEN.",
+            "other model that `sample` accepts. USER is optional and defaults to the user of the token.\n"
+            "Files that the Hub already has are not uploaded again, so an interrupted push can be repeated.\n"
+            "The token is read from HF_TOKEN or from `hf auth login`.",
             {"options": PushOptions},
         )
     targets, options, problems = cli.parse_options(argv, PushOptions, 2)
     if len(targets) < 2:
-        problems.append("MODEL and USER/NAME are required: nanogpt-accel push runs/NAME USER/NAME")
+        problems.append("MODEL or USER/NAME is missing; usage: nanogpt-accel push runs/NAME USER/NAME")
     else:
         problems += check_push(targets[1], "push") + check_model(targets[0])
     raise_problems(problems)
@@ -49,7 +50,7 @@ def main(argv):
     source = find_model(targets[0], warn=report)
     with tempfile.TemporaryDirectory() as folder:
         to = Path(folder) / targets[1].rpartition("/")[2]
-        # first, so that a refusal is known before a large model is exported
+        # before the export, which takes long for a large model, in case the Hub refuses
         repo = create(targets[1], options.private, options.branch)
         place = {"repo": repo, "branch": options.branch}
         name, difference, _ = export(source, to, options.form, dtype=options.dtype, report=report, **place)

@@ -1,10 +1,10 @@
-"""Write an HTML page that shows or compares runs: curves, throughput, samples and differences of their recipes.
+"""Write an HTML page that shows or compares runs: curves, throughput, samples and differences between recipes.
 
     nanogpt-accel report runs/gpt2
     nanogpt-accel report runs/gpt2 runs/llama out=compare.html
 
 The page is self-contained, makes no network requests and supports light and dark mode. The command also writes the
-curves as PNGs to the same folder. It only reads files of the run folder, so it works during training.
+curves as PNGs to the same folder. It only reads the run folders, so it works during training.
 """
 
 import json
@@ -37,7 +37,7 @@ CHARTS = {  # name in metrics.jsonl: (title, unit, divisor)
 class ReportOptions(Section):
     """The options of `report`."""
 
-    out: str = Field("", description="the page to write; empty: report.html, for a single run in its folder")
+    out: str = Field("", description="path of the page; default: report.html, in the run folder of a single run")
 
 
 def main(argv):
@@ -49,15 +49,15 @@ def main(argv):
         )
     targets, options, problems = cli.parse_options(argv, ReportOptions, MAX_RUNS)
     if not targets:
-        problems.append("no run given; run nanogpt-accel report runs/NAME")
+        problems.append("RUN is missing; usage: nanogpt-accel report runs/NAME")
     for target in targets:
         if not any((Path(target) / name).is_file() for name in ("metrics.jsonl", "run.yaml")):
-            problems.append(f"{target}: contains neither metrics.jsonl nor run.yaml; give the folder of a run")
+            problems.append(f"{target}: contains neither metrics.jsonl nor run.yaml; pass a run folder")
     out = Path(options.out or (Path(targets[0]) / "report.html" if len(targets) == 1 else "report.html"))
     if out.suffix.lower() not in (".html", ".htm"):
         problems.append(f"out={out}: must end with .html")
     elif options.out and not out.parent.is_dir():
-        problems.append(f"out={out}: no such folder {out.parent}; create it, or set another file")
+        problems.append(f"out={out}: no such folder {out.parent}; create it, or set out to another path")
     raise_problems(problems)
     runs = [read_run(Path(target), name) for target, name in zip(targets, unique_names(targets), strict=True)]
     text = page(runs)
@@ -84,8 +84,8 @@ def unique_names(targets):
 def read_run(folder, name):
     """Return a run as a dictionary of plain values.
 
-    "series" has the `downsample` columns of each chart, and of "val_loss", which is drawn in the chart of the loss.
-    Their seconds count only training steps, because metrics.jsonl has no timestamps. "notes" are problems as text.
+    "series" has the columns from `downsample` for each chart and for "val_loss", which the loss chart also shows. The
+    seconds exclude evaluations, because metrics.jsonl has no timestamps. "notes" describes problems as text.
     """
     recipe, tokens_per_step, notes = read_recipe(folder)
     lines = read_metrics(folder / "metrics.jsonl")
@@ -117,13 +117,13 @@ def read_recipe(folder):
         recipe = load_recipe(folder / "run.yaml")
     except (ValueError, OSError) as error:
         reason = first_line(error) if (folder / "run.yaml").is_file() else "run.yaml is missing"
-        return None, None, [f"{reason}; the page shows no tokens, times and settings"]
+        return None, None, [f"{reason}; the page shows no tokens, times or settings"]
     train = recipe.train
     return recipe, train.batch_size * train.gradient_accumulation_steps * recipe.model.block_size, []
 
 
 def check_metrics(path, lines):
-    """Return notes about lines of metrics.jsonl that cannot be read. lines: the valid ones."""
+    """Return notes about lines of metrics.jsonl that cannot be read. lines: the valid lines."""
     n_logged = len(path.read_bytes().splitlines()) if path.is_file() else 0
     if not n_logged:
         return ["metrics.jsonl is missing or empty"]
@@ -136,7 +136,7 @@ def check_metrics(path, lines):
 
 
 def number(line, key):
-    """Return a value of a line, or None if it is not a finite number."""
+    """Return the value of `key` in a line of metrics.jsonl, or None if it is not a finite number."""
     value = line.get(key)
     return value if type(value) in (int, float) and math.isfinite(value) else None
 
@@ -144,7 +144,7 @@ def number(line, key):
 def training_seconds(lines, tokens_per_step):
     """Return the seconds of training up to each line, or None if the throughput or the tokens per step are unknown.
 
-    A line logs the throughput since the previous line with a training loss.
+    The throughput in a line is the mean since the previous line with a training loss.
     """
     seconds, previous, clock = 0.0, -1, []
     for line in lines:
@@ -162,7 +162,7 @@ def training_seconds(lines, tokens_per_step):
 def downsample(points):
     """Return (step, seconds, value) points as columns of at most MAX_POINTS values: step, seconds, value, low, high.
 
-    Each value is the mean of a group of points, low and high are its extremes, which keep spikes visible.
+    Each value is the mean of a group of points; low and high are the group's extremes, so that spikes stay visible.
     """
     size = -(-len(points) // MAX_POINTS)
     columns = {"step": [], "seconds": [], "value": [], "low": [], "high": []}
@@ -172,12 +172,12 @@ def downsample(points):
         step, seconds, _ = group[-1]
         point = (step, seconds, statistics.fmean(values), min(values), max(values))
         for column, value in zip(columns.values(), point, strict=True):
-            column.append(value if value is None else float(f"{value:.6g}"))  # short numbers, for a small page
+            column.append(value if value is None else float(f"{value:.6g}"))  # few digits, for a small page
     return columns
 
 
 def summary(folder, recipe, lines, clock, tokens_per_step):
-    """Return {title: text} of a run, for the table at the top."""
+    """Return {title: text} of a run, for the table at the top of the page."""
     values = lambda key: [value for line in lines if (value := number(line, key))]  # noqa: E731
     n_steps = max((line["step"] + ("loss" in line) for line in lines), default=0)
     max_iters = recipe.train.max_iters if recipe else None
@@ -202,7 +202,7 @@ def summary(folder, recipe, lines, clock, tokens_per_step):
 
 
 def read_expectation(folder):
-    """Return the content of expect.json as text, or an empty text without a valid file."""
+    """Return the content of expect.json as text, or an empty string if the file is missing or invalid."""
     try:
         content = json.loads((folder / "expect.json").read_text(encoding="utf-8"))
         tolerance = f" +- {content['tolerance']:g}" if content["tolerance"] is not None else ""
@@ -213,8 +213,8 @@ def read_expectation(folder):
 
 
 def differences(runs):
-    """Return (titles, rows of (key, values)) of the settings that differ between the recipes, or of one recipe from the
-    defaults, without out_dir, overwrite and `expect`."""
+    """Return (titles, rows of (key, values)) for the settings that differ between the recipes, except out_dir,
+    overwrite and the section `expect`. A single recipe is compared with the defaults."""
     recipes = [(run["name"], run["recipe"]) for run in runs if run["recipe"]]
     if len(recipes) == 1:
         recipes.insert(0, ("default", Recipe()))
@@ -233,7 +233,7 @@ def differences(runs):
 
 
 def write_images(runs, out):
-    """Write a PNG per chart, with steps on the x axis, to the folder of the page, and return the paths."""
+    """Write one PNG per chart to the folder of the page, with steps on the x axis; return the paths."""
     from matplotlib.figure import Figure
 
     paths = []

@@ -26,23 +26,23 @@ class SampleOptions(Section):
     prompt: str = Field(
         "\n",
         validation_alias=AliasChoices("prompt", "start"),
-        description="start of the text, or FILE:path; nanoGPT's name `start` works too",
+        description="text to continue, or FILE:path to read it from a file; `start`, as in nanoGPT, is an alias",
     )
-    prompts: str | None = Field(None, description="text file with one prompt per line, instead of prompt")
+    prompts: str | None = Field(None, description="text file with one prompt per line; replaces prompt")
     num_samples: Int = Field(10, ge=1, description="number of samples per prompt")
-    batch_size: Int = Field(1, ge=1, description="samples per batch; more are faster, but only 1 is streamed")
+    batch_size: Int = Field(1, ge=1, description="samples per batch; larger is faster, but only 1 streams the text")
     max_new_tokens: Int = Field(500, ge=1, description="number of tokens to generate per sample")
-    temperature: Float = Field(0.8, ge=0, description="below 1 less random, above 1 more random; 0: greedy")
-    top_k: Int = Field(200, ge=0, description="sample from this many most likely tokens; 0: from all")
-    top_p: Float = Field(1.0, gt=0, le=1, description="sample from the most likely tokens with this total probability")
+    temperature: Float = Field(0.8, ge=0, description="below 1: less random; above 1: more random; 0: greedy decoding")
+    top_k: Int = Field(200, ge=0, description="sample from the k most likely tokens; 0: from all tokens")
+    top_p: Float = Field(1.0, gt=0, le=1, description="sample from the most likely tokens up to this total probability")
     overflow: Literal["slide", "stop", "extend"] = Field(
         "slide",
-        description="what to do at block_size. slide: continue with the last half of the text as context; stop: end "
-        "the text; extend: continue with positions that were not trained (rotary positions only)",
+        description="what to do when the text reaches block_size tokens. slide: continue with the last half of the "
+        "text as context; stop: end the text; extend: use positions beyond those in training (rotary positions only)",
     )
-    seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="random seed; sample number i uses seed + i")
-    device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
-    json_output: bool = Field(False, alias="json", description="print one JSON object per sample: prompt, text, seed")
+    seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="random seed; sample i uses seed + i")
+    device: Device = Field("auto", description="device to use: auto, cpu, cuda, cuda:N or mps")
+    json_output: bool = Field(False, alias="json", description="print each sample as a JSON object: prompt, text, seed")
 
 
 def main(argv):
@@ -60,7 +60,7 @@ def main(argv):
     if "prompts" in given and not {"prompt", "start"}.isdisjoint(given):
         problems.append(f"prompts={options.prompts}: cannot be combined with prompt; remove one of them")
     if target is None or nanogpt_target:
-        problems.append(f"MODEL is missing: nanogpt-accel sample {(nanogpt_target or ['runs/NAME'])[0]}")
+        problems.append(f"MODEL is missing; usage: nanogpt-accel sample {(nanogpt_target or ['runs/NAME'])[0]}")
     else:
         problems += check_model(target)
     prompts = []
@@ -76,7 +76,7 @@ def main(argv):
 
 
 def read_prompts(options):
-    """Return the prompts of prompt=..., prompt=FILE:... or prompts=FILE.
+    """Return the list of prompts from prompt=..., prompt=FILE:... or prompts=FILE.
 
     Raises:
         ValueError: the file cannot be read, or is empty.
@@ -94,7 +94,7 @@ def read_prompts(options):
         return [text]
     if lines := [line for line in text.splitlines() if line]:
         return lines
-    raise ValueError(f"prompts={file}: no line contains a prompt")
+    raise ValueError(f"prompts={file}: contains no prompts; write one prompt per line")
 
 
 def check_prompts(folder, tokenizer, prompts, options):
@@ -102,24 +102,24 @@ def check_prompts(folder, tokenizer, prompts, options):
     config = read_config(folder)
     problems = check_tokenizer(tokenizer, config, folder)
     key = "prompts" if options.prompts else "prompt"
-    max_tokens = config["block_size"] if options.overflow == "stop" else None  # else a longer prompt is allowed
+    max_tokens = config["block_size"] if options.overflow == "stop" else None  # otherwise prompts may be longer
     for prompt in prompts:
         problems += tokenizer.check_prompt(prompt, max_tokens, key)
     if options.overflow == "extend" and config["position"] != "rotary":
         limit = f"block_size={config['block_size']}"
-        problems.append(f"overflow=extend: {folder} has learned positions up to {limit}; use slide or stop")
+        problems.append(f"overflow=extend: {folder} has learned positions up to {limit}; set overflow to slide or stop")
     return problems
 
 
 def write_texts(folder, tokenizer, prompts, options):
-    """Print num_samples texts per prompt; a batch of one is streamed."""
+    """Generate and print num_samples texts per prompt; stream the text if a batch has only one."""
     from transformers.utils import logging as transformers_logging
 
     from ..distributed import cpu
     from ..distributed.accelerator import pick_device
     from ..models.generation import generate, text_after
 
-    transformers_logging.set_verbosity_error()  # no warnings about what the options ask for
+    transformers_logging.set_verbosity_error()  # no warnings about valid options
     model = load_model(folder).to(pick_device(options.device))
     cpu.tune_generation(model)
     settings = options.model_dump(include={"max_new_tokens", "temperature", "top_k", "top_p", "overflow"})

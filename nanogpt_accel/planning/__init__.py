@@ -1,5 +1,5 @@
-"""Compute what a run needs: parameters, FLOPs, memory and communication.
+"""Estimate the parameters, FLOPs, memory and communication time of a run.
 
-Input: the shape of a model and of a batch. Output: bytes, FLOPs and seconds, without running the model.
-To add a GPU, add a row to hardware.py.
+In: the shape of a model and of a batch. Out: bytes, FLOPs and seconds, without running the model.
+To add a GPU, add a row to the table in hardware.py.
 """

@@ -1,4 +1,4 @@
-"""One table of GPUs, and the name and peak memory of the current device."""
+"""A table of GPUs, and functions that return the name and the peak memory of a device."""
 
 import re
 import sys
@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 
 class GPU(NamedTuple):
-    peak_flops: float  # dense bf16 matrix products, from the data sheet; fp16 on GPUs without bf16
+    peak_flops: float  # of the data sheet, for dense bf16 matrix products, or fp16 on GPUs without bf16
     memory: int  # GiB, of the largest variant
-    has_bf16: bool = True  # in hardware
+    has_bf16: bool = True  # native, not emulated
 
 
 # peak_flops returns the first name that matches, so specific names come first
@@ -48,7 +48,7 @@ def peak_flops(device_name):
 
 
 def device_name(device):
-    """Return the name of a CUDA device, or the type of another device in capitals."""
+    """Return the name of a CUDA device, or the type of another device in upper case."""
     if device.type == "cuda":
         import torch
 

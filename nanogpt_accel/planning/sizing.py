@@ -1,7 +1,7 @@
-"""Compute the size of a run from its shape: parameters, FLOPs, bytes of memory, compute-optimal sizes.
+"""Compute parameters, FLOPs, memory, communication time and compute-optimal sizes from the shape of a model.
 
-A `shape` is a dictionary of GPTConfig fields without None. The module does not import torch. It follows nanoGPT's
-transformer_sizing.ipynb and scaling_laws.ipynb, extended to all options of GPTConfig and to sharding.
+A `shape` is a dictionary of GPTConfig fields with defaults filled in. The module does not import torch. It follows
+nanoGPT's transformer_sizing.ipynb and scaling_laws.ipynb, extended to all options of GPTConfig and to sharding.
 
 M = batch * block_size is the number of tokens in a micro-batch; V is the vocabulary size.
 """
@@ -9,24 +9,14 @@ M = batch * block_size is the number of tokens in a micro-batch; V is the vocabu
 import math
 import statistics
 
+from ..recipe import Recipe
+
 FLOAT, HALF = 4, 2  # bytes of float32, and of bfloat16 or float16
-# model.py chunks the loss above these numbers of logits; it has its own copy, because it must not import the package
+# model.py chunks the loss above this many logits; it must not import the package, so it has a copy of these numbers
 LARGEST_LOGITS_CPU, LARGEST_LOGITS = 2**24, 2**27
 
-# OpenAI's models, by their name in init_from
-_GPT2_OPTIONS = {
-    "vocab_size": 50257,
-    "block_size": 1024,
-    "bias": True,
-    "norm": "layernorm",
-    "norm_weight": True,
-    "embd_norm": False,
-    "qk_norm": False,
-    "position": "learned",
-    "activation": "gelu_new",
-    "logit_softcap": None,
-    "tie_word_embeddings": True,
-}
+# OpenAI's GPT-2 models
+_GPT2_OPTIONS = Recipe().replace(bias=True, activation="gelu_new").shape | {"vocab_size": 50257}
 
 
 def _gpt2(n_layer, n_head, n_embd):
@@ -66,7 +56,7 @@ def _norm(shape):
 
 
 def parameters(shape):
-    """Return {part: number of parameters}. A tied head counts as embedding."""
+    """Return {part: number of parameters}. A tied head is counted under embedding."""
     width, n_layer = shape["n_embd"], shape["n_layer"]
     qkv, _, fc = _widths(shape)
     attention, mlp = block_matrices(shape)
@@ -95,7 +85,8 @@ def num_matmul_params(shape):
 def flops_per_token(shape):
     """Return the FLOPs of forward and backward per token, counted like nanoGPT: 6 N + 12 L C T (PaLM, appendix B).
 
-    N is the number of parameters in matrix products, C the total width of the query heads.
+    N is the number of parameters in matrix products, L the number of layers, C the total width of the query heads, T
+    the block size.
     """
     L, C, T = shape["n_layer"], shape["n_head"] * shape["head_dim"], shape["block_size"]
     return 6 * num_matmul_params(shape) + 12 * L * C * T
@@ -105,7 +96,7 @@ def forward_flops(shape):
     """Return the FLOPs of the forward pass of one sequence by part; a multiply-add counts as two.
 
     As in transformer_sizing.ipynb, norms and activations are ignored, and attention includes the masked half, which
-    the kernels skip.
+    attention kernels skip.
     """
     T, n_layer = shape["block_size"], shape["n_layer"]
     qkv, queries, fc = _widths(shape)
@@ -126,7 +117,8 @@ def forward_flops(shape):
 def optimizer_bytes(shape, algorithm):
     """Return the bytes of float32 optimizer state.
 
-    AdamW stores two moments per parameter. Muon stores one momentum for the blocks' matrices and uses AdamW elsewhere.
+    AdamW stores two moments per parameter. Muon stores one momentum per parameter of the blocks' matrices, and AdamW's
+    moments for the others.
     """
     hidden = shape["n_layer"] * sum(block_matrices(shape)) if algorithm == "muon" else 0
     return FLOAT * (2 * sum(parameters(shape).values()) - hidden)
@@ -140,13 +132,13 @@ def checkpoint_bytes(shape, algorithm):
 def activation_bytes(shape, batch, half, checkpointing, device="cuda", dropout=0.0):
     """Return the bytes that the forward pass of a micro-batch saves for the backward pass, without the logits.
 
-    This is for eager torch with SDPA, which stores no (T, T) matrix. torch.compile saves less, because it recomputes
-    cheap operations.
+    The estimate is for eager torch with SDPA, which stores no (T, T) matrix. torch.compile saves less, because it
+    recomputes cheap operations.
 
     Args:
         batch: sequences per micro-batch.
-        half: autocast to bfloat16 or float16.
-        checkpointing: each block saves only its input and is recomputed in the backward pass.
+        half: whether autocast uses bfloat16 or float16.
+        checkpointing: whether each block saves only its input and is recomputed in the backward pass.
         device: device type. Without CUDA's fused kernels, RMSNorm saves more and dropout saves a float32 mask.
     """
     n_layer, width, fused = shape["n_layer"], shape["n_embd"], device == "cuda"
@@ -168,9 +160,9 @@ def activation_bytes(shape, batch, half, checkpointing, device="cuda", dropout=0
         attention += FLOAT * (queries + keys) * (half + (not fused and shape["norm_weight"]))
         attention += 0 if fused else low * queries
     if rotary or shape["qk_norm"]:
-        attention += low * (queries + keys)  # after norm and rotation; v is a view that keeps the old tensor alive
+        attention += low * (queries + keys)  # q, k after norm and rotation; v is a view of the old tensor
     attention += low * queries + FLOAT * shape["n_head"]  # the output, and the log-sum-exp per head
-    # input and output of the activation function, and swiglu's intermediate; relu2 is squared in float32 by autocast
+    # input and output of the activation function, and swiglu's product; autocast computes relu2's square in float32
     mlp = low * (fc + 2 * inner if shape["activation"] == "swiglu" else 2 * inner)
     if shape["activation"] == "relu2" and half and fused:
         mlp += FLOAT * inner
@@ -203,7 +195,7 @@ def logits_bytes(shape, batch, half=False, device="cuda", trains=True):
     if not trains:
         return work
     low = HALF if half else FLOAT
-    if half:  # a chunk's logits in half precision, and its gradient of the head
+    if half:  # a chunk's logits and its gradient of the head, both in half precision
         work = max(work, n_rows * V * HALF + HALF * V * shape["n_embd"])
     return round(FLOAT * V * shape["n_embd"] + low * M * shape["n_embd"] + work)
 
@@ -222,22 +214,22 @@ def memory(
     dropout=0,
     trains=True,
 ):
-    """Return the peak bytes per GPU by part, during the backward pass of any micro-batch but the first.
+    """Return the peak bytes per GPU by part, in the backward pass of the second or a later micro-batch.
 
     Weights are float32; autocast copies the matrices to half precision for the duration of a micro-batch.
 
     Args:
         layout: "ddp" (also for a single process), "fsdp2", "zero2" or "zero3".
-        shards: processes over which the layout shards.
+        shards: number of processes that together store one copy of the sharded state.
         processes: world size.
         batch: micro-batch size per process; half, checkpointing, device, dropout: see activation_bytes.
-        trains: False for evaluation, without gradients and saved activations.
+        trains: False for evaluation, which needs no gradients or saved activations.
 
     Returns:
-        {"weights", "gradients", "optimizer", "copies", "activations", "logits"}. "copies" are further tensors of
-        weights or gradients: half-precision copies, DDP's buckets, gathered blocks, DeepSpeed's float32 master weights.
-        "logits" is the memory of the loss, or of one recomputed block if this is larger: with checkpointing, the
-        backward pass of the loss ends before it recomputes the first block.
+        {"weights", "gradients", "optimizer", "copies", "activations", "logits"}. "copies" are additional
+        copies of weights or gradients: half-precision weights, DDP's buckets, gathered blocks, DeepSpeed's float32
+        master weights. "logits" is the memory of the loss or, with checkpointing, of one recomputed block if that is
+        larger: the two are never needed at the same time.
     """
     parts = parameters(shape)
     n_params, state = sum(parts.values()), optimizer_bytes(shape, algorithm)
@@ -277,9 +269,9 @@ def exchange_seconds(shape, layout, shards, processes, *, micro_steps, half, mac
 
     Args:
         layout, shards, processes, half: see memory.
-        micro_steps: micro-batches per step and process.
+        micro_steps: micro-batches per step on each process.
         machine: processes per machine; FSDP2 shards within a machine.
-        near, far: bytes per second and process within a machine, and between machines.
+        near, far: bandwidth per process within a machine and between machines, in bytes per second.
     """
     n_params, low = sum(parameters(shape).values()), HALF if half else FLOAT
     ring = lambda n_bytes, s: n_bytes * (s - 1) / s  # noqa: E731
@@ -299,7 +291,7 @@ def exchange_seconds(shape, layout, shards, processes, *, micro_steps, half, mac
 
 
 def optimal_tokens(n_params):
-    """Return the compute-optimal number of training tokens: the log-log fit of Chinchilla's approach 2, as in
+    """Return the compute-optimal number of training tokens, by a log-log fit of Chinchilla's approach 2, as in
     scaling_laws.ipynb."""
     x, y = ([math.log10(n) for n in column] for column in (_CHINCHILLA_PARAMS, _CHINCHILLA_TOKENS))
     slope, intercept = statistics.linear_regression(x, y)
@@ -307,7 +299,7 @@ def optimal_tokens(n_params):
 
 
 def optimal_size(flops):
-    """Return the compute-optimal (parameters, tokens) for 6 * parameters * tokens FLOPs, by Chinchilla's approach 3:
+    """Return the compute-optimal (parameters, tokens) for flops = 6 * parameters * tokens, by Chinchilla's approach 3:
     loss = 1.69 + 406.4 / parameters**0.34 + 410.7 / tokens**0.28."""
     A, B, alpha, beta = 406.4, 410.7, 0.34, 0.28
     n_params = (alpha * A / (beta * B)) ** (1 / (alpha + beta)) * (flops / 6) ** (beta / (alpha + beta))

@@ -152,7 +152,7 @@ def test_folders_that_cannot_be_written_are_reported(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "content, state, text",
     [
-        (None, "ok", "pass --config_file"),
+        (None, "ok", "does not exist; use accelerate launch --config_file"),
         (
             "distributed_type: MULTI_GPU\nnum_processes: 8\nmixed_precision: bf16\n",
             "ok",
@@ -178,7 +178,7 @@ def test_default_config_of_accelerate_launch(monkeypatch, tmp_path, content, sta
     "code, limit, state, text",
     [
         ("", 60, "ok", "works"),
-        ("raise OSError('no compiler')", 60, "warning", "fails (OSError: no compiler)"),
+        ("raise OSError('no compiler')", 60, "warning", "failed (OSError: no compiler)"),
         ("import time; time.sleep(60)", 1, "warning", "timed out after compile_limit=1 s"),
     ],
 )
@@ -218,7 +218,7 @@ def test_attention_without_a_fused_kernel_is_a_warning(monkeypatch):
 
 
 def test_wrong_arguments_are_refused(refused):
-    with refused(ValueError, "runs/a: doctor takes no target"):
+    with refused(ValueError, "runs/a: doctor accepts only options; remove this argument"):
         doctor.main(["runs/a"])
     with refused(ValueError, "compile_limit=-1"):
         doctor.main(["compile_limit=-1"])

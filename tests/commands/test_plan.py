@@ -175,7 +175,7 @@ def test_text_output_has_the_figures(capsys):
         "vocabulary size 50,304",
         "fits into 72.0 GiB (90% of the GPU's memory): ",
         "ZeRO-3",
-        "nanoGPT's count",
+        "as counted by nanoGPT",
     ):
         assert part in text, part
 

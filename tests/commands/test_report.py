@@ -217,7 +217,7 @@ def test_a_long_run_is_downsampled_and_keeps_its_spikes():
     [
         (
             lambda run: (run / "run.yaml").unlink(),
-            "run.yaml is missing; the page shows no tokens, times and settings",
+            "run.yaml is missing; the page shows no tokens, times or settings",
             5,
         ),
         (lambda run: (run / "run.yaml").write_text("model: {n_layers: 3}"), "unknown key model.n_layers", 5),
@@ -277,7 +277,7 @@ def test_the_result_of_expect_is_shown():
 def test_wrong_arguments_are_refused(refused, tmp_path):
     run = make_run(Path("runs/a"))
     Path("empty").mkdir()
-    with refused(ValueError, "no run given; run nanogpt-accel report"):
+    with refused(ValueError, "RUN is missing; usage: nanogpt-accel report"):
         report.main([])
     with refused(ValueError, "empty: contains neither metrics.jsonl nor run.yaml"):
         report.main(["empty"])

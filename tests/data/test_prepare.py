@@ -903,7 +903,7 @@ def test_the_command_shows_its_keys(capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], ["prepare needs a recipe", "nanogpt-accel prepare"]),
+        ([], ["RECIPE is missing; usage: nanogpt-accel prepare"]),
         (["nots.yaml"], ["nots.yaml: no such recipe", "notes"]),
         (
             ["notes.yaml", "corpus=note", "tokenizer=car", "val_fraction=2"],

@@ -203,7 +203,7 @@ NO_CKPT = "not a checkpoint of nanoGPT's train.py"
                 lambda config=config: torch.save(
                     {"model": nanogpt(), "model_args": NANOGPT, "config": config}, "ckpt.pt"
                 ),
-                "ckpt.pt: the tokenizer of this model with 63 tokens is unknown",
+                "ckpt.pt: the tokenizer of this model (vocabulary size 63) is unknown",
             )
             for config in ("x", {"dataset": 3})
         ),
@@ -261,7 +261,7 @@ def test_absurd_values_in_a_checkpoint_are_refused_quickly(capsys, refused):
     write_ckpt("ckpt.pt", nanogpt(), n_layer=10**7)
     assert main(["import", "ckpt.pt", "to=out"]) == 2
     assert "n_layer=10000000" in capsys.readouterr().err
-    with refused(ValueError, "with 64 tokens"):
+    with refused(ValueError, "vocabulary size 64"):
         find_tokenizer("auto", Path("/ckpt.pt"), "x" * 5000, 64)
 
 
@@ -281,7 +281,7 @@ def test_other_commands_point_to_import_for_a_nanogpt_checkpoint(capsys):
 def test_find_tokenizer_takes_meta_pkl_next_to_the_checkpoint_or_the_given_one(refused):
     Path("out").mkdir()
     ckpt = Path("out/ckpt.pt")
-    with refused(ValueError, "out/ckpt.pt", "with 64 tokens", "data/shakespeare_char/meta.pkl", "tokenizer=PATH"):
+    with refused(ValueError, "out/ckpt.pt", "vocabulary size 64", "data/shakespeare_char/meta.pkl", "set tokenizer to"):
         find_tokenizer("auto", ckpt, "shakespeare_char", 64)
     write_meta(Path("data/shakespeare_char/meta.pkl"), "cab")
     assert find_tokenizer("auto", ckpt, "shakespeare_char", 64).encode("abc").tolist() == [1, 2, 0]
@@ -290,7 +290,11 @@ def test_find_tokenizer_takes_meta_pkl_next_to_the_checkpoint_or_the_given_one(r
     Tokenizer.char(["abc"]).save("elsewhere")
     assert find_tokenizer("elsewhere", ckpt, "shakespeare_char", 3).encode("cab").tolist() == [2, 0, 1]
     for asked in (str(other), "elsewhere"):
-        with refused(ValueError, f"tokenizer={asked}: has 3 tokens", "out/ckpt.pt only has 2", "another model"):
+        with refused(
+            ValueError,
+            f"tokenizer={asked}: has 3 tokens",
+            "out/ckpt.pt only has 2; set tokenizer to the one that the model was trained with",
+        ):
             find_tokenizer(asked, ckpt, "", 2)
     with refused(ValueError, "tokenizer=no/meta.pkl: no such file"):
         find_tokenizer("no/meta.pkl", ckpt, "", 64)

@@ -118,7 +118,7 @@ EARLY = [
         ["init_from=./gone"],
     ),
     # recipe missing or not YAML
-    (["train"], ["no recipe given"]),
+    (["train"], ["RECIPE.yaml or RUN_FOLDER is missing; usage: nanogpt-accel train"]),
     (["train", "tinny.yaml"], ["tinny.yaml", "no such recipe", "did you mean tiny"]),
     (["train", "gone/tiny.yaml"], ["gone/tiny.yaml", "no such recipe"]),
     (["train", "torn.yaml"], ["torn.yaml", "invalid YAML", "line 4"]),
@@ -143,7 +143,7 @@ EARLY = [
         ["out_dir=runs/tiny: already contains a run", "`nanogpt-accel train runs/tiny`", "overwrite=true"],
     ),
     # nothing to resume
-    ([*TINY, "init_from=resume"], ["nothing to resume", "out_dir=new", "to start over, use init_from=scratch"]),
+    ([*TINY, "init_from=resume"], ["nothing to resume", "out_dir=new", "to start over, set init_from=scratch"]),
     (["train", "nothing"], ["nothing", "no run.yaml"]),
     # resume with another shape
     (
@@ -171,7 +171,7 @@ EARLY = [
     (["sample", "stock"], ["stock", "model_type=gpt2"]),
     (["evaluate", "stock", "--recipe", "tiny.yaml"], ["stock", "model_type=gpt2"]),
     ([*TINY, "init_from=stock"], ["stock", "model_type=gpt2"]),
-    (["evaluate", "nothing"], ["nothing", "no run.yaml", "--recipe"]),
+    (["evaluate", "nothing"], ["nothing: no run.yaml in or next to this folder, so the data is unknown", "--recipe"]),
     # trackers
     ([*TINY, "trackers=wandbb"], ["trackers=wandbb", "wandb"]),
 ]
@@ -265,7 +265,7 @@ def test_resume_with_a_changed_corpus_file_is_refused(capsys, workplace):
         assert (workplace / "runs" / "tiny" / "run.yaml").read_text() == before  # unchanged
     finally:
         (workplace / "text.txt").write_text(text)
-    assert has_all(line, ["checkpoint-000006", "other data", "data_dir", "new run"])
+    assert has_all(line, ["checkpoint-000006: trained on different data", "set data_dir", "new run"])
 
 
 def test_files_of_the_user_are_not_overwritten(capsys, workplace):
@@ -280,7 +280,7 @@ def test_files_of_the_user_are_not_overwritten(capsys, workplace):
 
 def test_overwriting_the_model_of_init_from_is_refused(capsys):
     (line,) = refusal(capsys, "train", "tiny.yaml", "out_dir=runs/tiny", "init_from=runs/tiny", "overwrite=true")
-    assert has_all(line, ["init_from=runs/tiny", "overwrite=true", "another out_dir"])
+    assert has_all(line, ["init_from=runs/tiny", "overwrite=true", "change out_dir"])
 
 
 @pytest.fixture

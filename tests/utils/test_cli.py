@@ -179,14 +179,14 @@ def test_list_of_commands_and_version(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train"], "no recipe given"),
-        (["prepare"], "prepare needs a recipe"),
+        (["train"], "RECIPE.yaml or RUN_FOLDER is missing; usage: nanogpt-accel train"),
+        (["prepare"], "RECIPE is missing; usage: nanogpt-accel prepare"),
         (["sample"], "MODEL is missing"),
         (["evaluate"], "MODEL is missing"),
         (["train", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
         (["train", "."], ".: not a run folder, because it has no run.yaml"),
         (["prepare", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
-        (["evaluate", "runs/x"], "runs/x: no run.yaml (this folder does not exist) to take the data from"),
+        (["evaluate", "runs/x"], "runs/x: no such folder, so the data is unknown; add --recipe"),
         (["sample", "./nowhere"], "./nowhere: no such folder"),
         (["sample", "x", "--prompt=FILE:nowhere.txt"], "prompt=FILE:nowhere.txt: No such file"),
         (["sample", "x", "tempreature=1"], "unknown key tempreature (did you mean temperature?)"),
