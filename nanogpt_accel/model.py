@@ -387,6 +387,8 @@ class GPT(PreTrainedModel, GenerationMixin):
     ):
         """Return the next-token logits, and the loss if there are targets.
 
+        It is one function of more than 80 lines, so that the path from tokens to loss can be read in one place.
+
         Args:
             input_ids: (B, T) int64; or inputs_embeds: (B, T, C).
             attention_mask: (B, T_past + T), with 1 for tokens and 0 for padding. None: no padding.
