@@ -245,7 +245,7 @@ class Tracking(Section):
 class Hub(Section):
     push_to_hub: bool = Field(False, description="push every checkpoint to the Hugging Face Hub during training")
     hub_model_id: TextOrNone = Field(
-        None, description="repository, USER/NAME; default: the name of out_dir, in the account of the token"
+        None, description="repository, USER/NAME; default: the name of out_dir, in the token owner's account"
     )
     hub_private: bool = Field(False, description="if the repository is created, make it private")
     hub_branch: TextOrNone = Field(None, description="branch to push to; default: main")

@@ -6,8 +6,8 @@
 
 From Python: `from nanogpt_accel.train import train; model, history = train("recipes/quickstart.yaml", max_iters=100)`
 
-Read `training_loop` first: it shows what happens in a run, from start to end. Data order and dropout
-are functions of (seed, step), so a checkpoint needs only weights, optimizer, fp16's scaler and `TrainState`.
+Read `training_loop` first: it shows what happens in a run, from start to end. Data order and dropout are functions of
+(seed, step), so a checkpoint needs only the weights, the optimizer's state, fp16's gradient scaler and `TrainState`.
 training.py builds everything that the loop uses; checkpoint/run.py writes all files of a run.
 """
 

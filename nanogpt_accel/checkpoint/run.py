@@ -186,7 +186,7 @@ class Run:
                         self.folder.rmdir()
 
     def _end_training(self, kind, trace):
-        """Close the trackers. Also end the process group, unless an error may have occurred on this rank only."""
+        """Close the trackers. Also destroy the process group, but not after an error that other ranks may not share."""
         if self.setup is None:
             return
         accelerator = self.setup.accelerator

@@ -66,7 +66,7 @@ class Saver:
 
         Args:
             trainer: content of trainer.json; `step` (steps done) and `best_step` are used here.
-            model: the unwrapped GPT. optimizer: the prepared optimizer of its parameters. card: text of README.md.
+            model: the unwrapped GPT. optimizer: as accelerator.prepare returns it. card: text of README.md.
         """
         self.wait()
         snapshot = self._take_snapshot(trainer, model, optimizer, card)

@@ -72,7 +72,7 @@ def main(argv):
 
 
 def check(recipe):
-    """Return a list of problems. Missing data is not a problem: random tokens replace it and take the same time."""
+    """Return a list of problems. Missing data is not a problem: random tokens take the same time."""
     problems = check_launch(recipe.train.gradient_accumulation_steps)
     if dataset.is_prepared(recipe.data):
         problems += dataset.check(recipe.data, recipe.model.block_size)

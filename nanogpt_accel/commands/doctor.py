@@ -144,7 +144,7 @@ def versions():
 
 
 def devices(device):
-    """Check the processor, the memory and, by computing a matrix product, each GPU."""
+    """Check the CPU and the memory, and run a matmul on each GPU."""
     import psutil
     import torch
 
@@ -199,7 +199,11 @@ def attention(device):
         except RuntimeError:
             pass
     if works == ["math"] and device.type != "mps":
-        return warning("attention", "sdpa: only math, a slow kernel that needs more memory", "use a newer torch or GPU")
+        return warning(
+            "attention",
+            "sdpa: only the math kernel is available, which is slow and needs more memory",
+            "use a newer torch or GPU",
+        )
     return ok("attention", f"sdpa: {', '.join(works)}") if works else broken("attention", "sdpa: no kernel works")
 
 

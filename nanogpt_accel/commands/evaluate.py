@@ -45,7 +45,8 @@ class EvaluateOptions(Section):
         description="distance in tokens between the starts of overlapping windows; default: windows do not overlap",
     )
     text: str | None = Field(
-        None, description="evaluate on this text file, or on wikitext2 as in transformers' perplexity guide"
+        None,
+        description="text file to evaluate on, or wikitext2: that dataset, joined as in transformers' perplexity guide",
     )
     tasks: str | None = Field(
         None, description="evaluate on these lm-eval tasks: hellaswag,... (needs pip install 'nanogpt_accel[eval]')"

@@ -37,7 +37,7 @@ def acquire(lock_file, holder_file):
 
 
 def find_holder(lock_file, holder_file):
-    """Return the process that has the lock, as `process N on HOST`, or None, without writing to the disk.
+    """Return the lock holder as `process N on HOST`, or None. Does not write to the disk.
 
     Raises:
         OSError: the file cannot be locked.

@@ -214,7 +214,7 @@ def test_attention_without_a_fused_kernel_is_a_warning(monkeypatch):
     sdpa = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
     found = doctor.attention(torch.device("cpu"))
-    assert found["state"] == "warning" and "only math" in found["found"]
+    assert found["state"] == "warning" and "only the math kernel" in found["found"]
 
 
 def test_wrong_arguments_are_refused(refused):
