@@ -402,6 +402,8 @@ NANOGPT_KEYS = {
 def _conflicts(recipe):
     """Yield (keys, problem) for values that are valid individually, but not in combination."""
     model, optimizer, train, head_dim = recipe.model, recipe.optimizer, recipe.train, recipe.shape["head_dim"]
+    if "\0" in recipe.out_dir:
+        yield {"out_dir"}, f"out_dir={recipe.out_dir!r} contains a null byte; set out_dir to another folder"
     if model.n_embd % model.n_head and not model.head_dim:
         multiple = -(-model.n_embd // model.n_head) * model.n_head
         yield (

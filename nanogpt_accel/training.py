@@ -88,7 +88,7 @@ def check_out_dir(recipe):
             f"out_dir={out_dir}: already contains a run ({saved[-1].name}); continue it with `nanogpt-accel train "
             f"{out_dir}`, overwrite it with overwrite=true, or set out_dir to another folder"
         )
-    elif not saved and not recipe.train.eval_only:
+    if not recipe.train.eval_only and (not saved or (out_dir / "run.yaml").is_file()):
         problems += check_run_folder(out_dir)
     if init_from not in ("scratch", "resume") and not may_be_model(init_from):
         problems.append(
@@ -140,9 +140,11 @@ def find_checkpoint(recipe, data, console):
     """Return the latest valid checkpoint of a run.
 
     Raises:
-        ValueError: the checkpoint was trained on different data.
+        ValueError: no checkpoint is valid, or it was trained on different data.
     """
     source = latest_valid(recipe.out_dir, console)
+    if source is None:  # check_out_dir compares sizes only, this one also hashes
+        raise ValueError(f"out_dir={recipe.out_dir}: all checkpoints are corrupted; to start over, set overwrite=true")
     if read_trainer(source)["data"] != data.identity:
         raise ValueError(
             f"{source}: trained on different data from what {data.folder} now contains; set data_dir to the folder "

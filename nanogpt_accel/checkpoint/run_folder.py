@@ -27,6 +27,8 @@ _PUBLISHED = {*MODEL_FILES, "README.md", "model.py", "generation_config.json", "
 
 def check_writable(folder, key="out_dir"):
     """Check that files can be written to a folder, which need not exist. key: the option that sets the folder."""
+    if os.path.islink(folder) and not os.path.exists(folder):
+        return [f"{key}={folder}: broken link; set `{key}` to another folder"]
     place = nearest_existing(folder)
     if not place.is_dir():
         return [f"{key}={folder}: {place} is a file; set `{key}` to another folder"]
@@ -40,8 +42,6 @@ def check_writable(folder, key="out_dir"):
 def check_empty(folder, key):
     """Check that a new model folder is writable, empty, and not inside a run folder, where it could be deleted."""
     folder = Path(folder)
-    if folder.is_symlink() and not folder.exists():
-        return [f"{key}={folder}: broken link; set `{key}` to another folder"]
     if folder.is_dir() and any(file.name != ".tmp" for file in folder.iterdir()):  # .tmp: of an export that was killed
         return [f"{key}={folder}: the folder is not empty; set `{key}` to a new or empty folder"]
     for parent in folder.absolute().resolve().parents:

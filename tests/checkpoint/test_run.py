@@ -95,6 +95,33 @@ def test_of_two_resumes_at_once_one_trains(recipe, tmp_path):
     assert steps_of("run") == list(range(600))
 
 
+@pytest.mark.parametrize("options", [{}, {"eval_only": True}])
+def test_a_run_whose_checkpoints_are_all_corrupted_is_refused(recipe, options):
+    """A changed byte changes no size, so only the hashes show it, after the first checks."""
+    train(recipe, out_dir="run")
+    for path in list_checkpoints("run"):
+        data = bytearray((path / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (path / "model.safetensors").write_bytes(data)
+    with pytest.raises(
+        ValueError, match="out_dir=run: all checkpoints are corrupted; to start over, set overwrite=true"
+    ):
+        train(recipe, out_dir="run", init_from="resume", max_iters=10, **options)
+
+
+def test_paths_that_cannot_be_a_run_folder_are_refused(recipe):
+    train(recipe, out_dir="run")
+    Path("run/metrics.jsonl").unlink()
+    Path("run/metrics.jsonl").mkdir()
+    with pytest.raises(ValueError, match="metrics.jsonl"):
+        train(recipe, out_dir="run", init_from="resume", max_iters=10)
+    Path("link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="out_dir=link: broken link"):
+        train(recipe, out_dir="link")
+    with pytest.raises(ValueError, match="out_dir='a.0b' contains a null byte|null byte"):
+        train(recipe, out_dir="a\0b")
+
+
 # ---- the end
 
 
