@@ -175,7 +175,7 @@ class Optimizer(Section):
 
 
 class Train(Section):
-    batch_size: Int = Field(12, ge=1, description="number of sequences per micro-batch")
+    batch_size: Int = Field(12, ge=1, le=1_000_000, description="number of sequences per micro-batch")
     gradient_accumulation_steps: Int = Field(
         40,
         ge=1,

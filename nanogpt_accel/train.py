@@ -106,8 +106,8 @@ def training_loop(setup, data, run, state, stopper, console):
             run.log_evaluation(step, scores)
             is_best = state.record(scores["val_loss"])
 
-        # save: at save_interval, at the end, and whenever the validation loss is the best so far
-        is_due = recipe.should_save(step) or is_last or is_stopping
+        # save: at save_interval unless steps are being skipped, at the end, and at a new best validation loss
+        is_due = (recipe.should_save(step) and not state.skips_in_a_row) or is_last or is_stopping
         if (is_due and step > first_step) or (is_best and step > 0):  # first_step is 0 or already saved
             if losses:  # the losses since the last logged step are not checked yet
                 nonfinite.check(step - 1, losses, grad_norm)

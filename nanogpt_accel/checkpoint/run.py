@@ -55,7 +55,7 @@ class Run:
         metrics_path, resume_step = self.folder / "metrics.jsonl", state.step if is_resumed else None
         if is_main():
             prepare_run_folder(self.folder, self._recipe_to_save.to_yaml(), is_resumed)
-            self._metrics = MetricsLog(metrics_path, resume_step, console.say)
+            self._metrics = MetricsLog(metrics_path, resume_step, console.say, keep_evaluation=state.evaluated)
             self._spikes = Spikes(metrics_path)
             if recipe.train.sample_interval:
                 self._samples = MetricsLog(self.folder / "samples.jsonl", resume_step, console.say)
@@ -171,6 +171,9 @@ class Run:
         try:
             if self.saver is not None:
                 self.saver.wait()  # finish a background save before the lock is released
+        except Exception:
+            if kind is None:  # otherwise, report the error that ended the loop
+                raise
         finally:
             for log in (self._metrics, self._samples):
                 if log is not None:

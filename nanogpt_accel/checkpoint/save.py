@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..utils.files import delete, flush_folder, flush_tree, remove_checkpoint, rename_folder, sha256, write_atomically
-from .layout import INDEX, TRAINER, checkpoint_path, shard_path
+from .layout import INDEX, TRAINER, checkpoint_path, is_checkpoint, shard_path
 from .run_folder import prune, publish
 from .verify import find_corruption
 
@@ -91,7 +91,12 @@ class Saver:
     def wait(self):
         """Wait until no save is running."""
         if self._thread is not None:
-            self._thread.join()
+            # Ctrl-C inside Thread.start() leaves a thread that starts a moment later, or never
+            deadline = time.monotonic() + 1
+            while self._thread.ident is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if self._thread.ident is not None:
+                self._thread.join()
             self._thread = None
         if self._thread_error is not None:
             raise self._thread_error
@@ -212,8 +217,10 @@ def _commit(temporary, final, num_shards):
             index.setdefault(name, _index_entry(file))
     (temporary / INDEX).write_text(json.dumps({"files": index}, indent=1), encoding="utf-8")
     flush_tree(temporary)
-    if final.exists():  # it is corrupted, and the run resumed from an earlier checkpoint
-        remove_checkpoint(final)
+    if os.path.lexists(final):
+        if not is_checkpoint(final):
+            raise OSError(f"{final} exists and is not a checkpoint; move it to another folder")
+        remove_checkpoint(final)  # it is corrupted, and the run resumed from an earlier checkpoint
     rename_folder(temporary, final)
     flush_folder(final.parent)
     problem = find_corruption(final, thorough=False)

@@ -51,7 +51,7 @@ def checkpoint_card(recipe, data, trainer, num_parameters):
         "Training recipe": f"Settings with default values are omitted.\n\n```yaml\n{recipe.to_yaml(brief=True)}```",
         "Framework versions": "\n".join(f"- {name} {version}" for name, version in versions.items()),
     }
-    name, more = Path(recipe.out_dir).resolve().name, {"base_model": base_model, "sections": sections}
+    name, more = " ".join(Path(recipe.out_dir).resolve().name.split()), {"base_model": base_model, "sections": sections}
     return model_card(name, text, tokenizer, block_size, needs_code=True, corpus=corpus, val_loss=loss, **more)
 
 
@@ -78,7 +78,7 @@ def model_card(
     if val_loss is not None and math.isfinite(val_loss):
         result = EvalResult(
             task_type="text-generation",
-            dataset_type=corpus.get("id") or corpus_name,
+            dataset_type=corpus.get("id") or "text",  # a local file may have the name of a dataset
             dataset_name=corpus_name,
             dataset_config=corpus.get("config"),
             dataset_split="validation",

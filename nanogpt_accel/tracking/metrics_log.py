@@ -16,19 +16,21 @@ class MetricsLog:
     Training step s is logged after the step; an evaluation at step s takes place, and is logged, before that step.
 
     resume_step: step of the checkpoint that the run continues from. Lines written after this checkpoint are removed, so
-        that each step is logged once. warn: function that prints a line.
+        that each step is logged once. keep_evaluation: whether its own evaluation was done before it was saved.
+    warn: function that prints a line.
     """
 
-    def __init__(self, path, resume_step=None, warn=print):
+    def __init__(self, path, resume_step=None, warn=print, keep_evaluation=True):
         self.path, self.warn = Path(path), warn
         if resume_step is not None:
-            self._truncate(resume_step)
+            self._truncate(resume_step, keep_evaluation)
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed in close)
         self._pending = b""  # lines not written yet, because the disk was full
 
-    def _truncate(self, step):
+    def _truncate(self, step, keep_evaluation):
         lines = read_metrics(self.path)
-        lines = [line for line in lines if line["step"] < step or (line["step"] == step and "val_loss" in line)]
+        last = [line for line in lines if line["step"] == step and "val_loss" in line] if keep_evaluation else []
+        lines = [line for line in lines if line["step"] < step] + last
         temporary = self.path.with_name(self.path.name + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))

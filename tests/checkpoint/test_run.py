@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,34 @@ def test_paths_that_cannot_be_a_run_folder_are_refused(recipe):
         train(recipe, out_dir="a\0b")
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_users_file_with_the_name_of_a_checkpoint_is_kept(recipe, capsys, kind):
+    Path("run").mkdir()
+    users = Path("run/checkpoint-000004")
+    if kind == "folder":
+        users.mkdir()
+        users = users / "thesis.txt"
+    users.write_text("mine")
+    train(recipe, out_dir="run", overwrite=kind == "folder")  # without it, a folder of this name is refused
+    assert users.read_text() == "mine"
+    assert "run/checkpoint-000004 exists and is not a checkpoint; move it" in capsys.readouterr().out
+    assert Path("run/checkpoint-000008/model.safetensors").is_file()
+
+
+def test_an_evaluation_is_logged_once_though_the_run_was_killed_after_it(recipe, monkeypatch):
+    """Stopped where an evaluation is due, resumed, and killed between that evaluation and the next checkpoint."""
+    asked = itertools.count()
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(module.Stopper, "all_ranks_agreed", lambda self: next(asked) == 4)
+        train(recipe, out_dir="run")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Accelerator, "backward", fail_at(0, RuntimeError("killed")))
+        train(recipe, out_dir="run", init_from="resume")
+    train(recipe, out_dir="run", init_from="resume")
+    evaluated = [line["step"] for line in read_metrics(Path("run/metrics.jsonl")) if "val_loss" in line]
+    assert evaluated == [0, 4, 8] and steps_of("run") == [*range(8)]
+
+
 # ---- the end
 
 
@@ -226,3 +255,31 @@ def test_the_error_of_a_run_without_a_checkpoint_is_not_hidden_by_its_push(recip
     with pytest.raises(OSError, match="last checkpoint could not be written.*No space left"):
         train(load_recipe(recipe, {"out_dir": "run"}))
     assert pushed == [] and "not pushed to the Hub" in capsys.readouterr().out
+
+
+def test_skipped_steps_do_not_replace_good_checkpoints(recipe):
+    """A learning rate that destroys the weights: they are finite but useless, and all later steps are skipped."""
+    settings = {"out_dir": "run", "save_interval": 1, "keep_last": 2, "eval_interval": 1000, "eval_first": False}
+    train(recipe, **settings)
+    before = [path.name for path in list_checkpoints("run")]
+    with pytest.raises(FloatingPointError, match="latest valid checkpoint is run/checkpoint-00000[89]"):
+        train("run/run.yaml", init_from="resume", max_iters=40, learning_rate=1e38, grad_clip=0, on_nonfinite="skip")
+    assert before[-1] in [path.name for path in list_checkpoints("run")]
+
+
+def test_an_interrupt_while_the_thread_of_a_save_starts_is_reported_and_waited_for(recipe, monkeypatch):
+    """Ctrl-C inside Thread.start(): the thread runs, and join() would say that it was never started."""
+    start, calls = threading.Thread.start, itertools.count()
+
+    def interrupted(self):
+        is_save = getattr(self, "_target", None) is not None and self._target.__name__ == "_write_in_background"
+        start(self)
+        if is_save and next(calls) == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, out_dir="run", async_save=True)
+    assert check_lock("run") == [] and not list(Path("run").glob(".checkpoint*"))
+    train(recipe, out_dir="run", resume="auto", async_save=True)
+    assert steps_of("run") == [*range(8)]

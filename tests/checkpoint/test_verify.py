@@ -83,7 +83,7 @@ def test_without_a_valid_checkpoint_none_is_found(refused, folder):
         (path / "config.json").unlink()
     lines = []
     assert latest_valid(folder, lines.append) is None and len(lines) == 2
-    with refused(ValueError, folder, "no valid checkpoint"):
+    with refused(ValueError, folder, "does not contain a valid checkpoint"):
         find_model(folder, warn=lambda line: None)
     assert latest_valid(folder / "nowhere", pytest.fail) is None
 

@@ -182,8 +182,8 @@ def test_a_prompt_longer_than_block_size_slides_or_is_refused(llama, capsys):
     ("words", "said"),
     [
         (["prompts=nofile.txt"], ["prompts=nofile.txt: No such file"]),
-        (["prompts=empty.txt"], ["prompts=empty.txt: no line"]),
-        (["prompts=empty.txt", "prompt=a"], ["cannot be combined with prompt", "no line"]),
+        (["prompts=empty.txt"], ["prompts=empty.txt: contains no prompts"]),
+        (["prompts=empty.txt", "prompt=a"], ["cannot be combined with prompt", "contains no prompts"]),
         (["overflow=wrap"], ["overflow=wrap"]),
     ],
 )
