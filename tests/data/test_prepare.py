@@ -533,7 +533,7 @@ def test_killed_at_random_times_it_resumes_and_ends_with_the_same_bytes():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_preparation_keeps_its_documents(number):
-    jsonl("x.jsonl", documents(20_000))
+    jsonl("x.jsonl", documents(60_000))
     process = child(commit_seconds=10**9, corpus="x.jsonl")
     written = Path("out/.partial/train-00000.bin")
     until(lambda: written.exists() and written.stat().st_size > 50_000, process)
