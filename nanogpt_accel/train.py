@@ -326,6 +326,7 @@ def train(recipe, **overrides):
     Raises:
         ValueError: the recipe has problems; one line per problem. Also the exceptions of `run_training`.
     """
+    cli.limit_openmp_spinning()
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides, check_recipe)
     elif overrides:

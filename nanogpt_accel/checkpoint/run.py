@@ -244,6 +244,8 @@ def loss_text(trainer):
 def how_to_resume(out_dir):
     """Return how to resume a run, phrased to be embedded in a message."""
     saved = latest_valid(out_dir, thorough=False)
+    if saved is None and not (Path(out_dir) / "run.yaml").is_file():
+        return "the run had not started yet; use the same command again"
     if saved is None:
         return f"no checkpoint was saved yet; start over with: nanogpt-accel train {out_dir} init_from=scratch"
     launched = " (or the same launch command with this folder instead of the recipe)" * (world_size() > 1)

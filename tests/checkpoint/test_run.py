@@ -283,3 +283,9 @@ def test_an_interrupt_while_the_thread_of_a_save_starts_is_reported_and_waited_f
     assert check_lock("run") == [] and not list(Path("run").glob(".checkpoint*"))
     train(recipe, out_dir="run", resume="auto", async_save=True)
     assert steps_of("run") == [*range(8)]
+
+
+def test_ctrl_c_before_the_run_started_suggests_the_same_command(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(module, "set_up", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["train", recipe, "out_dir=runs/new"]) == 130
+    assert "the run had not started yet; use the same command again" in capsys.readouterr().err

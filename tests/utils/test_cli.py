@@ -160,6 +160,11 @@ def test_help_shows_types_and_defaults_that_can_be_typed(capsys):
     assert load_recipe("empty.yaml", typed) == load_recipe("empty.yaml")
 
 
+@pytest.mark.parametrize("words", [["sample", "runs/x", "-h"], ["train", "a.yaml", "--help"], ["plan", "help"]])
+def test_help_is_shown_wherever_it_is_requested(words, capsys):
+    assert main(words) == 0 and "usage: nanogpt-accel" in capsys.readouterr().out
+
+
 # ---- the table of commands
 
 
