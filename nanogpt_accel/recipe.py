@@ -461,7 +461,7 @@ def load_recipe(path, overrides=None, check=None):
     Args:
         path: a YAML file, or a run folder with a run.yaml. None: use only defaults.
         overrides: {key: value or text}, which replace values of the file. Keys may include the section or not.
-        check: function recipe -> list of additional problems. Invalid values are replaced by defaults in this recipe.
+        check: function that takes the recipe, with defaults instead of invalid values, and returns a list of problems.
 
     Returns:
         The Recipe, which is immutable. If out_dir is not set, it is runs/ plus the name of the file.

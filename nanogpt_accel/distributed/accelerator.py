@@ -121,8 +121,8 @@ def should_compile(compile, device_type):
 
 
 def pick_precision(mixed_precision, device_type):
-    """Return no, fp16, bf16 or fp8. auto: the launcher's setting or, if that is "no" (also the default of
-    `accelerate launch`), the result of auto_precision."""
+    """Return no, fp16, bf16 or fp8. For auto, return the launcher's setting. If that is "no", which is also what
+    `accelerate launch` sets by default, return the result of auto_precision."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision != "auto":
         return mixed_precision

@@ -116,8 +116,8 @@ def run(command, argv):
     """Run `command(argv)` and return the exit status of the process.
 
     A ValueError or OSError raised by this package, or a system error such as a full disk, is a message for the user:
-    print it without a traceback, one line per problem, and return 2. Any other ValueError or OSError from a library is
-    a bug and keeps its traceback. NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
+    print it without a traceback, one line per problem, and return 2. Other errors are bugs and keep their traceback.
+    NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
     """
     limit_openmp_spinning()
     # The garbage collector runs after every 700 new objects. While torch and transformers are imported, that takes

@@ -443,6 +443,7 @@ def test_limits_that_leave_one_document(capsys):
 
 CHILD = """
 import json, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a script ignores it
 from nanogpt_accel.data import encoding, prepare, token_files as tokens
 from nanogpt_accel.recipe import SECTIONS
 given, moves, prepare.COUNTED_BELOW, tokens.COMMIT_SECONDS = map(json.loads, sys.argv[1:])
