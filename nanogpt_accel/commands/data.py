@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from ..data import dataset
+from ..data.manifest import describe_split
 from ..recipe import SECTIONS
 from ..utils import cli
 from ..utils.fields import Int, Section, raise_problems
@@ -51,10 +52,8 @@ def main(argv):
         f"vocabulary size {data.tokenizer.vocab_size:,}, {eot}; {data.manifest['dtype']}"
     )
     for split, facts in splits.items():
-        size = counted(facts["tokens"], "token")
-        if facts["bytes_per_token"]:
-            size += f", {counted(facts['documents'], 'document')}, {facts['bytes_per_token']:.3f} bytes per token"
-        print(f"\n{split}: {size}, {counted(len(data.manifest['splits'][split]['files']), 'file')}")
+        counts = data.manifest["splits"][split]
+        print(f"\n{split}: {describe_split(counts)}, {counted(len(counts['files']), 'file')}")
         print("  most common: " + ", ".join(f"{text!r} {share:.1%}" for text, share in facts["commonest"]))
         if options.peek:
             text = repr(facts["begins"])

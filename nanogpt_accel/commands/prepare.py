@@ -5,11 +5,11 @@ the folder depends on every setting that affects the tokens.
 """
 
 from ..data import dataset
+from ..data.manifest import describe_split
 from ..data.prepare import prepare
 from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..tracking.console import Console
 from ..utils import cli
-from ..utils.text import counted
 
 
 def main(argv):
@@ -27,8 +27,4 @@ def main(argv):
         print(f"{dataset.data_folder(recipe.data)}: already prepared")
     print(f"tokenizer: {manifest['tokenizer']['kind']}, vocabulary size {manifest['tokenizer']['vocab_size']:,}")
     for split, counts in manifest["splits"].items():
-        line = f"{split}: {counted(counts['tokens'], 'token')}"
-        if counts["bytes"] is not None:  # unknown for a nanoGPT folder
-            line += f", {counted(counts['documents'], 'document')}"
-            line += f", {counts['bytes'] / counts['tokens']:.3f} bytes per token"
-        print(line)
+        print(f"{split}: {describe_split(counts)}")

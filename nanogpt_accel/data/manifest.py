@@ -18,13 +18,22 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..utils.files import sha256
-from ..utils.text import one_line
+from ..utils.text import counted, one_line
 from .token_files import AGAIN, FILES, SPLITS, VERSION, TokenFile, sha256_of_split, token_paths
 
 SAMPLED_ABOVE = 2**30  # bytes; for larger nanoGPT files, only the first MiB, the last MiB and the size are hashed
 VERIFIED_BELOW = 2**26  # bytes; smaller data are hashed each time they are opened, which takes 0.2 seconds
 CHECKED_PLACES, CHECKED_TOKENS = 64, 2**18  # number of places to check per split, and tokens per place
 AGAIN_NANOGPT = "prepare it again with nanoGPT's prepare.py"
+
+
+def describe_split(counts):
+    """Return the size of a split as text. counts: the manifest's entry; the text is shorter for a nanoGPT folder."""
+    size = counted(counts["tokens"], "token")
+    if counts["bytes"] is not None:
+        size += f", {counted(counts['documents'], 'document')}"
+        size += f", {counts['bytes'] / counts['tokens']:.3f} bytes per token"
+    return size
 
 
 def is_data_folder(folder):
