@@ -244,7 +244,7 @@ class Setup:
 
     @property
     def flops_per_token(self):
-        return sizing.flops_per_token(self.raw_model.config.to_dict())
+        return sizing.flops_per_token(self.raw_model.config.resolved())
 
     @property
     def peak_flops(self):
@@ -473,7 +473,7 @@ def finished_model(setup, recipe):
 
 def describe_model(model):
     config = model.config
-    parts = ", ".join(f"{part} {n:,}" for part, n in sizing.parameters(config.to_dict()).items() if n)
+    parts = ", ".join(f"{part} {n:,}" for part, n in sizing.parameters(config.resolved()).items() if n)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     return (

@@ -132,7 +132,7 @@ def _save_stock(model, folder, form, vocab_size, n_tokens):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    config = model.config.to_dict() | {"vocab_size": vocab_size}
+    config = model.config.resolved() | {"vocab_size": vocab_size}
     weights = {name: p.detach() for name, p in model.named_parameters()}
     for name in weights.keys() & {"transformer.wte.weight", "lm_head.weight"}:
         weights[name] = weights[name][:vocab_size]
