@@ -290,7 +290,7 @@ class _Attempt:
     workers: int | None
 
     def write(self, forced):
-        """Write all splits. Return {}, or `forced` ({document number: split}) for a second attempt if a split is empty."""
+        """Write all splits. If one is empty, return {document number: split} to force in a second attempt, else {}."""
         if self.writer.position == "all":  # the earlier attempt stopped in finish()
             return {}
         if not self.corpus.is_single:

@@ -256,7 +256,7 @@ class Writer:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _final_name(self, name):
-        """Return the name of a file of .partial in the data folder. The only file of a split is SPLIT.bin, as in nanoGPT."""
+        """Return the final name of a file in .partial. The only file of a split is SPLIT.bin, as in nanoGPT."""
         split = name.partition("-")[0]
         return f"{split}.bin" if name.endswith("-00000.bin") and len(self.files[split]) == 1 else name
 
