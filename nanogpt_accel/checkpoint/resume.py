@@ -29,7 +29,7 @@ def load_optimizer(path, accelerator, model, optimizer):
 def _open_shards(path, shapes):
     """Open the optimizer state of a checkpoint. Return {"PARAMETER/FIELD": [(first row, open file), ...]}.
 
-    Each file contains the rows of the tensor from `first row` on. shapes: {PARAMETER: shape} of the model.
+    FIELD: such as exp_avg. A file has the rows of the tensor from `first row` on. shapes: {PARAMETER: shape}.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -50,7 +50,7 @@ def _open_shards(path, shapes):
 
 
 def _read_rows(tensors, name, field, start, stop):
-    """Return rows start to stop - 1 of a field of a parameter's state, or the whole field if it is a scalar."""
+    """Return rows start to stop - 1 of the state `field` of the parameter `name`, or all of it if it is a scalar."""
     import torch
 
     key, parts = f"{name}/{field}", []

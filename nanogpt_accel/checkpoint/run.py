@@ -20,9 +20,8 @@ from .verify import latest_valid
 class Run:
     """Writes the results of a run: run.yaml, metrics.jsonl, samples.jsonl, trackers, checkpoints, pushes to the Hub.
 
-    `with Run(recipe, console) as run:` locks the run folder, so that no other process can add checkpoints. `start`
-    opens the logs and trackers. On ranks other than 0, only `save` has an effect. Leaving the `with` block closes
-    everything, also after an error.
+    `with Run(recipe, console) as run:` locks the run folder, so that no other process can train in it. `start` opens
+    the logs and trackers. On ranks other than 0, only `save` has an effect. Leaving the block closes everything.
 
     Raises:
         ValueError: another process trains in this folder.
@@ -45,10 +44,8 @@ class Run:
         """Write run.yaml and open the logs, the trackers and the saver.
 
         A new run removes the files of an earlier run from the folder. A resumed run removes the lines that were logged
-        after the checkpoint at which it resumes.
-
-        Args:
-            setup: the Setup. data: the Dataset. state: the TrainState. stopper: the Stopper; closed at the end.
+        after its checkpoint. setup: the Setup. data: the Dataset. state: the TrainState. stopper: the Stopper, which is
+        closed at the end.
         """
         from ..tracking.metrics_log import MetricsLog, Spikes, read_metrics
 
@@ -212,9 +209,8 @@ class Run:
 
 
 def create_repository(recipe):
-    """Return the name of the Hub repository for the checkpoints, and create it if it does not exist.
-
-    Return None if push_to_hub is false, and on ranks other than 0.
+    """Return the name of the Hub repository for the checkpoints, and create it if it does not exist. Return None if
+    push_to_hub is false, and on ranks other than 0.
 
     Raises:
         PermissionError: the Hub does not let this token push there.

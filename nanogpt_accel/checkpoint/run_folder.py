@@ -99,10 +99,8 @@ def lock_run(run):
 
 
 def prepare_run_folder(run, recipe, is_resumed):
-    """Create the run folder and write the text `recipe` to run.yaml.
-
-    If the run is not resumed, first delete the checkpoints, links and logs of the previous run.
-    """
+    """Create the run folder and write the text `recipe` to run.yaml. If the run is not resumed, first delete the
+    checkpoints, links and logs of the previous run."""
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
     for leftover in run.glob(".push-*"):  # links of a process that was killed during a push
@@ -121,9 +119,8 @@ def prepare_run_folder(run, recipe, is_resumed):
 
 
 def best_checkpoint(run, best_step, latest=None):
-    """Return the checkpoint of a run with the best validation loss.
-
-    If it could not be saved, return the checkpoint that `publish` linked, or else the latest one.
+    """Return the checkpoint of a run with the best validation loss. If it could not be saved, return the one that
+    `publish` linked, or else the latest one.
 
     Args:
         best_step: step of the best validation loss; None if the run was not evaluated.
@@ -138,10 +135,8 @@ def best_checkpoint(run, best_step, latest=None):
 
 
 def publish(run, best_step, latest):
-    """Link the files of the best checkpoint into the run folder, so that the run folder can be loaded as a model.
-
-    The files are copied if symbolic links are not allowed, which is the default on Windows.
-    """
+    """Link the files of the best checkpoint into the run folder, so that the run folder can be loaded as a model. Copy
+    the files if symbolic links are not allowed, which is the default on Windows."""
     checkpoint = best_checkpoint(run, best_step, latest)
     for file in checkpoint.iterdir():
         if file.is_file() and _published_from(run / file.name) != checkpoint:

@@ -193,10 +193,8 @@ def _write_model(temporary, snapshot, tokenizer):
 
 
 def _write_shard(temporary, snapshot):
-    """Write this process's shard of the optimizer state, and then a receipt, for which the main process waits.
-
-    The receipt is a small file with the index entry of the shard, or with the error.
-    """
+    """Write this process's shard of the optimizer state. Then write a receipt, for which the main process waits: a file
+    with the index entry of the shard, or with the error."""
     from safetensors.torch import save_file
 
     file = temporary / shard_path(snapshot.shard, snapshot.num_shards)

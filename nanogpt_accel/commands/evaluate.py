@@ -94,11 +94,8 @@ class Text(NamedTuple):
 def load_data_recipe(target, path, given):
     """Load the recipe that defines the data to evaluate on.
 
-    If `path` is None, use the corpus or data_dir in `given`, or else run.yaml of the run of the model `target`. If only
-    the corpus is given, it is tokenized with the tokenizer of the model.
-
-    Args:
-        path: a recipe, or None. given: {key: value} of the recipe keys on the command line.
+    If `path` is None, use the corpus or data_dir in `given` (recipe keys on the command line), or else run.yaml of the
+    run of the model `target`. If only the corpus is given, it is tokenized with the tokenizer of the model.
     """
     keys = {key.removeprefix("data.") for key in given} & {"corpus", "data_dir", "tokenizer"}
     if path is None and keys & {"corpus", "data_dir"}:
@@ -259,7 +256,7 @@ def evaluate_tasks(target, recipe, options):
 
 
 def describe_task(values):
-    """Format the scores of a task. lm-eval names a score "metric,filter" and its error "metric_stderr,filter"."""
+    """Format the scores of a task. lm-eval calls a score "metric,filter" and its std. error "metric_stderr,filter"."""
     parts = []
     for key, value in values.items():
         if "," in key and "_stderr" not in key:

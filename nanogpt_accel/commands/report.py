@@ -214,10 +214,8 @@ def read_expectation(folder):
 
 
 def differences(runs):
-    """Return (names, [(key, values), ...]) for the settings that differ between the recipes of the runs.
-
-    A single recipe is compared with the defaults. out_dir, overwrite and the section `expect` are not compared.
-    """
+    """Return (names, [(key, values), ...]) for the settings that differ between the recipes of the runs, except
+    out_dir, overwrite and the section `expect`. A single recipe is compared with the defaults."""
     recipes = [(run["name"], run["recipe"]) for run in runs if run["recipe"]]
     if len(recipes) == 1:
         recipes.insert(0, ("default", Recipe()))

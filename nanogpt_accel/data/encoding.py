@@ -13,14 +13,10 @@ AHEAD = 16  # chunks in the queue, so that two threads have work while the calle
 
 
 def tokenize(documents, number, split_of, tokenizer, workers=None):
-    """Encode documents in threads. Yield the result of _encode for each chunk of documents, in order.
+    """Encode documents in threads. Yield [(split, ids, sizes), ...] (see _encode) per chunk of documents, in order.
 
-    Only a few chunks are in memory at a time.
-
-    Args:
-        documents: iterator over texts. number: the number of the first document.
-        split_of: function that returns the split for the number of a document.
-        workers: number of threads, by default one per processor.
+    documents: iterator over texts; only a few chunks are in memory at a time. number: the number of the first document.
+    split_of: function that returns the split for a document's number. workers: threads, by default one per processor.
     """
     workers = workers or os.cpu_count()
     local = threading.local()
@@ -55,8 +51,7 @@ def _chunks(documents, number, split_of):
 def _encode(tokenizer, chunk):
     """Encode a chunk. Return [(split, ids, sizes), ...], one entry per group of consecutive documents of one split.
 
-    ids: the ids of all documents of the group, each followed by the end-of-text token. sizes: number of tokens and of
-    bytes per document, shape (documents, 2).
+    Each document in `ids` ends with the end-of-text token. sizes: tokens and bytes per document, shape (documents, 2).
     """
     runs, eot = [], np.array([tokenizer.eot_id], tokenizer.dtype)
     for split, group in itertools.groupby(chunk, key=lambda document: document[0]):

@@ -1,4 +1,4 @@
-"""Read and verify data folders: ours, described by manifest.json, and nanoGPT's.
+"""Read and verify data folders: those of this package, described by manifest.json, and those of nanoGPT.
 
     manifest = read_manifest(folder)
     check_content(folder, manifest, vocab_size)
@@ -28,10 +28,7 @@ AGAIN_NANOGPT = "prepare it again with nanoGPT's prepare.py"
 
 
 def describe_split(counts):
-    """Return the size of a split as text: tokens, documents and bytes per token. counts: its entry in the manifest.
-
-    For a folder prepared by nanoGPT, only the number of tokens is known.
-    """
+    """Return the size of a split as text. A nanoGPT folder only has the tokens. counts: its entry in the manifest."""
     size = counted(counts["tokens"], "token")
     if counts["bytes"] is not None:
         size += f", {counted(counts['documents'], 'document')}"

@@ -108,7 +108,7 @@ def _prepare(folder, data, report, workers):
 
 
 def _pin(corpus, folder):
-    """Pin a Hub data set to its latest commit, or to that of an interrupted preparation, which may be older."""
+    """Return the corpus. Pin a Hub data set to its latest commit, or to that of an interrupted preparation."""
     if corpus.pin is None:
         return corpus
     earlier = earlier_attempt(folder)[0].get("corpus", {})
@@ -214,7 +214,7 @@ def _sigterm_as_exit():
 
 
 def _draw(number):
-    """Return a pseudo-random number in [0, 1) that depends only on the number of a document."""
+    """Return a hash of the number of a document, as a float in [0, 1)."""
     digest = hashlib.blake2b(f"{SPLIT_SEED} {number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -222,8 +222,8 @@ def _draw(number):
 class _Assignment:
     """Assigns documents to train and val by a hash of their number.
 
-    forced: {document number: split}, overrides the hash. nearest: {split: [draw, number]}, the document with the lowest
-    draw for val and the one with the highest draw for train.
+    forced: {document number: split}, overrides the hash. nearest: {split: [hash, number]}, the document with the lowest
+    hash for val, and the one with the highest hash for train.
     """
 
     def __init__(self, val_fraction, forced=(), nearest=()):
@@ -233,7 +233,7 @@ class _Assignment:
         return self.forced.get(number, "val" if _draw(number) < self.val_fraction else "train")
 
     def record(self, number):
-        """Keep a document in `nearest` if its draw is the lowest or the highest so far."""
+        """Keep a document in `nearest` if its hash is the lowest or the highest so far."""
         draw = [_draw(number), number]
         self.nearest["val"] = min(self.nearest.get("val", [2, 0]), draw)
         self.nearest["train"] = max(self.nearest.get("train", [-1, 0]), draw)
@@ -244,7 +244,7 @@ class _Assignment:
 
 
 def _find_forced(corpus, data):
-    """Return {document number: split} for the documents that prevent an empty split of a small corpus, often {}.
+    """Return {document number: split} to override the hash if it would leave a split of a small corpus empty, else {}.
 
     A large corpus is not checked in advance. If one of its splits is empty in the end, all documents are written again.
     """

@@ -94,11 +94,8 @@ class Tokenizer:
         return _tiktoken(self._spec, self.eot)
 
     def for_thread(self):
-        """Return a copy for use in one thread, because a shared tokenizer took 1.3 times as long.
-
-        A Rust regular expression is fast in the thread that used it first, but takes a lock in all others
-        (regex-automata, util::pool).
-        """
+        """Return a copy for use in one thread. A shared tokenizer took 1.3 times as long, because a Rust regular
+        expression takes a lock in all threads except the first that used it (regex-automata, util::pool)."""
         own = copy.copy(self)
         if self._bpe is not None:
             own._bpe = copy.copy(self._bpe)  # has its own regular expressions, but shares the vocabulary
@@ -265,7 +262,7 @@ class Tokenizer:
         return [f"{key}={text[:40]!r}: {length} tokens, must be {limit}; {fix}"]
 
     def token_bytes(self):
-        """Return the UTF-8 bytes per id, shape (vocab_size,), with 0 for the end-of-text token. None if unknown."""
+        """Return the number of UTF-8 bytes per id, shape (vocab_size,), 0 for end-of-text. None if unknown."""
         if self._table is None and self._bpe is None:
             return None
         sizes = np.zeros(self.vocab_size, np.int64)

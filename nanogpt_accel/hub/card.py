@@ -124,11 +124,8 @@ def adapt_usage(card, needs_code, repo=None, branch=None):
 
 
 def converted_card(source, name, tokenizer, block_size, *, needs_code, repo=None, branch=None):
-    """Return the model card of a model that was converted from the folder `source`.
-
-    If nanogpt_accel wrote the card in `source`, return it with adapted code (see adapt_usage). Otherwise return a new,
-    short card with the title `name`.
-    """
+    """Return the card of a model that was converted from the folder `source`. If nanogpt_accel wrote the card there,
+    only change its code (see adapt_usage). Otherwise write a short card with the title `name`."""
     readme = Path(source) / "README.md"
     card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     if "nanogpt_accel" not in card.split("\n---", 1)[0]:  # nanogpt_accel is not in the tags
