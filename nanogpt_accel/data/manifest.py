@@ -28,7 +28,7 @@ AGAIN_NANOGPT = "prepare it again with nanoGPT's prepare.py"
 
 
 def describe_split(counts):
-    """Return the size of a split as text. A nanoGPT folder only has the tokens. counts: its entry in the manifest."""
+    """Return the size of a split as text. A nanoGPT folder only has the tokens. counts: the split in the manifest."""
     size = counted(counts["tokens"], "token")
     if counts["bytes"] is not None:
         size += f", {counted(counts['documents'], 'document')}"
