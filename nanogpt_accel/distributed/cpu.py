@@ -58,7 +58,7 @@ def keep_memory():
 
 
 def has_slow_mkl():
-    """Return whether this is an AMD CPU with AVX-512, where MKL (torch's default) does not use AVX-512, but oneDNN does."""
+    """Return whether this is an AMD CPU with AVX-512. MKL, torch's default, does not use it there, but oneDNN does."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
     cpuinfo = Path("/proc/cpuinfo")
