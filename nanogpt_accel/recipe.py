@@ -247,7 +247,7 @@ class Hub(Section):
     hub_model_id: TextOrNone = Field(
         None, description="repository, USER/NAME; default: the name of out_dir, in the token owner's account"
     )
-    hub_private: bool = Field(False, description="create the repository as private, if it does not exist")
+    hub_private: bool = Field(False, description="if the repository does not exist, create it as private")
     hub_branch: TextOrNone = Field(None, description="branch to push to; default: main")
 
 
@@ -521,7 +521,7 @@ def load_recipe(path, overrides=None, check=None):
 
 
 def _changed_keys(file_values, recipe):
-    """Yield the keys that affect the expected loss and whose values differ from those in the file."""
+    """Yield the keys that affect the expected loss and whose values differ from those in the recipe file."""
     for name in (*LOSS_SECTIONS, "train"):
         before, after = validate(SECTIONS[name], file_values[name])[0], getattr(recipe, name)
         for key in LOSS_TRAIN_KEYS if name == "train" else SECTIONS[name].model_fields:

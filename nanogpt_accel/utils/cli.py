@@ -67,7 +67,7 @@ def parse_with_recipe(argv, own, fields, n_targets=1):
 
     Args:
         own: Section class of the command's options. The key of a field is its alias, if it has one.
-        fields: see `parse`, for the recipe's keys.
+        fields: {recipe key: pydantic FieldInfo}; see `parse`.
 
     Returns:
         (target, options, settings, problems). options: an instance of `own`. settings: {recipe key: text}. problems:
