@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 
 
 def _integer(value):
-    """Check an integer setting. Accept 1e3, "1e3" and "1_000", because YAML reads 6e5 as a string. Reject true and false."""
+    """Check an integer setting. Accept "1e3" and "1_000", because YAML reads 6e5 as a string. Reject true and false."""
     if isinstance(value, bool):
         raise ValueError("must be an integer, not true or false")
     for convert in (int, float) if isinstance(value, str) else ():
