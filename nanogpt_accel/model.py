@@ -46,6 +46,14 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 
+# sizes of GPTConfig that are None by default
+DERIVED_SIZES = {
+    "n_kv_head": lambda config: config.n_head,
+    "head_dim": lambda config: config.n_embd // config.n_head,
+    "n_inner": lambda config: 4 * config.n_embd,
+}
+
+
 @strict
 class GPTConfig(PreTrainedConfig):
     """The architecture of a GPT. The names and defaults are those of nanoGPT's GPT-2.
@@ -94,6 +102,7 @@ class GPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        # save_pretrained adds only the class that is saved; with all of them, AutoModel also finds the body, for example
         kwargs.setdefault("auto_map", {auto.__name__: f"model.{ours.__name__}" for auto, ours in AUTO_CLASSES.items()})
         super().__post_init__(**kwargs)
 
@@ -132,13 +141,6 @@ class GPTConfig(PreTrainedConfig):
         }.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be one of {', '.join(choices)}")
-
-
-DERIVED_SIZES = {
-    "n_kv_head": lambda config: config.n_head,
-    "head_dim": lambda config: config.n_embd // config.n_head,
-    "n_inner": lambda config: 4 * config.n_embd,
-}
 
 
 def relu2(x):
