@@ -45,7 +45,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-
 # sizes of GPTConfig that are None by default
 DERIVED_SIZES = {
     "n_kv_head": lambda config: config.n_head,
@@ -102,7 +101,7 @@ class GPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        # save_pretrained adds only the class that is saved; with all of them, AutoModel also finds the body, for example
+        # save_pretrained adds only the class that is saved; with all of them, AutoModel finds the body of a saved GPT
         kwargs.setdefault("auto_map", {auto.__name__: f"model.{ours.__name__}" for auto, ours in AUTO_CLASSES.items()})
         super().__post_init__(**kwargs)
 
