@@ -80,7 +80,8 @@ class Data(Section):
         0.0005,
         gt=0,
         lt=1,
-        description="fraction of the corpus for validation: documents drawn at random, or the end of a single document",
+        description="fraction of the corpus for validation: documents drawn at random, or the end of the text "
+        "if the corpus is a single document",
     )
     sampling: Literal["shuffle", "random"] = Field(
         "shuffle",

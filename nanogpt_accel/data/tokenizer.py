@@ -203,7 +203,7 @@ class Tokenizer:
             raise ValueError(f"{path}: {error}") from None
 
     def is_same(self, other):
-        """Return whether both encode every text to the same ids. Copies of GPT-2's may differ in other settings."""
+        """Return whether both tokenizers encode every text to the same ids. Their other settings are not compared."""
         return self.fingerprint == other.fingerprint or self.kind == other.kind == "gpt2"
 
     @cached_property

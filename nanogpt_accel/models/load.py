@@ -132,7 +132,7 @@ def check_tokenizer(tokenizer, config, folder):
 
 
 def fit_to_tokenizer(model, tokenizer):
-    """Set the end-of-text token of a model that has none, and never generate ids that the tokenizer does not have."""
+    """Configure a model for its tokenizer: the end-of-text token, and the ids that `generate` must not produce."""
     for config in (model.config, model.generation_config):
         if config.eos_token_id is None:
             config.bos_token_id = config.eos_token_id = tokenizer.eot_id

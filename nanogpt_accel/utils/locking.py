@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 def acquire(lock_file, holder_file):
     """Lock a file without waiting, write the process id and host to `holder_file`, and return the lock.
 
-    The lock is released by release(), which may be called more than once, or when the process ends. If the file system
+    The lock is released when the process ends or by its release(), which may be called more than once. If the file system
     does not support locks (ENOLCK, EOPNOTSUPP), nothing is locked. Without flock (ENOSYS), filelock uses the existence
     of the file as the lock.
 
