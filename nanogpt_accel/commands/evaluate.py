@@ -169,7 +169,10 @@ def open_text(options, folder):
     except UnicodeDecodeError as error:
         raise ValueError(f"text={path}: not UTF-8 at byte {error.start}; convert it with iconv -t utf-8") from None
     tokenizer = Tokenizer.load(folder)
-    tokens = TokenArray(tokenizer.encode(text))
+    try:
+        tokens = TokenArray(tokenizer.encode(text))
+    except ValueError as error:
+        raise ValueError(f"text={path}: {error}; use a text that the model's tokenizer can encode") from None
     problems = [] if len(tokens) > 1 else [f"text={path}: must have at least 2 tokens, but has {len(tokens)}"]
     return Text(options.text, tokens, len(text.encode()), tokenizer.eot_id), problems
 

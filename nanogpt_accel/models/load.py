@@ -132,8 +132,11 @@ def check_tokenizer(tokenizer, config, folder):
 
 
 def fit_to_tokenizer(model, tokenizer):
-    """Set the model's end-of-text token if it is not set, and suppress the padding of the vocabulary in generation."""
+    """Set the model's padding token, and its end-of-text token if it is not set. Suppress the padding of the vocabulary
+    in generation."""
+    has_pad = tokenizer.pad_id is not None and tokenizer.pad_id < model.config.vocab_size
     for config in (model.config, model.generation_config):
+        config.pad_token_id = tokenizer.pad_id if has_pad else None
         if config.eos_token_id is None:
             config.bos_token_id = config.eos_token_id = tokenizer.eot_id
     model.generation_config.suppress_tokens = list(range(tokenizer.vocab_size, model.config.vocab_size)) or None

@@ -53,7 +53,7 @@ def test_a_card_has_metadata_a_description_and_code_that_loads_the_model():
             "tags": ["nanogpt_accel", "gpt"],
         }
         assert "# tiny\n\nA small GPT.\n" in card and card.endswith("## More\n\nThe end.\n")
-    assert "trust_remote_code" not in stock and custom.count("trust_remote_code=True") == 1
+    assert "trust_remote_code" not in stock and custom.count("trust_remote_code=True") == 2
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_pushed_card_names_its_repository_and_branch(tmp_path):
     for line in (
         'path = "me/tiny"',
         'model = AutoModelForCausalLM.from_pretrained(path, revision="dev", trust_remote_code=True)',
-        'tokenizer = AutoTokenizer.from_pretrained(path, revision="dev")',
+        'tokenizer = AutoTokenizer.from_pretrained(path, revision="dev", trust_remote_code=True)',
     ):
         assert f"\n{line}\n" in card
     (tmp_path / "README.md").write_text(card)
