@@ -57,7 +57,8 @@ class Tokenizer:
         names = {key: _token_name(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         self.pad = names["pad_token"] or PAD
         self._backend = _read_json(text)
-        self.text = _clean(text, names["pad_token"])
+        is_pad_only = names["pad_token"] not in (None, EOT, names["bos_token"], names["eos_token"], names["unk_token"])
+        self.text = _clean(text, self.pad if is_pad_only else None)
         if self.text != text:
             self._backend = _read_json(self.text)
         self._backend.encode_special_tokens = True  # special tokens in a corpus are plain text
