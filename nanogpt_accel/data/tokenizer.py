@@ -36,6 +36,10 @@ LONGEST_WORD = 1000  # maximum bytes per word when a BPE is trained
 BPE_TEXT_LIMIT = 200_000_000  # maximum characters to train a BPE on; more would need memory and change few merges
 
 
+class EncodingError(ValueError):
+    """A text has characters or words that are not in the vocabulary."""
+
+
 class Tokenizer:
     """A tokenizer defined by a tokenizer.json, with fast encoders.
 
@@ -242,13 +246,13 @@ class Tokenizer:
         """Encode a text to ids of self.dtype, shape (n,). Special tokens in the text are treated as plain text.
 
         Raises:
-            ValueError: the text has characters that are not in the vocabulary.
+            EncodingError: the text has characters or words that are not in the vocabulary.
         """
         if self._table is not None:
             points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
             ids = self._table[np.minimum(points, len(self._table) - 1)]
             if ids.size and ids.min() < 0:
-                raise ValueError(self._unknown(text))
+                raise EncodingError(self._unknown(text))
             return ids.astype(self.dtype)
         if self._bpe is not None:
             try:
@@ -258,7 +262,7 @@ class Tokenizer:
         try:
             return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(self._unknown(text) or f"the tokenizer fails: {one_line(error)}") from None
+            raise EncodingError(self._unknown(text) or f"the tokenizer fails: {one_line(error)}") from None
 
     def _unknown(self, text):
         """Return a message with the parts of a text that the vocabulary does not have, such as characters; or ""."""
