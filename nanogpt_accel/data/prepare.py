@@ -97,10 +97,8 @@ def _prepare(folder, data, report, workers):
             try:
                 forced = attempt.write(forced)
             except EncodingError as error:
-                fix = "set tokenizer to gpt2, char or bpe, or use a corpus without it"
-                raise ValueError(
-                    f"tokenizer={data.tokenizer}: {error}, but corpus={data.corpus} contains it; {fix}"
-                ) from None
+                problem = f"tokenizer={data.tokenizer}: {error}, but corpus={data.corpus} contains it"
+                raise ValueError(f"{problem}; set tokenizer to gpt2, char or bpe, or use another corpus") from None
             if not forced:
                 made = {key: getattr(tokenizer, key) for key in ("kind", "vocab_size", "fingerprint", "eot_id")}
                 writer.finish(facts | {"tokenizer": facts["tokenizer"] | made}, tokenizer.save)
