@@ -48,11 +48,12 @@ class Tokenizer:
         config: the content of its tokenizer_config.json.
 
     Attributes:
-        kind: "gpt2", "char", "bpe" (another byte-level BPE), or the tokenizers library's name of the model.
+        kind: "gpt2", "char", "bpe" (another byte-level BPE), or the model type in tokenizer.json, lowercase.
         vocab: {token: id}, including special tokens, but not a last token that is only used for padding.
         eot, eot_id: the token that ends a document, or None if the vocabulary has none.
-        pad, pad_id: the token for padding. Its id is vocab_size unless it is in the vocabulary, or None if there are
-            unused ids below vocab_size, because the tokenizers library would choose one of these.
+        pad, pad_id: the padding token. If it is not in the vocabulary, its id is vocab_size, the first unused one, or
+            None if ids below vocab_size are unused too, because the tokenizers library would take one of these.
+        special: the tokens that encode() does not look for in a text.
         dtype: np.uint16, or np.uint32 if the vocabulary is larger than 2**16.
     """
 
@@ -68,7 +69,9 @@ class Tokenizer:
         self._backend.encode_special_tokens = True  # special tokens in a corpus are plain text
         self.vocab = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocab.values()) + 1
-        self.eot = (names["eos_token"] or EOT) if (names["eos_token"] or EOT) in self.vocab else None
+        self.eot = names["eos_token"] or EOT
+        if self.eot not in self.vocab:
+            self.eot = None
         self.eot_id = self.vocab.get(self.eot)
         self.pad_id = self.vocab.get(self.pad, self.vocab_size if len(self.vocab) == self.vocab_size else None)
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
@@ -77,6 +80,7 @@ class Tokenizer:
         added = self._spec.get("added_tokens") or []
         self.special = {token["content"] for token in added if token["special"]} | {self.eot} - {None}
         self._added = [token for token in added if not token["special"] and token["content"] != self.eot]
+        # saved again; transformers would otherwise not know them
         self._settings = {key: name for key, name in names.items() if key != "eos_token" and name in self.vocab}
         if config.get("chat_template"):
             self._settings["chat_template"] = config["chat_template"]
@@ -94,7 +98,7 @@ class Tokenizer:
 
     @cached_property
     def _table(self):
-        """For "char": array from code point to id, or -1 if unknown. The last entry is for all higher code points."""
+        """For "char": the id of each code point, -1 if it has none. All higher code points use the last entry."""
         if self.kind != "char":
             return None
         ids = {ord(token): i for token, i in self._spec["model"]["vocab"].items() if len(token) == 1}
@@ -115,8 +119,8 @@ class Tokenizer:
         return _tiktoken(self._spec, self.eot)
 
     def for_thread(self):
-        """Return a copy for use in one thread. A Rust regular expression is fast in the thread that used it first, but
-        takes locks in all others (regex-automata, util::pool): a shared copy took 1.3 times as long."""
+        """Return a copy for use in one thread. A shared tokenizer took 1.3 times as long, because a Rust regular
+        expression takes a lock in all threads except the first that used it (regex-automata, util::pool)."""
         own = copy.copy(self)
         if self._bpe is not None:
             own._bpe = copy.copy(self._bpe)  # has its own regular expressions, but shares the vocabulary
@@ -189,9 +193,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder):
-        """Load the tokenizer of a folder with a tokenizer.json, or with GPT-2's vocab.json and merges.txt.
+        """Load the tokenizer of a folder with a tokenizer.json, with vocab.json and merges.txt, or with a GPT-2 model.
 
-        Raises FileNotFoundError if there is none, and ValueError if one of its files is damaged.
+        Raises FileNotFoundError if the folder has none of these, and ValueError if a file is damaged.
         """
         path = os.path.join(folder, "tokenizer.json")
         if not os.path.isfile(path):
@@ -217,8 +221,11 @@ class Tokenizer:
             config = config if isinstance(config, dict) else {}
         template_path = os.path.join(folder, "chat_template.jinja")
         if os.path.isfile(template_path):
-            with open(template_path, encoding="utf-8") as file:
-                config["chat_template"] = file.read()
+            try:
+                with open(template_path, encoding="utf-8") as file:
+                    config["chat_template"] = file.read()
+            except ValueError as error:
+                raise ValueError(f"{template_path}: not UTF-8 ({one_line(error)}); fix or delete the file") from None
         try:
             with open(path, encoding="utf-8") as file:
                 text = file.read()
@@ -227,8 +234,8 @@ class Tokenizer:
             raise ValueError(f"{path}: {error}") from None
 
     def is_same(self, other):
-        """Return whether both have the same vocabulary and encode every text to the same ids. Other settings may
-        differ, as in copies of GPT-2's and in tokenizers that transformers has saved again."""
+        """Return whether both tokenizers encode every text to the same ids. Their other settings are not compared,
+        because transformers changes some when it saves a tokenizer."""
         return self.kind == other.kind == "gpt2" or self._encoding_rules() == other._encoding_rules()
 
     def _encoding_rules(self):
@@ -279,7 +286,7 @@ class Tokenizer:
         return f"the tokenizer has no {', '.join(unknown[:8])}{more}" if unknown else ""
 
     def encode_batch(self, texts):
-        """Encode each text. This releases the GIL; each thread needs its own copy from for_thread()."""
+        """Encode a list of texts. This releases the GIL; each thread needs its own copy from for_thread()."""
         if self._bpe is not None or self._table is not None:
             return [self.encode(text) for text in texts]
         try:
@@ -299,7 +306,7 @@ class Tokenizer:
         return ids
 
     def check_prompt(self, text, block_size, key):
-        """Return a list of problems with a prompt. block_size: maximum number of tokens, or None. key: for messages."""
+        """Check a prompt. Return a list of problems, which start with `key`. block_size: maximum tokens, or None."""
         try:
             length = len(self.encode_prompt(text))
         except ValueError as error:
@@ -311,7 +318,7 @@ class Tokenizer:
         return [f"{key}={text[:40]!r}: {length} tokens, must be {limit}; {fix}"]
 
     def token_bytes(self):
-        """Return the number of UTF-8 bytes of each id, shape (vocab_size,), 0 for special tokens; None if unknown."""
+        """Return the number of UTF-8 bytes per id, shape (vocab_size,), 0 for special tokens. None if unknown."""
         if self._table is None and self._bpe is None:
             return None
         sizes = np.zeros(self.vocab_size, np.int64)
@@ -350,7 +357,7 @@ class Tokenizer:
         if has_pad and self.pad not in self.vocab:
             spec, switches = json.loads(text), ("single_word", "lstrip", "rstrip", "normalized")
             token = {"id": self.pad_id, "content": self.pad, **dict.fromkeys(switches, False), "special": True}
-            text = json.dumps(spec | {"added_tokens": [*spec.get("added_tokens", []), token]}, ensure_ascii=False)
+            text = json.dumps(spec | {"added_tokens": [*(spec.get("added_tokens") or []), token]}, ensure_ascii=False)
         files = {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
         for name, text in files.items():
             with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as file:
@@ -377,7 +384,11 @@ def _clean(text, pad):
     is_pad = last is not None and last["content"] == pad and last["special"] and last["id"] > max(used, default=-1)
     if not (is_pad or spec.get("truncation") or spec.get("padding")):
         return text
-    changes = {"truncation": None, "padding": None, "added_tokens": added[:-1] if is_pad else added}
+    changes = {
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [token for token in added if not (is_pad and token is last)],
+    }
     return json.dumps(spec | changes, ensure_ascii=False)
 
 
@@ -388,7 +399,7 @@ def _token_name(value):
 
 
 def _is_gpt2_model(folder):
-    """Return whether a folder has a GPT-2 model with GPT-2's vocabulary size, and so needs GPT-2's tokenizer."""
+    """Return whether a folder has a GPT-2 model with GPT-2's vocabulary size. Its tokenizer is then GPT-2's."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
@@ -421,7 +432,7 @@ def _char_json(vocab, add_eot):
 
 
 def _byte_level_json(model, is_gpt2=False):
-    """Return the tokenizer.json of a byte-level BPE like GPT-2's, with the end-of-text token last."""
+    """Return the tokenizer.json of a byte-level BPE, with the end-of-text token as its last id."""
     from tokenizers import AddedToken, decoders, pre_tokenizers, processors
     from tokenizers import Tokenizer as Backend
 
@@ -437,8 +448,8 @@ def _byte_level_json(model, is_gpt2=False):
 def _tiktoken(spec, eot):
     """Return the byte-level BPE of a tokenizer.json as a tiktoken Encoding, or None if the ids would differ.
 
-    tiktoken merges the pair whose token has the lowest id, the tokenizers library the pair that is first in the merges.
-    So the ids must be in the order of the merges.
+    tiktoken first merges the pair whose token has the lowest id. The tokenizers library first merges the pair that is
+    first in the list of merges. So the ids must be in the order of that list.
     """
     splitter, model = spec["pre_tokenizer"] or {}, spec["model"]
     if splitter.get("type") != "ByteLevel" or splitter["add_prefix_space"] or not splitter.get("use_regex", True):
@@ -448,7 +459,7 @@ def _tiktoken(spec, eot):
         return None
     if spec.get("normalizer") or model.get("ignore_merges"):
         return None
-    # GPT-2 represents each byte by a character: its own if it is visible, else the next one, starting at U+0100
+    # GPT-2 represents a visible byte by its own character, and the other bytes by the characters from U+0100 on
     visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     byte_of = {chr(b): b for b in visible}
     byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in visible)}
