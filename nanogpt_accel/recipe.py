@@ -140,7 +140,10 @@ class Model(Section):
     )
     tie_word_embeddings: bool = Field(True, description="share the weights of the token embedding and the output head")
     pad_vocab_to_multiple_of: Int = Field(
-        64, ge=1, description="pad the vocabulary size for faster kernels (50,257 becomes 50,304); 1 disables padding"
+        64,
+        ge=1,
+        description="pad the vocabulary size for faster kernels (50,257 becomes 50,304). The first unused entry "
+        "becomes the padding token that batched generation and fine-tuning need. 1: no padding",
     )
     initializer_range: Float = Field(0.02, gt=0, description="standard deviation of the initial weights")
     zero_init: bool = Field(

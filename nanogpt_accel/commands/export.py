@@ -28,8 +28,8 @@ class ExportOptions(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the exported weights")
     vocab: Literal["cut", "keep"] = Field(
         "cut",
-        description="cut: remove the padding of the vocabulary, because most tools expect the tokenizer's size; "
-        "keep: export the padding too",
+        description="cut: remove the padding of the vocabulary, because most tools expect the tokenizer's size, except "
+        "one entry for a padding token; keep: export all of it",
     )
 
 

@@ -15,7 +15,6 @@ from ..data.manifest import read_meta
 from ..data.tokenizer import Tokenizer
 from ..hub.card import model_card
 from ..models.export import write_model
-from ..models.load import fit_to_tokenizer
 from ..models.nanogpt import read_nanogpt
 from ..tracking.console import Console
 from ..utils import cli
@@ -57,7 +56,6 @@ def main(argv):
     model, info = read_nanogpt(target, options.activation)
     dataset = str(info["config"].get("dataset", "")) if isinstance(info["config"], dict) else ""
     tokenizer = find_tokenizer(options.tokenizer, Path(target), dataset, model.config.vocab_size)
-    fit_to_tokenizer(model, tokenizer)
     try:
         loss = float(info["best_val_loss"])
     except (TypeError, ValueError, RuntimeError):  # missing, or not a number

@@ -9,7 +9,7 @@ import numpy as np
 from ..data.tokenizer import Tokenizer
 from ..hub.card import converted_card
 from ..utils.fields import raise_problems
-from .load import check_tokenizer, load_model, load_strict, read_config
+from .load import check_tokenizer, fit_to_tokenizer, load_model, load_strict, read_config
 from .stock import ARCHITECTURES, nearest_architecture, to_stock_config, to_stock_weights
 
 # sample text for the comparison of the logits
@@ -50,9 +50,20 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print, 
     report(f"exporting {source} as {name}")
     place = {"needs_code": form == "custom", "repo": repo, "branch": branch}
     card = converted_card(source, Path(to).name, tokenizer, config["block_size"], **place)
-    vocab_size = None if keep_padding else tokenizer.vocab_size
+    vocab_size = None if keep_padding else stock_vocab_size(tokenizer)
     options = {"tokenizer": tokenizer, "card": card, "vocab_size": vocab_size, "dtype": dtype, "report": report}
     return name, *write_model(load_model(source), to, form, **options)
+
+
+def stock_vocab_size(tokenizer):
+    """Return the vocabulary size of a stock model without the padding of the vocabulary.
+
+    It includes the padding token, which batched generation and fine-tuning need. A model with GPT-2's tokenizer keeps
+    GPT-2's size, because tools compare it with 50257 and pad with the end-of-text token.
+    """
+    if tokenizer.kind == "gpt2" or tokenizer.pad_id is None:
+        return tokenizer.vocab_size
+    return max(tokenizer.vocab_size, tokenizer.pad_id + 1)
 
 
 def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="float32", report=print):
@@ -84,6 +95,7 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
         shutil.rmtree(temporary, ignore_errors=True)  # from an interrupted export
         temporary.mkdir(parents=True)
         report(f"writing {model.num_parameters():,} parameters")
+        fit_to_tokenizer(model, tokenizer)
         model.to(getattr(torch, dtype))
         if form == "custom":
             vocab_size = model.config.vocab_size
@@ -91,7 +103,9 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
         else:
             vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
             _save_stock(model, temporary, form, vocab_size, tokenizer.vocab_size)
-        tokenizer.save(temporary, max_length=model.config.block_size)
+        pad_id = model.config.pad_token_id
+        has_pad = pad_id is not None and pad_id < vocab_size
+        tokenizer.save(temporary, max_length=model.config.block_size, has_pad=has_pad)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
         report("loading the written model to compare the logits")
@@ -116,7 +130,10 @@ def _compare_logits(model, written, to, tokenizer, vocab_size):
 
     loaded = load_strict(AutoModelForCausalLM, written)
     text = _TEXT if tokenizer.kind != "char" else "".join(c for c in _TEXT if c in tokenizer.vocab)
-    ids = tokenizer.encode(text) if text else range(tokenizer.vocab_size)
+    try:
+        ids = tokenizer.encode(text) if text else range(tokenizer.vocab_size)
+    except ValueError:  # a vocabulary without these words
+        ids = range(tokenizer.vocab_size)
     ids = torch.tensor(np.resize(np.asarray(ids, dtype=np.int64), (1, min(model.config.block_size, 1024))))  # (1, T)
     with torch.no_grad():
         ours, theirs = model(ids).logits[..., :vocab_size], loaded(ids).logits
@@ -134,6 +151,8 @@ def _save_stock(model, folder, form, vocab_size, n_tokens):
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = model.config.resolved() | {"vocab_size": vocab_size}
+    if config["pad_token_id"] is not None and config["pad_token_id"] >= vocab_size:
+        config["pad_token_id"] = None
     weights = {name: p.detach() for name, p in model.named_parameters()}
     for name in weights.keys() & {"transformer.wte.weight", "lm_head.weight"}:
         weights[name] = weights[name][:vocab_size]
@@ -150,6 +169,7 @@ def _save_stock(model, folder, form, vocab_size, n_tokens):
     stock.generation_config = GenerationConfig(
         bos_token_id=config["bos_token_id"],
         eos_token_id=config["eos_token_id"],
+        pad_token_id=config["pad_token_id"],
         suppress_tokens=list(range(n_tokens, vocab_size)) or None,
     )
     stock.save_pretrained(folder, state_dict=weights)

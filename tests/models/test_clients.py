@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanogpt_accel.data.tokenizer import Tokenizer
 from nanogpt_accel.model import GPT, GPTConfig
-from nanogpt_accel.models.export import write_model
-from nanogpt_accel.models.load import fit_to_tokenizer
+from nanogpt_accel.models.export import stock_vocab_size, write_model
 from nanogpt_accel.models.stock import nearest_architecture
 
 pytestmark = pytest.mark.slow
@@ -54,7 +53,6 @@ def folder(request, tmp_path_factory):
             **SHAPES[request.param],
         )
     ).eval()
-    fit_to_tokenizer(model, tokenizer)
     to = tmp_path_factory.mktemp("exports") / request.param
     write_model(
         model,
@@ -62,7 +60,7 @@ def folder(request, tmp_path_factory):
         nearest_architecture(model.config.resolved())[0],
         tokenizer=tokenizer,
         card="",
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=stock_vocab_size(tokenizer),
     )
     return str(to)
 

@@ -31,7 +31,7 @@ def test_export_writes_a_stock_model_with_the_same_logits(capsys, ids, case, voc
     theirs, info = AutoModelForCausalLM.from_pretrained("theirs", output_loading_info=True)
     assert type(theirs) is stock_class
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    rows = N if vocab == "cut" else ROWS
+    rows = N + 1 if vocab == "cut" else ROWS  # with the padding token
     assert_close(logits(theirs.eval(), ids), logits(model, ids)[..., :rows])
 
     config = json.loads(Path("theirs/config.json").read_text())
@@ -39,23 +39,28 @@ def test_export_writes_a_stock_model_with_the_same_logits(capsys, ids, case, voc
         "vocab_size": rows,
         "bos_token_id": N - 1,
         "eos_token_id": N - 1,
+        "pad_token_id": N,
         "dtype": "float32",
         "architectures": [stock_class.__name__],
     }
     assert {key: config.get(key) for key in fields} == fields
     assert "auto_map" not in config and not list(Path("theirs").glob("*.py"))
     generation = json.loads(Path("theirs/generation_config.json").read_text())
-    assert generation.get("suppress_tokens") == (list(range(N, ROWS)) if vocab == "keep" else None)
-    assert generation["eos_token_id"] == N - 1
-    text = AutoTokenizer.from_pretrained("theirs")("To be, or not", return_tensors="np")["input_ids"][0]
+    assert generation["suppress_tokens"] == list(range(N, rows))
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == (N - 1, N)
+    tokenizer = AutoTokenizer.from_pretrained("theirs")
+    assert (len(tokenizer), tokenizer.pad_token_id) == (N + 1, N)
+    text = tokenizer("To be, or not", return_tensors="np")["input_ids"][0]
     assert "".join(CHARS[i] for i in text) == "To be, or not"
 
 
-def test_kept_vocabulary_padding_is_never_generated():
+@pytest.mark.parametrize("keep_padding", [True, False])
+def test_padding_is_never_generated(keep_padding):
+    """Neither the padding of the vocabulary nor the padding token."""
     model = gpt()
     with torch.no_grad():
-        model.transformer.wte.weight[N:] *= 30  # by far the most likely
-    assert export(save_model(model, "ours"), "theirs", "stock", keep_padding=True)[0] == "GPT2LMHeadModel"
+        model.transformer.wte.weight[N:] *= -30  # by far the most likely
+    assert export(save_model(model, "ours"), "theirs", "stock", keep_padding)[0] == "GPT2LMHeadModel"
     theirs = AutoModelForCausalLM.from_pretrained("theirs")
     prompt = torch.arange(4)[None]
     assert (logits(theirs, prompt)[0, -1].argmax() >= N) and theirs.generation_config.suppress_tokens
@@ -89,8 +94,8 @@ def test_a_folder_with_other_logits_is_not_kept(monkeypatch, form, existed):
         Path("theirs").mkdir()
     save = Tokenizer.save
 
-    def save_and_spoil(tokenizer, folder, max_length):
-        save(tokenizer, folder, max_length)
+    def save_and_spoil(tokenizer, folder, **options):
+        save(tokenizer, folder, **options)
         weights = load_file(f"{folder}/model.safetensors")
         weights["transformer.ln_f.weight"][0] += 1e-3
         save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})

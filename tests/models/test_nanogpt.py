@@ -1,5 +1,6 @@
 """`import` of nanoGPT's ckpt.pt; nanoGPT's forward pass, written out below, gives the expected logits."""
 
+import json
 import os
 import pickle
 from importlib import import_module
@@ -9,7 +10,7 @@ import pytest
 import torch
 from stock_models import CHARS, T_MAX, Evil, N, assert_close, logits
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.data.tokenizer import Tokenizer
@@ -156,6 +157,19 @@ def test_import_writes_a_model_folder_with_the_logits_of_nanogpt(capsys, ids, bi
     # the imported model can be exported
     assert main(["export", "imported", "--to", "stock"]) == 0
     assert_close(logits(GPT2LMHeadModel.from_pretrained("stock").eval(), ids), wanted)
+
+
+@pytest.mark.parametrize("n_unused", [0, 2])
+def test_import_uses_the_first_unused_embedding_for_padding(n_unused):
+    write_meta(Path("data/shakespeare_char/meta.pkl"), CHARS[: N - 1 - n_unused])
+    Path("out").mkdir()
+    write_ckpt("out/ckpt.pt", nanogpt())
+    assert main(["import", "out/ckpt.pt", "--to", "imported"]) == 0
+    pad_id = N - 1 - n_unused if n_unused else None
+    config = json.loads(Path("imported/config.json").read_text())
+    assert (config["vocab_size"], config["pad_token_id"]) == (N - 1, pad_id)
+    assert AutoTokenizer.from_pretrained("imported").pad_token_id == pad_id
+    assert Tokenizer.load("imported").vocab_size == N - 1 - n_unused
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
