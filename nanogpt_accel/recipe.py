@@ -334,9 +334,9 @@ class Recipe(Section):
         return settings | derived
 
     def padded_vocab_size(self, vocab_size):
-        """Return the tokenizer's vocabulary size rounded up to a multiple of pad_vocab_to_multiple_of."""
+        """Return the vocabulary size of the model for a tokenizer's. If it is padded, a padding token has room."""
         multiple = self.model.pad_vocab_to_multiple_of
-        return -(-vocab_size // multiple) * multiple
+        return vocab_size if multiple == 1 else math.ceil((vocab_size + 1) / multiple) * multiple
 
     def should_evaluate(self, step):
         """Return whether to evaluate the model before this training step."""
