@@ -93,6 +93,11 @@ class Tokenizer:
             return None
         return _tiktoken(self._spec, self.eot)
 
+    @property
+    def splits_like_gpt2(self):
+        """Whether this is a byte-level BPE that splits a text into words as GPT-2's does."""
+        return self._spec["model"]["type"] == "BPE" and _splits_like_gpt2(self._spec)
+
     def for_thread(self):
         """Return a copy for use in one thread. A Rust regular expression is fast in the thread that used it first, but
         takes locks in all others (regex-automata, util::pool): a shared copy took 1.3 times as long."""
@@ -341,16 +346,22 @@ def _byte_level_json(model, is_gpt2=False):
     return backend.to_str()
 
 
+def _splits_like_gpt2(spec):
+    """Return whether a BPE's tokenizer.json splits a text into words as GPT-2's does, and merges only inside words."""
+    splitter = spec["pre_tokenizer"] or {}
+    if splitter.get("type") != "ByteLevel" or splitter["add_prefix_space"] or not splitter.get("use_regex", True):
+        return False
+    return not (spec.get("normalizer") or spec["model"].get("ignore_merges"))
+
+
 def _tiktoken(spec, eot):
     """Return the byte-level BPE of a tokenizer.json as a tiktoken Encoding, or None if the ids would differ.
 
     tiktoken merges the pair whose token has the lowest id, the tokenizers library the pair that is first in the merges.
     So the ids must be in the order of the merges.
     """
-    splitter, model = spec["pre_tokenizer"] or {}, spec["model"]
-    if splitter.get("type") != "ByteLevel" or splitter["add_prefix_space"] or not splitter.get("use_regex", True):
-        return None
-    if spec.get("normalizer") or model.get("ignore_merges") or any(a["content"] != eot for a in spec["added_tokens"]):
+    model = spec["model"]
+    if not _splits_like_gpt2(spec) or any(a["content"] != eot for a in spec["added_tokens"]):
         return None
     # GPT-2 represents each byte by a character: its own if it is visible, else the next one, starting at U+0100
     visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]

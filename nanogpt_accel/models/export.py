@@ -1,4 +1,4 @@
-"""Write a GPT as a model folder for other tools, and check that the written model gives the same logits."""
+"""Write a GPT as a model folder or a file for other tools, and check that the written model gives the same logits."""
 
 import os
 import shutil
@@ -9,8 +9,11 @@ import numpy as np
 from ..data.tokenizer import Tokenizer
 from ..hub.card import converted_card
 from ..utils.fields import raise_problems
-from .load import check_tokenizer, load_model, load_strict, read_config
-from .stock import ARCHITECTURES, nearest_architecture, to_stock_config, to_stock_weights
+from ..utils.files import atomic_path
+from .gguf import gguf_architecture, read_gguf, write_gguf
+from .load import build_model, check_tokenizer, load_model, load_strict, read_config
+from .nanogpt import nanogpt_obstacles, read_nanogpt, write_meta, write_nanogpt
+from .stock import ARCHITECTURES, from_stock_weights, nearest_architecture, to_stock_config, to_stock_weights
 
 # sample text for the comparison of the logits
 _TEXT = """A language model reads the start of a text and predicts which token comes next. If it is trained on enough
@@ -35,8 +38,7 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print, 
     Raises:
         ValueError: no stock architecture supports the model. The message names the unsupported settings.
     """
-    source, config, tokenizer = Path(source), read_config(source), Tokenizer.load(source)
-    raise_problems(check_tokenizer(tokenizer, config, source))
+    config, tokenizer = _read_source(source)
     name = "GPT"
     if form == "stock":
         form, obstacles = nearest_architecture(config)
@@ -53,6 +55,94 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print, 
     vocab_size = None if keep_padding else tokenizer.vocab_size
     options = {"tokenizer": tokenizer, "card": card, "vocab_size": vocab_size, "dtype": dtype, "report": report}
     return name, *write_model(load_model(source), to, form, **options)
+
+
+def _read_source(source):
+    """Return (config, tokenizer) of a model folder."""
+    config, tokenizer = read_config(source), Tokenizer.load(source)
+    raise_problems(check_tokenizer(tokenizer, config, source))
+    return config, tokenizer
+
+
+def export_file(source, to, form, keep_padding=False, dtype="float32", report=print):
+    """Convert a model and write it to a new file.
+
+    Args:
+        source: a model folder of any supported architecture. keep_padding, report: see `export`.
+        form: "nanogpt" for a ckpt.pt, with a meta.pkl next to it if the tokenizer has characters; "gguf" for llama.cpp.
+        dtype: dtype of the matrices, also "q8_0" for GGUF.
+
+    Returns:
+        (description, difference, tokens, notes): what was written, the largest absolute difference of the logits
+        between the source and the file, the number of tokens compared, and lines for the user.
+
+    Raises:
+        ValueError: the form does not support the model. The message names the unsupported settings.
+        OSError: the file cannot be written.
+    """
+    to, (config, tokenizer) = Path(to), _read_source(source)
+    if form == "nanogpt":
+        program, obstacles = "nanoGPT", nanogpt_obstacles(config, tokenizer)
+    else:
+        architecture, obstacles = gguf_architecture(config, tokenizer)
+        program = f"llama.cpp (closest architecture: {architecture})"
+    if obstacles:
+        raise ValueError(
+            f"{source}: {program} does not support {', '.join(obstacles)}; export the model to a folder instead"
+        )
+    report(f"exporting {source} as {form}")
+    model = load_model(source)
+    rows = config["vocab_size"] if keep_padding else min(tokenizer.vocab_size, config["vocab_size"])
+    config |= {"vocab_size": rows, "bias": model.config.bias}
+    existed = to.parent.exists()
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(to) as temporary:
+            report(f"writing {model.num_parameters():,} parameters")
+            if form == "nanogpt":
+                written, description, notes = _write_nanogpt(model, temporary, to, config, tokenizer, dtype, source)
+                tolerance = 1e-5
+            else:
+                written, description, notes = _write_gguf(model, temporary, architecture, config, tokenizer, dtype)
+                tolerance = 0.1  # q8_0 changes the logits by about 1 %, a wrong weight completely
+            report("comparing the logits of the written model")
+            return description, *_compare_logits(model, written, to, tokenizer, rows, tolerance), notes
+    except OSError as error:
+        raise OSError(f"{to}: cannot be written: {error}") from None
+    finally:
+        if not existed and to.parent.exists() and not any(to.parent.iterdir()):
+            to.parent.rmdir()
+
+
+def _write_nanogpt(model, temporary, to, config, tokenizer, dtype, source):
+    """Write a ckpt.pt, and meta.pkl if nanoGPT needs one. Return (the model in the file, description, notes)."""
+    import torch
+
+    model.to(getattr(torch, dtype))
+    dataset, is_resumable = write_nanogpt(temporary, model, config, tokenizer, source)
+    model.float()
+    notes = []
+    if tokenizer.kind == "char":
+        meta = to.with_name("meta.pkl")
+        write_meta(meta, tokenizer)
+        notes = [f"{meta}: copy it to nanoGPT's data/{dataset}/meta.pkl, where sample.py looks for it"]
+    if not is_resumable:
+        notes.append("nanoGPT's train.py resumes with a new optimizer, because the model has no AdamW state")
+    return read_nanogpt(temporary)[0], "nanoGPT checkpoint", notes
+
+
+def _write_gguf(model, temporary, form, config, tokenizer, dtype):
+    """Write a GGUF file. Return (the model in the file, as llama.cpp computes it; description; notes)."""
+    from ..model import GPTConfig
+
+    weights = _stock_model(model, form, config["vocab_size"])[1]
+    write_gguf(temporary, form, config, weights, tokenizer, dtype)
+    notes, changes = [], {"norm_weight": True}
+    if form == "gpt2" and config["activation"] == "gelu":
+        changes["activation"] = "gelu_new"
+        notes = ["the difference includes llama.cpp's GELU, which is computed with tanh; the model's GELU is exact"]
+    weights = from_stock_weights(form, config, read_gguf(temporary, form, config, weights))
+    return build_model(GPTConfig(**config | changes), weights), f"llama.cpp's {form}", notes
 
 
 def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="float32", report=print):
@@ -75,6 +165,7 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
     """
     import torch
     from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -95,7 +186,8 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
         report("loading the written model to compare the logits")
-        difference, tokens = _compare_logits(model.float(), temporary, to, tokenizer, vocab_size)
+        written = load_strict(AutoModelForCausalLM, temporary)
+        difference, tokens = _compare_logits(model.float(), written, to, tokenizer, vocab_size)
         # config.json last, because a folder without config.json is not recognized as a model
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, to / file.name)
@@ -108,29 +200,32 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
     return difference, tokens
 
 
-def _compare_logits(model, written, to, tokenizer, vocab_size):
-    """Compare a model with the folder written from it. Return (largest difference of the logits, number of tokens)."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def _compare_logits(model, written, to, tokenizer, vocab_size, tolerance=1e-5):
+    """Compare a model with the model that was written. Return (largest difference of the logits, number of tokens).
 
-    loaded = load_strict(AutoModelForCausalLM, written)
+    tolerance: allowed difference, relative to the largest logit if that is above 1.
+    """
+    import torch
+
     text = _TEXT if tokenizer.kind != "char" else "".join(c for c in _TEXT if c in tokenizer.vocab)
     ids = tokenizer.encode(text) if text else range(tokenizer.vocab_size)
     ids = torch.tensor(np.resize(np.asarray(ids, dtype=np.int64), (1, min(model.config.block_size, 1024))))  # (1, T)
     with torch.no_grad():
-        ours, theirs = model(ids).logits[..., :vocab_size], loaded(ids).logits
+        ours, theirs = model(ids).logits[..., :vocab_size], written(ids).logits
     if not ours.isfinite().all():
         raise ValueError(f"{to}: nothing was written, because the logits of the source model contain NaN or Inf")
+    if not theirs.isfinite().all():
+        raise ValueError(f"{to}: nothing was written, because weights are too large for this dtype; use dtype=float32")
     difference = (ours - theirs).abs().max().item()
-    if not difference <= 1e-5 * max(1.0, ours.abs().max().item()):
+    if not difference <= tolerance * max(1.0, ours.abs().max().item()):
         raise RuntimeError(f"{to}: removed, because its logits differ from those of the source model by {difference}")
     return difference, ids.numel()
 
 
-def _save_stock(model, folder, form, vocab_size, n_tokens):
-    """Save the model as a stock model with this vocabulary size. n_tokens: vocabulary size of the tokenizer."""
+def _stock_model(model, form, vocab_size):
+    """Return (the stock model without weights, {name: weight}) of a model, with this vocabulary size."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = model.config.to_dict() | {"vocab_size": vocab_size}
     weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -144,6 +239,15 @@ def _save_stock(model, folder, form, vocab_size, n_tokens):
         if name not in weights:  # a bias or norm weight that GPT does not have: set it to zeros or ones
             assert parameter.dim() == 1, name
             weights[name] = torch.full(parameter.shape, float(name.endswith("weight")), dtype=model.dtype)
+    return stock, weights
+
+
+def _save_stock(model, folder, form, vocab_size, n_tokens):
+    """Save the model as a stock model with this vocabulary size. n_tokens: vocabulary size of the tokenizer."""
+    from transformers import GenerationConfig
+
+    stock, weights = _stock_model(model, form, vocab_size)
+    config = model.config.to_dict()
     if form != "gpt2":
         stock.config.rope_theta = float(config["rope_theta"])  # for transformers 4, whose default is 10,000
     stock.generation_config = GenerationConfig(
