@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..checkpoint.run_folder import check_empty, check_new_file
-from ..models.export import export, export_file
+from ..models.export import export, export_gguf, export_nanogpt
 from ..models.find import check_model, find_model
 from ..tracking.console import Console
 from ..utils import cli
@@ -59,10 +59,15 @@ def main(argv):
     raise_problems(problems + found)
     report = Console(stderr=True)
     source = find_model(target, warn=report)
-    write = export_file if form in FILE_FORMS.values() else export
-    name, difference, tokens, *notes = write(source, to, form, options.vocab == "keep", options.dtype, report)
+    keep_padding, notes = options.vocab == "keep", []
+    if form == "nanogpt":
+        name, difference, tokens, notes = export_nanogpt(source, to, keep_padding, options.dtype, report)
+    elif form == "gguf":
+        name, difference, tokens, notes = export_gguf(source, to, keep_padding, options.dtype, report)
+    else:
+        name, difference, tokens = export(source, to, form, keep_padding, options.dtype, report)
     print(f"{to}: {name}, largest logit difference from {source} over {tokens:,} tokens: {difference:.1e}")
-    for note in sum(notes, []):
+    for note in notes:
         print(note)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from ..data.tokenizer import Tokenizer
 from ..hub.card import converted_card
 from ..utils.fields import raise_problems
 from ..utils.files import atomic_path
+from ..utils.text import first_line
 from .gguf import gguf_architecture, read_gguf, write_gguf
 from .load import build_model, check_tokenizer, load_model, load_strict, read_config
 from .nanogpt import nanogpt_obstacles, read_nanogpt, write_meta, write_nanogpt
@@ -64,85 +66,93 @@ def _read_source(source):
     return config, tokenizer
 
 
-def export_file(source, to, form, keep_padding=False, dtype="float32", report=print):
-    """Convert a model and write it to a new file.
+def export_nanogpt(source, to, keep_padding=False, dtype="float32", report=print):
+    """Convert a model to nanoGPT's ckpt.pt. For a character tokenizer, also write meta.pkl next to it.
 
     Args:
-        source: a model folder of any supported architecture. keep_padding, report: see `export`.
-        form: "nanogpt" for a ckpt.pt, with a meta.pkl next to it if the tokenizer has characters; "gguf" for llama.cpp.
-        dtype: dtype of the matrices, also "q8_0" for GGUF.
+        source, keep_padding, dtype, report: see `export`. to: the new file.
 
     Returns:
-        (description, difference, tokens, notes): what was written, the largest absolute difference of the logits
-        between the source and the file, the number of tokens compared, and lines for the user.
+        (description, difference, tokens, notes): what was written, the largest absolute difference of the logits, the
+        number of tokens compared, and lines for the user.
 
     Raises:
-        ValueError: the form does not support the model. The message names the unsupported settings.
+        ValueError: nanoGPT does not support the model. The message names the unsupported settings.
         OSError: the file cannot be written.
     """
-    to, (config, tokenizer) = Path(to), _read_source(source)
-    if form == "nanogpt":
-        program, obstacles = "nanoGPT", nanogpt_obstacles(config, tokenizer)
-    else:
-        architecture, obstacles = gguf_architecture(config, tokenizer)
-        program = f"llama.cpp (closest architecture: {architecture})"
-    if obstacles:
-        raise ValueError(
-            f"{source}: {program} does not support {', '.join(obstacles)}; export the model to a folder instead"
-        )
-    report(f"exporting {source} as {form}")
-    model = load_model(source)
-    rows = config["vocab_size"] if keep_padding else min(tokenizer.vocab_size, config["vocab_size"])
-    config |= {"vocab_size": rows, "bias": model.config.bias}
-    existed = to.parent.exists()
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(to) as temporary:
-            report(f"writing {model.num_parameters():,} parameters")
-            if form == "nanogpt":
-                written, description, notes = _write_nanogpt(model, temporary, to, config, tokenizer, dtype, source)
-                tolerance = 1e-5
-            else:
-                written, description, notes = _write_gguf(model, temporary, architecture, config, tokenizer, dtype)
-                tolerance = 0.1  # q8_0 changes the logits by about 1 %, a wrong weight completely
-            report("comparing the logits of the written model")
-            return description, *_compare_logits(model, written, to, tokenizer, rows, tolerance), notes
-    except OSError as error:
-        raise OSError(f"{to}: cannot be written: {error}") from None
-    finally:
-        if not existed and to.parent.exists() and not any(to.parent.iterdir()):
-            to.parent.rmdir()
-
-
-def _write_nanogpt(model, temporary, to, config, tokenizer, dtype, source):
-    """Write a ckpt.pt, and meta.pkl if nanoGPT needs one. Return (the model in the file, description, notes)."""
     import torch
 
-    model.to(getattr(torch, dtype))
-    dataset, is_resumable = write_nanogpt(temporary, model, config, tokenizer, source)
-    model.float()
-    notes = []
-    if tokenizer.kind == "char":
-        meta = to.with_name("meta.pkl")
-        write_meta(meta, tokenizer)
-        notes = [f"{meta}: copy it to nanoGPT's data/{dataset}/meta.pkl, where sample.py looks for it"]
+    config, tokenizer = _read_source(source)
+    _raise_obstacles(source, "nanoGPT", nanogpt_obstacles(config, tokenizer))
+    model, config = _load_for_file(source, config, tokenizer, keep_padding, report)
+    meta, notes = Path(to).with_name("meta.pkl"), []
+    with _new_file(to) as temporary:
+        model.to(getattr(torch, dtype))
+        dataset, is_resumable = write_nanogpt(temporary, model, config, tokenizer, source)
+        report("loading the written model to compare the logits")
+        written = read_nanogpt(temporary)[0]
+        results = _compare_logits(model.float(), written, to, tokenizer, config["vocab_size"])
+        if tokenizer.kind == "char":
+            write_meta(meta, tokenizer)
+            notes.append(f"{meta}: copy it to nanoGPT's data/{dataset}/meta.pkl, where sample.py looks for it")
     if not is_resumable:
         notes.append("nanoGPT's train.py resumes with a new optimizer, because the model has no AdamW state")
-    return read_nanogpt(temporary)[0], "nanoGPT checkpoint", notes
+    return "nanoGPT checkpoint", *results, notes
 
 
-def _write_gguf(model, temporary, form, config, tokenizer, dtype):
-    """Write a GGUF file. Return (the model in the file, as llama.cpp computes it; description; notes)."""
+def export_gguf(source, to, keep_padding=False, dtype="float32", report=print):
+    """Convert a model to a GGUF file for llama.cpp. dtype may also be "q8_0"; otherwise, see `export_nanogpt`."""
     from ..model import GPTConfig
 
-    weights = _stock_model(model, form, config["vocab_size"])[1]
-    write_gguf(temporary, form, config, weights, tokenizer, dtype)
-    notes, changes = [], {"norm_weight": True}
+    config, tokenizer = _read_source(source)
+    form, obstacles = gguf_architecture(config, tokenizer)
+    _raise_obstacles(source, f"llama.cpp (closest architecture: {form})", obstacles)
+    model, config = _load_for_file(source, config, tokenizer, keep_padding, report)
+    weights, notes = _stock_model(model, form, config["vocab_size"])[1], []
+    as_in_llama_cpp = {"norm_weight": True}  # weights of one if the model has none
     if form == "gpt2" and config["activation"] == "gelu":
-        changes["activation"] = "gelu_new"
-        notes = ["the difference includes llama.cpp's GELU, which is computed with tanh; the model's GELU is exact"]
-    weights = from_stock_weights(form, config, read_gguf(temporary, form, config, weights))
-    return build_model(GPTConfig(**config | changes), weights), f"llama.cpp's {form}", notes
+        as_in_llama_cpp["activation"] = "gelu_new"
+        notes.append("the difference includes llama.cpp's GELU, which is computed with tanh; the model's GELU is exact")
+    with _new_file(to) as temporary:
+        write_gguf(temporary, form, config, weights, tokenizer, dtype)
+        report("loading the written model to compare the logits")
+        weights = from_stock_weights(form, config, read_gguf(temporary, form, config, weights))
+        written = build_model(GPTConfig(**config | as_in_llama_cpp), weights)
+        # q8_0 changes the logits by about 1 % of the largest, a wrong weight by far more
+        results = _compare_logits(model, written, to, tokenizer, config["vocab_size"], tolerance=0.1)
+    return f"llama.cpp's {form}", *results, notes
+
+
+def _raise_obstacles(source, program, obstacles):
+    if obstacles:
+        fix = "export the model to a folder instead"
+        raise ValueError(f"{source}: {program} does not support {', '.join(obstacles)}; {fix}")
+
+
+def _load_for_file(source, config, tokenizer, keep_padding, report):
+    """Load a model to write it to a file. Return (model, config with the vocabulary size of the file)."""
+    report(f"exporting {source}")
+    model = load_model(source)
+    report(f"writing {model.num_parameters():,} parameters")
+    vocab_size = config["vocab_size"] if keep_padding else tokenizer.vocab_size
+    return model, config | {"vocab_size": vocab_size, "bias": model.config.bias}
+
+
+@contextmanager
+def _new_file(to):
+    """Yield a temporary path to write a new file to, and create its folder. After an error, delete both."""
+    folder = Path(to).parent
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(to) as temporary:
+            yield temporary
+    except OSError as error:
+        problem = f"{to}: cannot be written: {first_line(error)}"
+        raise OSError(f"{problem}; check the disk space and permissions") from None
+    finally:
+        if not existed and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="float32", report=print):

@@ -15,7 +15,6 @@ _TYPES = {
     "bfloat16": ("BF16", "MOSTLY_BF16"),
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
-DTYPES = tuple(_TYPES)
 
 
 def gguf_architecture(config, tokenizer):
@@ -43,11 +42,10 @@ def write_gguf(path, form, config, weights, tokenizer, dtype):
     Args:
         form: one of FORMS. config: the fields of GPTConfig. weights: the weights of the stock model.
         tokenizer: the Tokenizer; the model's vocabulary may be larger.
-        dtype: one of DTYPES, for the matrices. As in llama.cpp's converter, vectors and learned positions are float32,
+        dtype: a key of _TYPES, for the matrices. As in llama.cpp's converter, vectors and learned positions are float32,
             and in q8_0, matrices whose rows are not a multiple of 32 are float16.
     """
     import gguf
-    from gguf.quants import QuantError, quantize
 
     types = gguf.GGMLQuantizationType
     kind, file_type = _TYPES[dtype]
@@ -59,11 +57,10 @@ def write_gguf(path, form, config, weights, tokenizer, dtype):
         data = _convert(form, config, ours, weights[ours].float()).numpy()
         is_vector = data.ndim == 1 or name == "position_embd.weight"
         qtype = types.F32 if is_vector else types[kind]
-        try:
-            data = quantize(np.ascontiguousarray(data), qtype)
-        except QuantError:
+        if qtype == types.Q8_0 and data.shape[1] % 32 != 0:
             qtype = types.F16
-            data = data.astype(np.float16)
+        with np.errstate(over="ignore"):  # the comparison of the logits finds it
+            data = gguf.quantize(np.ascontiguousarray(data), qtype)
         writer.add_tensor(name, data, raw_dtype=qtype)
     try:
         writer.write_header_to_file()

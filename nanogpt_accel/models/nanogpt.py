@@ -1,5 +1,6 @@
 """Read and write nanoGPT's ckpt.pt."""
 
+import os
 import pickle
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from ..checkpoint.resume import read_optimizer
 from ..checkpoint.verify import find_corruption
 from ..optim import parameter_groups
 from ..recipe import Recipe, load_recipe
-from ..utils.text import file_name
+from ..utils.text import file_name, first_line
 from .load import build_model, loading_error
 from .stock import find_obstacles
 
@@ -33,7 +34,8 @@ def read_nanogpt(path, activation="gelu"):
     from ..model import GPTConfig
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Windows cannot rename a file that is mapped to memory, as `export` does
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
     except pickle.UnpicklingError as error:
         reason = f"refused, because it contains objects other than tensors and plain values ({loading_error(error)})"
         raise ValueError(f"{path}: {reason}") from None
@@ -114,7 +116,7 @@ def write_nanogpt(path, model, config, tokenizer, source):
     try:
         torch.save(content, path)
     except RuntimeError as error:  # torch's error if the disk is full
-        raise OSError(str(error)) from None
+        raise OSError(first_line(error)) from None
     return dataset, bool(optimizer["state"])
 
 
