@@ -84,6 +84,7 @@ RUN = {
     "accelerate launch -m nanogpt_accel doctor": ("compile_limit=0", "torch"),
     "nanogpt-accel export MODEL --to FOLDER": ("to=exported", "GPT2LMHeadModel"),
     "nanogpt-accel export runs/NAME --to my-gpt": ("", "GPT2LMHeadModel"),
+    "nanogpt-accel export runs/NAME --to out-mine/ckpt.pt": ("", "nanoGPT checkpoint"),
     "nanogpt-accel import CKPT.pt --to FOLDER": ("to=imported2 tokenizer=MODEL", "7 steps"),
 }
 # start of a command -> the test that runs it, or one like it
@@ -99,6 +100,7 @@ RUN_ELSEWHERE = {
     "nanogpt-accel plan recipes": "commands/test_plan.py::test_the_table_of_the_page_matches_plan",  # noqa: E501
     "nanogpt-accel COMMAND --help": "utils/test_cli.py::test_help_shows_every_key",
     "nanogpt-accel train --help": "utils/test_cli.py::test_help_shows_every_key",
+    "nanogpt-accel export runs/NAME --to my-gpt.gguf": "models/test_gguf.py::test_dtypes_round_the_matrices_and_nothing_else",  # noqa: E501
     "nanogpt-accel push": "hub/test_hub.py::test_push_writes_a_stock_model_and_its_card",
     "nanogpt-accel train recipes/gpt2.yaml push_to_hub=true": "hub/test_hub.py::test_every_checkpoint_is_a_commit_in_its_order",  # noqa: E501
     "nanogpt-accel sample gpt2-xl": "hub/test_hub.py::test_sample_accepts_a_hub_id",
