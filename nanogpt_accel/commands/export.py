@@ -85,7 +85,7 @@ def check_output(to, options):
         problems += check_new_file(os.path.join(os.path.dirname(to), "meta.pkl"), "to")
     if implied != (form if form in FILE_FORMS.values() else None):
         problems = [f"to={to}: the name does not fit form={form}; a gguf file is named *.gguf, a nanogpt file *.pt"]
-    if form == "gguf" and find_spec("gguf") is None:
+    if form == "gguf" and not problems and find_spec("gguf") is None:
         problems.append("form=gguf requires the package gguf; install it with: pip install gguf")
     if options.dtype == "q8_0" and form != "gguf":
         problems.append(f"dtype=q8_0 requires form=gguf, not {form}; set `to` to a file NAME.gguf")

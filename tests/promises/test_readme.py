@@ -260,6 +260,8 @@ def check(workplace, monkeypatch):
         "commands.prepare.prepare",
         "commands.sample.load_model",
         "commands.export.export",
+        "commands.export.export_gguf",
+        "commands.export.export_nanogpt",
         "commands.push.export",
         "commands.push.create",
         "commands.import_nanogpt.read_nanogpt",
@@ -271,6 +273,7 @@ def check(workplace, monkeypatch):
 
     for command in ("bench", "evaluate", "export", "plan", "push", "sample"):
         monkeypatch.setattr(f"nanogpt_accel.commands.{command}.find_model", find, raising=False)
+    monkeypatch.setattr("nanogpt_accel.commands.export.find_spec", lambda name: name)  # gguf may be missing
     for user in ("training", "commands.push"):  # it needs a token
         monkeypatch.setattr(f"nanogpt_accel.{user}.check_push", lambda name, key: [])
 
@@ -279,7 +282,8 @@ def check(workplace, monkeypatch):
             raise ValueError(f"unknown command {command}")
         words = [re.sub(r"^runs/\w+", "runs/NAME", word) for word in words if word not in ("[RUN", "...]")]
         if "--to" in words:
-            words.append("to=new")  # FOLDER is the existing folder of tokens
+            to = Path(words[words.index("--to") + 1])
+            words.append(f"to=new{to.suffix}")  # FOLDER is the existing folder of tokens
         try:
             import_command(command).main(words)
         except Reached:
