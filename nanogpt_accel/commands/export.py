@@ -72,7 +72,7 @@ def main(argv):
 
 
 def check_output(to, options):
-    """Return (to, form, problems): the output folder or file, how to write it, and what is wrong with the options."""
+    """Return (to, form, problems): the output folder or file, its form, and a list of problems with the options."""
     implied = FILE_FORMS.get(Path(to).suffix)
     form = options.form if options.form != "auto" else implied or "stock"
     if form == "nanogpt" and implied is None:

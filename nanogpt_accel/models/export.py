@@ -73,8 +73,8 @@ def export_nanogpt(source, to, keep_padding=False, dtype="float32", report=print
         source, keep_padding, dtype, report: see `export`. to: the new file.
 
     Returns:
-        (description, difference, tokens, notes): what was written, the largest absolute difference of the logits, the
-        number of tokens compared, and lines for the user.
+        (description, difference, tokens, notes): the kind of the file, the largest absolute difference of the logits,
+        the number of tokens compared, and lines for the user.
 
     Raises:
         ValueError: nanoGPT does not support the model. The message names the unsupported settings.

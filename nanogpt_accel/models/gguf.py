@@ -18,7 +18,7 @@ _TYPES = {
 
 
 def gguf_architecture(config, tokenizer):
-    """Return (model_type, obstacles): llama.cpp's architecture for a model, and what it does not support of the model.
+    """Return (model_type, obstacles): llama.cpp's closest architecture, and the settings that it does not support.
 
     llama.cpp's GELU is that with tanh, from a table in float16. Exact GELU is no obstacle, because the table alone
     changes the logits as much: both by 1e-3 in a model trained on Shakespeare, and q8_0 by 2.5e-2.

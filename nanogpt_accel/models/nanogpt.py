@@ -58,7 +58,7 @@ def read_nanogpt(path, activation="gelu"):
 
 
 def nanogpt_obstacles(config, tokenizer):
-    """Return what nanoGPT does not support of a model."""
+    """Return the settings of a model that nanoGPT does not support."""
     supported = {
         "position": ["learned"],
         "norm": ["layernorm"],

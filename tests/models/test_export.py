@@ -187,6 +187,12 @@ def test_export_reports_every_wrong_option(capsys, argv, words):
     assert not Path("x").exists() and os.listdir("full") == ["file"]
 
 
+def test_a_missing_gguf_package_is_an_error(call, monkeypatch):
+    save_model(gpt(), "ours")
+    monkeypatch.setattr("nanogpt_accel.commands.export.find_spec", lambda name: None)
+    assert "form=gguf requires the package gguf; install it" in call("export", "ours", "to=my.gguf", status=2)
+
+
 PIPELINES = (
     WITHOUT_THE_PACKAGE
     + """
