@@ -166,7 +166,17 @@ def test_export_into_an_empty_or_a_nested_folder():
         (["ours", "to=full"], ["to=full: the folder is not empty"]),
         (["ours", "to=ours"], ["to=ours: the folder is not empty"]),
         (["ours", "to=full/file"], ["to=full/file: full/file is a file"]),
-        (["ours", "to=x", "form=llama"], ["form=llama: must be 'stock' or 'custom'"]),
+        (["ours", "to=x", "form=llama"], ["form=llama: must be 'auto', 'stock', 'custom', 'nanogpt' or 'gguf'"]),
+        (
+            ["ours", "to=full/file", "form=gguf"],
+            ["to=full/file: the name does not fit form=gguf; a gguf"],
+        ),
+        (["ours", "to=x.pt", "form=stock"], ["to=x.pt: the name does not fit form=stock"]),
+        (["ours", "to=x.gguf", "form=nanogpt"], ["to=x.gguf: the name does not fit form=nanogpt"]),
+        (["ours", "to=a.pt"], ["to=a.pt: exists already; delete it"]),
+        (["ours", "to=b.pt"], ["to=meta.pkl: exists already"]),
+        (["ours", "to=a.pt/b.pt"], ["to=a.pt: a.pt is a file"]),
+        (["ours", "to=full/x.pt", "dtype=q8_0"], ["dtype=q8_0 requires form=gguf, not nanogpt; set `to` to"]),
         (["nowhere/", "to=x"], ["nowhere/"]),
         (["full", "to=x"], ["full: neither a run nor a model folder"]),
     ],
@@ -174,11 +184,18 @@ def test_export_into_an_empty_or_a_nested_folder():
 def test_export_reports_every_wrong_option(capsys, argv, words):
     save_model(gpt(), "ours")
     Path("full").mkdir()
-    Path("full/file").touch()
+    for file in ("full/file", "a.pt", "meta.pkl"):
+        Path(file).touch()
     assert main(["export", *argv]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True))
     assert not Path("x").exists() and os.listdir("full") == ["file"]
+
+
+def test_a_missing_gguf_package_is_an_error(call, monkeypatch):
+    save_model(gpt(), "ours")
+    monkeypatch.setattr("nanogpt_accel.commands.export.find_spec", lambda name: None)
+    assert "form=gguf requires the package gguf; install it" in call("export", "ours", "to=my.gguf", status=2)
 
 
 PIPELINES = (
@@ -223,6 +240,8 @@ def test_transformers_pipeline_and_sample_write_the_same_text(capsys):
         ("run/checkpoint-000999", "inside the run"),
         ("run/checkpoint-000002/copy", "inside the run"),
         ("run/x/y", "inside the run"),
+        ("run/checkpoint-000002/ckpt.pt", "inside the run"),
+        ("run/my.gguf", "inside the run"),
         ("dangling", "broken link"),
     ],
 )
