@@ -95,7 +95,7 @@ class Model(Section):
     init_from: str = Field(
         "scratch",
         description="scratch, resume (continue the run in out_dir), or weights to start from: a run or checkpoint "
-        "folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat "
+        "folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or Hub id of a GPT-2, Llama, Qwen3 or NanoChat "
         "model. If weights are loaded, their architecture replaces these settings, except block_size and dropout",
     )
     n_layer: Int = Field(12, ge=1, le=10_000, description="number of transformer blocks")

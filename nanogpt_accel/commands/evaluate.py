@@ -63,7 +63,7 @@ def main(argv):
             "nanogpt-accel evaluate MODEL [--recipe RECIPE.yaml] [--json] [key=value ...]",
             "Compute the loss in nats per token, perplexity and bits per byte of a model on the full validation split, "
             "or on eval_iters batches.\nMODEL is a run folder (its best checkpoint), a checkpoint folder, gpt2 to "
-            "gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.\nblock_size=N "
+            "gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or NanoChat model.\nblock_size=N "
             "evaluates samples of N tokens; the default is the model's context length.",
             {"options": EvaluateOptions, "data": SECTIONS["data"], "train": TRAIN},
         )

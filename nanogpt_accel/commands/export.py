@@ -29,7 +29,7 @@ class ExportOptions(Section):
     to: str = Field("", description="output folder, must be empty or not exist yet; or a new file, *.gguf or *.pt")
     form: Literal["auto", "stock", "custom", "nanogpt", "gguf"] = Field(
         "auto",
-        description="stock: transformers' GPT-2, Llama, Qwen3 or nanochat; custom: this package's GPT with its code; "
+        description="stock: transformers' GPT-2, Llama, Qwen3 or NanoChat; custom: this package's GPT with its code; "
         "nanogpt: a ckpt.pt; gguf: a file for llama.cpp; auto: nanogpt for *.pt, gguf for *.gguf, otherwise stock",
     )
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = Field(

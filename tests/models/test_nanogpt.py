@@ -227,6 +227,7 @@ NO_CKPT = "not a checkpoint of nanoGPT's train.py"
         (lambda: truncated(20_000), "not a file written by torch.save, or corrupted"),
         (lambda: torch.save({"model_state": {}}, "ckpt.pt"), NO_CKPT),
         (lambda: torch.save(nanogpt(), "ckpt.pt"), NO_CKPT),
+        (lambda: torch.save({"transformer.h.0.attn.c_q.weight": torch.zeros(3)}, "ckpt.pt"), "nanochat"),
         (lambda: torch.save(torch.zeros(3), "ckpt.pt"), NO_CKPT),
         (lambda: torch.save([1, 2], "ckpt.pt"), NO_CKPT),
         (lambda: write_ckpt("ckpt.pt", nanogpt(), n_layer=3), FIT),
