@@ -44,8 +44,8 @@ def read_nanogpt(path, activation="gelu"):
     if isinstance(content, dict) and any(str(key).endswith(".attn.c_q.weight") for key in content):
         raise ValueError(
             f"{path}: a checkpoint of nanochat, not of nanoGPT. nanochat's value embeddings, window pattern, residual "
-            "scales, smear and backout (since January 2026) are not supported. An older checkpoint can be converted with "
-            "convert_nanochat_checkpoints.py in transformers' repository; then use the folder that it writes"
+            "scales, smear and backout (since January 2026) are not supported. Convert an older checkpoint with "
+            "convert_nanochat_checkpoints.py in transformers' repository, and use the folder that it writes"
         )
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ValueError(f"{path}: not a checkpoint of nanoGPT's train.py: `model` and `model_args` are missing")
