@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from .optim import OPTIMIZERS, SCHEDULES
 from .utils.fields import Device, Float, Int, Section, Words, nearest, raise_problems, validate
+from .utils.text import quoted
 
 
 def _read_none(value):
@@ -649,7 +650,7 @@ def _read_yaml(path):
     if {"compute_environment", "distributed_type"} & values.keys():
         raise ValueError(
             f"{path}: this is a launch configuration, not a recipe; use it with "
-            f"accelerate launch --config_file {path} -m nanogpt_accel.train RECIPE.yaml"
+            f"accelerate launch --config_file {quoted(path)} -m nanogpt_accel.train RECIPE.yaml"
         )
     return {str(key): value for key, value in values.items()}
 

@@ -11,7 +11,6 @@ Read `training_loop` first: it shows what happens in a run, from start to end. D
 training.py builds everything that the loop uses; checkpoint/run.py writes all files of a run.
 """
 
-import json
 import math
 import sys
 import threading
@@ -46,6 +45,7 @@ from .training import (
 )
 from .utils import cli
 from .utils.fields import raise_problems
+from .utils.text import quoted
 
 _TRAINING = threading.Lock()  # one training per process
 
@@ -255,9 +255,9 @@ def finish(recipe, data, model, run, state, console):
     """After a run, plot the losses, print a sample and commands to try next, and compare the loss with `expect`."""
     try:
         plot_losses(run.folder / "metrics.jsonl", run.folder / "loss.png")
-    except OSError as error:
+    except Exception as error:  # a plot is optional
         console.say(f"warning: {run.folder / 'loss.png'} cannot be written ({error})")
-    prompt = recipe.train.sample_prompt
+    prompt, folder = recipe.train.sample_prompt, quoted(run.folder)
     if recipe.train.sample_tokens and model is not None:
         console.say(f"\nA sample of {recipe.train.sample_tokens} tokens:\n{'-' * 60}")
         console.write(prompt)
@@ -266,9 +266,9 @@ def finish(recipe, data, model, run, state, console):
         run.log_sample(state.step, prompt + text)
     console.say(
         f"\nThe run is in {run.folder}: metrics.jsonl, loss.png and checkpoints. To try next:\n"
-        f"  nanogpt-accel sample {run.folder} --prompt {json.dumps(prompt.strip() or 'The', ensure_ascii=False)}\n"
-        f"  nanogpt-accel evaluate {run.folder}\n"
-        f"  nanogpt-accel train {run.folder} max_iters={2 * recipe.train.max_iters}",
+        f"  nanogpt-accel sample {folder} --prompt {quoted(prompt.strip() or 'The')}\n"
+        f"  nanogpt-accel evaluate {folder}\n"
+        f"  nanogpt-accel train {folder} max_iters={2 * max(recipe.train.max_iters, state.step)}",
         always=True,
     )
     report_expectation(recipe, state.val_loss, state.best_val_loss, console)

@@ -27,7 +27,7 @@ from .planning.hardware import device_name, peak_flops
 from .recipe import SECTIONS
 from .tracking.trackers import check_trackers
 from .utils.fields import raise_problems, validate
-from .utils.text import duration
+from .utils.text import duration, quoted
 
 # ---- checks before anything slow
 
@@ -421,7 +421,7 @@ class NonFinite:
         if saved:
             fix = (
                 f"the latest valid checkpoint is {saved}; resume from it with a lower learning rate: "
-                f"nanogpt-accel train {out_dir} learning_rate=..."
+                f"nanogpt-accel train {quoted(out_dir)} learning_rate=..."
             )
         return FloatingPointError(f"{what}; {fix}")
 

@@ -11,6 +11,7 @@ from ..hub.card import checkpoint_card
 from ..hub.transfer import create
 from ..recipe import load_recipe
 from ..tracking.trackers import Trackers
+from ..utils.text import quoted
 from .layout import read_trainer
 from .run_folder import LOCK, LOCK_HOLDER, best_checkpoint, lock_run, prepare_run_folder
 from .save import Saver
@@ -150,7 +151,7 @@ class Run:
             pusher.push(top, f"{self.folder.name}, step {step}{', best validation loss' if step == best_step else ''}")
             pusher.wait()
         command = (
-            f"nanogpt-accel push {self.folder} {pusher.repo} form=custom"
+            f"nanogpt-accel push {quoted(self.folder)} {pusher.repo} form=custom"
             + " private=true" * pusher.private
             + (f" branch={pusher.branch}" if pusher.branch else "")
         )
@@ -247,6 +248,7 @@ def how_to_resume(out_dir):
     saved = latest_valid(out_dir, thorough=False)
     if saved is None and not (Path(out_dir) / "run.yaml").is_file():
         return "the run had not started yet; use the same command again"
+    out_dir = quoted(out_dir)
     if saved is None:
         return f"no checkpoint was saved yet; start over with: nanogpt-accel train {out_dir} init_from=scratch"
     launched = " (or the same launch command with this folder instead of the recipe)" * (world_size() > 1)

@@ -49,7 +49,7 @@ class EvaluateOptions(Section):
         description="text file to evaluate on, or wikitext2: that dataset, joined as in transformers' perplexity guide",
     )
     tasks: str | None = Field(
-        None, description="evaluate on these lm-eval tasks: hellaswag,... (needs pip install 'nanogpt_accel[eval]')"
+        None, description="evaluate on these lm-eval tasks: hellaswag,... (requires the package lm-eval)"
     )
     tasks_dir: str | None = Field(None, description="folder with your own lm-eval task files")
     num_fewshot: Int | None = Field(None, ge=0, description="examples per prompt; default: the task's own number")
@@ -219,7 +219,7 @@ def compute_losses(folder, text, block_size, stride, recipe, accelerator, consol
 def evaluate_tasks(target, recipe, options):
     """Print the scores of a model on tasks of lm-eval (EleutherAI's evaluation harness)."""
     if find_spec("lm_eval") is None:
-        raise ValueError(f"tasks={options.tasks}: lm-eval is not installed; run pip install 'nanogpt_accel[eval]'")
+        raise ValueError(f"tasks={options.tasks}: lm-eval is not installed; run pip install 'lm-eval>=0.4.9'")
     console = Console(is_main(), stderr=True)
     folder = find_model(target, console, bars=console.is_verbose)
     from lm_eval import simple_evaluate

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from ..checkpoint.run_folder import check_lock
 from ..recipe import SECTION_OF, Recipe, load_recipe
-from ..tracking.metrics_log import read_metrics
+from ..tracking.metrics_log import new_figure, read_metrics
 from ..utils import cli
 from ..utils.fields import Section, raise_problems, show_value
 from ..utils.text import counted, duration, first_line
@@ -235,14 +235,11 @@ def differences(runs):
 
 def write_images(runs, out):
     """Write one PNG per chart to the folder of the page `out`, with steps on the x axis. Return the paths."""
-    from matplotlib.figure import Figure
-
     paths = []
     for key, (title, unit, _) in CHARTS.items():
         if not any(key in run["series"] for run in runs):
             continue
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = new_figure()
         style, suffix = ({"linewidth": 0.8, "alpha": 0.6}, " train") if key == "loss" else ({"linewidth": 1.2}, "")
         for i, run in enumerate(runs):
             if columns := run["series"].get(key):

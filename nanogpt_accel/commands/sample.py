@@ -18,6 +18,7 @@ from ..models.load import check_tokenizer, load_model, read_config
 from ..tracking.console import Console
 from ..utils import cli
 from ..utils.fields import Device, Float, Int, Section, raise_problems, validate
+from ..utils.text import quoted
 
 
 class SampleOptions(Section):
@@ -60,7 +61,7 @@ def main(argv):
     if "prompts" in given and not {"prompt", "start"}.isdisjoint(given):
         problems.append(f"prompts={options.prompts}: cannot be combined with prompt; remove one of them")
     if target is None or nanogpt_target:
-        problems.append(f"MODEL is missing; usage: nanogpt-accel sample {(nanogpt_target or ['runs/NAME'])[0]}")
+        problems.append(f"MODEL is missing; usage: nanogpt-accel sample {quoted((nanogpt_target or ['runs/NAME'])[0])}")
     else:
         problems += check_model(target)
     prompts = []

@@ -6,6 +6,7 @@ from pathlib import Path
 from ..checkpoint.layout import checkpoint_path, list_checkpoints, read_trainer
 from ..checkpoint.verify import find_corruption, find_file_corruption, latest_valid
 from ..hub.transfer import download, is_model_id
+from ..utils.text import quoted
 
 
 def may_be_model(target):
@@ -22,7 +23,8 @@ def nanogpt_hint(target):
     """Return instructions to import the target if it is a nanoGPT ckpt.pt or a folder with one, otherwise ""."""
     path = Path(target)
     file = path if path.suffix == ".pt" else path / "ckpt.pt"
-    return f"convert this nanoGPT checkpoint with: nanogpt-accel import {file} --to FOLDER" if file.is_file() else ""
+    command = f"nanogpt-accel import {quoted(file)} --to FOLDER"
+    return f"convert this nanoGPT checkpoint with: {command}" if file.is_file() else ""
 
 
 def find_model(target, warn=print, bars=True):

@@ -105,15 +105,25 @@ class Spikes:
         return bool(len(previous) >= self.MIN_LOSSES and loss > previous.mean() + 7 * previous.std())
 
 
+def new_figure():
+    """Return a matplotlib figure for an image file, and its axes."""
+    # a notebook sets MPLBACKEND for its processes; matplotlib cannot be imported if that package is not installed here
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which keeps every figure in memory
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    return figure, figure.subplots()
+
+
 def plot_losses(metrics_path, image_path):
     """Plot the training and validation losses over steps to a PNG file."""
-    from matplotlib.figure import Figure  # not pyplot, which keeps every figure in memory
-
     lines = read_metrics(metrics_path)
     train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure()
     if train:
         axes.plot(*zip(*train, strict=True), label="train", linewidth=0.8, color="tab:blue", alpha=0.7)
     if val:

@@ -1,6 +1,9 @@
 """Format numbers and errors for messages."""
 
+import os
 import re
+import shlex
+import subprocess
 
 
 def counted(number, noun):
@@ -30,6 +33,11 @@ def first_line(error):
 def one_line(error, limit=200):
     """Return an error's message as one line of at most `limit` characters, or its type if it has no message."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def quoted(word):
+    """Return a path or another word as it must be written in a command line, with quotes if it needs them."""
+    return subprocess.list2cmdline([str(word)]) if os.name == "nt" else shlex.quote(str(word))
 
 
 def file_name(text):

@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 
 import pytest
 
@@ -117,3 +119,18 @@ def test_plot_losses_writes_a_png(path, tmp_path, lines):
     plot_losses(path, tmp_path / "loss.png")
     width, height = png_size(tmp_path / "loss.png")
     assert width > 400 and height > 200 and os.path.getsize(tmp_path / "loss.png") > 5000
+
+
+def test_plot_ignores_the_backend_of_a_notebook(path, tmp_path):
+    """matplotlib cannot be imported if MPLBACKEND names a package that is not installed."""
+    path.write_text('{"step": 0, "loss": 2.0}')
+    code = f"""
+import os
+from nanogpt_accel.tracking.metrics_log import plot_losses
+plot_losses({str(path)!r}, "loss.png")
+assert os.environ["MPLBACKEND"] == "module://not_installed"
+"""
+    env = os.environ | {"MPLBACKEND": "module://not_installed"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert png_size(tmp_path / "loss.png")

@@ -1,11 +1,12 @@
 """text.py: durations, sizes and counts for people."""
 
 import re
+import shlex
 from datetime import timedelta
 
 import pytest
 
-from nanogpt_accel.utils.text import duration
+from nanogpt_accel.utils.text import duration, quoted
 
 
 @pytest.mark.parametrize("seconds", [0, 1, 59, 60, 61, 125, 3599, 3600, 3725, 86399, 86400, 90061, 263125, 8640000])
@@ -29,3 +30,9 @@ def test_duration_examples():
         "1:02:05",
         "3d 1:05:25",
     ]
+
+
+@pytest.mark.parametrize("word", ["runs/a", "runs/with space", "My Drive/it's", "$HOME", "a;b", "ROMEO:", "näive"])
+def test_quoted_words_can_be_pasted(word):
+    assert shlex.split(f"nanogpt-accel train {quoted(word)} max_iters=2")[2] == word
+    assert quoted("runs/a") == "runs/a"
