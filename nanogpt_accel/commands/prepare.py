@@ -25,6 +25,6 @@ def main(argv):
     manifest = dataset.open_dataset(recipe.data).manifest
     if was_prepared:
         print(f"{dataset.data_folder(recipe.data)}: already prepared")
+        for split in manifest["splits"]:
+            print(f"{split}: {describe_split(manifest, split)}")
     print(f"tokenizer: {manifest['tokenizer']['kind']}, vocabulary size {manifest['tokenizer']['vocab_size']:,}")
-    for split, counts in manifest["splits"].items():
-        print(f"{split}: {describe_split(counts)}")
