@@ -268,7 +268,7 @@ def finish(recipe, data, model, run, state, console):
         f"\nThe run is in {run.folder}: metrics.jsonl, loss.png and checkpoints. To try next:\n"
         f"  nanogpt-accel sample {run.folder} --prompt {json.dumps(prompt.strip() or 'The', ensure_ascii=False)}\n"
         f"  nanogpt-accel evaluate {run.folder}\n"
-        f"  nanogpt-accel train {run.folder} max_iters={2 * recipe.train.max_iters}",
+        f"  nanogpt-accel train {run.folder} max_iters={2 * max(recipe.train.max_iters, state.step, 1)}",
         always=True,
     )
     report_expectation(recipe, state.val_loss, state.best_val_loss, console)

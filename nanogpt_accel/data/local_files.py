@@ -13,7 +13,7 @@ from pathlib import Path
 from ..utils.text import counted, data_size, file_name
 from .corpus import Corpus, location
 from .file_splits import CODE_SUFFIXES, is_about, splits_by_name
-from .readers import READERS, file_state, has_rows, read_file, read_ids, suffix_of
+from .readers import READERS, file_state, has_rows, looks_like_json, read_file, read_ids, suffix_of
 
 # files in a folder are read if they have one of these suffixes; a single file or a glob may have any suffix
 TEXT_SUFFIXES = (".txt", ".text", *CODE_SUFFIXES)
@@ -47,6 +47,7 @@ def local_corpus(spec, column, lines, split_by="auto"):
     states = {path: file_state(path) for path in paths}
     splits, notes = _find_splits(spec, states, split_by)
     paths = list(itertools.chain.from_iterable(splits.values()))
+    splits = {split: set(chosen) for split, chosen in splits.items()}
     notes += _describe_outputs(spec, outputs)
     files, listing = [], hashlib.sha256()
     for name, path in _sort(root, paths):
@@ -62,10 +63,17 @@ def local_corpus(spec, column, lines, split_by="auto"):
         source |= {"kind": "ids"}
         return Corpus(short, source, True, None, bytes=size, ids=lambda *args: read_ids(spec, files, *args))
     tables = {path for path in paths if has_rows(path)}
+    if files[0][0] not in tables and looks_like_json(files[0][0]):
+        fix = "to read only the values of text_column, rename such files to .jsonl or .json"
+        notes.append(f"{location(spec, files[0][0])}: is read as plain text, but contains JSON; {fix}")
     source |= {"column": column} if tables else {}
     source |= {"lines": True} if lines else {}
     source |= {"split_files": {split: len(names) for split, names in splits.items()}} if len(splits) > 1 else {}
     is_single = len(files) == 1 and not tables and not lines
+
+    # an empty file is no document
+    sizes = [n_bytes for path, n_bytes, _ in files if path in splits["train"] and n_bytes]
+    sizes = None if tables or lines else sizes
 
     def read_one(path, bad):
         try:
@@ -77,17 +85,24 @@ def local_corpus(spec, column, lines, split_by="auto"):
             bad(problem)
 
     def read(split, bad):
-        chosen = set(splits[split])
-        return itertools.chain.from_iterable(read_one(path, bad) for path, _, _ in files if path in chosen)
+        return itertools.chain.from_iterable(read_one(path, bad) for path, _, _ in files if path in splits[split])
 
     def first(bad):
         for number, (path, _, _) in enumerate(files):
             if number == 0 or path in tables:
                 yield from itertools.islice(read_one(path, bad), 1)
 
-    size = _text_bytes(states, paths)
     return Corpus(
-        short, source, is_single, read, tuple(splits), bytes=size, first=first, skipped=skipped, notes=tuple(notes)
+        short,
+        source,
+        is_single,
+        read,
+        tuple(splits),
+        bytes=_text_bytes(states, paths),
+        sizes=sizes,
+        first=first,
+        skipped=skipped,
+        notes=tuple(notes),
     )
 
 

@@ -97,7 +97,8 @@ def _prepare(folder, data, report, workers):
                 return
             attempt = _Attempt(data, corpus, tokenizer, writer, report, workers)
             earlier = attempt.written_bytes()
-            cut = attempt.write(cut)
+            with _unknown_characters(data):
+                cut = attempt.write(cut)
             if not cut:
                 _check_sizes(corpus, data, writer)
                 made = {key: getattr(tokenizer, key) for key in ("kind", "vocab_size", "fingerprint", "eot_id")}
@@ -120,6 +121,20 @@ def _pin(corpus, folder):
     earlier = earlier_attempt(folder)[0].get("corpus", {})
     commit = earlier.pop("commit", None)
     return corpus.pin(commit if earlier == corpus.source else None)
+
+
+@contextmanager
+def _unknown_characters(data):
+    """Name the settings in the error for a character that is not in a given tokenizer."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("the tokenizer has no"):
+            raise
+        raise ValueError(
+            f"tokenizer={data.tokenizer}: {error}, but corpus={data.corpus} contains it; set tokenizer to char, bpe or "
+            "gpt2, or remove these characters from the corpus"
+        ) from None
 
 
 def _bad_handler(data):
@@ -235,24 +250,26 @@ def _plan_cut(corpus, data):
     """
     if corpus.is_single or corpus.bytes is None or data.limit_tokens or "val" in corpus.own_splits():
         return None
-    has_few_files = not {"column", "lines"} & corpus.source.keys() and corpus.source.get("files", MANY) < MANY
-    return _find_cut(corpus, data, data.limit_documents) if has_few_files or corpus.bytes <= COUNTED_BELOW else None
+    if corpus.sizes:
+        is_read = not _can_be_drawn(corpus.sizes[: data.limit_documents], data.val_fraction)
+    else:
+        is_read = corpus.bytes <= COUNTED_BELOW
+    return _find_cut(corpus, data, data.limit_documents) if is_read else None
 
 
 def _find_cut(corpus, data, limit, is_needed=False):
     """Return the position in the first `limit` documents where val starts, or None if val can be drawn at random.
 
-    At random means by the hash of the document's number. This needs many documents and, unless `is_needed` excludes it,
-    a result of about val_fraction of the text. Otherwise val is the end of the text. It starts between two documents
-    if that changes its size by a quarter at most, and otherwise inside a document.
+    Val is the end of the text. It starts between two documents if that changes its size by at most a quarter, and
+    otherwise inside a document. is_needed: do not return None.
 
     Returns:
-        [number of documents before the cut, characters before the cut in the next document, number of all documents].
+        [number of documents before the cut, characters before the cut in the next document, number of all documents if
+        limit_tokens sets it].
     """
     documents = corpus.documents(bad=_bad_handler(data))
     sizes = [len(text) for text in itertools.islice(documents, limit)]
-    drawn = sum(size for number, size in enumerate(sizes) if _draw(number) < data.val_fraction)
-    if not is_needed and len(sizes) >= MANY and _is_close(drawn / sum(sizes), data.val_fraction):
+    if not is_needed and _can_be_drawn(sizes, data.val_fraction):
         return None
     length, ends = sum(sizes), list(itertools.accumulate(sizes))
     cut = _cut_index(corpus, data, length, "characters")
@@ -260,11 +277,15 @@ def _find_cut(corpus, data, limit, is_needed=False):
     if abs(end - cut) <= min(cut, length - cut) / 4:
         cut = end
     before = bisect_right(ends, cut)
-    return [before, cut - sum(sizes[:before]), len(sizes)]
+    return [before, cut - sum(sizes[:before]), len(sizes) if data.limit_tokens else None]
 
 
-def _is_close(share, val_fraction):
-    """Return whether a share of the text is about val_fraction, in comparison to both splits."""
+def _can_be_drawn(sizes, val_fraction):
+    """Return whether drawing val by the hash of the document's number is right: there are many documents, both splits
+    get half to twice their share of the text, and val is not the larger one by accident. sizes: of all documents."""
+    if len(sizes) < MANY:
+        return False
+    share = sum(size for number, size in enumerate(sizes) if _draw(number) < val_fraction) / sum(sizes)
     parts = ((share, val_fraction), (1 - share, 1 - val_fraction))
     return all(wanted / 2 <= part <= 2 * wanted for part, wanted in parts) and (share <= 0.5 or val_fraction > 0.5)
 

@@ -80,6 +80,14 @@ def has_rows(path):
     return False
 
 
+def looks_like_json(path):
+    """Return whether a plain text file starts like an array of JSON objects, or with two lines that are objects."""
+    with suppress(OSError), open_file(path) as file:
+        head = file.read(HEAD)
+        return bool(re.match(rb'\s*\[\s*\{\s*"', head)) or _has_json_lines(head)
+    return False
+
+
 def decode(spec, raw, path=None):
     """Decode UTF-8 without changing line endings. Raises ValueError if the bytes `raw` are not UTF-8."""
     try:
@@ -151,8 +159,7 @@ def _read_json(spec, path, column, bad):
     """
     with open_file(path) as file:
         raw = file.read().removeprefix(b"\xef\xbb\xbf")
-    first_lines = [line for line in raw[:HEAD].splitlines()[:10] if line.strip()]
-    if len(first_lines) > 1 and all(map(_is_json_object, first_lines[:2])):
+    if _has_json_lines(raw):
         yield from _read_jsonl(spec, path, column, bad)
         return
     try:
@@ -181,9 +188,11 @@ def _read_json(spec, path, column, bad):
             yield text
 
 
-def _is_json_object(line):
+def _has_json_lines(raw):
+    """Return whether the first two lines of a file are JSON objects."""
+    lines = raw.lstrip().split(b"\n", 2)[:2]
     try:
-        return isinstance(json.loads(line), dict)
+        return len(lines) > 1 and all(isinstance(json.loads(line), dict) for line in lines)
     except (ValueError, RecursionError):
         return False
 
@@ -338,7 +347,8 @@ def check_column(spec, path, column, columns):
         fix = "rename all but one, or set text_column to another column"
         raise ValueError(f"{place}: {count} columns are named {column}; {fix}")
     if not count:
-        raise ValueError(f"{place}: no column {column}; set text_column to one of {', '.join(map(str, columns))}")
+        fix = f"set text_column to one of {', '.join(map(str, columns))}" if columns else "it has no columns at all"
+        raise ValueError(f"{place}: no column {column}; {fix}")
 
 
 @contextmanager
