@@ -20,8 +20,7 @@ def main(argv):
         raise ValueError("RECIPE is missing; usage: nanogpt-accel prepare recipes/shakespeare_char.yaml")
     recipe = load_recipe(target, options, check=lambda recipe: dataset.check(recipe.data))
     was_prepared = dataset.is_prepared(recipe.data)
-    if not was_prepared:
-        prepare(recipe.data, Console())
+    prepare(recipe.data, Console())
     manifest = dataset.open_dataset(recipe.data).manifest
     if was_prepared:
         print(f"{dataset.data_folder(recipe.data)}: already prepared")

@@ -25,7 +25,7 @@ from .corpus import Corpus
 from .dataset import SPLIT_SEED, check_fits, corpus_of, data_folder, facts_of, is_prepared, open_dataset
 from .encoding import tokenize
 from .local_files import refuse_larger_val
-from .manifest import describe_split, is_data_folder
+from .manifest import describe_split, is_data_folder, read_manifest
 from .token_files import SPLITS, Writer, earlier_attempt, find_active_process
 from .tokenizer import Tokenizer
 
@@ -52,6 +52,7 @@ def prepare(data, report=print, workers=None):
     """
     folder = data_folder(data)
     if is_data_folder(folder):
+        _warn_about_sizes(folder, report)
         return folder
     try:
         _prepare(folder, data, report, workers)
@@ -320,6 +321,19 @@ def _check_sizes(corpus, data, writer):
     train, val = (writer.counts[split]["tokens"] for split in SPLITS)
     if val > train:
         refuse_larger_val(f"corpus={data.corpus}", counted(val, "token"), counted(train, "token"))
+
+
+def _warn_about_sizes(folder, report):
+    """Report a val split that is larger than train by accident. Earlier versions drew few documents at random, too."""
+    if not (folder / "manifest.json").is_file():  # for nanoGPT's files, read_manifest computes a hash
+        return
+    manifest = read_manifest(folder)
+    corpus, splits = manifest["corpus"], manifest["splits"]
+    if corpus.get("kind") != "files" or "split_files" in corpus or manifest["val_fraction"] > 0.5:
+        return
+    if splits["val"]["tokens"] > splits["train"]["tokens"]:
+        wrong = f"val is larger than train, but val_fraction is {manifest['val_fraction']}"
+        report(f"warning: {folder}: {wrong}; to divide the text by its size, delete this folder and prepare it again")
 
 
 class _BadDocuments:

@@ -289,3 +289,20 @@ def test_data_that_an_earlier_version_started_are_completed():
     ours, said = prepared(corpus="x.jsonl")
     assert "out: resuming an interrupted preparation" in said
     assert [ids(ours.train), ids(ours.val)] == [ids(straight.train), ids(straight.val)]
+
+
+def test_data_of_an_earlier_version_are_used_with_a_warning(capsys):
+    """That version drew few documents at random, too; val could be nearly all of the text."""
+    write({"d/a.txt": BIG, "d/b.txt": SMALL})
+    data = Data(corpus="d", tokenizer="char", val_fraction=0.1, data_dir="out")
+    tokenizer = opened(Data(corpus="d", tokenizer="char", data_dir="other")).tokenizer
+    facts = facts_of(data, corpus_of(data))
+    with token_files.Writer("out", tokenizer.dtype, facts) as writer:
+        for split, text in (("train", SMALL), ("val", BIG)):
+            writer.write(split, tokenizer.encode(text), len(text))
+        made = {key: getattr(tokenizer, key) for key in ("kind", "vocab_size", "fingerprint", "eot_id")}
+        writer.finish(facts | {"tokenizer": facts["tokenizer"] | made}, tokenizer.save)
+    assert main(["prepare", "r.yaml", "corpus=d"]) == 0
+    out = capsys.readouterr().out
+    assert "out: already prepared" in out and f"val: {len(BIG):,} tokens" in out
+    assert "warning: out: val is larger than train, but val_fraction is 0.1; " in out

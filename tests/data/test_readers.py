@@ -107,7 +107,7 @@ JSON = {
 COLUMNS = ["story", "content.story", "content.story", "data.story", "data.a.story"]
 
 
-@pytest.mark.parametrize(("form", "column"), zip(JSON, COLUMNS, strict=True))
+@pytest.mark.parametrize(("form", "column"), list(zip(JSON, COLUMNS, strict=True)))
 @pytest.mark.parametrize("suffix", [".json", ".json.gz"])
 def test_a_json_array_of_objects(form, column, suffix):
     for indent, mark in ((None, b""), (2, b"\xef\xbb\xbf")):
@@ -117,11 +117,9 @@ def test_a_json_array_of_objects(form, column, suffix):
     if suffix == ".json":
         with pytest.raises(ValueError) as caught:
             texts("a.json", text_column="wrong")
-        assert (
-            f"corpus=a.json: no column wrong; set text_column to one of {'version, ' * (form == 'in an object')}"
-            in str(caught.value)
-        )
-        assert str(caught.value).split(" one of ")[1].removeprefix("version, ").removesuffix(", n") == column
+        problem, columns = str(caught.value).split("; set text_column to one of ")
+        assert problem == "corpus=a.json: no column wrong"
+        assert set(columns.split(", ")) - {"version", "n"} == {column}
 
 
 def test_other_json_files():
@@ -236,11 +234,11 @@ def test_another_format_under_the_name_of_a_text(capsys, raw, kind):
 
 
 def test_a_character_that_the_tokenizer_of_another_run_lacks(capsys):
-    Path("a.txt").write_text("abc " * 100)
-    Path("b.txt").write_text("abcé " * 100)
-    assert main(["prepare", "r.yaml", "corpus=a.txt", "tokenizer=char", "data_dir=first"]) == 0
-    for words in (["corpus=b.txt"], ["corpus=b.txt", "lines=true"]):
-        line = error_line(capsys, *words, "tokenizer=first", "data_dir=second")
+    for name, text in (("a.txt", "abc "), ("b.txt", "abcé ")):
+        Path(name).write_text(f"{text * 100}\n" * 2)
+    assert main(["prepare", "r.yaml", "corpus=a.txt", "lines=true", "tokenizer=char", "data_dir=first"]) == 0
+    for words in ([], ["lines=true"]):
+        line = error_line(capsys, "corpus=b.txt", *words, "tokenizer=first", "data_dir=second")
         expect(line, "tokenizer=first", "corpus=b.txt", "'é' (U+00E9)", "set tokenizer to char, bpe or gpt2")
     assert main(["prepare", "r.yaml", "corpus=b.txt", "tokenizer=char", "data_dir=second"]) == 0
 
