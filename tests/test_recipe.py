@@ -734,7 +734,7 @@ PREPARED = {
 def test_prepared_data_on_the_command_line_replace_the_corpus(tmp_path, files, key):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        "data: {corpus: python, tokenizer: bpe, vocab_size: 300, val_fraction: 0.02, sampling: random, limit_tokens: 9}\n"
+        "data: {corpus: python, tokenizer: bpe, vocab_size: 300, val_fraction: 0.02, sampling: random, lines: true}\n"
     )
     for name in files:
         (tmp_path / name).touch()
