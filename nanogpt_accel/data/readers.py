@@ -103,17 +103,20 @@ def how_to_convert(raw, path):
     for magic, name in OTHER_FORMATS.items():
         if raw.startswith(magic):
             return f"it contains {name}, so unpack or convert it"
-    encoding = "UTF-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "WINDOWS-1252"
-    with suppress(UnicodeDecodeError):
+    encoding, condition = "WINDOWS-1252", "if its encoding is WINDOWS-1252"
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding, condition = "UTF-16", "because its encoding is UTF-16"
+    try:
         raw.decode(encoding)
-        file, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
-        convert = f"iconv -f {encoding} -t UTF-8"
-        command = f"{convert} {file} > {new} && mv {new} {file}"
-        for suffix, tool in ((".gz", "gzip"), (".zst", "zstd")):
-            if str(path).lower().endswith(suffix):
-                command = f"{tool} -dc {file} | {convert} | {tool} -c > {new} && mv {new} {file}"
-        return f"if its encoding is {encoding}, convert it with `{command}`"
-    return "convert it with `iconv -f ENCODING -t UTF-8`"
+    except UnicodeDecodeError:
+        encoding, condition = "ENCODING", "where ENCODING is its encoding, such as GB18030"
+    file, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
+    convert = f"iconv -f {encoding} -t UTF-8"
+    command = f"{convert} {file} > {new} && mv {new} {file}"
+    for suffix, tool in ((".gz", "gzip"), (".zst", "zstd")):
+        if str(path).lower().endswith(suffix):
+            command = f"{tool} -dc {file} | {convert} | {tool} -c > {new} && mv {new} {file}"
+    return f"{condition}, convert it with `{command}`"
 
 
 def _numbered_lines(spec, path, bad):

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -207,6 +208,7 @@ def texts_of(name, raw):
     return texts(name)
 
 
+@pytest.mark.skipif(not shutil.which("iconv"), reason="the messages recommend iconv")
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16"])
 @pytest.mark.parametrize("name", ["x.txt", "x y.txt", "x.txt.gz", "x.jsonl", "x.csv"])
 def test_the_command_that_converts_a_file_works(capsys, name, encoding):
@@ -220,6 +222,12 @@ def test_the_command_that_converts_a_file_works(capsys, name, encoding):
     command = line.split("convert it with `")[1].split("`")[0]
     subprocess.run(command, shell=True, check=True)
     assert texts(name) == [text]
+
+
+def test_an_encoding_that_is_not_known(capsys):
+    Path("x.txt").write_text("日本語", encoding="shift_jis")
+    line = error_line(capsys, "corpus=x.txt")
+    assert "where ENCODING is its encoding" in line and "iconv -f ENCODING -t UTF-8 x.txt > x.txt.new" in line
 
 
 @pytest.mark.parametrize(
