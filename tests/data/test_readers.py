@@ -225,7 +225,7 @@ def test_the_command_that_converts_a_file_works(capsys, name, encoding):
 
 
 def test_an_encoding_that_is_not_known(capsys):
-    Path("x.txt").write_text("日本語", encoding="shift_jis")
+    Path("x.txt").write_text("日本、語", encoding="shift_jis")
     line = error_line(capsys, "corpus=x.txt")
     assert "where ENCODING is its encoding" in line and "iconv -f ENCODING -t UTF-8 x.txt > x.txt.new" in line
 
