@@ -5,6 +5,7 @@ cannot be read. To add a format with many documents per file, write a reader and
 """
 
 import csv
+import functools
 import io
 import itertools
 import json
@@ -279,7 +280,8 @@ def _read_parquet(spec, path, column, bad):
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             check_column(spec, path, column, arrow_columns(schema))
-            kind = arrow_column(schema.empty_table(), column).type
+            fields = [column] if column in schema.names else column.split(".")
+            kind = functools.reduce(lambda kind, name: kind.field(name).type, fields[1:], schema.field(fields[0]).type)
             values = kind.value_type if pa.types.is_dictionary(kind) else kind
             if not (pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)):
                 problem = f"{location(spec, path)}: column {column} contains {kind}, not text"
