@@ -50,6 +50,11 @@ class Data(Section):
     )
     text_column: str = Field("text", description="text column of .jsonl, .csv and .parquet files and of Hub datasets")
     lines: bool = Field(False, description="in plain text files, treat each line as a document, not each file")
+    split_by: Literal["auto", "name", "val_fraction"] = Field(
+        "auto",
+        description="validation data of local files. name: files or folders named train, val, valid, validation, dev "
+        "or test; val_fraction: a fraction of all files; auto: name if there are such files, otherwise val_fraction",
+    )
     dataset_config: TextOrNone = Field(None, description="configuration of hub:USER/SET, if it is not the default one")
     dataset_split: str = Field(
         "train",
@@ -75,7 +80,7 @@ class Data(Section):
     data_dir: TextOrNone = Field(
         None,
         description="folder with train.bin and val.bin, as nanoGPT writes them; default: a folder in data/ named after "
-        "the corpus and the tokenizer",
+        "the corpus and the tokenizer. On the command line, prepared data replace the corpus of the recipe",
     )
     val_fraction: Float = Field(
         0.0005,
@@ -406,6 +411,9 @@ LOSS_SECTIONS = ("data", "model", "optimizer")
 LOSS_TRAIN_KEYS = ("batch_size", "gradient_accumulation_steps", "max_iters")
 LOSS_TRAIN_KEYS += ("eval_interval", "eval_iters", "eval_first", "eval_only")
 
+# the settings of the data section that apply to data that are already prepared
+DATA_USE_KEYS = ("data_dir", "sampling", "document_mask")
+
 # nanoGPT's name of a setting -> what to use here instead
 NANOGPT_KEYS = {
     "dataset": "corpus=NAME, or data_dir=FOLDER for a folder with .bin files",
@@ -560,6 +568,9 @@ def load_recipe(path, overrides=None, check=None):
             problems.append(f"{key}: expected results can only be set in a recipe file, not on the command line{hint}")
         else:
             values[home][leaf] = value
+    given = {key.rpartition(".")[2] for key in overrides or {}}
+    if "data_dir" in given and _has_token_files(values["data"]["data_dir"]):
+        values["data"] = {key: value for key, value in values["data"].items() if key in given or key in DATA_USE_KEYS}
 
     # 3) validate each value, then combinations of values
     sections, invalid = {}, set()
@@ -579,6 +590,12 @@ def load_recipe(path, overrides=None, check=None):
         changed = sorted({*recipe.expect.changed, *_changed_keys(file_values, recipe)})
         recipe = recipe.model_copy(update={"expect": recipe.expect.model_copy(update={"changed": changed})})
     return recipe
+
+
+def _has_token_files(data_dir):
+    """Return whether data_dir contains prepared data, which replace the corpus and the tokenizer of the recipe."""
+    folder = Path(os.path.expanduser(str(data_dir)))
+    return folder.is_file() or any(folder.glob("*.bin"))
 
 
 def _changed_keys(file_values, recipe):

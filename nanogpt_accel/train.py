@@ -268,7 +268,7 @@ def finish(recipe, data, model, run, state, console):
         f"\nThe run is in {run.folder}: metrics.jsonl, loss.png and checkpoints. To try next:\n"
         f"  nanogpt-accel sample {folder} --prompt {quoted(prompt.strip() or 'The')}\n"
         f"  nanogpt-accel evaluate {folder}\n"
-        f"  nanogpt-accel train {folder} max_iters={2 * max(recipe.train.max_iters, state.step)}",
+        f"  nanogpt-accel train {folder} max_iters={2 * max(recipe.train.max_iters, state.step, 1)}",
         always=True,
     )
     report_expectation(recipe, state.val_loss, state.best_val_loss, console)

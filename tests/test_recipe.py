@@ -738,3 +738,38 @@ def test_recipe_names_its_schema_and_follows_it(name):
             assert all(known[key]["description"] for key in values)
         else:
             assert section in found["properties"]
+
+
+# ---- data_dir on the command line
+
+
+PREPARED = {
+    "ours": ("manifest.json", "train.bin", "val.bin", "tokenizer.json"),
+    "shards": ("manifest.json", "train-00000.bin", "val.bin"),
+    "nanogpt": ("train.bin", "val.bin", "meta.pkl"),
+}
+
+
+@pytest.mark.parametrize("files", PREPARED.values(), ids=PREPARED)
+@pytest.mark.parametrize("key", ["data_dir", "data.data_dir"])
+def test_prepared_data_on_the_command_line_replace_the_corpus(tmp_path, files, key):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "data: {corpus: python, tokenizer: bpe, vocab_size: 300, val_fraction: 0.02, sampling: random, lines: true}\n"
+    )
+    for name in files:
+        (tmp_path / name).touch()
+    loaded = load_recipe(recipe, {key: str(tmp_path)})
+    assert loaded.data == SECTIONS["data"](data_dir=str(tmp_path), sampling="random")
+    assert load_recipe(recipe, {key: str(tmp_path), "tokenizer": "char"}).data.tokenizer == "char"
+    new = load_recipe(recipe, {key: str(tmp_path / "new")}).data  # the recipe's corpus is prepared there
+    assert (new.corpus, new.tokenizer, new.val_fraction) == ("python", "bpe", 0.02)
+    assert load_recipe(recipe, {key: "none"}).data.corpus == "python"
+    recipe.write_text(f"data: {{corpus: python, data_dir: {tmp_path}}}\n")
+    assert load_recipe(recipe, {}).data.corpus == "python", "a recipe that sets both means both"
+
+
+def test_the_expected_loss_is_then_for_other_data(tmp_path):
+    (tmp_path / "train.bin").touch()
+    recipe = load_recipe(RECIPES / "quickstart.yaml", {"data_dir": str(tmp_path)})
+    assert {"corpus", "tokenizer", "data_dir"} <= set(recipe.expect.changed)

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -111,7 +112,8 @@ def test_the_files_of_a_run(workplace, run):
     for path in run.iterdir():
         if path.is_symlink():
             assert not os.path.isabs(os.readlink(path)) and path.exists()
-    assert "runs/tiny" in (workplace / "output.txt").read_text().split("To try next")[1]
+    hint = (workplace / "output.txt").read_text().split("To try next")[1]
+    assert "runs/tiny" in hint and f"max_iters={2 * STEPS}\n" in hint
 
 
 def test_the_lines_of_the_log(run):
@@ -244,8 +246,10 @@ def test_a_finished_run_goes_on(call, run, tmp_path):
     assert after[: len(before)] == before
     assert [line["step"] for line in after[len(before) :]] == [*range(STEPS, STEPS + 4), STEPS + 4]
     assert last(tmp_path / "tiny").name == f"checkpoint-{STEPS + 4:06d}"
-    # once more, with nothing left to do
-    assert "iter " not in call("train", tmp_path / "tiny")
+    # once more, with nothing left to do, and with max_iters below the step that was reached
+    for words in ([], ["max_iters=2"]):
+        out = call("train", tmp_path / "tiny", *words)
+        assert "iter " not in out and f"max_iters={2 * (STEPS + 4)}\n" in out.split("To try next")[1]
     assert read_metrics(tmp_path / "tiny" / "metrics.jsonl") == after
 
 
@@ -475,6 +479,16 @@ def test_a_prompt_from_a_file(call, run, tmp_path):
             call("sample", run, f"{key}=FILE:{tmp_path / 'prompt.txt'}", "num_samples=1", "max_new_tokens=3")
         )
         assert text.startswith("the sun\nand ") and len(text) == 15
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbfthe sun\n")  # the tokenizer has no byte order mark
+    for key in ("prompt=FILE:", "prompts="):
+        (text,) = samples(call("sample", run, f"{key}{tmp_path / 'mark.txt'}", "num_samples=1", "max_new_tokens=3"))
+        assert text.startswith("the sun")
+    (tmp_path / "utf16.txt").write_text("the sun\n", encoding="utf-16")
+    for key in ("prompt=FILE:", "prompts="):
+        line = call("sample", run, f"{key}{tmp_path / 'utf16.txt'}", status=2)
+        subprocess.run(line.split("convert it with `")[1].split("`")[0], shell=True, check=True)
+        samples(call("sample", run, f"{key}{tmp_path / 'utf16.txt'}", "num_samples=1", "max_new_tokens=3"))
+        (tmp_path / "utf16.txt").write_text("the sun\n", encoding="utf-16")
 
 
 # ---- evaluate

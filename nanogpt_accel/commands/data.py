@@ -53,7 +53,7 @@ def main(argv):
     )
     for split, facts in splits.items():
         counts = data.manifest["splits"][split]
-        print(f"\n{split}: {describe_split(counts)}, {counted(len(counts['files']), 'file')}")
+        print(f"\n{split}: {describe_split(data.manifest, split)}, {counted(len(counts['files']), 'file')}")
         print("  most common: " + ", ".join(f"{text!r} {share:.1%}" for text, share in facts["commonest"]))
         if options.peek:
             text = repr(facts["begins"])

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from ..data import dataset
 from ..data.prepare import ready
+from ..data.readers import how_to_convert
 from ..data.sources import joined_text
 from ..data.token_files import TokenArray
 from ..data.tokenizer import EncodingError, Tokenizer
@@ -165,14 +166,17 @@ def open_text(options, folder):
     """Return (Text, list of problems) for options.text, encoded with the tokenizer of the model in `folder`."""
     path = Path(options.text)
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else joined_text(options.text, options.split)
+        # utf-8-sig: without a byte order mark
+        text = path.read_text(encoding="utf-8-sig") if path.is_file() else joined_text(options.text, options.split)
     except UnicodeDecodeError as error:
-        raise ValueError(f"text={path}: not UTF-8 at byte {error.start}; convert it with iconv -t utf-8") from None
+        fix = how_to_convert(path.read_bytes(), path)
+        raise ValueError(f"text={path}: not UTF-8 text at byte {error.start}; {fix}") from None
     tokenizer = Tokenizer.load(folder)
     try:
         tokens = TokenArray(tokenizer.encode(text))
     except EncodingError as error:
-        raise ValueError(f"text={path}: {error}; use a text that the model's tokenizer can encode") from None
+        fix = "remove it from the text, or evaluate a model that was trained with it"
+        raise ValueError(f"text={path}: for {folder}, {error}; {fix}") from None
     problems = [] if len(tokens) > 1 else [f"text={path}: must have at least 2 tokens, but has {len(tokens)}"]
     return Text(options.text, tokens, len(text.encode()), tokenizer.eot_id), problems
 

@@ -20,11 +20,10 @@ def main(argv):
         raise ValueError("RECIPE is missing; usage: nanogpt-accel prepare recipes/shakespeare_char.yaml")
     recipe = load_recipe(target, options, check=lambda recipe: dataset.check(recipe.data))
     was_prepared = dataset.is_prepared(recipe.data)
-    if not was_prepared:
-        prepare(recipe.data, Console())
+    prepare(recipe.data, Console())
     manifest = dataset.open_dataset(recipe.data).manifest
     if was_prepared:
         print(f"{dataset.data_folder(recipe.data)}: already prepared")
+        for split in manifest["splits"]:
+            print(f"{split}: {describe_split(manifest, split)}")
     print(f"tokenizer: {manifest['tokenizer']['kind']}, vocabulary size {manifest['tokenizer']['vocab_size']:,}")
-    for split, counts in manifest["splits"].items():
-        print(f"{split}: {describe_split(counts)}")

@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field
 
+from ..data.readers import how_to_convert
 from ..data.tokenizer import Tokenizer
 from ..models.find import check_model, find_model
 from ..models.load import check_tokenizer, load_model, read_config
@@ -87,10 +88,11 @@ def read_prompts(options):
         return [options.prompt]
     file = file.removeprefix("FILE:")
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")  # without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         key = f"prompts={file}" if options.prompts else f"prompt=FILE:{file}"
-        raise ValueError(f"{key}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+        problem = getattr(error, "strerror", None) or f"not UTF-8 text; {how_to_convert(Path(file).read_bytes(), file)}"
+        raise ValueError(f"{key}: {problem}") from None
     if not options.prompts:
         return [text]
     if lines := [line for line in text.splitlines() if line]:

@@ -15,9 +15,11 @@ class Corpus:
     read: Callable | None  # (split, bad) -> iterator over the documents; None for token ids
     splits: tuple | Callable = ("train",)  # the corpus's own splits, or a function that returns them
     bytes: int | None = None  # approximate size of the text, if known
+    sizes: list | None = None  # if each training file is a document: its bytes, in the order of the documents
     pin: Callable | None = None  # for a Hub data set: commit (None: the latest) -> the Corpus at this commit
     first: Callable | None = None  # for files: bad -> iterator over some first documents, for check_files
     skipped: dict = field(default_factory=dict)  # for a folder: {suffix: number of files that are not read}
+    notes: tuple = ()  # lines about the choice of files, reported when the corpus is prepared
     ids: Callable | None = None  # for token ids: (dtype, vocab_size, start) -> the result of readers.read_ids
 
     def own_splits(self):

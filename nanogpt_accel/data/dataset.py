@@ -104,7 +104,7 @@ def check(data, block_size=None):
 
 def corpus_of(data):
     """Return the Corpus of the data section."""
-    keys = ("text_column", "lines", "dataset_config", "dataset_split", "revision")
+    keys = ("text_column", "lines", "split_by", "dataset_config", "dataset_split", "revision")
     return find_corpus(data.corpus, **{key: getattr(data, key) for key in keys})
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ..utils.text import file_name, one_line
 from .corpus import Corpus
-from .readers import arrow_texts, check_column
+from .readers import arrow_column, arrow_columns, arrow_texts, check_column
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,19 @@ def _read(spec, hub_set, split, bad):
 
     with _hub_errors(spec, hub_set):
         rows = load_dataset(hub_set.id, hub_set.config, split=split, revision=hub_set.revision, streaming=True)
-        columns = rows.column_names or list(next(iter(rows), {}))
-        check_column(spec, hub_set.id, hub_set.column, columns)
-        rows = rows.select_columns([hub_set.column]).with_format("arrow")
+        columns, column = rows.column_names or list(next(iter(rows), {})), hub_set.column
+        name = column if column in columns else column.partition(".")[0]  # content for content.text
+        check_column(spec, hub_set.id, name if name in columns else column, columns)
+        rows = rows.select_columns([name]).with_format("arrow")
         number = 0
         for table in rows.iter(batch_size=1000):  # ten times as fast as reading single rows
-            for text in arrow_texts(table.column(hub_set.column)):
+            check_column(spec, hub_set.id, column, arrow_columns(table.schema))
+            for text in arrow_texts(arrow_column(table, column)):
                 number += 1
                 if isinstance(text, str):
                     yield text
                 else:
-                    bad(f"corpus={spec}: row {number}: no text in column {hub_set.column}")
+                    bad(f"corpus={spec}: row {number}: no text in column {column}")
 
 
 @contextmanager

@@ -1,23 +1,22 @@
 """A corpus of local files: a file, a folder or a glob."""
 
+import functools
 import glob
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from ..utils.text import file_name
+from ..utils.text import counted, data_size, file_name
 from .corpus import Corpus, location
-from .readers import READERS, file_state, open_file, read_file, read_ids, suffix_of
+from .file_splits import CODE_SUFFIXES, is_about, splits_by_name
+from .readers import READERS, file_state, has_rows, looks_like_json, read_file, read_ids, suffix_of
 
 # files in a folder are read if they have one of these suffixes; a single file or a glob may have any suffix
-TEXT_SUFFIXES = tuple(
-    ".txt .text .md .rst .tex .html .py .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .sh .sql .r .jl".split()
-)
+TEXT_SUFFIXES = (".txt", ".text", *CODE_SUFFIXES)
 TABLE_SUFFIXES = tuple(READERS)  # each can be followed by .gz or .zst
 # not supported; an error that names the suffix is clearer than one about the first byte that is not UTF-8
 OTHER_SUFFIXES = tuple(
@@ -37,17 +36,22 @@ def base_name(spec):
     return os.path.basename(os.path.abspath(os.path.expanduser(spec)))
 
 
-def local_corpus(spec, column, lines):
+def local_corpus(spec, column, lines, split_by="auto"):
     """Return the Corpus of a file, a folder or a glob. Files are read in the order of their names.
 
     column: the text column of .jsonl, .csv and similar files. lines: whether each line of a plain text is a document.
-    Raises FileNotFoundError if no file matches, and ValueError if a file is not supported.
+    split_by: see recipe.Data. Raises FileNotFoundError if no file matches, and ValueError if a file is not supported.
     """
-    root, paths, skipped = _find_files(spec)
+    root, paths, skipped, outputs = _find_files(spec)
     _check_formats(spec, paths, lines)
+    states = {path: file_state(path) for path in paths}
+    splits, notes = _find_splits(spec, states, split_by)
+    paths = list(itertools.chain.from_iterable(splits.values()))
+    splits = {split: set(chosen) for split, chosen in splits.items()}
+    notes += _describe_outputs(spec, outputs)
     files, listing = [], hashlib.sha256()
     for name, path in _sort(root, paths):
-        n_bytes, changed = file_state(path)
+        n_bytes, changed = states[path]
         files.append((path, n_bytes, changed))
         listing.update(f"{name}\0{n_bytes}\0{changed}\n".encode("utf-8", "surrogateescape"))
     name = base_name(spec)
@@ -58,12 +62,18 @@ def local_corpus(spec, column, lines):
     if _has_ids(files[0][0]):
         source |= {"kind": "ids"}
         return Corpus(short, source, True, None, bytes=size, ids=lambda *args: read_ids(spec, files, *args))
-    has_tables = any(suffix_of(path) in TABLE_SUFFIXES for path in paths)
-    source |= {"column": column} if has_tables else {}
+    tables = {path for path in paths if has_rows(path)}
+    if files[0][0] not in tables and looks_like_json(files[0][0]):
+        fix = "to read only the values of text_column, rename such files to .jsonl or .json"
+        notes.append(f"{location(spec, files[0][0])}: is read as plain text, but contains JSON; {fix}")
+    source |= {"column": column} if tables else {}
     source |= {"lines": True} if lines else {}
-    is_single = len(files) == 1 and not has_tables and not lines
-    # text is about three times as large as its compressed file
-    size = sum(n_bytes * (3 if _is_compressed(path) else 1) for path, n_bytes, _ in files)
+    source |= {"split_files": {split: len(names) for split, names in splits.items()}} if len(splits) > 1 else {}
+    is_single = len(files) == 1 and not tables and not lines
+
+    # an empty file is no document
+    sizes = [n_bytes for path, n_bytes, _ in files if path in splits["train"] and n_bytes]
+    sizes = None if tables or lines else sizes
 
     def read_one(path, bad):
         try:
@@ -75,28 +85,102 @@ def local_corpus(spec, column, lines):
             bad(problem)
 
     def read(split, bad):
-        return itertools.chain.from_iterable(read_one(path, bad) for path, _, _ in files)
+        return itertools.chain.from_iterable(read_one(path, bad) for path, _, _ in files if path in splits[split])
 
     def first(bad):
         for number, (path, _, _) in enumerate(files):
-            if number == 0 or suffix_of(path) in TABLE_SUFFIXES:
+            if number == 0 or path in tables:
                 yield from itertools.islice(read_one(path, bad), 1)
 
-    return Corpus(short, source, is_single, read, bytes=size, first=first, skipped=skipped)
+    return Corpus(
+        short,
+        source,
+        is_single,
+        read,
+        tuple(splits),
+        bytes=_text_bytes(states, paths),
+        sizes=sizes,
+        first=first,
+        skipped=skipped,
+        notes=tuple(notes),
+    )
+
+
+def _text_bytes(states, paths):
+    """Return the approximate size of the text of some files: about three times as large as a compressed file."""
+    return sum(states[path][0] * (3 if _is_compressed(path) else 1) for path in paths)
+
+
+def _find_splits(spec, states, split_by):
+    """Return ({split: paths}, notes for the user). The only split is "train" if the file names do not define splits.
+
+    states: {path: (bytes, modification time)}.
+
+    Raises:
+        ValueError: split_by=name, but there are no such names; or the validation files are larger than the training
+            files, which only split_by=name allows.
+    """
+    names = {Path(os.path.relpath(path, _search_root(spec))).as_posix(): path for path in states}
+    is_possible = split_by != "val_fraction" and not any(map(_has_ids, states))
+    found = splits_by_name({name: states[path][0] for name, path in names.items()}) if is_possible else {}
+    if split_by == "name" and not found:
+        raise ValueError(
+            f"split_by=name: corpus={spec} has no training file and validation or test file; name them train.txt and "
+            "valid.txt, for example, or set split_by=auto"
+        )
+    if not found:
+        return {"train": list(states)}, []
+    splits = {split: [names[name] for name in chosen] for split, chosen in found.items()}
+    sizes = {split: _text_bytes(states, chosen) for split, chosen in splits.items()}
+    if split_by == "auto" and sizes.get("val", 0) > sizes["train"]:
+        refuse_larger_val(f"corpus={spec}", data_size(sizes["val"]), data_size(sizes["train"]))
+    notes = [
+        f"corpus={spec}: {split} is {counted(len(chosen), 'file')} ({_some(chosen)})" for split, chosen in found.items()
+    ]
+    others = sorted(names.keys() - set(itertools.chain.from_iterable(found.values())))
+    if others:
+        left_out = f"{counted(len(others), 'file')} without a split in the name left out ({_some(others)})"
+        notes.append(f"corpus={spec}: {left_out}; set split_by=val_fraction to use all files")
+    return splits, notes
+
+
+def refuse_larger_val(place, val, train):
+    """Raise the error for a validation split that is larger than the training split. val, train: their sizes."""
+    raise ValueError(
+        f"{place}: the validation files ({val}) are larger than the training files ({train}); rename them, or set "
+        "split_by=name to use them like this, or split_by=val_fraction to ignore the names"
+    )
+
+
+def _some(names, limit=3):
+    """Return the first names as a list for a message."""
+    return ", ".join(names[:limit]) + ", ..." * (len(names) > limit)
+
+
+def _search_root(spec):
+    """Return the folder that a corpus setting searches: the folder itself, or the part of a glob before a wildcard."""
+    path = os.path.expanduser(spec)
+    if os.path.isfile(path):
+        return os.path.dirname(path) or "."
+    while glob.has_magic(path) and not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path or "."
 
 
 def _find_files(spec):
-    """Return (folder that file names are relative to, paths of the files, {suffix: number of skipped files})."""
+    """Return (folder that file names are relative to, paths of the files, {suffix: number of skipped files}, skipped
+    folders that contain output of this package)."""
     path = os.path.expanduser(spec)
     if os.path.isfile(path):
-        return os.path.dirname(path), [path], {}
+        return os.path.dirname(path), [path], {}, []
     if os.path.isdir(path):
         return path, *_find_text_files(spec, path)
     if glob.has_magic(path):
-        files = [file for file in glob.glob(path, recursive=True) if _is_file(file)]
+        files, outputs = _without_outputs(_search_root(spec), filter(_is_file, glob.glob(path, recursive=True)))
         if not files:
-            raise FileNotFoundError(f"corpus={spec}: no file matches this glob; set `corpus` to another path")
-        return ".", files, {}
+            only = " except output of this package" if outputs else ""
+            raise FileNotFoundError(f"corpus={spec}: no file matches this glob{only}; set `corpus` to another path")
+        return ".", files, {}, outputs
     problem = "pipes, devices and sockets are not supported; write the text to a file"
     if os.path.islink(path) and not os.path.exists(path):
         problem = "broken link; fix the link"
@@ -104,9 +188,17 @@ def _find_files(spec):
 
 
 def _find_text_files(spec, folder):
-    """Return (paths of all files with a supported suffix in a folder tree, {suffix: number of other files})."""
-    suffixes, paths = TEXT_SUFFIXES + TABLE_SUFFIXES, walk(folder)
+    """Return (paths of all files with a supported suffix in a folder tree, {suffix: number of other files}, skipped
+    folders)."""
+    if os.path.isfile(os.path.join(folder, "run.yaml")):
+        raise ValueError(f"corpus={spec}: a run folder, not a text; set `corpus` to another path")
+    suffixes = TEXT_SUFFIXES + TABLE_SUFFIXES
+    paths, outputs = _without_outputs(folder, walk(folder))
     files = [file for file in paths if suffix_of(file) in suffixes and _is_file(file)]
+    if all(map(is_about, files)):  # in other folders, .json files are rather settings than data
+        files = [
+            file for file in paths if suffix_of(file) == ".json" and os.path.isfile(file) and has_rows(file)
+        ] or files
     if not files and os.path.isfile(os.path.join(folder, "train.bin")):
         raise ValueError(f"corpus={spec}: contains token ids, not text; set data_dir={spec} instead")
     if not files:
@@ -115,7 +207,36 @@ def _find_text_files(spec, folder):
             f"'{os.path.join(spec, '*.log')}'"
         )
     skipped = Counter(map(suffix_of, paths)) - Counter(map(suffix_of, files))
-    return files, {suffix or "without a suffix": count for suffix, count in skipped.items()}
+    return files, {suffix or "without a suffix": count for suffix, count in skipped.items()}, outputs
+
+
+def _without_outputs(root, paths):
+    """Return (the paths that are not in an output folder, the output folders). `root` itself may be one."""
+
+    @functools.cache
+    def output_folder(folder):
+        if len(folder.parts) <= len(Path(root).parts) or folder == Path(root):
+            return None
+        return output_folder(folder.parent) or (folder if _is_output(folder) else None)
+
+    owners = [(path, output_folder(Path(path).parent)) for path in paths]
+    return [path for path, owner in owners if not owner], sorted({str(owner) for _, owner in owners if owner})
+
+
+def _is_output(folder):
+    """Return whether a folder contains a run, prepared data, or the weights of a model."""
+    names = set(os.listdir(folder))
+    has_ids = any(name.endswith(".bin") for name in names)
+    has_weights = has_ids or any(name.endswith(".safetensors") for name in names)
+    return "run.yaml" in names or ("manifest.json" in names and has_ids) or ("config.json" in names and has_weights)
+
+
+def _describe_outputs(spec, outputs):
+    """Return a note about skipped folders, in a list."""
+    if not outputs:
+        return []
+    skipped = f"{counted(len(outputs), 'folder')} with runs, checkpoints or prepared data skipped"
+    return [f"corpus={spec}: {skipped} ({_some(outputs)})"]
 
 
 def walk(root, excluded=None):
@@ -140,22 +261,6 @@ def _check_formats(spec, files, lines):
             f"{location(spec, other[0])}: {suffix_of(other[0])} is not supported; unpack it, or convert it to plain "
             f"text or {', '.join(TABLE_SUFFIXES)}, optionally compressed (.gz, .zst)"
         )
-    json_file = next((file for file in files if suffix_of(file) == ".json"), None)
-    if json_file and _has_json_lines(json_file):
-        raise ValueError(
-            f"{location(spec, json_file)}: each line is a JSON object; rename the file to .jsonl, and set text_column "
-            "to the key of the text"
-        )
-
-
-def _has_json_lines(path):
-    """Return whether a file has several lines and the first 10 are JSON objects."""
-    try:
-        with open_file(path) as file:
-            rows = [json.loads(line) for line in itertools.islice(file, 10) if line.strip()]
-    except (OSError, ValueError, RecursionError):
-        return False
-    return len(rows) > 1 and all(isinstance(row, dict) for row in rows)
 
 
 def _sort(root, paths):

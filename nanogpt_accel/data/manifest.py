@@ -27,9 +27,11 @@ CHECKED_PLACES, CHECKED_TOKENS = 64, 2**18  # number of places per split where i
 AGAIN_NANOGPT = "prepare it again with nanoGPT's prepare.py"
 
 
-def describe_split(counts):
-    """Return the size of a split as text. A nanoGPT folder only has the tokens. counts: the split in the manifest."""
-    size = counted(counts["tokens"], "token")
+def describe_split(manifest, split):
+    """Return the size of a split as text. A nanoGPT folder only has the tokens."""
+    counts, files = manifest["splits"][split], manifest["corpus"].get("split_files", {}).get(split)
+    size = f"{counted(files, 'file')}, " if files else ""
+    size += counted(counts["tokens"], "token")
     if counts["bytes"] is not None:
         size += f", {counted(counts['documents'], 'document')}"
         size += f", {counts['bytes'] / counts['tokens']:.3f} bytes per token"

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ from ..utils.text import counted, data_size
 from .corpus import Corpus
 from .dataset import SPLIT_SEED, check_fits, corpus_of, data_folder, facts_of, is_prepared, open_dataset
 from .encoding import tokenize
-from .manifest import is_data_folder
+from .local_files import refuse_larger_val
+from .manifest import describe_split, is_data_folder, read_manifest
 from .token_files import SPLITS, Writer, earlier_attempt, find_active_process
 from .tokenizer import EncodingError, Tokenizer
 
-COUNTED_BELOW = 2**27  # bytes; the documents of a smaller corpus are counted first, to avoid an empty split
+COUNTED_BELOW = 2**27  # bytes; the documents of a smaller corpus are measured first, to avoid writing them twice
+MANY = 20  # documents; fewer ones are not drawn at random, because their sizes can be very different
 LARGE_TEXT = 2**30  # bytes; for a larger single text, the memory use (4 to 11 times its size) is reported
 
 
@@ -49,6 +52,7 @@ def prepare(data, report=print, workers=None):
     """
     folder = data_folder(data)
     if is_data_folder(folder):
+        _warn_about_sizes(folder, report)
         return folder
     try:
         _prepare(folder, data, report, workers)
@@ -87,21 +91,19 @@ def _prepare(folder, data, report, workers):
             f"corpus={data.corpus}; set tokenizer to gpt2, char or bpe, or use a corpus that is a single text"
         )
     all_facts = facts | {"fingerprint": tokenizer.fingerprint}
-    forced = _find_forced(corpus, data)
+    cut = _plan_cut(corpus, data)
     while True:
         with _sigterm_as_exit(), _open_writer(folder, tokenizer.dtype, all_facts, data.shard_tokens, report) as writer:
             if writer is None or writer.is_finished:  # completed by another process or by an earlier attempt
                 return
             attempt = _Attempt(data, corpus, tokenizer, writer, report, workers)
             earlier = attempt.written_bytes()
-            try:
-                forced = attempt.write(forced)
-            except EncodingError as error:
-                problem = f"tokenizer={data.tokenizer}: {error}, but corpus={data.corpus} contains it"
-                raise ValueError(f"{problem}; set tokenizer to gpt2, char or bpe, or use another corpus") from None
-            if not forced:
+            with _unknown_characters(data):
+                cut = attempt.write(cut)
+            if not cut:
+                _check_sizes(corpus, data, writer)
                 made = {key: getattr(tokenizer, key) for key in ("kind", "vocab_size", "fingerprint", "eot_id")}
-                writer.finish(facts | {"tokenizer": facts["tokenizer"] | made}, tokenizer.save)
+                manifest = writer.finish(facts | {"tokenizer": facts["tokenizer"] | made}, tokenizer.save)
                 break
             writer.discard()
     size, seconds = attempt.written_bytes(), time.perf_counter() - start
@@ -109,6 +111,8 @@ def _prepare(folder, data, report, workers):
     new = f" ({data_size(size - earlier)} in this attempt)" if earlier else ""
     speed = data_size((size - earlier) / seconds)
     report(f"{folder}: {data_size(size)} of {unit}{new} in {seconds:,.1f} s ({speed}/s)")
+    for split in manifest["splits"]:
+        report(f"{split}: {describe_split(manifest, split)}")
 
 
 def _pin(corpus, folder):
@@ -118,6 +122,18 @@ def _pin(corpus, folder):
     earlier = earlier_attempt(folder)[0].get("corpus", {})
     commit = earlier.pop("commit", None)
     return corpus.pin(commit if earlier == corpus.source else None)
+
+
+@contextmanager
+def _unknown_characters(data):
+    """Name the settings in the error for a character that is not in a given tokenizer."""
+    try:
+        yield
+    except EncodingError as error:
+        raise ValueError(
+            f"tokenizer={data.tokenizer}: {error}, but corpus={data.corpus} contains it; set tokenizer to gpt2, char or "
+            "bpe, or use another corpus"
+        ) from None
 
 
 def _bad_handler(data):
@@ -136,6 +152,8 @@ def _check_resources(folder, corpus, data, report):
         shown = ", ".join(f"{count:,} {suffix}" for suffix, count in kinds[:10]) + ", ..." * (len(kinds) > 10)
         skipped = f"; {sum(corpus.skipped.values()):,} skipped ({shown})" if kinds else ""
         report(f"corpus={data.corpus}: {counted(corpus.source['files'], 'file')} to read{skipped}")
+    for note in corpus.notes:
+        report(note)
     if corpus.bytes is None:
         return
     # An id has 2 bytes. A BPE token covers about 4 bytes of text, or 3 if the BPE was trained on other text.
@@ -223,45 +241,97 @@ def _draw(number):
     return int.from_bytes(digest, "big") / 2**64
 
 
-class _Assignment:
-    """Assigns documents to train and val by a hash of their number.
+def _plan_cut(corpus, data):
+    """Return where to cut a small corpus (see _find_cut), or None to draw the documents of val at random.
 
-    forced: {document number: split}, overrides the hash. nearest: {split: [hash, number]}, the document with the lowest
-    hash for val, and the one with the highest hash for train.
+    A large corpus, or one with limit_tokens, is written first, with documents drawn at random. If that does not suit
+    it, all documents are written again.
     """
-
-    def __init__(self, val_fraction, forced=(), nearest=()):
-        self.val_fraction, self.forced, self.nearest = val_fraction, dict(forced), dict(nearest)
-
-    def split_of(self, number):
-        return self.forced.get(number, "val" if _draw(number) < self.val_fraction else "train")
-
-    def record(self, number):
-        """Keep a document in `nearest` if its hash is the lowest or the highest so far."""
-        draw = [_draw(number), number]
-        self.nearest["val"] = min(self.nearest.get("val", [2, 0]), draw)
-        self.nearest["train"] = max(self.nearest.get("train", [-1, 0]), draw)
-
-    def to_force(self, empty):
-        """Return {document number: split} that assigns the nearest document to each empty split."""
-        return {self.nearest[split][1]: split for split in empty}
+    if corpus.is_single or corpus.bytes is None or data.limit_tokens or "val" in corpus.own_splits():
+        return None
+    if corpus.sizes:
+        is_read = not _can_be_drawn(corpus.sizes[: data.limit_documents], data.val_fraction)
+    else:
+        is_read = corpus.bytes <= COUNTED_BELOW
+    return _find_cut(corpus, data, data.limit_documents) if is_read else None
 
 
-def _find_forced(corpus, data):
-    """Return {document number: split} to override the hash if it would leave a split of a small corpus empty, else {}.
+def _find_cut(corpus, data, limit, is_needed=False):
+    """Return the position in the first `limit` documents where val starts, or None if val can be drawn at random.
 
-    A large corpus is not checked in advance. If one of its splits is empty in the end, all documents are written again.
+    Val is the end of the text. It starts between two documents if that changes its size by at most a quarter, and
+    otherwise inside a document. is_needed: do not return None.
+
+    Returns:
+        [number of documents before the cut, characters before the cut in the next document, number of all documents if
+        limit_tokens sets it].
     """
-    if corpus.is_single or corpus.bytes is None or corpus.bytes > COUNTED_BELOW or "val" in corpus.own_splits():
-        return {}
-    assignment, empty, number = _Assignment(data.val_fraction), set(SPLITS), -1
     documents = corpus.documents(bad=_bad_handler(data))
-    for number, _ in enumerate(itertools.islice(documents, data.limit_documents)):
-        assignment.record(number)
-        empty.discard(assignment.split_of(number))
-        if not empty:
-            return {}
-    return assignment.to_force(empty) if number > 0 else {}  # fewer than two documents are an error later
+    sizes = [len(text) for text in itertools.islice(documents, limit)]
+    if not is_needed and _can_be_drawn(sizes, data.val_fraction):
+        return None
+    length, ends = sum(sizes), list(itertools.accumulate(sizes))
+    cut = _cut_index(corpus, data, length, "characters")
+    end = min(ends, key=lambda end: abs(end - cut))
+    if abs(end - cut) <= min(cut, length - cut) / 4:
+        cut = end
+    before = bisect_right(ends, cut)
+    return [before, cut - sum(sizes[:before]), len(sizes) if data.limit_tokens else None]
+
+
+def _can_be_drawn(sizes, val_fraction):
+    """Return whether drawing val by the hash of the document's number is right: there are many documents, both splits
+    get half to twice their share of the text, and val is not the larger one by accident. sizes: of all documents."""
+    if len(sizes) < MANY:
+        return False
+    share = sum(size for number, size in enumerate(sizes) if _draw(number) < val_fraction) / sum(sizes)
+    parts = ((share, val_fraction), (1 - share, 1 - val_fraction))
+    return all(wanted / 2 <= part <= 2 * wanted for part, wanted in parts) and (share <= 0.5 or val_fraction > 0.5)
+
+
+def _cut_index(corpus, data, length, unit):
+    """Return the index where val starts in a text or a sequence of ids. unit: "characters" or "token ids"."""
+    cut = int(length * (1 - data.val_fraction))  # nanoGPT's int(n*0.9)
+    for split, size in (("train", cut), ("val", length - cut)):
+        if not size:
+            raise ValueError(
+                f"corpus={corpus.source['name']}: has {length:,} {unit}, so the {split} split would be empty "
+                f"with val_fraction={data.val_fraction}; use a larger corpus or change val_fraction"
+            )
+    return cut
+
+
+def _cut_documents(documents, cut):
+    """Yield the documents, with the document at the cut as two. cut: the result of _find_cut."""
+    before, characters, count = cut
+    for number, text in enumerate(itertools.islice(documents, count)):
+        if number == before and characters:
+            yield text[:characters]
+            text = text[characters:]
+        yield text
+
+
+def _check_sizes(corpus, data, writer):
+    """Raise ValueError if file names define the splits, and val is larger than train."""
+    is_limited = data.limit_documents or data.limit_tokens
+    if not corpus.source.get("split_files") or data.split_by == "name" or is_limited or "val" not in writer.counts:
+        return
+    train, val = (writer.counts[split]["tokens"] for split in SPLITS)
+    if val > train:
+        refuse_larger_val(f"corpus={data.corpus}", counted(val, "token"), counted(train, "token"))
+
+
+def _warn_about_sizes(folder, report):
+    """Report a val split that is larger than train by accident. Earlier versions drew few documents at random, too."""
+    if not (folder / "manifest.json").is_file():  # for nanoGPT's files, read_manifest computes a hash
+        return
+    manifest = read_manifest(folder)
+    corpus, splits = manifest["corpus"], manifest["splits"]
+    if corpus.get("kind") != "files" or "split_files" in corpus or manifest["val_fraction"] > 0.5:
+        return
+    if splits["val"]["tokens"] > splits["train"]["tokens"]:
+        wrong = f"val is larger than train, but val_fraction is {manifest['val_fraction']}"
+        report(f"warning: {folder}: {wrong}; to divide the text by its size, delete this folder and prepare it again")
 
 
 class _BadDocuments:
@@ -293,38 +363,27 @@ class _Attempt:
     report: Callable
     workers: int | None
 
-    def write(self, forced):
-        """Write all splits. If one is empty, return {document number: split} to force in a second attempt, else {}."""
+    def write(self, cut):
+        """Write all splits. Return None, or the cut for a second attempt. cut: the result of _find_cut."""
         if self.writer.position == "all":  # the earlier attempt stopped in finish()
-            return {}
+            return None
         if not self.corpus.is_single:
-            return self.write_documents(forced)
+            return self.write_documents(cut)
         if self.corpus.ids:
             self.write_ids()
         else:
             text = next(self.corpus.documents())
-            cut = self.find_cut(len(text), "characters")
+            cut = _cut_index(self.corpus, self.data, len(text), "characters")
             for split, part in (("train", text[:cut]), ("val", text[cut:])):
                 self.writer.write(split, self.tokenizer.encode(part), len(part.encode()))
-        return {}
-
-    def find_cut(self, length, unit):
-        """Return the index where val starts in a single text or sequence of ids. unit: "characters" or "token ids"."""
-        val_fraction = self.data.val_fraction
-        cut = int(length * (1 - val_fraction))  # nanoGPT's int(n*0.9)
-        for split, size in (("train", cut), ("val", length - cut)):
-            if not size:
-                raise ValueError(
-                    f"corpus={self.corpus.source['name']}: has {length:,} {unit}, so the {split} split would be empty "
-                    f"with val_fraction={val_fraction}; use a larger corpus or change val_fraction"
-                )
-        return cut
+        self.report_rule(is_cut=True)
+        return None
 
     def write_ids(self):
         """Copy token ids. An end-of-text id ends a document. A document that is cut is counted in train and in val."""
         writer, eot_id, done = self.writer, self.tokenizer.eot_id, self.writer.position
         length, chunks = self.corpus.ids(self.tokenizer.dtype, self.tokenizer.vocab_size, done)
-        cut = self.find_cut(length, "token ids")
+        cut = _cut_index(self.corpus, self.data, length, "token ids")
         token_bytes = self.tokenizer.token_bytes()
         with TextProgress("ids", self.corpus.bytes, self.report) as progress:
             for ids in chunks:
@@ -341,65 +400,78 @@ class _Attempt:
                 writer.commit(done)
                 self.show(progress)
 
-    def write_documents(self, forced):
+    def write_documents(self, cut):
         """Write the documents of all splits. Return the same as write()."""
         splits, writer = self.corpus.own_splits(), self.writer
-        start = {"split": 0, "documents": 0, "bad": 0, "draws": {}, "forced": list(forced.items())}
-        position = writer.position or start
-        assignment = _Assignment(self.data.val_fraction, position["forced"], position["draws"])
+        position = writer.position or {"split": 0, "documents": 0, "bad": 0, "cut": cut}
+        cut = position.get("cut")  # an older version did not cut
         bad = _BadDocuments(position["bad"], self.report)
         has_val = "val" in splits
         for index in range(position["split"], len(splits)):
             done = position["documents"] if index == position["split"] else 0
             is_shared = not has_val and splits[index] == "train"  # val is taken from the train documents
-            done = self.write_split(index, done, assignment, is_shared, bad)
-            if is_shared and done < 2:
-                fix = "or set `corpus` to a single file, so that the end of its text becomes val"
-                if self.data.limit_tokens and self.remaining_tokens(SPLITS) <= 0:
-                    fix = f"or raise limit_tokens above {self.data.limit_tokens}"
-                raise ValueError(
-                    f"corpus={self.corpus.source['name']}: a single document cannot be split into train and val; "
-                    f"use more documents, {fix}"
-                )
+            done = self.write_split(index, done, cut, is_shared, bad)
+            if is_shared and not cut and self.is_unsuitable(done):
+                return _find_cut(self.corpus, self.data, done, is_needed=True)
+            if is_shared:
+                self.report_rule(is_cut=bool(cut))
         bad.summarize()
-        # a second attempt is cheap, because a split can only be empty if the corpus is small
-        return {} if has_val else assignment.to_force(split for split in SPLITS if split not in writer.counts)
+        return None
 
-    def write_split(self, index, done, assignment, is_shared, bad):
+    def is_unsuitable(self, count):
+        """Return whether drawing val at random from this number of documents left a split empty or val too large."""
+        counts, val_fraction = self.writer.counts, self.data.val_fraction
+        if count < MANY or any(split not in counts for split in SPLITS):
+            return True
+        return counts["val"]["bytes"] > counts["train"]["bytes"] and val_fraction <= 0.5
+
+    def report_rule(self, is_cut):
+        rule = "the end of the text" if is_cut else "documents drawn at random"
+        self.report(f"corpus={self.data.corpus}: val is {rule}, val_fraction={self.data.val_fraction}")
+
+    def write_split(self, index, done, cut, is_shared, bad):
         """Write the documents of a split of the corpus, up to limit_tokens. Return the number of documents.
 
-        index: index of the split in own_splits(). done: number of its documents that an earlier attempt wrote.
-        is_shared: divide the documents between train and val, as `assignment` says.
+        done: number of documents that are already written. cut: None, or the result of _find_cut. is_shared: divide
+        the documents between train and val, by the cut or at random.
         """
         split = self.corpus.own_splits()[index]
         targets = SPLITS if is_shared else (split,)
-        if done and self.remaining_tokens(targets) <= 0:
+        has_limit = not (is_shared and cut)  # the cut is for a given number of documents
+        if done and has_limit and self.remaining_tokens(targets) <= 0:
             return done
         bad_before = bad.count  # a resumed attempt counts the bad documents of this split again
         documents = self.corpus.documents(split, bad if self.data.skip_bad_documents else None)
-        documents = itertools.islice(documents, done, self.data.limit_documents)
-        split_of = assignment.split_of if is_shared else lambda number: split
+        documents = itertools.islice(documents, self.data.limit_documents)
+        documents = itertools.islice(_cut_documents(documents, cut) if is_shared and cut else documents, done, None)
+        split_of = self.split_of(split, cut, is_shared)
         with (
             closing(tokenize(documents, done, split_of, self.tokenizer, self.workers)) as chunks,
             TextProgress(split, self.corpus.bytes, self.report) as progress,
         ):
             for runs in chunks:
                 for target, ids, sizes in runs:
-                    if (remaining := self.remaining_tokens(targets)) <= 0:
+                    remaining = self.remaining_tokens(targets) if has_limit else float("inf")
+                    if remaining <= 0:
                         break
                     # include the document that reaches the limit; sizes: tokens and bytes per document
                     sizes = sizes[: int(np.searchsorted(sizes[:, 0].cumsum(), remaining)) + 1]
                     self.writer.write(target, ids[: sizes[:, 0].sum()], int(sizes[:, 1].sum()), len(sizes))
-                    for number in range(done, done + len(sizes) if is_shared else done):
-                        assignment.record(number)
                     done += len(sizes)
-                position = {"split": index, "documents": done, "bad": bad_before}
-                position |= {"draws": assignment.nearest, "forced": list(assignment.forced.items())}
-                self.writer.commit(position)
+                self.writer.commit({"split": index, "documents": done, "bad": bad_before, "cut": cut})
                 self.show(progress)
-                if self.remaining_tokens(targets) <= 0:
+                if has_limit and self.remaining_tokens(targets) <= 0:
                     break
         return done
+
+    def split_of(self, split, cut, is_shared):
+        """Return the function that returns the split for a document's number."""
+        if not is_shared:
+            return lambda number: split
+        if cut:
+            n_train = cut[0] + (cut[1] > 0)
+            return lambda number: "train" if number < n_train else "val"
+        return lambda number: "val" if _draw(number) < self.data.val_fraction else "train"
 
     def remaining_tokens(self, splits):
         """Return how many more tokens limit_tokens allows for these splits in total."""

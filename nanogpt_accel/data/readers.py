@@ -5,10 +5,13 @@ cannot be read. To add a format with many documents per file, write a reader and
 """
 
 import csv
+import functools
 import io
+import itertools
 import json
 import os
 import re
+import shlex
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -17,6 +20,19 @@ from ..utils.text import counted, one_line
 from .corpus import location, refuse
 
 IDS_AT_ONCE = 2**22  # token ids per read
+HEAD = 2**16  # bytes at the start of a file from which its format is recognized
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # first bytes -> compression
+DELIMITERS = ",;\t|"
+# first bytes of files that are not text -> what they contain
+OTHER_FORMATS = {
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "gzip data inside a compressed file",
+    b"BZh": "bzip2 data",
+    b"\xfd7zXZ": "xz data",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"PAR1": "parquet data, so rename it to .parquet,",
+    b"%PDF": "a PDF document",
+}
 
 
 def suffix_of(path):
@@ -39,8 +55,8 @@ def read_file(spec, path, column, lines, bad):
     column: the text column, in formats with columns. lines: whether each line of a plain text file is a document.
     Raises OSError if the file cannot be read or decompressed, and ValueError if the column is missing.
     """
-    if reader := READERS.get(suffix_of(path)):
-        yield from reader(spec, path, column, bad)
+    if has_rows(path):
+        yield from READERS.get(suffix_of(path), _read_json)(spec, path, column, bad)
     elif lines:
         for _, text in _numbered_lines(spec, path, bad):
             yield text.rstrip("\r\n")
@@ -55,13 +71,53 @@ def read_file(spec, path, column, lines, bad):
             bad(str(error))
 
 
+def has_rows(path):
+    """Return whether a file has rows with a text column, and is not plain text."""
+    suffix = suffix_of(path)
+    if suffix != ".json":
+        return suffix in READERS
+    with suppress(OSError), open_file(path) as file:  # reading the documents reports the error
+        return file.read(HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{")
+    return False
+
+
+def looks_like_json(path):
+    """Return whether a plain text file starts like an array of JSON objects, or with two lines that are objects."""
+    with suppress(OSError), open_file(path) as file:
+        head = file.read(HEAD)
+        return bool(re.match(rb'\s*\[\s*\{\s*"', head)) or _has_json_lines(head)
+    return False
+
+
 def decode(spec, raw, path=None):
     """Decode UTF-8 without changing line endings. Raises ValueError if the bytes `raw` are not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         problem = f"{location(spec, path or spec)}: not UTF-8 text at byte {error.start}"
-        raise ValueError(f"{problem}; convert it with iconv -t utf-8, or remove the file from the corpus") from None
+        fix = f"{how_to_convert(raw, path)}, or remove the file from the corpus" if path else "set `corpus` to a path"
+        raise ValueError(f"{problem}; {fix}") from None
+
+
+def how_to_convert(raw, path):
+    """Return what to do with a file that is not UTF-8, as text. raw: bytes that contain the first invalid byte."""
+    for magic, name in OTHER_FORMATS.items():
+        if raw.startswith(magic):
+            return f"it contains {name}, so unpack or convert it"
+    encoding, condition = "WINDOWS-1252", "if its encoding is WINDOWS-1252"
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding, condition = "UTF-16", "because its encoding is UTF-16"
+    try:
+        raw.decode(encoding)
+    except UnicodeDecodeError:
+        encoding, condition = "ENCODING", "where ENCODING is its encoding, such as GB18030"
+    file, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
+    convert = f"iconv -f {encoding} -t UTF-8"
+    command = f"{convert} {file} > {new} && mv {new} {file}"
+    for suffix, tool in ((".gz", "gzip"), (".zst", "zstd")):
+        if str(path).lower().endswith(suffix):
+            command = f"{tool} -dc {file} | {convert} | {tool} -c > {new} && mv {new} {file}"
+    return f"{condition}, convert it with `{command}`"
 
 
 def _numbered_lines(spec, path, bad):
@@ -71,7 +127,8 @@ def _numbered_lines(spec, path, bad):
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                bad(f"{location(spec, path)}, line {number}: not UTF-8 text at byte {error.start} of the line")
+                problem = f"{location(spec, path)}, line {number}: not UTF-8 text at byte {error.start} of the line"
+                bad(f"{problem} ({how_to_convert(line, path)})")
                 continue
             yield number, text.removeprefix("\ufeff") if number == 1 else text
 
@@ -83,7 +140,7 @@ def _read_jsonl(spec, path, column, bad):
         place = f"{location(spec, path)}, line {number}"
         try:
             row = json.loads(line)
-            text = row[column]
+            text = row[column] if column in row else _nested(row, column)
             if not isinstance(text, str) or (r"\u" in line and not _is_unicode(text)):
                 raise TypeError
         except json.JSONDecodeError as error:
@@ -92,14 +149,75 @@ def _read_jsonl(spec, path, column, bad):
             bad(f"{place}: the JSON cannot be read ({one_line(error)})")
         except (TypeError, KeyError, IndexError):
             if number == 1 and bad is refuse and isinstance(row, dict):
-                check_column(spec, path, column, list(row))
+                check_column(spec, path, column, _keys(row))
             bad(f"{place}: not a JSON object with a string under the key {column}")
         else:
             yield text
 
 
+def _read_json(spec, path, column, bad):
+    """Yield the texts of a .json file, which is read into memory.
+
+    It contains an array of objects or of strings, an object with such an array (text_column=KEY.COLUMN), a single
+    object, or one object per line.
+    """
+    with open_file(path) as file:
+        raw = file.read().removeprefix(b"\xef\xbb\xbf")
+    if _has_json_lines(raw):
+        yield from _read_jsonl(spec, path, column, bad)
+        return
+    try:
+        rows = json.loads(decode(spec, raw, path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        return bad(f"{location(spec, path)}: not JSON ({one_line(error)})")
+    prefix, columns = "", []
+    if isinstance(rows, dict):
+        key = column.partition(".")[0]
+        columns = _keys(
+            {name: value[0] if value and isinstance(value, list) else value for name, value in rows.items()}
+        )
+        is_array = column not in rows and isinstance(rows.get(key), list)
+        prefix, rows = (f"{key}.", rows[key]) if is_array else ("", [rows])
+    inner = column.removeprefix(prefix)
+    for number, row in enumerate(rows, 1):
+        try:
+            text = row if isinstance(row, str) else row[inner] if inner in row else _nested(row, inner)
+            if not isinstance(text, str) or not _is_unicode(text):
+                raise TypeError
+        except (TypeError, KeyError, IndexError):
+            if number == 1 and bad is refuse and isinstance(row, dict):
+                check_column(spec, path, column, columns or _keys(row))
+            bad(f"{location(spec, path)}, item {number}: not a JSON object with a string under the key {column}")
+        else:
+            yield text
+
+
+def _has_json_lines(raw):
+    """Return whether the first two lines of a file are JSON objects."""
+    lines = raw.lstrip().split(b"\n", 2)[:2]
+    try:
+        return len(lines) > 1 and all(isinstance(json.loads(line), dict) for line in lines)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _nested(row, column):
+    """Return the value of a column such as content.text in nested dictionaries."""
+    for key in column.split("."):
+        row = row[key]
+    return row
+
+
+def _keys(row):
+    """Return the columns of a JSON object, as text_column accepts them: content.text for {"content": {"text": ...}}."""
+    columns = []
+    for key, value in row.items():
+        columns += [f"{key}.{name}" for name in _keys(value)] if isinstance(value, dict) else [key]
+    return columns
+
+
 def _read_csv(spec, path, column, bad):
-    rows = _csv_rows(spec, path, bad)
+    rows = _csv_rows(spec, path, column, bad)
     place, columns = next(rows, (f"{location(spec, path)}, line 1", None))
     if not columns:
         return bad(f"{place}: empty, so there is no column {column}; add a line of column names, or set text_column")
@@ -114,19 +232,33 @@ def _read_csv(spec, path, column, bad):
         elif row and len(row) <= index:
             bad(f"{place}: the row has no value in column {column}")
         elif row and not _is_unicode(row[index]):
-            bad(f"{place}: not UTF-8 text")
+            raw = row[index].encode("utf-8", "surrogateescape")
+            bad(f"{place}: not UTF-8 text ({how_to_convert(raw, path)})")
         elif row:
             yield row[index]
 
 
-def _csv_rows(spec, path, bad):
+def _delimiter(header, column, usual):
+    """Return the delimiter of a table: the usual one, or another one if only that one gives the header this column."""
+    columns = {}
+    for delimiter in (usual, *DELIMITERS):
+        with suppress(csv.Error, StopIteration):
+            columns[delimiter] = next(csv.reader([header], delimiter=delimiter, strict=True))
+    if usual not in columns:  # a name with a line end in quotes
+        return usual
+    return max(columns, key=lambda delimiter: (column in columns[delimiter], len(columns[delimiter])))
+
+
+def _csv_rows(spec, path, column, bad):
     """Yield (location, values) for each row of a .csv or .tsv file. The values of an invalid row are []."""
     csv.field_size_limit(2**31 - 1)
     with open_file(path) as raw:
         # files from Excel start with a byte order mark; _read_csv reports bytes that are not UTF-8 row by row
         text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
+        header = text.readline()
         # strict, because otherwise a missing quote would turn the rest of the file into one text
-        rows = csv.reader(text, delimiter="," if suffix_of(path) == ".csv" else "\t", strict=True)
+        delimiter = _delimiter(header, column, "," if suffix_of(path) == ".csv" else "\t")
+        rows = csv.reader(itertools.chain([header] if header else [], text), delimiter=delimiter, strict=True)
         while True:
             place = f"{location(spec, path)}, line {rows.line_num + 1}"
             try:
@@ -146,15 +278,17 @@ def _read_parquet(spec, path, column, bad):
     open(path, "rb").close()  # the OSError of open() is more precise than Arrow's
     try:
         with pq.ParquetFile(path) as file:
-            check_column(spec, path, column, file.schema_arrow.names)
-            kind = file.schema_arrow.field(column).type
+            schema = file.schema_arrow
+            check_column(spec, path, column, arrow_columns(schema))
+            fields = [column] if column in schema.names else column.split(".")
+            kind = functools.reduce(lambda kind, name: kind.field(name).type, fields[1:], schema.field(fields[0]).type)
             values = kind.value_type if pa.types.is_dictionary(kind) else kind
             if not (pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)):
                 problem = f"{location(spec, path)}: column {column} contains {kind}, not text"
                 raise ValueError(f"{problem}; set text_column to another column")
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in arrow_texts(batch.column(0)):
+                for text in arrow_texts(arrow_column(batch, column)):
                     number += 1
                     if text is None:
                         bad(f"{location(spec, path)}, row {number}: column {column} is null or not UTF-8 text")
@@ -171,6 +305,27 @@ READERS = {
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+def arrow_columns(fields):
+    """Return the columns of an Arrow schema, as text_column accepts them: content.text for a struct."""
+    import pyarrow as pa
+
+    columns = []
+    for field in fields:
+        is_struct = pa.types.is_struct(field.type)
+        columns += [f"{field.name}.{name}" for name in arrow_columns(field.type)] if is_struct else [field.name]
+    return columns
+
+
+def arrow_column(table, column):
+    """Return a column of an Arrow table. For a field of a struct, the column is called content.text."""
+    if column in table.schema.names:
+        return table.column(column)
+    import pyarrow.compute as pc
+
+    name, *fields = column.split(".")
+    return pc.struct_field(table.column(name), fields)
 
 
 def arrow_texts(column):
@@ -197,20 +352,21 @@ def check_column(spec, path, column, columns):
         fix = "rename all but one, or set text_column to another column"
         raise ValueError(f"{place}: {count} columns are named {column}; {fix}")
     if not count:
-        raise ValueError(f"{place}: no column {column}; set text_column to one of {', '.join(map(str, columns))}")
+        fix = f"set text_column to one of {', '.join(map(str, columns))}" if columns else "it has no columns at all"
+        raise ValueError(f"{place}: no column {column}; {fix}")
 
 
 @contextmanager
 def open_file(path):
-    """Open a file as bytes, decompressed if its name ends in .gz or .zst."""
-    if not path.lower().endswith((".gz", ".zst")):
-        with open(path, "rb") as file:
+    """Open a file as bytes, decompressed if its name or its content is that of a gzip or zstd file."""
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1].lower())
+    with open(path, "rb") as file:  # the OSError of open() is more precise than Arrow's
+        compression = compression or COMPRESSED.get(file.peek(4)[:4]) or COMPRESSED.get(file.peek(2)[:2])
+        if not compression:
             yield file
-        return
+            return
     import pyarrow as pa
 
-    compression = "gzip" if path.lower().endswith(".gz") else "zstd"
-    open(path, "rb").close()  # the OSError of open() is more precise than Arrow's
     try:
         with pa.CompressedInputStream(pa.OSFile(path), compression) as stream:
             yield io.BufferedReader(stream)

@@ -66,7 +66,16 @@ PYTHON_EXCLUDED = re.compile(r"(test|tests|idle_test|encodings|pydoc_data|config
 TIMEOUT = 30  # seconds; a download fails after this time without a response
 
 
-def find_corpus(spec, *, text_column="text", lines=False, dataset_config=None, dataset_split="train", revision=None):
+def find_corpus(
+    spec,
+    *,
+    text_column="text",
+    lines=False,
+    split_by="auto",
+    dataset_config=None,
+    dataset_split="train",
+    revision=None,
+):
     """Return the Corpus of a corpus setting: a built-in name, hub:USER/SET, or a local file, folder or glob.
 
     A built-in name has priority over a path; write ./python for a folder of that name.
@@ -89,7 +98,7 @@ def find_corpus(spec, *, text_column="text", lines=False, dataset_config=None, d
             raise ValueError(f"corpus={spec}: not a valid Hub id; set corpus=hub:USER/SET")
         return hub_corpus(spec, HubSet(spec[4:], revision, dataset_config, {"train": dataset_split}, text_column))
     if path_exists(spec):
-        return local_corpus(spec, text_column, lines)
+        return local_corpus(spec, text_column, lines, split_by)
     # a setting with a slash is a path, not a misspelt name
     close = [] if os.path.dirname(spec) else difflib.get_close_matches(spec, BUILTIN, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""

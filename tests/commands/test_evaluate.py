@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import math
+import subprocess
 import time
 
 import numpy as np
@@ -135,6 +136,22 @@ def test_without_a_stride_every_target_counts_once_within_its_block(capsys, gpt2
             logits = model(row[None, :-1]).logits[0]
         total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
     assert found["text_loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+
+
+def test_a_byte_order_mark_is_no_text(capsys, gpt2, text, tmp_path):
+    words = ["device=cpu", "mixed_precision=no", "eval_iters=1"]
+    expected = scores(capsys, "evaluate", str(gpt2), f"text={text}", *words)
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
+    found = scores(capsys, "evaluate", str(gpt2), f"text={marked}", *words)
+    assert {key: found[key] for key in ("text_loss", "tokens")} == {
+        key: expected[key] for key in ("text_loss", "tokens")
+    }
+    marked.write_bytes(text.read_bytes()[:1000] + b"\xe9")
+    assert main(["evaluate", str(gpt2), f"text={marked}", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    subprocess.run(line.split("convert it with `")[1].split("`")[0], shell=True, check=True)
+    assert scores(capsys, "evaluate", str(gpt2), f"text={marked}", *words)["text_loss"] > 0
 
 
 def test_progress_goes_to_stderr_and_json_to_stdout(capsys, gpt2, text, monkeypatch):

@@ -126,14 +126,76 @@ def test_unsupported_formats(refused, folder, name):
     assert name not in str(find_corpus(str(folder)).source)
 
 
-def test_json_whose_lines_are_objects_is_jsonl(refused, tmp_path):
-    path = tmp_path / "notes.json"
-    path.write_text('{"text": "a"}\n{"text": "b"}\n')
-    with refused(ValueError, f"corpus={path}: each line", "rename the file to .jsonl", "text_column"):
-        find_corpus(str(path))
-    for text in ('{\n  "text": "a"\n}\n', '[{"text": "a"},\n{"text": "b"}]\n', "1\n2\n"):
-        path.write_text(text)
-        assert texts(path) == [text]
+def test_json_files_of_a_folder_are_read_if_nothing_else_is_there(tmp_path):
+    rows = '[{"text": "a"}, {"text": "b"}]'
+    (tmp_path / "a.json").write_text(rows)
+    (tmp_path / "README.md").write_text("about a")
+    assert texts(tmp_path) == ["a", "b"]
+    (tmp_path / "b.py").write_text("import a")  # next to code, JSON is rather a setting
+    assert texts(tmp_path) == ["about a", "import a"]
+    assert find_corpus(str(tmp_path)).skipped == {".json": 1}
+
+
+# ---- output of this package
+
+
+def outputs(root):
+    files = {
+        "runs/a/run.yaml": "data: {}",
+        "runs/a/samples.jsonl": '{"text": "generated"}',
+        "runs/a/checkpoint-000001/README.md": "a model card",
+        "data/x/manifest.json": "{}",
+        "data/x/train.bin": "",
+        "data/x/notes.txt": "next to the tokens",
+        "exported/config.json": "{}",
+        "exported/model.safetensors": "",
+        "exported/README.md": "a model card",
+        "exported/model.py": "class GPT",
+        "web/manifest.json": "{}",
+        "web/index.html": "<p>a page</p>",
+        "config/config.json": "{}",
+        "config/a.md": "a manual",
+        "mine.txt": "my text",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+MINE = ["a manual", "my text", "<p>a page</p>"]
+
+
+@pytest.mark.parametrize("spec", [".", "{}", "**/*.[!j]*"])
+def test_our_own_output_is_not_read(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    outputs(tmp_path)
+    corpus = find_corpus(spec.format(tmp_path))
+    found = list(corpus.documents())
+    assert [text for text in found if text in MINE] == MINE
+    assert not {"a model card", "class GPT", "generated", "next to the tokens"} & set(found)
+    (note,) = [note for note in corpus.notes if "skipped" in note]
+    assert "3 folders with runs, checkpoints or prepared data skipped (" in note
+    assert all(name in note for name in ("runs/a", "data/x", "exported")) and "checkpoint-" not in note
+
+
+def test_a_new_run_does_not_change_the_corpus(tmp_path):
+    (tmp_path / "mine.txt").write_text("my text")
+    (tmp_path / "more.txt").write_text("more text")
+    before = find_corpus(str(tmp_path)).source
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "run.yaml").touch()
+    (tmp_path / "runs" / "a" / "README.md").write_text("a model card")
+    assert find_corpus(str(tmp_path)).source == before
+
+
+def test_our_own_output_as_corpus(refused, tmp_path):
+    outputs(tmp_path)
+    with refused(ValueError, f"corpus={tmp_path}/runs/a: a run folder, not a text", "another path"):
+        find_corpus(f"{tmp_path}/runs/a")
+    assert texts(tmp_path / "exported" / "*.md") == ["a model card"], "a glob that names the folder is explicit"
+    assert texts(tmp_path / "runs" / "a" / "samples.jsonl") == ["generated"]
+    with refused(FileNotFoundError, f"corpus={tmp_path}/runs/*/*.jsonl", "except output of this package"):
+        find_corpus(f"{tmp_path}/runs/*/*.jsonl")
 
 
 def test_not_utf8_names_the_file_and_the_byte(refused, folder):
