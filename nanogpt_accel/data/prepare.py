@@ -131,8 +131,8 @@ def _unknown_characters(data):
         yield
     except EncodingError as error:
         raise ValueError(
-            f"tokenizer={data.tokenizer}: {error}, but corpus={data.corpus} contains it; set tokenizer to gpt2, char or "
-            "bpe, or use another corpus"
+            f"tokenizer={data.tokenizer}: {error}, but corpus={data.corpus} contains it; set tokenizer to gpt2, char "
+            "or bpe, or use another corpus"
         ) from None
 
 
