@@ -1,4 +1,4 @@
-"""nanoGPT, rebuilt on Hugging Face Accelerate: one recipe, one plain training loop, one model that any tool can load.
+"""nanoGPT, rebuilt on Hugging Face Accelerate: one recipe, one plain training loop, one model that transformers loads.
 
 To train from Python, use `from nanogpt_accel.train import train`. GPT and the other public names are imported on first
 use, so that `nanogpt-accel --help` does not wait for torch.

@@ -50,7 +50,8 @@ class Batches:
 # for WINDOW samples together, because numpy takes as long for one batch as for hundreds of samples
 @lru_cache(maxsize=4)
 def _window_starts(number, n_tokens, block_size, seed, sampling):
-    """Return the start positions of the samples from number * WINDOW to (number + 1) * WINDOW - 1: (WINDOW,) int64."""
+    """Return the start positions of WINDOW samples in the token file, as an int64 array (WINDOW,). The first of these
+    samples is the sample number * WINDOW."""
     samples = np.arange(number * WINDOW, (number + 1) * WINDOW, dtype=np.uint64)
     if sampling == "random":
         return _random_starts(samples, n_tokens, block_size, seed_of(seed, 1))
@@ -74,9 +75,9 @@ def model_inputs(rows, device="cpu", eot_id=None):
 
     Args:
         rows: (B, T + 1) int64 array: the first T tokens of a row are the inputs, the last T the targets.
-        eot_id: end-of-text token, to mask attention across documents; None: no mask. Positions restart at 0 at each of
-            these tokens, which is treated as the start of the next document. transformers' causal mask prevents
-            attention across such a restart (Krell et al. 2021, Efficient Sequence Packing).
+        eot_id: id of the end-of-text token, to mask attention across documents; None: no mask. Each end-of-text token
+            starts a new document and has position 0. transformers' causal mask recognizes documents by their positions
+            and prevents attention between documents (Krell et al. 2021, Efficient Sequence Packing).
 
     Returns:
         dict of (B, T) tensors: input_ids, shift_labels, and position_ids if eot_id is given.
@@ -94,16 +95,19 @@ def model_inputs(rows, device="cpu", eot_id=None):
 
 
 def epoch_shape(n_tokens, block_size):
-    """Return (blocks per epoch, maximum shift of the block boundaries). One block is left out to allow the shift."""
+    """Return (blocks per epoch, maximum shift of the block boundaries). To leave room for the shift, an epoch has one
+    block fewer than the data."""
     n_blocks = max((n_tokens - 1) // block_size - 1, 1)
     return n_blocks, n_tokens - 1 - n_blocks * block_size
 
 
 def evaluation_batches(n_tokens, block_size, batch_size, eval_iters, seed=0):
-    """Return the batches of an evaluation, the same in every call: a list of (start positions, targets per sequence).
+    """Return the batches of an evaluation: a list of (start positions, targets per sequence). Calls with the same
+    arguments return the same batches.
 
-    eval_iters: "all": every token except the first is a target once, in blocks of block_size and a shorter last block.
-        A number: this many batches of random crops.
+    eval_iters: "all" or a number of batches. With "all", the sequences are consecutive blocks of block_size targets and
+        a shorter last block, so every token except the first is a target once. With a number, the sequences are random
+        crops.
     """
     if eval_iters == "all":
         n_blocks, n_rest = divmod(n_tokens - 1, block_size)
@@ -116,15 +120,15 @@ def evaluation_batches(n_tokens, block_size, batch_size, eval_iters, seed=0):
 
 
 def sliding_windows(n_tokens, block_size, stride, batch_size):
-    """Return overlapping windows for an evaluation. In these, most targets have more context than in separate blocks.
+    """Return overlapping windows for an evaluation, which give most targets more context than separate blocks do.
 
     As in transformers' guide "Perplexity of fixed-length models", a window of block_size tokens starts every `stride`
-    tokens, and every token except the first is scored in one window. With stride = block_size, windows do not overlap,
-    and the first token of each window is not scored.
+    tokens. If stride < block_size, every token except the first is scored in exactly one window. If stride =
+    block_size, windows do not overlap, and the first token of each window is not scored.
 
     Returns:
-        list of (starts, length, counted), one per batch: the start positions of its windows, the number of targets per
-        window, and how many of these are scored, at the end of the window.
+        list of (starts, length, counted), one per batch: the start positions of the batch's windows, the number of
+        targets per window, and the number of scored targets, which are the last ones of each window.
     """
     batches, end = [], 0
     for start in range(0, n_tokens, stride):

@@ -59,7 +59,8 @@ def window_losses(model, tokens, windows, to_inputs, accelerator, progress=None)
         windows: a list of (starts, length, counted), from batches.sliding_windows.
 
     Returns:
-        (sums, counts): (n_windows,) float64 each, the sum of the losses of a window in nats, and the number of losses.
+        (sums, counts): the sum of the losses of each window in nats, and the number of losses of each window. Both are
+        float64 arrays (n_windows,).
     """
     import torch
     from torch.nn import functional as F

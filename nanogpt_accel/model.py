@@ -107,14 +107,14 @@ class GPTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def __getattribute__(self, key):
-        """Derive a size that is None from n_embd and n_head when it is read, so that it follows their changes."""
+        """Return a field. A size that is None is computed from the current n_embd and n_head on every access."""
         value = super().__getattribute__(key)
         if value is None and (derive := DERIVED_SIZES.get(GPTConfig.attribute_map.get(key, key))):
             return derive(self)
         return value
 
     def to_dict(self):
-        """Return the fields as a dict, and num_key_value_heads if they are shared, because PEFT requires this name."""
+        """Return the fields as a dict. If KV heads are shared, add num_key_value_heads, the name that PEFT requires."""
         is_shared = self.n_kv_head != self.n_head
         return super().to_dict() | ({"num_key_value_heads": self.n_kv_head} if is_shared else {})
 
@@ -346,7 +346,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
 
 class GPTPreTrainedModel(PreTrainedModel):
-    """What GPT, its body and its classifiers have in common: initialization, and what transformers may do with them."""
+    """The base class of all models in this file: initializes weights and declares supported transformers features."""
 
     config_class = GPTConfig
     base_model_prefix = "transformer"
@@ -409,11 +409,11 @@ class GPTModel(GPTPreTrainedModel):
         Args:
             input_ids: (B, T) int64; or inputs_embeds: (B, T, C).
             attention_mask: (B, T_past + T), with 1 for tokens and 0 for padding. None: no padding.
-            position_ids: (B, T) or (1, T). None: consecutive positions that continue after those in the cache.
+            position_ids: (B, T) or (1, T). None: consecutive positions that start after the tokens in the cache.
             cache: a transformers Cache (called past_key_values before transformers 5.24).
             use_cache: whether to return a KV cache. None: as in the config, but not in train mode.
-            kwargs: output_hidden_states also returns the input of each block and the final hidden states, and
-                output_attentions the attention weights. Other keyword arguments are passed to the attention function.
+            kwargs: output_hidden_states=True also returns the input of each block and the final hidden states.
+                output_attentions=True also returns the attention weights. The rest is passed to the attention function.
 
         Returns:
             BaseModelOutputWithPast: last_hidden_state (B, T, C), the cache, hidden_states (n_layer + 1 tensors

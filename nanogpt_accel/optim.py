@@ -50,7 +50,7 @@ def learning_rate(step, *, schedule, learning_rate, warmup_iters, **others):
 
 
 def parameter_groups(model, weight_decay):
-    """Return nanoGPT's two groups: matrices and embeddings with weight decay, biases and norms without.
+    """Return nanoGPT's two groups: matrices and embeddings with weight decay, biases and norms without weight decay.
 
     The learning rate of a group is the scheduled learning rate times the lr_scale of the group.
     """

@@ -102,7 +102,8 @@ class Model(Section):
         "scratch",
         description="scratch, resume (continue the run in out_dir), or weights to start from: a run or checkpoint "
         "folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or Hub id of a GPT-2, Llama, Qwen3 or NanoChat "
-        "model. If weights are loaded, their architecture replaces these settings, except block_size and dropout",
+        "model. If weights are loaded, only block_size and dropout are read from the recipe; all other model settings "
+        "are those of the loaded model",
     )
     n_layer: Int = Field(12, ge=1, le=10_000, description="number of transformer blocks")
     n_head: Int = Field(12, ge=1, le=10_000, description="number of attention heads per block")
@@ -118,7 +119,8 @@ class Model(Section):
         None,
         ge=1,
         le=10_000_000,
-        description="MLP hidden size; default: 4 * n_embd. With swiglu, 8/3 * n_embd gives the same number of weights",
+        description="MLP hidden size; default: 4 * n_embd. With swiglu, 8/3 * n_embd gives as many weights as 4 * "
+        "n_embd with gelu",
     )
     block_size: Int = Field(1024, ge=2, description="context length in tokens")
     dropout: Float = Field(0.0, ge=0, lt=1, description="dropout rate; 0 for pretraining, 0.1 or more for finetuning")
@@ -128,7 +130,7 @@ class Model(Section):
     norm: Literal["layernorm", "rmsnorm"] = Field(
         "layernorm", description="layernorm, as in GPT-2, or rmsnorm, as in Llama"
     )
-    norm_weight: bool = Field(True, description="learn a weight in each norm; nanochat has none")
+    norm_weight: bool = Field(True, description="learn a weight in each norm; false: no weight, as in nanochat")
     norm_eps: Float = Field(1e-5, ge=0, lt=1, description="epsilon added to the variance in each norm")
     embd_norm: bool = Field(False, description="normalize the embedding before the first block, as in nanochat")
     qk_norm: bool = Field(False, description="apply RMSNorm to the queries and keys of each head, as in Qwen3")
@@ -148,8 +150,8 @@ class Model(Section):
     pad_vocab_to_multiple_of: Int = Field(
         64,
         ge=1,
-        description="pad the vocabulary size for faster kernels (50,257 becomes 50,304). The first unused entry "
-        "becomes the padding token that batched generation and fine-tuning need. 1: no padding",
+        description="pad the vocabulary size to a multiple of this number, for faster kernels (50,257 becomes 50,304). "
+        "The first unused entry becomes the padding token that batched generation and fine-tuning need. 1: no padding",
     )
     initializer_range: Float = Field(0.02, gt=0, description="standard deviation of the initial weights")
     zero_init: bool = Field(
@@ -159,7 +161,9 @@ class Model(Section):
 
 class Optimizer(Section):
     algorithm: Literal[tuple(OPTIMIZERS)] = Field(
-        "adamw", description="adamw; muon: Muon for the matrices in the blocks and AdamW for all other parameters"
+        "adamw",
+        description="adamw: AdamW for all parameters; muon: Muon for the matrices in the blocks and AdamW for all "
+        "other parameters",
     )
     learning_rate: Float = Field(6e-4, gt=0, description="maximum learning rate of AdamW")
     weight_decay: Float = Field(0.1, ge=0, description="AdamW's weight decay, for parameters of two or more dimensions")
@@ -194,14 +198,16 @@ class Train(Section):
     max_iters: Int = Field(600_000, ge=0, description="number of optimizer steps")
     eval_interval: Int = Field(2000, ge=1, description="steps between evaluations")
     eval_iters: Literal["all"] | Int = Field(
-        200, description="number of batches per evaluation, the same ones every time; all: the full validation split"
+        200, description="number of batches per evaluation (always the same batches); all: the full validation split"
     )
     eval_first: bool = Field(True, description="also evaluate before the first step")
     eval_train: bool = Field(True, description="also evaluate on training data, with the same number of batches")
     eval_only: bool = Field(False, description="evaluate once and exit")
     log_interval: Int = Field(1, ge=1, description="steps between log lines")
     device: Device = Field(
-        "auto", description="auto, cpu, cuda, cuda:N or mps; auto: the launcher's device, otherwise the best available"
+        "auto",
+        description="auto, cpu, cuda, cuda:N or mps; auto: cpu if the launcher requests it, otherwise the first "
+        "available of cuda, mps and cpu",
     )
     mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_read_no)] = Field(
         "auto",
@@ -210,7 +216,8 @@ class Train(Section):
     )
     compile: Annotated[Literal["auto", "regional"] | bool, BeforeValidator(_read_bool)] = Field(
         "auto",
-        description="use torch.compile; auto: on CUDA except on Windows; regional: compile one block and reuse it",
+        description="use torch.compile; auto: on CUDA, except on Windows or with DeepSpeed; regional: compile one "
+        "block and reuse it for all blocks",
     )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: saves memory, takes about a third more time"
@@ -255,7 +262,7 @@ class Tracking(Section):
 class Hub(Section):
     push_to_hub: bool = Field(False, description="push every checkpoint to the Hugging Face Hub during training")
     hub_model_id: TextOrNone = Field(
-        None, description="repository, USER/NAME; default: the name of out_dir, in the token owner's account"
+        None, description="repository, USER/NAME; default: the name of out_dir, in the account that is logged in"
     )
     hub_private: bool = Field(False, description="if the repository does not exist, create it as private")
     hub_branch: TextOrNone = Field(None, description="branch to push to; default: main")
@@ -265,10 +272,14 @@ class Expect(Section):
     """The expected result, compared with the actual result at the end of a run. It can only be set in a recipe file."""
 
     val_loss: FloatOrNone = Field(
-        None, gt=0, description="expected validation loss in nats per token, measured as in the run; default: unknown"
+        None,
+        gt=0,
+        description="expected validation loss in nats per token, evaluated as in this recipe; default: no comparison",
     )
     tolerance: FloatOrNone = Field(
-        None, gt=0, description="largest difference that counts as reproduced; default: only print the two losses"
+        None,
+        gt=0,
+        description="largest difference from val_loss that counts as reproduced; default: only print both losses",
     )
     evaluation: Literal["last", "best"] = Field("last", description="evaluation to compare: the last or the best")
     steps: IntOrNone = Field(None, ge=0, description="step at which val_loss was measured; default: max_iters")
@@ -276,7 +287,9 @@ class Expect(Section):
     time: str = Field("", description="duration of the run on that hardware")
     source: str = Field("", description="who measured or published val_loss")
     changed: list[str] = Field(
-        [], description="set automatically: keys changed on the command line; val_loss is for the unchanged recipe"
+        [],
+        description="set automatically: the keys that were changed on the command line. val_loss is the result of the "
+        "unchanged recipe",
     )
 
 
@@ -323,7 +336,7 @@ class Recipe(Section):
 
     @property
     def warmup_iters(self):
-        """The number of warm-up steps. If there is no room for all of them, a tenth of the schedule at most."""
+        """The number of warm-up steps. If the schedule is too short for them, at most a tenth of the schedule."""
         if self.optimizer.warmup_iters <= self.max_warmup_iters:
             return self.optimizer.warmup_iters
         return min(self.max_warmup_iters, self.lr_decay_iters // 10)
@@ -340,7 +353,8 @@ class Recipe(Section):
         return settings | derived
 
     def padded_vocab_size(self, vocab_size):
-        """Return the vocabulary size of the model for a tokenizer's. If it is padded, a padding token has room."""
+        """Return the model's vocabulary size, computed from that of the tokenizer. Padding adds at least one entry, for
+        the padding token."""
         multiple = self.model.pad_vocab_to_multiple_of
         return vocab_size if multiple == 1 else math.ceil((vocab_size + 1) / multiple) * multiple
 
@@ -528,7 +542,7 @@ def load_recipe(path, overrides=None, check=None):
 
     Args:
         path: a YAML file, or a run folder with a run.yaml. None: use only defaults.
-        overrides: {key: value or text}, which replace values of the file. A key is n_layer or model.n_layer.
+        overrides: {key: value or text}, which replace values of the file. Keys have the form n_layer or model.n_layer.
         check: function that takes the recipe, with defaults instead of invalid values, and returns a list of problems.
 
     Returns:

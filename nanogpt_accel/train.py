@@ -158,7 +158,7 @@ def training_loop(setup, data, run, state, stopper, console):
 
 
 def run_training(recipe, signals):
-    """Run a recipe: prepare its data, train or evaluate the model, and return it.
+    """Run a recipe: prepare its data, train or evaluate the model, and return the model.
 
     signals: a StopSignals, which records signals such as SIGTERM.
 
@@ -335,8 +335,8 @@ def train(recipe, **overrides):
         raise_problems(check_recipe(recipe))
     if not _TRAINING.acquire(blocking=False):
         raise ValueError(
-            "another thread of this process is training, and both would share a random number generator; "
-            "wait until it has finished, or train in another process"
+            "another thread of this process is training, and two runs in one process would share a random number "
+            "generator; wait until the other run has finished, or train in another process"
         )
     try:
         # StopSignals without `with` installs no handlers, so signals keep their default action

@@ -73,8 +73,8 @@ def check_out_dir(recipe):
     problems = []
     if init_from == "resume" and latest is None:
         problems.append(
-            f"out_dir={out_dir}: nothing to resume, no {'valid ' * bool(saved)}checkpoint in this folder; to start "
-            "over, set init_from=scratch"
+            f"out_dir={out_dir}: nothing to resume, because there is no {'valid ' * bool(saved)}checkpoint in this "
+            "folder; to start over, set init_from=scratch"
         )
     elif init_from == "resume":
         problems += shape_differences(latest, read_config(latest), recipe.shape)
@@ -97,7 +97,7 @@ def check_out_dir(recipe):
         )
     if recipe.overwrite and out_dir.resolve() in (Path(init_from).resolve(), Path(init_from).resolve().parent):
         problems.append(
-            f"model.init_from={init_from}: is in out_dir={out_dir}, which overwrite=true clears; change out_dir"
+            f"model.init_from={init_from}: is in out_dir={out_dir}, which overwrite=true deletes; change out_dir"
         )
     return problems
 
@@ -140,7 +140,7 @@ def find_checkpoint(recipe, data, console):
     """Return the latest valid checkpoint of a run.
 
     Raises:
-        ValueError: no checkpoint is valid, or it was trained on different data.
+        ValueError: no checkpoint is valid, or the latest valid checkpoint was trained on different data.
     """
     source = latest_valid(recipe.out_dir, console)
     if source is None:  # check_out_dir compares only file sizes, this check also hashes
@@ -194,7 +194,7 @@ def adopt_shape(recipe, config, source, console):
         console.say(f"using the architecture of {source}; ignoring the recipe's {', '.join(sorted(ignored))}")
     section, problems, _ = validate(SECTIONS["model"], recipe.model.model_dump() | shape, "model.")
     if problems:
-        raise ValueError(f"{source}: a recipe cannot express its architecture: {'; '.join(problems)}")
+        raise ValueError(f"{source}: a recipe cannot express this model's architecture: {'; '.join(problems)}")
     return recipe.model_copy(update={"model": section})
 
 
@@ -351,7 +351,8 @@ def is_finite(grad_norm):
 class NonFinite:
     """Detects a loss or gradient norm that is NaN or Inf, and ends the run or skips the step.
 
-    In fp16, infinite gradients are normal while the gradient scaler searches for its scale. It skips these steps.
+    In fp16, infinite gradients are normal while the gradient scaler searches for its scale. The scaler skips the steps
+    with infinite gradients.
     """
 
     def __init__(self, setup, run, tokenizer):
@@ -382,7 +383,7 @@ class NonFinite:
         """Return the losses of the steps up to `step`, averaged over all ranks, and the last gradient norm, as floats.
 
         Raises:
-            FloatingPointError: on_nonfinite=stop, and one of them is not finite.
+            FloatingPointError: on_nonfinite=stop, and a loss or the gradient norm is not finite.
         """
         import torch
 

@@ -39,12 +39,13 @@ def make_accelerator(
     Args:
         device: auto, cpu, cuda, cuda:N or mps.
         mixed_precision: auto, no, fp16 or bf16; see pick_precision.
-        compile: true, false, "auto" (see should_compile) or "regional": compile one block and reuse it for all.
+        compile: true, false, "auto" (see should_compile) or "regional" (compile one block, reuse it for all blocks).
         trackers: names of Accelerate's trackers. logging_dir: the folder for their files.
         collective_timeout: seconds that a process waits for the others before it ends the run with an error.
 
     Raises:
-        ValueError: the device is not available, or the processes are not connected.
+        ValueError: the device is not available or does not support the settings, or Accelerate does not see all
+            processes that the launcher started.
     """
     import torch
     from accelerate import Accelerator
@@ -65,7 +66,7 @@ def make_accelerator(
         raise ValueError(f"{launched}: several GPUs need NCCL, which Windows does not have; use one process or WSL2")
     precision = pick_precision(mixed_precision, chosen.type)
     if (chosen.type, precision) == ("mps", "bf16") and not torch.backends.mps.is_macos_or_newer(14, 0):
-        raise ValueError("mixed_precision=bf16: MPS requires macOS 14; set mixed_precision to fp16 or no")
+        raise ValueError("mixed_precision=bf16: on MPS, bf16 requires macOS 14; set mixed_precision=fp16 or no")
     torch.set_float32_matmul_precision("high")  # TF32 if the hardware has it, as in nanoGPT
     accelerator = Accelerator(
         cpu=chosen.type == "cpu",  # otherwise Accelerate does not connect processes that have no GPU
@@ -82,7 +83,8 @@ def make_accelerator(
     if world_size() != accelerator.num_processes:
         raise ValueError(
             f"{launched}: the launcher started {world_size()} processes, but Accelerate sees "
-            f"{accelerator.num_processes}; set ACCELERATE_USE_CPU=true on CPUs, use --multi_gpu or torchrun on GPUs"
+            f"{accelerator.num_processes}; to train on CPUs, set ACCELERATE_USE_CPU=true; to train on GPUs, use "
+            "`accelerate launch --multi_gpu` or torchrun"
         )
     for kind in ("FSDP", "DEEPSPEED"):
         if launcher_requests(kind) and accelerator.distributed_type != kind:
@@ -94,8 +96,8 @@ def make_accelerator(
 
 
 def assert_ranks_agree(accelerator, **facts):
-    """Raise a ValueError on every rank if the ranks have different `facts`: dictionaries of plain values, such as
-    recipe={"seed": 1}."""
+    """Raise a ValueError on every rank if `facts` are not the same on all ranks. Each keyword argument in `facts` is a
+    dictionary of plain values, such as recipe={"seed": 1}."""
     from accelerate.utils import gather_object
 
     if accelerator.num_processes == 1:
@@ -123,7 +125,7 @@ def should_compile(compile, device_type):
 
 def pick_precision(mixed_precision, device_type):
     """Return the precision to use: no, fp16, bf16 or fp8. For mixed_precision=auto, use the launcher's setting,
-    or auto_precision if the launcher's is "no", the default of `accelerate launch`."""
+    or auto_precision if that setting is "no", the default of `accelerate launch`."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision != "auto":
         return mixed_precision
@@ -136,7 +138,7 @@ def auto_precision(device_type, has_bf16):
 
 
 def has_native_bf16(device_type):
-    """Return whether the hardware supports bfloat16 and computes faster in it. On CPUs, this requires Intel's AMX."""
+    """Return whether the hardware is faster in bfloat16 than in float32. CPUs require Intel's AMX for this."""
     import torch
 
     if device_type == "cuda":

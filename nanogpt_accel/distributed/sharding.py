@@ -23,8 +23,8 @@ def _is_dtensor(tensor):
 
 
 def init_empty(make):
-    """Return the model that make() builds, on the CPU, with uninitialized weights. FSDP2 overwrites them with those of
-    the main process. Until then, they take no memory on Linux."""
+    """Return the model that make() builds, on the CPU, with uninitialized weights. FSDP2 later overwrites the weights
+    with those of the main process. Until then, the weights take no memory on Linux."""
     with torch.device("meta"):
         model = make()
     model.to_empty(device="cpu")
@@ -33,8 +33,8 @@ def init_empty(make):
 
 
 def disable_zero3_init(accelerator):
-    """Prevent transformers from sharding a model with ZeRO-3 while loading it; `prepare` shards it later. transformers
-    does so if Accelerate's DeepSpeed plugin has a `dschf`."""
+    """Prevent transformers from sharding a model with ZeRO-3 while loading it; `prepare` shards the model later.
+    Without this, transformers shards every model that it loads if Accelerate's DeepSpeed plugin has a `dschf`."""
     if is_deepspeed(accelerator):
         accelerator.state.deepspeed_plugin.dschf = None
 
@@ -125,8 +125,9 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
     """Return the part of the optimizer state that this process saves. All processes call it.
 
     Returns:
-        ({"PARAMETER/FIELD": tensor on the CPU}, {"PARAMETER/FIELD": index of its first row in the full tensor}). The
-        second is for sharded tensors only. Both are empty if another process saves this shard.
+        (tensors, first_rows). tensors: {"PARAMETER/FIELD": tensor on the CPU}. first_rows: {"PARAMETER/FIELD": index of
+        the tensor's first row in the full tensor}, for sharded tensors only. Both dictionaries are empty if another
+        process saves this shard.
     """
     index, _ = shard_index(accelerator, model)
     tensors, first_rows = {}, {}
@@ -186,7 +187,7 @@ def restore_optimizer(accelerator, model, optimizer, fields, read):
 
 
 def _local_rows(parameter):
-    """Return (start, stop) of the rows of a parameter on this process; a scalar has one row."""
+    """Return (start, stop) of the rows of a parameter that this process stores. A scalar counts as one row."""
     if _is_dtensor(parameter):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -198,7 +199,7 @@ def _local_rows(parameter):
 
 
 def _to_sharded(parameter, local):
-    """Return `local`, the rows of a tensor on this process, as a DTensor if the parameter is one."""
+    """Return `local`, the rows of a tensor on this process, as a DTensor if the parameter is a DTensor."""
     if not _is_dtensor(parameter) or not local.dim():
         return local
     local, layout = local.to(parameter.device), {"shape": parameter.shape, "stride": parameter.stride()}
@@ -211,7 +212,7 @@ def _to_sharded(parameter, local):
 
 
 def _deepspeed_state(parameter, zero):
-    """Return a parameter's optimizer state: {field: full tensor}. zero: DeepSpeed's optimizer, which wraps torch's."""
+    """Return a parameter's optimizer state: {field: full tensor}. zero: DeepSpeed's wrapper of the torch optimizer."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     return {
@@ -222,15 +223,18 @@ def _deepspeed_state(parameter, zero):
 
 
 def _link_deepspeed(zero):
-    """In ZeRO stages 1 and 2, link the parameters to the optimizer state of all flat vectors. DeepSpeed itself links
-    them in the first step, when only one vector has a state."""
+    """In ZeRO stages 1 and 2, link every parameter to the optimizer state of the flat vector that contains it.
+
+    DeepSpeed links parameters only once, in the first step. At that time, only one flat vector has optimizer state, so
+    the parameters in the other vectors are not linked.
+    """
     if hasattr(zero, "single_partition_of_fp32_groups"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
 def _restore_deepspeed(model, optimizer, fields, read):
-    """Create the optimizer state of the flat vectors before the first step, and fill it with the saved state."""
+    """Create DeepSpeed's optimizer state before the first step, and fill it with the saved state."""
     zero = optimizer.optimizer
     is_stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
     vectors = zero.fp32_partitioned_groups_flat if is_stage_3 else zero.single_partition_of_fp32_groups
@@ -249,7 +253,8 @@ def _restore_deepspeed(model, optimizer, fields, read):
 
 
 def _set_deepspeed(parameter, value, field=None):
-    """Set a field of a parameter's optimizer state, or its float32 copy if field is None, to a full tensor."""
+    """Set a field of a parameter's optimizer state to `value`, a full tensor. If field is None, set the parameter's
+    float32 copy."""
     if not hasattr(parameter, "ds_id"):  # stages 1 and 2
         return parameter.set_full_hp_param(value, field)
     part = parameter.ds_tensor.numel()  # all parts have the same size; the last one is padded

@@ -24,8 +24,8 @@ def lost_process(error):
 class StopSignals:
     """Records SIGTERM, SIGINT, SIGUSR1 and Windows' SIGBREAK. A second Ctrl-C ends the process immediately.
 
-    Use it as a context manager. Set `armed` while a loop checks `received`; before that, all signals except SIGUSR1
-    end the process as usual.
+    Use it as a context manager. Set `armed` to True when a loop starts to check `received`. Before that, SIGUSR1 is
+    recorded, and the other signals end the process as usual.
     """
 
     def __init__(self):
@@ -59,7 +59,7 @@ class Stopper:
     """Stops a run early, by a signal or after max_hours, on all ranks after the same step.
 
     Args:
-        signals: a StopSignals. It is armed here: from now on, a signal is recorded and does not end the process.
+        signals: a StopSignals. Stopper sets signals.armed, so from now on, a signal does not end the process.
         max_hours: None for no limit. started: time.monotonic() when the run started.
         collective_timeout: seconds to wait for the other ranks.
     """
@@ -77,8 +77,8 @@ class Stopper:
     def all_ranks_agreed(self):
         """Return whether the run should stop now. Call it on all ranks, once per step.
 
-        With several ranks, the result is that of the all_reduce started in the previous step. It runs in the background
-        on the CPU with gloo and is usually complete by now, so no rank has to wait for its device.
+        With several ranks, return the result of the all_reduce that was started in the previous step. The all_reduce
+        runs in the background on the CPU with gloo and is usually complete after one step, so no rank has to wait.
         """
         import torch
 

@@ -48,8 +48,8 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print, 
         if obstacles:
             raise ValueError(
                 f"{source}: no stock architecture supports this model. The closest is {name}, but it does not support "
-                f"{', '.join(obstacles)}. Set form=custom to export the model with its model.py; it then requires "
-                "trust_remote_code=True"
+                f"{', '.join(obstacles)}. Set form=custom to export the model with its model.py; loading that "
+                "export requires trust_remote_code=True"
             )
     report(f"exporting {source} as {name}")
     place = {"needs_code": form == "custom", "repo": repo, "branch": branch}
@@ -60,10 +60,10 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print, 
 
 
 def stock_vocab_size(tokenizer):
-    """Return the vocabulary size of a stock model without the padding of the vocabulary.
+    """Return the vocabulary size of a stock model that is exported without unused vocabulary entries.
 
-    It includes the padding token, which batched generation and fine-tuning need. A model with GPT-2's tokenizer keeps
-    GPT-2's size, because tools compare it with 50257 and pad with the end-of-text token.
+    The padding token counts as used, because batched generation and fine-tuning need it. For GPT-2's tokenizer, the
+    size is 50257, without a padding token: tools expect this size and pad with the end-of-text token.
     """
     if tokenizer.kind == "gpt2" or tokenizer.pad_id is None:
         return tokenizer.vocab_size
@@ -107,7 +107,9 @@ def export_nanogpt(source, to, keep_padding=False, dtype="float32", report=print
             write_meta(meta, tokenizer)
             notes.append(f"{meta}: copy it to nanoGPT's data/{dataset}/meta.pkl, where sample.py looks for it")
     if not is_resumable:
-        notes.append("nanoGPT's train.py resumes with a new optimizer, because the model has no AdamW state")
+        notes.append(
+            "if nanoGPT's train.py resumes from this file, it uses a new optimizer: the model has no AdamW state"
+        )
     return "nanoGPT checkpoint", *results, notes
 
 
@@ -123,7 +125,9 @@ def export_gguf(source, to, keep_padding=False, dtype="float32", report=print):
     as_in_llama_cpp = {"norm_weight": True}  # weights of one if the model has none
     if form == "gpt2" and config["activation"] == "gelu":
         as_in_llama_cpp["activation"] = "gelu_new"
-        notes.append("the difference includes llama.cpp's GELU, which is computed with tanh; the model's GELU is exact")
+        notes.append(
+            "part of the difference comes from GELU: llama.cpp uses the tanh approximation, the model uses exact GELU"
+        )
     with _new_file(to) as temporary:
         write_gguf(temporary, form, config, weights, tokenizer, dtype)
         report("loading the written model to compare the logits")
@@ -151,7 +155,8 @@ def _load_for_file(source, config, tokenizer, keep_padding, report):
 
 @contextmanager
 def _new_file(to):
-    """Yield a temporary path to write a new file to, and create its folder. After an error, delete both."""
+    """Yield a temporary path to write a new file to, and create its folder. After an error, delete the temporary file,
+    and the folder if it was created here."""
     folder = Path(to).parent
     existed = folder.exists()
     try:
@@ -174,7 +179,8 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
         to: a new or empty folder.
         form: a key of ARCHITECTURES that supports the model, or "custom" for GPT with its model.py.
         tokenizer: the model's Tokenizer. card: the text of README.md.
-        vocab_size: vocabulary size of the stock model, which may be smaller to remove padding. None: that of the GPT.
+        vocab_size: vocabulary size of the stock model; vocabulary entries above this size are removed. None: keep all
+            entries.
         dtype: dtype of the written weights: "float32", "bfloat16" or "float16".
         report: called with a line of text before each slow operation.
 
@@ -225,9 +231,9 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
 
 
 def _compare_logits(model, written, to, tokenizer, vocab_size, tolerance=1e-5):
-    """Compare a model with the model that was written. Return (largest difference of the logits, number of tokens).
+    """Compare the logits of a model and of its written copy. Return (largest absolute difference, number of tokens).
 
-    tolerance: allowed difference, relative to the largest logit if that is above 1.
+    tolerance: maximum allowed difference. If the largest logit is above 1, the tolerance is relative to it.
     """
     import torch
 
@@ -250,7 +256,7 @@ def _compare_logits(model, written, to, tokenizer, vocab_size, tolerance=1e-5):
 
 
 def _stock_model(model, form, vocab_size):
-    """Return (the stock model without weights, {name: weight}) of a model, with this vocabulary size."""
+    """Convert a GPT to a stock model with this vocabulary size. Return (model on the meta device, {name: weight})."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

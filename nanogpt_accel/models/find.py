@@ -10,17 +10,17 @@ from ..utils.text import quoted
 
 
 def may_be_model(target):
-    """Return whether a target is an existing folder or looks like a Hub id."""
+    """Return whether `target`, which a user gave as a model, is an existing folder or looks like a Hub id."""
     return Path(target).is_dir() or (is_model_id(target) and not Path(target).exists())
 
 
 def check_model(target):
-    """Check that a target may be a model, without reading its files. Return a list of problems."""
+    """Check that `target`, which a user gave as a model, is a folder or looks like a Hub id. Return the problems."""
     return [] if may_be_model(target) else [f"{target}: {nanogpt_hint(target) or 'no such folder'}"]
 
 
 def nanogpt_hint(target):
-    """Return instructions to import the target if it is a nanoGPT ckpt.pt or a folder with one, otherwise ""."""
+    """Return how to import `target` if it is a ckpt.pt of nanoGPT or a folder with a ckpt.pt, otherwise ""."""
     path = Path(target)
     file = path if path.suffix == ".pt" else path / "ckpt.pt"
     command = f"nanogpt-accel import {quoted(file)} --to FOLDER"

@@ -13,7 +13,7 @@ CONTEXT = 8
 
 
 def text_after(decode, prompt_ids, new_ids):
-    """Return the text of new_ids when they follow prompt_ids. decode: function that converts a list of ids to text."""
+    """Return the text that new_ids add to that of prompt_ids. decode: function that converts a list of ids to text."""
     context = prompt_ids[-CONTEXT:]
     return decode(context + new_ids)[len(decode(context)) :]
 
@@ -48,7 +48,7 @@ class _Streamer(BaseStreamer):
 class _Sampler(LogitsProcessor):
     """Sample the next ids, and return scores that force `generate` to choose these ids.
 
-    Each text has its own random generator, so that it does not depend on the other texts in the batch. The softmax is
+    Each text of the batch has its own random generator, so that no text depends on the other texts. The softmax is
     computed over the top_k candidates only, which makes a step on a CPU about 10 % faster.
     """
 

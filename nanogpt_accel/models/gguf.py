@@ -20,8 +20,9 @@ _TYPES = {
 def gguf_architecture(config, tokenizer):
     """Return (model_type, obstacles): llama.cpp's closest architecture, and the settings that it does not support.
 
-    llama.cpp's GELU is that with tanh, from a table in float16. Exact GELU is no obstacle, because the table alone
-    changes the logits as much: both by 1e-3 in a model trained on Shakespeare, and q8_0 by 2.5e-2.
+    llama.cpp uses the tanh approximation of GELU and looks it up in a float16 table. Exact GELU is not an obstacle,
+    because the error of the approximation is as small as that of the table: in a model trained on Shakespeare, each of
+    the two changes the logits by 1e-3. For comparison, q8_0 changes the logits by 2.5e-2.
     """
     form, obstacles = nearest_architecture(config, FORMS)
     if form == "gpt2" and config["activation"] == "relu2":
@@ -32,7 +33,7 @@ def gguf_architecture(config, tokenizer):
         if any(not token.isascii() for token in tokenizer.vocab):
             obstacles.append("a character tokenizer with characters other than ASCII")
     elif not tokenizer.splits_like_gpt2 or tokenizer.eot_id is None:
-        obstacles.append("a tokenizer other than characters or a byte-level BPE like GPT-2's")
+        obstacles.append("a tokenizer that is neither a character tokenizer nor a byte-level BPE as in GPT-2")
     return form, obstacles
 
 
@@ -43,7 +44,7 @@ def write_gguf(path, form, config, weights, tokenizer, dtype):
         form: one of FORMS. config: the fields of GPTConfig. weights: the weights of the stock model.
         tokenizer: the Tokenizer; the model's vocabulary may be larger.
         dtype: a key of _TYPES, for the matrices. As in llama.cpp's converter, vectors and learned positions are
-            float32; with q8_0, a matrix is float16 if its rows are not a multiple of 32.
+            float32. With q8_0, a matrix is float16 if the length of its rows is not a multiple of 32.
     """
     import gguf
 
@@ -115,7 +116,7 @@ def _add_tokenizer(writer, kinds, tokenizer, vocab_size):
 
 
 def _tensor_names(form, config, weights):
-    """Return {name in GGUF: name in the stock model}, by the gguf package's own table."""
+    """Return {name in GGUF: name in the stock model}, from the name table of the gguf package."""
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[form.upper()], config["n_layer"])
@@ -136,7 +137,8 @@ def _convert(form, config, name, tensor, back=False):
 
 
 def read_gguf(path, form, config, names):
-    """Return the weights of the stock model in float32 from a file of `write_gguf`. names: their names."""
+    """Read a file that `write_gguf` wrote. Return the stock model's weights in float32. names: the names of these
+    weights in the stock model."""
     import gguf
     import torch
 

@@ -24,7 +24,8 @@ def read_nanogpt(path, activation="gelu"):
     activation: "gelu" for nanoGPT since May 2023, "gelu_new" for checkpoints of older versions.
 
     Returns:
-        (model, info): the GPT, and a dict with nanoGPT's `iter_num`, `best_val_loss` and `config`, which may be None.
+        (model, info): the GPT, and a dict with nanoGPT's `iter_num`, `best_val_loss` and `config`. Entries that the
+        file does not contain are None.
 
     Raises:
         ValueError: the file is not a nanoGPT checkpoint, or contains objects other than tensors and plain values.
@@ -43,9 +44,10 @@ def read_nanogpt(path, activation="gelu"):
         raise ValueError(f"{path}: not a file written by torch.save, or corrupted ({loading_error(error)})") from error
     if isinstance(content, dict) and any(str(key).endswith(".attn.c_q.weight") for key in content):
         raise ValueError(
-            f"{path}: a checkpoint of nanochat, not of nanoGPT. nanochat's value embeddings, window pattern, residual "
-            "scales, smear and backout (since January 2026) are not supported. Convert an older checkpoint with "
-            "convert_nanochat_checkpoints.py in transformers' repository, and use the folder that it writes"
+            f"{path}: a checkpoint of nanochat, not of nanoGPT. nanochat models since January 2026 are not supported "
+            "(value embeddings, window pattern, residual scales, smear, backout). If the checkpoint is older, convert "
+            "it with convert_nanochat_checkpoints.py from transformers' repository, and use the folder that this "
+            "script writes"
         )
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ValueError(f"{path}: not a checkpoint of nanoGPT's train.py: `model` and `model_args` are missing")
@@ -81,22 +83,23 @@ def nanogpt_obstacles(config, tokenizer):
     }
     obstacles = find_obstacles(config, supported)
     if tokenizer.kind not in ("gpt2", "char"):
-        obstacles.append(f"tokenizer={tokenizer.kind} (only GPT-2's and characters)")
+        obstacles.append(f"tokenizer={tokenizer.kind} (only gpt2 and char are supported)")
     return obstacles
 
 
 def write_nanogpt(path, model, config, tokenizer, source):
     """Write a ckpt.pt for nanoGPT's sample.py and train.py.
 
-    If the model's folder is a checkpoint of a run with AdamW, the file contains its step, best validation loss and
-    optimizer state. Otherwise, it contains a new optimizer, because train.py does not resume without one.
+    If `source` is a checkpoint of a run, the file contains the checkpoint's step and best validation loss, and its
+    optimizer state if the run used AdamW. Without such a state, the file contains a new AdamW optimizer, because
+    nanoGPT's train.py cannot resume without an optimizer.
 
     Args:
-        config: the fields of GPTConfig; a vocab_size below the model's removes padding.
+        config: the fields of GPTConfig. Vocabulary entries of the model above config["vocab_size"] are removed.
         source: the folder of the model.
 
     Returns:
-        (dataset, is_resumable): nanoGPT's name of the data set, and whether the optimizer state is that of the run.
+        (dataset, is_resumable): the dataset name for nanoGPT, and whether the file contains optimizer state of a run.
     """
     import torch
 
@@ -127,9 +130,9 @@ def write_nanogpt(path, model, config, tokenizer, source):
 
 
 def _adamw_state(model, settings, checkpoint, rows):
-    """Return the state_dict of an AdamW, with the state in a checkpoint of a run if that was saved by an AdamW.
+    """Return the state_dict of an AdamW optimizer. If the checkpoint contains AdamW state, the state_dict includes it.
 
-    settings: the optimizer section of a recipe. rows: the vocabulary size in the file.
+    settings: the optimizer section of a recipe. checkpoint: folder or None. rows: vocabulary size of the ckpt.pt.
     """
     import torch
 
@@ -148,7 +151,7 @@ def _adamw_state(model, settings, checkpoint, rows):
 
 
 def write_meta(path, tokenizer):
-    """Write nanoGPT's meta.pkl of a character tokenizer."""
+    """Write a character tokenizer as a meta.pkl for nanoGPT."""
     itos = {i: token for token, i in tokenizer.vocab.items()}
     stoi = {token: i for token, i in tokenizer.vocab.items() if token != tokenizer.eot}
     Path(path).write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": stoi}))

@@ -251,13 +251,13 @@ def to_stock_config(model_type, config):
 
 
 def find_obstacles(config, supported):
-    """Return the settings of a config that are not supported, as key=value. supported: {field: values}."""
+    """Return the settings of a config that are not supported, as key=value. supported: {field: supported values}."""
     return [f"{key}={config[key]}" for key in supported if config[key] not in supported[key]]
 
 
 def nearest_architecture(config, model_types=tuple(ARCHITECTURES)):
     """Return (model_type, obstacles) for the closest stock architecture. Obstacles are the settings of this config that
-    the architecture does not support, as key=value. If there are none, the exported model has the logits of GPT."""
+    the architecture does not support, as key=value. Without obstacles, the exported model gives the same logits."""
     obstacles = {name: find_obstacles(config, ARCHITECTURES[name].supported(config)) for name in model_types}
     nearest = min(obstacles, key=lambda model_type: len(obstacles[model_type]))
     return nearest, obstacles[nearest]
@@ -267,7 +267,8 @@ def nearest_architecture(config, model_types=tuple(ARCHITECTURES)):
 
 
 def to_stock_weights(model_type, config, weights):
-    """Convert GPT's weights to a stock model's {name: tensor}. Biases and norm weights that GPT lacks are omitted."""
+    """Convert GPT's weights to a stock model's {name: tensor}. Biases and norm weights that only the stock model has
+    are not in the result."""
     architecture, stock = ARCHITECTURES[model_type], {}
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")

@@ -42,7 +42,7 @@ GPUS = {
 
 
 def peak_flops(device_name):
-    """Return the peak FLOP/s of a device by its name, or None if it is not in the table."""
+    """Return the peak FLOP/s of the device with this name, or None if the device is not in the table."""
     # match complete words: an RTX A4000 is not an A40
     return next((gpu.peak_flops for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device_name)), None)
 

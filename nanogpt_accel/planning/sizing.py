@@ -137,7 +137,7 @@ def activation_bytes(shape, batch, half, checkpointing, device="cuda", dropout=0
 
     Args:
         batch: sequences per micro-batch.
-        half: whether autocast uses bfloat16 or float16.
+        half: whether autocast uses a half-precision dtype (bfloat16 or float16).
         checkpointing: whether each block saves only its input and is recomputed in the backward pass.
         device: device type. Without CUDA's fused kernels, RMSNorm saves more and dropout saves a float32 mask.
     """

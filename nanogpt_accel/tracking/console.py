@@ -24,7 +24,7 @@ class Console:
         self.live = None  # rich's progress display, if there are live lines
 
     def say(self, text="", always=False):
-        """Print a line. always: print it even if `quiet` is set. Lines that start with `warning:` always are."""
+        """Print a line. If `quiet` is set, only print warnings (`warning: ...`) and lines with always=True."""
         if self.quiet and not always and not text.startswith("warning:"):
             return
         if self.live is not None:
@@ -80,7 +80,7 @@ class Console:
 
     @contextmanager
     def evaluating(self, n_batches):
-        """Yield a Progress for an evaluation, and measure its duration to estimate that of later evaluations."""
+        """Yield a Progress for an evaluation. Measure the evaluation's duration, to estimate the remaining time."""
         start_time = time.perf_counter()
         with Progress("evaluating", n_batches, self, "batches", interval=60) as progress:
             yield progress
@@ -104,10 +104,10 @@ class Console:
     # ---- live lines
 
     def open_line(self, name, total, done=0, text="", stays=False):
-        """Add a live line below the others and return its id, or None if there is no terminal.
+        """Add a live line below the existing live lines. Return its id, or None if live lines cannot be shown.
 
         total: number of items, None if unknown. done: finished items. text: printed after the bar.
-        stays: if this is the first line, leave the last state of the display in the terminal.
+        stays: keep the live lines visible after the display stops. Only used for the first live line of a display.
         """
         is_terminal = (sys.stderr if self.stderr else sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
         if not (self.is_verbose and is_terminal):
@@ -132,7 +132,7 @@ class Console:
                 self.stop()
 
     def _print(self, text, end="\n"):
-        """Print text. Ignore errors such as a full disk, so that the run continues, but not a BrokenPipeError."""
+        """Print text. Ignore errors such as a full disk, so that the run continues, but raise a BrokenPipeError."""
         try:
             print(text, end=end, flush=True, file=sys.stderr if self.stderr else sys.stdout)
         except BrokenPipeError:
@@ -149,8 +149,8 @@ class Progress:
         with Progress("evaluating", 300, console, "batches") as progress:
             progress(20)  # 20 more batches
 
-    total: number of items, None if unknown. report: a Console, or a function that prints a line. noun: what the items
-    are called. interval: seconds between lines.
+    total: number of items, None if unknown. report: a Console, or a function that prints a line. noun: name of the
+    items in the text, such as "batches". interval: seconds between lines.
     """
 
     def __init__(self, name, total, report, noun="", interval=5):
@@ -196,7 +196,7 @@ class TextProgress(Progress):
     """Show the progress of tokenization. total: approximate size of the text in bytes, None if unknown."""
 
     def __call__(self, documents, bytes, tokens):
-        """Report the totals so far. They include the work of earlier, interrupted attempts."""
+        """Report the total documents, bytes and tokens so far, including those of interrupted attempts."""
         if self.first is None:
             self.first_documents = documents
         self.documents, self.done, self.tokens = documents, bytes, tokens

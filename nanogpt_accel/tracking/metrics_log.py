@@ -15,8 +15,9 @@ class MetricsLog:
 
     Training step s is logged after the step. The evaluation at step s is done and logged before the step.
 
-    resume_step: step of the checkpoint that the run resumes from, or None. Later lines are removed, so that each step
-        is logged once. keep_evaluation: keep the evaluation at resume_step, because it was done before saving.
+    resume_step: step of the checkpoint that the run resumes from, or None. Lines that were logged after saving this
+        checkpoint are removed, so that each step is logged once.
+    keep_evaluation: whether the model was evaluated at resume_step before saving, so that this evaluation is kept.
     warn: function that prints a line.
     """
 
@@ -39,7 +40,7 @@ class MetricsLog:
         os.replace(temporary, self.path)
 
     def write(self, **values):
-        """Append a line. If that fails, print a warning, and write the line later."""
+        """Append a line. If that fails, print a warning, and write the line in a later call."""
         for key, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[key] = None  # JSON has no NaN
@@ -68,7 +69,7 @@ class MetricsLog:
     def close(self):
         if self._pending and (error := self._append()):
             n_lines = len(self._pending.splitlines())
-            self.warn(f"warning: {self.path} cannot be written ({error}); number of lines lost at the end: {n_lines}")
+            self.warn(f"warning: {self.path} cannot be written ({error}); lines missing at the end: {n_lines}")
         self.file.close()
 
 

@@ -26,7 +26,7 @@ class Trackers:
 
     Args:
         project: name of the project in the trackers. config: flat dictionary of the settings.
-        first_step: if it is above 0, the run is resumed, and the tracker continues its previous run.
+        first_step: 0 for a new run. If a run is resumed, trackers continue their record of this run at first_step.
         folder: run folder, for trackers that write files. name: name of the run in wandb.
         warn: function that prints a line.
 
@@ -48,8 +48,8 @@ class Trackers:
             accelerator.init_trackers(project, config=config, init_kwargs=options)
         except Exception as error:  # trackers raise different exceptions
             raise ValueError(
-                f"tracking.trackers: cannot start a tracker: {first_line(error)}; without a network or an account, "
-                "set WANDB_MODE=offline or trackers=tensorboard"
+                f"tracking.trackers: cannot start a tracker: {first_line(error)}; if you have no network or no "
+                "account, set WANDB_MODE=offline or trackers=tensorboard"
             ) from None
 
     def log(self, values, step):

@@ -47,8 +47,8 @@ def parse(argv, fields, n_targets=1):
     A boolean option without a value means true, and --no_KEY means false.
 
     Raises:
-        ValueError: too many positional arguments, or an option without a value. Unknown options are reported first,
-            because they may be the cause; alone, they are left to `validate`.
+        ValueError: too many positional arguments, or an option without a value. The message also names unknown options,
+            because they may be the cause. If there is no other problem, `validate` reports unknown options.
     """
     targets, options, problems, words = [], {}, [], list(argv)
     while words:
@@ -179,7 +179,8 @@ def run(command, argv):
 
 
 def limit_openmp_spinning():
-    """Let waiting OpenMP threads spin less, unless the user has set how they wait. Call it before torch is imported.
+    """Let waiting OpenMP threads spin less, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT is set. Call it before importing
+    torch.
 
     With the default, steps of 76 ms took 170 to 2,800 ms if another program used the same core. A limit of 1,000 spins
     avoids this and costs nothing on an idle machine.

@@ -1,4 +1,4 @@
-"""File locks, with a file that names the holder. If a process dies, the operating system releases its locks."""
+"""File locks. A second file names the process that has the lock. If a process dies, the system releases its locks."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ def acquire(lock_file, holder_file):
     existence of the file as the lock.
 
     Raises:
-        BlockingIOError: another process has the lock; the message names it, as in find_holder.
+        BlockingIOError: another process has the lock. The message names this process: `process N on HOST`.
         OSError: the file cannot be created or locked.
     """
     lock = FileLock(lock_file, timeout=0)
@@ -37,7 +37,7 @@ def acquire(lock_file, holder_file):
 
 
 def find_holder(lock_file, holder_file):
-    """Return the lock holder as `process N on HOST`, or None. Nothing is written to the disk.
+    """Return the process that has the lock, as `process N on HOST`, or None. Nothing is written to the disk.
 
     Raises:
         OSError: the file cannot be locked.

@@ -158,7 +158,7 @@ def words_tokenizer():
         ({"activation": "relu2"}, bpe, ["closest architecture: gpt2", "support activation=relu2;"]),
         ({**LLAMA, "logit_softcap": 3.0}, bpe, ["closest architecture: llama", "support logit_softcap=3.0;"]),
         ({}, lambda: Tokenizer.char(["é a"]), ["characters other than ASCII"]),
-        ({}, words_tokenizer, ["tokenizer other than characters or a byte-level BPE like GPT-2's"]),
+        ({}, words_tokenizer, ["a tokenizer that is neither a character tokenizer nor a byte-level BPE"]),
     ],
 )
 def test_what_llama_cpp_does_not_support_is_named_in_one_line(call, switches, tokenizer, words):
