@@ -201,4 +201,4 @@ def test_extend_with_learned_positions_is_refused(capsys, tmp_path, monkeypatch)
     tokenizer.save("ours")
     assert main(["sample", "ours", "prompt=a", "overflow=extend"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "overflow=extend" in line and "learned positions" in line and "slide or stop" in line
+    assert "overflow=extend" in line and "no position embeddings beyond block_size=" in line and "slide or stop" in line
