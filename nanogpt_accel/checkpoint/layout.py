@@ -28,7 +28,7 @@ def list_checkpoints(run):
 
 
 def is_checkpoint(path):
-    """Return whether a folder contains checkpoint files. A folder that only has the name could be the user's own."""
+    """Return whether a folder contains checkpoint files. Users may have other folders named checkpoint-N."""
     return any((path / name).is_file() for name in (*MODEL_FILES, TRAINER))
 
 

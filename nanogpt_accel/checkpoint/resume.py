@@ -27,7 +27,10 @@ def load_optimizer(path, accelerator, model, optimizer):
 
 
 def read_optimizer(path, shapes):
-    """Return the optimizer state of a checkpoint as {PARAMETER: {FIELD: tensor}}. shapes: {PARAMETER: shape}."""
+    """Return the optimizer state of a checkpoint as {PARAMETER: {FIELD: tensor}}. An example of a FIELD is exp_avg.
+
+    shapes: {PARAMETER: shape} of the model.
+    """
     tensors, state = _open_shards(Path(path), shapes), {}
     for key in tensors:
         name, _, field = key.rpartition("/")
@@ -38,7 +41,8 @@ def read_optimizer(path, shapes):
 def _open_shards(path, shapes):
     """Open the optimizer state of a checkpoint. Return {"PARAMETER/FIELD": [(first row, open file), ...]}.
 
-    FIELD: such as exp_avg. A file has the rows of the tensor from `first row` on. shapes: {PARAMETER: shape}.
+    An example of a FIELD is exp_avg. Each file contains some rows of the tensor; `first row` is the index of the first
+    of these rows in the full tensor. shapes: {PARAMETER: shape} of the model.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -53,13 +57,16 @@ def _open_shards(path, shapes):
             name, shape = key.rpartition("/")[0], tuple(shard.get_slice(key).get_shape())
             dims = slice(1 if key in first_rows else 0, None)  # a shard has only some rows
             if name not in shapes or (shape and shape[dims] != shapes[name][dims]):
-                raise ValueError(f"{file}: belongs to another run: {name} does not match this model; {fix}")
+                raise ValueError(f"{file}: from another run: the parameter {name} does not match this model; {fix}")
             tensors.setdefault(key, []).append((first_rows.get(key, 0), shard))
     return {key: sorted(shards, key=lambda item: item[0]) for key, shards in tensors.items()}
 
 
 def _read_rows(tensors, name, field, start, stop):
-    """Return rows start to stop - 1 of the state `field` of the parameter `name`, or all of it if it is a scalar."""
+    """Return rows `start` to `stop` - 1 of the optimizer state `field` of the parameter `name`.
+
+    If the state is a scalar, return the scalar.
+    """
     import torch
 
     key, parts = f"{name}/{field}", []

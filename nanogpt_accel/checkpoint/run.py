@@ -21,11 +21,12 @@ from .verify import latest_valid
 class Run:
     """Writes the results of a run: run.yaml, metrics.jsonl, samples.jsonl, trackers, checkpoints, pushes to the Hub.
 
-    `with Run(recipe, console) as run:` locks the run folder, so that no other process can train in it. `start` opens
-    the logs and trackers. On ranks other than 0, only `save` has an effect. Leaving the block closes everything.
+    `with Run(recipe, console) as run:` locks the run folder, so that no other process can train in it. All ranks must
+    call `start`, which opens the logs and trackers, and `save`. The other methods do nothing on ranks other than 0. The
+    end of the `with` block closes the logs and trackers and releases the lock.
 
     Raises:
-        ValueError: another process trains in this folder.
+        ValueError: another process is training in this folder, or the folder cannot be locked.
     """
 
     def __init__(self, recipe, console, repository=None):
@@ -44,9 +45,10 @@ class Run:
     def start(self, setup, data, state, stopper, is_resumed):
         """Write run.yaml and open the logs, the trackers and the saver.
 
-        A new run removes the files of an earlier run from the folder. A resumed run removes the lines that were logged
-        after its checkpoint. setup: the Setup. data: the Dataset. state: the TrainState. stopper: the Stopper, which is
-        closed at the end.
+        A new run first deletes the files that an earlier run wrote to the folder. A resumed run deletes all log lines
+        that were written after the checkpoint from which it resumes.
+
+        setup: the Setup. data: the Dataset. state: the TrainState. stopper: the Stopper.
         """
         from ..tracking.metrics_log import MetricsLog, Spikes, read_metrics
 
@@ -139,7 +141,7 @@ class Run:
     # ---- the end
 
     def finish_pushing(self, best_step):
-        """Wait for pending pushes. Then push the best checkpoint, unless it was the last one to be pushed."""
+        """Wait for pending pushes. Then push the best checkpoint, unless the last push already uploaded it."""
         pusher = self.pusher
         if pusher is None:
             return
@@ -190,7 +192,7 @@ class Run:
                         self.folder.rmdir()
 
     def _end_training(self, kind, trace):
-        """Close the trackers. Also destroy the process group, except after an error that may be on this rank only."""
+        """Close the trackers. Also destroy the process group, unless this rank failed and others may still run."""
         if self.setup is None:
             return
         accelerator = self.setup.accelerator
@@ -210,11 +212,11 @@ class Run:
 
 
 def create_repository(recipe):
-    """Return the name of the Hub repository for the checkpoints, and create it if it does not exist. Return None if
-    push_to_hub is false, and on ranks other than 0.
+    """Create the Hub repository for the checkpoints if it does not exist, and return its name. If push_to_hub is false,
+    and on ranks other than 0, do nothing and return None.
 
     Raises:
-        PermissionError: the Hub does not let this token push there.
+        PermissionError: the Hub refuses the request, for example because the token has no write access.
     """
     if not recipe.hub.push_to_hub or not is_main():
         return None
@@ -222,15 +224,15 @@ def create_repository(recipe):
     try:
         return create(repository, recipe.hub.hub_private, recipe.hub.hub_branch)
     except ConnectionError as error:
-        print(f"warning: {error}; the run continues and tries again at every checkpoint")
+        print(f"warning: {error}; the run continues, and every push tries again to reach the Hub")
         return repository
 
 
 def recipe_to_save(recipe, data):
     """Return the recipe for run.yaml and the model cards.
 
-    data_dir is set, so that a resumed run reads the same tokens even if the text changes. init_from is never "resume",
-    but the value with which the run first started. overwrite is false.
+    data_dir is set, so that a resumed run reads the same tokens even if the text of the corpus changes. If the run is
+    resumed, init_from is copied from the existing run.yaml. overwrite is false.
     """
     init_from = recipe.model.init_from
     if init_from == "resume":
@@ -244,7 +246,7 @@ def loss_text(trainer):
 
 
 def how_to_resume(out_dir):
-    """Return the end of a message: how to resume a run."""
+    """Return instructions for resuming a run. Callers add them to the end of a message."""
     saved = latest_valid(out_dir, thorough=False)
     if saved is None and not (Path(out_dir) / "run.yaml").is_file():
         return "the run had not started yet; use the same command again"

@@ -48,7 +48,7 @@ def check_empty(folder, key):
 
 
 def check_new_file(file, key):
-    """Check that a file does not exist, and that it can be written outside of run folders."""
+    """Check that a file does not exist, is writable, and is not in a run folder. key: the option that sets the file."""
     file = Path(file)
     if os.path.lexists(file):
         return [f"{key}={file}: exists already; delete it, or set `{key}` to a new file"]
@@ -94,10 +94,12 @@ def check_lock(run):
 
 
 def lock_run(run):
-    """Lock a run folder for this process. Return the lock, which is released by release() or when the process ends.
+    """Lock a run folder for this process, and return the lock. Call release() of the lock to unlock the folder.
+
+    The folder is also unlocked when the process ends.
 
     Raises:
-        ValueError: another process is training in the folder.
+        ValueError: another process is training in the folder, or the folder cannot be locked.
     """
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
@@ -131,12 +133,14 @@ def prepare_run_folder(run, recipe, is_resumed):
 
 
 def best_checkpoint(run, best_step, latest=None):
-    """Return the checkpoint of a run with the best validation loss. If it could not be saved, return the one that
-    `publish` linked, or else the latest one.
+    """Return the checkpoint of a run with the best validation loss.
+
+    If there is no checkpoint of this step, for example because the disk was full, return the checkpoint to which
+    `publish` linked before. If there is none, or if the run was not evaluated, return the latest checkpoint.
 
     Args:
         best_step: step of the best validation loss; None if the run was not evaluated.
-        latest: the latest valid checkpoint, if known. None: use the last one, valid or not.
+        latest: the latest valid checkpoint. None: find the latest checkpoint without verifying it.
     """
     if latest is None:
         latest = next(filter(is_checkpoint, reversed(list_checkpoints(run))), None)
@@ -147,8 +151,8 @@ def best_checkpoint(run, best_step, latest=None):
 
 
 def publish(run, best_step, latest):
-    """Link the files of the best checkpoint into the run folder, so that the run folder can be loaded as a model. Copy
-    the files if symbolic links are not allowed, which is the default on Windows."""
+    """Link the files of the best checkpoint into the run folder, so that the run folder can be loaded as a model. If
+    symbolic links are not permitted, copy the files. By default, Windows does not permit them."""
     checkpoint = best_checkpoint(run, best_step, latest)
     for file in checkpoint.iterdir():
         if file.is_file() and _published_from(run / file.name) != checkpoint:
@@ -180,7 +184,7 @@ def _published_from(path):
 
 
 def prune(run, best_step, latest, keep_last):
-    """Delete all checkpoints except the last `keep_last` and the best one. latest: the checkpoint just saved."""
+    """Delete old checkpoints, but keep the last `keep_last` and the best one. latest: the checkpoint just saved."""
     checkpoints = list_checkpoints(run)
     until_latest = checkpoints[: checkpoints.index(latest) + 1]
     kept = {best_checkpoint(run, best_step, latest), *until_latest[-keep_last:]}

@@ -25,7 +25,7 @@ _LEFTOVER = re.compile(r"\.checkpoint-[0-9]{1,12}\.(tmp|old)$")
 
 @dataclass
 class _Snapshot:
-    """A copy of everything that one process writes to a checkpoint. Training can continue while it is written."""
+    """Everything that one process writes to a checkpoint, as a copy if training continues during the write."""
 
     final: Path  # the checkpoint folder
     temporary: Path  # the folder's name until it is complete
@@ -44,9 +44,9 @@ class _Snapshot:
 class Saver:
     """Saves the checkpoints of a run, one at a time.
 
-    Every process of the run has a Saver and calls `save` after the same steps. The main process writes the folder; if
-    the optimizer state is sharded, each process writes its shard. If a save fails, the Saver reports it and stores the
-    reason in `error`; older checkpoints are untouched, and the next save tries again.
+    Every process of the run has a Saver, and all processes must call `save` at the same steps. The main process writes
+    the folder; if the optimizer state is sharded, each process writes its own shard. If a checkpoint cannot be saved,
+    the Saver prints a warning, stores the reason in `error` and keeps the older checkpoints.
 
     Args:
         run: the run folder. accelerator: the Accelerator. tokenizer: an object with save(folder, max_length, has_pad).
@@ -62,10 +62,10 @@ class Saver:
         self._thread = self._thread_error = None
 
     def save(self, trainer, model, optimizer, card):
-        """Save a checkpoint. Return when all files are written or, with in_background, when all tensors are copied.
+        """Save a checkpoint. With in_background, return as soon as all tensors are copied, before files are written.
 
         Args:
-            trainer: content of trainer.json; `step` (steps done) and `best_step` are used here.
+            trainer: content of trainer.json; must contain `step` (the number of finished steps) and `best_step`.
             model: the unwrapped GPT. optimizer: as accelerator.prepare returns it. card: text of README.md.
         """
         self.wait()
@@ -89,7 +89,7 @@ class Saver:
             self.accelerator.wait_for_everyone()
 
     def wait(self):
-        """Wait until a save in the background is done. Raise the exception of its thread, if any."""
+        """Wait until a save in the background is done. If its thread failed with an exception, raise the exception."""
         if self._thread is not None:
             # Ctrl-C inside Thread.start() leaves a thread that starts a moment later, or never
             deadline = time.monotonic() + 1
@@ -102,7 +102,7 @@ class Saver:
             raise self._thread_error
 
     def _take_snapshot(self, trainer, model, optimizer, card):
-        """Gather the weights and this process's shard of the optimizer state on the CPU. All processes call this."""
+        """Gather the weights and this process's optimizer shard on the CPU. All processes must call this."""
         from ..distributed import sharding
 
         sharding.reshard(model)
@@ -164,7 +164,7 @@ class Saver:
 
 
 def _prepare_temp_dir(temporary, n_bytes):
-    """Create the temporary folder, delete leftovers of killed processes, and check that n_bytes of disk are free."""
+    """Delete leftovers of killed processes, create the temporary folder, and check that the disk has n_bytes free."""
     for leftover in temporary.parent.glob(".checkpoint-*"):
         if leftover == temporary:
             delete(leftover)
@@ -194,8 +194,8 @@ def _write_model(temporary, snapshot, tokenizer):
 
 
 def _write_shard(temporary, snapshot):
-    """Write this process's shard of the optimizer state. Then write a receipt, for which the main process waits: a file
-    with the index entry of the shard, or with the error."""
+    """Write this process's shard of the optimizer state. Then write a receipt file: it contains the index entry of the
+    shard, or the error if the shard could not be written. The main process waits for the receipts of all processes."""
     from safetensors.torch import save_file
 
     file = temporary / shard_path(snapshot.shard, snapshot.num_shards)

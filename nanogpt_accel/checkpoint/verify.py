@@ -29,12 +29,12 @@ def latest_valid(run, warn=print, resumable=True, thorough=True):
 def find_corruption(path, resumable=True, thorough=True):
     """Return a message about the first missing or corrupted file of a checkpoint, or None if the checkpoint is valid.
 
-    Files are compared with state/index.json. In a copy without state/, JSON files must parse, and safetensors files
-    must be as long as their header says.
+    Sizes and hashes of the files are compared with state/index.json. If a copy of a checkpoint has no state/, its JSON
+    files are parsed instead, and the size of its safetensors file is compared with the header of the file.
 
     Args:
         resumable: whether the checkpoint must contain a valid state/, which is needed to resume a run.
-        thorough: compare hashes with the index, not only sizes.
+        thorough: compare sizes and hashes; False: compare only sizes, which is fast.
     """
     path = Path(path)
     index = read_index(path)
@@ -91,7 +91,7 @@ def read_index(path):
 
 
 def _has_matching_trainer(path):
-    """Return whether trainer.json is valid and its step is the one in the folder name."""
+    """Return whether trainer.json is valid and contains the step that is in the name of the folder."""
     try:
         trainer = read_trainer(path)
         has_step = trainer["step"] == int(CHECKPOINT_NAME.match(path.name)[1])
@@ -115,7 +115,7 @@ def _hash_once(file, size, mtime_ns, inode):
 
 
 def shape_differences(path, config, shape):
-    """Return a problem for each architecture setting in `shape` that differs from the `config` of a checkpoint."""
+    """Return a list of problems: architecture settings in `shape` that differ from the `config` of a checkpoint."""
     differing = [key for key in shape if shape[key] != config[key]]
     # these are derived from n_head and n_embd by default, so do not report them in addition to n_head and n_embd
     independent = [key for key in differing if key not in ("n_kv_head", "head_dim", "n_inner")]

@@ -43,8 +43,8 @@ class BenchOptions(Section):
     """The options of `bench`, in addition to the keys of a recipe."""
 
     steps: Int = Field(10, ge=1, description="number of measured steps; reported times are their medians")
-    warmup: Int = Field(3, ge=1, description="number of steps before the measured ones, for compilation and allocation")
-    compare: Words = Field([], description=f"compare variants along these axes, in all combinations: {', '.join(AXES)}")
+    warmup: Int = Field(3, ge=1, description="number of warm-up steps before the measured steps")
+    compare: Words = Field([], description=f"settings to vary: {', '.join(AXES)}; all combinations are measured")
     profile: str | None = Field(None, description="write a trace of two steps to this file; open it in ui.perfetto.dev")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
@@ -72,7 +72,7 @@ def main(argv):
 
 
 def check(recipe):
-    """Check a recipe. Return a list of problems. The data may be missing, because random tokens take the same time."""
+    """Check a recipe. Return a list of problems. Missing data is not a problem: `bench` then uses random tokens."""
     problems = check_launch(recipe.train.gradient_accumulation_steps)
     if dataset.is_prepared(recipe.data):
         problems += dataset.check(recipe.data, recipe.model.block_size)
@@ -80,7 +80,7 @@ def check(recipe):
 
 
 def variants_of(recipe, axes):
-    """Return [(name, changed settings), ...] for all combinations along the axes. Without axes, nothing is changed."""
+    """Return [(name, changed settings), ...] for all combinations of variants. axes: keys of AXES; []: no changes."""
     size = recipe.train.batch_size
     sizes = [(f"batch_size={n}", {"batch_size": n}) for n in (size // 2, size, 2 * size) if n]
     variants = []
@@ -170,7 +170,7 @@ def bench(recipe, options):
 
 
 def figures_of(variant, steps):
-    """Return the results of a variant as a dictionary. steps: list of the times that Variant.step returned."""
+    """Return the results of a variant as a dictionary. steps: list of results of Variant.step."""
     setup = variant.setup
     speeds = [setup.tokens_per_step / step["total"] for step in steps]
     speed, peak = statistics.median(speeds), setup.peak_flops
@@ -189,7 +189,7 @@ def figures_of(variant, steps):
 
 
 class Variant:
-    """A model that is trained to measure each part of a step. settings: changes to the recipe, as in AXES."""
+    """A model that is trained to measure the time of each part of a step. settings: the changed settings."""
 
     def __init__(self, recipe, config, tokens, eot_id, name, settings):
         import torch
@@ -214,10 +214,9 @@ class Variant:
         self.inputs = self.setup.fetch(0, 0)
 
     def step(self):
-        """Run one step as in train.py, and return the seconds per part and in total.
+        """Run one step as in train.py. Return {part: seconds}, with the time of the whole step as "total".
 
-        On CUDA, "data" is CPU time that overlaps with the GPU's work. The other parts are GPU time, so the total is
-        less than the sum of the parts.
+        On CUDA, the CPU loads the data while the GPU computes, so the sum of the parts can be more than the total.
         """
         setup, accelerator, recipe, step = self.setup, self.setup.accelerator, self.setup.recipe, self.number
         marks, data_seconds = [], 0.0
@@ -254,7 +253,7 @@ class Variant:
         }
 
     def mark(self):
-        """Return a time mark: an event on CUDA, the current time on other devices."""
+        """Return a timestamp: an event on CUDA, the current time on other devices."""
         import torch
 
         if self.device.type != "cuda":  # timed events can hang on MPS (pytorch/pytorch#196395)

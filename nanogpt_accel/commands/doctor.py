@@ -3,8 +3,8 @@
     nanogpt-accel doctor
     accelerate launch --config_file configs/multi_gpu.yaml -m nanogpt_accel doctor    # also tests communication
 
-The exit status is 1 if training would fail, and 0 if there are only warnings. In contrast to `accelerate env`, the
-command compares versions with the requirements of this package, runs small tests on the devices and suggests fixes.
+The exit status is 1 if training would fail. Warnings do not change the exit status. In contrast to `accelerate env`,
+the command compares versions with the requirements of this package, runs small tests on the devices and suggests fixes.
 """
 
 import json
@@ -125,7 +125,7 @@ def versions():
     try:
         needed = metadata.requires("nanogpt_accel")
     except metadata.PackageNotFoundError:
-        return [*found, warning("nanogpt_accel", "not installed, so its requirements are unknown", "pip install -e .")]
+        return [*found, warning("nanogpt_accel", "not installed, so required versions are unknown", "pip install -e .")]
     for requirement in map(Requirement, needed):
         name, fix = requirement.name, f"pip install '{requirement}'"
         if requirement.marker is not None:  # only needed for an extra
@@ -272,7 +272,7 @@ def accelerate_config():
     text = f"{path}: " + ", ".join(f"{key} {values[key]}" for key in keys if key in values)
     if values.get("distributed_type") == "MULTI_CPU":
         fix = "use accelerate launch --config_file configs/cpu_2proc.yaml"
-        return warning("launcher", f"{text}; MULTI_CPU starts a single process", fix)
+        return warning("launcher", f"{text}; with MULTI_CPU, accelerate starts a single process", fix)
     return ok("launcher", text)
 
 
@@ -281,9 +281,9 @@ def disk():
     folder = Path.cwd()
     free = shutil.disk_usage(folder).free
     if check_writable(folder):
-        return broken("disk", f"{folder} is not writable", "change to another folder, or set data_dir and out_dir")
+        return broken("disk", f"{folder} is not writable", "cd to a writable folder, or set data_dir and out_dir")
     state = broken if free < 2**26 else warning if free < GIB else ok
-    fix = "" if state is ok else "free some space, or change to a folder on another disk"
+    fix = "" if state is ok else "free some space, or cd to a folder on another disk"
     return state("disk", f"{folder}: {free / GIB:.1f} GiB free", fix)
 
 

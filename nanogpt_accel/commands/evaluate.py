@@ -39,7 +39,7 @@ class EvaluateOptions(Section):
     """The options of `evaluate`; it also accepts every key of a recipe."""
 
     recipe: str | None = Field(None, description="recipe that defines the data; default: run.yaml of the model's run")
-    split: str = Field("val", description="split to evaluate on: val, train, or test if the corpus has one")
+    split: str = Field("val", description="split to evaluate on: val or train; some corpora also have test")
     stride: Int | None = Field(
         None,
         ge=1,
@@ -47,13 +47,13 @@ class EvaluateOptions(Section):
     )
     text: str | None = Field(
         None,
-        description="text file to evaluate on, or wikitext2: that dataset, joined as in transformers' perplexity guide",
+        description="text file to evaluate on, or wikitext2: WikiText-2 as in the perplexity guide of transformers",
     )
     tasks: str | None = Field(
-        None, description="evaluate on these lm-eval tasks: hellaswag,... (requires the package lm-eval)"
+        None, description="lm-eval tasks, such as hellaswag,lambada_openai; requires the package lm-eval"
     )
     tasks_dir: str | None = Field(None, description="folder with your own lm-eval task files")
-    num_fewshot: Int | None = Field(None, ge=0, description="examples per prompt; default: the task's own number")
+    num_fewshot: Int | None = Field(None, ge=0, description="few-shot examples per prompt; default: set by the task")
     limit: Int | None = Field(None, ge=1, description="use at most this many questions per task")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
@@ -95,8 +95,9 @@ class Text(NamedTuple):
 def load_data_recipe(target, path, given):
     """Load the recipe that defines the data to evaluate on.
 
-    If `path` is None, use the corpus or data_dir in `given` (recipe keys on the command line), or else run.yaml of the
-    run of the model `target`. If only the corpus is given, it is tokenized with the tokenizer of the model.
+    path: the recipe; None: run.yaml of the run of the model `target`. given: recipe keys from the command line.
+    If `path` is None and `given` contains corpus or data_dir, no file is loaded, and the default tokenizer is the
+    tokenizer of the model.
     """
     keys = {key.removeprefix("data.") for key in given} & {"corpus", "data_dir", "tokenizer"}
     if path is None and keys & {"corpus", "data_dir"}:
@@ -191,14 +192,16 @@ def check_windows(text, block_size, recipe, options, config, folder):
     if config["position"] == "learned" and block_size > context:
         problems.append(f"block_size={block_size}: must not exceed {context}, the context length of {folder}")
     if stride and stride > block_size:
-        problems.append(f"stride={stride}: must not exceed block_size={block_size}, or some tokens are never predicted")
+        problems.append(
+            f"stride={stride}: must not exceed block_size={block_size}, because some tokens would be skipped"
+        )
     if stride and eval_iters != "all":
         problems.append(f"eval_iters={eval_iters}: not supported with stride={stride}; remove one of them")
     return problems
 
 
 def compute_losses(folder, text, block_size, stride, recipe, accelerator, console):
-    """Load and evaluate a model. Return (sums, counts), arrays of the summed loss and the tokens per window."""
+    """Load and evaluate a model. Return (sums, counts): per window, the sum of the losses and the number of tokens."""
     from ..batches import evaluation_batches, model_inputs, sliding_windows
     from ..distributed import cpu
     from ..evaluation import window_losses
@@ -235,8 +238,8 @@ def evaluate_tasks(target, recipe, options):
     manager = TaskManager(include_path=options.tasks_dir)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(
-            f"tasks={','.join(unknown)}: unknown to lm-eval; list its tasks with `lm-eval ls tasks`, or set "
-            "tasks_dir to a folder with your own"
+            f"tasks={','.join(unknown)}: unknown to lm-eval; `lm-eval ls tasks` lists all tasks; to use your "
+            "own task files, set tasks_dir to their folder"
         )
     device = pick_device(recipe.train.device)
     results = simple_evaluate(

@@ -26,10 +26,10 @@ FILE_FORMS = {".pt": "nanogpt", ".gguf": "gguf"}  # file name extension -> form
 class ExportOptions(Section):
     """The options of `export`."""
 
-    to: str = Field("", description="output folder, must be empty or not exist yet; or a new file, *.gguf or *.pt")
+    to: str = Field("", description="output folder (empty or new), or a new file NAME.gguf or NAME.pt")
     form: Literal["auto", "stock", "custom", "nanogpt", "gguf"] = Field(
         "auto",
-        description="stock: transformers' GPT-2, Llama, Qwen3 or NanoChat; custom: this package's GPT with its code; "
+        description="stock: transformers' GPT-2, Llama, Qwen3 or NanoChat; custom: this package's GPT with model.py; "
         "nanogpt: a ckpt.pt; gguf: a file for llama.cpp; auto: nanogpt for *.pt, gguf for *.gguf, otherwise stock",
     )
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = Field(
@@ -37,8 +37,8 @@ class ExportOptions(Section):
     )
     vocab: Literal["cut", "keep"] = Field(
         "cut",
-        description="cut: remove the padding of the vocabulary, because most tools expect the tokenizer's size, except "
-        "one entry for a padding token; keep: export all of it",
+        description="cut: remove the entries that pad the vocabulary, because most tools expect the vocabulary size of "
+        "the tokenizer (stock models may keep one entry for a padding token); keep: export all entries",
     )
 
 

@@ -27,10 +27,13 @@ class ImportOptions(Section):
     to: str = Field("", description="output folder; must be empty or not exist yet")
     tokenizer: str = Field(
         "auto",
-        description="gpt2, a path of a nanoGPT meta.pkl, or a folder with a tokenizer.json; auto: meta.pkl next to the "
-        "checkpoint, data/DATASET/meta.pkl next to its folder, as in nanoGPT, or gpt2 if neither exists",
+        description="gpt2, the path of nanoGPT's meta.pkl, or a folder with a tokenizer.json; auto: meta.pkl in the "
+        "folder of CKPT.pt, or ../data/DATASET/meta.pkl relative to this folder; if both are missing, gpt2 "
+        "(only for models with the vocabulary size of GPT-2)",
     )
-    activation: Literal["gelu", "gelu_new"] = Field("gelu", description="gelu_new: for nanoGPT before May 2023")
+    activation: Literal["gelu", "gelu_new"] = Field(
+        "gelu", description="gelu_new: for checkpoints from before May 2023"
+    )
 
 
 def main(argv):
@@ -76,10 +79,12 @@ def main(argv):
 
 
 def find_tokenizer(setting, checkpoint_file, dataset, vocab_size):
-    """Return the Tokenizer of a nanoGPT checkpoint. setting: the option `tokenizer`. dataset: as in nanoGPT's config.
+    """Return the Tokenizer of a nanoGPT checkpoint.
+
+    setting: the option `tokenizer`. dataset: the option `dataset` in nanoGPT's config.
 
     Raises:
-        ValueError: the tokenizer cannot be found, or has more tokens than the model.
+        ValueError: the tokenizer cannot be found, or has a larger vocabulary than the model.
     """
     folder = checkpoint_file.resolve().parent
     meta = folder / "meta.pkl"  # written by `export`
@@ -89,7 +94,7 @@ def find_tokenizer(setting, checkpoint_file, dataset, vocab_size):
     if setting == "auto" and not has_meta and vocab_size not in (50257, 50304):
         raise ValueError(
             f"{checkpoint_file}: the tokenizer of this model (vocabulary size {vocab_size}) is unknown, because {meta} "
-            "does not exist; set tokenizer to the path of its meta.pkl"
+            "does not exist; set tokenizer to the path of the meta.pkl of this model"
         )
     if setting == "auto":
         setting = str(meta) if has_meta else "gpt2"
@@ -104,7 +109,7 @@ def find_tokenizer(setting, checkpoint_file, dataset, vocab_size):
         tokenizer = Tokenizer.load(setting)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"tokenizer={setting}: has {tokenizer.vocab_size:,} tokens, but {checkpoint_file} only has {vocab_size:,}; "
-            "set tokenizer to the one that the model was trained with"
+            f"tokenizer={setting}: has {tokenizer.vocab_size:,} tokens, but the vocabulary size of {checkpoint_file} "
+            f"is only {vocab_size:,}; set tokenizer to the tokenizer that the model was trained with"
         )
     return tokenizer

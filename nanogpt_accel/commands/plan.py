@@ -1,4 +1,4 @@
-"""Estimate the parameters, FLOPs, memory and time of a run, and find the launch configurations that fit.
+"""Estimate the parameters, FLOPs, memory and time of a run, and find launch configurations that fit into memory.
 
     nanogpt-accel plan recipes/gpt2.yaml gpus=8 gpu=a100 mfu=0.37
     nanogpt-accel plan recipes/gpt2.yaml n_layer=48 n_head=25 n_embd=1600 gpus=64 --json
@@ -41,9 +41,14 @@ class PlanOptions(Section):
 
     gpus: Int = Field(1, ge=1, description="number of GPUs")
     gpus_per_node: Int = Field(8, ge=1, description="number of GPUs per machine")
-    gpu: str = Field("", description=f"{', '.join(GPUS)}; default: H100, or no GPU if device is cpu or mps")
-    gpu_memory: Float = Field(0, ge=0, description="memory per GPU in GiB; 0: the value of the data sheet")
-    mfu: Float = Field(0.4, gt=0, le=1, description="expected MFU; nanoGPT has 0.37 on one A100, llm-foundry 0.43 on 8")
+    gpu: str = Field("", description=f"GPU model: {', '.join(GPUS)}; default: H100, or none if device is cpu or mps")
+    gpu_memory: Float = Field(0, ge=0, description="memory per GPU in GiB; 0: the value from the GPU's data sheet")
+    mfu: Float = Field(
+        0.4,
+        gt=0,
+        le=1,
+        description="expected model FLOPs utilization; nanoGPT reaches 0.37 on one A100, llm-foundry 0.43 on 8 A100s",
+    )
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
@@ -144,7 +149,10 @@ def plan(recipe, options):
 
 
 def find_data(recipe):
-    """Return (vocabulary size of the tokenizer, number of training tokens or None, list of assumptions)."""
+    """Return (vocabulary size, number of training tokens, list of assumptions).
+
+    The vocabulary size is None if a pretrained model defines it. The number of tokens is None if it is unknown.
+    """
     data, assumed = recipe.data, []
     if dataset.is_prepared(data):
         manifest = read_manifest(dataset.data_folder(data))
@@ -161,11 +169,11 @@ def assumptions(recipe, options, gpu, precision, n_params):
     """Return a list of assumptions about hardware and speed, as text."""
     train, assumed = recipe.train, []
     if gpu and precision == "no":
-        assumed.append("peak FLOP/s of half precision; training with mixed_precision=no is much slower")
+        assumed.append("the GPU computes in half precision; training with mixed_precision=no is much slower")
     if gpu is None and train.mixed_precision == "auto" and train.device != "mps":
-        assumed.append("a CPU without AMX, which trains in float32; a CPU with AMX uses bf16 and less memory")
+        assumed.append("the CPU has no AMX and trains in float32; with AMX, it would use bf16, which needs less memory")
     if train.activation_checkpointing:
-        assumed.append("mfu ignores the FLOPs of recomputed activations, about a third more; set a lower mfu")
+        assumed.append("the times exclude recomputed activations (about a third more FLOPs); set a lower mfu")
     if gpu and n_params < SMALL:
         assumed.append(
             f"mfu={options.mfu:g}, which is too high for a model this small: nanoGPT's shakespeare_char reaches "
@@ -210,7 +218,7 @@ def run_time(size, exchange, gpu, options):
     """Return the estimated time per step and in total as a dictionary. Without a GPU, all values are None.
 
     size: the result of run_size. exchange: seconds of communication per step. Communication overlaps with computation,
-    so a step takes the longer of the two.
+    so the time per step is the longer of the two times.
     """
     keys = ("computing_seconds", "exchange_seconds", "seconds_per_step", "tokens_per_second_per_gpu", "days")
     if gpu is None:
@@ -239,7 +247,10 @@ def find_layouts(gpus, gpus_per_node, algorithm, gpu, device):
 
 
 def memory_by_layout(memory_of, layouts, train):
-    """Return {layout: {part: bytes}} for the layouts from find_layouts, with totals. memory_of: see `plan`."""
+    """Return {layout: {part: bytes}} for the layouts from find_layouts, with totals.
+
+    memory_of: function of layout, shards, batch and checkpointing that returns {part: bytes}.
+    """
     memory = {}
     for layout, (config, shards) in layouts.items():
         full, checkpointed = (
@@ -258,7 +269,10 @@ def memory_by_layout(memory_of, layouts, train):
 
 
 def find_fix(train, gpus, memory_of, layouts, limit):
-    """Return advice, as text, on how to make the run fit into `limit` bytes per GPU. memory_of: see `plan`."""
+    """Return advice, as text, on how to make the run fit into `limit` bytes per GPU.
+
+    memory_of: see memory_by_layout.
+    """
 
     def fits(batch, checkpointing):
         parts = (memory_of(name, n, batch=batch, checkpointing=checkpointing) for name, (_, n) in layouts.items())

@@ -3,8 +3,8 @@
     nanogpt-accel report runs/gpt2
     nanogpt-accel report runs/gpt2 runs/llama out=compare.html
 
-The page is self-contained, makes no network requests and supports light and dark mode. The command also writes the
-curves as PNGs to the same folder. It only reads the run folders, so it works during training.
+The page is self-contained, makes no network requests and supports light and dark mode. The command also writes
+each chart as a PNG file to the folder of the page. The run folders may be of runs that are still training.
 """
 
 import json
@@ -37,7 +37,7 @@ CHARTS = {  # name in metrics.jsonl: (title, unit, divisor)
 class ReportOptions(Section):
     """The options of `report`."""
 
-    out: str = Field("", description="path of the page; default: report.html, in the run folder of a single run")
+    out: str = Field("", description="path of the page; default: report.html, in the run folder of a single RUN")
 
 
 def main(argv):
@@ -84,8 +84,8 @@ def unique_names(targets):
 def read_run(folder, name):
     """Read a run folder. Return a dictionary of plain values for the page.
 
-    "series" is {metric: result of `downsample`}. "notes" is a list of problems, as text. Training time is computed from
-    the throughput, because metrics.jsonl has no timestamps, so it excludes evaluations and checkpoints.
+    "series" is {metric: result of `downsample`}. "notes" is a list of problems, as text. Because metrics.jsonl
+    has no timestamps, training time is computed from the throughput. It excludes evaluations and checkpoints.
     """
     recipe, tokens_per_step, notes = read_recipe(folder)
     lines = read_metrics(folder / "metrics.jsonl")
@@ -142,7 +142,7 @@ def number(line, key):
 
 
 def training_seconds(lines, tokens_per_step):
-    """Return a list: per line of metrics.jsonl, the seconds of training so far, or None if they are unknown.
+    """Return a list: for each line of metrics.jsonl, the seconds of training so far, or None if unknown.
 
     The throughput in a line is the mean since the previous line with a training loss.
     """

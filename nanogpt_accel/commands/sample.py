@@ -23,16 +23,18 @@ from ..utils.text import quoted
 
 
 class SampleOptions(Section):
-    """The options of `sample`; the defaults are nanoGPT's."""
+    """The options of `sample`. The defaults are the same as in nanoGPT's sample.py."""
 
     prompt: str = Field(
         "\n",
         validation_alias=AliasChoices("prompt", "start"),
-        description="text to continue, or FILE:path to read it from a file; `start`, as in nanoGPT, is an alias",
+        description="text to continue, or FILE:path to read the text from a file; alias: start, as in nanoGPT",
     )
-    prompts: str | None = Field(None, description="text file with one prompt per line; replaces prompt")
+    prompts: str | None = Field(None, description="text file with one prompt per line, instead of prompt=...")
     num_samples: Int = Field(10, ge=1, description="number of samples per prompt")
-    batch_size: Int = Field(1, ge=1, description="samples per batch; larger is faster, but only 1 streams the text")
+    batch_size: Int = Field(
+        1, ge=1, description="samples per batch; large batches are faster, but only batch_size=1 streams text"
+    )
     max_new_tokens: Int = Field(500, ge=1, description="number of tokens to generate per sample")
     temperature: Float = Field(0.8, ge=0, description="below 1: less random; above 1: more random; 0: greedy decoding")
     top_k: Int = Field(200, ge=0, description="sample from the k most likely tokens; 0: from all tokens")
@@ -40,7 +42,7 @@ class SampleOptions(Section):
     overflow: Literal["slide", "stop", "extend"] = Field(
         "slide",
         description="what to do when the text reaches block_size tokens. slide: continue with the last half of the "
-        "text as context; stop: end the text; extend: use positions beyond those in training (rotary positions only)",
+        "text as context; stop: end the text; extend: use positions beyond block_size (rotary positions only)",
     )
     seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="random seed; sample i uses seed + i")
     device: Device = Field("auto", description="device to use: auto, cpu, cuda, cuda:N or mps")
@@ -81,7 +83,7 @@ def read_prompts(options):
     """Return the list of prompts from prompt=..., prompt=FILE:... or prompts=FILE.
 
     Raises:
-        ValueError: the file cannot be read, or is empty.
+        ValueError: the file cannot be read, or prompts=FILE contains no prompts.
     """
     file = options.prompts or (options.prompt if options.prompt.startswith("FILE:") else None)
     if file is None:
@@ -110,12 +112,14 @@ def check_prompts(folder, tokenizer, prompts, options):
         problems += tokenizer.check_prompt(prompt, max_tokens, key)
     if options.overflow == "extend" and config["position"] != "rotary":
         limit = f"block_size={config['block_size']}"
-        problems.append(f"overflow=extend: {folder} has learned positions up to {limit}; set overflow to slide or stop")
+        problems.append(
+            f"overflow=extend: {folder} has no position embeddings beyond {limit}; set overflow to slide or stop"
+        )
     return problems
 
 
 def write_texts(folder, tokenizer, prompts, options):
-    """Generate and print num_samples texts per prompt. Print a text while it is generated if its batch has only one."""
+    """Generate and print num_samples texts per prompt. If a batch has only one text, print it during generation."""
     from transformers.utils import logging as transformers_logging
 
     from ..distributed import cpu

@@ -16,12 +16,13 @@ PUSH_TIMEOUT_S = 1800  # maximum time to wait for a push at the end of a run
 class BackgroundPush:
     """Pushes checkpoints in a thread, one at a time. If several checkpoints are waiting, only the latest is pushed.
 
-    `push` makes hard links to the files of a checkpoint first, so that the checkpoint can be pruned in the meantime. If
-    a push fails, the next checkpoint is pushed as usual. Repeated failures cause only one warning.
+    `push` first makes hard links to the files of a checkpoint, so that the checkpoint folder can be deleted before the
+    push is complete. A failed push is not repeated, but the next checkpoint is pushed. If several pushes fail in a row,
+    only the first failure causes a warning.
     """
 
     def __init__(self, repo, folder, warn, private=False, branch=None):
-        """repo: Hub repository, created if it does not exist. folder: the run folder. warn: prints a line."""
+        """repo: Hub repository, created if missing. folder: the run folder. warn: function that prints a line."""
         self.repo, self.private, self.branch, self.warn = repo, private, branch, warn
         self.pushed = None  # last checkpoint that was pushed
         self._folder, self._has_warned = Path(folder), False
@@ -76,9 +77,7 @@ class BackgroundPush:
     def _report_failure(self, message, error):
         if not self._has_warned:
             self._has_warned = True
-            self.warn(
-                f"warning: not pushed to the Hub: {message}: {error}. The push is retried with the next checkpoint"
-            )
+            self.warn(f"warning: not pushed to the Hub: {message}: {error}. Later checkpoints will be pushed as usual")
 
 
 def _link(file, target):

@@ -62,9 +62,10 @@ def model_card(
 
     Args:
         name: the title. text: the first paragraph, in Markdown.
-        tokenizer, block_size: tokenizer and context length of the model, for the prompt and length in the code.
+        tokenizer, block_size: tokenizer and context length of the model. The prompt in the code depends on the
+            tokenizer, and the number of tokens to generate depends on block_size.
         needs_code: whether loading the model requires the model.py in its folder.
-        corpus: the training corpus, with the manifest's keys "kind", "name", "id" and "config"; all are optional.
+        corpus: dictionary that describes the training corpus: "kind", "name", "id", "config". All keys are optional.
         val_loss: validation loss on the corpus in nats per token; omitted if it is None, NaN or Inf.
         base_model: Hub id of the model that training started from.
         sections: {title: Markdown} of sections after the code.
@@ -120,13 +121,13 @@ tokenizer = AutoTokenizer.from_pretrained(path{options})"""
 
 
 def adapt_usage(card, needs_code, repo=None, branch=None):
-    """Change the code in a card to load the model from a Hub repository, or from the current folder if repo is None."""
+    """Return a card with code that loads the model from the Hub repository `repo`; None: from the current folder."""
     return _LOADING_CODE.sub(lambda match: _loading_code(needs_code, repo, branch), card, count=1)
 
 
 def converted_card(source, name, tokenizer, block_size, *, needs_code, repo=None, branch=None):
-    """Return the card of a model that was converted from the folder `source`. If nanogpt_accel wrote the card there,
-    only change its code (see adapt_usage). Otherwise write a short card with the title `name`."""
+    """Return the model card of a model that was converted from the folder `source`. If `source` has a model card that
+    nanogpt_accel wrote, only adapt its code (see adapt_usage). Otherwise, write a short card with the title `name`."""
     readme = Path(source) / "README.md"
     card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     if "nanogpt_accel" not in card.split("\n---", 1)[0]:  # nanogpt_accel is not in the tags

@@ -49,7 +49,10 @@ def download(model_id, report=print, bars=True):
 
 
 def check_push(model_id, key):
-    """Check the settings for a push without using the network. Return a list of problems, which start with `key`."""
+    """Check the settings for a push without using the network. Return a list of problems.
+
+    key: the option that contains model_id, for the messages.
+    """
     from huggingface_hub import get_token, is_offline_mode
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -133,12 +136,12 @@ def _hub_errors(model_id):
 
 
 def _status(error):
-    """Return the HTTP status of a failed request, or None. After file uploads, the error's cause has the response."""
+    """Return the HTTP status of a failed request, or None. After file uploads, the cause of `error` has the status."""
     return getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
 
 
 def _explain(error):
-    """Return the end of a message: why a transfer failed, and the fix. The caller adds the name of the model."""
+    """Return the reason why a transfer failed, and the fix. Callers put the name of the model before this text."""
     from huggingface_hub import errors
 
     status = _status(error)

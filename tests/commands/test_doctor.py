@@ -158,7 +158,7 @@ def test_folders_that_cannot_be_written_are_reported(monkeypatch, tmp_path):
             "ok",
             "distributed_type MULTI_GPU, num_processes 8, mixed_precision bf16",
         ),
-        ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "warning", "starts a single process"),
+        ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "warning", "accelerate starts a single process"),
         ("{", "warning", "cannot be read"),
         ("- a list\n", "warning", "cannot be read"),
     ],

@@ -311,7 +311,7 @@ def test_find_tokenizer_takes_meta_pkl_next_to_the_checkpoint_or_the_given_one(r
         with refused(
             ValueError,
             f"tokenizer={asked}: has 3 tokens",
-            "out/ckpt.pt only has 2; set tokenizer to the one that the model was trained with",
+            "out/ckpt.pt is only 2; set tokenizer to the tokenizer that the model was trained with",
         ):
             find_tokenizer(asked, ckpt, "", 2)
     with refused(ValueError, "tokenizer=no/meta.pkl: no such file"):
@@ -327,7 +327,7 @@ def test_find_tokenizer_takes_meta_pkl_next_to_the_checkpoint_or_the_given_one(r
 @pytest.mark.parametrize("vocab_size", [50257, 50304])
 def test_find_tokenizer_recognizes_gpt2_by_its_vocabulary_size(gpt2_files, refused, vocab_size):
     assert find_tokenizer("auto", Path("out/ckpt.pt"), "openwebtext", vocab_size).kind == "gpt2"
-    with refused(ValueError, "tokenizer=gpt2: has 50,257 tokens, but out/ckpt.pt only has 64"):
+    with refused(ValueError, "tokenizer=gpt2: has 50,257 tokens, but the vocabulary size of out/ckpt.pt is only 64"):
         find_tokenizer("gpt2", Path("out/ckpt.pt"), "openwebtext", 64)
 
 
