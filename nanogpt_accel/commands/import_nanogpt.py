@@ -88,9 +88,9 @@ def find_tokenizer(setting, checkpoint_file, dataset, vocab_size):
     """
     folder = checkpoint_file.resolve().parent
     meta = folder / "meta.pkl"  # written by `export`
-    if not meta.is_file():
+    if dataset and not meta.is_file():
         meta = folder.parent / "data" / dataset / "meta.pkl"
-    has_meta = bool(dataset) and os.path.isfile(meta)  # Path.is_file raises an error if the name is too long
+    has_meta = os.path.isfile(meta)  # Path.is_file raises an error if the name is too long
     if setting == "auto" and not has_meta and vocab_size not in (50257, 50304):
         raise ValueError(
             f"{checkpoint_file}: the tokenizer of this model (vocabulary size {vocab_size}) is unknown, because {meta} "

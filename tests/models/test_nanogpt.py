@@ -324,6 +324,14 @@ def test_find_tokenizer_takes_meta_pkl_next_to_the_checkpoint_or_the_given_one(r
     assert not Path("hacked").exists()
 
 
+def test_find_tokenizer_takes_meta_pkl_of_a_checkpoint_without_a_dataset(refused):
+    ckpt = Path("out/ckpt.pt")
+    with refused(ValueError, "out/meta.pkl does not exist"):
+        find_tokenizer("auto", ckpt, "", 64)
+    write_meta(Path("out/meta.pkl"), "cab")
+    assert find_tokenizer("auto", ckpt, "", 64).decode([0, 1]) == "ca"
+
+
 @pytest.mark.parametrize("vocab_size", [50257, 50304])
 def test_find_tokenizer_recognizes_gpt2_by_its_vocabulary_size(gpt2_files, refused, vocab_size):
     assert find_tokenizer("auto", Path("out/ckpt.pt"), "openwebtext", vocab_size).kind == "gpt2"
