@@ -3,9 +3,9 @@
     python benchmarks/checkpoint_stall.py TEXT [rounds [saves]]
 
 Each measurement is a separate process that trains a model of 30M parameters (360 MB per checkpoint) and saves every 60
-steps. TEXT is a text file of at least 100 KB. The blocked time is the time between the log lines around a save, without
-the step itself. On a CPU, the next step is also slower, because the writer uses the same cores. The last column is the
-time of the complete run.
+steps. TEXT is a text file of at least 100 KB. The blocked time is the time from the log line before a save to the one
+after it, minus the time of the step between them. On a CPU, the next step is also slower, because writing uses the same
+cores. The last column is the time of the complete run.
 """
 
 import re
@@ -21,7 +21,10 @@ MODEL = ("n_layer=9", "n_head=8", "n_embd=512", "block_size=32", "batch_size=1",
 
 
 def stalls(lines):
-    """Return (blocked seconds per save, delays of the steps after a save, median step, seconds from first to last)."""
+    """Return (blocked times, delays, median step time, time from the first to the last step) of a run, in seconds.
+
+    blocked times: one per save. delays: how much longer than the median the step after each save takes.
+    """
     times = dict(step_times(lines))
     step_seconds = {
         int(match[1]): float(match[2]) / 1000

@@ -2,10 +2,10 @@
 
     python benchmarks/cost_growth.py [steps [device]]
 
-Each setting has four values, while the others stay as in BASE. The steps are those of `nanogpt-accel bench` on random
-tokens, alternating between the four models. The table has the medians and the exponents of power laws fitted to the
-four points, next to the exponents of the FLOPs and of the memory that `nanogpt-accel plan` computes. An exponent is
-below 1 if a part of the cost does not grow.
+One setting has four values, while the others stay as in BASE. The steps are those of `nanogpt-accel bench` on random
+tokens, alternating between the four models. The table contains the medians, and the exponents of power laws fitted to
+the four values. For comparison, it also contains the exponents of the FLOPs and of the memory that `nanogpt-accel plan`
+computes. An exponent is below 1 if a part of the cost does not grow.
 """
 
 import statistics
@@ -31,7 +31,7 @@ def make(device, sizes):
 
 
 def arithmetic(variant):
-    """Return the planned (FLOPs per step, peak bytes)."""
+    """Return (FLOPs per step, peak bytes) of a variant, as `nanogpt-accel plan` computes them."""
     setup = variant.setup
     shape, batch, half = (
         setup.raw_model.config.to_dict(),

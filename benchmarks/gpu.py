@@ -8,9 +8,9 @@ access, TIKTOKEN_CACHE_DIR must contain the two files of GPT-2's tokenizer. Each
 
 1. recipes/gpt2.yaml against nanoGPT's config/train_gpt2.py: block_size 1,024, the same micro-batch size, compiled,
    bfloat16, two rounds. Tokens/s are computed from the times of the log lines. fp8 (configs/fp8.yaml) needs torchao.
-2. `nanogpt-accel bench` with other micro-batch sizes and losses, to find the best setting.
-3. recipes/gpt2.yaml for the given minutes (15), including the learning rate decay, and recipes/gpt2_fast.yaml on the
-   same tokens: how many tokens the fast recipe needs to reach the final loss of the first.
+2. `nanogpt-accel bench` with other micro-batch sizes, and with the full and the chunked loss, to find the best setting.
+3. recipes/gpt2.yaml for the given minutes (default: 15), including the learning rate decay; then recipes/gpt2_fast.yaml
+   for the same number of tokens. The result is how many tokens the second needs to reach the final loss of the first.
 """
 
 import json
@@ -65,7 +65,7 @@ def write_toy_data(folder):
 
 
 def speeds(copy, folder, data, size):
-    """Return (rows of the table, our tokens/s)."""
+    """Measure the speed of nanoGPT and of recipes/gpt2.yaml. Return (rows of the table, tokens/s of the recipe)."""
     tokens = size["batch_size"] * size["micro"] * size["block_size"]
     # with --log_interval=1, nanoGPT waits for the GPU in every step, so both programs log less often
     common = [
@@ -153,7 +153,7 @@ def best_setting(folder, data, size):
 
 
 def tokens_to_loss(folder, data, size, minutes, speed):
-    """Return rows with the loss of each recipe, and the tokens that gpt2_fast needs to reach the loss of gpt2."""
+    """Train both recipes. Return the table: final losses, and the tokens that each needs for the final loss of gpt2."""
     tokens = size["batch_size"] * size["micro_per_run"] * size["block_size"]  # 0.5M, as in the recipes
     steps = max(20, int((60 * minutes - size["startup_seconds"]) * speed / tokens))
     every = max(1, steps // 20)

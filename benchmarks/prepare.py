@@ -2,10 +2,11 @@
 
     python benchmarks/prepare.py [rounds [megabytes]]
 
-Each measurement is a separate process: `nanogpt-accel prepare`; nanoGPT's data/openwebtext/prepare.py on the same file,
-with one process per core (copied below); and tiktoken alone, without reading, writing and startup, in the fastest of
-three configurations: threads, threads with one Encoding each, or processes. The file contains the given number of
-megabytes (31.5) of installed Python sources. Prints seconds and the medians of the ratios.
+Each measurement is a separate process: `nanogpt-accel prepare`; a copy of nanoGPT's data/openwebtext/prepare.py, which
+reads the same file with one process per core; and tiktoken alone. For tiktoken, the time excludes startup, reading and
+writing, and is that of the fastest of three configurations: threads, threads with one Encoding each, or processes. The
+file contains the given number of megabytes (default: 31.5) of installed Python sources. The script prints seconds and
+the medians of the ratios.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Shared parts of the comparisons with nanoGPT: its folder and data, timed processes, and the table."""
+"""Functions shared by the benchmarks: set up nanoGPT and its data, run timed processes, and print a table."""
 
 import datetime
 import os
@@ -48,7 +48,7 @@ def machine():
 
 
 def copy_nanogpt(checkout, folder):
-    """Copy nanoGPT's programs to a folder for data and checkpoints, and return its path."""
+    """Copy nanoGPT's programs to a new folder, in which it writes its data and checkpoints. Return the new folder."""
     copy = Path(folder) / "nanogpt"
     (copy / "data").mkdir(parents=True)
     for name in ("train.py", "model.py", "configurator.py"):
@@ -58,7 +58,7 @@ def copy_nanogpt(checkout, folder):
 
 
 def write_characters(copy, text):
-    """Write the files of data/shakespeare_char/prepare.py, without its download."""
+    """Write the files that nanoGPT's data/shakespeare_char/prepare.py writes. copy: folder from copy_nanogpt."""
     text = Path(text).read_text(encoding="utf-8")
     chars = sorted(set(text))
     stoi = {char: i for i, char in enumerate(chars)}
@@ -72,7 +72,7 @@ def write_characters(copy, text):
 
 
 def environment():
-    """Return environment variables to import this checkout and to print lines without buffering."""
+    """Return environment variables for a process that imports this checkout and prints without buffering."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
 
@@ -115,7 +115,7 @@ def step_times(lines):
 
 
 def steady_seconds(lines, skip):
-    """Return the mean seconds per step, without the first `skip` lines."""
+    """Return the mean seconds per step, without the steps before the first `skip` log lines."""
     (first, start), (last, end) = step_times(lines)[skip], step_times(lines)[-1]
     return (end - start) / (last - first)
 

@@ -1,12 +1,14 @@
-"""Compare training speed on a CPU with nanoGPT, for the model of its CPU setting and for that of its GPU setting.
+"""Compare training speed on a CPU with nanoGPT, for the models of nanoGPT's CPU setting and of its GPU setting.
 
     python benchmarks/train_cpu.py NANOGPT TEXT [rounds [steps [steps of the larger model]]]
 
 NANOGPT is a checkout of nanoGPT, TEXT is tinyshakespeare's input.txt. Each measurement is a separate process, which
-evaluates 20 + 20 batches before the first step. nanoGPT runs without torch.compile, as in its README; the small model
-also with it. Prints the medians of the rounds: tokens/s after the first steps, from the times of the log lines, and
-seconds from the start of the process to the first step. On CPUs with AMX, our default is bfloat16, while nanoGPT uses
-float32; a second row of ours uses float32 too.
+evaluates 20 training and 20 validation batches before the first step. nanoGPT runs without torch.compile, as in its
+README; the small model runs a second time with torch.compile. On CPUs with AMX, nanogpt_accel uses bfloat16 by default,
+while nanoGPT uses float32, so a second run of nanogpt_accel uses float32 too.
+
+The script prints the medians of the rounds: tokens/s without the first steps, from the times of the log lines, and
+seconds from the start of the process to the first step.
 """
 
 import statistics

@@ -1,7 +1,7 @@
 """nanoGPT, rebuilt on Hugging Face Accelerate: one recipe, one plain training loop, one model that any tool can load.
 
-`from nanogpt_accel.train import train` trains from Python; the names below are imported on first use, so that
-`nanogpt-accel --help` does not wait for torch.
+To train from Python, use `from nanogpt_accel.train import train`. GPT and the other public names are imported on first
+use, so that `nanogpt-accel --help` does not wait for torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""`nanogpt-accel COMMAND ...`: the table of commands. Only the selected command is imported."""
+"""Run `nanogpt-accel COMMAND ...`. Only the module of the selected command is imported, to start fast."""
 
 import sys
 from importlib import import_module
@@ -16,10 +16,10 @@ COMMANDS = {
     "sample": "generate text with a model: a run folder, a checkpoint folder or a Hub id",
     "evaluate": "compute loss, perplexity and bits per byte of a model on a validation split",
     "report": "write an HTML page about one or more runs: curves, samples, recipes",
-    "export": "convert a model to a stock architecture that other tools load",
+    "export": "convert a model to a stock transformers architecture, which other tools can load",
     "import": "convert a nanoGPT checkpoint to a model folder",
     "push": "push a model to the Hugging Face Hub",
-    "doctor": "check this machine and this launch, and suggest fixes",
+    "doctor": "check this machine and the launcher settings, and suggest fixes",
 }
 
 

@@ -1,8 +1,8 @@
 """Select the tokens of each batch as a pure function of (seed, step).
 
 There is no state between steps, so a run can resume at any step, and the samples of a step are the same for any number
-of processes. With G = batch_size * gradient_accumulation_steps, step s uses samples s*G to (s+1)*G - 1, in the order of
-its micro-batches.
+of processes. A sample is a sequence of block_size + 1 tokens. Samples are numbered in the order of training: with G =
+batch_size * gradient_accumulation_steps, step s uses samples s*G to (s+1)*G - 1.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
-WINDOW = 256  # number of samples for which the positions are computed at once
-_ROUNDS = 6  # of the Feistel network; 4 are enough in theory, but small domains need more
+WINDOW = 256  # number of samples whose start positions are computed together
+_ROUNDS = 6  # of the Feistel network in `shuffled`; 4 are enough in theory, but small permutations need more
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Batches:
     """The batches of a training run.
 
     Args:
-        tokens: an object with len() and a method rows(starts, length), which returns (len(starts), length) int64.
+        tokens: a TokenFile, or any object with len() and rows(starts, length) -> int64 array (len(starts), length).
         batch_size: sequences per micro-batch.
         micro_batches: micro-batches per step, over all processes.
         sampling: "shuffle" uses each block once per epoch, with a new order and new block boundaries in every epoch;
@@ -34,11 +34,11 @@ class Batches:
     sampling: str = "shuffle"
 
     def __call__(self, step, micro_batch):
-        """Return the tokens of a micro-batch: (batch_size, block_size + 1) int64, for inputs and targets."""
+        """Return the tokens of a micro-batch, inputs and targets, as an int64 array (batch_size, block_size + 1)."""
         return self.tokens.rows(self.starts(step, micro_batch), self.block_size + 1)
 
     def starts(self, step, micro_batch):
-        """Return the start positions of a micro-batch's sequences in the token file: (batch_size,) int64."""
+        """Return the positions in the token file at which a micro-batch's sequences start: (batch_size,) int64."""
         first = (step * self.micro_batches + micro_batch) * self.batch_size
         numbers = range(first // WINDOW, (first + self.batch_size - 1) // WINDOW + 1)
         starts = np.concatenate(
@@ -47,10 +47,10 @@ class Batches:
         return starts[first % WINDOW :][: self.batch_size]
 
 
-# in windows, because numpy takes no longer for hundreds of samples than for those of one batch
+# for WINDOW samples together, because numpy takes as long for one batch as for hundreds of samples
 @lru_cache(maxsize=4)
 def _window_starts(number, n_tokens, block_size, seed, sampling):
-    """Return the start positions of samples number * WINDOW to (number + 1) * WINDOW - 1: (WINDOW,) int64."""
+    """Return the start positions of the samples from number * WINDOW to (number + 1) * WINDOW - 1: (WINDOW,) int64."""
     samples = np.arange(number * WINDOW, (number + 1) * WINDOW, dtype=np.uint64)
     if sampling == "random":
         return _random_starts(samples, n_tokens, block_size, seed_of(seed, 1))
@@ -74,9 +74,9 @@ def model_inputs(rows, device="cpu", eot_id=None):
 
     Args:
         rows: (B, T + 1) int64 array: the first T tokens of a row are the inputs, the last T the targets.
-        eot_id: end-of-text token, to mask attention across documents. Each document starts with this token, as in
-            sampling, and its positions start at 0. transformers' causal mask treats a restart of the positions as a
-            document boundary (Krell et al. 2021, Efficient Sequence Packing). None: no document mask.
+        eot_id: end-of-text token, to mask attention across documents; None: no mask. Positions restart at 0 at each of
+            these tokens, which is treated as the start of the next document. transformers' causal mask prevents
+            attention across such a restart (Krell et al. 2021, Efficient Sequence Packing).
 
     Returns:
         dict of (B, T) tensors: input_ids, shift_labels, and position_ids if eot_id is given.
@@ -94,16 +94,16 @@ def model_inputs(rows, device="cpu", eot_id=None):
 
 
 def epoch_shape(n_tokens, block_size):
-    """Return (blocks per epoch, maximum shift of the block boundaries). The shift takes the place of one block."""
+    """Return (blocks per epoch, maximum shift of the block boundaries). One block is left out to allow the shift."""
     n_blocks = max((n_tokens - 1) // block_size - 1, 1)
     return n_blocks, n_tokens - 1 - n_blocks * block_size
 
 
 def evaluation_batches(n_tokens, block_size, batch_size, eval_iters, seed=0):
-    """Return the fixed batches of an evaluation: a list of (starts, length), where length is the number of targets.
+    """Return the batches of an evaluation, the same in every call: a list of (start positions, targets per sequence).
 
-    eval_iters: "all" for every token except the first, exactly once, in blocks of block_size and a shorter last block;
-        or a number of batches of random crops, which are the same in every call.
+    eval_iters: "all": every token except the first is a target once, in blocks of block_size and a shorter last block.
+        A number: this many batches of random crops.
     """
     if eval_iters == "all":
         n_blocks, n_rest = divmod(n_tokens - 1, block_size)
@@ -116,14 +116,15 @@ def evaluation_batches(n_tokens, block_size, batch_size, eval_iters, seed=0):
 
 
 def sliding_windows(n_tokens, block_size, stride, batch_size):
-    """Return overlapping evaluation windows. Most targets have more context in them than in separate blocks.
+    """Return overlapping windows for an evaluation. In these, most targets have more context than in separate blocks.
 
     As in transformers' guide "Perplexity of fixed-length models", a window of block_size tokens starts every `stride`
-    tokens. With stride = block_size, windows do not overlap, and the first token of a window is not a target.
+    tokens, and every token except the first is scored in one window. With stride = block_size, windows do not overlap,
+    and the first token of each window is not scored.
 
     Returns:
-        list of (starts, length, counted): windows with `length` targets, of which the last `counted` are scored, so
-        that every token except the first is scored once.
+        list of (starts, length, counted), one per batch: the start positions of its windows, the number of targets per
+        window, and how many of these are scored, at the end of the window.
     """
     batches, end = [], 0
     for start in range(0, n_tokens, stride):
@@ -146,10 +147,10 @@ def seed_of(*numbers):
 
 
 def shuffled(places, n, key):
-    """Return some elements of a pseudorandom permutation of 0..n-1, without computing the full permutation.
+    """Return the elements at `places` of a pseudorandom permutation of 0..n-1, without computing all of it.
 
     A Feistel network permutes the numbers below the smallest power of 4 that is at least n. Results of n or more are
-    permuted again (cycle walking). Therefore, the cost does not depend on the size of the token file.
+    permuted again (cycle walking). Therefore, the cost per element does not depend on n.
     Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains (2002).
 
     places: (k,) uint64, indices into the permutation. key: selects the permutation. The result is (k,) uint64 too.

@@ -9,14 +9,15 @@ def perplexity(loss):
 
 
 def bits_per_byte(loss, tokens, text_bytes):
-    """Return the loss in bits per byte of text, which is comparable across tokenizers, or None without text_bytes."""
+    """Convert a loss in nats per token to bits per byte of text, which can be compared across tokenizers. Return None
+    if text_bytes is not known."""
     return loss / math.log(2) * tokens / text_bytes if text_bytes else None
 
 
 def scores(loss, tokens, text_bytes, train_loss=None, split="val", error=None):
-    """Return the results of an evaluation as {name: value}.
+    """Return the results of an evaluation as {name: value}, without values that are None.
 
-    loss: nats per token. tokens, text_bytes: size of the full split. error: standard error of the loss, if known.
+    loss, train_loss: nats per token. tokens, text_bytes: size of the full split. error: standard error of the loss.
     """
     values = {"train_loss": train_loss, f"{split}_loss": loss, "standard_error": error, "perplexity": perplexity(loss)}
     values["bits_per_byte"] = bits_per_byte(loss, tokens, text_bytes)
@@ -31,15 +32,15 @@ def describe(scores):
 
 
 def mean_loss(model, tokens, batches, to_inputs, accelerator, progress=None):
-    """Return the mean loss over batches in nats per token. The batches are distributed, and all ranks get the result.
+    """Return the mean loss over batches, in nats per token. The ranks divide the batches and return the same value.
 
     Args:
         model: the prepared model. It is switched to eval mode during the call.
-        tokens: the token file; see batches.Batches.
+        tokens: the TokenFile, or a similar object; see batches.Batches.
         batches: a list of (starts, length), from batches.evaluation_batches.
-        to_inputs: function rows of tokens -> keyword arguments of the model, from batches.model_inputs.
+        to_inputs: function that converts rows of tokens to the model's keyword arguments; see batches.model_inputs.
         accelerator: used to gather the losses.
-        progress: called on all ranks, each time with the number of newly completed batches.
+        progress: function, called on all ranks with the number of batches completed since the last call.
     """
 
     def batch_loss(inputs, starts, length):
@@ -51,14 +52,14 @@ def mean_loss(model, tokens, batches, to_inputs, accelerator, progress=None):
 
 
 def window_losses(model, tokens, windows, to_inputs, accelerator, progress=None):
-    """Return the loss of each window. The windows are distributed, and all ranks get the result.
+    """Return the loss of each window. The ranks divide the windows, and all return the same values.
 
     Args:
         model, tokens, to_inputs, accelerator, progress: see mean_loss.
         windows: a list of (starts, length, counted), from batches.sliding_windows.
 
     Returns:
-        (sums, counts): (n,) float64 each: per window, the summed loss in nats and the number of scored targets.
+        (sums, counts): (n_windows,) float64 each, the sum of the losses of a window in nats, and the number of losses.
     """
     import torch
     from torch.nn import functional as F
@@ -77,7 +78,7 @@ def window_losses(model, tokens, windows, to_inputs, accelerator, progress=None)
 
 
 def _evaluate_batches(model, tokens, batches, to_inputs, accelerator, progress, evaluate):
-    """Return the results of evaluate(inputs, *batch) for all batches as one tensor, (n_batches, ...), on each rank."""
+    """Return the results of evaluate(inputs, *batch) for all batches, on every rank, as a tensor (n_batches, ...)."""
     import torch
 
     was_training = model.training
@@ -109,10 +110,10 @@ def _pad_inputs(inputs, shape):
 
 
 def mean_and_error(sums, counts):
-    """Return the mean and the standard error of the loss per token, from the results of window_losses.
+    """Return (mean loss per token, its standard error), from the results of window_losses.
 
-    The standard error treats windows as independent samples, because the tokens of a window are correlated. It is that
-    of a ratio estimator (Cochran 1977, chapter 2), or None if there is only one window.
+    The standard error is that of a ratio estimator (Cochran 1977, chapter 2). The tokens of a window are correlated, so
+    the windows are the independent samples. With a single window, the error is None.
     """
     mean, n = sums.sum() / counts.sum(), len(sums)
     if n < 2:

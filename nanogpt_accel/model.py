@@ -21,15 +21,36 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
+
+# sizes of GPTConfig that are None by default
+DERIVED_SIZES = {
+    "n_kv_head": lambda config: config.n_head,
+    "head_dim": lambda config: config.n_embd // config.n_head,
+    "n_inner": lambda config: 4 * config.n_embd,
+}
 
 
 @strict
@@ -80,15 +101,33 @@ class GPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        if self.head_dim is None and self.n_embd % self.n_head == 0:
-            self.head_dim = self.n_embd // self.n_head
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.n_inner = self.n_inner or 4 * self.n_embd
+        # save_pretrained adds only the class that is saved; with all of them, AutoModel finds the body of a saved GPT
+        kwargs.setdefault("auto_map", {auto.__name__: f"model.{ours.__name__}" for auto, ours in AUTO_CLASSES.items()})
         super().__post_init__(**kwargs)
+
+    def __getattribute__(self, key):
+        """Derive a size that is None from n_embd and n_head when it is read, so that it follows their changes."""
+        value = super().__getattribute__(key)
+        if value is None and (derive := DERIVED_SIZES.get(GPTConfig.attribute_map.get(key, key))):
+            return derive(self)
+        return value
+
+    def to_dict(self):
+        """Return the fields as a dict, and num_key_value_heads if they are shared, because PEFT requires this name."""
+        is_shared = self.n_kv_head != self.n_head
+        return super().to_dict() | ({"num_key_value_heads": self.n_kv_head} if is_shared else {})
+
+    def resolved(self):
+        """Return the fields as a dict, with the derived sizes instead of None."""
+        return self.to_dict() | {key: getattr(self, key) for key in DERIVED_SIZES}
+
+    def to_diff_dict(self):
+        """Return the content of config.json."""
+        return {key: value for key, value in super().to_diff_dict().items() if key not in self.attribute_map}
 
     def validate_architecture(self):
         """Raise a ValueError if the settings are inconsistent. transformers calls this for every new config."""
-        if self.head_dim is None:
+        if self.__dict__["head_dim"] is None and self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.n_head % self.n_kv_head != 0:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
@@ -191,7 +230,8 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         q, k = q.to(v.dtype), k.to(v.dtype)  # norms and rotary embeddings return float32
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)  # (B, nkv, T_past + T, hs)
+            # the paged cache of continuous batching adds arguments for the attention function to kwargs
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)  # (B, nkv, T_past + T, hs)
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.dropout if self.training else 0.0
@@ -304,36 +344,22 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss).to(ctx.dtype), None, None, None, None
 
 
-class GPT(PreTrainedModel, GenerationMixin):
-    """A decoder-only Transformer language model. AutoModelForCausalLM can load it."""
+class GPTPreTrainedModel(PreTrainedModel):
+    """What GPT, its body and its classifiers have in common: initialization, and what transformers may do with them."""
 
     config_class = GPTConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # with return_logits=False: maximum number of logits in memory; if there are more, the loss is computed in chunks.
-    # None: 2**24 on a CPU (64 MB in float32), 2**27 on a GPU, where chunks of about a thousand rows are fastest
-    largest_logits = None
-    _can_record_outputs = {"attentions": CausalSelfAttention}
+    _can_record_outputs = {"hidden_states": Block, "attentions": CausalSelfAttention}
+    _input_embed_layer = "wte"
 
     def __init__(self, config):
+        config.validate_architecture()  # again, because its fields may have been changed
         super().__init__(config)
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None,
-                ln_embd=make_norm(config) if config.embd_norm else None,
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
-                ln_f=make_norm(config),
-            )
-        )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.post_init()  # initializes the weights with _init_weights and ties lm_head to wte
 
     def _init_weights(self, module):
         std = self.config.initializer_range
@@ -351,6 +377,99 @@ class GPT(PreTrainedModel, GenerationMixin):
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
 
+
+class GPTModel(GPTPreTrainedModel):
+    """The body of a GPT: embeddings, blocks and final norm. AutoModel can load it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.ln_embd = make_norm(config) if config.embd_norm else None
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
+        self.ln_f = make_norm(config)
+        self.post_init()  # initializes the weights with _init_weights
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        use_cache=None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        """Return the final hidden states.
+
+        Args:
+            input_ids: (B, T) int64; or inputs_embeds: (B, T, C).
+            attention_mask: (B, T_past + T), with 1 for tokens and 0 for padding. None: no padding.
+            position_ids: (B, T) or (1, T). None: consecutive positions that continue after those in the cache.
+            cache: a transformers Cache (called past_key_values before transformers 5.24).
+            use_cache: whether to return a KV cache. None: as in the config, but not in train mode.
+            kwargs: output_hidden_states also returns the input of each block and the final hidden states, and
+                output_attentions the attention weights. Other keyword arguments are passed to the attention function.
+
+        Returns:
+            BaseModelOutputWithPast: last_hidden_state (B, T, C), the cache, hidden_states (n_layer + 1 tensors
+            (B, T, C)) and attentions (n_layer tensors (B, nh, T, T_past + T)).
+
+        Raises:
+            ValueError: the sequence is longer than block_size, and the model has learned positions.
+        """
+        cache = past_key_values if cache is None else cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+
+        tok_emb = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        T, T_past = tok_emb.shape[1], 0
+        # if positions are given, only ask a DynamicCache for its length: others may store it in a tensor, or have none
+        if cache is not None and (position_ids is None or isinstance(cache, DynamicCache)):
+            T_past = cache.get_seq_length()
+        is_learned = self.config.position == "learned"
+        if is_learned and not isinstance(T_past, torch.Tensor) and T_past + T > self.config.block_size:
+            raise ValueError(f"a sequence of {T_past + T} tokens is longer than block_size={self.config.block_size}")
+        # without padding and a cache, SDPA's is_causal replaces the mask
+        is_plain = attention_mask is None and position_ids is None and cache is None
+        if not (is_plain and self.config._attn_implementation == "sdpa"):
+            attention_mask = create_causal_mask(self.config, tok_emb, attention_mask, cache, position_ids)
+        if position_ids is None:
+            position_ids = torch.arange(T, device=tok_emb.device).unsqueeze(0) + T_past  # (1, T)
+
+        x, rotary = tok_emb, None
+        if is_learned:
+            x = x + self.wpe(position_ids)  # (B, T, C)
+        else:
+            rotary = rotary_tables(self.config, position_ids)
+        if self.config.embd_norm:
+            x = self.ln_embd(x)
+        x = self.drop(x)
+        for block in self.h:
+            x = block(x, attention_mask, cache, rotary, **kwargs)
+        return BaseModelOutputWithPast(self.ln_f(x), cache)
+
+
+class GPT(GPTPreTrainedModel, GenerationMixin):
+    """A decoder-only Transformer language model. AutoModelForCausalLM can load it."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    # with return_logits=False: maximum number of logits in memory; if there are more, the loss is computed in chunks.
+    # None: 2**24 on a CPU (64 MB in float32), 2**27 on a GPU, where chunks of about a thousand rows are fastest
+    largest_logits = None
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = GPTModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # Trainer counts B * (T - 1) labels, because forward shifts them
+        self.post_init()  # also ties lm_head to wte
+
     def set_block_size(self, block_size):
         """Set the context length. Learned position embeddings are cropped, as in nanoGPT's crop_block_size."""
         self.config.block_size = block_size
@@ -360,14 +479,7 @@ class GPT(PreTrainedModel, GenerationMixin):
             wpe.weight = nn.Parameter(wpe.weight[:block_size])
             wpe.num_embeddings = block_size
 
-    def get_input_embeddings(self):
-        return self.transformer.wte
-
-    def set_input_embeddings(self, value):
-        self.transformer.wte = value
-
     @can_return_tuple
-    @capture_outputs
     def forward(
         self,
         input_ids=None,
@@ -376,103 +488,62 @@ class GPT(PreTrainedModel, GenerationMixin):
         cache=None,
         inputs_embeds=None,
         labels=None,
-        shift_labels=None,
         use_cache=None,
         logits_to_keep=0,
         num_items_in_batch=None,
-        output_hidden_states=None,
         return_logits=True,
-        past_key_values=None,
         **kwargs,
     ):
-        """Return the next-token logits, and the loss if there are targets.
-
-        It is one function of more than 80 lines, so that the path from tokens to loss can be read in one place.
+        """Return the next-token logits, and the loss if there are labels.
 
         Args:
-            input_ids: (B, T) int64; or inputs_embeds: (B, T, C).
-            attention_mask: (B, T_past + T), with 1 for tokens and 0 for padding. None: no padding.
-            position_ids: (B, T) or (1, T). None: consecutive positions that continue after those in the cache.
-            cache: a transformers Cache (called past_key_values before transformers 5.24).
+            input_ids, attention_mask, position_ids, cache, inputs_embeds: see GPTModel.forward.
             labels: (B, T), unshifted: the model shifts them, as other transformers models do. -100 is ignored.
-            shift_labels: (B, T), labels that are already shifted: shift_labels[:, t] follows input_ids[:, t].
-            use_cache: whether to return a KV cache. None: as in the config, but not in train mode or with targets.
+            use_cache: whether to return a KV cache. None: as in the config, but not in train mode or with labels.
             logits_to_keep: number of last positions to compute logits for (0: all), or a tensor of positions.
-            num_items_in_batch: divide the summed loss by this instead of the number of targets. transformers' Trainer
+            num_items_in_batch: divide the summed loss by this instead of the number of labels. transformers' Trainer
                 uses this argument for gradient accumulation.
-            output_hidden_states: also return the input of each block and the output of the final norm.
             return_logits: if False, only the loss is returned, and at most largest_logits logits are in memory at a
                 time. The loss is the same up to rounding.
+            kwargs: shift_labels (B, T) are labels that are already shifted: shift_labels[:, t] follows input_ids[:, t].
+                It is not in the signature, because Trainer expects a column for every parameter with "label" in its
+                name. Other keyword arguments: see GPTModel.forward.
 
         Returns:
-            CausalLMOutputWithPast: loss (nats per token, float32 scalar), logits (B, T, V), the cache, hidden_states
-            (n_layer + 1 tensors (B, T, C)). The logits are None if return_logits=False and there are targets.
+            CausalLMOutputWithPast: loss (nats per token, float32 scalar), logits (B, T, V), and the other outputs of
+            GPTModel.forward. The logits are None if return_logits=False and there are labels.
 
         Raises:
             ValueError: the sequence is longer than block_size, and the model has learned positions.
         """
-        has_targets = labels is not None or shift_labels is not None
-        if use_cache is None:
-            use_cache = self.config.use_cache and not (self.training or has_targets)
-        cache = past_key_values if cache is None else cache
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-
-        tok_emb = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        T = tok_emb.shape[1]
-        T_past = cache.get_seq_length() if cache is not None else 0
-        if self.config.position == "learned" and T_past + T > self.config.block_size:
-            raise ValueError(f"a sequence of {T_past + T} tokens is longer than block_size={self.config.block_size}")
-        # without padding and a cache, SDPA's is_causal replaces the mask
-        is_plain = attention_mask is None and position_ids is None and cache is None
-        if not (is_plain and self.config._attn_implementation == "sdpa"):
-            attention_mask = create_causal_mask(self.config, tok_emb, attention_mask, cache, position_ids)
-        if position_ids is None:
-            position_ids = torch.arange(T_past, T_past + T, device=tok_emb.device).unsqueeze(0)  # (1, T)
-
-        x, rotary = tok_emb, None
-        if self.config.position == "learned":
-            x = x + self.transformer.wpe(position_ids)  # (B, T, C)
-        else:
-            rotary = rotary_tables(self.config, position_ids)
-        if self.config.embd_norm:
-            x = self.transformer.ln_embd(x)
-        x = self.transformer.drop(x)
-
-        hidden_states = () if output_hidden_states else None
-        for block in self.transformer.h:
-            hidden_states = hidden_states + (x,) if output_hidden_states else None
-            x = block(x, attention_mask, cache, rotary, **kwargs)
-        x = self.transformer.ln_f(x)
-        hidden_states = hidden_states + (x,) if output_hidden_states else None
-
-        if has_targets and shift_labels is None:
+        shift_labels = kwargs.pop("shift_labels", None)
+        if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T), the last token has no target
+        if use_cache is None and shift_labels is not None:
+            use_cache = False
+        outputs = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, **kwargs)
+        x = outputs.last_hidden_state  # (B, T, C)
+        # before transformers 5.24, the cache was called past_key_values
+        others = outputs.get("cache", outputs.get("past_key_values")), outputs.hidden_states, outputs.attentions
+
         largest_logits = self.largest_logits or (2**24 if x.device.type == "cpu" else 2**27)
         n_chunks = math.ceil(x.shape[0] * x.shape[1] * self.config.vocab_size / largest_logits)
-        if has_targets and not return_logits and n_chunks > 1:
+        if shift_labels is not None and not return_logits and n_chunks > 1:
             loss = self.chunked_loss(x, shift_labels, n_chunks, num_items_in_batch)
-            return CausalLMOutputWithPast(loss, None, cache, hidden_states)
+            return CausalLMOutputWithPast(loss, None, *others)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])  # (B, T, V)
         if self.config.logit_softcap is not None:
-            logits = logits.float() if has_targets else logits  # apply the soft-cap in float32, as in chunked_loss
+            # with labels, apply the soft-cap in float32, as in chunked_loss
+            logits = logits if shift_labels is None else logits.float()
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
-        loss = None
-        if has_targets:
-            loss = F.cross_entropy(
-                logits.float().flatten(0, 1),
-                shift_labels.flatten(),
-                ignore_index=-100,
-                reduction="mean" if num_items_in_batch is None else "sum",
-            )
-            if num_items_in_batch is not None:
-                loss = loss / num_items_in_batch
-            if not return_logits:
-                logits = None
-        return CausalLMOutputWithPast(loss, logits, cache, hidden_states)
+        if shift_labels is None:
+            return CausalLMOutputWithPast(None, logits, *others)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = F.cross_entropy(logits.float().flatten(0, 1), shift_labels.flatten(), reduction=reduction)
+        if num_items_in_batch is not None:
+            loss = loss / num_items_in_batch
+        return CausalLMOutputWithPast(loss, logits if return_logits else None, *others)
 
     def chunked_loss(self, x, shift_labels, n_chunks, num_items_in_batch=None):
         """Return the loss without having all logits in memory at once. x: (B, T, C), shift_labels: (B, T)."""
@@ -488,9 +559,31 @@ class GPT(PreTrainedModel, GenerationMixin):
         return loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-# If this file is imported, AutoModelForCausalLM.from_pretrained knows these classes. Otherwise, from_pretrained needs
+class GPTForSequenceClassification(GenericForSequenceClassification, GPTPreTrainedModel):
+    """A GPT with a classifier of sequences, which reads the hidden state of the last token that is not padding."""
+
+    base_model_prefix = "transformer"
+
+
+class GPTForTokenClassification(GenericForTokenClassification, GPTPreTrainedModel):
+    """A GPT with a classifier of tokens."""
+
+    base_model_prefix = "transformer"
+
+
+# If this file is imported, the from_pretrained of these classes knows GPT. Otherwise, from_pretrained needs
 # trust_remote_code=True and uses the copy of this file that save_pretrained writes next to the weights
+AUTO_CLASSES = {
+    AutoConfig: GPTConfig,
+    AutoModel: GPTModel,
+    AutoModelForCausalLM: GPT,
+    AutoModelForSequenceClassification: GPTForSequenceClassification,
+    AutoModelForTokenClassification: GPTForTokenClassification,
+}
 AutoConfig.register(GPTConfig.model_type, GPTConfig, exist_ok=True)
-AutoModelForCausalLM.register(GPTConfig, GPT, exist_ok=True)
-GPTConfig.register_for_auto_class()
-GPT.register_for_auto_class("AutoModelForCausalLM")
+for auto_class, model_class in AUTO_CLASSES.items():
+    if auto_class is not AutoConfig:
+        auto_class.register(GPTConfig, model_class, exist_ok=True)
+    model_class.register_for_auto_class(auto_class.__name__)
+# Trainer's label smoothing shifts the labels of the classes in this table, which `register` does not change
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GPTConfig.model_type] = GPT.__name__

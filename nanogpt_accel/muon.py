@@ -6,7 +6,7 @@ from torch.optim.adamw import adamw
 
 
 def fused_row_counts(model):
-    """Return {weight: [rows of each matrix]} for weights that consist of several concatenated matrices: the query, key
+    """Return {weight: [number of rows of each matrix]} for weights that concatenate several matrices: the query, key
     and value projections of attention, and the two input projections of SwiGLU."""
     rows = {block.attn.c_attn.weight: block.attn.split_sizes for block in model.transformer.h}
     rows |= {block.mlp.c_fc.weight: [model.config.n_inner] * 2 for block in model.transformer.h if block.mlp.is_gated}
@@ -26,9 +26,9 @@ def check_unsharded(optimizer):
 class Muon(torch.optim.Optimizer):
     """Use Muon for parameter groups with use_muon=True, and AdamW for the other groups.
 
-    Muon replaces each update of Nesterov momentum with the nearest orthogonal matrix, so that a few directions with
-    large gradients do not dominate the update. The updates are the same as in torch.optim.Muon, but matrices of the
-    same shape (or transposed shape) are processed in one batch instead of one after another.
+    Muon computes an update with Nesterov momentum and replaces it with the nearest orthogonal matrix, so that a few
+    directions with large gradients do not dominate. The updates are the same as in torch.optim.Muon, but matrices of
+    the same shape (or transposed shape) are processed in one batch instead of one after another.
 
     fused_rows: from fused_row_counts. Matrices that are concatenated in one weight are orthogonalized separately.
     """

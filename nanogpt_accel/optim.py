@@ -62,7 +62,7 @@ def parameter_groups(model, weight_decay):
 
 
 def adamw_settings(model, settings):
-    """Return the keyword arguments of AdamW (Loshchilov and Hutter 2019)."""
+    """Return keyword arguments for AdamW (Loshchilov and Hutter 2019). settings: the optimizer section of a recipe."""
     # the fused kernel makes one pass over the parameters instead of about ten
     is_fused = next(model.parameters()).device.type in ("cuda", "cpu", "mps")
     return {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "fused": is_fused}

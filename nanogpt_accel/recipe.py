@@ -80,7 +80,8 @@ class Data(Section):
         0.0005,
         gt=0,
         lt=1,
-        description="validation fraction: full documents, or the end of the text if there is only one document",
+        description="fraction of the corpus for validation: documents drawn at random, or the end of the text "
+        "if the corpus is a single document",
     )
     sampling: Literal["shuffle", "random"] = Field(
         "shuffle",
@@ -111,12 +112,12 @@ class Model(Section):
         None,
         ge=1,
         le=10_000_000,
-        description="MLP hidden size; default: 4 * n_embd. SwiGLU with 8/3 * n_embd has the same number of weights",
+        description="MLP hidden size; default: 4 * n_embd. With swiglu, 8/3 * n_embd gives the same number of weights",
     )
     block_size: Int = Field(1024, ge=2, description="context length in tokens")
     dropout: Float = Field(0.0, ge=0, lt=1, description="dropout rate; 0 for pretraining, 0.1 or more for finetuning")
     bias: bool = Field(
-        False, description="use biases in Linear and LayerNorm, as in GPT-2; a bit better and faster without biases"
+        False, description="use biases in Linear and LayerNorm, as in GPT-2; false is a bit better and faster"
     )
     norm: Literal["layernorm", "rmsnorm"] = Field(
         "layernorm", description="layernorm, as in GPT-2, or rmsnorm, as in Llama"
@@ -247,7 +248,7 @@ class Hub(Section):
     hub_model_id: TextOrNone = Field(
         None, description="repository, USER/NAME; default: the name of out_dir, in the token owner's account"
     )
-    hub_private: bool = Field(False, description="if the repository is created, make it private")
+    hub_private: bool = Field(False, description="if the repository does not exist, create it as private")
     hub_branch: TextOrNone = Field(None, description="branch to push to; default: main")
 
 
@@ -266,7 +267,7 @@ class Expect(Section):
     time: str = Field("", description="duration of the run on that hardware")
     source: str = Field("", description="who measured or published val_loss")
     changed: list[str] = Field(
-        [], description="set automatically: keys changed on the command line, because of which val_loss does not apply"
+        [], description="set automatically: keys changed on the command line; val_loss is for the unchanged recipe"
     )
 
 
@@ -287,7 +288,7 @@ class Recipe(Section):
 
     @property
     def shape(self):
-        """The settings of GPTConfig that define the architecture, with defaults filled in for None."""
+        """The architecture as a dictionary of GPTConfig fields, with defaults filled in for None."""
         model = self.model
         others = {"init_from", "dropout", "pad_vocab_to_multiple_of", "initializer_range", "zero_init"}
         return model.model_dump(exclude=others) | {
@@ -359,7 +360,7 @@ class Recipe(Section):
     def to_yaml(self, brief=False):
         """Return the recipe as YAML; load_recipe returns an equal recipe for this text.
 
-        brief: leave out default values, expected results and local folders, for publication.
+        brief: for publication, leave out default values, expected results and local folders.
         """
         if not brief:
             return yaml.safe_dump(self.model_dump(), sort_keys=False)
@@ -460,7 +461,7 @@ def load_recipe(path, overrides=None, check=None):
 
     Args:
         path: a YAML file, or a run folder with a run.yaml. None: use only defaults.
-        overrides: {key: value or text}, which replace values of the file. Keys may include the section or not.
+        overrides: {key: value or text}, which replace values of the file. A key is n_layer or model.n_layer.
         check: function that takes the recipe, with defaults instead of invalid values, and returns a list of problems.
 
     Returns:
@@ -521,7 +522,7 @@ def load_recipe(path, overrides=None, check=None):
 
 
 def _changed_keys(file_values, recipe):
-    """Yield the keys that affect the expected loss and whose values differ from those in the file."""
+    """Yield the keys that affect the expected loss and whose values differ from those in the recipe file."""
     for name in (*LOSS_SECTIONS, "train"):
         before, after = validate(SECTIONS[name], file_values[name])[0], getattr(recipe, name)
         for key in LOSS_TRAIN_KEYS if name == "train" else SECTIONS[name].model_fields:
@@ -547,7 +548,7 @@ def _unknown(key):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but with an error for duplicate keys, of which PyYAML silently uses the last one."""
+    """PyYAML's safe loader with an error for duplicate keys. PyYAML itself silently uses the last one."""
 
     def construct_mapping(self, node, deep=False):
         keys = set()
@@ -560,7 +561,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if problem:
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             keys.add(key.value)
-        return super().construct_mapping(node, deep=True)  # an error for a mapping that contains itself
+        return super().construct_mapping(node, deep=True)  # deep: fail for a mapping that contains itself
 
 
 def _read_yaml(path):

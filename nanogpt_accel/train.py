@@ -196,7 +196,7 @@ def run_training(recipe, signals):
         run.start(setup, data, state, stopper, is_resumed)
         describe_run(setup, data, state.step, console)
         console.start(state.step, recipe.train.max_iters, recipe.train.eval_interval, setup.is_compiled)
-        cli.restore_gc()  # cli.run made it rare for fast imports, but saving leaves models in reference cycles
+        cli.restore_gc()  # collect garbage normally again, because saving leaves models in reference cycles
         is_stopped = training_loop(setup, data, run, state, stopper, console)
         console.stop()
         run.saver.wait()
@@ -239,7 +239,7 @@ def load_scaler(source, accelerator):
 
 
 def warn_if_schedule_changed(recipe, state, console):
-    """Warn if the learning rate jumps at the first step of a resumed run, because its schedule was changed."""
+    """Warn if a changed schedule makes the learning rate jump at the first step of a resumed run."""
     before, now = state.learning_rate, learning_rate(state.step, **recipe.lr_schedule)
     # schedules change the learning rate by less than 20% per step, except where it is small (warm-up, end of decay)
     if state.step < recipe.train.max_iters and not math.isclose(
@@ -252,7 +252,7 @@ def warn_if_schedule_changed(recipe, state, console):
 
 
 def finish(recipe, data, model, run, state, console):
-    """Plot the losses, write a sample, print what to try next, and compare the result with the expectation."""
+    """After a run, plot the losses, print a sample and commands to try next, and compare the loss with `expect`."""
     try:
         plot_losses(run.folder / "metrics.jsonl", run.folder / "loss.png")
     except OSError as error:
@@ -318,7 +318,7 @@ def train(recipe, **overrides):
 
     Args:
         recipe: path of a recipe, or a Recipe from load_recipe.
-        overrides: settings that replace those of the file, such as max_iters=100.
+        overrides: settings that replace those of the recipe file, such as max_iters=100.
 
     Returns:
         (model, history): the trained GPT, and the lines of metrics.jsonl as dictionaries.

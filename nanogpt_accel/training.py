@@ -1,6 +1,6 @@
-"""Build what the loop needs from a recipe: data, model, optimizer, precision. Shared by `train` and `bench`.
+"""Build what the training loop needs from a recipe: data, model, optimizer. Shared by `train` and `bench`.
 
-torch and transformers are not imported at the top, so `check_recipe` reports mistakes before they are loaded.
+torch and transformers are not imported at the top, so that `check_recipe` reports mistakes in a recipe quickly.
 """
 
 import json
@@ -33,14 +33,14 @@ from .utils.text import duration
 
 
 def resolve_resume(recipe):
-    """Return the recipe, with init_from=resume if resume=auto finds a valid checkpoint."""
+    """Return the recipe. If it has resume=auto and out_dir contains a valid checkpoint, set init_from=resume."""
     if recipe.checkpoint.resume == "no" or not latest_valid(recipe.out_dir, lambda line: None, thorough=False):
         return recipe
     return recipe.replace(init_from="resume")
 
 
 def check_recipe(recipe):
-    """Return all problems that can be found before anything slow starts, as a list of messages."""
+    """Check everything that can be checked before anything slow starts. Return a list of problems."""
     recipe = resolve_resume(recipe)
     out_dir, train = Path(recipe.out_dir), recipe.train
     problems = dataset.check(recipe.data, recipe.model.block_size)
@@ -48,7 +48,7 @@ def check_recipe(recipe):
     if train.sample_interval and (launcher_requests("FSDP") or launcher_requests("DEEPSPEED")):
         problems.append(
             f"train.sample_interval={train.sample_interval}: sampling during training is not supported for sharded "
-            "models; remove sample_interval with FSDP2 or DeepSpeed"
+            "models; remove sample_interval, or launch without FSDP2 and DeepSpeed"
         )
     if train.on_nonfinite == "skip" and launcher_requests("DEEPSPEED"):
         problems.append(
@@ -66,7 +66,7 @@ def check_recipe(recipe):
 
 
 def check_out_dir(recipe):
-    """Check what the run would resume, overwrite or start from; return a list of problems."""
+    """Check that the run can resume, overwrite or start in out_dir, and that init_from exists. Return all problems."""
     out_dir, init_from = Path(recipe.out_dir), recipe.model.init_from
     saved, is_new = list_checkpoints(out_dir), not (recipe.overwrite or recipe.train.eval_only)
     latest = latest_valid(out_dir, warn=lambda line: None, thorough=False)
@@ -109,8 +109,8 @@ def open_data(recipe, console):
     """Open the data of a recipe, after preparing it if necessary, and find the model to start from.
 
     Returns:
-        (Dataset, folder of the weights that init_from names). The folder is None for a new model, and for a resumed
-        run, whose checkpoint is selected after the run folder is locked; see find_checkpoint.
+        (data, source): the Dataset, and the folder of the initial weights. source is None for a new model. It is also
+        None for a resumed run: find_checkpoint selects its checkpoint after the run folder is locked.
 
     Raises:
         ValueError: too few tokens, a sample prompt that cannot be encoded, or a model that does not fit the data.
@@ -143,18 +143,18 @@ def find_checkpoint(recipe, data, console):
         ValueError: no checkpoint is valid, or it was trained on different data.
     """
     source = latest_valid(recipe.out_dir, console)
-    if source is None:  # check_out_dir compares sizes only, this one also hashes
+    if source is None:  # check_out_dir compares only file sizes, this check also hashes
         raise ValueError(f"out_dir={recipe.out_dir}: all checkpoints are corrupted; to start over, set overwrite=true")
     if read_trainer(source)["data"] != data.identity:
         raise ValueError(
-            f"{source}: trained on different data from what {data.folder} now contains; set data_dir to the folder "
-            f"of its training data, or start a new run with init_from={source} and out_dir set to another folder"
+            f"{source}: trained on different data than the current contents of {data.folder}; set data_dir to the "
+            f"folder of its training data, or start a new run with init_from={source} and another out_dir"
         )
     return source
 
 
 def make_model(recipe, tokenizer, source, on_meta=False):
-    """Create a GPT in float32 on the CPU, or load its weights from the folder `source`.
+    """Create a GPT in float32 on the CPU, or load one from the folder `source`, if it is not None.
 
     on_meta: create a new model on the meta device, for a rank that receives the weights of the main process.
     """
@@ -178,7 +178,8 @@ def make_model(recipe, tokenizer, source, on_meta=False):
 
 
 def adopt_shape(recipe, config, source, console):
-    """Return the recipe with the architecture of the model in `source`, so that the run can be resumed from run.yaml.
+    """Return the recipe with the architecture of a loaded model, so that the run can be resumed from run.yaml. config:
+    the GPTConfig of the model. source: the folder that it was loaded from.
 
     Raises:
         ValueError: a recipe cannot express the architecture.
@@ -244,7 +245,7 @@ class Setup:
 
     @property
     def flops_per_token(self):
-        return sizing.flops_per_token(self.raw_model.config.to_dict())
+        return sizing.flops_per_token(self.raw_model.config.resolved())
 
     @property
     def peak_flops(self):
@@ -294,7 +295,7 @@ def accelerator_for(recipe):
 
 
 def set_up(recipe, data, source, console):
-    """Return the Setup of a run: a new model, or one with the weights of the folder `source`."""
+    """Return the Setup of a run. The model has the weights of the folder `source`, or random weights if it is None."""
     # imported only after all checks, because torch and transformers take seconds to import
     import torch
     from transformers.utils import logging as transformers_logging
@@ -325,7 +326,7 @@ def set_up(recipe, data, source, console):
 
 
 def evaluate(setup, data, console):
-    """Evaluate the model on fixed batches, which are divided among the ranks; return {name: score}."""
+    """Evaluate the model on validation data and, with eval_train, on training data. Return {name: score}."""
     recipe, train_loss = setup.recipe, None
     block_size, batch_size = recipe.model.block_size, recipe.train.batch_size
     val_batches = evaluation_batches(len(data.val), block_size, batch_size, recipe.train.eval_iters)
@@ -350,7 +351,7 @@ def is_finite(grad_norm):
 class NonFinite:
     """Detects a loss or gradient norm that is NaN or Inf, and ends the run or skips the step.
 
-    In fp16, infinite gradients are normal while the gradient scaler searches for its scale; it skips these steps.
+    In fp16, infinite gradients are normal while the gradient scaler searches for its scale. It skips these steps.
     """
 
     def __init__(self, setup, run, tokenizer):
@@ -378,10 +379,10 @@ class NonFinite:
             raise self.error(f"gradients of steps {first} to {state.step} are not finite", state.step)
 
     def check(self, step, losses, grad_norm):
-        """Return (losses of the steps up to `step`, averaged over all ranks; last gradient norm) as floats.
+        """Return the losses of the steps up to `step`, averaged over all ranks, and the last gradient norm, as floats.
 
         Raises:
-            FloatingPointError: one of them is not finite, and the run does not skip such steps.
+            FloatingPointError: on_nonfinite=stop, and one of them is not finite.
         """
         import torch
 
@@ -395,7 +396,7 @@ class NonFinite:
             if not math.isfinite(loss):
                 raise self.error(f"loss of step {i} is {loss}", i)
         scaler = self.accelerator.scaler
-        is_scaling = scaler is not None and scaler.get_scale() >= 1  # below 1, there is no scale that works
+        is_scaling = scaler is not None and scaler.get_scale() >= 1  # if it falls below 1, no scale works
         if not (math.isfinite(grad_norm) or is_scaling or self.accelerator.optimizer_step_was_skipped):
             raise self.error(f"gradient norm of step {step} is {grad_norm}", step)
         return losses, grad_norm
@@ -406,7 +407,7 @@ class NonFinite:
             raise self.error(f"validation loss after {step} steps is {loss}")
 
     def error(self, what, step=None):
-        """Write the batch of `step` to the run folder, if a step is given, and return the error that ends the run."""
+        """Return the error that ends the run. what: the problem. step: the step whose batch is saved, or None."""
         self.run.saver.wait()
         out_dir = Path(self.setup.recipe.out_dir)
         if step is not None:
@@ -425,7 +426,7 @@ class NonFinite:
         return FloatingPointError(f"{what}; {fix}")
 
     def write_batch(self, path, step):
-        """Write the global batch of a step: for each sequence, its start in the training tokens and its text."""
+        """Write the global batch of a step as JSON: for each sequence, its start in the training data and its text."""
         batches, numbers = self.setup.batches, range(self.setup.recipe.train.gradient_accumulation_steps)
         starts = [start for number in numbers for start in batches.starts(step, number).tolist()]
         rows = [row for number in numbers for row in batches(step, number).tolist()]
@@ -461,7 +462,7 @@ def write_sample(recipe, tokenizer, model, on_text=None):
 
 
 def finished_model(setup, recipe):
-    """Return the trained GPT. The main process loads a sharded model from its last checkpoint; others return None."""
+    """Return the trained GPT. If it is sharded, only the main process returns it, loaded from the last checkpoint."""
     if not is_sharded(setup.accelerator):
         return setup.raw_model
     saved = latest_valid(recipe.out_dir) if is_main() else None
@@ -473,7 +474,7 @@ def finished_model(setup, recipe):
 
 def describe_model(model):
     config = model.config
-    parts = ", ".join(f"{part} {n:,}" for part, n in sizing.parameters(config.to_dict()).items() if n)
+    parts = ", ".join(f"{part} {n:,}" for part, n in sizing.parameters(config.resolved()).items() if n)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     return (
@@ -485,7 +486,7 @@ def describe_model(model):
 
 
 def describe_run(setup, data, first_step, console):
-    """Print model, data, batch, expected time and device."""
+    """Print the model, the data, the batch, the expected time and the device."""
     recipe, accelerator = setup.recipe, setup.accelerator
     train, tokens_per_step, device = recipe.train, setup.tokens_per_step, accelerator.device
     console.say(f"model: {setup.summary}")
@@ -504,7 +505,7 @@ def describe_run(setup, data, first_step, console):
         if setup.peak_flops:
             flops = max(train.max_iters - first_step, 0) * tokens_per_step * setup.flops_per_token
             seconds = flops / (0.4 * setup.peak_flops * accelerator.num_processes)
-            console.say(f"time: {duration(seconds)} at an MFU of 40%; replaced by a measured time after a few steps")
+            console.say(f"time: {duration(seconds)} at an MFU of 40%; a measured estimate follows after a few steps")
     details = [
         f"device: {device_name(device)}",
         f"mixed precision {accelerator.mixed_precision}",

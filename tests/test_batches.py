@@ -14,7 +14,7 @@ from nanogpt_accel.data.token_files import TokenFile
 
 
 class Counting:
-    """Tokens that are their own positions, so a batch shows where it was read. Reading beyond the end fails."""
+    """Tokens equal to their positions, so that a batch shows its positions. Reading beyond the end fails."""
 
     def __init__(self, n):
         self.n = n
@@ -190,7 +190,7 @@ def test_epoch_contains_every_block_once(n_tokens, block_size, batch_size, micro
     [([1000, 1, 37, 0, 2500, 64, 701], 7, 12), ([333, 334, 335], 33, 5), ([90, 7, 1003], 100, 3), ([10_007], 64, 12)],
 )
 def test_epoch_over_several_files_contains_every_block_once(tmp_path, sizes, block_size, batch_size):
-    """Token i is i, in files of odd sizes, so the rows show where they were read."""
+    """Token i is i, in files of odd sizes, so that rows show their positions."""
     paths, ends = [tmp_path / f"train-{i:05d}.bin" for i in range(len(sizes))], np.cumsum(sizes)
     for path, size, end in zip(paths, sizes, ends.tolist(), strict=True):
         np.arange(end - size, end, dtype=np.uint32).tofile(path)

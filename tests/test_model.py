@@ -793,7 +793,10 @@ def test_process_without_the_package_loads_a_saved_folder(tmp_path, ids):
         model.save_pretrained(tmp_path / folder)
         assert json.loads((tmp_path / folder / "config.json").read_text())["auto_map"] == {
             "AutoConfig": "model.GPTConfig",
+            "AutoModel": "model.GPTModel",
             "AutoModelForCausalLM": "model.GPT",
+            "AutoModelForSequenceClassification": "model.GPTForSequenceClassification",
+            "AutoModelForTokenClassification": "model.GPTForTokenClassification",
         }
     (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
     (tmp_path / "script.py").write_text(ELSEWHERE)

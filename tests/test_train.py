@@ -88,7 +88,7 @@ def test_the_files_of_a_run(workplace, run):
     assert {name for name in names if name.startswith(".")} == {".lock", ".lock.json"}
     assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     saved, asked = load_recipe(run / "run.yaml"), load_recipe("tiny.yaml")
-    # the folder of the tokens is written down, so that the run goes on with them whatever becomes of the text
+    # run.yaml names the folder of the tokens, so that the run can be resumed even if the text was changed or deleted
     assert (Path(saved.data.data_dir) / "train.bin").is_file()
     assert saved.model_copy(update={"data": asked.data}) == asked
     assert saved.data.model_copy(update={"data_dir": asked.data.data_dir}) == asked.data
@@ -127,8 +127,8 @@ def test_the_lines_of_the_log(run):
         assert {"train_loss", "val_loss", "perplexity", "bits_per_byte"} <= set(line)
         assert line["perplexity"] == pytest.approx(math.exp(line["val_loss"]))
         assert line["bits_per_byte"] == pytest.approx(line["val_loss"] / math.log(2))  # a byte a token here
-    assert evaluations[0]["val_loss"] == pytest.approx(math.log(64), abs=0.1)  # it begins knowing nothing ...
-    assert evaluations[-1]["val_loss"] < math.log(len(SYMBOLS)) + 0.1  # ... and learns at least the symbols
+    assert evaluations[0]["val_loss"] == pytest.approx(math.log(64), abs=0.1)  # like random guessing at the start ...
+    assert evaluations[-1]["val_loss"] < math.log(len(SYMBOLS)) + 0.1  # ... then it knows which tokens occur
 
 
 def test_the_learning_rates_are_nanogpts(run):
@@ -165,7 +165,7 @@ def test_best_and_last_are_kept_apart(call):
     assert '"runs/best/checkpoint-000002"' in call("evaluate", "runs/best", "--json", "eval_iters=1")
 
 
-# ---- how a run begins
+# ---- starting a run
 
 
 def test_another_run_from_its_weights(call, run):
@@ -176,7 +176,7 @@ def test_another_run_from_its_weights(call, run):
     assert (first["step"], end["step"]) == (0, 2)
     assert first["val_loss"] == pytest.approx(score["val_loss"], rel=1e-6)  # (summed window by window there)
     assert f"starting from the weights of {last(run)}" in out
-    # and it can go on
+    # the new run can be continued
     call("train", "runs/next", "max_iters=3")
     assert losses(Path("runs/next"), "step")[-1] == 3
 
@@ -199,7 +199,7 @@ def test_a_block_size_other_than_the_weights(call, run):
     assert model.config.block_size == 8 and model.transformer.wpe.weight.shape == (8, 32)
     with pytest.raises(ValueError, match="block_size=8"):
         model(torch.zeros(1, 9, dtype=torch.long))
-    # on the first 8 positions it began as the model that it comes from
+    # before training, the model is equal to the source model in the first 8 positions
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanogpt_accel.training.mean_loss", lambda model, *args: found.append(model.state_dict()) or 1.0)
         found = []
@@ -297,7 +297,7 @@ def test_the_recipe_of_gpt2(call, gpt2_files):
 
 
 def test_evaluations_that_are_left_out(call, run):
-    """They cost time and change no number."""
+    """Evaluations take time, but do not affect the training losses."""
     call("train", "tiny.yaml", "out_dir=fewer", "eval_first=false", "eval_train=false")
     fewer, whole = read_metrics("fewer/metrics.jsonl"), read_metrics(run / "metrics.jsonl")
     assert [line["loss"] for line in fewer if "loss" in line] == [line["loss"] for line in whole if "loss" in line]
@@ -394,7 +394,7 @@ def test_an_evaluation_that_is_no_number(call, monkeypatch):
     assert [path.name for path in Path("runs/nan").glob("checkpoint-*")] == ["checkpoint-000002"]
 
 
-# ---- what it says
+# ---- printed output
 
 
 def test_the_time_to_expect_where_the_peak_of_the_device_is_known(call, run, monkeypatch):
@@ -515,7 +515,7 @@ def test_json_is_all_that_evaluate_prints(capfd, monkeypatch, workplace, run, tm
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_model_is_compiled_twice(workplace, call):
-    """Once to train and once to evaluate, though the last batches of the whole split are smaller."""
+    """It is compiled once to train and once to evaluate, although the last batches of the full split are smaller."""
     from torch._dynamo.utils import counters
 
     counters.clear()

@@ -28,7 +28,7 @@ def list_checkpoints(run):
 
 
 def is_checkpoint(path):
-    """Return whether a folder contains checkpoint files. A folder with only the name could be the user's."""
+    """Return whether a folder contains checkpoint files. A folder that only has the name could be the user's own."""
     return any((path / name).is_file() for name in (*MODEL_FILES, TRAINER))
 
 

@@ -10,10 +10,10 @@ from .verify import read_index
 
 
 def load_optimizer(path, accelerator, model, optimizer):
-    """Load the optimizer state of a checkpoint into a new, prepared optimizer of the same model.
+    """Load the optimizer state of the checkpoint folder `path` into a new optimizer, prepared by the Accelerator.
 
     Raises:
-        ValueError: the state does not match the model.
+        ValueError: the optimizer state does not match the model.
     """
     from ..distributed import sharding
 
@@ -27,7 +27,10 @@ def load_optimizer(path, accelerator, model, optimizer):
 
 
 def _open_shards(path, shapes):
-    """Return {"PARAMETER/FIELD": [(first row, open file), ...]}, sorted by row. shapes: {PARAMETER: shape}."""
+    """Open the optimizer state of a checkpoint. Return {"PARAMETER/FIELD": [(first row, open file), ...]}.
+
+    FIELD: such as exp_avg. A file has the rows of the tensor from `first row` on. shapes: {PARAMETER: shape}.
+    """
     from safetensors import SafetensorError, safe_open
 
     tensors, fix = {}, f"to load only the weights, set init_from={path}"
@@ -47,7 +50,7 @@ def _open_shards(path, shapes):
 
 
 def _read_rows(tensors, name, field, start, stop):
-    """Return rows start to stop - 1 of a tensor from _open_shards, or all of a scalar."""
+    """Return rows start to stop - 1 of the state `field` of the parameter `name`, or all of it if it is a scalar."""
     import torch
 
     key, parts = f"{name}/{field}", []

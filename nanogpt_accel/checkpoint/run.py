@@ -18,11 +18,10 @@ from .verify import latest_valid
 
 
 class Run:
-    """The folder of a run: the lock, run.yaml, metrics.jsonl, samples.jsonl, trackers, checkpoints and pushes.
+    """Writes the results of a run: run.yaml, metrics.jsonl, samples.jsonl, trackers, checkpoints, pushes to the Hub.
 
-    `with Run(recipe, console) as run:` locks the folder, so that no other process can add checkpoints; `start` opens
-    the logs and trackers. On ranks other than 0, only `save` has an effect. Leaving the block closes everything, even
-    after an error.
+    `with Run(recipe, console) as run:` locks the run folder, so that no other process can train in it. `start` opens
+    the logs and trackers. On ranks other than 0, only `save` has an effect. Leaving the block closes everything.
 
     Raises:
         ValueError: another process trains in this folder.
@@ -45,7 +44,8 @@ class Run:
         """Write run.yaml and open the logs, the trackers and the saver.
 
         A new run removes the files of an earlier run from the folder. A resumed run removes the lines that were logged
-        after its checkpoint.
+        after its checkpoint. setup: the Setup. data: the Dataset. state: the TrainState. stopper: the Stopper, which is
+        closed at the end.
         """
         from ..tracking.metrics_log import MetricsLog, Spikes, read_metrics
 
@@ -85,7 +85,7 @@ class Run:
     # ---- called by the loop
 
     def log_evaluation(self, step, scores):
-        """Write the scores of an evaluation to metrics.jsonl and the trackers."""
+        """Write the scores of an evaluation, {name: number}, to metrics.jsonl and the trackers."""
         if is_main():
             self._metrics.write(step=step, **scores)
             self.trackers.log(scores, step)
@@ -116,13 +116,13 @@ class Run:
         self.console.step(step, metrics["loss"], seconds, speed, values.get("mfu"), notes)
 
     def log_sample(self, step, text):
-        """Write a sample to samples.jsonl, if the recipe asks for samples, and to the trackers that show text."""
+        """Write a generated text to samples.jsonl and to the trackers that can display text, on rank 0."""
         if self._samples is not None:
             self._samples.write(step=step, text=text)
             self.trackers.log_text("sample", text, step)
 
     def save(self, state, optimizer):
-        """Save a checkpoint. All ranks take part."""
+        """Save a checkpoint. All ranks must call this."""
         if self._metrics is not None:
             self._metrics.flush()
         accelerator = self.setup.accelerator
@@ -138,7 +138,7 @@ class Run:
     # ---- the end
 
     def finish_pushing(self, best_step):
-        """Wait for pending pushes, then push the best checkpoint again if it is not the latest commit on the Hub."""
+        """Wait for pending pushes. Then push the best checkpoint, unless it was the last one to be pushed."""
         pusher = self.pusher
         if pusher is None:
             return
@@ -161,7 +161,7 @@ class Run:
         )
 
     def _push(self, path):
-        """Push a checkpoint in the background, if the recipe asks for it."""
+        """Push a checkpoint folder in the background, if pushes are enabled."""
         if self.pusher is not None:
             trainer = read_trainer(path)
             self.pusher.push(path, f"{self.folder.name}, step {trainer['step']}, validation loss {loss_text(trainer)}")
@@ -189,7 +189,7 @@ class Run:
                         self.folder.rmdir()
 
     def _end_training(self, kind, trace):
-        """Close the trackers. Also destroy the process group, but not after an error that other ranks may not share."""
+        """Close the trackers. Also destroy the process group, except after an error that may be on this rank only."""
         if self.setup is None:
             return
         accelerator = self.setup.accelerator
@@ -209,7 +209,8 @@ class Run:
 
 
 def create_repository(recipe):
-    """Return the Hub repository for the checkpoints; create it if needed. None if this rank or recipe does not push.
+    """Return the name of the Hub repository for the checkpoints, and create it if it does not exist. Return None if
+    push_to_hub is false, and on ranks other than 0.
 
     Raises:
         PermissionError: the Hub does not let this token push there.
@@ -227,8 +228,8 @@ def create_repository(recipe):
 def recipe_to_save(recipe, data):
     """Return the recipe for run.yaml and the model cards.
 
-    data_dir is set, so that a resumed run reads the same tokens even if the text changes. init_from is the original
-    one, and overwrite is false.
+    data_dir is set, so that a resumed run reads the same tokens even if the text changes. init_from is never "resume",
+    but the value with which the run first started. overwrite is false.
     """
     init_from = recipe.model.init_from
     if init_from == "resume":
@@ -242,7 +243,7 @@ def loss_text(trainer):
 
 
 def how_to_resume(out_dir):
-    """Return how to resume a run, phrased to be embedded in a message."""
+    """Return the end of a message: how to resume a run."""
     saved = latest_valid(out_dir, thorough=False)
     if saved is None and not (Path(out_dir) / "run.yaml").is_file():
         return "the run had not started yet; use the same command again"

@@ -1,4 +1,4 @@
-"""The folder of a run: check it, lock it, prepare it, publish the best checkpoint in it, prune older ones."""
+"""The folder of a run: check, lock and prepare it, link the best checkpoint into it, and prune older checkpoints."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from ..utils.files import nearest_existing, remove_checkpoint, write_atomically
 from .layout import CHECKPOINT_NAME, MODEL_FILES, checkpoint_path, is_checkpoint, list_checkpoints
 from .verify import find_corruption
 
-LOCK, LOCK_HOLDER = ".lock", ".lock.json"  # while a process trains in the folder
+LOCK, LOCK_HOLDER = ".lock", ".lock.json"  # locked while a process trains in the folder
 # files that a run and `report` write next to the checkpoints
 _OUTPUT = re.compile(
     r"(metrics|samples)\.jsonl|expect\.json|loss\.png|nonfinite-\d+\.json|report\.html|"
@@ -26,7 +26,7 @@ _PUBLISHED = {*MODEL_FILES, "README.md", "model.py", "generation_config.json", "
 
 
 def check_writable(folder, key="out_dir"):
-    """Check that files can be written to a folder, which need not exist. key: the option that sets the folder."""
+    """Check that files can be written to a folder, which may not exist yet. key: the option that sets the folder."""
     if os.path.islink(folder) and not os.path.exists(folder):
         return [f"{key}={folder}: broken link; set `{key}` to another folder"]
     place = nearest_existing(folder)
@@ -40,7 +40,7 @@ def check_writable(folder, key="out_dir"):
 
 
 def check_empty(folder, key):
-    """Check that a new model folder is writable, empty, and not inside a run folder, where it could be deleted."""
+    """Check that a folder is writable, empty, and not inside a run folder. key: the option that sets the folder."""
     folder = Path(folder)
     if folder.is_dir() and any(file.name != ".tmp" for file in folder.iterdir()):  # .tmp: of an export that was killed
         return [f"{key}={folder}: the folder is not empty; set `{key}` to a new or empty folder"]
@@ -99,7 +99,7 @@ def lock_run(run):
 
 
 def prepare_run_folder(run, recipe, is_resumed):
-    """Create the run folder and write run.yaml, with the text `recipe`. If the run is not resumed, first delete the
+    """Create the run folder and write the text `recipe` to run.yaml. If the run is not resumed, first delete the
     checkpoints, links and logs of the previous run."""
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
@@ -112,18 +112,19 @@ def prepare_run_folder(run, recipe, is_resumed):
         # last, because is_published compares copies with the checkpoints
         for path in filter(is_checkpoint, list_checkpoints(run)):
             remove_checkpoint(path)
-    write_atomically(run / "run.yaml", recipe)  # an empty run.yaml would resume with another recipe
+    write_atomically(run / "run.yaml", recipe)  # a run would resume from an empty run.yaml with default settings
 
 
 # ---- after each save
 
 
 def best_checkpoint(run, best_step, latest=None):
-    """Return the best checkpoint of a run or, if it could not be saved, the published one, or else the latest one.
+    """Return the checkpoint of a run with the best validation loss. If it could not be saved, return the one that
+    `publish` linked, or else the latest one.
 
     Args:
         best_step: step of the best validation loss; None if the run was not evaluated.
-        latest: the latest checkpoint, if known; later ones may be corrupted.
+        latest: the latest valid checkpoint, if known. None: use the last one, valid or not.
     """
     if latest is None:
         latest = next(filter(is_checkpoint, reversed(list_checkpoints(run))), None)
@@ -134,8 +135,8 @@ def best_checkpoint(run, best_step, latest=None):
 
 
 def publish(run, best_step, latest):
-    """Link each file of the best checkpoint into the run folder, so that the folder loads as a model. Copy the files
-    if links are not allowed, as on Windows without the privilege."""
+    """Link the files of the best checkpoint into the run folder, so that the run folder can be loaded as a model. Copy
+    the files if symbolic links are not allowed, which is the default on Windows."""
     checkpoint = best_checkpoint(run, best_step, latest)
     for file in checkpoint.iterdir():
         if file.is_file() and _published_from(run / file.name) != checkpoint:

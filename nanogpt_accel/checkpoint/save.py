@@ -25,10 +25,10 @@ _LEFTOVER = re.compile(r"\.checkpoint-[0-9]{1,12}\.(tmp|old)$")
 
 @dataclass
 class _Snapshot:
-    """A copy of everything that one process writes to a checkpoint. Training can continue in the meantime."""
+    """A copy of everything that one process writes to a checkpoint. Training can continue while it is written."""
 
     final: Path  # the checkpoint folder
-    temporary: Path  # its name until it is complete
+    temporary: Path  # the folder's name until it is complete
     is_saved: bool  # whether a valid checkpoint of this step exists already; only set on the main process
     trainer: dict
     card: str
@@ -38,7 +38,7 @@ class _Snapshot:
     shard: int | None  # index of this process's shard of the optimizer state; None: another process saves it
     num_shards: int
     tensors: dict  # the shard: {"PARAMETER/FIELD": tensor}
-    first_rows: dict  # {"PARAMETER/FIELD": row} of the tensors that are split over the shards
+    first_rows: dict  # {"PARAMETER/FIELD": index of the shard's first row} for tensors that are split over the shards
 
 
 class Saver:
@@ -89,7 +89,7 @@ class Saver:
             self.accelerator.wait_for_everyone()
 
     def wait(self):
-        """Wait until no save is running."""
+        """Wait until a save in the background is done. Raise the exception of its thread, if any."""
         if self._thread is not None:
             # Ctrl-C inside Thread.start() leaves a thread that starts a moment later, or never
             deadline = time.monotonic() + 1
@@ -102,7 +102,7 @@ class Saver:
             raise self._thread_error
 
     def _take_snapshot(self, trainer, model, optimizer, card):
-        """Gather the weights and this process's shard of the optimizer state on the CPU. All processes call it."""
+        """Gather the weights and this process's shard of the optimizer state on the CPU. All processes call this."""
         from ..distributed import sharding
 
         sharding.reshard(model)
@@ -158,13 +158,13 @@ class Saver:
             publish(self.run, best_step, final)
             prune(self.run, best_step, final, self.keep_last)
         except OSError as error:  # the checkpoint itself is saved
-            self.say(f"warning: {self.run}: cleaning up after {final.name} failed: {error}")
+            self.say(f"warning: {final} is saved, but older checkpoints or links could not be replaced: {error}")
         if self.on_saved is not None:
             self.on_saved(final)
 
 
 def _prepare_temp_dir(temporary, n_bytes):
-    """Create an empty folder to write to, delete leftovers of killed processes, and check that n_bytes are free."""
+    """Create the temporary folder, delete leftovers of killed processes, and check that n_bytes of disk are free."""
     for leftover in temporary.parent.glob(".checkpoint-*"):
         if leftover == temporary:
             delete(leftover)
@@ -178,7 +178,7 @@ def _prepare_temp_dir(temporary, n_bytes):
 
 
 def _write_model(temporary, snapshot, tokenizer):
-    """Write everything of a checkpoint except the optimizer state and the index."""
+    """Write all files of a checkpoint except the optimizer state and state/index.json."""
     import torch
 
     from ..model import GPT
@@ -193,8 +193,8 @@ def _write_model(temporary, snapshot, tokenizer):
 
 
 def _write_shard(temporary, snapshot):
-    """Write this process's shard of the optimizer state. Then write the receipt that the main process waits for: the
-    index entry of the shard, or the error."""
+    """Write this process's shard of the optimizer state. Then write a receipt, for which the main process waits: a file
+    with the index entry of the shard, or with the error."""
     from safetensors.torch import save_file
 
     file = temporary / shard_path(snapshot.shard, snapshot.num_shards)
@@ -229,7 +229,7 @@ def _commit(temporary, final, num_shards):
 
 
 def _wait_for_shards(temporary, num_shards):
-    """Wait for all processes, then return {file: index entry} of all shards of the optimizer state."""
+    """Wait for the receipts of all shards of the optimizer state. Return {file: its entry in the index}."""
     entries = {}
     deadline = time.monotonic() + SHARD_TIMEOUT_S
     for name in (shard_path(shard, num_shards) for shard in range(num_shards)):

@@ -29,10 +29,12 @@ def latest_valid(run, warn=print, resumable=True, thorough=True):
 def find_corruption(path, resumable=True, thorough=True):
     """Return a message about the first missing or corrupted file of a checkpoint, or None if the checkpoint is valid.
 
+    Files are compared with state/index.json. In a copy without state/, JSON files must parse, and safetensors files
+    must be as long as their header says.
+
     Args:
-        resumable: also verify state/, and require its index of sizes and hashes.
-        thorough: compare hashes, not only sizes. Without an index, as in a copy without state/, JSON files must parse
-            and the length of safetensors files must match their header.
+        resumable: whether the checkpoint must contain a valid state/, which is needed to resume a run.
+        thorough: compare hashes with the index, not only sizes.
     """
     path = Path(path)
     index = read_index(path)
@@ -89,7 +91,7 @@ def read_index(path):
 
 
 def _has_matching_trainer(path):
-    """Return whether trainer.json is valid and has the step of the folder name, at which a run resumes."""
+    """Return whether trainer.json is valid and its step is the one in the folder name."""
     try:
         trainer = read_trainer(path)
         has_step = trainer["step"] == int(CHECKPOINT_NAME.match(path.name)[1])
@@ -113,7 +115,7 @@ def _hash_once(file, size, mtime_ns, inode):
 
 
 def shape_differences(path, config, shape):
-    """Return a problem for each value of `shape` that differs from the `config` of the checkpoint at `path`."""
+    """Return a problem for each architecture setting in `shape` that differs from the `config` of a checkpoint."""
     differing = [key for key in shape if shape[key] != config[key]]
     # these are derived from n_head and n_embd by default, so do not report them in addition to n_head and n_embd
     independent = [key for key in differing if key not in ("n_kv_head", "head_dim", "n_inner")]

@@ -43,7 +43,7 @@ class BenchOptions(Section):
     """The options of `bench`, in addition to the keys of a recipe."""
 
     steps: Int = Field(10, ge=1, description="number of measured steps; reported times are their medians")
-    warmup: Int = Field(3, ge=1, description="number of unmeasured steps before, for compilation and allocation")
+    warmup: Int = Field(3, ge=1, description="number of steps before the measured ones, for compilation and allocation")
     compare: Words = Field([], description=f"compare variants along these axes, in all combinations: {', '.join(AXES)}")
     profile: str | None = Field(None, description="write a trace of two steps to this file; open it in ui.perfetto.dev")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
@@ -72,7 +72,7 @@ def main(argv):
 
 
 def check(recipe):
-    """Return a list of problems. Missing data is not a problem: random tokens take the same time."""
+    """Check a recipe. Return a list of problems. The data may be missing, because random tokens take the same time."""
     problems = check_launch(recipe.train.gradient_accumulation_steps)
     if dataset.is_prepared(recipe.data):
         problems += dataset.check(recipe.data, recipe.model.block_size)
@@ -80,7 +80,7 @@ def check(recipe):
 
 
 def variants_of(recipe, axes):
-    """Return [(name, settings)] for all combinations of the axes' variants; without axes, only the recipe itself."""
+    """Return [(name, changed settings), ...] for all combinations along the axes. Without axes, nothing is changed."""
     size = recipe.train.batch_size
     sizes = [(f"batch_size={n}", {"batch_size": n}) for n in (size // 2, size, 2 * size) if n]
     variants = []
@@ -170,7 +170,7 @@ def bench(recipe, options):
 
 
 def figures_of(variant, steps):
-    """Return the results of a variant as a dictionary. steps: the return values of its `step`."""
+    """Return the results of a variant as a dictionary. steps: list of the times that Variant.step returned."""
     setup = variant.setup
     speeds = [setup.tokens_per_step / step["total"] for step in steps]
     speed, peak = statistics.median(speeds), setup.peak_flops
@@ -189,7 +189,7 @@ def figures_of(variant, steps):
 
 
 class Variant:
-    """A training setup that measures each part of a step. settings: changes to the recipe, as in AXES."""
+    """A model that is trained to measure each part of a step. settings: changes to the recipe, as in AXES."""
 
     def __init__(self, recipe, config, tokens, eot_id, name, settings):
         import torch
@@ -311,12 +311,12 @@ class Variant:
 
 
 def between(start, end):
-    """Return the seconds between two marks."""
+    """Return the seconds between two results of Variant.mark."""
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
 def report(target, figures):
-    """Yield the results as lines of text."""
+    """Yield the results of `bench` as lines of text. target: path of the recipe."""
     threads = f", {figures['threads']} threads" if figures["device"] == "CPU" else ""
     yield (
         f"{target} on {figures['processes']} x {figures['device']}, mixed precision {figures['mixed_precision']}, "

@@ -62,7 +62,7 @@ def main(argv):
 
 
 def describe(data, split, peek):
-    """Return a split's counts, its most common tokens as (text, share), and the text of its first `peek` tokens."""
+    """Return a dictionary: counts of a split, its most common tokens, and the text of its first `peek` tokens."""
     tokens, counts = data.splits[split], data.manifest["splits"][split]
     frequencies = np.zeros(data.tokenizer.vocab_size, np.int64)
     for start in range(0, min(len(tokens), COUNTED), 2**20):

@@ -118,7 +118,7 @@ def is_broken(findings):
 
 
 def versions():
-    """Check the versions of Python and of required and optional packages."""
+    """Check the versions of Python and of required and optional packages. Return a list of findings."""
     from packaging.requirements import Requirement
 
     found = [ok("python", f"{platform.python_version()} on {platform.platform()}")]
@@ -144,7 +144,7 @@ def versions():
 
 
 def devices(device):
-    """Check the CPU and the memory, and run a matmul on each GPU."""
+    """Check the CPU and the memory, and run a matmul on each GPU. Return a list of findings."""
     import psutil
     import torch
 
@@ -180,7 +180,7 @@ def precision(accelerator):
 
 
 def attention(device):
-    """Check which kernels of scaled_dot_product_attention support forward and backward passes on the device."""
+    """Check which kernels of scaled_dot_product_attention run forward and backward on the device."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
@@ -208,7 +208,7 @@ def attention(device):
 
 
 def compiling(device, limit):
-    """Check torch.compile in a subprocess, because it may hang or crash."""
+    """Check torch.compile in a subprocess, because it may hang or crash. limit: maximum seconds; 0: no check."""
     if not limit:
         return []
     is_default = should_compile("auto", device.type)

@@ -94,8 +94,8 @@ class Text(NamedTuple):
 def load_data_recipe(target, path, given):
     """Load the recipe that defines the data to evaluate on.
 
-    This is the recipe at `path` if it is not None. Otherwise, if `given` (the recipe keys on the command line) names a
-    corpus or data_dir, this data; a corpus is tokenized with the model's own tokenizer. Otherwise the run's own recipe.
+    If `path` is None, use the corpus or data_dir in `given` (recipe keys on the command line), or else run.yaml of the
+    run of the model `target`. If only the corpus is given, it is tokenized with the tokenizer of the model.
     """
     keys = {key.removeprefix("data.") for key in given} & {"corpus", "data_dir", "tokenizer"}
     if path is None and keys & {"corpus", "data_dir"}:
@@ -110,7 +110,7 @@ def load_data_recipe(target, path, given):
 
 
 def run_recipe(target):
-    """Return the path of the run.yaml of a model's run."""
+    """Return the path of run.yaml in a run folder. target: the run folder, or a checkpoint in it."""
     for folder in (Path(target), Path(target).parent):
         if (folder / "run.yaml").is_file():
             return folder / "run.yaml"
@@ -151,7 +151,7 @@ def evaluate(target, recipe, options, block_size=None):
 
 
 def open_split(recipe, options, folder, config, target, console):
-    """Return (Text, problems) for a split of the recipe's data."""
+    """Return (Text, list of problems) for options.split of the recipe's data. Prepare the data if needed."""
     data = ready(recipe.data, is_main(), report=console)
     problems = dataset.require_tokenizer(data, folder, key=target) or check_tokenizer(data.tokenizer, config, folder)
     name, split = str(data.folder), options.split
@@ -162,7 +162,7 @@ def open_split(recipe, options, folder, config, target, console):
 
 
 def open_text(options, folder):
-    """Return (Text, problems) for options.text, tokenized with the model's own tokenizer."""
+    """Return (Text, list of problems) for options.text, encoded with the tokenizer of the model in `folder`."""
     path = Path(options.text)
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else joined_text(options.text, options.split)
@@ -191,7 +191,7 @@ def check_windows(text, block_size, recipe, options, config, folder):
 
 
 def compute_losses(folder, text, block_size, stride, recipe, accelerator, console):
-    """Load the model, evaluate it on the text, and return (sums, counts) of evaluation.window_losses."""
+    """Load and evaluate a model. Return (sums, counts), arrays of the summed loss and the tokens per window."""
     from ..batches import evaluation_batches, model_inputs, sliding_windows
     from ..distributed import cpu
     from ..evaluation import window_losses
@@ -256,7 +256,7 @@ def evaluate_tasks(target, recipe, options):
 
 
 def describe_task(values):
-    """Format the scores of a task. lm-eval names a score "metric,filter" and its error "metric_stderr,filter"."""
+    """Format the scores of a task. lm-eval calls a score "metric,filter" and its std. error "metric_stderr,filter"."""
     parts = []
     for key, value in values.items():
         if "," in key and "_stderr" not in key:

@@ -78,7 +78,7 @@ def main(argv):
 
 
 def find_tokenizer(setting, checkpoint_file, dataset, vocab_size):
-    """Return the Tokenizer of a nanoGPT checkpoint. setting: the option `tokenizer`.
+    """Return the Tokenizer of a nanoGPT checkpoint. setting: the option `tokenizer`. dataset: as in nanoGPT's config.
 
     Raises:
         ValueError: the tokenizer cannot be found, or has more tokens than the model.

@@ -80,7 +80,7 @@ def check(recipe, options):
 
 
 def find_gpu(recipe, options):
-    """Return (key of GPUS, or None for a CPU, for MPS and for an unknown GPU; list of problems)."""
+    """Return (name of the GPU in GPUS, list of problems). The name is None for a CPU, MPS or an unknown GPU."""
     if not options.gpu:
         return (None if recipe.train.device in ("cpu", "mps") else "H100"), []
     short_name = lambda name: re.sub(r"[\s_-]", "", name.lower())  # noqa: E731  so that rtx4090 matches
@@ -94,7 +94,7 @@ def find_gpu(recipe, options):
 
 
 def plan(recipe, options):
-    """Return all estimates of a run as a dictionary, in bytes, seconds and FLOPs unless the key names another unit."""
+    """Return all estimates for a run as a dictionary, in bytes, seconds and FLOPs unless the key names another unit."""
     train, gpus, gpu = recipe.train, options.gpus, find_gpu(recipe, options)[0]
     vocab_size, train_tokens, assumed = find_data(recipe)
     shape = model_shape(recipe, vocab_size)
@@ -158,7 +158,7 @@ def find_data(recipe):
 
 
 def assumptions(recipe, options, gpu, precision, n_params):
-    """Return a list of assumptions about hardware and speed."""
+    """Return a list of assumptions about hardware and speed, as text."""
     train, assumed = recipe.train, []
     if gpu and precision == "no":
         assumed.append("peak FLOP/s of half precision; training with mixed_precision=no is much slower")
@@ -175,7 +175,7 @@ def assumptions(recipe, options, gpu, precision, n_params):
 
 
 def run_size(recipe, shape, train_tokens):
-    """Return the estimates that do not depend on hardware: parameters, FLOPs, tokens, checkpoints, scaling laws."""
+    """Return the estimates that do not depend on the hardware: parameters, FLOPs, tokens, checkpoints, scaling laws."""
     train = recipe.train
     parts = sizing.parameters(shape)
     n_params, flops_per_token = sum(parts.values()), sizing.flops_per_token(shape)
@@ -207,9 +207,10 @@ def run_size(recipe, shape, train_tokens):
 
 
 def run_time(size, exchange, gpu, options):
-    """Return seconds per step and days; all None without a GPU.
+    """Return the estimated time per step and in total as a dictionary. Without a GPU, all values are None.
 
-    exchange: seconds of communication per step. It overlaps with computation, so a step takes the longer of the two.
+    size: the result of run_size. exchange: seconds of communication per step. Communication overlaps with computation,
+    so a step takes the longer of the two.
     """
     keys = ("computing_seconds", "exchange_seconds", "seconds_per_step", "tokens_per_second_per_gpu", "days")
     if gpu is None:
@@ -222,7 +223,7 @@ def run_time(size, exchange, gpu, options):
 
 
 def find_layouts(gpus, gpus_per_node, algorithm, gpu, device):
-    """Return {layout: (file in configs/, number of shards)}, the simplest layout first."""
+    """Return {"ddp", "fsdp2", "zero2" or "zero3": (file in configs/, number of shards)}, the simplest first."""
     if gpu is None:
         return {"ddp": ("mps.yaml" if device == "mps" else "cpu.yaml" if gpus == 1 else "cpu_2proc.yaml", 1)}
     if gpus == 1:
@@ -238,7 +239,7 @@ def find_layouts(gpus, gpus_per_node, algorithm, gpu, device):
 
 
 def memory_by_layout(memory_of, layouts, train):
-    """Return {layout: {part: bytes}}, with their total, and the activations with and without checkpointing."""
+    """Return {layout: {part: bytes}} for the layouts from find_layouts, with totals. memory_of: see `plan`."""
     memory = {}
     for layout, (config, shards) in layouts.items():
         full, checkpointed = (
@@ -257,7 +258,7 @@ def memory_by_layout(memory_of, layouts, train):
 
 
 def find_fix(train, gpus, memory_of, layouts, limit):
-    """Return advice on how to make the run fit into `limit` bytes per GPU, as text."""
+    """Return advice, as text, on how to make the run fit into `limit` bytes per GPU. memory_of: see `plan`."""
 
     def fits(batch, checkpointing):
         parts = (memory_of(name, n, batch=batch, checkpointing=checkpointing) for name, (_, n) in layouts.items())
@@ -278,7 +279,7 @@ def find_fix(train, gpus, memory_of, layouts, limit):
 
 
 def report(target, figures):
-    """Yield the plan as lines of text."""
+    """Yield the result of `plan` as lines of text. target: path of the recipe."""
     n_micro, total = figures["micro_batches"], figures["parameters"]["total"]
     device = f"{figures['gpus']} x {figures['gpu']}" if figures["gpu"] else f"device={figures['device']}"
     parts = ", ".join(f"{part} {n:,}" for part, n in figures["parameters"].items() if n and part != "total")
@@ -305,7 +306,7 @@ def report(target, figures):
 
 
 def run_lines(figures, n_params):
-    """Yield tokens, FLOPs, scaling laws and time of the run."""
+    """Yield lines of text: tokens, FLOPs, scaling laws and time of the run."""
     if not figures["tokens"]:
         yield "run          no training steps (eval_only=true or max_iters=0)"
         return
@@ -333,7 +334,7 @@ def run_lines(figures, n_params):
 
 
 def memory_lines(figures):
-    """Yield the table of memory by layout, and the layouts that fit."""
+    """Yield lines of text: a table of memory by layout (DDP, FSDP2, ...), and the layouts that fit."""
     columns = ("weights", "gradients", "optimizer", "copies", "activations", "logits", "total")
     memory, fitting, gpus = figures["memory"], figures["fitting"], figures["gpus"]
     unit, size = ("GiB", GIB) if any(parts["total"] >= GIB for parts in memory.values()) else ("MiB", 2**20)
@@ -348,7 +349,7 @@ def memory_lines(figures):
         f"{figures['usable_memory'] / GIB:.1f} GiB ({1 - RESERVE:.0%} of the GPU's memory)" if figures["gpu"] else ""
     )
     if not fitting:
-        yield f"no layout fits into {limit}: {figures['remedy']}"
+        yield f"no configuration fits into {limit}: {figures['remedy']}"
         return
     config, *others = (f"configs/{memory[layout]['config']}" for layout in fitting)
     if not figures["gpu"] and gpus > 2:

@@ -73,7 +73,7 @@ def main(argv):
 
 
 def unique_names(targets):
-    """Return the last part of each path, or the full path if several runs have the same name."""
+    """Return a name for each run: the last part of its path, or the full path if several runs have the same name."""
     last = [printable(Path(target).resolve().name) for target in targets]
     return [name if last.count(name) == 1 else printable(target) for name, target in zip(last, targets, strict=True)]
 
@@ -82,10 +82,10 @@ def unique_names(targets):
 
 
 def read_run(folder, name):
-    """Return a run as a dictionary of plain values.
+    """Read a run folder. Return a dictionary of plain values for the page.
 
-    "series" has the columns from `downsample` for each chart and for "val_loss", which the loss chart also shows. The
-    seconds exclude evaluations, because metrics.jsonl has no timestamps. "notes" describes problems as text.
+    "series" is {metric: result of `downsample`}. "notes" is a list of problems, as text. Training time is computed from
+    the throughput, because metrics.jsonl has no timestamps, so it excludes evaluations and checkpoints.
     """
     recipe, tokens_per_step, notes = read_recipe(folder)
     lines = read_metrics(folder / "metrics.jsonl")
@@ -112,7 +112,7 @@ def read_run(folder, name):
 
 
 def read_recipe(folder):
-    """Return (Recipe, tokens per step, notes) of a run; the first two are None if run.yaml cannot be loaded."""
+    """Return (Recipe, tokens per step, list of problems). If run.yaml cannot be loaded, the first two are None."""
     try:
         recipe = load_recipe(folder / "run.yaml")
     except (ValueError, OSError) as error:
@@ -123,7 +123,7 @@ def read_recipe(folder):
 
 
 def check_metrics(path, lines):
-    """Return notes about lines of metrics.jsonl that cannot be read. lines: the valid lines."""
+    """Return a list of problems with metrics.jsonl, as text. path: the file. lines: its valid lines, parsed."""
     n_logged = len(path.read_bytes().splitlines()) if path.is_file() else 0
     if not n_logged:
         return ["metrics.jsonl is missing or empty"]
@@ -136,13 +136,13 @@ def check_metrics(path, lines):
 
 
 def number(line, key):
-    """Return the value of `key` in a line of metrics.jsonl, or None if it is not a finite number."""
+    """Return the value of `key` in a line of metrics.jsonl (a dictionary), or None if it is not a finite number."""
     value = line.get(key)
     return value if type(value) in (int, float) and math.isfinite(value) else None
 
 
 def training_seconds(lines, tokens_per_step):
-    """Return the seconds of training up to each line, or None if the throughput or the tokens per step are unknown.
+    """Return a list: per line of metrics.jsonl, the seconds of training so far, or None if they are unknown.
 
     The throughput in a line is the mean since the previous line with a training loss.
     """
@@ -160,9 +160,10 @@ def training_seconds(lines, tokens_per_step):
 
 
 def downsample(points):
-    """Return (step, seconds, value) points as columns of at most MAX_POINTS values: step, seconds, value, low, high.
+    """Reduce a list of (step, seconds, value) to MAX_POINTS points. Return {column: list of numbers}.
 
-    Each value is the mean of a group of points; low and high are the group's extremes, so that spikes stay visible.
+    The columns are step, seconds, value, low and high. A value is the mean of a group of points; low and high are the
+    minimum and maximum of the group, so that spikes stay visible.
     """
     size = -(-len(points) // MAX_POINTS)
     columns = {"step": [], "seconds": [], "value": [], "low": [], "high": []}
@@ -177,7 +178,7 @@ def downsample(points):
 
 
 def summary(folder, recipe, lines, clock, tokens_per_step):
-    """Return {title: text} of a run, for the table at the top of the page."""
+    """Return {title: text} of a run, for the table at the top of the page. clock: the result of training_seconds."""
     values = lambda key: [value for line in lines if (value := number(line, key))]  # noqa: E731
     n_steps = max((line["step"] + ("loss" in line) for line in lines), default=0)
     max_iters = recipe.train.max_iters if recipe else None
@@ -202,7 +203,7 @@ def summary(folder, recipe, lines, clock, tokens_per_step):
 
 
 def read_expectation(folder):
-    """Return the content of expect.json as text, or an empty string if the file is missing or invalid."""
+    """Return the content of a run's expect.json as text, or an empty string if the file is missing or invalid."""
     try:
         content = json.loads((folder / "expect.json").read_text(encoding="utf-8"))
         tolerance = f" +- {content['tolerance']:g}" if content["tolerance"] is not None else ""
@@ -213,8 +214,8 @@ def read_expectation(folder):
 
 
 def differences(runs):
-    """Return (titles, rows of (key, values)) for the settings that differ between the recipes, except out_dir,
-    overwrite and the section `expect`. A single recipe is compared with the defaults."""
+    """Return (names, [(key, values), ...]) for the settings that differ between the recipes of the runs, except
+    out_dir, overwrite and the section `expect`. A single recipe is compared with the defaults."""
     recipes = [(run["name"], run["recipe"]) for run in runs if run["recipe"]]
     if len(recipes) == 1:
         recipes.insert(0, ("default", Recipe()))
@@ -233,7 +234,7 @@ def differences(runs):
 
 
 def write_images(runs, out):
-    """Write one PNG per chart to the folder of the page, with steps on the x axis; return the paths."""
+    """Write one PNG per chart to the folder of the page `out`, with steps on the x axis. Return the paths."""
     from matplotlib.figure import Figure
 
     paths = []
@@ -262,7 +263,7 @@ def write_images(runs, out):
 
 
 def page(runs):
-    """Return the HTML page as text."""
+    """Return the HTML page as text. runs: list of results of read_run."""
     from jinja2 import Environment, FileSystemLoader
 
     folder = FileSystemLoader(Path(__file__).parent)

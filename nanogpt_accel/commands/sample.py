@@ -112,7 +112,7 @@ def check_prompts(folder, tokenizer, prompts, options):
 
 
 def write_texts(folder, tokenizer, prompts, options):
-    """Generate and print num_samples texts per prompt; stream the text if a batch has only one."""
+    """Generate and print num_samples texts per prompt. Print a text while it is generated if its batch has only one."""
     from transformers.utils import logging as transformers_logging
 
     from ..distributed import cpu

@@ -11,33 +11,32 @@ class Corpus:
 
     name: str  # short, for file names
     source: dict  # JSON values that identify the content, for the manifest
-    is_single: bool  # a single text or sequence of ids, which is cut into train and val
+    is_single: bool  # whether it is one text or one sequence of ids, which is cut into train and val
     read: Callable | None  # (split, bad) -> iterator over the documents; None for token ids
     splits: tuple | Callable = ("train",)  # the corpus's own splits, or a function that returns them
     bytes: int | None = None  # approximate size of the text, if known
     pin: Callable | None = None  # for a Hub data set: commit (None: the latest) -> the Corpus at this commit
-    first: Callable | None = (
-        None  # for files: bad -> the first document of the first file and of each .jsonl, .csv, ...
-    )
+    first: Callable | None = None  # for files: bad -> iterator over some first documents, for check_files
     skipped: dict = field(default_factory=dict)  # for a folder: {suffix: number of files that are not read}
-    ids: Callable | None = None  # for token ids: (dtype, vocab_size, start) -> the result of read_ids
+    ids: Callable | None = None  # for token ids: (dtype, vocab_size, start) -> the result of readers.read_ids
 
     def own_splits(self):
         """Return the corpus's own splits, "train" first. For a Hub data set, this may send a request to the Hub."""
         return self.splits() if callable(self.splits) else self.splits
 
     def check_files(self, bad=None):
-        """Raise ValueError if a file lacks the column or cannot be opened. bad: see documents()."""
+        """Raise ValueError if a local file cannot be opened or has no text column. bad: see documents()."""
         for _ in self.first(bad or refuse) if self.first else ():
             pass
 
     def documents(self, split="train", bad=None):
         """Yield each non-empty document as a str. Can be called more than once.
 
-        bad: called with a one-line message for each document that cannot be read and is skipped. None: raise an error.
+        bad: called with a one-line message for each document that cannot be read; the document is then skipped. If
+            `bad` is None, such a document raises ValueError.
 
         Raises:
-            ValueError: a text cannot be read, downloaded or decoded, or all documents are empty.
+            ValueError: the corpus cannot be read, downloaded or decoded, or all documents are empty.
         """
         is_empty, problems = True, []
 
@@ -56,10 +55,10 @@ class Corpus:
 
 
 def refuse(problem):
-    """Raise ValueError for a document that cannot be read. This is the default `bad`."""
+    """Raise ValueError for a document that cannot be read. This is `bad` if skip_bad_documents is not set."""
     raise ValueError(f"{problem}; fix it, or set skip_bad_documents=true to skip such documents")
 
 
 def location(spec, path):
-    """Return the prefix of a message about a file of the corpus `spec`."""
+    """Return the start of a message about a file of a corpus: corpus=SPEC, and the path if it is not SPEC itself."""
     return f"corpus={spec}" + (f": {path}" if path != os.path.expanduser(spec) else "")

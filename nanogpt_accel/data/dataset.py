@@ -1,6 +1,6 @@
 """Find, check and open the data folder that a recipe's data section describes. prepare.py creates it.
 
-The argument `data` is a data section, or any object with the same attributes.
+In all functions, `data` is the data section of a recipe, or any object with the same attributes.
 """
 
 import difflib
@@ -40,7 +40,7 @@ class Dataset:
 
     @property
     def identity(self):
-        """Hashes of the token files. A checkpoint stores them, and a run resumes only if they are unchanged."""
+        """Hashes of the tokenizer, train and val. A checkpoint stores them, and a run only resumes if they match."""
         hashes = {split: self.manifest["splits"][split]["sha256"] for split in SPLITS}
         return {"tokenizer": self.tokenizer.fingerprint} | hashes
 
@@ -50,7 +50,7 @@ class Dataset:
 
 
 def data_folder(data):
-    """Return the folder of the token files: data_dir, or data/CORPUS_TOKENIZER-HASH.
+    """Return the folder of the token files: data_dir if it is set, otherwise data/CORPUS_TOKENIZER-HASH.
 
     The hash covers everything that determines the tokens. Raises ValueError or FileNotFoundError if the corpus or the
     tokenizer does not exist.
@@ -72,7 +72,8 @@ def is_prepared(data):
 def check(data, block_size=None):
     """Check the data section without tokenizing or downloading anything.
 
-    Return a list of problems, one line each. block_size: if given, also check that prepared splits are long enough.
+    Return a list of problems, one line each. block_size: if given, also check that prepared data contain a sample of
+    this length.
     """
     problems = []
     if not (data.data_dir and is_prepared(data)):  # prepared data can be used without the corpus
@@ -108,7 +109,7 @@ def corpus_of(data):
 
 
 def check_fits(data, corpus):
-    """Raise ValueError if the limits or the tokenizer cannot be used with this kind of corpus."""
+    """Raise ValueError if limit_documents, limit_tokens or the tokenizer cannot be used with this kind of corpus."""
     if corpus.ids and data.tokenizer in ("char", "bpe"):
         raise ValueError(
             f"tokenizer={data.tokenizer}: requires text, but corpus={data.corpus} contains token ids; set tokenizer to "
@@ -124,7 +125,7 @@ def check_fits(data, corpus):
 
 
 def facts_of(data, corpus):
-    """Return all settings that determine the tokens, as JSON values. The split of a single text needs no seed."""
+    """Return all settings that determine the tokens, as JSON values. A single text is cut, so it has no split_seed."""
     limits = ("limit_documents", "limit_tokens", "skip_bad_documents")
     return {
         "corpus": corpus.source,
@@ -136,7 +137,7 @@ def facts_of(data, corpus):
 
 
 def _tokenizer_identity(data):
-    """Return a string that identifies the tokenizer. A folder is identified by its content, not by its name."""
+    """Return a string that identifies the tokenizer. For a folder, it depends on the content, not on the name."""
     if data.tokenizer in TOKENIZERS:
         return f"bpe vocab_size={data.vocab_size}" if data.tokenizer == "bpe" else data.tokenizer
     if not os.path.isdir(os.path.expanduser(data.tokenizer)):
@@ -148,10 +149,10 @@ def _tokenizer_identity(data):
 
 
 def _differences(data, manifest):
-    """Return a list of problems: settings that differ from those that data_dir was prepared with.
+    """Return a list of problems: settings of `data` that differ from those that data_dir was prepared with.
 
-    Settings with their default value are not compared, so a recipe that sets only data_dir accepts any data. Only the
-    name of the corpus is compared, because the corpus may no longer exist.
+    Settings with their default value are not compared, so a recipe that sets only data_dir accepts any data. The
+    corpus is only compared by name, because it may no longer exist.
     """
     if not data.data_dir or manifest.get("nanogpt"):
         return []
@@ -169,9 +170,7 @@ def _differences(data, manifest):
         "limit_tokens": manifest.get("limit_tokens"),
     }
     identities = {"corpus": lambda: source_name(data.corpus), "tokenizer": lambda: _tokenizer_identity(data)}
-    fields = getattr(
-        type(data), "model_fields", {}
-    )  # a plain object has no defaults, so all its attributes are compared
+    fields = getattr(type(data), "model_fields", {})  # a plain object has no defaults, so everything is compared
     problems = []
     for key, value in prepared.items():
         setting = getattr(data, key)
@@ -187,15 +186,17 @@ def _differences(data, manifest):
 
 
 def open_dataset(data, verify=False):
-    """Open the token files of a prepared folder as a Dataset.
+    """Open a prepared data folder as a Dataset.
 
-    If data_dir is set, the corpus is not needed. A nanoGPT folder is used with its own tokenizer. By default, token
-    files of 64 MiB or more in total are not verified against the SHA-256 of the manifest; only a sample of their ids is
-    checked. verify: verify all token files, as `nanogpt-accel data FOLDER` does.
+    If data_dir is set, the corpus itself is not needed. A folder prepared by nanoGPT is opened with its own tokenizer.
+
+    Args:
+        verify: compare the token files with the SHA-256 in the manifest, as `nanogpt-accel data FOLDER` does. By
+            default, this is only done if they have less than 64 MiB in total. A sample of the ids is always checked.
 
     Raises:
-        FileNotFoundError: not prepared.
-        ValueError: damaged, or different from the recipe.
+        FileNotFoundError: the data folder does not exist.
+        ValueError: a file is damaged, or the data were prepared with other settings.
     """
     folder = data_folder(data)
     manifest = read_manifest(folder)
@@ -231,7 +232,7 @@ def _load_tokenizer(folder, manifest):
 
 
 def guess_vocab_size(data, assumed):
-    """Estimate the vocabulary size of data that are not prepared yet. Append each assumption to `assumed`."""
+    """Estimate the vocabulary size of data that are not prepared yet. Append the assumption to the list `assumed`."""
     if data.tokenizer == "bpe":
         assumed.append(f"vocabulary size {data.vocab_size:,} (vocab_size); smaller if the corpus is small")
         return data.vocab_size
@@ -243,7 +244,7 @@ def guess_vocab_size(data, assumed):
 
 
 def require_tokenizer(dataset, folder, key):
-    """Return a list of problems if the tokenizer of the model in `folder` is not the data's.
+    """Check that the dataset was prepared with the tokenizer of the model in `folder`. Return a list of problems.
 
     key: the setting that the message starts with.
     """
@@ -257,7 +258,7 @@ def require_tokenizer(dataset, folder, key):
 
 
 def require_block(dataset, block_size):
-    """Return a list of problems: splits with fewer than block_size + 1 tokens, the length of a sample."""
+    """Check that train and val have at least block_size + 1 tokens, one sample. Return a list of problems."""
     return _too_short({"train": len(dataset.train), "val": len(dataset.val)}, dataset.folder, block_size)
 
 

@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 CHUNK = 2**19  # characters per chunk; the token files do not depend on it
-AHEAD = 16  # chunks in the queue: enough work for two threads while flushing a file takes 0.3 seconds
+AHEAD = 16  # chunks in the queue, so that two threads have work while the caller flushes a file for 0.3 seconds
 
 
 def tokenize(documents, number, split_of, tokenizer, workers=None):
-    """Yield the result of _encode for each chunk of documents, in order.
+    """Encode documents in threads. Yield [(split, ids, sizes), ...] (see _encode) per chunk of documents, in order.
 
-    Only a few chunks are in memory at a time. number: the number of the first document. split_of: document number ->
-    split. workers: number of threads, by default one per processor.
+    documents: iterator over texts; only a few chunks are in memory at a time. number: the number of the first document.
+    split_of: function that returns the split for a document's number. workers: threads, by default one per processor.
     """
     workers = workers or os.cpu_count()
     local = threading.local()
@@ -36,7 +36,7 @@ def tokenize(documents, number, split_of, tokenizer, workers=None):
 
 
 def _chunks(documents, number, split_of):
-    """Yield lists of (split, text), of about CHUNK characters each."""
+    """Yield chunks: lists of (split, text) with about CHUNK characters in total. Arguments: see tokenize."""
     chunk, size = [], 0
     for number, text in enumerate(documents, number):  # noqa: B020 (starts at the given number)
         chunk.append((split_of(number), text))
@@ -49,7 +49,7 @@ def _chunks(documents, number, split_of):
 
 
 def _encode(tokenizer, chunk):
-    """Return [(split, ids, sizes), ...], one entry per run of consecutive documents of the same split.
+    """Encode a chunk. Return [(split, ids, sizes), ...], one entry per group of consecutive documents of one split.
 
     Each document in `ids` ends with the end-of-text token. sizes: tokens and bytes per document, shape (documents, 2).
     """

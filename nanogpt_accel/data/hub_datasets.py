@@ -26,7 +26,8 @@ class HubSet:
 def hub_corpus(spec, hub_set):
     """Return the Corpus of a HubSet. Nothing is requested from the Hub until the text or the splits are needed.
 
-    spec: the name of a built-in set, or hub:USER/SET, whose validation and test splits are looked up on the Hub.
+    spec: the corpus setting, which is the name of a built-in data set, or hub:USER/SET. In the second case, the
+    validation and test splits are looked up on the Hub.
     """
     is_builtin = not spec.startswith("hub:")
     source = {"kind": "hub", "name": spec}
@@ -54,7 +55,7 @@ def hub_corpus(spec, hub_set):
 
 
 def _find_splits(spec, hub_set):
-    """Return {our split: its name on the Hub}, including the validation and test splits of the data set."""
+    """Return {"train", "val" or "test": name of this split on the Hub} for the splits that the data set has."""
     from datasets import get_dataset_split_names
 
     with _hub_errors(spec, hub_set):
@@ -74,7 +75,7 @@ def _latest_commit(spec, hub_set):
 
 
 def _read(spec, hub_set, split, bad):
-    """Yield the texts of a split. split: its name on the Hub."""
+    """Yield the texts of a data set. split: name of the split on the Hub. bad: see Corpus.documents."""
     from datasets import load_dataset
 
     with _hub_errors(spec, hub_set):
@@ -94,7 +95,7 @@ def _read(spec, hub_set, split, bad):
 
 @contextmanager
 def _hub_errors(spec, hub_set):
-    """Convert any error of the Hub's clients (five libraries) to a ValueError with a one-line message."""
+    """Convert any error of `datasets` and of the libraries that it uses to a ValueError with a one-line message."""
     try:
         yield
     except Exception as error:

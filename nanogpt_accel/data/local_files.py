@@ -33,7 +33,7 @@ def path_exists(spec):
 
 
 def base_name(spec):
-    """Return the last part of the absolute path."""
+    """Return the last part of the absolute path of a corpus setting."""
     return os.path.basename(os.path.abspath(os.path.expanduser(spec)))
 
 
@@ -86,7 +86,7 @@ def local_corpus(spec, column, lines):
 
 
 def _find_files(spec):
-    """Return (base folder for relative names, paths, {suffix: number of skipped files})."""
+    """Return (folder that file names are relative to, paths of the files, {suffix: number of skipped files})."""
     path = os.path.expanduser(spec)
     if os.path.isfile(path):
         return os.path.dirname(path), [path], {}
@@ -104,7 +104,7 @@ def _find_files(spec):
 
 
 def _find_text_files(spec, folder):
-    """Return (paths of the text files in a folder and its subfolders, {suffix: number of the other files})."""
+    """Return (paths of all files with a supported suffix in a folder tree, {suffix: number of other files})."""
     suffixes, paths = TEXT_SUFFIXES + TABLE_SUFFIXES, walk(folder)
     files = [file for file in paths if suffix_of(file) in suffixes and _is_file(file)]
     if not files and os.path.isfile(os.path.join(folder, "train.bin")):
@@ -119,7 +119,7 @@ def _find_text_files(spec, folder):
 
 
 def walk(root, excluded=None):
-    """Return the files in a folder and its subfolders, except hidden ones. excluded: regex of folders to skip."""
+    """Return the files in a folder and its subfolders, except hidden ones. excluded: regex for folder names to skip."""
     paths = []
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if not f.startswith(".") and not (excluded and excluded.fullmatch(f))]
@@ -128,7 +128,7 @@ def walk(root, excluded=None):
 
 
 def _check_formats(spec, files, lines):
-    """Raise ValueError for unsupported formats, and for token ids that are mixed with other files."""
+    """Raise ValueError for unsupported formats, and for .bin files that are compressed or mixed with other files."""
     ids = [file for file in files if _has_ids(file)]
     if ids and (lines or len(ids) < len(files) or any(map(_is_compressed, ids))):
         raise ValueError(
@@ -159,7 +159,7 @@ def _has_json_lines(path):
 
 
 def _sort(root, paths):
-    """Return (name relative to the root, path) of each file, sorted by name; 10.bin comes after 9.bin."""
+    """Return [(name relative to the root, path), ...], sorted by name; for .bin files, by the numbers in the name."""
 
     def name_of(path):
         with suppress(ValueError):  # on Windows, the path can be on another drive
@@ -173,7 +173,7 @@ def _sort(root, paths):
 
 
 def _is_file(path):
-    """Return whether a path is a regular file or a broken link, which is reported when it is read."""
+    """Return whether a path is a regular file or a broken link. Reading a broken link reports the error."""
     return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 

@@ -1,4 +1,4 @@
-"""Read and verify data folders: ours, described by manifest.json, and nanoGPT's.
+"""Read and verify data folders: those of this package, described by manifest.json, and those of nanoGPT.
 
     manifest = read_manifest(folder)
     check_content(folder, manifest, vocab_size)
@@ -23,12 +23,12 @@ from .token_files import AGAIN, FILES, SPLITS, VERSION, TokenFile, sha256_of_spl
 
 SAMPLED_ABOVE = 2**30  # bytes; for larger nanoGPT files, only the first MiB, the last MiB and the size are hashed
 VERIFIED_BELOW = 2**26  # bytes; smaller data are hashed each time they are opened, which takes 0.2 seconds
-CHECKED_PLACES, CHECKED_TOKENS = 64, 2**18  # number of places to check per split, and tokens per place
+CHECKED_PLACES, CHECKED_TOKENS = 64, 2**18  # number of places per split where ids are checked, and tokens per place
 AGAIN_NANOGPT = "prepare it again with nanoGPT's prepare.py"
 
 
 def describe_split(counts):
-    """Return the size of a split as text. counts: the manifest's entry; the text is shorter for a nanoGPT folder."""
+    """Return the size of a split as text. A nanoGPT folder only has the tokens. counts: the split in the manifest."""
     size = counted(counts["tokens"], "token")
     if counts["bytes"] is not None:
         size += f", {counted(counts['documents'], 'document')}"
@@ -47,15 +47,16 @@ def read_manifest(folder):
     """Return the manifest of a data folder. Check its values and the file sizes first.
 
     For a nanoGPT folder, create a manifest in memory: `nanogpt` is true, the tokenizer has `stoi` if there is a
-    meta.pkl, and "bytes" and "documents" are None. The "sha256" of a file above SAMPLED_ABOVE is "sampled:" and a hash
-    of its first MiB, last MiB and size, so that a run does not have to read 17 GB when it starts.
+    meta.pkl, and "bytes" and "documents" are None. If a file has more than SAMPLED_ABOVE bytes, its "sha256" is
+    "sampled:" and a hash of its first MiB, last MiB and size, so that a run does not have to read 17 GB when it starts.
 
     Returns:
-        {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "dtype", "splits": {"train" and "val", maybe
-        "test": {"tokens", "bytes", "documents", "sha256", "files": [{"name", "tokens"}, ...]}}}
+        {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "dtype", "splits"}, where "splits" has the keys
+        "train", "val" and optionally "test", each with {"tokens", "bytes", "documents", "sha256", "files": [{"name",
+        "tokens"}, ...]}.
 
     Raises:
-        FileNotFoundError: no token files.
+        FileNotFoundError: the folder has no token files.
         ValueError: the manifest or the token files are damaged.
     """
     folder = Path(folder)
@@ -153,7 +154,7 @@ class _Manifest(_Base):
 
 
 def _validate(manifest):
-    """Raise ValueError with the key of the first invalid value. Add the list of files to a manifest of version 1."""
+    """Raise ValueError if a value is invalid. A manifest of version 1 has no list of files, so add it."""
     splits = manifest.get("splits")
     if manifest["version"] == 1 and isinstance(splits, dict):
         for split, counts in splits.items():
@@ -243,7 +244,7 @@ def _nanogpt_manifest(folder):
 
 
 def _sampled_sha256(path, size):
-    """Return "sampled:" and the SHA-256 of the first and the last MiB of a file and its size."""
+    """Return "sampled:" followed by a SHA-256 of the first MiB, the last MiB and the size of a file."""
     with open(path, "rb") as file:
         digest = hashlib.sha256(file.read(2**20))
         file.seek(-(2**20), os.SEEK_END)

@@ -42,7 +42,7 @@ def prepare(data, report=print, workers=None):
         workers: tokenizer threads, by default one per processor. The result does not depend on it.
 
     Returns:
-        The data folder. It is not changed if it is already complete.
+        The path of the data folder. If the folder is already complete, it is not changed.
 
     Raises:
         ValueError, OSError: the corpus or a setting is invalid, or the folder cannot be written.
@@ -62,7 +62,7 @@ def prepare(data, report=print, workers=None):
 
 
 def ready(data, is_main, report=print):
-    """Return the Dataset. The main process prepares it if needed, and the other processes wait."""
+    """Open the data folder as a Dataset. If needed, the main process prepares it first, while the others wait."""
     if is_main:
         prepare(data, report)
     while not is_prepared(data):
@@ -108,7 +108,7 @@ def _prepare(folder, data, report, workers):
 
 
 def _pin(corpus, folder):
-    """Return a Hub data set pinned to a commit. Reuse that of an interrupted attempt if the branch has moved."""
+    """Return the corpus. Pin a Hub data set to its latest commit, or to that of an interrupted preparation."""
     if corpus.pin is None:
         return corpus
     earlier = earlier_attempt(folder)[0].get("corpus", {})
@@ -117,7 +117,7 @@ def _pin(corpus, folder):
 
 
 def _bad_handler(data):
-    """Return a callback for Corpus.documents that silently skips bad documents, or None to raise an error."""
+    """With skip_bad_documents, return a callback that ignores documents that cannot be read. Otherwise return None."""
     return (lambda problem: None) if data.skip_bad_documents else None
 
 
@@ -198,7 +198,7 @@ def _open_writer(folder, dtype, facts, shard_tokens, report):
 
 @contextmanager
 def _sigterm_as_exit():
-    """Raise SystemExit on SIGTERM, so that the Writer commits its documents, unless SIGTERM has another handler."""
+    """Raise SystemExit on SIGTERM, so that the Writer commits its documents. An existing handler is not replaced."""
     is_main_thread = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
     if not is_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
@@ -214,7 +214,7 @@ def _sigterm_as_exit():
 
 
 def _draw(number):
-    """Return a number in [0, 1) that depends only on the document's number."""
+    """Return a hash of the number of a document, as a float in [0, 1)."""
     digest = hashlib.blake2b(f"{SPLIT_SEED} {number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -222,8 +222,8 @@ def _draw(number):
 class _Assignment:
     """Assigns documents to train and val by a hash of their number.
 
-    forced: {number: split}, overrides the hash. nearest: {split: [draw, number]}, the document that is closest to each
-    split so far.
+    forced: {document number: split}, overrides the hash. nearest: {split: [hash, number]}, the document with the lowest
+    hash for val, and the one with the highest hash for train.
     """
 
     def __init__(self, val_fraction, forced=(), nearest=()):
@@ -233,18 +233,18 @@ class _Assignment:
         return self.forced.get(number, "val" if _draw(number) < self.val_fraction else "train")
 
     def record(self, number):
-        """Record that a document with this number exists."""
+        """Keep a document in `nearest` if its hash is the lowest or the highest so far."""
         draw = [_draw(number), number]
         self.nearest["val"] = min(self.nearest.get("val", [2, 0]), draw)
         self.nearest["train"] = max(self.nearest.get("train", [-1, 0]), draw)
 
     def to_force(self, empty):
-        """Return {number: split} that assigns the closest document to each empty split."""
+        """Return {document number: split} that assigns the nearest document to each empty split."""
         return {self.nearest[split][1]: split for split in empty}
 
 
 def _find_forced(corpus, data):
-    """Return {document: split} to force if the hash would leave a split of a small corpus empty.
+    """Return {document number: split} to override the hash if it would leave a split of a small corpus empty, else {}.
 
     A large corpus is not checked in advance. If one of its splits is empty in the end, all documents are written again.
     """
@@ -290,7 +290,7 @@ class _Attempt:
     workers: int | None
 
     def write(self, forced):
-        """Write all splits. If one is empty, return {document: split} to force in a second attempt."""
+        """Write all splits. If one is empty, return {document number: split} to force in a second attempt, else {}."""
         if self.writer.position == "all":  # the earlier attempt stopped in finish()
             return {}
         if not self.corpus.is_single:
@@ -305,7 +305,7 @@ class _Attempt:
         return {}
 
     def find_cut(self, length, unit):
-        """Return the position where val starts in a single text or sequence of ids."""
+        """Return the index where val starts in a single text or sequence of ids. unit: "characters" or "token ids"."""
         val_fraction = self.data.val_fraction
         cut = int(length * (1 - val_fraction))  # nanoGPT's int(n*0.9)
         for split, size in (("train", cut), ("val", length - cut)):
@@ -317,7 +317,7 @@ class _Attempt:
         return cut
 
     def write_ids(self):
-        """Copy token ids. Documents end with an end-of-text id. A document cut in two counts in both splits."""
+        """Copy token ids. An end-of-text id ends a document. A document that is cut is counted in train and in val."""
         writer, eot_id, done = self.writer, self.tokenizer.eot_id, self.writer.position
         length, chunks = self.corpus.ids(self.tokenizer.dtype, self.tokenizer.vocab_size, done)
         cut = self.find_cut(length, "token ids")
@@ -362,9 +362,10 @@ class _Attempt:
         return {} if has_val else assignment.to_force(split for split in SPLITS if split not in writer.counts)
 
     def write_split(self, index, done, assignment, is_shared, bad):
-        """Write the documents of one of the corpus's own splits, up to limit_tokens. Return the number of documents.
+        """Write the documents of a split of the corpus, up to limit_tokens. Return the number of documents.
 
-        done: number of documents that an earlier attempt wrote. is_shared: divide the documents between train and val.
+        index: index of the split in own_splits(). done: number of its documents that an earlier attempt wrote.
+        is_shared: divide the documents between train and val, as `assignment` says.
         """
         split = self.corpus.own_splits()[index]
         targets = SPLITS if is_shared else (split,)

@@ -1,7 +1,7 @@
 """Read documents from text, .jsonl, .csv and .parquet files, compressed or not, and token ids from .bin files.
 
-A reader has the arguments `spec`, the corpus setting (for messages), and `bad`, which is called with a message for each
-document that cannot be read. To add a format with many documents per file, write a reader and add it to READERS.
+In all functions, `spec` is the corpus setting, for messages, and `bad` is called with a message for each document that
+cannot be read. To add a format with many documents per file, write a reader and add it to READERS.
 """
 
 import csv
@@ -25,7 +25,7 @@ def suffix_of(path):
 
 
 def file_state(path):
-    """Return (bytes, modification time in ns) of a file, or zeros if it is missing: reading it reports the error."""
+    """Return (bytes, modification time in ns) of a file, or (0, 0) if it is missing; reading it reports the error."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -56,7 +56,7 @@ def read_file(spec, path, column, lines, bad):
 
 
 def decode(spec, raw, path=None):
-    """Decode UTF-8 bytes without changing line ends."""
+    """Decode UTF-8 without changing line endings. Raises ValueError if the bytes `raw` are not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -191,7 +191,7 @@ def _is_unicode(text):
 
 
 def check_column(spec, path, column, columns):
-    """Raise ValueError unless exactly one of the columns has this name."""
+    """Raise ValueError unless exactly one of the `columns` of a file is named `column`."""
     place, count = location(spec, path), columns.count(column)
     if count > 1:
         fix = "rename all but one, or set text_column to another column"
@@ -227,7 +227,7 @@ def read_ids(spec, files, dtype, vocab_size, start):
     files: (path, bytes, modification time) of each file, in order. start: position of the first id to yield.
 
     Returns:
-        (number of ids in all files, iterator over arrays of the ids from `start` on).
+        (number of ids in all files, iterator over arrays that contain the ids from `start` on).
 
     Raises:
         ValueError: a file is truncated, has ids of another dtype, or has an id that is not in the vocabulary.
@@ -264,7 +264,7 @@ def read_ids(spec, files, dtype, vocab_size, start):
 
 
 def _other_content(ids):
-    """Return the format of a file whose first ids do not look like token ids, or None."""
+    """Return what a file seems to contain if its first ids do not look like token ids, otherwise None."""
     head = ids[:4096].tobytes()
     if head.startswith(b"\x93NUMPY"):
         return "a numpy.save file, which has a header (use ids.tofile(path) instead)"
@@ -276,7 +276,7 @@ def _other_content(ids):
 
 
 def _ids_at(spec, path, position, count, dtype):
-    """Read `count` ids of a file, starting at a position."""
+    """Read `count` ids of a file. position: index of the first one."""
     ids = np.empty(count, dtype)
     try:
         with open(path, "rb") as file:

@@ -98,7 +98,7 @@ def find_corpus(spec, *, text_column="text", lines=False, dataset_config=None, d
 
 
 def source_name(spec):
-    """Return find_corpus(spec).source["name"] without reading the disk."""
+    """Return the name of a corpus, the same as find_corpus(spec).source["name"], but without reading the disk."""
     return spec if spec in BUILTIN or spec.startswith("hub:") else base_name(spec)
 
 

@@ -28,7 +28,7 @@ VERSION = 2  # of manifest.json; version 1 had one file per split and no list of
 SPLITS = ("train", "val")
 FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
 SHARD_TOKENS = 100_000_000  # tokens per file: 200 MB
-COMMIT_SECONDS = 20  # between commits, so a crash loses at most this much work (the first one is after a tenth)
+COMMIT_SECONDS = 20  # between commits, so a crash loses at most this much work; the first is after a tenth of it
 LOCK_FILES = ("lock", "holder.json")  # in .partial
 AGAIN = "delete the folder and prepare it again"
 
@@ -91,11 +91,11 @@ class TokenArray:
 
 
 class Writer:
-    """Writes a data folder, which becomes visible when it is complete, or resumes an interrupted attempt.
+    """Writes a data folder, or resumes an interrupted attempt to write it.
 
-    The files are written in FOLDER/.partial. finish() moves them to FOLDER, the manifest last. A later attempt resumes
-    from the last commit. On Ctrl-C and sys.exit(), everything up to the last commit() call is committed. If nothing was
-    committed, leaving the `with` block without finish() removes .partial.
+    The files are written to FOLDER/.partial, and finish() moves them to FOLDER, the manifest last. commit() flushes
+    them every COMMIT_SECONDS, and Ctrl-C or sys.exit() flushes them up to the last commit() call. An attempt resumes at
+    the last flush of the earlier one. If nothing was flushed, leaving the `with` block early removes .partial.
 
     Args:
         folder: the data folder.
@@ -104,8 +104,8 @@ class Writer:
         shard_tokens: maximum number of tokens per file.
 
     Attributes:
-        position: the argument of the last commit() of the earlier attempt, or 0.
-        is_finished: whether the earlier attempt was interrupted in finish(); the folder is complete now.
+        position: the argument of the commit() at which this attempt resumes, or 0.
+        is_finished: whether the folder is complete. True at once if an earlier attempt was interrupted in finish().
 
     Raises:
         ValueError: the folder already contains token files.
@@ -183,7 +183,7 @@ class Writer:
         self._has_committed, self._progress = False, None
 
     def write(self, split, ids, n_bytes, documents=1):
-        """Append token ids, shape (n,), to a split. n_bytes: bytes of their text in UTF-8, None if unknown."""
+        """Append the ids of documents, shape (n,), to a split. n_bytes: bytes of their UTF-8 text, None if unknown."""
         files = self.files.setdefault(split, [])
         with _disk_errors(self.folder):
             if not files or files[-1]["tokens"] >= self.shard_tokens:
@@ -203,7 +203,7 @@ class Writer:
         return sum(self.counts[split][key] or 0 for split in splits or self.counts if split in self.counts)
 
     def commit(self, position):
-        """Record that everything up to `position` (a JSON value) is written. Flush it to disk every COMMIT_SECONDS."""
+        """Record that everything up to `position`, a JSON value, is written. Flush it to disk every COMMIT_SECONDS."""
         self._record(position)
         if time.monotonic() - self._committed_at >= COMMIT_SECONDS / (1 if self._has_committed else 10):
             with _disk_errors(self.folder):
@@ -228,7 +228,7 @@ class Writer:
         """Complete the data folder and return its manifest.
 
         facts: JSON values for the manifest: {"corpus": {"name", ...}, "tokenizer": {"asked", "kind", "vocab_size",
-        "fingerprint", "eot_id"}, "val_fraction", "split_seed"}. save_tokenizer: writes the tokenizer into a folder.
+        "fingerprint", "eot_id"}, "val_fraction", "split_seed"}. save_tokenizer: called with the folder to write to.
         """
         with _disk_errors(self.folder):
             for split in list(self._open):
@@ -256,13 +256,13 @@ class Writer:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _final_name(self, name):
-        """Return a file's name in the data folder. The only file of a split is train.bin, as in nanoGPT."""
+        """Return the final name of a file in .partial. The only file of a split is SPLIT.bin, as in nanoGPT."""
         split = name.partition("-")[0]
         return f"{split}.bin" if name.endswith("-00000.bin") and len(self.files[split]) == 1 else name
 
 
 def refuse_to_overwrite(folder, accept_moved=True):
-    """Raise ValueError if a Writer would overwrite files. accept_moved: ignore files of an interrupted finish()."""
+    """Raise ValueError if a Writer would overwrite files. accept_moved: allow files of an interrupted finish()."""
     folder = Path(folder)
     if accept_moved and (folder / ".partial" / "manifest.json").exists():
         return
@@ -285,7 +285,7 @@ def _disk_errors(folder):
 
 
 def earlier_attempt(folder):
-    """Return (facts, number of documents) of an interrupted attempt, or ({}, 0)."""
+    """Return (`facts` of the Writer, number of written documents) of an interrupted attempt, or ({}, 0)."""
     try:
         progress = json.loads((Path(folder) / ".partial" / "progress.json").read_text(encoding="utf-8"))
         return progress["facts"][0], sum(counts["documents"] for counts in progress["counts"].values())
@@ -302,12 +302,12 @@ def find_active_process(folder):
 
 
 def token_paths(folder, manifest, split):
-    """Return the files of a split, in order."""
+    """Return the paths of the token files of a split, in order."""
     return [Path(folder) / file["name"] for file in manifest["splits"][split]["files"]]
 
 
 def sha256_of_split(paths):
-    """Return the SHA-256 of the only file of a split, or of the concatenated hexadecimal hashes of its files."""
+    """Return the SHA-256 of a split; for several files, that of their concatenated hexadecimal hashes."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib releases the GIL
         hashes = list(pool.map(sha256, paths))
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

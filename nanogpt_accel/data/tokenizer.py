@@ -35,10 +35,10 @@ class Tokenizer:
 
     Args:
         text: the content of a tokenizer.json.
-        eot: the token that ends a document, if the vocabulary has it.
+        eot: the end-of-text token, which ends a document; ignored if it is not in the vocabulary.
 
     Attributes:
-        kind: "gpt2", "char", "bpe" (another byte-level BPE), or the tokenizers library's name of the model.
+        kind: "gpt2", "char", "bpe" (another byte-level BPE), or the model type in tokenizer.json, lowercase.
         dtype: np.uint16, or np.uint32 if the vocabulary is larger than 2**16.
     """
 
@@ -73,7 +73,7 @@ class Tokenizer:
 
     @cached_property
     def _table(self):
-        """For "char": array from code point to id, or -1 if unknown. The last entry is for all higher code points."""
+        """For "char": the id of each code point, -1 if it has none. All higher code points use the last entry."""
         if self.kind != "char":
             return None
         ids = {ord(token): i for token, i in self.vocab.items() if token != self.eot}
@@ -94,8 +94,8 @@ class Tokenizer:
         return _tiktoken(self._spec, self.eot)
 
     def for_thread(self):
-        """Return a copy for use in one thread. A Rust regular expression is fast in the thread that used it first, but
-        takes locks in all others (regex-automata, util::pool): a shared copy took 1.3 times as long."""
+        """Return a copy for use in one thread. A shared tokenizer took 1.3 times as long, because a Rust regular
+        expression takes a lock in all threads except the first that used it (regex-automata, util::pool)."""
         own = copy.copy(self)
         if self._bpe is not None:
             own._bpe = copy.copy(self._bpe)  # has its own regular expressions, but shares the vocabulary
@@ -168,9 +168,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder):
-        """Load the tokenizer of a folder with a tokenizer.json, or with GPT-2's vocab.json and merges.txt.
+        """Load the tokenizer of a folder with a tokenizer.json, with vocab.json and merges.txt, or with a GPT-2 model.
 
-        Raises FileNotFoundError if there is none, and ValueError if one of its files is damaged.
+        Raises FileNotFoundError if the folder has none of these, and ValueError if a file is damaged.
         """
         path = os.path.join(folder, "tokenizer.json")
         if not os.path.isfile(path):
@@ -203,7 +203,7 @@ class Tokenizer:
             raise ValueError(f"{path}: {error}") from None
 
     def is_same(self, other):
-        """Return whether both encode every text to the same ids. Other settings may differ, as in copies of GPT-2's."""
+        """Return whether both tokenizers encode every text to the same ids. Their other settings are not compared."""
         return self.fingerprint == other.fingerprint or self.kind == other.kind == "gpt2"
 
     @cached_property
@@ -234,7 +234,7 @@ class Tokenizer:
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
 
     def encode_batch(self, texts):
-        """Encode each text. This releases the GIL; each thread needs its own copy from for_thread()."""
+        """Encode a list of texts. This releases the GIL; each thread needs its own copy from for_thread()."""
         if self._bpe is not None or self._table is not None:
             return [self.encode(text) for text in texts]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -250,7 +250,7 @@ class Tokenizer:
         return ids
 
     def check_prompt(self, text, block_size, key):
-        """Return a list of problems with a prompt. block_size: maximum number of tokens, or None. key: for messages."""
+        """Check a prompt. Return a list of problems, which start with `key`. block_size: maximum tokens, or None."""
         try:
             length = len(self.encode_prompt(text))
         except ValueError as error:
@@ -262,7 +262,7 @@ class Tokenizer:
         return [f"{key}={text[:40]!r}: {length} tokens, must be {limit}; {fix}"]
 
     def token_bytes(self):
-        """Return the number of UTF-8 bytes of each id, shape (vocab_size,), 0 for end-of-text; None if unknown."""
+        """Return the number of UTF-8 bytes per id, shape (vocab_size,), 0 for end-of-text. None if unknown."""
         if self._table is None and self._bpe is None:
             return None
         sizes = np.zeros(self.vocab_size, np.int64)
@@ -295,7 +295,7 @@ class Tokenizer:
 
 
 def _is_gpt2_model(folder):
-    """Return whether a folder has a GPT-2 model with GPT-2's vocabulary size, and so needs GPT-2's tokenizer."""
+    """Return whether a folder has a GPT-2 model with GPT-2's vocabulary size. Its tokenizer is then GPT-2's."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
@@ -328,7 +328,7 @@ def _char_json(vocab, add_eot):
 
 
 def _byte_level_json(model, is_gpt2=False):
-    """Return the tokenizer.json of a byte-level BPE like GPT-2's, with the end-of-text token last."""
+    """Return the tokenizer.json of a byte-level BPE, with the end-of-text token as its last id."""
     from tokenizers import AddedToken, decoders, pre_tokenizers, processors
     from tokenizers import Tokenizer as Backend
 
@@ -344,15 +344,15 @@ def _byte_level_json(model, is_gpt2=False):
 def _tiktoken(spec, eot):
     """Return the byte-level BPE of a tokenizer.json as a tiktoken Encoding, or None if the ids would differ.
 
-    tiktoken merges the pair whose token has the lowest id, the tokenizers library the pair that is first in the merges.
-    So the ids must be in the order of the merges.
+    tiktoken first merges the pair whose token has the lowest id. The tokenizers library first merges the pair that is
+    first in the list of merges. So the ids must be in the order of that list.
     """
     splitter, model = spec["pre_tokenizer"] or {}, spec["model"]
     if splitter.get("type") != "ByteLevel" or splitter["add_prefix_space"] or not splitter.get("use_regex", True):
         return None
     if spec.get("normalizer") or model.get("ignore_merges") or any(a["content"] != eot for a in spec["added_tokens"]):
         return None
-    # GPT-2 represents each byte by a character: its own if it is visible, else the next one, starting at U+0100
+    # GPT-2 represents a visible byte by its own character, and the other bytes by the characters from U+0100 on
     visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     byte_of = {chr(b): b for b in visible}
     byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in visible)}

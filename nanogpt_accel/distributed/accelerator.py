@@ -9,7 +9,8 @@ from .launcher import launcher_requests, world_size
 
 
 def pick_device(device):
-    """Return the torch.device of a recipe's `device`. auto: the CPU if the launcher requests it, else CUDA, MPS, CPU.
+    """Return the torch.device for a recipe's `device`. auto: the first available one of CUDA, MPS and CPU, or the CPU
+    if the launcher requests it.
 
     Raises:
         ValueError: torch does not find this device.
@@ -33,12 +34,12 @@ def pick_device(device):
 def make_accelerator(
     device="auto", mixed_precision="auto", compile=False, trackers=(), logging_dir=None, collective_timeout=600
 ):
-    """Return an Accelerator for a device and a precision.
+    """Return an Accelerator with the given settings, after checking that they work on this machine.
 
     Args:
         device: auto, cpu, cuda, cuda:N or mps.
         mixed_precision: auto, no, fp16 or bf16; see pick_precision.
-        compile: see should_compile; "regional" compiles one block and reuses it for all.
+        compile: true, false, "auto" (see should_compile) or "regional": compile one block and reuse it for all.
         trackers: names of Accelerate's trackers. logging_dir: the folder for their files.
         collective_timeout: seconds that a process waits for the others before it ends the run with an error.
 
@@ -93,7 +94,7 @@ def make_accelerator(
 
 
 def assert_ranks_agree(accelerator, **facts):
-    """Raise a ValueError on every rank unless all ranks have the same `facts`: dictionaries of plain values, such as
+    """Raise a ValueError on every rank if the ranks have different `facts`: dictionaries of plain values, such as
     recipe={"seed": 1}."""
     from accelerate.utils import gather_object
 
@@ -113,16 +114,16 @@ def assert_ranks_agree(accelerator, **facts):
 
 
 def should_compile(compile, device_type):
-    """Return whether a recipe's `compile` setting compiles the model. "auto": compile on CUDA, except on Windows (no
-    Triton for torch) and with DeepSpeed (torch.compile does not support its hooks)."""
+    """Return whether to compile the model with a recipe's `compile` setting. auto: compile on CUDA, except on Windows
+    (torch has no Triton there) and with DeepSpeed (torch.compile does not support its hooks)."""
     if compile != "auto":
         return bool(compile)
     return device_type == "cuda" and sys.platform != "win32" and not launcher_requests("DEEPSPEED")
 
 
 def pick_precision(mixed_precision, device_type):
-    """Return no, fp16, bf16 or fp8. For auto, return the launcher's setting. If that is "no", which is also what
-    `accelerate launch` sets by default, return the result of auto_precision."""
+    """Return the precision to use: no, fp16, bf16 or fp8. For mixed_precision=auto, use the launcher's setting,
+    or auto_precision if the launcher's is "no", the default of `accelerate launch`."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision != "auto":
         return mixed_precision
@@ -130,7 +131,7 @@ def pick_precision(mixed_precision, device_type):
 
 
 def auto_precision(device_type, has_bf16):
-    """Return the precision of mixed_precision=auto: bf16 if it is native, fp16 on other CUDA devices, else no."""
+    """Return the precision of mixed_precision=auto: bf16 if it is supported natively, else fp16 on CUDA, else no."""
     return "bf16" if has_bf16 else "fp16" if device_type == "cuda" else "no"
 
 

@@ -6,7 +6,7 @@ FP8_BACKENDS = ("torchao", "transformer_engine", "msamp")  # Accelerate needs on
 
 
 def check_launch(gradient_accumulation_steps):
-    """Return a list of problems with the launch, without importing a heavy library."""
+    """Check the number of processes and the launcher's settings. Return a list of problems."""
     problems, processes = [], world_size()
     if gradient_accumulation_steps % processes:
         low = gradient_accumulation_steps // processes * processes
@@ -20,7 +20,7 @@ def check_launch(gradient_accumulation_steps):
 
 
 def check_launcher():
-    """Return a list of problems with the launcher's settings."""
+    """Check the launcher's settings. Return a list of problems."""
     from importlib.util import find_spec
 
     problems = []

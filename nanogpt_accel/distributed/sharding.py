@@ -23,8 +23,8 @@ def _is_dtensor(tensor):
 
 
 def init_empty(make):
-    """Return the model that make() builds, with uninitialized weights, which on Linux take no memory until they are
-    written. FSDP2 broadcasts the weights of the main process, so only that process has to load or initialize them."""
+    """Return the model that make() builds, on the CPU, with uninitialized weights. FSDP2 overwrites them with those of
+    the main process. Until then, they take no memory on Linux."""
     with torch.device("meta"):
         model = make()
     model.to_empty(device="cpu")
@@ -33,15 +33,15 @@ def init_empty(make):
 
 
 def disable_zero3_init(accelerator):
-    """Keep transformers from sharding every loaded model with ZeRO-3, as it does while `dschf` exists. Only
-    `prepare` should shard a model."""
+    """Prevent transformers from sharding a model with ZeRO-3 while loading it; `prepare` shards it later. transformers
+    does so if Accelerate's DeepSpeed plugin has a `dschf`."""
     if is_deepspeed(accelerator):
         accelerator.state.deepspeed_plugin.dschf = None
 
 
 def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip):
-    """Call accelerator.prepare(model, optimizer) with the settings that FSDP2 and DeepSpeed need. batch_size: sequences
-    per micro-batch. micro_steps: micro-batches per step and process. grad_clip: 0 for none."""
+    """Return accelerator.prepare(model, optimizer), with the settings that FSDP2 and DeepSpeed need. batch_size:
+    sequences per micro-batch. micro_steps: micro-batches per step and process. grad_clip: 0 for no clipping."""
     if is_fsdp(accelerator):
         _configure_fsdp(accelerator)
     if not is_deepspeed(accelerator):
@@ -49,7 +49,7 @@ def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
         train_micro_batch_size_per_gpu=batch_size, gradient_accumulation_steps=micro_steps, gradient_clipping=grad_clip
     )
-    # DeepSpeed initializes its float32 weights from rounded ones, but a run must resume with the exact weights
+    # DeepSpeed initializes its float32 copy from rounded weights, but a run must resume with the exact weights
     is_rounded = accelerator.mixed_precision != "no"
     weights = {name: p.detach().clone() for name, p in model.named_parameters()} if is_rounded else {}
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -92,10 +92,10 @@ def reshard(model):
 
 
 def full_state_dict(accelerator, model, copy=False):
-    """Return {name: tensor on the CPU} of the weights; empty except on the main process. Tied weights appear once.
+    """Return the full weights as {name: tensor on the CPU} on the main process, and {} on the others.
 
-    Call it on all processes, with the unwrapped model. Parameters are gathered one by one, so no device stores all of
-    them. copy: also copy tensors that are on the CPU already.
+    Tied weights appear once. Call it on all processes, with the unwrapped model. Parameters are gathered one by one, so
+    no device stores all of them. copy: also copy tensors that are on the CPU already.
     """
     weights = {}
     for name, parameter in model.named_parameters():
@@ -125,8 +125,8 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
     """Return the part of the optimizer state that this process saves. All processes call it.
 
     Returns:
-        ({"PARAMETER/FIELD": tensor on the CPU}, {"PARAMETER/FIELD": first row} of the sharded ones). Both are empty if
-        the index from shard_index is None.
+        ({"PARAMETER/FIELD": tensor on the CPU}, {"PARAMETER/FIELD": index of its first row in the full tensor}). The
+        second is for sharded tensors only. Both are empty if another process saves this shard.
     """
     index, _ = shard_index(accelerator, model)
     tensors, first_rows = {}, {}
@@ -169,8 +169,8 @@ def restore_optimizer(accelerator, model, optimizer, fields, read):
     """Load saved state into the optimizer of a prepared model.
 
     Args:
-        fields: {parameter name: names of its saved fields}.
-        read: (name, field, start, stop) -> tensor of rows start to stop - 1; a scalar ignores them.
+        fields: {parameter name: names of its saved state, such as "exp_avg"}.
+        read: function (name, field, start, stop) -> rows start to stop - 1 of a saved tensor, or the saved scalar.
     """
     if is_deepspeed(accelerator):
         return _restore_deepspeed(model, optimizer, fields, read)
@@ -198,7 +198,7 @@ def _local_rows(parameter):
 
 
 def _to_sharded(parameter, local):
-    """Return a tensor of this process's rows as a DTensor if the parameter is one."""
+    """Return `local`, the rows of a tensor on this process, as a DTensor if the parameter is one."""
     if not _is_dtensor(parameter) or not local.dim():
         return local
     local, layout = local.to(parameter.device), {"shape": parameter.shape, "stride": parameter.stride()}
@@ -207,11 +207,11 @@ def _to_sharded(parameter, local):
     )
 
 
-# ---- DeepSpeed: torch's optimizer updates a few flat vectors. Each has this process's part of many parameters.
+# ---- DeepSpeed: torch's optimizer updates a few flat vectors, which contain this process's part of each parameter
 
 
 def _deepspeed_state(parameter, zero):
-    """Return {field: full tensor} of a parameter. zero: DeepSpeed's optimizer, which wraps torch's."""
+    """Return a parameter's optimizer state: {field: full tensor}. zero: DeepSpeed's optimizer, which wraps torch's."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     return {
@@ -222,15 +222,15 @@ def _deepspeed_state(parameter, zero):
 
 
 def _link_deepspeed(zero):
-    """In stages 1 and 2, link the parameters to the optimizer state of all vectors. DeepSpeed does this in the first
-    step, when only one vector has a state."""
+    """In ZeRO stages 1 and 2, link the parameters to the optimizer state of all flat vectors. DeepSpeed itself links
+    them in the first step, when only one vector has a state."""
     if hasattr(zero, "single_partition_of_fp32_groups"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
 def _restore_deepspeed(model, optimizer, fields, read):
-    """Create and fill the state of the vectors, which DeepSpeed itself would create in the first step."""
+    """Create the optimizer state of the flat vectors before the first step, and fill it with the saved state."""
     zero = optimizer.optimizer
     is_stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
     vectors = zero.fp32_partitioned_groups_flat if is_stage_3 else zero.single_partition_of_fp32_groups
@@ -249,7 +249,7 @@ def _restore_deepspeed(model, optimizer, fields, read):
 
 
 def _set_deepspeed(parameter, value, field=None):
-    """Set a field of a parameter's optimizer state; None: set its float32 copy. Each process stores its part."""
+    """Set a field of a parameter's optimizer state, or its float32 copy if field is None, to a full tensor."""
     if not hasattr(parameter, "ds_id"):  # stages 1 and 2
         return parameter.set_full_hp_param(value, field)
     part = parameter.ds_tensor.numel()  # all parts have the same size; the last one is padded

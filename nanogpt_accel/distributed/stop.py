@@ -13,7 +13,7 @@ from .launcher import world_size
 
 
 def lost_process(error):
-    """Return the first line of an error if it means that another process ended or does not respond, else None."""
+    """Return the first line of an error that means that another process ended or does not respond, otherwise None."""
     import torch
 
     words = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "socket")
@@ -59,7 +59,7 @@ class Stopper:
     """Stops a run early, by a signal or after max_hours, on all ranks after the same step.
 
     Args:
-        signals: a StopSignals; from now on it records signals instead of ending the process.
+        signals: a StopSignals. It is armed here: from now on, a signal is recorded and does not end the process.
         max_hours: None for no limit. started: time.monotonic() when the run started.
         collective_timeout: seconds to wait for the other ranks.
     """
@@ -77,8 +77,8 @@ class Stopper:
     def all_ranks_agreed(self):
         """Return whether the run should stop now. Call it on all ranks, once per step.
 
-        With several ranks, the result is delayed by one step: the all_reduce of the previous step, which runs on the
-        CPU with gloo, is complete by now, so no rank has to wait for its device.
+        With several ranks, the result is that of the all_reduce started in the previous step. It runs in the background
+        on the CPU with gloo and is usually complete by now, so no rank has to wait for its device.
         """
         import torch
 

@@ -14,14 +14,14 @@ PUSH_TIMEOUT_S = 1800  # maximum time to wait for a push at the end of a run
 
 
 class BackgroundPush:
-    """Push checkpoints in a thread, one at a time. If several checkpoints are waiting, only the latest is pushed.
+    """Pushes checkpoints in a thread, one at a time. If several checkpoints are waiting, only the latest is pushed.
 
-    The files of a checkpoint are hard-linked first, so that the checkpoint can be pruned before the push. If a push
-    fails, it is retried with the next checkpoint. Repeated failures cause only one warning.
+    `push` makes hard links to the files of a checkpoint first, so that the checkpoint can be pruned in the meantime. If
+    a push fails, the next checkpoint is pushed as usual. Repeated failures cause only one warning.
     """
 
     def __init__(self, repo, folder, warn, private=False, branch=None):
-        """repo: repository, created if it does not exist. folder: run folder. warn: function that prints a line."""
+        """repo: Hub repository, created if it does not exist. folder: the run folder. warn: prints a line."""
         self.repo, self.private, self.branch, self.warn = repo, private, branch, warn
         self.pushed = None  # last checkpoint that was pushed
         self._folder, self._has_warned = Path(folder), False
@@ -30,7 +30,7 @@ class BackgroundPush:
         self._worker = None
 
     def push(self, checkpoint, message):
-        """Schedule the push of a checkpoint folder, and return immediately."""
+        """Schedule the push of a checkpoint folder, and return immediately. message: the commit message."""
         links = self._folder / f".push-{Path(checkpoint).name}-{time.monotonic_ns()}"
         try:
             links.mkdir()

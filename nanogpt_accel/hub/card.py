@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import __version__
 from .transfer import is_model_id
 
-# built-in corpus -> metadata of the Hub; its list of licenses does not include Python's
+# built-in corpus -> metadata for the Hub, whose list of licenses does not include Python's
 CORPUS_METADATA = {
     "python": {"language": "code", "license": "other", "license_name": "psf-2.0"},
     "shakespeare": {"language": "en"},  # in the public domain
@@ -24,7 +24,7 @@ _LOADING_CODE = re.compile(r"^path = .*\nmodel = .*\ntokenizer = .*$", re.MULTIL
 
 
 def checkpoint_card(recipe, data, trainer, num_parameters):
-    """Return the text of a checkpoint's README.md. trainer: the content of its trainer.json."""
+    """Return the text of a checkpoint's README.md. data: the Dataset. trainer: the content of its trainer.json."""
     tokenizer, init_from, block_size = data.tokenizer, recipe.model.init_from, recipe.model.block_size
     corpus, steps = data.manifest["corpus"], f"after {trainer['step']:,} steps"
     loss = trainer["val_loss"] if trainer["evaluated"] else None  # otherwise, it is the loss of an earlier step
@@ -124,8 +124,8 @@ def adapt_usage(card, needs_code, repo=None, branch=None):
 
 
 def converted_card(source, name, tokenizer, block_size, *, needs_code, repo=None, branch=None):
-    """Return the card of a converted model. Only the code is changed in a card that nanogpt_accel wrote. Any other
-    card is replaced with a short card, with the title `name`. repo, branch: see adapt_usage."""
+    """Return the card of a model that was converted from the folder `source`. If nanogpt_accel wrote the card there,
+    only change its code (see adapt_usage). Otherwise write a short card with the title `name`."""
     readme = Path(source) / "README.md"
     card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     if "nanogpt_accel" not in card.split("\n---", 1)[0]:  # nanogpt_accel is not in the tags

@@ -49,7 +49,7 @@ def download(model_id, report=print, bars=True):
 
 
 def check_push(model_id, key):
-    """Check the settings for a push without using the network. Return a list of problems. key: setting to name."""
+    """Check the settings for a push without using the network. Return a list of problems, which start with `key`."""
     from huggingface_hub import get_token, is_offline_mode
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -99,7 +99,7 @@ def upload(folder, repo, message, branch=None, report=lambda line: None, bars=Fa
 
 @contextmanager
 def _progress(what, report, bars):
-    """Show huggingface_hub's progress bars in a terminal if `bars` is set. Otherwise, report slow transfers."""
+    """Show huggingface_hub's progress bars in a terminal if `bars` is set. Otherwise report a slow transfer."""
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     shows_bars = bars and sys.stderr.isatty()
@@ -123,7 +123,7 @@ def _progress(what, report, bars):
 
 @contextmanager
 def _hub_errors(model_id):
-    """Convert errors to a PermissionError if the Hub refused and a retry is useless, otherwise a ConnectionError."""
+    """Raise any error as a PermissionError if the Hub refused the request, otherwise as a ConnectionError."""
     try:
         yield
     except Exception as error:
@@ -133,12 +133,12 @@ def _hub_errors(model_id):
 
 
 def _status(error):
-    """Return the HTTP status of the Hub's response, or None. For file uploads, the error's cause has the response."""
+    """Return the HTTP status of a failed request, or None. After file uploads, the error's cause has the response."""
     return getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
 
 
 def _explain(error):
-    """Return the reason for a failed transfer and the fix. The caller adds the name of the model."""
+    """Return the end of a message: why a transfer failed, and the fix. The caller adds the name of the model."""
     from huggingface_hub import errors
 
     status = _status(error)

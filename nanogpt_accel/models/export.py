@@ -26,11 +26,11 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print, 
     Args:
         source: a model folder of any supported architecture. to, dtype, report: see `write_model`.
         form: "stock" for a model class of transformers, "custom" for GPT with its model.py.
-        keep_padding: in a stock model, keep the padding of the vocabulary.
-        repo, branch: repository on the Hub that the model card names, if the folder is to be uploaded.
+        keep_padding: keep the padded vocabulary size in a stock model.
+        repo, branch: Hub repository and branch to name in the model card, if the folder will be uploaded.
 
     Returns:
-        (class, difference, tokens): the name of the exported model class, and the results of `write_model`.
+        (name of the model class, largest absolute difference of the logits, number of tokens compared)
 
     Raises:
         ValueError: no stock architecture supports the model. The message names the unsupported settings.
@@ -63,15 +63,15 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
         to: a new or empty folder.
         form: a key of ARCHITECTURES that supports the model, or "custom" for GPT with its model.py.
         tokenizer: the model's Tokenizer. card: the text of README.md.
-        vocab_size: vocabulary size of the stock model, to remove padding. None: that of the GPT.
+        vocab_size: vocabulary size of the stock model, which may be smaller to remove padding. None: that of the GPT.
         dtype: dtype of the written weights: "float32", "bfloat16" or "float16".
         report: called with a line of text before each slow operation.
 
     Returns:
-        (difference, tokens): the largest absolute difference of the logits, and the number of tokens compared.
+        (largest absolute difference of the logits, number of tokens compared)
 
     Raises:
-        RuntimeError: the logits differ, and the folder was removed. OSError: the folder cannot be written.
+        RuntimeError: the logits differ, so the written files were removed. OSError: the folder cannot be written.
     """
     import torch
     from safetensors import SafetensorError
@@ -109,7 +109,8 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
 
 
 def _compare_logits(model, written, to, tokenizer, vocab_size):
-    """Compare a model with the folder written from it. Return (largest difference of the logits, number of tokens)."""
+    """Load the folder `written` and compare its first vocab_size logits with those of the model. Return (largest
+    absolute difference, number of tokens compared). to: the final folder, for error messages."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -128,11 +129,11 @@ def _compare_logits(model, written, to, tokenizer, vocab_size):
 
 
 def _save_stock(model, folder, form, vocab_size, n_tokens):
-    """Save the model as a stock model with this vocabulary size. n_tokens: vocabulary size of the tokenizer."""
+    """Save the model in the architecture `form` with vocab_size embeddings. n_tokens: vocabulary of the tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    config = model.config.to_dict() | {"vocab_size": vocab_size}
+    config = model.config.resolved() | {"vocab_size": vocab_size}
     weights = {name: p.detach() for name, p in model.named_parameters()}
     for name in weights.keys() & {"transformer.wte.weight", "lm_head.weight"}:
         weights[name] = weights[name][:vocab_size]

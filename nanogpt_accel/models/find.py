@@ -1,4 +1,4 @@
-"""Find the folder of a model: a run, a checkpoint, another model folder or a Hub id."""
+"""Find the folder of a model that a user names: a run, a checkpoint, another model folder or a Hub id."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def check_model(target):
 
 
 def nanogpt_hint(target):
-    """Return how to import the target if it is a nanoGPT ckpt.pt or a folder with one, otherwise ""."""
+    """Return instructions to import the target if it is a nanoGPT ckpt.pt or a folder with one, otherwise ""."""
     path = Path(target)
     file = path if path.suffix == ".pt" else path / "ckpt.pt"
     return f"convert this nanoGPT checkpoint with: nanogpt-accel import {file} --to FOLDER" if file.is_file() else ""
@@ -30,7 +30,7 @@ def find_model(target, warn=print, bars=True):
 
     Args:
         target: a run folder, a checkpoint, another model folder, or a Hub id.
-        warn: called with one line per warning. bars: see `download`.
+        warn: function that prints a line. bars: in a terminal, show progress bars for a download.
 
     Raises:
         ValueError, FileNotFoundError: the target cannot be loaded as a model; the message gives the reason.
@@ -59,7 +59,7 @@ def _best_valid(run, target, warn):
 
 
 def _find_model_corruption(path):
-    """Return a description of the first missing or corrupted file of any model folder, or None."""
+    """Return a description of the first missing or corrupted file of a model folder, or None."""
     weights = sorted(path.glob("*.safetensors"))
     if not weights and list(path.glob("pytorch_model*.bin")):
         return find_file_corruption(path, "config.json")

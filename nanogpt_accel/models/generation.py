@@ -13,7 +13,7 @@ CONTEXT = 8
 
 
 def text_after(decode, prompt_ids, new_ids):
-    """Return the text of new_ids when they follow prompt_ids. decode: function list of ids -> text."""
+    """Return the text of new_ids when they follow prompt_ids. decode: function that converts a list of ids to text."""
     context = prompt_ids[-CONTEXT:]
     return decode(context + new_ids)[len(decode(context)) :]
 
@@ -91,13 +91,13 @@ def generate(
         model: a GPT in eval mode. prompts: lists of ids, none of them empty. seeds: one per prompt.
         vocab_size: vocabulary size of the tokenizer. Other ids of the model are padding and are never sampled.
         temperature: 0 for greedy decoding. top_k: 0 for all tokens. top_p: 1 for all tokens (Holtzman et al. 2020).
-        overflow: what to do if a text reaches block_size. "slide": keep only the last half as context, which is much
-            cheaper than sliding by one token, as nanoGPT does. "stop": end the text. "extend": continue beyond the
-            trained positions (for rotary positions only).
-        on_text: called with each new part of the text, for a single prompt. decode: function list of ids -> text.
+        overflow: what to do if a text reaches block_size. "slide": keep only the last half as context; nanoGPT drops
+            one token per step, which is much slower. "stop": end the text. "extend": continue beyond the trained
+            positions (for rotary positions only).
+        on_text: called with each new part of the text, for a single prompt. decode: converts a list of ids to text.
 
     Returns:
-        One list of new ids per prompt. Up to rounding, it does not depend on the other prompts.
+        One list of new ids per prompt. Up to rounding, a text does not depend on the other prompts.
     """
     assert overflow != "extend" or model.config.position == "rotary"
     block_size = model.config.block_size

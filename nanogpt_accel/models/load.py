@@ -132,7 +132,7 @@ def check_tokenizer(tokenizer, config, folder):
 
 
 def fit_to_tokenizer(model, tokenizer):
-    """Set the model's end-of-text token if it is not set, and suppress the padding of the vocabulary in generation."""
+    """Configure a model for its tokenizer: the end-of-text token, and the ids that `generate` must not produce."""
     for config in (model.config, model.generation_config):
         if config.eos_token_id is None:
             config.bos_token_id = config.eos_token_id = tokenizer.eot_id

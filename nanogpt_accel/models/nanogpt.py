@@ -12,7 +12,7 @@ def read_nanogpt(path, activation="gelu"):
     activation: "gelu" for nanoGPT since May 2023, "gelu_new" for checkpoints of older versions.
 
     Returns:
-        (model, info): the GPT, and a dict with nanoGPT's `iter_num`, `best_val_loss` and `config`, or None if missing.
+        (model, info): the GPT, and a dict with nanoGPT's `iter_num`, `best_val_loss` and `config`, which may be None.
 
     Raises:
         ValueError: the file is not a nanoGPT checkpoint, or contains objects other than tensors and plain values.

@@ -252,7 +252,7 @@ def to_stock_config(model_type, config):
 
 def nearest_architecture(config):
     """Return (model_type, obstacles) for the closest stock architecture. Obstacles are the settings of this config that
-    the architecture does not support, as key=value. Without obstacles, its logits are the same as those of GPT."""
+    the architecture does not support, as key=value. If there are none, the exported model has the logits of GPT."""
     obstacles = {}
     for model_type, architecture in ARCHITECTURES.items():
         supported = architecture.supported(config)

@@ -1,4 +1,4 @@
-"""A table of GPUs, and functions that return the name and the peak memory of a device."""
+"""A table of GPUs, and functions that return the name, the peak FLOP/s and the peak memory of a device."""
 
 import re
 import sys
@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 
 class GPU(NamedTuple):
-    peak_flops: float  # of the data sheet, for dense bf16 matrix products, or fp16 on GPUs without bf16
-    memory: int  # GiB, of the largest variant
+    peak_flops: float  # from the data sheet: dense matrix products in bf16, or in fp16 on GPUs without bf16
+    memory: int  # GiB of the largest variant
     has_bf16: bool = True  # native, not emulated
 
 

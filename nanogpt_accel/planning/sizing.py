@@ -1,6 +1,6 @@
 """Compute parameters, FLOPs, memory, communication time and compute-optimal sizes from the shape of a model.
 
-A `shape` is a dictionary of GPTConfig fields with defaults filled in. The module does not import torch. It follows
+A `shape` is a dictionary of GPTConfig fields with defaults filled in. This module does not import torch. It follows
 nanoGPT's transformer_sizing.ipynb and scaling_laws.ipynb, extended to all options of GPTConfig and to sharding.
 
 M = batch * block_size is the number of tokens in a micro-batch; V is the vocabulary size.
@@ -51,7 +51,7 @@ def block_matrices(shape):
 
 
 def _norm(shape):
-    """Return the number of parameters of a norm on the residual stream."""
+    """Return the number of parameters of one norm on the residual stream."""
     return shape["norm_weight"] * shape["n_embd"] * (2 if shape["bias"] and shape["norm"] == "layernorm" else 1)
 
 
@@ -93,7 +93,7 @@ def flops_per_token(shape):
 
 
 def forward_flops(shape):
-    """Return the FLOPs of the forward pass of one sequence by part; a multiply-add counts as two.
+    """Return {part of the model: FLOPs of the forward pass of one sequence}. A multiply-add counts as two FLOPs.
 
     As in transformer_sizing.ipynb, norms and activations are ignored, and attention includes the masked half, which
     attention kernels skip.
@@ -174,14 +174,14 @@ def activation_bytes(shape, batch, half, checkpointing, device="cuda", dropout=0
 
 
 def rows_per_chunk(n_tokens, vocab_size, device="cuda"):
-    """Return the rows of logits per chunk of GPT.chunked_loss, or n_tokens if the loss is not chunked."""
+    """Return how many tokens GPT.chunked_loss processes at a time. If the loss is not chunked, return n_tokens."""
     n_chunks = math.ceil(n_tokens * vocab_size / (LARGEST_LOGITS_CPU if device == "cpu" else LARGEST_LOGITS))
     n_rows = math.ceil(n_tokens / n_chunks)
     return math.ceil(n_rows / 128) * 128 if n_chunks > 1 and n_rows > 128 else n_rows
 
 
 def logits_bytes(shape, batch, half=False, device="cuda", trains=True):
-    """Return the peak bytes of the loss and its backward pass; for the arguments see memory.
+    """Return the peak bytes of the loss and its backward pass. For the arguments, see `memory`.
 
     The full loss needs the log-probabilities, their gradient and the gradient of the logits, in float32 for every
     precision; a soft-cap also saves its tanh. The chunked loss (GPT.chunked_loss) needs the gradients of the head and
@@ -214,22 +214,23 @@ def memory(
     dropout=0,
     trains=True,
 ):
-    """Return the peak bytes per GPU by part, in the backward pass of the second or a later micro-batch.
+    """Return the peak memory per GPU as {part: bytes}.
 
-    Weights are float32; autocast copies the matrices to half precision for the duration of a micro-batch.
+    The peak is in the backward pass of the second or a later micro-batch, because gradients exist by then. Weights are
+    float32; autocast copies the matrices to half precision for the duration of a micro-batch.
 
     Args:
         layout: "ddp" (also for a single process), "fsdp2", "zero2" or "zero3".
         shards: number of processes that together store one copy of the sharded state.
-        processes: world size.
+        processes: world size. algorithm: optimizer, "adamw" or "muon".
         batch: micro-batch size per process; half, checkpointing, device, dropout: see activation_bytes.
         trains: False for evaluation, which needs no gradients or saved activations.
 
     Returns:
-        {"weights", "gradients", "optimizer", "copies", "activations", "logits"}. "copies" are additional
-        copies of weights or gradients: half-precision weights, DDP's buckets, gathered blocks, DeepSpeed's float32
-        master weights. "logits" is the memory of the loss or, with checkpointing, of one recomputed block if that is
-        larger: the two are never needed at the same time.
+        dict with the parts "weights", "gradients", "optimizer", "copies", "activations" and "logits". "copies" are
+        additional copies of weights or gradients: half-precision weights, DDP's buckets, gathered blocks, DeepSpeed's
+        float32 master weights. "logits" is the memory of the loss or, with checkpointing, of one recomputed block if
+        that is larger, because the two are never needed at the same time.
     """
     parts = parameters(shape)
     n_params, state = sum(parts.values()), optimizer_bytes(shape, algorithm)
@@ -270,7 +271,7 @@ def exchange_seconds(shape, layout, shards, processes, *, micro_steps, half, mac
     Args:
         layout, shards, processes, half: see memory.
         micro_steps: micro-batches per step on each process.
-        machine: processes per machine; FSDP2 shards within a machine.
+        machine: processes per machine. FSDP2 shards within a machine.
         near, far: bandwidth per process within a machine and between machines, in bytes per second.
     """
     n_params, low = sum(parameters(shape).values()), HALF if half else FLOAT

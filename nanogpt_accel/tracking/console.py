@@ -14,7 +14,8 @@ class Console:
 
     In a terminal, `step` updates a live progress line, and `say` prints above that line. Otherwise, both print lines.
 
-    quiet: print only warnings and lines with always=True. stderr: print to stderr, to keep stdout for results.
+    enabled: whether this is the main process. quiet: print only warnings and lines with always=True.
+    stderr: print to stderr, to keep stdout for results.
     """
 
     def __init__(self, enabled=True, quiet=False, stderr=False):
@@ -23,7 +24,7 @@ class Console:
         self.live = None  # rich's progress display, if there are live lines
 
     def say(self, text="", always=False):
-        """Print a permanent line. always: print it even if `quiet` is set, as for lines that start with `warning:`."""
+        """Print a line. always: print it even if `quiet` is set. Lines that start with `warning:` always are."""
         if self.quiet and not always and not text.startswith("warning:"):
             return
         if self.live is not None:
@@ -54,7 +55,7 @@ class Console:
             self.say("compiling: the first step takes a while")
 
     def step(self, step, loss, seconds, tokens_per_second, mfu, notes=()):
-        """Report a finished step. loss: nats per token. seconds: per step. mfu: fraction of peak FLOPS, or None."""
+        """Report a finished step. loss: nats per token. seconds: per step. notes: texts at the end of the line."""
         done, elapsed, left = step + 1, time.perf_counter() - self.start_time, ""
         if self.last_report is not None:  # the time of the first report includes compilation and allocation
             self.timed_steps += done - self.last_report
@@ -95,7 +96,7 @@ class Console:
             self.live = None
 
     def _remaining(self, done):
-        """Return the estimated time in seconds for the remaining steps and evaluations."""
+        """Return the estimated seconds for the remaining steps and evaluations. done: number of finished steps."""
         evaluations = self.last_step // self.eval_interval - (done - 1) // self.eval_interval
         evaluations += self.last_step % self.eval_interval > 0  # the model is always evaluated after the last step
         return (self.last_step - done) * self.seconds / self.timed_steps + evaluations * self.evaluation_seconds
@@ -105,7 +106,8 @@ class Console:
     def open_line(self, name, total, done=0, text="", stays=False):
         """Add a live line below the others and return its id, or None if there is no terminal.
 
-        total: None if unknown. stays: keep the last state of the display in the terminal, if this is its first line.
+        total: number of items, None if unknown. done: finished items. text: printed after the bar.
+        stays: if this is the first line, leave the last state of the display in the terminal.
         """
         is_terminal = (sys.stderr if self.stderr else sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
         if not (self.is_verbose and is_terminal):
@@ -130,7 +132,7 @@ class Console:
                 self.stop()
 
     def _print(self, text, end="\n"):
-        """Print text. Ignore errors such as a full disk, so that the run continues, but raise one for a closed pipe."""
+        """Print text. Ignore errors such as a full disk, so that the run continues, but not a BrokenPipeError."""
         try:
             print(text, end=end, flush=True, file=sys.stderr if self.stderr else sys.stdout)
         except BrokenPipeError:
@@ -147,8 +149,8 @@ class Progress:
         with Progress("evaluating", 300, console, "batches") as progress:
             progress(20)  # 20 more batches
 
-    total: number of items, None if unknown. report: a Console, or a function that prints a line. interval: seconds
-    between lines.
+    total: number of items, None if unknown. report: a Console, or a function that prints a line. noun: what the items
+    are called. interval: seconds between lines.
     """
 
     def __init__(self, name, total, report, noun="", interval=5):
@@ -194,7 +196,7 @@ class TextProgress(Progress):
     """Show the progress of tokenization. total: approximate size of the text in bytes, None if unknown."""
 
     def __call__(self, documents, bytes, tokens):
-        """Report the totals so far, including those of earlier attempts."""
+        """Report the totals so far. They include the work of earlier, interrupted attempts."""
         if self.first is None:
             self.first_documents = documents
         self.documents, self.done, self.tokens = documents, bytes, tokens

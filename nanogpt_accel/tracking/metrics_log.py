@@ -13,10 +13,10 @@ import numpy as np
 class MetricsLog:
     """Write metrics.jsonl: one JSON object per line with a `step`, and a `val_loss` if the line is an evaluation.
 
-    Training step s is logged after the step; an evaluation at step s takes place, and is logged, before that step.
+    Training step s is logged after the step. The evaluation at step s is done and logged before the step.
 
-    resume_step: step of the checkpoint that the run continues from. Lines written after this checkpoint are removed, so
-        that each step is logged once. keep_evaluation: whether its own evaluation was done before it was saved.
+    resume_step: step of the checkpoint that the run resumes from, or None. Later lines are removed, so that each step
+        is logged once. keep_evaluation: keep the evaluation at resume_step, because it was done before saving.
     warn: function that prints a line.
     """
 
@@ -25,7 +25,7 @@ class MetricsLog:
         if resume_step is not None:
             self._truncate(resume_step, keep_evaluation)
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed in close)
-        self._pending = b""  # lines not written yet, because the disk was full
+        self._pending = b""  # lines that could not be written yet, for example because the disk was full
 
     def _truncate(self, step, keep_evaluation):
         lines = read_metrics(self.path)
@@ -61,7 +61,7 @@ class MetricsLog:
             return error
 
     def flush(self):
-        """Flush to disk. Called before saving a checkpoint, so that no line before it is lost in a power failure."""
+        """Flush to disk. This is done before each checkpoint, so that a power failure loses no earlier line."""
         with suppress(OSError):
             os.fsync(self.file.fileno())
 

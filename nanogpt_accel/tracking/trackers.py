@@ -11,7 +11,7 @@ TEXT_TRACKERS = ("comet_ml", "tensorboard", "wandb")
 
 
 def check_trackers(names):
-    """Return a list of problems, for trackers that are not supported by Accelerate or not installed."""
+    """Check that Accelerate supports these trackers and that they are installed. Return a list of problems."""
     problems = []
     for name in names:
         if name not in TRACKERS:
@@ -25,9 +25,9 @@ class Trackers:
     """Log to the trackers of an Accelerator. If logging fails, print a warning.
 
     Args:
-        config: flat dictionary of the settings.
+        project: name of the project in the trackers. config: flat dictionary of the settings.
         first_step: if it is above 0, the run is resumed, and the tracker continues its previous run.
-        folder: run folder, for trackers that write files.
+        folder: run folder, for trackers that write files. name: name of the run in wandb.
         warn: function that prints a line.
 
     Raises:
@@ -57,7 +57,7 @@ class Trackers:
         self._try(self.accelerator.log, values, step)
 
     def log_text(self, name, text, step):
-        """Log a text to those trackers that can display text."""
+        """Log a text to the trackers that support text."""
         for tracker in self.accelerator.trackers:
             if tracker.name in TEXT_TRACKERS:
                 self._try(tracker.log, {name: text}, step)

@@ -1,4 +1,4 @@
-"""The command-line grammar of all commands, and how a command ends."""
+"""Parse command lines, print help pages, and turn exceptions into messages and exit statuses, for all commands."""
 
 import atexit
 import errno
@@ -32,8 +32,8 @@ def parse(argv, fields, n_targets=1):
         n_targets: the maximum number of positional arguments.
 
     Returns:
-        (target, options): the positional argument or None, or a list of them if n_targets is above 1; and
-        {key as typed: text}, to be converted by the pydantic model of the options.
+        (target, options). target: the positional argument or None; a list if n_targets is above 1. options: {key as
+        typed: text}, which `validate` converts to values.
 
     Raises:
         ValueError: too many positional arguments, or an option without a value.
@@ -66,8 +66,8 @@ def parse_with_recipe(argv, own, fields, n_targets=1):
     """Parse the arguments of a command that has its own options and also accepts the keys of a recipe.
 
     Args:
-        own: Section class of the command's options; a field with an alias is set by its alias.
-        fields: see `parse`, for the recipe's keys.
+        own: Section class of the command's options. The key of a field is its alias, if it has one.
+        fields: {recipe key: pydantic FieldInfo}; see `parse`.
 
     Returns:
         (target, options, settings, problems). options: an instance of `own`. settings: {recipe key: text}. problems:
@@ -86,7 +86,7 @@ def parse_options(argv, own, n_targets=1):
 
 
 class Stopped(Exception):
-    """Raised if a run was stopped and can be resumed: exit status 75 (EX_TEMPFAIL in sysexits.h)."""
+    """Raised if a run was stopped and can be resumed. The exit status is 75 (EX_TEMPFAIL in sysexits.h)."""
 
 
 def wants_help(argv):
@@ -163,8 +163,8 @@ def run(command, argv):
 def limit_openmp_spinning():
     """Let waiting OpenMP threads spin less, unless the user has set how they wait. Call it before torch is imported.
 
-    If another program uses the same core, steps of 76 ms took 170 to 2,800 ms with the default. 1,000 spins avoid this
-    and cost nothing on an idle machine.
+    With the default, steps of 76 ms took 170 to 2,800 ms if another program used the same core. A limit of 1,000 spins
+    avoids this and costs nothing on an idle machine.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 
 
 def _integer(value):
-    """Accept 1e3, "1e3" and "1_000", because YAML reads 6e5 as a string. Reject true and false."""
+    """Check an integer setting. Accept "1e3" and "1_000", because YAML reads 6e5 as a string. Reject true and false."""
     if isinstance(value, bool):
         raise ValueError("must be an integer, not true or false")
     for convert in (int, float) if isinstance(value, str) else ():
@@ -57,12 +57,12 @@ def validate(section, values, where=""):
     """Build a pydantic `section` from `values`, and collect all problems.
 
     Args:
-        section: a pydantic model class. values: {leaf key: value or text}.
+        section: a pydantic model class. values: {key without section: value or text}.
         where: prefix of the keys in messages, such as "model.".
 
     Returns:
-        (object, problems, wrong): the section, with defaults instead of invalid values; one line per problem; and the
-        set of the invalid keys.
+        (object, problems, invalid): an instance of the class, with defaults instead of invalid values; one line per
+        problem; and the set of invalid keys.
     """
     try:
         return section(**values), [], set()
@@ -82,7 +82,7 @@ def validate(section, values, where=""):
 
 
 def type_name(annotation):
-    """Return the type of a field as a help page shows it: int, float, `a|b`, `A,B,...`."""
+    """Return the type of a field for a help page, such as int, TEXT, `true|false` or `A,B,...` for a list."""
     arguments = getattr(annotation, "__args__", None)
     if arguments is None:
         names = {type(None): "none", str: "TEXT", bool: "true|false"}
@@ -105,7 +105,7 @@ def show_value(value):
 
 
 def nearest(name, names):
-    """Return the most similar of `names` as ` (did you mean X?)`, or "" if none is similar."""
+    """Return a hint ` (did you mean X?)` with the most similar of `names`, or "" if none is similar."""
     match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f" (did you mean {match[0]}?)" if match else ""
 

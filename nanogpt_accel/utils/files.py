@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def cache_folder():
-    """Return the folder for our own downloads. The clients of the Hub and tiktoken have their own folders."""
+    """Return the folder for files that this package downloads. huggingface_hub and tiktoken have their own folders."""
     parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.environ.get("NANOGPT_ACCEL_CACHE") or os.path.join(parent, "nanogpt_accel")
 

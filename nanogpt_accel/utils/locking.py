@@ -1,4 +1,4 @@
-"""File locks that record their owner. If a process dies, the operating system releases its lock."""
+"""File locks, with a file that names the holder. If a process dies, the operating system releases its locks."""
 
 import errno
 import json
@@ -13,12 +13,12 @@ from filelock import FileLock, Timeout
 def acquire(lock_file, holder_file):
     """Lock a file without waiting, write the process id and host to `holder_file`, and return the lock.
 
-    The lock is released by release(), which may be called more than once, or when the process ends. If the file system
+    The lock is released when the process ends or by its release(), which may be called more than once. If the file system
     does not support locks (ENOLCK, EOPNOTSUPP), nothing is locked. Without flock (ENOSYS), filelock uses the existence
     of the file as the lock.
 
     Raises:
-        BlockingIOError: another process has the lock; the message is the result of find_holder.
+        BlockingIOError: another process has the lock; the message names it, as in find_holder.
         OSError: the file cannot be created or locked.
     """
     lock = FileLock(lock_file, timeout=0)
@@ -37,7 +37,7 @@ def acquire(lock_file, holder_file):
 
 
 def find_holder(lock_file, holder_file):
-    """Return the lock holder as `process N on HOST`, or None. Does not write to the disk.
+    """Return the lock holder as `process N on HOST`, or None. Nothing is written to the disk.
 
     Raises:
         OSError: the file cannot be locked.

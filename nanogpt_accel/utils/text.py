@@ -14,7 +14,7 @@ def data_size(n_bytes):
 
 
 def duration(seconds):
-    """Return seconds as 2:05, 1:02:05 or 3d 1:02:05."""
+    """Format seconds as 2:05, 1:02:05 or 3d 1:02:05."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -33,5 +33,5 @@ def one_line(error, limit=200):
 
 
 def file_name(text):
-    """Make a text usable as a file name: replace all characters except letters, digits, _, . and - by -."""
+    """Make a text usable as a file name: replace all characters except letters, digits, _, . and - with -."""
     return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)

@@ -138,7 +138,7 @@ def test_a_users_file_with_the_name_of_a_checkpoint_is_kept(recipe, capsys, kind
 
 
 def test_an_evaluation_is_logged_once_though_the_run_was_killed_after_it(recipe, monkeypatch):
-    """Stopped where an evaluation is due, resumed, and killed between that evaluation and the next checkpoint."""
+    """The run is stopped before an evaluation, resumed, and killed between the evaluation and the next checkpoint."""
     asked = itertools.count()
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(module.Stopper, "all_ranks_agreed", lambda self: next(asked) == 4)

@@ -37,7 +37,7 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-# ---- what a file contains
+# ---- documents of a file
 
 
 def test_a_document_keeps_its_line_ends_and_delimiters():

@@ -92,7 +92,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A local server for the corpus shakespeare, with the SHA-256 of its own response."""
+    """A local server for the corpus shakespeare, whose SHA-256 is changed to that of the served text."""
     handler = type("Handler", (Server,), {"body": "To be, or not\r\nto be: ж\n".encode()})
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()

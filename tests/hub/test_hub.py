@@ -439,7 +439,7 @@ def test_the_loop_does_not_wait_for_a_push(child, hub, place, run):
     )
     hub.delayed_path = "/me/slow/preupload/"
     out = child.ok(*pushing("slow"))
-    assert hub.waited, "the run stood still until the Hub answered"
+    assert hub.waited, "the run waited until the Hub answered"
     assert "warning" not in out and closing(out) == "pushed to the Hub: me/slow"
     # checkpoints in between may be skipped
     first, *_, last = titles = commits(hub, "me/slow")

@@ -59,7 +59,7 @@ def folder(request, tmp_path_factory):
     write_model(
         model,
         to,
-        nearest_architecture(model.config.to_dict())[0],
+        nearest_architecture(model.config.resolved())[0],
         tokenizer=tokenizer,
         card="",
         vocab_size=tokenizer.vocab_size,

@@ -98,7 +98,7 @@ def test_read_config_fills_missing_keys_with_the_defaults_of_gptconfig():
         json.dumps({k: first[k] for k in ("model_type", "n_embd", "n_head", "n_layer", "block_size", "vocab_size")})
     )
     filled = read_config(".")
-    config = GPTConfig(n_embd=36, n_head=4, n_layer=2, block_size=24, vocab_size=65).to_dict()
+    config = GPTConfig(n_embd=36, n_head=4, n_layer=2, block_size=24, vocab_size=65).resolved()
     assert {key: filled[key] for key in config if key in filled} == {
         key: value for key, value in config.items() if key in filled
     }

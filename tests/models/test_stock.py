@@ -113,7 +113,7 @@ def test_export_names_the_switches_that_no_stock_architecture_supports(refused, 
 
 
 def test_the_default_config_is_a_stock_gpt2():
-    config = GPTConfig().to_dict()
+    config = GPTConfig().resolved()
     assert nearest_architecture(config) == ("gpt2", [])
     for key, value in (("bias", True), ("n_inner", 100), ("norm_eps", 1e-6), ("tie_word_embeddings", False)):
         assert nearest_architecture(config | {key: value}) == ("gpt2", [])

@@ -25,7 +25,7 @@ BATCH = 4
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_of_every_family(family):
     config = config_of(family)
-    assert sizing.parameters(config.to_dict()) == counted_by_part(config)
+    assert sizing.parameters(config.resolved()) == counted_by_part(config)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_flops_per_token_is_nanogpts_estimate_mfu(family):
     tables = [model.transformer.wpe] + ([] if config.tie_word_embeddings else [model.transformer.wte])
     N = model.num_parameters() - sum(table.weight.numel() for table in tables if table is not None)
     L, H, Q, T = config.n_layer, config.n_head, config.head_dim, config.block_size
-    assert flops_per_token(config.to_dict()) == 6 * N + 12 * L * H * Q * T
+    assert flops_per_token(config.resolved()) == 6 * N + 12 * L * H * Q * T
 
 
 def test_mfu_of_nanogpts_notebook():
@@ -107,7 +107,7 @@ def test_flops_match_torchs_flop_counter(family):
     model.set_attn_implementation("eager")  # the notebook includes the masked half
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
-    assert sum(sizing.forward_flops(config.to_dict()).values()) == counter.get_total_flops()
+    assert sum(sizing.forward_flops(config.resolved()).values()) == counter.get_total_flops()
 
 
 def test_compute_optimal_sizes_match_the_notebook():
@@ -150,7 +150,7 @@ def saved_bytes(model, ids, autocast):
 @pytest.mark.parametrize("family", ["gpt2", "openai", "llama", "qwen3", "nanochat"])
 def test_activations_match_the_tensors_that_torch_saves(family, half, checkpointing):
     config = config_of(family)
-    model, shape = GPT(config).train(), config.to_dict()
+    model, shape = GPT(config).train(), config.resolved()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     autocast = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
@@ -194,7 +194,7 @@ def test_memory_matches_the_peak_of_mem_tracker(family, vocab_size, checkpointin
             optimizer.zero_grad()
     peak = sum(of_device["Total"] for of_device in tracker.get_tracker_snapshot("peak").values())
     needed = sizing.memory(
-        config.to_dict(), "ddp", 1, 1, batch=BATCH, half=False, checkpointing=checkpointing, device="cpu"
+        config.resolved(), "ddp", 1, 1, batch=BATCH, half=False, checkpointing=checkpointing, device="cpu"
     )
     assert sum(needed.values()) == pytest.approx(peak, rel=0.1)
 
@@ -216,7 +216,7 @@ def test_memory_of_the_chunked_loss_matches_bench(family, precision):
     variant = bench.Variant(recipe, config, bench.RandomTokens(8192), 8191, "", {})
     variant.step()
     needed = sizing.memory(
-        config.to_dict(), "ddp", 1, 1, batch=9, half=precision == "bf16", checkpointing=False, device="cpu"
+        config.resolved(), "ddp", 1, 1, batch=9, half=precision == "bf16", checkpointing=False, device="cpu"
     )
     assert sum(needed.values()) == pytest.approx(variant.peak_memory(), rel=0.1)
     assert needed["logits"] < 2.5 * 9 * 256 * 8192 * 4
@@ -268,7 +268,7 @@ def test_memory_matches_the_peak_on_a_gpu(family, checkpointing):
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    needed = sizing.memory(config.to_dict(), "ddp", 1, 1, batch=16, half=True, checkpointing=checkpointing)
+    needed = sizing.memory(config.resolved(), "ddp", 1, 1, batch=16, half=True, checkpointing=checkpointing)
     assert sum(needed.values()) == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
 
 
@@ -294,7 +294,7 @@ def test_weights_gradients_and_optimizer_are_exact(family, algorithm):
     model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:]).loss.backward()
     optimizer.step()
     needed = sizing.memory(
-        config.to_dict(), "ddp", 1, 1, batch=BATCH, half=False, checkpointing=False, algorithm=algorithm
+        config.resolved(), "ddp", 1, 1, batch=BATCH, half=False, checkpointing=False, algorithm=algorithm
     )
     assert needed["weights"] == sum(p.nbytes for p in model.parameters())
     assert needed["gradients"] == sum(p.grad.nbytes for p in model.parameters())
@@ -304,7 +304,7 @@ def test_weights_gradients_and_optimizer_are_exact(family, algorithm):
 
 
 def test_sharding_divides_weights_gradients_and_optimizer_state():
-    shape = config_of("llama", n_layer=64).to_dict()
+    shape = config_of("llama", n_layer=64).resolved()
     size = {"batch": 1, "half": True, "checkpointing": False}
     n = sum(sizing.parameters(shape).values())
     alone = sizing.memory(shape, "ddp", 1, 1, **size)
@@ -323,7 +323,7 @@ def test_sharding_divides_weights_gradients_and_optimizer_state():
 
 
 def test_exchange_seconds_of_ring_collectives():
-    shape = config_of("gpt2", n_layer=10).to_dict()
+    shape = config_of("gpt2", n_layer=10).resolved()
     n = sum(sizing.parameters(shape).values())
 
     def seconds(layout, shards, processes, micro_steps=1):

@@ -101,7 +101,7 @@ EARLY = [
     (["sample", "runs/tiny", "top_p=0"], ["top_p=0", "greater than 0"]),
     # n_embd not divisible by n_head
     ([*TINY, "n_embd=33"], ["n_embd=33", "n_head=2", "n_embd=34"]),
-    # several at once, all listed
+    # several problems, all listed
     (
         [*TINY, "n_layer=0", "dropout=1.5", "val_fraction=0", "n_layr=1", "corpus=gone.txt"],
         ["n_layr"],

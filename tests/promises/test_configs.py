@@ -136,7 +136,7 @@ def test_cpu_2proc_starts_two_processes(recipe, reference, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, (_, _, machines) in EXPECTED.items() if machines == 1])
 def test_config_launches_and_trains(name, recipe, reference, tmp_path):
-    """With 2 processes instead of 8 GPUs, and sharded if the config says so."""
+    """With 2 processes instead of 8 GPUs, and sharded if the config requests it."""
     kind, n_expected, _ = EXPECTED[name]
     if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
         pytest.skip("pip install deepspeed")

@@ -88,7 +88,7 @@ class Written:
 
 
 class Run(TinyRun):
-    """A run that remembers what it saved; the save may fail."""
+    """A run that records its saves; a save may fail."""
 
     def __init__(self, folder, in_background):
         super().__init__(folder, in_background=in_background)
@@ -199,7 +199,7 @@ def test_a_bug_in_the_background_thread_is_raised_in_the_main_thread(tmp_path, m
         run.saver.wait()
 
 
-# ---- a whole training
+# ---- a complete training run
 
 
 STEPS, SAVE = 12, 3

@@ -1,6 +1,6 @@
-"""Imports point down: a folder or a top-level file may import what is below it in LAYERS, and nothing above.
+"""Imports point down: a folder or a top-level file may only import from lower LAYERS.
 
-Read from the syntax trees, so that an import inside a function counts too.
+The tests read the syntax trees, so that imports inside functions count too.
 """
 
 import ast
@@ -14,7 +14,7 @@ from nanogpt_accel.__main__ import COMMANDS
 
 PACKAGE = Path(nanogpt_accel.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-# from the top to the bottom; what is on one line may not import each other
+# from top to bottom; parts on the same line may not import each other
 LAYERS = [
     {"__main__"},
     {"commands"},
@@ -104,7 +104,7 @@ def test_imports_point_down(module):
     ours, _ = imports((PACKAGE / Path(*module.split("."))).with_suffix(".py").read_text(encoding="utf-8"), module)
     for other in ours:
         if part_of(other) == part_of(module):
-            assert part_of(module) not in SIDE_BY_SIDE, f"{module} imports {other}, which is beside it"
+            assert part_of(module) not in SIDE_BY_SIDE, f"{module} imports {other}, which is not below it"
         else:
             assert depth(other) > depth(module), f"{module} imports {other}, which is not below it"
 

@@ -1,6 +1,6 @@
 """The promise of exact resume: a run that is killed at any moment and resumed equals the run that was never killed.
 
-Dropout is on in all runs. Most processes are forked (see launching.py); what is killed is a real process all the same.
+Dropout is on in all runs. Most runs are forked (see launching.py), but these are also real processes.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""No file that is read runs code: nothing is unpickled but by readers that refuse everything except plain values."""
+"""Reading a file never runs code from it: every unpickler refuses everything except plain values."""
 
 import ast
 from pathlib import Path

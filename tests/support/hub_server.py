@@ -115,7 +115,7 @@ class Repo:
 class HubServer:
     """The server, its repositories and the list of its requests.
 
-    tokens: {token: user}. A user may write in the namespace of that name and read what is private there.
+    tokens: {token: user}. A user may write to the namespace of that name and read its private repositories.
     requests: every Request so far. delay: seconds before each answer. faults: remaining faults of fail().
     """
 

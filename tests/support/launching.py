@@ -194,7 +194,7 @@ class Ranks(Job):
         return [process.exitcode for process in self.processes]
 
     def kill(self):
-        """Send SIGKILL to all ranks at once, and wait for their end."""
+        """Send SIGKILL to all ranks, and wait until they have ended."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -217,7 +217,7 @@ class Torchrun(Job):
         return [self.launcher.poll()]
 
     def kill(self):
-        """Send SIGKILL to the launcher and its ranks, which have process groups of their own."""
+        """Send SIGKILL to the launcher and to its ranks, which are in separate process groups."""
         if self.launcher.poll() is None:
             killed = [*psutil.Process(self.launcher.pid).children(recursive=True), psutil.Process(self.launcher.pid)]
             for process in killed:
@@ -249,6 +249,6 @@ def launch_env(config):
 
 
 def launch(config, *options, cwd, module="nanogpt_accel.train", argv):
-    """Run `accelerate launch` to its end, which must be a success; return what it printed."""
+    """Run `accelerate launch` and return its output. The exit status must be 0."""
     words = launch_words(config, *options, module=module, argv=argv)
     return run_python(*words, env=launch_env(config), cwd=cwd).stdout

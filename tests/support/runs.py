@@ -1,4 +1,4 @@
-"""A tiny recipe, and readers for what a run of it leaves: numbers, weights, training state."""
+"""A tiny recipe, and functions to read the results of its runs: metrics, weights, training state."""
 
 import json
 import random

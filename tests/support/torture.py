@@ -3,8 +3,8 @@
     python tests/support/torture.py 100
     python tests/support/torture.py 100 --processes 2 --async
 
-SIGKILL hits every process of the run at once, at random moments, three times out of four while a checkpoint is being
-saved. After each kill, every visible checkpoint is valid and the latest one is no older than before. At the end,
+SIGKILL ends all processes of the run at random moments, three times out of four while a checkpoint is being saved.
+After each kill, every visible checkpoint is valid and the latest one is no older than before. At the end,
 metrics.jsonl (without times) and every file of the last checkpoint equal those of the undisturbed run, bit by bit.
 (Do not edit the package meanwhile: its model.py is one of these files.)
 """
