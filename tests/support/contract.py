@@ -79,7 +79,11 @@ class Subject(NamedTuple):
     remote: bool = False
 
     def load(self, auto=AutoModelForCausalLM, **options):
-        return auto.from_pretrained(self.folder, trust_remote_code=self.remote, **options).eval()
+        model = auto.from_pretrained(self.folder, trust_remote_code=self.remote, **options).eval()
+        if model.config.model_type == "gpt2" and auto is AutoModelForCausalLM:
+            # without it, Trainer divides the losses of GPT2LMHeadModel by T instead of T - 1
+            model.loss_type = "ForCausalLM"
+        return model
 
     def to_train(self, auto=AutoModelForCausalLM, **options):
         """Load the model. GPT has no biases if they are zero in the stock export, so those are not trained."""
@@ -122,13 +126,23 @@ def make_trainer(model, folder, **options):
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    chosen = {key: options.pop(key) for key in ("train_dataset", "data_collator", "processing_class") if key in options}
+    chosen = {key: options.pop(key) for key in ("train_dataset", "eval_dataset", "data_collator", "processing_class") if key in options}
     data = {"train_dataset": ROWS[:12], "eval_dataset": ROWS[12:]} | chosen
     return Trainer(model, TrainingArguments(**arguments | options), **data)
 
 
 def losses_of(trainer, key="loss"):
     return torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry], dtype=torch.float64)
+
+
+def trainer_loss(subject, folder):
+    """Trainer counts the labels of all micro-batches itself; the loss of one batch is that of forward."""
+    trainer = make_trainer(subject.to_train(), folder, train_dataset=ROWS[:2], max_steps=1)
+    ids = torch.stack([row["input_ids"] for row in ROWS[:2]])
+    plain = subject.load()(ids, labels=ids).loss.item()
+    trainer.train()
+    assert abs(losses_of(trainer).item() - plain) < 1e-6, f"Trainer's loss is {losses_of(trainer).item()}, not {plain}"
+    return {"loss": losses_of(trainer)}
 
 
 def trainer_train(subject, folder):
@@ -158,16 +172,24 @@ def trainer_label_smoothing(subject, folder):
 
 
 def trainer_load_best(subject, folder):
-    """A high learning rate, so that the last model is not the best one."""
-    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    """The highest loss counts as the best, so that the best model is not the last one."""
     trainer = make_trainer(
-        subject.to_train(), folder, learning_rate=0.03, max_steps=6, load_best_model_at_end=True, **steps
+        subject.to_train(),
+        folder,
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        greater_is_better=True,
+        eval_dataset=ROWS[:12],
     )
     trainer.train()
-    best = Path(trainer.state.best_model_checkpoint).name
     losses = losses_of(trainer, "eval_loss")
-    assert losses[-1] > losses.min(), "the last model is the best one"
-    return {"best": best, "eval losses": losses, "logits": logits_of(trainer.model.eval())}
+    best = Path(trainer.state.best_model_checkpoint).name
+    assert best == "checkpoint-2" and losses[0] > losses[-1], (best, losses)
+    return {"eval losses": losses, "logits": logits_of(trainer.model.eval())}
 
 
 def trainer_resume(subject, folder):
@@ -539,6 +561,7 @@ def sequence_classification(subject, folder):
 
 # name -> function, package, whether it is fast
 CHECKS = {
+    "Trainer: loss of the first step": (trainer_loss, "transformers"),
     "Trainer: train, save and load": (trainer_train, "transformers"),
     "Trainer: evaluate": (trainer_evaluate, "transformers"),
     "Trainer: predict": (trainer_predict, "transformers"),
@@ -626,7 +649,7 @@ def write_models(form, folder):
     folder = Path(folder)
     model.save_pretrained(folder / "gpt")
     tokenizer.save(folder / "gpt", max_length=LENGTH)
-    export, obstacles = nearest_architecture(model.config.to_dict())
+    export, obstacles = nearest_architecture(model.config.resolved())
     assert not obstacles
     write_model(model, folder / "export", export, tokenizer=tokenizer, card="", report=lambda line: None)
     return Subject(str(folder / "gpt")), Subject(str(folder / "export"))
