@@ -9,10 +9,9 @@ The checks do not import this package, so that the remote code runs without it.
 """
 
 import argparse
-import contextlib
 import copy
-import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import math
 import os
@@ -126,8 +125,8 @@ def make_trainer(model, folder, **options):
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    chosen = {key: options.pop(key) for key in ("train_dataset", "eval_dataset", "data_collator", "processing_class") if key in options}
-    data = {"train_dataset": ROWS[:12], "eval_dataset": ROWS[12:]} | chosen
+    data = {"train_dataset": ROWS[:12], "eval_dataset": ROWS[12:], "data_collator": None, "processing_class": None}
+    data = {key: options.pop(key, default) for key, default in data.items()}
     return Trainer(model, TrainingArguments(**arguments | options), **data)
 
 
@@ -165,10 +164,12 @@ def trainer_predict(subject, folder):
 
 def trainer_label_smoothing(subject, folder):
     """With almost no smoothing, the loss is the plain loss."""
-    loss = {e: make_trainer(subject.load(), folder, label_smoothing_factor=e).evaluate()["eval_loss"] for e in (1e-9, 0.1)}
-    plain = make_trainer(subject.load(), folder).evaluate()["eval_loss"]
-    assert abs(loss[1e-9] - plain) < 1e-6, f"smoothing by 1e-9 changes the loss from {plain} to {loss[1e-9]}"
-    return {"loss at 0.1": loss[0.1], "loss at 1e-9": loss[1e-9]}
+    losses = [
+        make_trainer(subject.load(), folder, label_smoothing_factor=smoothing).evaluate()["eval_loss"]
+        for smoothing in (0.0, 1e-9, 0.1)
+    ]
+    assert abs(losses[0] - losses[1]) < 1e-6, f"smoothing by 1e-9 changes the loss from {losses[0]} to {losses[1]}"
+    return {"losses": torch.tensor(losses)}
 
 
 def trainer_load_best(subject, folder):
@@ -261,9 +262,7 @@ def peft_lora_all_linear(subject, folder):
     """Fused projections have other adapters than separate ones, so only the logits before training are compared."""
     import peft
 
-    lora = peft.get_peft_model(
-        subject.load(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-    )
+    lora = peft.get_peft_model(subject.load(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
     start = logits_of(lora)
     trainer = make_trainer(lora, folder, learning_rate=1e-2)
     trainer.train()
@@ -453,7 +452,7 @@ def torch_export(subject, folder):
     return {"logits": program.module()(input_ids=IDS[:, :20]).logits}
 
 
-def onnx(subject, folder):
+def onnx_export(subject, folder):
     import onnxruntime
 
     model = subject.load(use_cache=False)
@@ -466,8 +465,8 @@ def onnx(subject, folder):
     return {"logits": logits}
 
 
-def executorch(subject, folder):
-    """Export a decoder of one token with a static cache, as ExecuTorch's runner calls it, and run the written program."""
+def executorch_export(subject, folder):
+    """Export a decoder of one token with a static cache, and run the exported and the lowered program."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
     from executorch.runtime import Runtime
@@ -513,15 +512,16 @@ def from_config(subject, folder):
 
 def copies(subject, folder):
     model = subject.load()
-    return {"deepcopy logits": logits_of(copy.deepcopy(model)), "pickle logits": logits_of(pickle.loads(pickle.dumps(model)))}
+    unpickled = pickle.loads(pickle.dumps(model))
+    return {"deepcopy logits": logits_of(copy.deepcopy(model)), "pickle logits": logits_of(unpickled)}
 
 
 def half_precision(subject, folder):
-    return {f"{str(dtype)[6:]} logits": logits_of(subject.load(dtype=dtype)) for dtype in (torch.bfloat16, torch.float16)}
+    return {f"{dtype} logits": logits_of(subject.load(dtype=dtype)) for dtype in ("bfloat16", "float16")}
 
 
 def device_map(subject, folder):
-    return {"logits": logits_of(subject.load(device_map="cpu")), "auto logits": logits_of(subject.load(device_map="auto"))}
+    return {f"logits with {place}": logits_of(subject.load(device_map=place)) for place in ("cpu", "auto")}
 
 
 def disk_offload(subject, folder):
@@ -559,7 +559,7 @@ def sequence_classification(subject, folder):
     return {"logits": out.logits, "loss": out.loss, "losses of Trainer": losses_of(trainer)}
 
 
-# name -> function, package, whether it is fast
+# name -> function, package that it tests
 CHECKS = {
     "Trainer: loss of the first step": (trainer_loss, "transformers"),
     "Trainer: train, save and load": (trainer_train, "transformers"),
@@ -589,8 +589,8 @@ CHECKS = {
     "pipeline: batched": (pipeline_batched, "transformers"),
     "torch.compile: fullgraph, static cache": (compiled_with_static_cache, "torch"),
     "torch.export: dynamic shapes": (torch_export, "torch"),
-    "torch.onnx: onnxruntime": (onnx, "onnxruntime"),
-    "ExecuTorch: static cache": (executorch, "executorch"),
+    "torch.onnx: onnxruntime": (onnx_export, "onnxruntime"),
+    "ExecuTorch: static cache": (executorch_export, "executorch"),
     "resize_token_embeddings": (resize_embeddings, "transformers"),
     "from_config": (from_config, "transformers"),
     "deepcopy, pickle": (copies, "transformers"),
@@ -605,11 +605,8 @@ CHECKS = {
 # ---- comparison
 
 
-def tolerance(name):
-    """Return the largest allowed difference of a value, by its name."""
-    if "bf16" in name or "bfloat16" in name or "float16" in name:
-        return 0.1  # rounding errors differ
-    return 1e-6 if "loss" in name else 1e-5
+# a word of the name of a value -> largest allowed difference; in half precision, rounding errors differ
+TOLERANCES = {"bfloat16": 0.2, "float16": 0.02, "bf16 losses": 0.01, "loss": 1e-6, "": 1e-5}
 
 
 def difference(name, ours, theirs):
@@ -623,10 +620,11 @@ def difference(name, ours, theirs):
 
 
 def compare(ours, theirs):
-    """Return ({name: difference}, [names above the tolerance])."""
-    assert ours.keys() == theirs.keys()
+    """Return ({name: difference}, [names above the tolerance]). The export may have fewer values."""
+    assert ours.keys() >= theirs.keys()
     differences = {name: difference(name, ours[name], theirs[name]) for name in theirs}
-    return differences, [name for name, value in differences.items() if value > tolerance(name)]
+    allowed = {name: next(TOLERANCES[word] for word in TOLERANCES if word in name) for name in theirs}
+    return differences, [name for name, value in differences.items() if value > allowed[name]]
 
 
 # ---- processes
@@ -669,12 +667,12 @@ def run_checks(subject, names, out):
 
 
 def run_in_process(subject, names, folder, start):
-    """Run checks in a new process that starts with a line of Python, and return their results."""
-    out = Path(folder) / "results.pt"
+    """Run checks in a new process that starts with some lines of Python, and return their results."""
+    out, log = Path(folder) / "results.pt", Path(folder) / "log.txt"
     out.unlink(missing_ok=True)
-    code = f"{start}\nfrom contract import Subject, run_checks\nrun_checks(Subject{tuple(subject)}, {names}, {str(out)!r})"
+    call = f"run_checks(Subject(*{tuple(subject)}), {names}, {str(out)!r})"
+    code = f"{start}\nfrom contract import Subject, run_checks\n{call}"
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'tests' / 'support'}{os.pathsep}{REPOSITORY}"}
-    log = Path(folder) / "log.txt"
     with log.open("a") as file:
         done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=file, stderr=file)
     results = torch.load(out) if out.exists() else {}
@@ -710,19 +708,18 @@ def main():
     parser.add_argument("--folder", help="where to write models and logs")
     options = parser.parse_args()
     folder = options.folder or tempfile.mkdtemp(prefix="contract-")
-    n_failed = 0
-    print(f"models and logs: {folder}", file=sys.stderr)
-    print("| client | form | package | remote code | export | largest difference |\n| --- | --- | --- | --- | --- | --- |")
     names = [name for name in CHECKS if options.only in name and importlib.util.find_spec(CHECKS[name][1])]
+    n_failed = 0
+    print("| check | client | form | package | remote code | export | largest difference |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for form in options.forms or FORMS:
         for name, *cells, largest in run_form(form, names, Path(folder) / form):
-            package = CHECKS[name][1]
+            client = CHECKS[name][1]
+            client = f"{client} {importlib.metadata.version(client)}"
+            print(f"| {' | '.join([name, client, form, *cells])} | {largest:.1e} |", flush=True)
             n_failed += cells != ["ok"] * 3
-            print(
-                f"| {name} ({package} {importlib.metadata.version(package)}) | {form} | {' | '.join(cells)} | {largest:.1e} |",
-                flush=True,
-            )
-    return n_failed > 0
+    print(f"\n{n_failed} rows with a difference or an error; models and logs are in {folder}")
+    return int(n_failed > 0)
 
 
 if __name__ == "__main__":
