@@ -306,14 +306,29 @@ class Recipe(Section):
         return self.optimizer.lr_decay_iters or max(self.train.max_iters, 1)
 
     @property
+    def max_warmup_iters(self):
+        """The largest number of warm-up steps that the schedule has room for."""
+        if self.optimizer.schedule == "warmup_stable_decay":  # the decay must not start during the warm-up
+            return math.floor(self.lr_decay_iters * (1 - self.optimizer.decay_fraction) + 1e-6)
+        return self.lr_decay_iters if self.optimizer.schedule == "cosine" else math.inf
+
+    @property
+    def warmup_iters(self):
+        """The number of warm-up steps. If there is no room for all of them, a tenth of the schedule at most."""
+        if self.optimizer.warmup_iters <= self.max_warmup_iters:
+            return self.optimizer.warmup_iters
+        return min(self.max_warmup_iters, self.lr_decay_iters // 10)
+
+    @property
     def save_interval(self):
         return self.checkpoint.save_interval or self.train.eval_interval
 
     @property
     def lr_schedule(self):
         """Keyword arguments for optim.learning_rate, with defaults filled in for None."""
-        settings = self.optimizer.model_dump(include={"schedule", "learning_rate", "warmup_iters", "decay_fraction"})
-        return settings | {"lr_decay_iters": self.lr_decay_iters, "min_lr": self.min_lr}
+        settings = self.optimizer.model_dump(include={"schedule", "learning_rate", "decay_fraction"})
+        derived = {"warmup_iters": self.warmup_iters, "lr_decay_iters": self.lr_decay_iters, "min_lr": self.min_lr}
+        return settings | derived
 
     def padded_vocab_size(self, vocab_size):
         """Return the tokenizer's vocabulary size rounded up to a multiple of pad_vocab_to_multiple_of."""
@@ -400,8 +415,11 @@ NANOGPT_KEYS = {
 }
 
 
-def _conflicts(recipe):
-    """Yield (keys, problem) for values that are valid individually, but not in combination."""
+def _conflicts(recipe, overridden):
+    """Yield (keys, problem) for values that are valid individually, but not in combination.
+
+    overridden: names of the settings that the user changed on the command line.
+    """
     model, optimizer, train, head_dim = recipe.model, recipe.optimizer, recipe.train, recipe.shape["head_dim"]
     if "\0" in recipe.out_dir:
         yield {"out_dir"}, f"out_dir={recipe.out_dir!r} contains a null byte; set out_dir to another folder"
@@ -438,21 +456,14 @@ def _conflicts(recipe):
             f"optimizer.min_lr={recipe.min_lr} is greater than optimizer.learning_rate={optimizer.learning_rate}; "
             "lower min_lr or raise learning_rate",
         )
-    schedule_keys = {"warmup_iters", "lr_decay_iters", "max_iters", "schedule"}
-    warmup_iters, lr_decay_iters = optimizer.warmup_iters, recipe.lr_decay_iters
-    if optimizer.schedule == "cosine" and warmup_iters > lr_decay_iters:
+    if "warmup_iters" in overridden and optimizer.warmup_iters > recipe.max_warmup_iters:
+        decay = f"lr_decay_iters={recipe.lr_decay_iters}"
+        if optimizer.schedule == "warmup_stable_decay":
+            decay += f" and decay_fraction={optimizer.decay_fraction}"
         yield (
-            schedule_keys,
-            f"optimizer.warmup_iters={warmup_iters} is greater than lr_decay_iters={lr_decay_iters}; "
-            f"lower warmup_iters, for example to {lr_decay_iters // 20}",
-        )
-    decay_start = lr_decay_iters * (1 - optimizer.decay_fraction) + 1e-6
-    if optimizer.schedule == "warmup_stable_decay" and warmup_iters > decay_start:
-        yield (
-            schedule_keys | {"decay_fraction"},
-            f"optimizer.warmup_iters={warmup_iters} overlaps with the decay, which starts at step "
-            f"{math.floor(decay_start)} (decay_fraction={optimizer.decay_fraction}, lr_decay_iters={lr_decay_iters}); "
-            f"set warmup_iters to {math.floor(decay_start)} or less",
+            {"warmup_iters", "lr_decay_iters", "max_iters", "schedule", "decay_fraction"},
+            f"optimizer.warmup_iters={optimizer.warmup_iters} is too long for schedule={optimizer.schedule} with "
+            f"{decay}; set warmup_iters to {recipe.max_warmup_iters} or less, or leave it out",
         )
 
 
@@ -511,7 +522,8 @@ def load_recipe(path, overrides=None, check=None):
     recipe = sections.pop("")
     out_dir = recipe.out_dir or os.path.join("runs", path.stem if path else "default")
     recipe = recipe.model_copy(update=sections | {"out_dir": os.path.expanduser(out_dir)})
-    problems += [problem for keys, problem in _conflicts(recipe) if invalid.isdisjoint(keys)]
+    overridden = {key.rpartition(".")[2] for key in overrides or {}}
+    problems += [problem for keys, problem in _conflicts(recipe, overridden) if invalid.isdisjoint(keys)]
     if check is not None:
         problems += check(recipe)
     raise_problems(problems)

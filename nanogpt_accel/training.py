@@ -502,6 +502,11 @@ def describe_run(setup, data, first_step, console):
             f"process{'es' * (accelerator.num_processes != 1)} x {setup.micro_steps}) = {tokens_per_step:,} tokens per "
             f"step; {train.max_iters:,} steps are {n_tokens:,} tokens, {n_tokens / len(data.train):.2f} epochs"
         )
+        if recipe.warmup_iters < recipe.optimizer.warmup_iters:
+            console.say(
+                f"warm-up: {recipe.warmup_iters} steps instead of {recipe.optimizer.warmup_iters}, because the "
+                f"learning rate schedule only has lr_decay_iters={recipe.lr_decay_iters} steps"
+            )
         if setup.peak_flops:
             flops = max(train.max_iters - first_step, 0) * tokens_per_step * setup.flops_per_token
             seconds = flops / (0.4 * setup.peak_flops * accelerator.num_processes)

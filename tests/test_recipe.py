@@ -625,15 +625,28 @@ def test_checks_across_sections():
     assert "optimizer.min_lr=0.1 is greater than optimizer.learning_rate=0.01; " in line
     assert line.endswith("lower min_lr or raise learning_rate")
     (line,) = problems(warmup_iters="500", max_iters="100")
-    assert "warmup_iters=500 is greater than lr_decay_iters=100" in line and line.endswith("for example to 5")
+    assert "warmup_iters=500 is too long for schedule=cosine with lr_decay_iters=100; set warmup_iters to 100" in line
     load(warmup_iters="500", max_iters="100", schedule="constant")
-    load(warmup_iters="5", max_iters="100")
+    load(warmup_iters="100", max_iters="100")
     trapezoid = {"schedule": "warmup_stable_decay", "max_iters": "100", "decay_fraction": "0.9"}
     (line,) = problems(warmup_iters="11", **trapezoid)
-    assert "warmup_iters=11 overlaps" in line and "(decay_fraction=0.9, lr_decay_iters=100)" in line
+    assert "schedule=warmup_stable_decay with lr_decay_iters=100 and decay_fraction=0.9" in line
     assert "set warmup_iters to 10 or less" in line
     load(warmup_iters="10", **trapezoid)
     assert len(problems(n_embd="100", min_lr="1", warmup_iters="1e9")) == 3
+
+
+def test_warm_up_that_the_user_did_not_set_is_shortened():
+    assert load(max_iters="2000").warmup_iters == 2000
+    assert load(max_iters="1999").warmup_iters == 199  # a tenth
+    assert load(max_iters="9").warmup_iters == 0
+    assert load(max_iters="9", schedule="constant").warmup_iters == 2000
+    assert load(max_iters="100", lr_decay_iters="5000").warmup_iters == 2000
+    trapezoid = {"schedule": "warmup_stable_decay", "max_iters": "1000"}
+    assert load(**trapezoid, decay_fraction="0.2").warmup_iters == 100
+    assert load(**trapezoid, decay_fraction="0.95").warmup_iters == 50  # up to the decay
+    recipe = load(max_iters="1999")
+    assert recipe.lr_schedule["warmup_iters"] == 199 and recipe.optimizer.warmup_iters == 2000
 
 
 def test_check_of_a_command_gets_the_recipe():

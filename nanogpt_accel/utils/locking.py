@@ -13,9 +13,9 @@ from filelock import FileLock, Timeout
 def acquire(lock_file, holder_file):
     """Lock a file without waiting, write the process id and host to `holder_file`, and return the lock.
 
-    The lock is released when the process ends or by its release(), which may be called more than once. If the file system
-    does not support locks (ENOLCK, EOPNOTSUPP), nothing is locked. Without flock (ENOSYS), filelock uses the existence
-    of the file as the lock.
+    The lock is released when the process ends or by its release(), which may be called more than once. If the file
+    system does not support locks (ENOLCK, EOPNOTSUPP), nothing is locked. Without flock (ENOSYS), filelock uses the
+    existence of the file as the lock.
 
     Raises:
         BlockingIOError: another process has the lock; the message names it, as in find_holder.
