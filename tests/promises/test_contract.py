@@ -7,7 +7,7 @@ of the package. The slow tests run all of them, also with the remote code of the
 import pytest
 from contract import CHECKS, FORMS, compare, run_form, write_models
 
-CLIENTS = ("peft", "trl", "onnxruntime", "executorch")
+CLIENTS = ("peft", "trl", "sentence_transformers", "onnxruntime", "executorch")
 FAST = [  # (check, form); the other forms are slow
     ("Trainer: predict", "gpt2_bias"),
     ("Trainer: load best", "nanochat"),

@@ -510,6 +510,27 @@ def from_config(subject, folder):
     return {"logits": logits_of(model)}
 
 
+def config_overrides(subject, folder):
+    """Change a config in three ways by the names of transformers. The shapes of the matrices must follow."""
+    options = {"trust_remote_code": subject.remote}
+    config = AutoConfig.from_pretrained(subject.folder, **options)
+    changes = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 3, "max_position_embeddings": 16}
+    if config.model_type == "gpt2" or getattr(config, "position", None) == "learned":
+        changes["n_inner"] = 96  # GPT2Config has no other name for it
+    else:
+        changes |= {"intermediate_size": 96, "num_key_value_heads": 4, "head_dim": 10}
+    assigned, updated = copy.deepcopy(config), copy.deepcopy(config)
+    for key, value in changes.items():
+        setattr(assigned, key, value)
+    updated.update_from_string(",".join(f"{key}={value}" for key, value in changes.items()))
+    loaded = AutoConfig.from_pretrained(subject.folder, **changes, **options)
+    counts = []
+    for changed in (assigned, updated, loaded):
+        model = AutoModelForCausalLM.from_config(changed, **options)
+        counts.append(sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1))
+    return {"numbers of weights": counts}
+
+
 def copies(subject, folder):
     model = subject.load()
     unpickled = pickle.loads(pickle.dumps(model))
@@ -535,6 +556,17 @@ def disk_offload(subject, folder):
 def features(subject, folder):
     with torch.no_grad():
         return {"features": subject.load(AutoModel)(IDS).last_hidden_state}
+
+
+def sentence_embeddings(subject, folder):
+    """Embed texts in padded batches. The pooling is given, because its default depends on the name of the class."""
+    from sentence_transformers import SentenceTransformer, models
+
+    code = {"trust_remote_code": subject.remote}
+    body = models.Transformer(subject.folder, model_args=code, tokenizer_args=code, config_args=code)
+    body.tokenizer.pad_token = body.tokenizer.pad_token or body.tokenizer.eos_token
+    model = SentenceTransformer(modules=[body, models.Pooling(32, "mean")], device="cpu")
+    return {"embeddings": torch.from_numpy(model.encode(TEXTS))}
 
 
 def sequence_classification(subject, folder):
@@ -593,11 +625,13 @@ CHECKS = {
     "ExecuTorch: static cache": (executorch_export, "executorch"),
     "resize_token_embeddings": (resize_embeddings, "transformers"),
     "from_config": (from_config, "transformers"),
+    "config overrides": (config_overrides, "transformers"),
     "deepcopy, pickle": (copies, "transformers"),
     "bfloat16, float16": (half_precision, "transformers"),
     "device_map": (device_map, "accelerate"),
     "disk offload": (disk_offload, "accelerate"),
     "AutoModel: features": (features, "transformers"),
+    "SentenceTransformer: encode": (sentence_embeddings, "sentence_transformers"),
     "AutoModelForSequenceClassification": (sequence_classification, "transformers"),
 }
 
