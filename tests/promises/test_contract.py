@@ -4,6 +4,10 @@ The checks are in support/contract.py, which also prints them as a table. By def
 of the package. The slow tests run all of them, also with the remote code of the checkpoint.
 """
 
+import subprocess
+import sys
+
+import contract
 import pytest
 from contract import CHECKS, FORMS, compare, run_form, write_models
 
@@ -67,3 +71,10 @@ def test_package_and_remote_code_equal_the_export_in_clients(form, tmp_path):
     for client in CLIENTS:
         pytest.importorskip(client, reason='pip install -e ".[clients]"')
     run_all(form, [name for name in CHECKS if CHECKS[name][1] in CLIENTS], tmp_path)
+
+
+@pytest.mark.slow
+def test_script_prints_a_table(tmp_path):
+    command = [sys.executable, contract.__file__, "llama", "--only", "from_config", "--folder", tmp_path]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert table[2].startswith("| from_config | transformers ") and " | llama | ok | ok | ok | " in table[2]
