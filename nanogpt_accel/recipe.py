@@ -414,6 +414,50 @@ NANOGPT_KEYS = {
     "backend": "`accelerate config`, because the launcher sets the backend",
 }
 
+# names of settings in other programs -> what to use here
+ALIASES = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "warmup": "warmup_iters",
+    "warmup_steps": "warmup_iters",
+    "lr_scheduler_type": "schedule",
+    "optim": "algorithm",
+    "bs": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "epochs": "max_iters, the number of training steps",
+    "num_epochs": "max_iters, the number of training steps",
+    "num_train_epochs": "max_iters, the number of training steps",
+    "max_steps": "max_iters",
+    "depth": "n_layer",
+    "num_layers": "n_layer",
+    "num_hidden_layers": "n_layer",
+    "num_heads": "n_head",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "hidden_size": "n_embd",
+    "d_model": "n_embd",
+    "intermediate_size": "n_inner",
+    "seq_len": "block_size",
+    "max_seq_len": "block_size",
+    "context_length": "block_size",
+    "output_dir": "out_dir",
+    "eval_steps": "eval_interval",
+    "save_steps": "save_interval",
+    "logging_steps": "log_interval",
+    "save_total_limit": "keep_last",
+    "fp16": "mixed_precision=fp16",
+    "bf16": "mixed_precision=bf16",
+    "precision": "mixed_precision",
+    "gradient_checkpointing": "activation_checkpointing",
+    "report_to": "trackers",
+    "wandb": "trackers=wandb",
+    "model": "init_from, or n_layer, n_head and n_embd",
+    "model_name_or_path": "init_from",
+    "resume_from_checkpoint": "resume=auto, or nanogpt-accel train runs/NAME",
+    "dataset_name": "corpus=hub:USER/NAME",
+}
+
 
 def _conflicts(recipe, overridden):
     """Yield (keys, problem) for values that are valid individually, but not in combination.
@@ -556,6 +600,8 @@ def _unknown(key):
     leaf = key.rpartition(".")[2]
     if leaf in NANOGPT_KEYS:
         return f"unknown key {key}; instead of nanoGPT's {leaf}, use {NANOGPT_KEYS[leaf]}"
+    if leaf in ALIASES:
+        return f"unknown key {key}; use {ALIASES[leaf]}"
     return f"unknown key {key}{nearest(leaf, SECTION_OF)}"
 
 

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from pydantic import ValidationError
 
-from nanogpt_accel.recipe import FIELDS, NANOGPT_KEYS, SECTION_OF, SECTIONS, Recipe, load_recipe, schema
+from nanogpt_accel.recipe import ALIASES, FIELDS, NANOGPT_KEYS, SECTION_OF, SECTIONS, Recipe, load_recipe, schema
 from nanogpt_accel.utils import cli
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -573,6 +573,14 @@ def test_unknown_keys_on_the_command_line_are_refused(key, words):
 def test_unknown_and_misplaced_keys_of_a_file_are_refused(text, words):
     (line,) = problems(text)
     assert words in line
+
+
+@pytest.mark.parametrize("key", sorted(ALIASES))
+def test_names_of_other_programs_get_a_hint(key):
+    (line,) = problems(**{key: "1"})
+    assert line == f"unknown key {key}; use {ALIASES[key]}" and key not in SECTION_OF
+    named = re.findall(r"\b([a-z]+_[a-z_]+|[a-z]+(?==)|schedule|algorithm|corpus|trackers)\b", ALIASES[key])
+    assert named and set(named) <= set(SECTION_OF), named
 
 
 @pytest.mark.parametrize("key", sorted(NANOGPT_KEYS))

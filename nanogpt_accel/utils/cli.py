@@ -9,8 +9,9 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
-from .fields import raise_problems, show_value, type_name, validate
+from .fields import nearest, raise_problems, show_value, type_name, validate
 from .text import counted
 
 _GC_THRESHOLD = gc.get_threshold()  # Python's default
@@ -21,6 +22,14 @@ _SYSTEM_ERRORS = {getattr(errno, name) for name in _SYSTEM_ERRORS.split()}
 _INVALID_NAME = 123  # Windows' ERROR_INVALID_NAME, for a colon or a question mark in a file name
 # `key=value` is an option; a path such as runs/a=b or ./a=b is not, because a key has no slash
 _ASSIGNMENT = re.compile(r"^(?:--)?([A-Za-z][\w.-]*)=(.*)$", re.DOTALL)
+_BOOLEANS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+
+
+def _flag_values(field):
+    """Return the words that may follow `--key` if the field is a boolean, otherwise an empty set."""
+    members = get_args(field.annotation) or (field.annotation,)
+    literals = {word for member in members if get_origin(member) is Literal for word in get_args(member)}
+    return _BOOLEANS | literals if bool in members else set()
 
 
 def parse(argv, fields, n_targets=1):
@@ -35,29 +44,38 @@ def parse(argv, fields, n_targets=1):
         (target, options). target: the positional argument or None; a list if n_targets is above 1. options: {key as
         typed: text}, which `validate` converts to values.
 
+    A boolean option without a value means true, and --no_KEY means false.
+
     Raises:
-        ValueError: too many positional arguments, or an option without a value.
+        ValueError: too many positional arguments, or an option without a value. Unknown options are reported first,
+            because they may be the cause; alone, they are left to `validate`.
     """
     targets, options, problems, words = [], {}, [], list(argv)
     while words:
         word = words.pop(0)
         if match := _ASSIGNMENT.match(word):
             options[match[1].replace("-", "_")] = match[2]
-        elif word.startswith("--") and len(word) > 2:
-            key = word[2:].replace("-", "_")
-            field = fields.get(key)
-            is_flag = field is not None and field.annotation is bool
-            if is_flag and (not words or words[0].lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}):
+        elif word.startswith("-") and word.strip("-"):
+            key = word.lstrip("-").replace("-", "_")
+            values, positive = _flag_values(fields[key]) if key in fields else set(), key.removeprefix("no_")
+            if key not in fields and positive in fields and _flag_values(fields[positive]):
+                options[positive] = "false"
+            elif values and (not words or words[0].lower() not in values):
                 options[key] = "true"
-            elif words:
+            elif words and not (key not in fields and words[0].startswith("-")):
                 options[key] = words.pop(0)
-            else:
+            elif key in fields:
                 problems.append(f"--{key}: the value is missing; use --{key}=VALUE")
+            else:
+                options[key] = ""
         else:
             targets.append(word)
     if len(targets) > n_targets:
         most, typed = counted(n_targets, "target"), " ".join(targets)
         problems.append(f"expected at most {most}, got {len(targets)}: {typed}; quote arguments that contain spaces")
+    if problems:
+        unknown = [key for key in options if key not in fields]
+        problems[:0] = [f"unknown option {key}{nearest(key, fields)}" for key in unknown]
     raise_problems(problems)
     return (targets if n_targets > 1 else next(iter(targets), None)), options
 

@@ -42,6 +42,14 @@ def work(tmp_path, monkeypatch):
         (["--eval_only", "false", "a.yaml"], "a.yaml", {"eval_only": "false"}),
         (["--eval_only", "No"], None, {"eval_only": "No"}),
         (["--train.eval_only", "a.yaml"], "a.yaml", {"train.eval_only": "true"}),
+        # compile is true, false, auto or regional
+        (["--compile", "a.yaml"], "a.yaml", {"compile": "true"}),
+        (["--compile", "regional", "a.yaml"], "a.yaml", {"compile": "regional"}),
+        (["--no_eval_train", "a.yaml", "--no-compile"], "a.yaml", {"eval_train": "false", "compile": "false"}),
+        # unknown keys, which `validate` reports
+        (["a.yaml", "--verbose"], "a.yaml", {"verbose": ""}),
+        (["a.yaml", "--verbose", "--n_layer", "2"], "a.yaml", {"verbose": "", "n_layer": "2"}),
+        (["a.yaml", "--no_n_layer", "2"], "a.yaml", {"no_n_layer": "2"}),
         (["n_layer=5", "--n_layer=6"], None, {"n_layer": "6"}),  # the last one wins
         (["sample_prompt=a=b\nc"], None, {"sample_prompt": "a=b\nc"}),
         (["--sample_prompt", "x=1"], None, {"sample_prompt": "x=1"}),
@@ -63,7 +71,14 @@ def test_parse_targets_and_options(words, target, options):
     [
         (["a.yaml", "b.yaml"], ["expected at most 1 target, got 2: a.yaml b.yaml"]),
         (["a.yaml", "--n_layer"], ["--n_layer: the value is missing"]),
-        (["a", "b", "c", "--compile"], ["--compile: the value is missing", "expected at most 1 target, got 3"]),
+        (["a", "b", "c", "--device"], ["--device: the value is missing", "expected at most 1 target, got 3"]),
+        # an unknown option may be the cause
+        (["a.yaml", "--verbose", "b.yaml", "c"], ["unknown option verbose", "expected at most 1 target, got 2"]),
+        (["a.yaml", "-v", "b", "c"], ["unknown option v", "expected at most 1 target"]),
+        (
+            ["a.yaml", "--n_layr", "3", "b.yaml"],
+            ["option n_layr (did you mean n_layer?)", "at most 1"],
+        ),
     ],
 )
 def test_parse_refuses_bad_command_lines(words, messages):
