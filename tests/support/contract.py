@@ -467,7 +467,6 @@ def onnx_export(subject, folder):
 
 def executorch_export(subject, folder):
     """Export a decoder of one token with a static cache, and run the exported and the lowered program."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
     from executorch.runtime import Runtime
     from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
@@ -480,7 +479,7 @@ def executorch_export(subject, folder):
     module = program.module()
     with torch.no_grad():
         exported = torch.cat([module(input_ids=ids, cache_position=position) for ids, position in steps], dim=1)
-    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    lowered = to_edge_transform_and_lower(program).to_executorch()
     method = Runtime.get().load_program(lowered.buffer).load_method("forward")
     written = torch.cat([method.execute(step)[0].clone() for step in steps], dim=1)
     return {"logits": exported, "logits of the runtime": written}
@@ -639,7 +638,7 @@ CHECKS = {
 # ---- comparison
 
 
-# a word of the name of a value -> largest allowed difference; in half precision, rounding errors differ
+# a word of the name of a value -> largest allowed difference. In half precision, rounding errors differ
 TOLERANCES = {"bfloat16": 0.2, "float16": 0.02, "bf16 losses": 0.01, "loss": 1e-6, "": 1e-5}
 
 
@@ -678,13 +677,12 @@ def write_models(form, folder):
         for parameter in model.parameters():
             parameter.mul_(0.5 if parameter.dim() > 1 else 1.0)
     fit_to_tokenizer(model, tokenizer)
-    folder = Path(folder)
-    model.save_pretrained(folder / "gpt")
-    tokenizer.save(folder / "gpt", max_length=LENGTH)
-    export, obstacles = nearest_architecture(model.config.resolved())
+    stock, obstacles = nearest_architecture(model.config.resolved())
     assert not obstacles
-    write_model(model, folder / "export", export, tokenizer=tokenizer, card="", report=lambda line: None)
-    return Subject(str(folder / "gpt")), Subject(str(folder / "export"))
+    subjects = Subject(f"{folder}/gpt"), Subject(f"{folder}/export")
+    for subject, kind in zip(subjects, ("custom", stock), strict=True):
+        write_model(model, subject.folder, kind, tokenizer=tokenizer, card="", report=lambda line: None)
+    return subjects
 
 
 def run_checks(subject, names, out):
