@@ -71,6 +71,7 @@ class GPTConfig(PreTrainedConfig):
         "num_attention_heads": "n_head",
         "num_key_value_heads": "n_kv_head",
         "max_position_embeddings": "block_size",
+        "final_logit_softcapping": "logit_softcap",
     }
 
     vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64 for faster kernels

@@ -95,7 +95,7 @@ class Model(Section):
     init_from: str = Field(
         "scratch",
         description="scratch, resume (continue the run in out_dir), or weights to start from: a run or checkpoint "
-        "folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat "
+        "folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or Hub id of a GPT-2, Llama, Qwen3 or NanoChat "
         "model. If weights are loaded, their architecture replaces these settings, except block_size and dropout",
     )
     n_layer: Int = Field(12, ge=1, le=10_000, description="number of transformer blocks")
@@ -140,7 +140,10 @@ class Model(Section):
     )
     tie_word_embeddings: bool = Field(True, description="share the weights of the token embedding and the output head")
     pad_vocab_to_multiple_of: Int = Field(
-        64, ge=1, description="pad the vocabulary size for faster kernels (50,257 becomes 50,304); 1 disables padding"
+        64,
+        ge=1,
+        description="pad the vocabulary size for faster kernels (50,257 becomes 50,304). The first unused entry "
+        "becomes the padding token that batched generation and fine-tuning need. 1: no padding",
     )
     initializer_range: Float = Field(0.02, gt=0, description="standard deviation of the initial weights")
     zero_init: bool = Field(
@@ -331,9 +334,9 @@ class Recipe(Section):
         return settings | derived
 
     def padded_vocab_size(self, vocab_size):
-        """Return the tokenizer's vocabulary size rounded up to a multiple of pad_vocab_to_multiple_of."""
+        """Return the vocabulary size of the model for a tokenizer's. If it is padded, a padding token has room."""
         multiple = self.model.pad_vocab_to_multiple_of
-        return -(-vocab_size // multiple) * multiple
+        return vocab_size if multiple == 1 else math.ceil((vocab_size + 1) / multiple) * multiple
 
     def should_evaluate(self, step):
         """Return whether to evaluate the model before this training step."""

@@ -293,7 +293,8 @@ def test_the_recipe_of_gpt2(call, gpt2_files):
     assert lines[0]["val_loss"] == pytest.approx(math.log(50304), abs=0.2) and lines[1]["val_loss"] < 11.1
     assert losses(Path("runs/gpt2"), "learning_rate")[0] == pytest.approx(6e-4 / 2001)
     tokenizer = AutoTokenizer.from_pretrained("runs/gpt2")
-    assert tokenizer("Hello world")["input_ids"] == [15496, 995] and len(tokenizer) == 50257
+    assert tokenizer("Hello world")["input_ids"] == [15496, 995]
+    assert (len(tokenizer), tokenizer.pad_token_id) == (50258, 50257)  # one of the unused 47 embeddings is for padding
 
 
 def test_evaluations_that_are_left_out(call, run):

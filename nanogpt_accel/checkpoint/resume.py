@@ -26,6 +26,15 @@ def load_optimizer(path, accelerator, model, optimizer):
     sharding.restore_optimizer(accelerator, model, optimizer, fields, partial(_read_rows, tensors))
 
 
+def read_optimizer(path, shapes):
+    """Return the optimizer state of a checkpoint as {PARAMETER: {FIELD: tensor}}. shapes: {PARAMETER: shape}."""
+    tensors, state = _open_shards(Path(path), shapes), {}
+    for key in tensors:
+        name, _, field = key.rpartition("/")
+        state.setdefault(name, {})[field] = _read_rows(tensors, name, field, 0, shapes[name][0])
+    return state
+
+
 def _open_shards(path, shapes):
     """Open the optimizer state of a checkpoint. Return {"PARAMETER/FIELD": [(first row, open file), ...]}.
 

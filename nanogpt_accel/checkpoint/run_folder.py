@@ -44,10 +44,22 @@ def check_empty(folder, key):
     folder = Path(folder)
     if folder.is_dir() and any(file.name != ".tmp" for file in folder.iterdir()):  # .tmp: of an export that was killed
         return [f"{key}={folder}: the folder is not empty; set `{key}` to a new or empty folder"]
-    for parent in folder.absolute().resolve().parents:
+    return _check_outside_runs(folder, key) or check_writable(folder, key)
+
+
+def check_new_file(file, key):
+    """Check that a file does not exist, and that it can be written outside of run folders."""
+    file = Path(file)
+    if os.path.lexists(file):
+        return [f"{key}={file}: exists already; delete it, or set `{key}` to a new file"]
+    return _check_outside_runs(file, key) or check_writable(file.parent, key)
+
+
+def _check_outside_runs(path, key):
+    for parent in path.absolute().resolve().parents:
         if CHECKPOINT_NAME.match(parent.name) or (parent / "run.yaml").is_file():
-            return [f"{key}={folder}: inside the run folder {parent}; set `{key}` to a folder outside of it"]
-    return check_writable(folder, key)
+            return [f"{key}={path}: inside the run folder {parent}; set `{key}` to a path outside of it"]
+    return []
 
 
 def check_run_folder(folder):

@@ -49,7 +49,7 @@ class Saver:
     reason in `error`; older checkpoints are untouched, and the next save tries again.
 
     Args:
-        run: the run folder. accelerator: the Accelerator. tokenizer: an object with save(folder, max_length).
+        run: the run folder. accelerator: the Accelerator. tokenizer: an object with save(folder, max_length, has_pad).
         keep_last: number of the latest checkpoints to keep, in addition to the best one.
         in_background: write in a thread while training continues.
         say: called with a line for the user. on_saved: called on the main process with the path of each checkpoint.
@@ -187,7 +187,8 @@ def _write_model(temporary, snapshot, tokenizer):
         model = GPT(snapshot.config)  # a wrapped model would be saved under the class name of the wrapper
     model.generation_config = snapshot.generation_config
     model.save_pretrained(temporary, state_dict=dict(snapshot.weights))
-    tokenizer.save(temporary, max_length=snapshot.config.block_size)
+    config = snapshot.config
+    tokenizer.save(temporary, max_length=config.block_size, has_pad=config.pad_token_id is not None)
     (temporary / "README.md").write_text(snapshot.card, encoding="utf-8")
     (temporary / TRAINER).write_text(json.dumps(snapshot.trainer, indent=2), encoding="utf-8")
 

@@ -19,7 +19,7 @@ from ..data import dataset
 from ..data.prepare import ready
 from ..data.sources import joined_text
 from ..data.token_files import TokenArray
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import EncodingError, Tokenizer
 from ..distributed.accelerator import make_accelerator, pick_device
 from ..distributed.launcher import check_launcher, is_main
 from ..models.find import find_model
@@ -63,7 +63,7 @@ def main(argv):
             "nanogpt-accel evaluate MODEL [--recipe RECIPE.yaml] [--json] [key=value ...]",
             "Compute the loss in nats per token, perplexity and bits per byte of a model on the full validation split, "
             "or on eval_iters batches.\nMODEL is a run folder (its best checkpoint), a checkpoint folder, gpt2 to "
-            "gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.\nblock_size=N "
+            "gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or NanoChat model.\nblock_size=N "
             "evaluates samples of N tokens; the default is the model's context length.",
             {"options": EvaluateOptions, "data": SECTIONS["data"], "train": TRAIN},
         )
@@ -169,7 +169,10 @@ def open_text(options, folder):
     except UnicodeDecodeError as error:
         raise ValueError(f"text={path}: not UTF-8 at byte {error.start}; convert it with iconv -t utf-8") from None
     tokenizer = Tokenizer.load(folder)
-    tokens = TokenArray(tokenizer.encode(text))
+    try:
+        tokens = TokenArray(tokenizer.encode(text))
+    except EncodingError as error:
+        raise ValueError(f"text={path}: {error}; use a text that the model's tokenizer can encode") from None
     problems = [] if len(tokens) > 1 else [f"text={path}: must have at least 2 tokens, but has {len(tokens)}"]
     return Text(options.text, tokens, len(text.encode()), tokenizer.eot_id), problems
 

@@ -1,44 +1,53 @@
-"""Export a model to a stock architecture of transformers, which other tools load without this package.
+"""Export a model for other tools: to a stock architecture of transformers, to llama.cpp, or back to nanoGPT.
 
 nanogpt-accel export runs/gpt2 --to my-gpt
 nanogpt-accel export runs/odd --to my-gpt form=custom
+nanogpt-accel export runs/gpt2 --to my-gpt.gguf dtype=q8_0
+nanogpt-accel export runs/gpt2 --to nanoGPT/out/ckpt.pt
 """
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from ..checkpoint.run_folder import check_empty
-from ..models.export import export
+from ..checkpoint.run_folder import check_empty, check_new_file
+from ..models.export import export, export_gguf, export_nanogpt
 from ..models.find import check_model, find_model
 from ..tracking.console import Console
 from ..utils import cli
 from ..utils.fields import Section, raise_problems
 
+FILE_FORMS = {".pt": "nanogpt", ".gguf": "gguf"}  # file name extension -> form
+
 
 class ExportOptions(Section):
     """The options of `export`."""
 
-    to: str = Field("", description="output folder; must be empty or not exist yet")
-    form: Literal["stock", "custom"] = Field(
-        "stock",
-        description="stock: transformers' GPT-2, Llama, Qwen3 or nanochat; custom: this package's GPT with its code",
+    to: str = Field("", description="output folder, must be empty or not exist yet; or a new file, *.gguf or *.pt")
+    form: Literal["auto", "stock", "custom", "nanogpt", "gguf"] = Field(
+        "auto",
+        description="stock: transformers' GPT-2, Llama, Qwen3 or NanoChat; custom: this package's GPT with its code; "
+        "nanogpt: a ckpt.pt; gguf: a file for llama.cpp; auto: nanogpt for *.pt, gguf for *.gguf, otherwise stock",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the exported weights")
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = Field(
+        "float32", description="dtype of the exported weights; q8_0: 8 bits per weight, only for gguf"
+    )
     vocab: Literal["cut", "keep"] = Field(
         "cut",
-        description="cut: remove the padding of the vocabulary, because most tools expect the tokenizer's size; "
-        "keep: export the padding too",
+        description="cut: remove the padding of the vocabulary, because most tools expect the tokenizer's size, except "
+        "one entry for a padding token; keep: export all of it",
     )
 
 
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
-            "nanogpt-accel export MODEL --to FOLDER [key=value ...]",
-            "Write a model in a format that vLLM, llama.cpp, PEFT, TRL, lm-eval and `transformers serve` load, and "
-            "check that the exported model computes the same logits.\n"
+            "nanogpt-accel export MODEL --to FOLDER|NAME.gguf|ckpt.pt [key=value ...]",
+            "Write a model in a format that vLLM, PEFT, TRL, lm-eval and `transformers serve` load, or a file for "
+            "llama.cpp (*.gguf) or nanoGPT (*.pt), and check that the exported model computes the same logits.\n"
             "MODEL is a run folder (its best checkpoint), a checkpoint folder, or any model that `sample` accepts.",
             {"options": ExportOptions},
         )
@@ -46,9 +55,38 @@ def main(argv):
     to = os.path.expanduser(options.to)
     usage = "nanogpt-accel export runs/NAME --to FOLDER"
     problems += [f"MODEL is missing; usage: {usage}"] if target is None else check_model(target)
-    problems += check_empty(to, "to") if to else [f"--to is missing; usage: {usage}"]
-    raise_problems(problems)
+    to, form, found = check_output(to, options) if to else (to, "", [f"--to is missing; usage: {usage}"])
+    raise_problems(problems + found)
     report = Console(stderr=True)
     source = find_model(target, warn=report)
-    name, difference, tokens = export(source, to, options.form, options.vocab == "keep", options.dtype, report)
+    keep_padding, notes = options.vocab == "keep", []
+    if form == "nanogpt":
+        name, difference, tokens, notes = export_nanogpt(source, to, keep_padding, options.dtype, report)
+    elif form == "gguf":
+        name, difference, tokens, notes = export_gguf(source, to, keep_padding, options.dtype, report)
+    else:
+        name, difference, tokens = export(source, to, form, keep_padding, options.dtype, report)
     print(f"{to}: {name}, largest logit difference from {source} over {tokens:,} tokens: {difference:.1e}")
+    for note in notes:
+        print(note)
+
+
+def check_output(to, options):
+    """Return (to, form, problems): the output folder or file, its form, and a list of problems with the options."""
+    implied = FILE_FORMS.get(Path(to).suffix)
+    form = options.form if options.form != "auto" else implied or "stock"
+    if form == "nanogpt" and implied is None:
+        to, implied = os.path.join(to, "ckpt.pt"), "nanogpt"
+    if form in ("stock", "custom"):
+        problems = check_empty(to, "to")
+    else:
+        problems = check_new_file(to, "to")
+    if form == "nanogpt" and not problems:
+        problems += check_new_file(os.path.join(os.path.dirname(to), "meta.pkl"), "to")
+    if implied != (form if form in FILE_FORMS.values() else None):
+        problems = [f"to={to}: the name does not fit form={form}; a gguf file is named *.gguf, a nanogpt file *.pt"]
+    if form == "gguf" and not problems and find_spec("gguf") is None:
+        problems.append("form=gguf requires the package gguf; install it with: pip install gguf")
+    if options.dtype == "q8_0" and form != "gguf":
+        problems.append(f"dtype=q8_0 requires form=gguf, not {form}; set `to` to a file NAME.gguf")
+    return to, form, problems

@@ -15,7 +15,6 @@ from ..data.manifest import read_meta
 from ..data.tokenizer import Tokenizer
 from ..hub.card import model_card
 from ..models.export import write_model
-from ..models.load import fit_to_tokenizer
 from ..models.nanogpt import read_nanogpt
 from ..tracking.console import Console
 from ..utils import cli
@@ -28,8 +27,8 @@ class ImportOptions(Section):
     to: str = Field("", description="output folder; must be empty or not exist yet")
     tokenizer: str = Field(
         "auto",
-        description="gpt2, a path of a nanoGPT meta.pkl, or a folder with a tokenizer.json; auto: "
-        "data/DATASET/meta.pkl next to the checkpoint's folder, as in nanoGPT, or gpt2 if that file does not exist",
+        description="gpt2, a path of a nanoGPT meta.pkl, or a folder with a tokenizer.json; auto: meta.pkl next to the "
+        "checkpoint, data/DATASET/meta.pkl next to its folder, as in nanoGPT, or gpt2 if neither exists",
     )
     activation: Literal["gelu", "gelu_new"] = Field("gelu", description="gelu_new: for nanoGPT before May 2023")
 
@@ -57,7 +56,6 @@ def main(argv):
     model, info = read_nanogpt(target, options.activation)
     dataset = str(info["config"].get("dataset", "")) if isinstance(info["config"], dict) else ""
     tokenizer = find_tokenizer(options.tokenizer, Path(target), dataset, model.config.vocab_size)
-    fit_to_tokenizer(model, tokenizer)
     try:
         loss = float(info["best_val_loss"])
     except (TypeError, ValueError, RuntimeError):  # missing, or not a number
@@ -83,7 +81,10 @@ def find_tokenizer(setting, checkpoint_file, dataset, vocab_size):
     Raises:
         ValueError: the tokenizer cannot be found, or has more tokens than the model.
     """
-    meta = checkpoint_file.resolve().parent.parent / "data" / dataset / "meta.pkl"
+    folder = checkpoint_file.resolve().parent
+    meta = folder / "meta.pkl"  # written by `export`
+    if not meta.is_file():
+        meta = folder.parent / "data" / dataset / "meta.pkl"
     has_meta = bool(dataset) and os.path.isfile(meta)  # Path.is_file raises an error if the name is too long
     if setting == "auto" and not has_meta and vocab_size not in (50257, 50304):
         raise ValueError(

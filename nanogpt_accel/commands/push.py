@@ -23,7 +23,7 @@ class PushOptions(Section):
 
     form: Literal["stock", "custom"] = Field(
         "stock",
-        description="stock: transformers' GPT-2, Llama, Qwen3 or nanochat; custom: this package's GPT with its code",
+        description="stock: transformers' GPT-2, Llama, Qwen3 or NanoChat; custom: this package's GPT with its code",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the pushed weights")
     private: bool = Field(False, description="if the repository does not exist, create it as private")

@@ -50,7 +50,7 @@ def main(argv):
         return cli.show_help(
             "nanogpt-accel sample MODEL [key=value ...]",
             "Generate text with a model: a run folder (its best checkpoint), a checkpoint folder, gpt2 to gpt2-xl, or "
-            "another folder or Hub id of a GPT-2, Llama, Qwen3 or nanochat model.",
+            "another folder or Hub id of a GPT-2, Llama, Qwen3 or NanoChat model.",
             {"options": SampleOptions},
         )
     fields = SampleOptions.model_fields

@@ -25,7 +25,7 @@ from .dataset import SPLIT_SEED, check_fits, corpus_of, data_folder, facts_of, i
 from .encoding import tokenize
 from .manifest import is_data_folder
 from .token_files import SPLITS, Writer, earlier_attempt, find_active_process
-from .tokenizer import Tokenizer
+from .tokenizer import EncodingError, Tokenizer
 
 COUNTED_BELOW = 2**27  # bytes; the documents of a smaller corpus are counted first, to avoid an empty split
 LARGE_TEXT = 2**30  # bytes; for a larger single text, the memory use (4 to 11 times its size) is reported
@@ -94,7 +94,11 @@ def _prepare(folder, data, report, workers):
                 return
             attempt = _Attempt(data, corpus, tokenizer, writer, report, workers)
             earlier = attempt.written_bytes()
-            forced = attempt.write(forced)
+            try:
+                forced = attempt.write(forced)
+            except EncodingError as error:
+                problem = f"tokenizer={data.tokenizer}: {error}, but corpus={data.corpus} contains it"
+                raise ValueError(f"{problem}; set tokenizer to gpt2, char or bpe, or use another corpus") from None
             if not forced:
                 made = {key: getattr(tokenizer, key) for key in ("kind", "vocab_size", "fingerprint", "eot_id")}
                 writer.finish(facts | {"tokenizer": facts["tokenizer"] | made}, tokenizer.save)

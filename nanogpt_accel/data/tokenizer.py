@@ -9,6 +9,8 @@ import copy
 import hashlib
 import json
 import os
+import re
+from contextlib import suppress
 from functools import cached_property
 
 import numpy as np
@@ -16,6 +18,10 @@ import numpy as np
 from ..utils.text import one_line
 
 EOT = "<|endoftext|>"  # between documents
+# Added to the tokenizer in a model folder if the model has an unused embedding. It is not part of the vocabulary here:
+# no text is encoded to it, and it is never sampled. It is not the end-of-text token, because collators exclude the
+# padding token from the loss, and a fine-tuned model would not learn to end its texts.
+PAD = "<|pad|>"
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -30,41 +36,60 @@ LONGEST_WORD = 1000  # maximum bytes per word when a BPE is trained
 BPE_TEXT_LIMIT = 200_000_000  # maximum characters to train a BPE on; more would need memory and change few merges
 
 
+class EncodingError(ValueError):
+    """A text has characters or words that are not in the vocabulary."""
+
+
 class Tokenizer:
     """A tokenizer defined by a tokenizer.json, with fast encoders.
 
     Args:
         text: the content of a tokenizer.json.
-        eot: the end-of-text token, which ends a document; ignored if it is not in the vocabulary.
+        config: the content of its tokenizer_config.json.
 
     Attributes:
         kind: "gpt2", "char", "bpe" (another byte-level BPE), or the model type in tokenizer.json, lowercase.
+        vocab: {token: id}, including special tokens, but not a last token that is only used for padding.
+        eot, eot_id: the token that ends a document, or None if the vocabulary has none.
+        pad, pad_id: the padding token. If it is not in the vocabulary, its id is vocab_size, the first unused one, or
+            None if ids below vocab_size are unused too, because the tokenizers library would take one of these.
+        special: the tokens that encode() does not look for in a text.
         dtype: np.uint16, or np.uint32 if the vocabulary is larger than 2**16.
     """
 
-    def __init__(self, text, eot=EOT):
-        from tokenizers import Tokenizer as Backend
-
-        try:
-            self._backend = Backend.from_str(text)
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"not a tokenizer.json: {one_line(error)}") from None
+    def __init__(self, text, config=None):
+        config = config or {}
+        names = {key: _token_name(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self.pad = names["pad_token"] or PAD
+        self._backend = _read_json(text)
+        is_pad_only = names["pad_token"] not in (None, EOT, names["bos_token"], names["eos_token"], names["unk_token"])
+        self.text = _clean(text, self.pad if is_pad_only else None)
+        if self.text != text:
+            self._backend = _read_json(self.text)
         self._backend.encode_special_tokens = True  # special tokens in a corpus are plain text
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self.text = text
-        self.vocab = self._backend.get_vocab(with_added_tokens=True)  # token -> id
+        self.vocab = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocab.values()) + 1
-        self.eot = eot if eot in self.vocab else None
-        self.eot_id = self.vocab.get(eot)
+        self.eot = names["eos_token"] or EOT
+        if self.eot not in self.vocab:
+            self.eot = None
+        self.eot_id = self.vocab.get(self.eot)
+        self.pad_id = self.vocab.get(self.pad, self.vocab_size if len(self.vocab) == self.vocab_size else None)
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-        self._spec = json.loads(text)
+        self._spec = json.loads(self.text)
+        self._spec["model"].setdefault("type", type(self._backend.model).__name__)  # missing in old files
+        added = self._spec.get("added_tokens") or []
+        self.special = {token["content"] for token in added if token["special"]} | {self.eot} - {None}
+        self._added = [token for token in added if not token["special"] and token["content"] != self.eot]
+        # saved again; transformers would otherwise not know them
+        self._settings = {key: name for key, name in names.items() if key != "eos_token" and name in self.vocab}
+        if config.get("chat_template"):
+            self._settings["chat_template"] = config["chat_template"]
         self.kind = self._find_kind()
 
     def _find_kind(self):
         model, splitter = self._spec["model"]["type"], (self._spec.get("pre_tokenizer") or {}).get("type")
-        if (model, splitter) == ("WordLevel", "Split") and not self._spec.get("normalizer"):
-            if all(len(token) == 1 or token == self.eot for token in self.vocab):
+        if (model, splitter) == ("WordLevel", "Split") and not self._spec.get("normalizer") and not self._added:
+            if all(len(token) == 1 or token == self.eot for token in self._spec["model"]["vocab"]):
                 return "char"
         if (model, splitter) == ("BPE", "ByteLevel"):
             lines = "\n".join(sorted(self.vocab, key=self.vocab.get))
@@ -76,7 +101,7 @@ class Tokenizer:
         """For "char": the id of each code point, -1 if it has none. All higher code points use the last entry."""
         if self.kind != "char":
             return None
-        ids = {ord(token): i for token, i in self.vocab.items() if token != self.eot}
+        ids = {ord(token): i for token, i in self._spec["model"]["vocab"].items() if len(token) == 1}
         table = np.full(max(ids, default=0) + 2, -1, dtype=np.int32)
         table[list(ids)] = list(ids.values())
         return table
@@ -88,10 +113,15 @@ class Tokenizer:
             return None
         # tiktoken merges any pair that is a token, the tokenizers library only the pairs in its merges. The results are
         # equal if the merges can build every token from its bytes. For GPT-2, the two are known to agree.
-        tokenize = self._backend.model.tokenize
-        if self.kind == "bpe" and any(len(tokenize(token)) != 1 for token in self.vocab if token != self.eot):
+        tokenize, tokens = self._backend.model.tokenize, self._spec["model"]["vocab"]
+        if self.kind == "bpe" and any(len(tokenize(token)) != 1 for token in tokens if token != self.eot):
             return None
         return _tiktoken(self._spec, self.eot)
+
+    @property
+    def splits_like_gpt2(self):
+        """Whether this is a byte-level BPE that splits a text into words as GPT-2's does."""
+        return self._spec["model"]["type"] == "BPE" and _splits_like_gpt2(self._spec)
 
     def for_thread(self):
         """Return a copy for use in one thread. A shared tokenizer took 1.3 times as long, because a Rust regular
@@ -193,18 +223,30 @@ class Tokenizer:
             except (ValueError, RecursionError) as error:
                 fix = f"fix the file, or delete it if the end-of-text token is {EOT}"
                 raise ValueError(f"{config_path}: not JSON ({one_line(error)}); {fix}") from None
+            config = config if isinstance(config, dict) else {}
+        template_path = os.path.join(folder, "chat_template.jinja")
+        if os.path.isfile(template_path):
+            try:
+                with open(template_path, encoding="utf-8") as file:
+                    config["chat_template"] = file.read()
+            except ValueError as error:
+                raise ValueError(f"{template_path}: not UTF-8 ({one_line(error)}); fix or delete the file") from None
         try:
             with open(path, encoding="utf-8") as file:
                 text = file.read()
-            eot = config.get("eos_token") if isinstance(config, dict) else None
-            eot = eot.get("content") if isinstance(eot, dict) else eot
-            return cls(text, eot if isinstance(eot, str) else EOT)
+            return cls(text, config)
         except ValueError as error:  # raised by json, the UTF-8 decoder or Tokenizer
             raise ValueError(f"{path}: {error}") from None
 
     def is_same(self, other):
-        """Return whether both tokenizers encode every text to the same ids. Their other settings are not compared."""
-        return self.fingerprint == other.fingerprint or self.kind == other.kind == "gpt2"
+        """Return whether both tokenizers encode every text to the same ids. Their other settings are not compared,
+        because transformers changes some when it saves a tokenizer."""
+        return self.kind == other.kind == "gpt2" or self._encoding_rules() == other._encoding_rules()
+
+    def _encoding_rules(self):
+        spec = json.loads(self._backend.to_str())  # in the form of this version of the library
+        added = [token for token in spec["added_tokens"] if not token["special"]]
+        return self.vocab, added, spec["normalizer"], spec["pre_tokenizer"], spec["model"]
 
     @cached_property
     def fingerprint(self):
@@ -216,37 +258,56 @@ class Tokenizer:
         """Encode a text to ids of self.dtype, shape (n,). Special tokens in the text are treated as plain text.
 
         Raises:
-            ValueError: the text has characters that are not in the vocabulary.
+            EncodingError: the text has characters or words that are not in the vocabulary.
         """
         if self._table is not None:
             points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
             ids = self._table[np.minimum(points, len(self._table) - 1)]
             if ids.size and ids.min() < 0:
-                unknown = [f"{c!r} (U+{ord(c):04X})" for c in sorted(set(text) - set(self.vocab))]
-                more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-                raise ValueError(f"the tokenizer has no {', '.join(unknown[:8])}{more}")
+                raise EncodingError(self._unknown(text))
             return ids.astype(self.dtype)
         if self._bpe is not None:
             try:
                 return self._bpe.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
             except ValueError:  # fancy-regex fails at a million characters of white space
                 pass
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
+        try:
+            return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
+        except Exception as error:  # the library raises bare Exceptions
+            raise EncodingError(self._unknown(text) or f"the tokenizer fails: {one_line(error)}") from None
+
+    def _unknown(self, text):
+        """Return a message with the parts of a text that the vocabulary does not have, such as characters; or ""."""
+        parts, unknown = set(text), []
+        if self.kind != "char":
+            with suppress(Exception):  # text that is not valid Unicode, or no pre-tokenizer
+                parts = {part for part, _ in self._backend.pre_tokenizer.pre_tokenize_str(text)}
+        for part in sorted(parts):
+            try:
+                self._backend.model.tokenize(part)
+            except Exception:  # the library raises bare Exceptions
+                unknown.append(f"{part!r} (U+{ord(part):04X})" if len(part) == 1 else repr(part[:40]))
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        return f"the tokenizer has no {', '.join(unknown[:8])}{more}" if unknown else ""
 
     def encode_batch(self, texts):
         """Encode a list of texts. This releases the GIL; each thread needs its own copy from for_thread()."""
         if self._bpe is not None or self._table is not None:
             return [self.encode(text) for text in texts]
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception:  # encode() names the text
+            return [self.encode(text) for text in texts]
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def encode_prompt(self, text):
-        """Encode a prompt to list[int]. Unlike in encode(), an end-of-text token in the text becomes a single id."""
+        """Encode a prompt to list[int]. Unlike in encode(), a special token in the text becomes a single id."""
         if self.eot is None and EOT in text:
             raise ValueError(f"the tokenizer has no {EOT}")
+        special = sorted(map(re.escape, self.special), key=len, reverse=True)
         ids = []
-        for i, part in enumerate(text.split(self.eot) if self.eot else [text]):
-            ids += [self.eot_id] * (i > 0) + self.encode(part).tolist()
+        for i, part in enumerate(re.split(f"({'|'.join(special)})", text) if special else [text]):
+            ids += [self.vocab[part]] if i % 2 else self.encode(part).tolist()  # odd parts are special tokens
         return ids
 
     def check_prompt(self, text, block_size, key):
@@ -254,7 +315,7 @@ class Tokenizer:
         try:
             length = len(self.encode_prompt(text))
         except ValueError as error:
-            return [f"{key}={text!r}: {error}; use another prompt"]
+            return [f"{key}={text[:40]!r}: {error}; use another prompt"]
         if length and (block_size is None or length <= block_size):
             return []
         limit = f"1 to block_size={block_size}" if block_size else "1 or more"
@@ -262,20 +323,26 @@ class Tokenizer:
         return [f"{key}={text[:40]!r}: {length} tokens, must be {limit}; {fix}"]
 
     def token_bytes(self):
-        """Return the number of UTF-8 bytes per id, shape (vocab_size,), 0 for end-of-text. None if unknown."""
+        """Return the number of UTF-8 bytes per id, shape (vocab_size,), 0 for special tokens. None if unknown."""
         if self._table is None and self._bpe is None:
             return None
         sizes = np.zeros(self.vocab_size, np.int64)
-        for token, i in self.vocab.items():  # byte-level BPEs write each byte as one character
-            sizes[i] = 0 if token == self.eot else len(token.encode() if self.kind == "char" else token)
+        for token, i in self.vocab.items():
+            if self.kind == "char":
+                sizes[i] = len(token.encode()) if len(token) == 1 else 0
+            else:
+                sizes[i] = 0 if token in self.special else len(token)  # a byte is written as one character
         return sizes
 
     def decode(self, ids):
         """Decode ids to text, including special tokens. Bytes of incomplete characters become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def save(self, folder, max_length=None):
-        """Write tokenizer.json and tokenizer_config.json. max_length: the model's context in tokens."""
+    def save(self, folder, max_length=None, has_pad=False):
+        """Write tokenizer.json and tokenizer_config.json.
+
+        max_length: the model's context in tokens. has_pad: whether the model has an embedding for `pad_id`.
+        """
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # exists in transformers 4 and 5
             "clean_up_tokenization_spaces": False,  # True would make decode() drop spaces before commas
@@ -286,12 +353,54 @@ class Tokenizer:
             config |= {"bos_token": self.eot, "eos_token": self.eot}
         if self.eot and self.kind in ("gpt2", "bpe"):
             config["unk_token"] = self.eot  # as in OpenAI's tokenizer; never needed, but ctranslate2 requires it
+        config |= self._settings
         if max_length:
             config["model_max_length"] = max_length
-        files = {"tokenizer.json": self.text, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
+        text = self.text
+        if has_pad:
+            config["pad_token"] = self.pad
+        if has_pad and self.pad not in self.vocab:
+            spec, switches = json.loads(text), ("single_word", "lstrip", "rstrip", "normalized")
+            token = {"id": self.pad_id, "content": self.pad, **dict.fromkeys(switches, False), "special": True}
+            text = json.dumps(spec | {"added_tokens": [*(spec.get("added_tokens") or []), token]}, ensure_ascii=False)
+        files = {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
         for name, text in files.items():
             with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as file:
                 file.write(text)
+
+
+def _read_json(text):
+    """Return the tokenizers library's Tokenizer of a tokenizer.json."""
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return Backend.from_str(text)
+    except Exception as error:  # the library raises bare Exceptions
+        problem = "not a tokenizer.json, or written by a newer version of the tokenizers library"
+        raise ValueError(f"{problem}: {one_line(error)}") from None
+
+
+def _clean(text, pad):
+    """Return a tokenizer.json without truncation and padding, and without its last token if this is `pad`."""
+    spec = json.loads(text)
+    added, vocab = spec.get("added_tokens") or [], spec["model"]["vocab"]
+    used = vocab.values() if isinstance(vocab, dict) else range(len(vocab))  # a Unigram model has a list
+    last = max(added, key=lambda token: token["id"], default=None)
+    is_pad = last is not None and last["content"] == pad and last["special"] and last["id"] > max(used, default=-1)
+    if not (is_pad or spec.get("truncation") or spec.get("padding")):
+        return text
+    changes = {
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [token for token in added if not (is_pad and token is last)],
+    }
+    return json.dumps(spec | changes, ensure_ascii=False)
+
+
+def _token_name(value):
+    """Return the name of a token in tokenizer_config.json, which may be an object; None if there is none."""
+    name = value.get("content") if isinstance(value, dict) else value
+    return name if isinstance(name, str) else None
 
 
 def _is_gpt2_model(folder):
@@ -341,16 +450,25 @@ def _byte_level_json(model, is_gpt2=False):
     return backend.to_str()
 
 
+def _splits_like_gpt2(spec):
+    """Return whether a BPE's tokenizer.json splits a text into words as GPT-2's does, and merges only inside words."""
+    splitter = spec["pre_tokenizer"] or {}
+    if splitter.get("type") != "ByteLevel" or splitter["add_prefix_space"] or not splitter.get("use_regex", True):
+        return False
+    return not (spec.get("normalizer") or spec["model"].get("ignore_merges"))
+
+
 def _tiktoken(spec, eot):
     """Return the byte-level BPE of a tokenizer.json as a tiktoken Encoding, or None if the ids would differ.
 
     tiktoken first merges the pair whose token has the lowest id. The tokenizers library first merges the pair that is
     first in the list of merges. So the ids must be in the order of that list.
     """
-    splitter, model = spec["pre_tokenizer"] or {}, spec["model"]
-    if splitter.get("type") != "ByteLevel" or splitter["add_prefix_space"] or not splitter.get("use_regex", True):
+    model = spec["model"]
+    if not _splits_like_gpt2(spec):
         return None
-    if spec.get("normalizer") or model.get("ignore_merges") or any(a["content"] != eot for a in spec["added_tokens"]):
+    # special tokens are not used to encode a text; other added tokens are
+    if any(not token["special"] and token["content"] != eot for token in spec.get("added_tokens") or []):
         return None
     # GPT-2 represents a visible byte by its own character, and the other bytes by the characters from U+0100 on
     visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]

@@ -99,7 +99,7 @@ def _usage_code(tokenizer, block_size, needs_code):
     """Return Python code that loads a model from the current folder and generates text."""
     prompt = "The"
     if tokenizer.kind == "char":  # characters outside the vocabulary are an error
-        characters = tokenizer.vocab.keys() - {tokenizer.eot}
+        characters = tokenizer.vocab.keys() - tokenizer.special
         prompt = "".join(c for c in prompt if c in characters) or min(characters, default="")
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,11 +111,12 @@ print(tokenizer.decode(output[0]))
 
 
 def _loading_code(needs_code, repo=None, branch=None):
-    revision = f', revision="{branch}"' if branch else ""
-    code = ", trust_remote_code=True" if needs_code else ""
+    options = f', revision="{branch}"' if branch else ""
+    # AutoTokenizer also reads config.json, and asks whether to trust its code
+    options += ", trust_remote_code=True" if needs_code else ""
     return f"""path = {f'"{repo}"' if repo else '"."  # this folder'}
-model = AutoModelForCausalLM.from_pretrained(path{revision}{code})
-tokenizer = AutoTokenizer.from_pretrained(path{revision})"""
+model = AutoModelForCausalLM.from_pretrained(path{options})
+tokenizer = AutoTokenizer.from_pretrained(path{options})"""
 
 
 def adapt_usage(card, needs_code, repo=None, branch=None):

@@ -14,7 +14,7 @@ _LOGIN = "run `hf auth login` or set HF_TOKEN"
 _MODEL_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 REPORT_AFTER_S = 2  # faster transfers are not reported
 # the files of a model that nanogpt_accel reads, excluding weights for other frameworks
-_ALLOW_PATTERNS = ["*.json", "*.safetensors", "model.py", "merges.txt", "README.md"]
+_ALLOW_PATTERNS = ["*.json", "*.safetensors", "model.py", "merges.txt", "chat_template.jinja", "README.md"]
 
 
 def is_model_id(text):

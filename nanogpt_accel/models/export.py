@@ -1,7 +1,8 @@
-"""Write a GPT as a model folder for other tools, and check that the written model gives the same logits."""
+"""Write a GPT as a model folder or a file for other tools, and check that the written model gives the same logits."""
 
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,12 @@ import numpy as np
 from ..data.tokenizer import Tokenizer
 from ..hub.card import converted_card
 from ..utils.fields import raise_problems
-from .load import check_tokenizer, load_model, load_strict, read_config
-from .stock import ARCHITECTURES, nearest_architecture, to_stock_config, to_stock_weights
+from ..utils.files import atomic_path
+from ..utils.text import first_line
+from .gguf import gguf_architecture, read_gguf, write_gguf
+from .load import build_model, check_tokenizer, fit_to_tokenizer, load_model, load_strict, read_config
+from .nanogpt import nanogpt_obstacles, read_nanogpt, write_meta, write_nanogpt
+from .stock import ARCHITECTURES, from_stock_weights, nearest_architecture, to_stock_config, to_stock_weights
 
 # sample text for the comparison of the logits
 _TEXT = """A language model reads the start of a text and predicts which token comes next. If it is trained on enough
@@ -35,8 +40,7 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print, 
     Raises:
         ValueError: no stock architecture supports the model. The message names the unsupported settings.
     """
-    source, config, tokenizer = Path(source), read_config(source), Tokenizer.load(source)
-    raise_problems(check_tokenizer(tokenizer, config, source))
+    config, tokenizer = _read_source(source)
     name = "GPT"
     if form == "stock":
         form, obstacles = nearest_architecture(config)
@@ -50,9 +54,116 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print, 
     report(f"exporting {source} as {name}")
     place = {"needs_code": form == "custom", "repo": repo, "branch": branch}
     card = converted_card(source, Path(to).name, tokenizer, config["block_size"], **place)
-    vocab_size = None if keep_padding else tokenizer.vocab_size
+    vocab_size = None if keep_padding else stock_vocab_size(tokenizer)
     options = {"tokenizer": tokenizer, "card": card, "vocab_size": vocab_size, "dtype": dtype, "report": report}
     return name, *write_model(load_model(source), to, form, **options)
+
+
+def stock_vocab_size(tokenizer):
+    """Return the vocabulary size of a stock model without the padding of the vocabulary.
+
+    It includes the padding token, which batched generation and fine-tuning need. A model with GPT-2's tokenizer keeps
+    GPT-2's size, because tools compare it with 50257 and pad with the end-of-text token.
+    """
+    if tokenizer.kind == "gpt2" or tokenizer.pad_id is None:
+        return tokenizer.vocab_size
+    return max(tokenizer.vocab_size, tokenizer.pad_id + 1)
+
+
+def _read_source(source):
+    """Return (config, tokenizer) of a model folder."""
+    config, tokenizer = read_config(source), Tokenizer.load(source)
+    raise_problems(check_tokenizer(tokenizer, config, source))
+    return config, tokenizer
+
+
+def export_nanogpt(source, to, keep_padding=False, dtype="float32", report=print):
+    """Convert a model to nanoGPT's ckpt.pt. For a character tokenizer, also write meta.pkl next to it.
+
+    Args:
+        source, keep_padding, dtype, report: see `export`. to: the new file.
+
+    Returns:
+        (description, difference, tokens, notes): the kind of the file, the largest absolute difference of the logits,
+        the number of tokens compared, and lines for the user.
+
+    Raises:
+        ValueError: nanoGPT does not support the model. The message names the unsupported settings.
+        OSError: the file cannot be written.
+    """
+    import torch
+
+    config, tokenizer = _read_source(source)
+    _raise_obstacles(source, "nanoGPT", nanogpt_obstacles(config, tokenizer))
+    model, config = _load_for_file(source, config, tokenizer, keep_padding, report)
+    meta, notes = Path(to).with_name("meta.pkl"), []
+    with _new_file(to) as temporary:
+        model.to(getattr(torch, dtype))
+        dataset, is_resumable = write_nanogpt(temporary, model, config, tokenizer, source)
+        report("loading the written model to compare the logits")
+        written = read_nanogpt(temporary)[0]
+        results = _compare_logits(model.float(), written, to, tokenizer, config["vocab_size"])
+        if tokenizer.kind == "char":
+            write_meta(meta, tokenizer)
+            notes.append(f"{meta}: copy it to nanoGPT's data/{dataset}/meta.pkl, where sample.py looks for it")
+    if not is_resumable:
+        notes.append("nanoGPT's train.py resumes with a new optimizer, because the model has no AdamW state")
+    return "nanoGPT checkpoint", *results, notes
+
+
+def export_gguf(source, to, keep_padding=False, dtype="float32", report=print):
+    """Convert a model to a GGUF file for llama.cpp. dtype may also be "q8_0"; otherwise, see `export_nanogpt`."""
+    from ..model import GPTConfig
+
+    config, tokenizer = _read_source(source)
+    form, obstacles = gguf_architecture(config, tokenizer)
+    _raise_obstacles(source, f"llama.cpp (closest architecture: {form})", obstacles)
+    model, config = _load_for_file(source, config, tokenizer, keep_padding, report)
+    weights, notes = _stock_model(model, form, config["vocab_size"])[1], []
+    as_in_llama_cpp = {"norm_weight": True}  # weights of one if the model has none
+    if form == "gpt2" and config["activation"] == "gelu":
+        as_in_llama_cpp["activation"] = "gelu_new"
+        notes.append("the difference includes llama.cpp's GELU, which is computed with tanh; the model's GELU is exact")
+    with _new_file(to) as temporary:
+        write_gguf(temporary, form, config, weights, tokenizer, dtype)
+        report("loading the written model to compare the logits")
+        weights = from_stock_weights(form, config, read_gguf(temporary, form, config, weights))
+        written = build_model(GPTConfig(**config | as_in_llama_cpp), weights)
+        # q8_0 changes the logits by about 1 % of the largest, a wrong weight by far more
+        results = _compare_logits(model, written, to, tokenizer, config["vocab_size"], tolerance=0.1)
+    return f"llama.cpp's {form}", *results, notes
+
+
+def _raise_obstacles(source, program, obstacles):
+    if obstacles:
+        fix = "export the model to a folder instead"
+        raise ValueError(f"{source}: {program} does not support {', '.join(obstacles)}; {fix}")
+
+
+def _load_for_file(source, config, tokenizer, keep_padding, report):
+    """Load a model to write it to a file. Return (model, config with the vocabulary size of the file)."""
+    report(f"exporting {source}")
+    model = load_model(source)
+    report(f"writing {model.num_parameters():,} parameters")
+    vocab_size = config["vocab_size"] if keep_padding else tokenizer.vocab_size
+    return model, config | {"vocab_size": vocab_size, "bias": model.config.bias}
+
+
+@contextmanager
+def _new_file(to):
+    """Yield a temporary path to write a new file to, and create its folder. After an error, delete both."""
+    folder = Path(to).parent
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(to) as temporary:
+            yield temporary
+    except OSError as error:
+        problem = f"{to}: cannot be written: {first_line(error)}"
+        raise OSError(f"{problem}; check the disk space and permissions") from None
+    finally:
+        if not existed and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="float32", report=print):
@@ -75,6 +186,7 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
     """
     import torch
     from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -84,6 +196,7 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
         shutil.rmtree(temporary, ignore_errors=True)  # from an interrupted export
         temporary.mkdir(parents=True)
         report(f"writing {model.num_parameters():,} parameters")
+        fit_to_tokenizer(model, tokenizer)
         model.to(getattr(torch, dtype))
         if form == "custom":
             vocab_size = model.config.vocab_size
@@ -91,11 +204,14 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
         else:
             vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
             _save_stock(model, temporary, form, vocab_size, tokenizer.vocab_size)
-        tokenizer.save(temporary, max_length=model.config.block_size)
+        pad_id = model.config.pad_token_id
+        has_pad = pad_id is not None and pad_id < vocab_size
+        tokenizer.save(temporary, max_length=model.config.block_size, has_pad=has_pad)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
         report("loading the written model to compare the logits")
-        difference, tokens = _compare_logits(model.float(), temporary, to, tokenizer, vocab_size)
+        written = load_strict(AutoModelForCausalLM, temporary)
+        difference, tokens = _compare_logits(model.float(), written, to, tokenizer, vocab_size)
         # config.json last, because a folder without config.json is not recognized as a model
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, to / file.name)
@@ -108,32 +224,39 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
     return difference, tokens
 
 
-def _compare_logits(model, written, to, tokenizer, vocab_size):
-    """Load the folder `written` and compare its first vocab_size logits with those of the model. Return (largest
-    absolute difference, number of tokens compared). to: the final folder, for error messages."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def _compare_logits(model, written, to, tokenizer, vocab_size, tolerance=1e-5):
+    """Compare a model with the model that was written. Return (largest difference of the logits, number of tokens).
 
-    loaded = load_strict(AutoModelForCausalLM, written)
+    tolerance: allowed difference, relative to the largest logit if that is above 1.
+    """
+    import torch
+
     text = _TEXT if tokenizer.kind != "char" else "".join(c for c in _TEXT if c in tokenizer.vocab)
-    ids = tokenizer.encode(text) if text else range(tokenizer.vocab_size)
+    try:
+        ids = tokenizer.encode(text) if text else range(tokenizer.vocab_size)
+    except ValueError:  # a vocabulary without these words
+        ids = range(tokenizer.vocab_size)
     ids = torch.tensor(np.resize(np.asarray(ids, dtype=np.int64), (1, min(model.config.block_size, 1024))))  # (1, T)
     with torch.no_grad():
-        ours, theirs = model(ids).logits[..., :vocab_size], loaded(ids).logits
+        ours, theirs = model(ids).logits[..., :vocab_size], written(ids).logits
     if not ours.isfinite().all():
         raise ValueError(f"{to}: nothing was written, because the logits of the source model contain NaN or Inf")
+    if not theirs.isfinite().all():
+        raise ValueError(f"{to}: nothing was written, because weights are too large for this dtype; use dtype=float32")
     difference = (ours - theirs).abs().max().item()
-    if not difference <= 1e-5 * max(1.0, ours.abs().max().item()):
+    if not difference <= tolerance * max(1.0, ours.abs().max().item()):
         raise RuntimeError(f"{to}: removed, because its logits differ from those of the source model by {difference}")
     return difference, ids.numel()
 
 
-def _save_stock(model, folder, form, vocab_size, n_tokens):
-    """Save the model in the architecture `form` with vocab_size embeddings. n_tokens: vocabulary of the tokenizer."""
+def _stock_model(model, form, vocab_size):
+    """Return (the stock model without weights, {name: weight}) of a model, with this vocabulary size."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = model.config.resolved() | {"vocab_size": vocab_size}
+    if config["pad_token_id"] is not None and config["pad_token_id"] >= vocab_size:
+        config["pad_token_id"] = None
     weights = {name: p.detach() for name, p in model.named_parameters()}
     for name in weights.keys() & {"transformer.wte.weight", "lm_head.weight"}:
         weights[name] = weights[name][:vocab_size]
@@ -145,11 +268,20 @@ def _save_stock(model, folder, form, vocab_size, n_tokens):
         if name not in weights:  # a bias or norm weight that GPT does not have: set it to zeros or ones
             assert parameter.dim() == 1, name
             weights[name] = torch.full(parameter.shape, float(name.endswith("weight")), dtype=model.dtype)
+    return stock, weights
+
+
+def _save_stock(model, folder, form, vocab_size, n_tokens):
+    """Save the model as a stock model with this vocabulary size. n_tokens: vocabulary size of the tokenizer."""
+    from transformers import GenerationConfig
+
+    stock, weights = _stock_model(model, form, vocab_size)
     if form != "gpt2":
-        stock.config.rope_theta = float(config["rope_theta"])  # for transformers 4, whose default is 10,000
+        stock.config.rope_theta = float(model.config.rope_theta)  # for transformers 4, whose default is 10,000
     stock.generation_config = GenerationConfig(
-        bos_token_id=config["bos_token_id"],
-        eos_token_id=config["eos_token_id"],
+        bos_token_id=stock.config.bos_token_id,
+        eos_token_id=stock.config.eos_token_id,
+        pad_token_id=stock.config.pad_token_id,
         suppress_tokens=list(range(n_tokens, vocab_size)) or None,
     )
     stock.save_pretrained(folder, state_dict=weights)

@@ -132,8 +132,10 @@ def check_tokenizer(tokenizer, config, folder):
 
 
 def fit_to_tokenizer(model, tokenizer):
-    """Configure a model for its tokenizer: the end-of-text token, and the ids that `generate` must not produce."""
+    """Configure a model for its tokenizer: padding and end-of-text token, and the ids that `generate` must avoid."""
+    has_pad = tokenizer.pad_id is not None and tokenizer.pad_id < model.config.vocab_size
     for config in (model.config, model.generation_config):
+        config.pad_token_id = tokenizer.pad_id if has_pad else None
         if config.eos_token_id is None:
             config.bos_token_id = config.eos_token_id = tokenizer.eot_id
     model.generation_config.suppress_tokens = list(range(tokenizer.vocab_size, model.config.vocab_size)) or None

@@ -1,9 +1,21 @@
-"""Read nanoGPT's ckpt.pt."""
+"""Read and write nanoGPT's ckpt.pt."""
 
+import os
 import pickle
 import re
+from pathlib import Path
 
+from ..checkpoint.layout import read_trainer
+from ..checkpoint.resume import read_optimizer
+from ..checkpoint.verify import find_corruption
+from ..optim import parameter_groups
+from ..recipe import Recipe, load_recipe
+from ..utils.text import file_name, first_line
 from .load import build_model, loading_error
+from .stock import find_obstacles
+
+# GPTConfig has nanoGPT's names for them
+_MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 
 
 def read_nanogpt(path, activation="gelu"):
@@ -22,12 +34,19 @@ def read_nanogpt(path, activation="gelu"):
     from ..model import GPTConfig
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Windows cannot rename a file that is mapped to memory, as `export` does
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
     except pickle.UnpicklingError as error:
         reason = f"refused, because it contains objects other than tensors and plain values ({loading_error(error)})"
         raise ValueError(f"{path}: {reason}") from None
     except Exception as error:  # a corrupted file may raise any exception
         raise ValueError(f"{path}: not a file written by torch.save, or corrupted ({loading_error(error)})") from error
+    if isinstance(content, dict) and any(str(key).endswith(".attn.c_q.weight") for key in content):
+        raise ValueError(
+            f"{path}: a checkpoint of nanochat, not of nanoGPT. nanochat's value embeddings, window pattern, residual "
+            "scales, smear and backout (since January 2026) are not supported. Convert an older checkpoint with "
+            "convert_nanochat_checkpoints.py in transformers' repository, and use the folder that it writes"
+        )
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ValueError(f"{path}: not a checkpoint of nanoGPT's train.py: `model` and `model_args` are missing")
     try:
@@ -42,3 +61,94 @@ def read_nanogpt(path, activation="gelu"):
     except Exception as error:  # the entries may have any type
         raise ValueError(f"{path}: the weights do not match model_args ({loading_error(error)})") from error
     return model, {key: content.get(key) for key in ("iter_num", "best_val_loss", "config")}
+
+
+def nanogpt_obstacles(config, tokenizer):
+    """Return the settings of a model that nanoGPT does not support."""
+    supported = {
+        "position": ["learned"],
+        "norm": ["layernorm"],
+        "norm_weight": [True],
+        "norm_eps": [1e-5],
+        "embd_norm": [False],
+        "qk_norm": [False],
+        "activation": ["gelu"],
+        "n_kv_head": [config["n_head"]],
+        "head_dim": [config["n_embd"] / config["n_head"]],
+        "n_inner": [4 * config["n_embd"]],
+        "logit_softcap": [None],
+        "tie_word_embeddings": [True],
+    }
+    obstacles = find_obstacles(config, supported)
+    if tokenizer.kind not in ("gpt2", "char"):
+        obstacles.append(f"tokenizer={tokenizer.kind} (only GPT-2's and characters)")
+    return obstacles
+
+
+def write_nanogpt(path, model, config, tokenizer, source):
+    """Write a ckpt.pt for nanoGPT's sample.py and train.py.
+
+    If the model's folder is a checkpoint of a run with AdamW, the file contains its step, best validation loss and
+    optimizer state. Otherwise, it contains a new optimizer, because train.py does not resume without one.
+
+    Args:
+        config: the fields of GPTConfig; a vocab_size below the model's removes padding.
+        source: the folder of the model.
+
+    Returns:
+        (dataset, is_resumable): nanoGPT's name of the data set, and whether the optimizer state is that of the run.
+    """
+    import torch
+
+    source, rows = Path(source), config["vocab_size"]
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:rows].clone()
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+
+    has_recipe, is_checkpoint = (source.parent / "run.yaml").is_file(), find_corruption(source) is None
+    recipe = load_recipe(source.parent) if has_recipe else Recipe()
+    trainer = read_trainer(source) if is_checkpoint else {"step": 0, "best_val_loss": None}
+    optimizer = _adamw_state(model, recipe.optimizer, source if is_checkpoint else None, rows)
+    dataset = file_name(Path(recipe.data.corpus if has_recipe else source.resolve()).stem)
+    dataset += "_char" * (tokenizer.kind == "char")
+    content = {
+        "model": weights,
+        "optimizer": optimizer,
+        "model_args": {key: config[key] for key in _MODEL_ARGS},
+        "iter_num": trainer["step"],
+        "best_val_loss": 1e9 if trainer["best_val_loss"] is None else trainer["best_val_loss"],  # as in train.py
+        "config": {"dataset": dataset},
+    }
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # torch's error if the disk is full
+        raise OSError(first_line(error)) from None
+    return dataset, bool(optimizer["state"])
+
+
+def _adamw_state(model, settings, checkpoint, rows):
+    """Return the state_dict of an AdamW, with the state in a checkpoint of a run if that was saved by an AdamW.
+
+    settings: the optimizer section of a recipe. rows: the vocabulary size in the file.
+    """
+    import torch
+
+    betas = (settings.beta1, settings.beta2)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), settings.learning_rate, betas)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    saved = read_optimizer(checkpoint, shapes) if checkpoint else {}
+    content = optimizer.state_dict()
+    if all(saved.get(name, {}).keys() == {"step", "exp_avg", "exp_avg_sq"} for name in ordered):
+        for key in ("exp_avg", "exp_avg_sq"):
+            saved["transformer.wte.weight"][key] = saved["transformer.wte.weight"][key][:rows].clone()
+        content["state"] = {i: saved[name] for i, name in enumerate(ordered)}
+    return content
+
+
+def write_meta(path, tokenizer):
+    """Write nanoGPT's meta.pkl of a character tokenizer."""
+    itos = {i: token for token, i in tokenizer.vocab.items()}
+    stoi = {token: i for token, i in tokenizer.vocab.items() if token != tokenizer.eot}
+    Path(path).write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": stoi}))

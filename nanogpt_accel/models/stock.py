@@ -250,13 +250,15 @@ def to_stock_config(model_type, config):
     return common | ARCHITECTURES[model_type].write_config(config)
 
 
-def nearest_architecture(config):
+def find_obstacles(config, supported):
+    """Return the settings of a config that are not supported, as key=value. supported: {field: values}."""
+    return [f"{key}={config[key]}" for key in supported if config[key] not in supported[key]]
+
+
+def nearest_architecture(config, model_types=tuple(ARCHITECTURES)):
     """Return (model_type, obstacles) for the closest stock architecture. Obstacles are the settings of this config that
     the architecture does not support, as key=value. If there are none, the exported model has the logits of GPT."""
-    obstacles = {}
-    for model_type, architecture in ARCHITECTURES.items():
-        supported = architecture.supported(config)
-        obstacles[model_type] = [f"{key}={config[key]}" for key in supported if config[key] not in supported[key]]
+    obstacles = {name: find_obstacles(config, ARCHITECTURES[name].supported(config)) for name in model_types}
     nearest = min(obstacles, key=lambda model_type: len(obstacles[model_type]))
     return nearest, obstacles[nearest]
 

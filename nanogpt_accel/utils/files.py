@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -25,11 +25,21 @@ def sha256(file):
 
 def write_atomically(path, content):
     """Write text or bytes to a file atomically: a crash never leaves an incomplete file."""
-    temporary = f"{path}.tmp-{os.getpid()}"  # other processes may write the same file at the same time
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        flush_file(file)
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_path(path):
+    """Yield a temporary path to write a file to. Then flush the file to disk and rename it, or delete it on error."""
+    temporary = Path(f"{path}.tmp-{os.getpid()}")  # other processes may write the same file at the same time
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:
+            flush_file(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def flush_file(file):

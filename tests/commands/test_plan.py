@@ -59,7 +59,7 @@ def test_parameters_of_every_recipe_are_exact(path, capsys):
     config = model.config
     n_matmul = total - expected["position"] - (0 if config.tie_word_embeddings else expected["embedding"])
     attention = 12 * config.n_layer * config.n_head * config.head_dim * config.block_size
-    assert found["flops_per_token"] == flops_per_token(config.to_dict()) == 6 * n_matmul + attention
+    assert found["flops_per_token"] == flops_per_token(config.resolved()) == 6 * n_matmul + attention
 
 
 @pytest.mark.parametrize(

@@ -327,6 +327,16 @@ def test_ids_of_a_large_vocabulary_take_32_bits(capsys):
     assert "train: 2,400 tokens, 1 file\n" in capsys.readouterr().out
 
 
+def test_words_that_the_tokenizer_does_not_have_are_named(refused):
+    many_words()
+    Path("words").mkdir()
+    text = Path("tok/tokenizer.json").read_text().replace('"unk_token": "word0"', '"unk_token": "<unk>"')
+    Path("words/tokenizer.json").write_text(text)
+    Path("one.txt").write_text("word1 word2 others\n" * 9)
+    with refused(ValueError, "tokenizer=words", "the tokenizer has no 'others'", "corpus=one.txt"):
+        prepared(corpus="one.txt", tokenizer="words")
+
+
 def test_interrupted_ids_are_resumed_and_only_the_rest_is_read(gpt2_files, monkeypatch):
     monkeypatch.setattr(readers, "IDS_AT_ONCE", 100)
     everything = np.random.default_rng(0).integers(0, 50257, 5000).astype("<u2")

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from nanogpt_accel.data.tokenizer import EOT, Tokenizer
+from nanogpt_accel.data.tokenizer import EOT, PAD, Tokenizer
 
 STRANGE = [
     "",
@@ -294,6 +294,126 @@ def test_load_is_the_inverse_of_save(any_kind, tmp_path):
     assert cut.fingerprint == any_kind.fingerprint and len(cut.encode("a = [1, 2, 3, 4, 5]")) > 4
 
 
+# ---- padding, and tokenizers that transformers has saved again
+
+
+@pytest.fixture(params=["char", "char of documents", "bpe"])
+def small_kind(request):
+    """Like any_kind, but transformers takes seconds to load GPT-2's."""
+    if request.param == "bpe":
+        return request.getfixturevalue("bpe")
+    return Tokenizer.char([*SAMPLE, "\t"], add_eot=request.param == "char of documents")
+
+
+TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+
+
+def facts(tokenizer):
+    is_fast = (tokenizer._table is not None, tokenizer._bpe is not None)
+    return tokenizer.kind, tokenizer.vocab, tokenizer.vocab_size, tokenizer.eot_id, is_fast
+
+
+def test_the_padding_token_is_not_part_of_the_vocabulary(small_kind, tmp_path):
+    from transformers import AutoTokenizer
+
+    small_kind.save(tmp_path, has_pad=True)
+    again, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert facts(again) == facts(small_kind) and again.fingerprint == small_kind.fingerprint
+    assert (again.pad, again.pad_id) == (theirs.pad_token, theirs.pad_token_id) == (PAD, small_kind.vocab_size)
+    assert len(theirs) == small_kind.vocab_size + 1
+    assert theirs(SAMPLE[0], verbose=False)["input_ids"] == small_kind.encode(SAMPLE[0]).tolist()
+    padded = theirs(["if", "if self"], padding=True)
+    n = len(padded["input_ids"][1]) - len(small_kind.encode("if"))
+    assert padded["input_ids"][0] == [*small_kind.encode("if"), *[again.pad_id] * n]
+    assert theirs.decode(padded["input_ids"][0], skip_special_tokens=True) == "if"
+    if small_kind.kind == "bpe":  # as plain text it is not the padding token
+        assert again.pad_id not in again.encode_prompt(f"a{PAD}")
+
+
+def test_a_tokenizer_that_transformers_saved_again_is_the_same(small_kind, tmp_path):
+    """Truncation, padding and a post-processor in its tokenizer.json do not change the ids of a text."""
+    from transformers import AutoTokenizer
+
+    small_kind.save(tmp_path, has_pad=True)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, padding_side="left")
+    theirs(["if self", "if"], padding=True, truncation=True, max_length=2)
+    theirs.save_pretrained(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert spec["truncation"]["max_length"] == 2 and spec["padding"]["direction"] == "Left"
+    again = Tokenizer.load(tmp_path)
+    assert facts(again) == facts(small_kind) and again.is_same(small_kind) and small_kind.is_same(again)
+    assert again.encode(SAMPLE[1]).tolist() == small_kind.encode(SAMPLE[1]).tolist()
+    again.save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert spec["truncation"] is spec["padding"] is None
+
+
+def test_special_tokens_that_transformers_added(small_kind, tmp_path):
+    from transformers import AutoTokenizer
+
+    small_kind.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.add_special_tokens({"pad_token": "[PAD]"})  # alone it is only used for padding
+    theirs.save_pretrained(tmp_path)
+    padded = Tokenizer.load(tmp_path)
+    assert facts(padded) == facts(small_kind) and padded.is_same(small_kind)
+    assert (padded.pad, padded.pad_id) == ("[PAD]", small_kind.vocab_size) == (theirs.pad_token, theirs.pad_token_id)
+    padded.save(tmp_path, has_pad=True)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.pad_token, theirs.pad_token_id) == (padded.pad, padded.pad_id)
+
+    theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    theirs.chat_template = TEMPLATE
+    theirs.save_pretrained(tmp_path)
+    chat = Tokenizer.load(tmp_path)
+    assert chat.vocab_size == len(theirs) == small_kind.vocab_size + 3 and not chat.is_same(small_kind)
+    assert chat.pad_id == small_kind.vocab_size and chat.eot_id == small_kind.eot_id
+    assert chat.encode(SAMPLE[0]).tolist() == small_kind.encode(SAMPLE[0]).tolist()
+    assert facts(chat)[-1] == facts(small_kind)[-1], "slower than without the special tokens"
+    prompt = theirs.apply_chat_template([{"content": "def f"}], tokenize=False)
+    assert chat.encode_prompt(prompt) == theirs(prompt)["input_ids"] and chat.vocab["<|im_end|>"] in chat.encode_prompt(
+        prompt
+    )
+    assert chat.token_bytes() is None or chat.token_bytes()[small_kind.vocab_size :].tolist() == [0, 0, 0]
+    chat.save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert (saved.chat_template, saved.pad_token, len(saved)) == (TEMPLATE, "[PAD]", len(theirs))
+    assert saved(prompt)["input_ids"] == theirs(prompt)["input_ids"]
+
+
+def test_a_char_tokenizer_with_added_words_is_the_librarys(refused, tmp_path):
+    from transformers import AutoTokenizer
+
+    Tokenizer.char(["abc"]).save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.add_tokens(["abba"])  # unlike a special token it is part of texts
+    theirs.save_pretrained(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.vocab_size == 4 and tokenizer.encode("aabbac").tolist() == theirs("aabbac")["input_ids"] == [
+        0,
+        3,
+        2,
+    ]
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
+        with refused(ValueError, "no 'z' (U+007A), '€' (U+20AC)"):
+            encode("az€")
+
+
+def test_an_end_of_text_token_for_padding_stays_one(bpe, tmp_path):
+    """As users of GPT-2 set it."""
+    from transformers import AutoTokenizer
+
+    bpe.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.pad_token = theirs.eos_token
+    theirs.save_pretrained(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert facts(again) == facts(bpe) and (again.pad, again.pad_id) == (EOT, bpe.eot_id)
+    again.save(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token == EOT
+
+
 def test_fingerprints_differ(bpe):
     tokenizers = [
         Tokenizer.char(["ab"]),
@@ -325,6 +445,42 @@ def test_another_tokenizer_json(tmp_path):
     assert tokenizer.encode("hello").dtype == np.uint32 == tokenizer.dtype and tokenizer.vocab_size > 2**16
     assert tokenizer.encode_prompt("hello</s>world") == [1, tokenizer.eot_id, 70000]
     assert tokenizer.eot_id not in tokenizer.encode("hello</s>world")
+    assert tokenizer.pad_id is None  # the library would give it an id in the middle
+
+
+def test_words_that_another_tokenizer_does_not_have_are_named(refused):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    backend = Backend(models.WordLevel({"hello": 0, "world": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.normalizer = normalizers.Lowercase()
+    tokenizer = Tokenizer(backend.to_str())
+    assert tokenizer.encode("Hello WORLD").tolist() == [0, 1]
+    for encode in (tokenizer.encode, tokenizer.encode_prompt, lambda text: tokenizer.encode_batch(["hello", text])):
+        with refused(ValueError, "the tokenizer has no", "'Bonjour'", "'€' (U+20AC)"):
+            encode("Bonjour world €")
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_text_that_is_not_unicode(refused, bpe, kind):
+    """Python decodes invalid UTF-8 on the command line to surrogates."""
+    tokenizer = bpe if kind == "bpe" else Tokenizer.char(["abc"])
+    with refused(ValueError, r"'\udcff' (U+DCFF)"):
+        tokenizer.encode_prompt("a\udcff")
+
+
+def test_a_tokenizer_json_of_another_version(refused, bpe):
+    """Old files, like GPT-2's on the Hub, have no type and merges as text; new versions may have new types."""
+    spec = json.loads(bpe.text)
+    spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
+    del spec["model"]["type"]
+    old = Tokenizer(json.dumps(spec))
+    assert facts(old) == facts(bpe) and old.is_same(bpe)
+    assert old.encode(SAMPLE[0]).tolist() == bpe.encode(SAMPLE[0]).tolist()
+    spec["pre_tokenizer"] = {"type": "ByteLevel3000"}
+    with refused(ValueError, "not a tokenizer.json, or written by a newer version of the tokenizers library"):
+        Tokenizer(json.dumps(spec))
 
 
 def test_a_folder_without_a_tokenizer(refused, tmp_path):

@@ -53,7 +53,7 @@ def test_a_card_has_metadata_a_description_and_code_that_loads_the_model():
             "tags": ["nanogpt_accel", "gpt"],
         }
         assert "# tiny\n\nA small GPT.\n" in card and card.endswith("## More\n\nThe end.\n")
-    assert "trust_remote_code" not in stock and custom.count("trust_remote_code=True") == 1
+    assert "trust_remote_code" not in stock and custom.count("trust_remote_code=True") == 2
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_pushed_card_names_its_repository_and_branch(tmp_path):
     for line in (
         'path = "me/tiny"',
         'model = AutoModelForCausalLM.from_pretrained(path, revision="dev", trust_remote_code=True)',
-        'tokenizer = AutoTokenizer.from_pretrained(path, revision="dev")',
+        'tokenizer = AutoTokenizer.from_pretrained(path, revision="dev", trust_remote_code=True)',
     ):
         assert f"\n{line}\n" in card
     (tmp_path / "README.md").write_text(card)
@@ -191,17 +191,27 @@ def test_the_card_of_a_checkpoint_has_the_loss_of_its_trainer_json(run):
     assert exported.data.to_dict() == card.data.to_dict()
 
 
-@pytest.mark.parametrize("model", ["checkpoint", "export"])
-@pytest.mark.parametrize("is_importable", [True, False])
-def test_the_code_of_a_card_runs_as_printed(run, tmp_path, model, is_importable):
+@pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
+@pytest.mark.parametrize(
+    ("model", "is_importable", "is_reversed"),
+    [("checkpoint", True, False), ("checkpoint", False, False), ("checkpoint", False, True), ("export", False, True)],
+)
+def test_the_code_of_a_card_runs_as_printed(run, tmp_path, model, is_importable, is_reversed):
+    """In a terminal, where transformers would ask whether to run custom code; also with the tokenizer first."""
+    import pty
+
     folder = checkpoint(run, 2) if model == "checkpoint" else run.with_name("exported")
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    if is_reversed:
+        code = re.sub(r"^(model = .*\n)(tokenizer = .*\n)", r"\2\1", code, flags=re.MULTILINE)
+        assert code.index("tokenizer = ") < code.index("model = ")
     (tmp_path / "script.py").write_text(("import nanogpt_accel\n" if is_importable else WITHOUT_THE_PACKAGE) + code)
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, tmp_path / "script.py"], cwd=folder, env=env, text=True, capture_output=True, timeout=120
-    )
+    _, terminal = pty.openpty()
+    script = [sys.executable, tmp_path / "script.py"]
+    done = subprocess.run(script, cwd=folder, env=env, stdin=terminal, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert "custom code" not in done.stdout + done.stderr
     prompt = json.loads(re.search(r'tokenizer\((".*?"), return_tensors', code)[1])
     assert done.stdout.startswith(prompt) and len(done.stdout) > len(prompt) + 5
     assert Path(folder, "README.md").is_file()

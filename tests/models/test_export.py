@@ -31,7 +31,7 @@ def test_export_writes_a_stock_model_with_the_same_logits(capsys, ids, case, voc
     theirs, info = AutoModelForCausalLM.from_pretrained("theirs", output_loading_info=True)
     assert type(theirs) is stock_class
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    rows = N if vocab == "cut" else ROWS
+    rows = N + 1 if vocab == "cut" else ROWS  # with the padding token
     assert_close(logits(theirs.eval(), ids), logits(model, ids)[..., :rows])
 
     config = json.loads(Path("theirs/config.json").read_text())
@@ -39,23 +39,28 @@ def test_export_writes_a_stock_model_with_the_same_logits(capsys, ids, case, voc
         "vocab_size": rows,
         "bos_token_id": N - 1,
         "eos_token_id": N - 1,
+        "pad_token_id": N,
         "dtype": "float32",
         "architectures": [stock_class.__name__],
     }
     assert {key: config.get(key) for key in fields} == fields
     assert "auto_map" not in config and not list(Path("theirs").glob("*.py"))
     generation = json.loads(Path("theirs/generation_config.json").read_text())
-    assert generation.get("suppress_tokens") == (list(range(N, ROWS)) if vocab == "keep" else None)
-    assert generation["eos_token_id"] == N - 1
-    text = AutoTokenizer.from_pretrained("theirs")("To be, or not", return_tensors="np")["input_ids"][0]
+    assert generation["suppress_tokens"] == list(range(N, rows))
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == (N - 1, N)
+    tokenizer = AutoTokenizer.from_pretrained("theirs")
+    assert (len(tokenizer), tokenizer.pad_token_id) == (N + 1, N)
+    text = tokenizer("To be, or not", return_tensors="np")["input_ids"][0]
     assert "".join(CHARS[i] for i in text) == "To be, or not"
 
 
-def test_kept_vocabulary_padding_is_never_generated():
+@pytest.mark.parametrize("keep_padding", [True, False])
+def test_padding_is_never_generated(keep_padding):
+    """Neither the padding of the vocabulary nor the padding token."""
     model = gpt()
     with torch.no_grad():
-        model.transformer.wte.weight[N:] *= 30  # by far the most likely
-    assert export(save_model(model, "ours"), "theirs", "stock", keep_padding=True)[0] == "GPT2LMHeadModel"
+        model.transformer.wte.weight[N:] *= -30  # by far the most likely
+    assert export(save_model(model, "ours"), "theirs", "stock", keep_padding)[0] == "GPT2LMHeadModel"
     theirs = AutoModelForCausalLM.from_pretrained("theirs")
     prompt = torch.arange(4)[None]
     assert (logits(theirs, prompt)[0, -1].argmax() >= N) and theirs.generation_config.suppress_tokens
@@ -89,8 +94,8 @@ def test_a_folder_with_other_logits_is_not_kept(monkeypatch, form, existed):
         Path("theirs").mkdir()
     save = Tokenizer.save
 
-    def save_and_spoil(tokenizer, folder, max_length):
-        save(tokenizer, folder, max_length)
+    def save_and_spoil(tokenizer, folder, **options):
+        save(tokenizer, folder, **options)
         weights = load_file(f"{folder}/model.safetensors")
         weights["transformer.ln_f.weight"][0] += 1e-3
         save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
@@ -161,7 +166,17 @@ def test_export_into_an_empty_or_a_nested_folder():
         (["ours", "to=full"], ["to=full: the folder is not empty"]),
         (["ours", "to=ours"], ["to=ours: the folder is not empty"]),
         (["ours", "to=full/file"], ["to=full/file: full/file is a file"]),
-        (["ours", "to=x", "form=llama"], ["form=llama: must be 'stock' or 'custom'"]),
+        (["ours", "to=x", "form=llama"], ["form=llama: must be 'auto', 'stock', 'custom', 'nanogpt' or 'gguf'"]),
+        (
+            ["ours", "to=full/file", "form=gguf"],
+            ["to=full/file: the name does not fit form=gguf; a gguf"],
+        ),
+        (["ours", "to=x.pt", "form=stock"], ["to=x.pt: the name does not fit form=stock"]),
+        (["ours", "to=x.gguf", "form=nanogpt"], ["to=x.gguf: the name does not fit form=nanogpt"]),
+        (["ours", "to=a.pt"], ["to=a.pt: exists already; delete it"]),
+        (["ours", "to=b.pt"], ["to=meta.pkl: exists already"]),
+        (["ours", "to=a.pt/b.pt"], ["to=a.pt: a.pt is a file"]),
+        (["ours", "to=full/x.pt", "dtype=q8_0"], ["dtype=q8_0 requires form=gguf, not nanogpt; set `to` to"]),
         (["nowhere/", "to=x"], ["nowhere/"]),
         (["full", "to=x"], ["full: neither a run nor a model folder"]),
     ],
@@ -169,11 +184,18 @@ def test_export_into_an_empty_or_a_nested_folder():
 def test_export_reports_every_wrong_option(capsys, argv, words):
     save_model(gpt(), "ours")
     Path("full").mkdir()
-    Path("full/file").touch()
+    for file in ("full/file", "a.pt", "meta.pkl"):
+        Path(file).touch()
     assert main(["export", *argv]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True))
     assert not Path("x").exists() and os.listdir("full") == ["file"]
+
+
+def test_a_missing_gguf_package_is_an_error(call, monkeypatch):
+    save_model(gpt(), "ours")
+    monkeypatch.setattr("nanogpt_accel.commands.export.find_spec", lambda name: None)
+    assert "form=gguf requires the package gguf; install it" in call("export", "ours", "to=my.gguf", status=2)
 
 
 PIPELINES = (
@@ -218,6 +240,8 @@ def test_transformers_pipeline_and_sample_write_the_same_text(capsys):
         ("run/checkpoint-000999", "inside the run"),
         ("run/checkpoint-000002/copy", "inside the run"),
         ("run/x/y", "inside the run"),
+        ("run/checkpoint-000002/ckpt.pt", "inside the run"),
+        ("run/my.gguf", "inside the run"),
         ("dangling", "broken link"),
     ],
 )

@@ -1,5 +1,6 @@
-"""`import` of nanoGPT's ckpt.pt; nanoGPT's forward pass, written out below, gives the expected logits."""
+"""`import` and `export` of nanoGPT's ckpt.pt; nanoGPT's forward pass, written out below, gives the expected logits."""
 
+import json
 import os
 import pickle
 from importlib import import_module
@@ -7,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from stock_models import CHARS, T_MAX, Evil, N, assert_close, logits
+from stock_models import CHARS, T_MAX, Evil, N, assert_close, gpt, logits, save_model
+from tiny_run import TOKENIZER, TinyRun, make_adamw
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.data.tokenizer import Tokenizer
-from nanogpt_accel.model import GPT
+from nanogpt_accel.model import GPT, GPTConfig
+from nanogpt_accel.models.export import export_nanogpt
 from nanogpt_accel.models.nanogpt import read_nanogpt
+from nanogpt_accel.recipe import Recipe
 
 find_tokenizer = import_module("nanogpt_accel.commands.import_nanogpt").find_tokenizer  # (`import` is a keyword)
 
@@ -158,6 +162,19 @@ def test_import_writes_a_model_folder_with_the_logits_of_nanogpt(capsys, ids, bi
     assert_close(logits(GPT2LMHeadModel.from_pretrained("stock").eval(), ids), wanted)
 
 
+@pytest.mark.parametrize("n_unused", [0, 2])
+def test_import_uses_the_first_unused_embedding_for_padding(n_unused):
+    write_meta(Path("data/shakespeare_char/meta.pkl"), CHARS[: N - 1 - n_unused])
+    Path("out").mkdir()
+    write_ckpt("out/ckpt.pt", nanogpt())
+    assert main(["import", "out/ckpt.pt", "--to", "imported"]) == 0
+    pad_id = N - 1 - n_unused if n_unused else None
+    config = json.loads(Path("imported/config.json").read_text())
+    assert (config["vocab_size"], config["pad_token_id"]) == (N - 1, pad_id)
+    assert AutoTokenizer.from_pretrained("imported").pad_token_id == pad_id
+    assert Tokenizer.load("imported").vocab_size == N - 1 - n_unused
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
 @pytest.mark.parametrize("place", ["config", "model", "whole"])
 def test_a_hostile_checkpoint_is_refused_and_not_executed(capsys, form, place):
@@ -210,6 +227,7 @@ NO_CKPT = "not a checkpoint of nanoGPT's train.py"
         (lambda: truncated(20_000), "not a file written by torch.save, or corrupted"),
         (lambda: torch.save({"model_state": {}}, "ckpt.pt"), NO_CKPT),
         (lambda: torch.save(nanogpt(), "ckpt.pt"), NO_CKPT),
+        (lambda: torch.save({"transformer.h.0.attn.c_q.weight": torch.zeros(3)}, "ckpt.pt"), "nanochat"),
         (lambda: torch.save(torch.zeros(3), "ckpt.pt"), NO_CKPT),
         (lambda: torch.save([1, 2], "ckpt.pt"), NO_CKPT),
         (lambda: write_ckpt("ckpt.pt", nanogpt(), n_layer=3), FIT),
@@ -311,3 +329,131 @@ def test_find_tokenizer_recognizes_gpt2_by_its_vocabulary_size(gpt2_files, refus
     assert find_tokenizer("auto", Path("out/ckpt.pt"), "openwebtext", vocab_size).kind == "gpt2"
     with refused(ValueError, "tokenizer=gpt2: has 50,257 tokens, but out/ckpt.pt only has 64"):
         find_tokenizer("gpt2", Path("out/ckpt.pt"), "openwebtext", 64)
+
+
+# ---- export
+
+KEYS = {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}  # as nanoGPT's train.py writes them
+
+
+def load_ckpt(path):
+    """Load a checkpoint as nanoGPT does, with torch's default of weights_only=True."""
+    return torch.load(path, map_location="cpu")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("vocab", ["cut", "keep"])
+def test_export_writes_a_ckpt_with_which_nanogpt_computes_the_same(capsys, ids, bias, vocab):
+    model = gpt(bias=bias, dropout=0.1)
+    save_model(model, "ours")
+    assert main(["export", "ours", "--to", "out/ckpt.pt", f"vocab={vocab}"]) == 0
+    line, meta_line, optimizer_line = capsys.readouterr().out.splitlines()
+    assert line == "out/ckpt.pt: nanoGPT checkpoint, largest logit difference from ours over 32 tokens: 0.0e+00"
+    assert meta_line.startswith("out/meta.pkl: copy it to nanoGPT's data/ours_char/meta.pkl")
+    assert "new optimizer" in optimizer_line
+    ckpt, rows = load_ckpt("out/ckpt.pt"), N if vocab == "cut" else model.config.vocab_size
+    assert ckpt.keys() == KEYS and ckpt["iter_num"] == 0 and ckpt["best_val_loss"] == 1e9
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": T_MAX}
+    assert ckpt["model_args"] == shape | {"bias": bias, "vocab_size": rows, "dropout": 0.1}
+    assert ckpt["model"].keys() == nanogpt(bias).keys() and ckpt["config"] == {"dataset": "ours_char"}
+    assert_close(nanogpt_logits(ckpt["model"], ids), logits(model, ids)[..., :rows])
+    # as sample.py reads it
+    meta = pickle.loads(Path("out/meta.pkl").read_bytes())
+    assert meta["vocab_size"] == N and "".join(meta["itos"][meta["stoi"][c]] for c in CHARS) == CHARS
+    assert meta["itos"][N - 1] == "<|endoftext|>"
+    assert main(["import", "out/ckpt.pt", "to=again"]) == 0
+    assert_close(logits(AutoModelForCausalLM.from_pretrained("again"), ids), logits(model, ids)[..., :rows])
+    assert Tokenizer.load("again").encode("To be").tolist() == [CHARS.index(c) for c in "To be"]
+
+
+def test_export_of_an_import_has_the_same_weights():
+    weights = nanogpt()
+    write_ckpt("ckpt.pt", weights, bias=True)
+    assert main(["import", "ckpt.pt", "to=ours", f"tokenizer={write_meta(Path('meta.pkl'))}"]) == 0
+    assert main(["export", "ours", "to=out", "form=nanogpt", "dtype=float16"]) == 0
+    written = load_ckpt("out/ckpt.pt")["model"]
+    assert written.keys() == weights.keys()
+    assert all(torch.equal(written[name], weights[name].half()) for name in weights)
+
+
+@pytest.mark.parametrize("has_recipe", [True, False])
+def test_nanogpt_resumes_with_the_adamw_state_of_a_run(has_recipe):
+    run = TinyRun("run")
+    run.model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size + 7, block_size=8, n_layer=2, n_head=2, n_embd=32))
+    run.optimizer = make_adamw(run.model)
+    run.save(4)
+    checkpoint = run.save(9, best_step=9)
+    if has_recipe:
+        settings = {"corpus": "my texts/x.txt", "tokenizer": "char"}
+        optimizer = {"weight_decay": 0.3, "learning_rate": 1e-2, "beta2": 0.95}
+        Path("run/run.yaml").write_text(Recipe(data=settings, optimizer=optimizer).to_yaml())
+    notes = export_nanogpt(checkpoint, "out/ckpt.pt", report=str)[-1]
+    ckpt = load_ckpt("out/ckpt.pt")
+    assert len(notes) == 1 and ckpt["iter_num"] == 9 and ckpt["best_val_loss"] == 0.1 + 0.2
+    assert ckpt["config"]["dataset"] == ("x_char" if has_recipe else "checkpoint-000009_char")
+    # nanoGPT's configure_optimizers, and a step of train.py
+    theirs = {name: torch.nn.Parameter(t) for name, t in ckpt["model"].items() if name != "lm_head.weight"}
+    groups = [
+        {"params": [p for p in theirs.values() if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in theirs.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95))
+    optimizer.load_state_dict(ckpt["optimizer"])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3 if has_recipe else 0.1, 0.0]
+    for group in (*optimizer.param_groups, *run.optimizer.param_groups):
+        group["lr"], group["weight_decay"] = 1e-2, 0.1 * (len(group["params"]) > 5)
+    for name, ours in run.model.named_parameters():
+        ours.grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(len(name)))
+        theirs[name].grad = ours.grad[: len(theirs[name])].clone()
+    optimizer.step()
+    run.optimizer.step()
+    for name, ours in run.model.named_parameters():
+        torch.testing.assert_close(theirs[name], ours[: len(theirs[name])], rtol=0, atol=1e-7)
+    assert len(theirs["transformer.wte.weight"]) == TOKENIZER.vocab_size
+
+
+def test_a_gpt2_tokenizer_needs_no_meta_pkl(gpt2_files):
+    save_model(gpt(vocab_size=50304), "ours", Tokenizer.gpt2())
+    assert main(["export", "ours", "to=out/ckpt.pt"]) == 0
+    assert os.listdir("out") == ["ckpt.pt"]
+    assert load_ckpt("out/ckpt.pt")["model"]["transformer.wte.weight"].shape == (50257, 32)
+
+
+@pytest.mark.parametrize(
+    ("switch", "value"),
+    [
+        ("position", "rotary"),
+        ("norm", "rmsnorm"),
+        ("norm_weight", False),
+        ("norm_eps", 1e-6),
+        ("embd_norm", True),
+        ("qk_norm", True),
+        ("activation", "gelu_new"),
+        ("n_kv_head", 2),
+        ("head_dim", 16),
+        ("n_inner", 64),
+        ("logit_softcap", 3.0),
+        ("tie_word_embeddings", False),
+        ("tokenizer", "bpe"),
+    ],
+)
+def test_settings_that_nanogpt_does_not_have_are_named_in_one_line(call, switch, value):
+    if switch == "tokenizer":
+        save_model(gpt(vocab_size=300), "ours", Tokenizer.train_bpe(["ab cd ab cd " * 9], 260))
+    else:
+        save_model(gpt(**{switch: value}), "ours")
+    error = call("export", "ours", "to=out/ckpt.pt", status=2)
+    assert error.count("error: ") == 1 and f"ours: nanoGPT does not support {switch}={value}" in error
+    assert not Path("out").exists()
+
+
+def test_a_ckpt_that_cannot_be_written_leaves_nothing(call, monkeypatch):
+    save_model(gpt(), "ours")
+
+    def fail(*args):  # as torch does on a full disk
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nframe #0")
+
+    monkeypatch.setattr(torch, "save", fail)
+    error = call("export", "ours", "to=out/ckpt.pt", status=2)
+    assert "error: out/ckpt.pt: cannot be written: [enforce fail" in error and "frame" not in error
+    assert os.listdir() == ["ours"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launching import run_python
 from runs import write_recipe
-from shared import REPOSITORY
+from shared import REPOSITORY, WITHOUT_THE_PACKAGE
 
 import nanogpt_accel
 from nanogpt_accel.recipe import load_recipe
@@ -102,3 +102,7 @@ def test_python_code_of_the_readme_runs(tmp_path):
         (tmp_path / "text" / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 40)
     (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
     run_python("-c", code, cwd=tmp_path)
+    imports, _, *lines = loading[0].replace("runs/shakespeare_char_cpu", "runs/notebook").splitlines()
+    for order in (lines, lines[::-1]):  # in either order, without the package, and without a question
+        code = "\n".join([WITHOUT_THE_PACKAGE, imports, *order])
+        assert "custom code" not in run_python("-c", code, cwd=tmp_path).stdout

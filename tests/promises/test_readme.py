@@ -84,6 +84,7 @@ RUN = {
     "accelerate launch -m nanogpt_accel doctor": ("compile_limit=0", "torch"),
     "nanogpt-accel export MODEL --to FOLDER": ("to=exported", "GPT2LMHeadModel"),
     "nanogpt-accel export runs/NAME --to my-gpt": ("", "GPT2LMHeadModel"),
+    "nanogpt-accel export runs/NAME --to out-mine/ckpt.pt": ("", "nanoGPT checkpoint"),
     "nanogpt-accel import CKPT.pt --to FOLDER": ("to=imported2 tokenizer=MODEL", "7 steps"),
 }
 # start of a command -> the test that runs it, or one like it
@@ -99,6 +100,7 @@ RUN_ELSEWHERE = {
     "nanogpt-accel plan recipes": "commands/test_plan.py::test_the_table_of_the_page_matches_plan",  # noqa: E501
     "nanogpt-accel COMMAND --help": "utils/test_cli.py::test_help_shows_every_key",
     "nanogpt-accel train --help": "utils/test_cli.py::test_help_shows_every_key",
+    "nanogpt-accel export runs/NAME --to my-gpt.gguf": "models/test_gguf.py::test_dtypes_round_the_matrices_and_nothing_else",  # noqa: E501
     "nanogpt-accel push": "hub/test_hub.py::test_push_writes_a_stock_model_and_its_card",
     "nanogpt-accel train recipes/gpt2.yaml push_to_hub=true": "hub/test_hub.py::test_every_checkpoint_is_a_commit_in_its_order",  # noqa: E501
     "nanogpt-accel sample gpt2-xl": "hub/test_hub.py::test_sample_accepts_a_hub_id",
@@ -259,6 +261,8 @@ def check(workplace, monkeypatch):
         "commands.prepare.prepare",
         "commands.sample.load_model",
         "commands.export.export",
+        "commands.export.export_gguf",
+        "commands.export.export_nanogpt",
         "commands.push.export",
         "commands.push.create",
         "commands.import_nanogpt.read_nanogpt",
@@ -270,6 +274,7 @@ def check(workplace, monkeypatch):
 
     for command in ("bench", "evaluate", "export", "plan", "push", "sample"):
         monkeypatch.setattr(f"nanogpt_accel.commands.{command}.find_model", find, raising=False)
+    monkeypatch.setattr("nanogpt_accel.commands.export.find_spec", lambda name: name)  # gguf may be missing
     for user in ("training", "commands.push"):  # it needs a token
         monkeypatch.setattr(f"nanogpt_accel.{user}.check_push", lambda name, key: [])
 
@@ -278,7 +283,8 @@ def check(workplace, monkeypatch):
             raise ValueError(f"unknown command {command}")
         words = [re.sub(r"^runs/\w+", "runs/NAME", word) for word in words if word not in ("[RUN", "...]")]
         if "--to" in words:
-            words.append("to=new")  # FOLDER is the existing folder of tokens
+            to = Path(words[words.index("--to") + 1])
+            words.append(f"to=new{to.suffix}")  # FOLDER is the existing folder of tokens
         try:
             import_command(command).main(words)
         except Reached:
