@@ -3,9 +3,9 @@
     python tests/support/contract.py                        # all checks on all forms, and a table
     python tests/support/contract.py llama qwen3 --only TRL # checks whose name contains a word
 
-Every check is a function of a Subject, and returns {name: value}. The values of our class, from the package and from
-the remote code of a checkpoint, must equal those of the stock export. Each of the three runs in a process of its own.
-The checks do not import this package, so that the remote code runs without it.
+Every check is a function of a Subject and an empty folder, and returns {name: value}. The values of our class, from the
+package and from the remote code of a checkpoint, must equal those of the stock export. Each of the three runs in a
+process of its own. The checks do not import this package, so that the remote code runs without it.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def losses_of(trainer, key="loss"):
 
 
 def trainer_loss(subject, folder):
-    """Trainer counts the labels of all micro-batches itself; the loss of one batch is that of forward."""
+    """Trainer counts the labels itself. The loss of its first step must be that of the model."""
     trainer = make_trainer(subject.to_train(), folder, train_dataset=ROWS[:2], max_steps=1)
     ids = torch.stack([row["input_ids"] for row in ROWS[:2]])
     plain = subject.load()(ids, labels=ids).loss.item()
@@ -163,7 +163,7 @@ def trainer_predict(subject, folder):
 
 
 def trainer_label_smoothing(subject, folder):
-    """With almost no smoothing, the loss is the plain loss."""
+    """Smooth by 0, almost 0 and 0.1. The first two losses must be equal."""
     losses = [
         make_trainer(subject.load(), folder, label_smoothing_factor=smoothing).evaluate()["eval_loss"]
         for smoothing in (0.0, 1e-9, 0.1)
@@ -173,7 +173,7 @@ def trainer_label_smoothing(subject, folder):
 
 
 def trainer_load_best(subject, folder):
-    """The highest loss counts as the best, so that the best model is not the last one."""
+    """Load the best model, which is not the last one, because the highest loss counts as the best."""
     trainer = make_trainer(
         subject.to_train(),
         folder,
@@ -203,10 +203,9 @@ def trainer_resume(subject, folder):
 
 
 def trainer_accumulation(subject, folder):
-    """Micro-batches of rows of unequal length, padded by the collator."""
+    """Train on micro-batches of rows of unequal length, which the collator pads."""
     rows = [{"input_ids": row["input_ids"][: 4 + 3 * (i % 5)]} for i, row in enumerate(ROWS)]
     tokenizer = subject.tokenizer()
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     trainer = make_trainer(
         subject.to_train(),
         folder,
@@ -259,7 +258,7 @@ def peft_lora(subject, folder):
 
 
 def peft_lora_all_linear(subject, folder):
-    """Fused projections have other adapters than separate ones, so only the logits before training are compared."""
+    """Train adapters of all layers. Only the logits before training are compared: fused layers have other adapters."""
     import peft
 
     lora = peft.get_peft_model(subject.load(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
@@ -339,11 +338,8 @@ def trl_dpo(subject, folder):
 
 
 def generate(subject, ids=IDS[:, :8], **options):
-    model = subject.load()
-    if isinstance(ids, torch.Tensor):
-        options.setdefault("attention_mask", torch.ones_like(ids))
-    options = {"max_new_tokens": 16, "do_sample": False} | options
-    return {"ids": model.generate(ids, **options)}
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False} | options
+    return {"ids": subject.load().generate(ids, **options)}
 
 
 def generate_greedy(subject, folder):
@@ -427,7 +423,7 @@ def static_cache(model, batch_size=3):
 
 
 @torch.no_grad()
-def in_chunks(function, model, **extra):
+def in_chunks(function, model):
     """Return the logits of a prompt of 8 tokens and of the next tokens, one at a time, with a static cache."""
     cache = static_cache(model)
     return torch.cat([function(ids, use_cache=True, **cache).logits for ids in IDS.split([8] + [1] * 16, dim=1)], dim=1)
@@ -563,7 +559,6 @@ def sentence_embeddings(subject, folder):
 
     code = {"trust_remote_code": subject.remote}
     body = models.Transformer(subject.folder, model_args=code, tokenizer_args=code, config_args=code)
-    body.tokenizer.pad_token = body.tokenizer.pad_token or body.tokenizer.eos_token
     model = SentenceTransformer(modules=[body, models.Pooling(32, "mean")], device="cpu")
     return {"embeddings": torch.from_numpy(model.encode(TEXTS))}
 
@@ -704,7 +699,8 @@ def run_in_process(subject, names, folder, start):
     out.unlink(missing_ok=True)
     call = f"run_checks(Subject(*{tuple(subject)}), {names}, {str(out)!r})"
     code = f"{start}\nfrom contract import Subject, run_checks\n{call}"
-    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'tests' / 'support'}{os.pathsep}{REPOSITORY}"}
+    path = f"{REPOSITORY / 'tests' / 'support'}{os.pathsep}{REPOSITORY}"
+    environment = os.environ | {"PYTHONPATH": path, "HF_MODULES_CACHE": f"{folder}/remote_code"}
     with log.open("a") as file:
         done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=file, stderr=file)
     results = torch.load(out) if out.exists() else {}
