@@ -509,7 +509,8 @@ def config_overrides(subject, folder):
     """Change a config in three ways by the names of transformers. The shapes of the matrices must follow."""
     options = {"trust_remote_code": subject.remote}
     config = AutoConfig.from_pretrained(subject.folder, **options)
-    changes = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 3, "max_position_embeddings": 16}
+    # not num_hidden_layers, because Qwen3Config stores a list of one entry per layer
+    changes = {"hidden_size": 64, "num_attention_heads": 8, "max_position_embeddings": 16}
     if config.model_type == "gpt2" or getattr(config, "position", None) == "learned":
         changes["n_inner"] = 96  # GPT2Config has no other name for it
     else:
