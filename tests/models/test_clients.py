@@ -1,7 +1,7 @@
 """Exported folders in other tools: servers, trainers, evaluators and inference engines, without this package.
 
-Each test needs an optional package, and is skipped if that is not installed. The README lists the versions that were
-tested. No test uses the network.
+PEFT, TRL, ONNX and ExecuTorch are in promises/test_contract.py. Each test needs an optional package, and is skipped if
+that is not installed. The README lists the versions that were tested. No test uses the network.
 """
 
 import json
@@ -124,47 +124,6 @@ def test_transformers_serve_completes_a_prompt(folder, tmp_path):
     ids = tokenizer(PROMPT)["input_ids"]
     assert answer["usage"]["prompt_tokens"] == len(ids)
     assert answer["choices"][0]["text"] == tokenizer.decode(greedy(model, ids, 12), skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("target_modules", [None, "all-linear"])
-def test_peft_trains_a_lora(folder, tmp_path, target_modules):
-    peft = pytest.importorskip("peft", reason="pip install peft")
-    torch.manual_seed(0)
-    model, tokenizer = load(folder)
-    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    lora = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=target_modules))
-    optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(10):
-        loss = lora(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    lora.eval().save_pretrained(tmp_path)
-    with torch.no_grad():
-        expected = lora(ids).logits
-        merged = peft.PeftModel.from_pretrained(load(folder)[0], tmp_path).merge_and_unload()
-        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_trl_takes_a_step(folder, tmp_path):
-    trl = pytest.importorskip("trl", reason="pip install trl")
-    datasets = pytest.importorskip("datasets")
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=1,
-        per_device_train_batch_size=2,
-        max_length=16,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-    )
-    data = datasets.Dataset.from_dict({"text": [PROMPT] * 4})
-    done = trl.SFTTrainer(model=folder, args=arguments, train_dataset=data).train()
-    assert done.global_step == 1 and math.isfinite(done.training_loss)
 
 
 def test_lm_eval_scores_local_tasks(folder, tmp_path):
