@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import write_recipe
 from stock_models import LLAMA, ROWS, N, gpt, save_model
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -142,3 +143,43 @@ def test_a_model_goes_through_transformers_and_back(call, tmp_path, monkeypatch)
         call("train", recipe, f"init_from={form}", f"out_dir=more-{form}")
         assert_consistent(f"more-{form}", n_tokens + 1, PAD, n_tokens)
     assert AutoTokenizer.from_pretrained("stock")("one to")["input_ids"] == tokenizer("one to")["input_ids"]
+
+
+def test_trainer_continues_a_run_and_every_command_takes_its_checkpoint(call, tmp_path, monkeypatch):
+    """With gradient accumulation, bfloat16, gradient checkpointing, and a resume that gives the same weights."""
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, max_iters=2, eval_interval=2, pad_vocab_to_multiple_of=32)
+    call("train", recipe, "out_dir=run")
+    options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options |= {"bf16": True, "gradient_checkpointing": True, "use_cpu": True, "report_to": "none"}
+    texts = ["one to three", "to one", "three", "one to"] * 4
+
+    def train(out_dir, resume=None):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained("run"), AutoTokenizer.from_pretrained("run")
+        trainer = Trainer(
+            model,
+            TrainingArguments(out_dir, **options),
+            train_dataset=[tokenizer(text) for text in texts],
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+            processing_class=tokenizer,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return model.state_dict()
+
+    whole, resumed = train("whole"), train("resumed", "whole/checkpoint-2")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any(not torch.equal(whole[name], p) for name, p in load("run")[0].state_dict().items())
+
+    text = ("one to three " * 2)[:17]  # one sample of block_size + 1 characters
+    (tmp_path / "text.txt").write_text(text)
+    model, tokenizer = load("whole/checkpoint-4")
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    evaluation = json.loads(call("evaluate", "whole/checkpoint-4", "text=text.txt", "device=cpu", "--json"))
+    assert evaluation["val_loss"] == pytest.approx(
+        F.cross_entropy(model(ids[:, :-1]).logits[0], ids[0, 1:]).item(), rel=1e-5
+    )
+    call("export", "whole/checkpoint-4", "--to", "stock")
+    stock, _ = load("stock")
+    vocab_size = stock.config.vocab_size
+    assert (stock(ids[:, 1:]).logits - model(ids[:, 1:]).logits[..., :vocab_size]).abs().max() <= 1e-5
+    call("train", recipe, "init_from=whole/checkpoint-4", "out_dir=back")
