@@ -5,6 +5,7 @@
     nanogpt-accel train runs/gpt2                # continue from the latest checkpoint of that run
 
 From Python: `from nanogpt_accel.train import train; model, history = train("recipes/quickstart.yaml", max_iters=100)`
+On several GPUs in a notebook: `accelerate.notebook_launcher(train, ("recipes/gpt2.yaml",), num_processes=8)`
 
 Read `training_loop` first: it shows what happens in a run, from start to end. Data order and dropout are functions of
 (seed, step), so a checkpoint needs only the weights, the optimizer's state, fp16's gradient scaler and `TrainState`.
