@@ -9,6 +9,7 @@ import numpy as np
 from ..data.tokenizer import Tokenizer
 from ..hub.card import converted_card
 from ..utils.fields import raise_problems
+from ..utils.files import copy_mode
 from .load import check_tokenizer, load_model, load_strict, read_config
 from .stock import ARCHITECTURES, nearest_architecture, to_stock_config, to_stock_weights
 
@@ -93,6 +94,7 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
             _save_stock(model, temporary, form, vocab_size, tokenizer.vocab_size)
         tokenizer.save(temporary, max_length=model.config.block_size)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        copy_mode(temporary / "README.md", temporary)
 
         report("loading the written model to compare the logits")
         difference, tokens = _compare_logits(model.float(), temporary, to, tokenizer, vocab_size)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ..checkpoint.layout import checkpoint_path, list_checkpoints, read_trainer
-from ..checkpoint.verify import find_corruption, find_file_corruption, latest_valid
+from ..checkpoint.verify import find_corruption, find_file_corruption, has_matching_trainer, latest_valid
 from ..hub.transfer import download, is_model_id
 
 
@@ -53,7 +53,7 @@ def _best_valid(run, target, warn):
     latest = latest_valid(run, warn, resumable=False)
     if latest is None:
         raise ValueError(f"{target}: the run folder does not contain a valid checkpoint")
-    best_step = read_trainer(latest)["best_step"] if find_corruption(latest) is None else None
+    best_step = read_trainer(latest)["best_step"] if has_matching_trainer(latest) else None
     best = latest if best_step is None else checkpoint_path(run, best_step)
     return best if find_corruption(best, resumable=False) is None else latest
 
