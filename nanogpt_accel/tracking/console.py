@@ -108,6 +108,7 @@ class Console:
         total: None if unknown. stays: keep the last state of the display in the terminal, if this is its first line.
         """
         is_terminal = (sys.stderr if self.stderr else sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
+        is_terminal = is_terminal or self.live is not None  # its replacement of sys.stdout has no isatty before rich 15
         if not (self.is_verbose and is_terminal):
             return None
         if self.live is None:
