@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from ..checkpoint.layout import checkpoint_path, list_checkpoints, read_trainer
+from ..checkpoint.run_folder import is_published
 from ..checkpoint.verify import find_corruption, find_file_corruption, has_matching_trainer, latest_valid
 from ..hub.transfer import download, is_model_id
 
@@ -40,12 +41,19 @@ def find_model(target, warn=print, bars=True):
         raise FileNotFoundError(problem)
     if not path.is_dir():
         path = download(str(target), warn, bars)
-    elif list_checkpoints(path):
+    elif list_checkpoints(path) and not _has_own_model(path):
         return _best_valid(path, target, warn)
     if problem := _find_model_corruption(path):
         kind = "neither a run nor a model folder" if Path(target).is_dir() else "not a model folder"
         raise ValueError(f"{target}: {nanogpt_hint(target) or f'{kind}: {problem}'}")
     return path
+
+
+def _has_own_model(path):
+    """Return whether a folder with checkpoints also has a model that is not a link to one of them, such as the final or
+    best model of transformers' Trainer."""
+    config = path / "config.json"
+    return config.is_file() and not is_published(config) and not (path / "run.yaml").is_file()
 
 
 def _best_valid(run, target, warn):
