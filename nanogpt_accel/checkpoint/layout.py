@@ -1,6 +1,7 @@
 """Names and paths of checkpoints and of their files."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -22,8 +23,16 @@ def shard_path(index, num_shards):
 
 
 def list_checkpoints(run):
-    """Return the checkpoint folders of a run, valid or not, oldest first."""
-    folders = [path for path in Path(run).glob("checkpoint-*") if CHECKPOINT_NAME.match(path.name) and path.is_dir()]
+    """Return the checkpoint folders of a run, valid or not, oldest first.
+
+    Raises:
+        OSError: the run folder cannot be read.
+    """
+    try:
+        with os.scandir(run) as entries:  # Path.glob would ignore a PermissionError
+            folders = [Path(entry) for entry in entries if CHECKPOINT_NAME.match(entry.name) and entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return sorted(folders, key=lambda path: int(CHECKPOINT_NAME.match(path.name)[1]))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..utils import locking
 from ..utils.files import nearest_existing, remove_checkpoint, write_atomically
 from .layout import CHECKPOINT_NAME, MODEL_FILES, checkpoint_path, is_checkpoint, list_checkpoints
-from .verify import find_corruption
+from .verify import is_corrupted
 
 LOCK, LOCK_HOLDER = ".lock", ".lock.json"  # locked while a process trains in the folder
 # files that a run and `report` write next to the checkpoints
@@ -190,7 +190,7 @@ def prune(run, best_step, latest, keep_last):
     kept = {best_checkpoint(run, best_step, latest), *until_latest[-keep_last:]}
     # Delete later checkpoints only if they are corrupted, which is why the run resumed from an earlier one. A valid
     # later checkpoint belongs to another run.
-    corrupted = [path for path in checkpoints[len(until_latest) :] if find_corruption(path) is not None]
-    for path in filter(is_checkpoint, until_latest + corrupted):
+    corrupted = filter(is_corrupted, checkpoints[len(until_latest) :])
+    for path in filter(is_checkpoint, [*until_latest, *corrupted]):
         if path not in kept:
             remove_checkpoint(path)

@@ -13,10 +13,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..utils.files import delete, flush_folder, flush_tree, remove_checkpoint, rename_folder, sha256, write_atomically
+from ..utils.files import (
+    copy_mode,
+    delete,
+    flush_folder,
+    flush_tree,
+    remove_checkpoint,
+    rename_folder,
+    sha256,
+    write_atomically,
+)
 from .layout import INDEX, TRAINER, checkpoint_path, is_checkpoint, shard_path
 from .run_folder import prune, publish
-from .verify import find_corruption
+from .verify import find_corruption, is_corrupted
 
 LARGE = 5e8  # bytes; saving is announced from this size on, because it takes some seconds
 SHARD_TIMEOUT_S = 1800  # seconds for a process to write its shard of the optimizer state
@@ -113,7 +122,7 @@ class Saver:
         final = checkpoint_path(self.run, trainer["step"])
         temporary = final.with_name(f".{final.name}.tmp")
         # a resumed run evaluates first, and may then save the step again at which it resumed
-        is_saved = self.accelerator.is_main_process and final.exists() and find_corruption(final) is None
+        is_saved = self.accelerator.is_main_process and final.exists() and not is_corrupted(final)
         return _Snapshot(
             final, temporary, is_saved, dict(trainer), card, config, generation_config, weights, *shard, *state
         )
@@ -217,6 +226,7 @@ def _commit(temporary, final, num_shards):
         if file.is_file() and name != "README.md":  # users may edit the model card
             index.setdefault(name, _index_entry(file))
     (temporary / INDEX).write_text(json.dumps({"files": index}, indent=1), encoding="utf-8")
+    copy_mode(temporary / INDEX, temporary)
     flush_tree(temporary)
     if os.path.lexists(final):
         if not is_checkpoint(final):

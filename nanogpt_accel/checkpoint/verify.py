@@ -1,14 +1,21 @@
-"""Verify checkpoints, and find the latest valid one."""
+"""Verify checkpoints, and find the latest valid one.
+
+A file that is missing or has the wrong content is corrupted. A file that cannot be read, for example because of its
+permissions, may be valid: it is an OSError, so that a run neither resumes from an older checkpoint nor prunes this one.
+"""
 
 import json
 import os
 import re
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 from ..utils.files import sha256
 from .layout import CHECKPOINT_NAME, INDEX, MODEL_FILES, SHARD_PATH, TRAINER, list_checkpoints, read_trainer
+
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def latest_valid(run, warn=print, resumable=True, thorough=True):
@@ -17,6 +24,9 @@ def latest_valid(run, warn=print, resumable=True, thorough=True):
     Args:
         warn: called with a one-line message for each corrupted checkpoint that is skipped.
         resumable, thorough: see find_corruption.
+
+    Raises:
+        OSError: a file of the latest checkpoint cannot be read.
     """
     for path in reversed(list_checkpoints(run)):
         problem = find_corruption(path, resumable, thorough)
@@ -35,6 +45,9 @@ def find_corruption(path, resumable=True, thorough=True):
     Args:
         resumable: whether the checkpoint must contain a valid state/, which is needed to resume a run.
         thorough: compare sizes and hashes; False: compare only sizes, which is fast.
+
+    Raises:
+        OSError: a file cannot be read.
     """
     path = Path(path)
     index = read_index(path)
@@ -44,11 +57,12 @@ def find_corruption(path, resumable=True, thorough=True):
         return next(filter(None, (find_file_corruption(path, name) for name in MODEL_FILES)), None)
     index = {name: entry for name, entry in index.items() if resumable or not name.startswith("state/")}
     for name, entry in index.items():  # sizes first, because hashing takes seconds
-        if not (path / name).is_file():
+        size = _size_of(path / name)
+        if size is None:
             return f"{name} is missing"
-        if os.path.getsize(path / name) != entry["size"]:
+        if size != entry["size"]:
             return f"{name} is corrupted"
-    if resumable and not _has_matching_trainer(path):
+    if resumable and not has_matching_trainer(path):
         return f"{TRAINER} is corrupted or belongs to another step"
     if not thorough:
         return None
@@ -57,26 +71,41 @@ def find_corruption(path, resumable=True, thorough=True):
     return next((f"{name} is corrupted" for name, entry in index.items() if hashes[name] != entry["sha256"]), None)
 
 
+def is_corrupted(path):
+    """Return whether a checkpoint is corrupted. One that cannot be read may be valid, so it must not be deleted."""
+    try:
+        return find_corruption(path) is not None
+    except OSError:
+        return False
+
+
 def find_file_corruption(path, name):
-    """Return a message if a JSON or safetensors file is missing or cannot be parsed, else None."""
+    """Return a message if a JSON or safetensors file is missing or cannot be parsed, else None.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
+    if _size_of(path / name) is None:
+        return f"{name} is missing"
     try:
         if name.endswith(".json"):
-            if not isinstance(json.loads((path / name).read_text(encoding="utf-8")), dict):
-                return f"{name} is corrupted"
+            is_valid = isinstance(json.loads((path / name).read_text(encoding="utf-8")), dict)
         else:
             with safe_open(path / name, framework="np"):
-                pass
-    except FileNotFoundError:
-        return f"{name} is missing"
-    except (SafetensorError, ValueError, OSError):
-        return f"{name} is corrupted"
-    return None
+                is_valid = True
+    except (SafetensorError, ValueError, RecursionError):
+        is_valid = False
+    return None if is_valid else f"{name} is corrupted"
 
 
 def read_index(path):
-    """Return {file: {"size": bytes, "sha256": hash}} of a checkpoint, or None if its index is missing or corrupted."""
+    """Return {file: {"size": bytes, "sha256": hash}} of a checkpoint, or None if its index is missing or corrupted.
+
+    Raises:
+        OSError: the index cannot be read.
+    """
     try:
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))["files"]
         is_valid = (
@@ -85,27 +114,40 @@ def read_index(path):
             and all(re.fullmatch(r"(state/)?[\w.-]{1,200}", name) for name in index)
             and all(entry.keys() == {"size", "sha256"} for entry in index.values())
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (*_MISSING, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return index if is_valid else None
 
 
-def _has_matching_trainer(path):
+def has_matching_trainer(path):
     """Return whether trainer.json is valid and contains the step that is in the name of the folder."""
     try:
         trainer = read_trainer(path)
         has_step = trainer["step"] == int(CHECKPOINT_NAME.match(path.name)[1])
         return has_step and isinstance(trainer["best_step"], (int, type(None)))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (*_MISSING, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
-def _hash_of(file):
-    """Return the hash of a file, or None if it cannot be read. Hashes are cached until the file changes."""
+def _size_of(file):
+    """Return the size of a file, or None if it is missing. Also open it, because safetensors reports a file that it
+    may not read as missing."""
     try:
-        stat = os.stat(file)
-        return _hash_once(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    except OSError:
+        status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        open(file, "rb").close()
+    except _MISSING:
+        return None
+    return status.st_size
+
+
+def _hash_of(file):
+    """Return the hash of a file, or None if it was deleted. Hashes are cached until the file changes."""
+    try:
+        status = os.stat(file)
+        return _hash_once(file, status.st_size, status.st_mtime_ns, status.st_ino)
+    except _MISSING:
         return None
 
 

@@ -146,7 +146,7 @@ class Writer:
             self.is_finished = is_usable and (self.partial / "manifest.json").exists()
             if is_usable and not self.is_finished:
                 is_usable = all((self.partial / name).stat().st_size >= size for name, size in sizes.items())
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             is_usable = self.is_finished = False
         self._has_committed = is_usable
         if self.is_finished:

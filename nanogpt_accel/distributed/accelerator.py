@@ -20,8 +20,7 @@ def pick_device(device):
     checks = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [name for name, is_available in checks.items() if is_available]
     if device == "auto":
-        is_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-        return torch.device("cpu" if is_cpu else available[0])
+        return torch.device("cpu" if launcher_requests("CPU") else available[0])
     chosen = torch.device(device)
     if chosen.type not in available:
         problem = f"torch {torch.__version__} finds no such device"
@@ -49,20 +48,23 @@ def make_accelerator(
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin
 
-    # a second Accelerator in a notebook would inherit device, precision and compilation of the first
-    AcceleratorState._reset_state(reset_partial_state=world_size() == 1)
+    processes = world_size()
+    # A second Accelerator in a notebook would inherit device, precision and compilation of the first. Processes that
+    # the notebook forks would inherit that they are one process.
+    is_stale = processes == 1 or PartialState._shared_state.get("num_processes") != processes
+    AcceleratorState._reset_state(reset_partial_state=is_stale)
     os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
     chosen = pick_device(device)
-    launched = f"WORLD_SIZE={world_size()}"
+    launched = f"WORLD_SIZE={processes}"
     if chosen.index is not None:
-        if world_size() > 1:
+        if processes > 1:
             raise ValueError(f"device={device}: all processes ({launched}) would use this GPU; set device=cuda")
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
         torch.cuda.set_device(chosen)
-    if sys.platform == "win32" and chosen.type == "cuda" and world_size() > 1:
+    if sys.platform == "win32" and chosen.type == "cuda" and processes > 1:
         raise ValueError(f"{launched}: several GPUs need NCCL, which Windows does not have; use one process or WSL2")
     precision = pick_precision(mixed_precision, chosen.type)
     if (chosen.type, precision) == ("mps", "bf16") and not torch.backends.mps.is_macos_or_newer(14, 0):
@@ -80,9 +82,9 @@ def make_accelerator(
         project_dir=logging_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout))],
     )
-    if world_size() != accelerator.num_processes:
+    if processes != accelerator.num_processes:
         raise ValueError(
-            f"{launched}: the launcher started {world_size()} processes, but Accelerate sees "
+            f"{launched}: the launcher started {processes} processes, but Accelerate sees "
             f"{accelerator.num_processes}; to train on CPUs, set ACCELERATE_USE_CPU=true; to train on GPUs, use "
             "`accelerate launch --multi_gpu` or torchrun"
         )

@@ -1,6 +1,7 @@
 """Read the launcher's settings from the environment, and check that they are supported."""
 
 import os
+import sys
 
 FP8_BACKENDS = ("torchao", "transformer_engine", "msamp")  # Accelerate needs one of these modules for fp8
 
@@ -25,7 +26,7 @@ def check_launcher():
 
     problems = []
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if world_size() > 1 and missing:
+    if world_size() > 1 and missing and _process_group() is None:
         problem = f"WORLD_SIZE={world_size()}: {', '.join(missing)} not set"
         problems.append(f"{problem}; launch with `accelerate launch` or torchrun, or unset WORLD_SIZE")
     # `accelerate launch` sets these variables if it was asked for several processes on the CPU but starts only one
@@ -54,8 +55,20 @@ def check_launcher():
     return problems
 
 
+def _process_group():
+    """Return torch.distributed if this process is already connected to others, else None. Does not import torch.
+
+    Accelerate's debug_launcher connects the processes before it calls `train`, and sets no RANK.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    is_connected = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed if is_connected else None
+
+
 def world_size():
     """Return the number of processes that the launcher started."""
+    if group := _process_group():
+        return group.get_world_size()
     value = os.environ.get("WORLD_SIZE", "1")
     if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"WORLD_SIZE={value}: not a number of processes; unset this variable")
@@ -63,10 +76,13 @@ def world_size():
 
 
 def launcher_requests(kind):
-    """Return whether the launcher requests this kind of sharding: FSDP, DEEPSPEED or MEGATRON_LM."""
-    return os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"
+    """Return whether the launcher requests this: CPU, FSDP, DEEPSPEED or MEGATRON_LM."""
+    # Accelerate accepts all of these; debug_launcher sets ACCELERATE_USE_CPU=yes
+    return os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("1", "true", "yes", "y", "t", "on")
 
 
 def is_main():
     """Return whether this is the main process, which prepares, logs and saves."""
+    if group := _process_group():
+        return group.get_rank() == 0
     return world_size() == 1 or os.environ.get("RANK", "0") == "0"

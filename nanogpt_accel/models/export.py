@@ -10,7 +10,7 @@ import numpy as np
 from ..data.tokenizer import Tokenizer
 from ..hub.card import converted_card
 from ..utils.fields import raise_problems
-from ..utils.files import atomic_path
+from ..utils.files import atomic_path, copy_mode
 from ..utils.text import first_line
 from .gguf import gguf_architecture, read_gguf, write_gguf
 from .load import build_model, check_tokenizer, fit_to_tokenizer, load_model, load_strict, read_config
@@ -214,6 +214,7 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
         has_pad = pad_id is not None and pad_id < vocab_size
         tokenizer.save(temporary, max_length=model.config.block_size, has_pad=has_pad)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        copy_mode(temporary / "README.md", temporary)
 
         report("loading the written model to compare the logits")
         written = load_strict(AutoModelForCausalLM, temporary)

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from ..checkpoint.layout import checkpoint_path, list_checkpoints, read_trainer
-from ..checkpoint.verify import find_corruption, find_file_corruption, latest_valid
+from ..checkpoint.run_folder import is_published
+from ..checkpoint.verify import find_corruption, find_file_corruption, has_matching_trainer, latest_valid
 from ..hub.transfer import download, is_model_id
 from ..utils.text import quoted
 
@@ -42,7 +43,7 @@ def find_model(target, warn=print, bars=True):
         raise FileNotFoundError(problem)
     if not path.is_dir():
         path = download(str(target), warn, bars)
-    elif list_checkpoints(path):
+    elif list_checkpoints(path) and not _has_own_model(path):
         return _best_valid(path, target, warn)
     if problem := _find_model_corruption(path):
         kind = "neither a run nor a model folder" if Path(target).is_dir() else "not a model folder"
@@ -50,12 +51,19 @@ def find_model(target, warn=print, bars=True):
     return path
 
 
+def _has_own_model(path):
+    """Return whether a folder with checkpoints also has a model that is not a link to one of them, such as the final or
+    best model of transformers' Trainer."""
+    config = path / "config.json"
+    return config.is_file() and not is_published(config) and not (path / "run.yaml").is_file()
+
+
 def _best_valid(run, target, warn):
     """Return the best checkpoint of a run. If it is not valid, return the latest valid checkpoint."""
     latest = latest_valid(run, warn, resumable=False)
     if latest is None:
         raise ValueError(f"{target}: the run folder does not contain a valid checkpoint")
-    best_step = read_trainer(latest)["best_step"] if find_corruption(latest) is None else None
+    best_step = read_trainer(latest)["best_step"] if has_matching_trainer(latest) else None
     best = latest if best_step is None else checkpoint_path(run, best_step)
     return best if find_corruption(best, resumable=False) is None else latest
 

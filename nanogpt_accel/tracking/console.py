@@ -110,6 +110,7 @@ class Console:
         stays: keep the live lines visible after the display stops. Only used for the first live line of a display.
         """
         is_terminal = (sys.stderr if self.stderr else sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
+        is_terminal = is_terminal or self.live is not None  # its replacement of sys.stdout has no isatty before rich 15
         if not (self.is_verbose and is_terminal):
             return None
         if self.live is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from .fields import nearest, raise_problems, show_value, type_name, validate
+from .files import permission_denied
 from .text import counted
 
 _GC_THRESHOLD = gc.get_threshold()  # Python's default
@@ -162,7 +163,9 @@ def run(command, argv):
             raise
         if not is_main:
             time.sleep(3)  # if rank 0 reports the same error, the launcher ends this process before it prints it again
-        for line in str(error).splitlines() or [type(error).__name__]:
+        is_denied = getattr(error, "errno", None) == errno.EACCES and error.filename is not None
+        message = permission_denied(error.filename) if is_denied else str(error)
+        for line in message.splitlines() or [type(error).__name__]:
             print(f"{'' if is_main else f'rank {rank}: '}error: {line}", file=sys.stderr)
         return 2
     except (Stopped, FloatingPointError) as error:  # raised on all ranks, so only rank 0 reports it

@@ -3,8 +3,10 @@
 import hashlib
 import os
 import shutil
+import stat
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 
@@ -46,6 +48,34 @@ def flush_file(file):
     """Flush an open file to disk, so that it survives a power failure."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def copy_mode(source, folder):
+    """Give all files in a folder the mode of `source`, which open() created with the mode that the umask gives.
+
+    safetensors creates its files with mode 0600 whatever the umask, so nobody else could load the model. transformers
+    copies model.py with its mode.
+    """
+    mode = stat.S_IMODE(os.stat(source).st_mode)
+    for place, _, files in os.walk(folder):
+        for file in (os.path.join(place, name) for name in files):
+            if stat.S_IMODE(os.stat(file).st_mode) != mode:
+                with suppress(OSError):  # some network file systems have no modes
+                    os.chmod(file, mode)
+
+
+def permission_denied(path):
+    """Return a message about a file or folder that may not be read or written, with the fix."""
+    path = os.path.abspath(path)
+    may = partial(os.access, effective_ids=os.access in os.supports_effective_ids)
+    closed = next((parent for parent in reversed(Path(path).parents) if not may(parent, os.X_OK)), None)
+    if closed is not None:
+        fix = f"to open the folder, its owner can run chmod a+rx {closed}"
+    elif os.path.exists(path) and not may(path, os.R_OK):
+        fix = f"to make it readable, its owner can run chmod {'a+rx' if os.path.isdir(path) else 'a+r'} {path}"
+    else:
+        fix = f"to make it writable, its owner can run chmod u+w {path if os.path.exists(path) else Path(path).parent}"
+    return f"{path}: permission denied; {fix}"
 
 
 def nearest_existing(folder):

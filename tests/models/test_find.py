@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from tiny_run import TinyRun
+from tiny_run import TEXT, TinyRun
 
 from nanogpt_accel.checkpoint.layout import list_checkpoints
 from nanogpt_accel.models.find import find_model
@@ -39,6 +39,60 @@ def test_an_exported_folder_is_found(run, tmp_path):
     shutil.copytree(run.folder / "checkpoint-000010", tmp_path / "export")
     shutil.rmtree(tmp_path / "export" / "state")
     assert find_model(tmp_path / "export") == tmp_path / "export"
+
+
+def test_a_model_next_to_checkpoints_of_trainer_is_found(run, tmp_path):
+    """save_model writes the final or the best model into the folder in which Trainer saves its checkpoints."""
+    ten, twenty = list_checkpoints(run.folder)
+    output = tmp_path / "output"
+    shutil.copytree(twenty, output / "checkpoint-20", ignore=shutil.ignore_patterns("state"))
+    assert find_model(output) == output / "checkpoint-20"
+    shutil.copytree(ten, output, ignore=shutil.ignore_patterns("state"), dirs_exist_ok=True)
+    assert find_model(output) == output
+
+
+@pytest.mark.slow
+def test_a_model_goes_through_trainer_and_back(run, tmp_path, call):
+    """Gradient accumulation, bfloat16 and gradient checkpointing; resumed, evaluated and exported."""
+    import torch
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+
+    output, rows = tmp_path / "output", torch.randint(5, (64, 8), generator=torch.Generator().manual_seed(1))
+
+    def fine_tune(resume):
+        arguments = TrainingArguments(
+            output,
+            max_steps=6,
+            save_steps=3,
+            logging_steps=1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            bf16=True,
+            gradient_checkpointing=True,
+            use_cpu=True,
+            report_to=[],
+        )
+        model, data = AutoModelForCausalLM.from_pretrained(run.folder), [{"input_ids": r, "labels": r} for r in rows]
+        trainer = Trainer(model, arguments, train_dataset=data, data_collator=default_data_collator)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    trainer, losses = fine_tune(resume=False)
+    assert fine_tune(resume=str(output / "checkpoint-3"))[1] == losses and len(losses) == 6
+    with torch.no_grad():
+        trainer.model.transformer.wte.weight[0] += 1  # so that it differs from checkpoint-6
+    trainer.save_model()
+    shutil.copy(run.folder / "tokenizer.json", output)
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    printed = call("evaluate", output, f"text={tmp_path / 'text.txt'}", "device=cpu")
+    assert str(output) in printed and "checkpoint-6" not in printed
+    call("export", output, f"to={tmp_path / 'stock'}")
+    # not trainer.model itself, whose forward pass runs in bfloat16 now
+    saved, stock = (AutoModelForCausalLM.from_pretrained(folder) for folder in (output, tmp_path / "stock"))
+    assert torch.equal(saved.transformer.wte.weight, trainer.model.transformer.wte.weight)
+    with torch.no_grad():
+        ours, theirs = saved(rows[:4]).logits, stock(rows[:4]).logits
+    assert torch.equal(ours[..., : theirs.shape[-1]], theirs)
 
 
 @pytest.mark.parametrize(

@@ -367,9 +367,10 @@ def test_world_size_without_a_launcher_is_refused(capsys, monkeypatch, argv):
 
 def test_launched_process_that_accelerate_runs_alone_is_refused(capsys, monkeypatch):
     """A launcher started two, but each would train alone."""
-    from accelerate.state import PartialState
+    from accelerate.state import AcceleratorState, PartialState
 
-    assert PartialState().num_processes == 1  # fixed for this process by the training in the fixture
+    assert PartialState().num_processes == 1  # from the training in the fixture
+    monkeypatch.setattr(AcceleratorState, "_reset_state", lambda **options: None)
     for key, value in torchrun_variables(0, 2).items():
         monkeypatch.setenv(key, value)
     (line,) = refusal(capsys, *TINY)

@@ -1,4 +1,5 @@
-"""The promise that the command, `python -m` and `accelerate launch` train the same, and that two processes are two."""
+"""The promise that the command, `python -m`, `accelerate launch` and Accelerate's launchers for Python train the same,
+and that two processes are two."""
 
 import contextlib
 import io
@@ -6,12 +7,13 @@ import subprocess
 
 import pytest
 import torch
-from launching import package_env, run_python
+from launching import package_env, run_python, train_from_python
 from runs import SMALL, largest_difference, make_text, numbers, trainer, weights, write_recipe
 
 from nanogpt_accel.__main__ import main
 
 STEPS = 4
+SETTINGS = SMALL | {"warmup_iters": 2, "max_iters": STEPS, "eval_interval": 2}
 ENTRY_POINTS = {
     "command": None,  # nanogpt-accel, called in this process
     "module": ["-m", "nanogpt_accel.train"],
@@ -50,8 +52,7 @@ def launched(tmp_path_factory):
         folder = tmp_path_factory.mktemp(entry_point)
         (folder / "text.txt").write_text(make_text(4000))
         (folder / "latin.txt").write_bytes("Übung ".encode("latin-1") * 99)
-        settings = SMALL | {"warmup_iters": 2, "max_iters": STEPS, "eval_interval": 2}
-        write_recipe(folder, **settings, corpus="text.txt")
+        write_recipe(folder, **SETTINGS, corpus="text.txt")
         if entry_point == "command":
             return folder, run_here(folder, ["train", "tiny.yaml", *options])
         env = package_env(HF_HOME=str(folder / "no accelerate config"))
@@ -93,6 +94,15 @@ def test_launching_two_processes_gives_two_ranks_and_the_same_batch(runs):
 
 def test_two_processes_compute_the_same_as_one(runs):
     assert largest_difference(runs["command"][0], runs["two"][0]) < 1e-5
+
+
+@pytest.mark.parametrize("launcher", ["debug_launcher", "notebook_launcher"])
+def test_launchers_for_python_start_two_processes_that_compute_the_same_as_one(runs, tmp_path, launcher):
+    recipe = write_recipe(tmp_path, **SETTINGS, out_dir=str(tmp_path / "run"))
+    printed = train_from_python(launcher, recipe, tmp_path / "output")
+    assert printed.count("(2 processes x 2) = 512 tokens per step") == 1  # only the main process prints
+    assert trainer(tmp_path / "run", STEPS)["processes"] == 2
+    assert largest_difference(runs["command"][0], tmp_path / "run") < 1e-5
 
 
 def test_missing_data_is_prepared_once(runs):

@@ -229,6 +229,29 @@ class Torchrun(Job):
             psutil.wait_procs(killed, TIMEOUT_S)
 
 
+def _call_launcher(name, recipe, options, output):
+    """The main function of a forked process that calls a launcher of Accelerate; it needs no notebook."""
+    import accelerate
+
+    from nanogpt_accel.train import train
+
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    accelerate.PartialState(cpu=True)  # of one process, as if it had trained alone before; the launched ones inherit it
+    getattr(accelerate, name)(train, (recipe,), num_processes=2, **options)
+
+
+def train_from_python(launcher, recipe, output):
+    """Call Accelerate's debug_launcher or notebook_launcher with `train` and two processes; return what they print."""
+    options = {"use_port": str(free_port())} if launcher == "notebook_launcher" else {}
+    process = FORKS.Process(target=_call_launcher, args=(launcher, str(recipe), options, output))
+    process.start()
+    process.join(TIMEOUT_S)
+    assert process.exitcode == 0, output.read_text()
+    return output.read_text()
+
+
 def train_on_ranks(*arguments, **options):
     """Train to the end on forked ranks, see Ranks; return the output."""
     return Ranks(*arguments, **options).finish()
