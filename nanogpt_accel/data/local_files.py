@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ..utils.text import file_name
 from .corpus import Corpus, location
-from .readers import READERS, file_state, open_file, read_file, read_ids, suffix_of
+from .foreign_tokens import find_layout, find_token_files, is_token_file, natural_order, open_splits, without_companions
+from .readers import READERS, file_state, open_file, read_file, suffix_of
 
 # files in a folder are read if they have one of these suffixes; a single file or a glob may have any suffix
 TEXT_SUFFIXES = tuple(
@@ -21,7 +22,7 @@ TEXT_SUFFIXES = tuple(
 TABLE_SUFFIXES = tuple(READERS)  # each can be followed by .gz or .zst
 # not supported; an error that names the suffix is clearer than one about the first byte that is not UTF-8
 OTHER_SUFFIXES = tuple(
-    ".zip .tar .tgz .bz2 .xz .7z .rar .lz4 .arrow .feather .orc .avro .npy .pkl .pt "
+    ".zip .tar .tgz .bz2 .xz .7z .rar .lz4 .arrow .feather .orc .avro .pkl .pt "
     ".pdf .doc .docx .odt .epub .xls .xlsx".split()
 )
 
@@ -55,9 +56,11 @@ def local_corpus(spec, column, lines):
     short = (file_name(stem).strip("-.") or "text")[:40]
     size = sum(n_bytes for _, n_bytes, _ in files)
     source = {"kind": "files", "name": name, "files": len(files), "bytes": size, "listing": listing.hexdigest()}
-    if _has_ids(files[0][0]):
+    if is_token_file(files[0][0]):
+        for path, _, _ in files:
+            find_layout(path, spec)  # reports a damaged header
         source |= {"kind": "ids"}
-        return Corpus(short, source, True, None, bytes=size, ids=lambda *args: read_ids(spec, files, *args))
+        return Corpus(short, source, True, None, bytes=size, ids=lambda *args: _open_ids(spec, files, *args))
     has_tables = any(suffix_of(path) in TABLE_SUFFIXES for path in paths)
     source |= {"column": column} if has_tables else {}
     source |= {"lines": True} if lines else {}
@@ -85,6 +88,15 @@ def local_corpus(spec, column, lines):
     return Corpus(short, source, is_single, read, bytes=size, first=first, skipped=skipped)
 
 
+def _open_ids(spec, files, tokenizer_size, val_fraction):
+    """Return the splits of a corpus of token ids; see foreign_tokens.open_splits. files: see local_corpus."""
+    for path, *state in files:
+        if file_state(path) != tuple(state):
+            problem = "was changed or removed while the command was running"
+            raise ValueError(f"{location(spec, path)}: {problem}; run it again when the file is complete")
+    return open_splits([path for path, _, _ in files], tokenizer_size, val_fraction, spec)
+
+
 def _find_files(spec):
     """Return (folder that file names are relative to, paths of the files, {suffix: number of skipped files})."""
     path = os.path.expanduser(spec)
@@ -93,7 +105,7 @@ def _find_files(spec):
     if os.path.isdir(path):
         return path, *_find_text_files(spec, path)
     if glob.has_magic(path):
-        files = [file for file in glob.glob(path, recursive=True) if _is_file(file)]
+        files = without_companions(file for file in glob.glob(path, recursive=True) if _is_file(file))
         if not files:
             raise FileNotFoundError(f"corpus={spec}: no file matches this glob; set `corpus` to another path")
         return ".", files, {}
@@ -107,8 +119,8 @@ def _find_text_files(spec, folder):
     """Return (paths of all files with a supported suffix in a folder tree, {suffix: number of other files})."""
     suffixes, paths = TEXT_SUFFIXES + TABLE_SUFFIXES, walk(folder)
     files = [file for file in paths if suffix_of(file) in suffixes and _is_file(file)]
-    if not files and os.path.isfile(os.path.join(folder, "train.bin")):
-        raise ValueError(f"corpus={spec}: contains token ids, not text; set data_dir={spec} instead")
+    if not files and (token_files := find_token_files(folder)):
+        return [str(path) for path in token_files], {}
     if not files:
         raise ValueError(
             f"corpus={spec}: contains no text file ({' '.join(suffixes)}); for other suffixes use a glob such as "
@@ -128,8 +140,8 @@ def walk(root, excluded=None):
 
 
 def _check_formats(spec, files, lines):
-    """Raise ValueError for unsupported formats, and for .bin files that are compressed or mixed with other files."""
-    ids = [file for file in files if _has_ids(file)]
+    """Raise ValueError for unsupported formats, and for token files that are compressed or mixed with other files."""
+    ids = [file for file in files if is_token_file(re.sub(r"\.(gz|zst)$", "", file))]
     if ids and (lines or len(ids) < len(files) or any(map(_is_compressed, ids))):
         raise ValueError(
             f"{location(spec, ids[0])}: contains token ids, which cannot be compressed or mixed with text; "
@@ -159,7 +171,7 @@ def _has_json_lines(path):
 
 
 def _sort(root, paths):
-    """Return [(name relative to the root, path), ...], sorted by name; for .bin files, by the numbers in the name."""
+    """Return [(name relative to the root, path), ...], sorted by name; for token files, by the numbers in the name."""
 
     def name_of(path):
         with suppress(ValueError):  # on Windows, the path can be on another drive
@@ -167,18 +179,12 @@ def _sort(root, paths):
         return Path(path).as_posix()
 
     named = sorted((name_of(path), path) for path in paths)
-    if _has_ids(paths[0]):
-        named.sort(key=lambda file: [p.zfill(20) if p.isdigit() else p for p in re.split(r"(\d+)", file[0])])
-    return named
+    return sorted(named, key=lambda file: natural_order(file[0])) if is_token_file(paths[0]) else named
 
 
 def _is_file(path):
     """Return whether a path is a regular file or a broken link. Reading a broken link reports the error."""
     return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
-
-
-def _has_ids(path):
-    return suffix_of(path) == ".bin"
 
 
 def _is_compressed(path):

@@ -23,8 +23,9 @@ from ..utils.text import counted, data_size
 from .corpus import Corpus
 from .dataset import SPLIT_SEED, check_fits, corpus_of, data_folder, facts_of, is_prepared, open_dataset
 from .encoding import tokenize
+from .foreign_tokens import file_entries, find_cut, read_ids
 from .manifest import is_data_folder
-from .token_files import SPLITS, Writer, earlier_attempt, find_active_process
+from .token_files import SPLITS, Writer, earlier_attempt, find_active_process, sha256_of_split
 from .tokenizer import Tokenizer
 
 COUNTED_BELOW = 2**27  # bytes; the documents of a smaller corpus are counted first, to avoid an empty split
@@ -92,19 +93,23 @@ def _prepare(folder, data, report, workers):
         with _sigterm_as_exit(), _open_writer(folder, tokenizer.dtype, all_facts, data.shard_tokens, report) as writer:
             if writer is None or writer.is_finished:  # completed by another process or by an earlier attempt
                 return
+            made = {key: getattr(tokenizer, key) for key in ("kind", "vocab_size", "fingerprint", "eot_id")}
+            facts_made = facts | {"tokenizer": facts["tokenizer"] | made}
+            if corpus.ids:
+                writer.finish(facts_made | _check_ids(data, corpus, tokenizer, report), tokenizer.save)
+                report(f"{folder}: refers to {counted(corpus.source['files'], 'file')} of token ids, without a copy")
+                return
             attempt = _Attempt(data, corpus, tokenizer, writer, report, workers)
             earlier = attempt.written_bytes()
             forced = attempt.write(forced)
             if not forced:
-                made = {key: getattr(tokenizer, key) for key in ("kind", "vocab_size", "fingerprint", "eot_id")}
-                writer.finish(facts | {"tokenizer": facts["tokenizer"] | made}, tokenizer.save)
+                writer.finish(facts_made, tokenizer.save)
                 break
             writer.discard()
     size, seconds = attempt.written_bytes(), time.perf_counter() - start
-    unit = "token ids" if corpus.ids else "text"
     new = f" ({data_size(size - earlier)} in this attempt)" if earlier else ""
     speed = data_size((size - earlier) / seconds)
-    report(f"{folder}: {data_size(size)} of {unit}{new} in {seconds:,.1f} s ({speed}/s)")
+    report(f"{folder}: {data_size(size)} of text{new} in {seconds:,.1f} s ({speed}/s)")
 
 
 def _pin(corpus, folder):
@@ -132,10 +137,10 @@ def _check_resources(folder, corpus, data, report):
         shown = ", ".join(f"{count:,} {suffix}" for suffix, count in kinds[:10]) + ", ..." * (len(kinds) > 10)
         skipped = f"; {sum(corpus.skipped.values()):,} skipped ({shown})" if kinds else ""
         report(f"corpus={data.corpus}: {counted(corpus.source['files'], 'file')} to read{skipped}")
-    if corpus.bytes is None:
+    if corpus.bytes is None or corpus.ids:
         return
     # An id has 2 bytes. A BPE token covers about 4 bytes of text, or 3 if the BPE was trained on other text.
-    need = corpus.bytes * (1 if corpus.ids else 2 if data.tokenizer == "char" else 2 / 3)
+    need = corpus.bytes * (2 if data.tokenizer == "char" else 2 / 3)
     written = sum(file.stat().st_size for file in folder.glob(".partial/*.bin"))
     free = shutil.disk_usage(nearest_existing(folder)).free + written
     if need > 2**30:
@@ -145,7 +150,7 @@ def _check_resources(folder, corpus, data, report):
             f"data_dir={folder}: the token files need about {need / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB "
             "are free; set data_dir to another disk" + ("" if corpus.is_single else ", or set limit_tokens")
         )
-    if corpus.is_single and not corpus.ids and corpus.bytes > LARGE_TEXT:
+    if corpus.is_single and corpus.bytes > LARGE_TEXT:
         report(
             f"corpus={data.corpus}: a single text of {corpus.bytes / 1e9:,.1f} GB is tokenized in memory and needs "
             f"at least {4 * corpus.bytes / 1e9:,.0f} GB; to stream it, set lines=true or split it into several files"
@@ -169,6 +174,37 @@ def _make_tokenizer(data, corpus, report):
         problem = "the corpus is too small for this vocabulary size"
         report(f"vocab_size={data.vocab_size}: {problem}; the tokenizer has only {tokenizer.vocab_size:,} tokens")
     return tokenizer
+
+
+# ---- token ids
+
+
+def _check_ids(data, corpus, tokenizer, report):
+    """Read all ids of a corpus of token files once. Return {"dtype", "splits"} for the manifest.
+
+    The ids are not copied: the manifest contains the paths of the files. An end-of-text id ends a document. A document
+    that is cut is counted in train and in val.
+
+    Raises:
+        ValueError: a file is damaged or has an id that is not in the vocabulary.
+    """
+    splits, token_bytes, done = {}, tokenizer.token_bytes(), 0
+    with TextProgress("ids", corpus.bytes, report) as progress:
+        for split, tokens in corpus.ids(tokenizer.vocab_size, data.val_fraction).items():
+            documents, n_bytes = 0, 0
+            for ids in read_ids(data.corpus, tokens, tokenizer.vocab_size):
+                documents += int(np.count_nonzero(ids == tokenizer.eot_id))
+                n_bytes += 0 if token_bytes is None else int(token_bytes[ids].sum())
+                done += len(ids)
+                progress(documents=documents, bytes=done * tokens.dtype.itemsize, tokens=done)
+            splits[split] = {
+                "tokens": len(tokens),
+                "bytes": None if token_bytes is None else n_bytes,
+                "documents": documents + int(ids[-1] != tokenizer.eot_id),
+                "sha256": sha256_of_split(tokens),
+                "files": file_entries(tokens),
+            }
+    return {"dtype": tokens.dtype.name, "splits": splits}
 
 
 # ---- locking and interruptions
@@ -295,47 +331,11 @@ class _Attempt:
             return {}
         if not self.corpus.is_single:
             return self.write_documents(forced)
-        if self.corpus.ids:
-            self.write_ids()
-        else:
-            text = next(self.corpus.documents())
-            cut = self.find_cut(len(text), "characters")
-            for split, part in (("train", text[:cut]), ("val", text[cut:])):
-                self.writer.write(split, self.tokenizer.encode(part), len(part.encode()))
+        text = next(self.corpus.documents())
+        cut = find_cut(len(text), self.data.val_fraction, "characters", f"corpus={self.corpus.source['name']}")
+        for split, part in (("train", text[:cut]), ("val", text[cut:])):
+            self.writer.write(split, self.tokenizer.encode(part), len(part.encode()))
         return {}
-
-    def find_cut(self, length, unit):
-        """Return the index where val starts in a single text or sequence of ids. unit: "characters" or "token ids"."""
-        val_fraction = self.data.val_fraction
-        cut = int(length * (1 - val_fraction))  # nanoGPT's int(n*0.9)
-        for split, size in (("train", cut), ("val", length - cut)):
-            if not size:
-                raise ValueError(
-                    f"corpus={self.corpus.source['name']}: has {length:,} {unit}, so the {split} split would be empty "
-                    f"with val_fraction={val_fraction}; use a larger corpus or change val_fraction"
-                )
-        return cut
-
-    def write_ids(self):
-        """Copy token ids. An end-of-text id ends a document. A document that is cut is counted in train and in val."""
-        writer, eot_id, done = self.writer, self.tokenizer.eot_id, self.writer.position
-        length, chunks = self.corpus.ids(self.tokenizer.dtype, self.tokenizer.vocab_size, done)
-        cut = self.find_cut(length, "token ids")
-        token_bytes = self.tokenizer.token_bytes()
-        with TextProgress("ids", self.corpus.bytes, self.report) as progress:
-            for ids in chunks:
-                n_train = max(cut - done, 0)
-                for split, part, end in (("train", ids[:n_train], cut), ("val", ids[n_train:], length)):
-                    if not len(part):
-                        continue
-                    done += len(part)
-                    # a document starts at the start of a split and after each end-of-text id that has ids after it
-                    documents = (split not in writer.counts) + np.count_nonzero(part == eot_id)
-                    documents -= done == end and part[-1] == eot_id
-                    n_bytes = None if token_bytes is None else int(token_bytes[part].sum())
-                    writer.write(split, part, n_bytes, int(documents))
-                writer.commit(done)
-                self.show(progress)
 
     def write_documents(self, forced):
         """Write the documents of all splits. Return the same as write()."""
@@ -402,9 +402,8 @@ class _Attempt:
         return (self.data.limit_tokens or float("inf")) - self.writer.total("tokens", splits)
 
     def written_bytes(self):
-        """Return the bytes of text written so far or, for a corpus of token ids, the bytes of the ids."""
-        writer = self.writer
-        return writer.total("tokens") * writer.dtype.itemsize if self.corpus.ids else writer.total("bytes")
+        """Return the bytes of text written so far."""
+        return self.writer.total("bytes")
 
     def show(self, progress):
         writer = self.writer

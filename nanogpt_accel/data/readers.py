@@ -1,4 +1,4 @@
-"""Read documents from text, .jsonl, .csv and .parquet files, compressed or not, and token ids from .bin files.
+"""Read documents from text, .jsonl, .csv and .parquet files, compressed or not.
 
 In all functions, `spec` is the corpus setting, for messages, and `bad` is called with a message for each document that
 cannot be read. To add a format with many documents per file, write a reader and add it to READERS.
@@ -11,12 +11,8 @@ import os
 import re
 from contextlib import contextmanager, suppress
 
-import numpy as np
-
 from ..utils.text import counted, one_line
 from .corpus import location, refuse
-
-IDS_AT_ONCE = 2**22  # token ids per read
 
 
 def suffix_of(path):
@@ -216,74 +212,3 @@ def open_file(path):
             yield io.BufferedReader(stream)
     except (pa.ArrowException, OSError) as error:
         raise OSError(f"not a complete {compression} file ({one_line(error)})") from None
-
-
-# ---- token ids
-
-
-def read_ids(spec, files, dtype, vocab_size, start):
-    """Read token files in nanoGPT's format (ids without a header) as one sequence.
-
-    files: (path, bytes, modification time) of each file, in order. start: position of the first id to yield.
-
-    Returns:
-        (number of ids in all files, iterator over arrays that contain the ids from `start` on).
-
-    Raises:
-        ValueError: a file is truncated, has ids of another dtype, or has an id that is not in the vocabulary.
-    """
-    dtype = np.dtype(dtype)
-    form = f"{dtype.name} ids of a tokenizer with vocabulary size {vocab_size:,}"
-    for path, n_bytes, _ in files:
-        if n_bytes == 0 or n_bytes % dtype.itemsize:
-            problem = f"{n_bytes:,} bytes cannot be {form}"
-            raise ValueError(f"{location(spec, path)}: {problem}; restore the file, or set `corpus` to another path")
-
-    def chunks():
-        before = 0  # ids in the files before this one
-        for path, n_bytes, changed in files:
-            place, count = location(spec, path), n_bytes // dtype.itemsize
-            for position in range(max(start - before, 0), count, IDS_AT_ONCE):
-                ids = _ids_at(spec, path, position, min(IDS_AT_ONCE, count - position), dtype)
-                if ids.max() >= vocab_size:
-                    wrong = int(np.argmax(ids >= vocab_size))
-                    raise ValueError(
-                        f"{place}: contains the id {ids[wrong]:,} at position {position + wrong:,}, but the "
-                        f"tokenizer has vocabulary size {vocab_size:,}; set tokenizer to the one that the ids were "
-                        f"made with, and write the ids as {dtype.name} without a header"
-                    )
-                if position == 0 and (other := _other_content(ids)):
-                    raise ValueError(f"{place}: looks like {other}; write the ids as {form}")
-                yield ids
-            if file_state(path) != (n_bytes, changed):
-                fix = "run the command again when the file is complete"
-                raise ValueError(f"{place}: has changed while it was read; {fix}")
-            before += count
-
-    return sum(n_bytes for _, n_bytes, _ in files) // dtype.itemsize, chunks()
-
-
-def _other_content(ids):
-    """Return what a file seems to contain if its first ids do not look like token ids, otherwise None."""
-    head = ids[:4096].tobytes()
-    if head.startswith(b"\x93NUMPY"):
-        return "a numpy.save file, which has a header (use ids.tofile(path) instead)"
-    if len(head) > 64 and not head.translate(None, bytes(range(32, 127)) + b"\t\r\n"):
-        return "text"
-    if len(ids) > 64 and ids[::2].any() and not ids[1::2].any():
-        return "integers of more than 16 bits, because every second id is 0"
-    return None
-
-
-def _ids_at(spec, path, position, count, dtype):
-    """Read `count` ids of a file. position: index of the first one."""
-    ids = np.empty(count, dtype)
-    try:
-        with open(path, "rb") as file:
-            file.seek(position * dtype.itemsize)
-            problem = None if file.readinto(ids) == ids.nbytes else "is shorter than before"
-    except OSError as error:
-        problem = error.strerror or str(error)
-    if problem:
-        raise ValueError(f"{location(spec, path)}: {problem}; restore the file, or set `corpus` to another path")
-    return ids

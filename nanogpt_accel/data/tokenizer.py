@@ -231,7 +231,12 @@ class Tokenizer:
                 return self._bpe.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
             except ValueError:  # fancy-regex fails at a million characters of white space
                 pass
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
+        try:
+            return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
+        except Exception as error:  # the library raises bare Exceptions, for example for an unknown word
+            some = ", ".join(repr(token) for token in sorted(self.vocab, key=self.vocab.get)[:5])
+            problem = f"a word is not among the {len(self.vocab):,} entries of the vocabulary, such as {some}"
+            raise ValueError(f"{problem} ({one_line(error)})") from None
 
     def encode_batch(self, texts):
         """Encode a list of texts. This releases the GIL; each thread needs its own copy from for_thread()."""
