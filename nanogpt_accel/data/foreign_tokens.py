@@ -4,7 +4,7 @@ The layouts, with their sources (all numbers are little-endian):
 
 - .bin of nanoGPT (karpathy/nanoGPT, data/openwebtext/prepare.py): only ids.
 - .bin of llm.c and modded-nanogpt (karpathy/llm.c, dev/data/data_common.py): 256 int32, which are magic, version,
-  number of ids and zeros, then the ids. Magic 20240520 with version 1 means uint16, 20240801 with version 7 means uint32.
+  number of ids and zeros, then the ids: uint16 with magic 20240520 and version 1, uint32 with 20240801 and 7.
 - .bin and .idx of Megatron-LM (NVIDIA/Megatron-LM, megatron/core/datasets/indexed_dataset.py): the .bin file has only
   ids. The .idx file has "MMIDIDX" and two zero bytes, version 1 (uint64), the code of the dtype (uint8), the numbers of
   sequences S and of document ends D (uint64 each), S lengths (int32), S offsets in bytes (int64), D document ends

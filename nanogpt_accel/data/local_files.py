@@ -1,4 +1,4 @@
-"""A corpus of local files: a file, a folder or a glob."""
+"""A corpus of files: a file, a folder or a glob, on this machine or at a URL."""
 
 import glob
 import hashlib
@@ -14,6 +14,7 @@ from ..utils.text import file_name
 from .corpus import Corpus, location
 from .foreign_tokens import find_layout, find_token_files, is_token_file, natural_order, open_splits, without_companions
 from .readers import READERS, file_state, open_file, read_file, suffix_of
+from .remote import find, is_remote, name_of
 
 # files in a folder are read if they have one of these suffixes; a single file or a glob may have any suffix
 TEXT_SUFFIXES = tuple(
@@ -28,14 +29,14 @@ OTHER_SUFFIXES = tuple(
 
 
 def path_exists(spec):
-    """Return whether a corpus setting is a glob or an existing path. A broken link counts as existing."""
+    """Return whether a corpus setting is a URL, a glob or an existing path. A broken link counts as existing."""
     path = os.path.expanduser(spec)
-    return glob.has_magic(path) or os.path.lexists(path)
+    return is_remote(spec) or glob.has_magic(path) or os.path.lexists(path)
 
 
 def base_name(spec):
-    """Return the last part of the absolute path of a corpus setting."""
-    return os.path.basename(os.path.abspath(os.path.expanduser(spec)))
+    """Return the last part of the absolute path, or of the URL, of a corpus setting."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(name_of(spec))))
 
 
 def local_corpus(spec, column, lines):
@@ -100,10 +101,13 @@ def _open_ids(spec, files, tokenizer_size, val_fraction):
 def _find_files(spec):
     """Return (folder that file names are relative to, paths of the files, {suffix: number of skipped files})."""
     path = os.path.expanduser(spec)
+    if is_remote(spec):
+        paths, is_folder = find(spec)
+        return (spec, *_find_text_files(spec, paths)) if is_folder else (".", without_companions(paths), {})
     if os.path.isfile(path):
         return os.path.dirname(path), [path], {}
     if os.path.isdir(path):
-        return path, *_find_text_files(spec, path)
+        return path, *_find_text_files(spec, walk(path), path)
     if glob.has_magic(path):
         files = without_companions(file for file in glob.glob(path, recursive=True) if _is_file(file))
         if not files:
@@ -115,11 +119,12 @@ def _find_files(spec):
     raise ValueError(f"corpus={spec}: {problem}, or set `corpus` to another path")
 
 
-def _find_text_files(spec, folder):
-    """Return (paths of all files with a supported suffix in a folder tree, {suffix: number of other files})."""
-    suffixes, paths = TEXT_SUFFIXES + TABLE_SUFFIXES, walk(folder)
+def _find_text_files(spec, paths, folder=None):
+    """Return (paths of all files with a supported suffix, {suffix: number of other files}). paths: all files in the
+    folder tree of the corpus. folder: the folder, if it is on this machine."""
+    suffixes = TEXT_SUFFIXES + TABLE_SUFFIXES
     files = [file for file in paths if suffix_of(file) in suffixes and _is_file(file)]
-    if not files and (token_files := find_token_files(folder)):
+    if not files and folder and (token_files := find_token_files(folder)):
         return [str(path) for path in token_files], {}
     if not files:
         raise ValueError(
@@ -146,6 +151,11 @@ def _check_formats(spec, files, lines):
         raise ValueError(
             f"{location(spec, ids[0])}: contains token ids, which cannot be compressed or mixed with text; "
             "decompress .gz and .zst files, remove text files from the path, and do not set lines"
+        )
+    if ids and is_remote(ids[0]):
+        raise ValueError(
+            f"{location(spec, ids[0])}: token ids must be on this machine, because training reads them in random "
+            "order; download the files, and set corpus to the copy"
         )
     if other := [file for file in files if suffix_of(file) in OTHER_SUFFIXES]:
         raise ValueError(
@@ -184,8 +194,8 @@ def _sort(root, paths):
 
 def _is_file(path):
     """Return whether a path is a regular file or a broken link. Reading a broken link reports the error."""
-    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
+    return is_remote(path) or os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 
 def _is_compressed(path):
-    return path.lower().endswith((".gz", ".zst", ".parquet"))
+    return name_of(path).lower().endswith((".gz", ".zst", ".parquet"))

@@ -13,15 +13,18 @@ from contextlib import contextmanager, suppress
 
 from ..utils.text import counted, one_line
 from .corpus import location, refuse
+from .remote import is_remote, name_of, open_remote, remote_state
 
 
 def suffix_of(path):
     """Return the suffix of the format: .jsonl for x.jsonl.gz."""
-    return os.path.splitext(re.sub(r"\.(gz|zst)$", "", path.lower()))[1]
+    return os.path.splitext(re.sub(r"\.(gz|zst)$", "", name_of(path).lower()))[1]
 
 
 def file_state(path):
     """Return (bytes, modification time in ns) of a file, or (0, 0) if it is missing; reading it reports the error."""
+    if is_remote(path):
+        return remote_state(path)
     try:
         stat = os.stat(path)
     except OSError:
@@ -139,25 +142,27 @@ def _read_parquet(spec, path, column, bad):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    open(path, "rb").close()  # the OSError of open() is more precise than Arrow's
-    try:
-        with pq.ParquetFile(path) as file:
-            check_column(spec, path, column, file.schema_arrow.names)
-            kind = file.schema_arrow.field(column).type
-            values = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not (pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)):
-                problem = f"{location(spec, path)}: column {column} contains {kind}, not text"
-                raise ValueError(f"{problem}; set text_column to another column")
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in arrow_texts(batch.column(0)):
-                    number += 1
-                    if text is None:
-                        bad(f"{location(spec, path)}, row {number}: column {column} is null or not UTF-8 text")
-                    else:
-                        yield text
-    except (pa.ArrowException, OSError) as error:
-        raise OSError(f"not a complete parquet file ({one_line(error)})") from None
+    with _open_for_arrow(path) as source:
+        try:
+            with pq.ParquetFile(source) as file:
+                check_column(spec, path, column, file.schema_arrow.names)
+                kind = file.schema_arrow.field(column).type
+                values = kind.value_type if pa.types.is_dictionary(kind) else kind
+                if not (
+                    pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)
+                ):
+                    problem = f"{location(spec, path)}: column {column} contains {kind}, not text"
+                    raise ValueError(f"{problem}; set text_column to another column")
+                number = 0
+                for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                    for text in arrow_texts(batch.column(0)):
+                        number += 1
+                        if text is None:
+                            bad(f"{location(spec, path)}, row {number}: column {column} is null or not UTF-8 text")
+                        else:
+                            yield text
+        except (pa.ArrowException, OSError) as error:
+            raise OSError(f"not a complete parquet file ({one_line(error)})") from None
 
 
 READERS = {
@@ -199,16 +204,31 @@ def check_column(spec, path, column, columns):
 @contextmanager
 def open_file(path):
     """Open a file as bytes, decompressed if its name ends in .gz or .zst."""
-    if not path.lower().endswith((".gz", ".zst")):
-        with open(path, "rb") as file:
+    name = name_of(path).lower()
+    if not name.endswith((".gz", ".zst")):
+        with open_remote(path) if is_remote(path) else open(path, "rb") as file:
             yield file
         return
     import pyarrow as pa
 
-    compression = "gzip" if path.lower().endswith(".gz") else "zstd"
+    compression = "gzip" if name.endswith(".gz") else "zstd"
+    with _open_for_arrow(path) as source:
+        try:
+            with pa.CompressedInputStream(source, compression) as stream:
+                yield io.BufferedReader(stream)
+        except (pa.ArrowException, OSError) as error:
+            raise OSError(f"not a complete {compression} file ({one_line(error)})") from None
+
+
+@contextmanager
+def _open_for_arrow(path):
+    """Open a file with Arrow, which reads local files without Python."""
+    import pyarrow as pa
+
+    if is_remote(path):
+        with open_remote(path) as file, pa.PythonFile(file, "r") as source:
+            yield source
+        return
     open(path, "rb").close()  # the OSError of open() is more precise than Arrow's
-    try:
-        with pa.CompressedInputStream(pa.OSFile(path), compression) as stream:
-            yield io.BufferedReader(stream)
-    except (pa.ArrowException, OSError) as error:
-        raise OSError(f"not a complete {compression} file ({one_line(error)})") from None
+    with pa.OSFile(path) as source:
+        yield source

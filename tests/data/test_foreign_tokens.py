@@ -1,4 +1,4 @@
-"""foreign_tokens.py: token files of llm.c, modded-nanogpt, Megatron-LM, datatrove and numpy, written from their layouts.
+"""foreign_tokens.py: token files of llm.c, modded-nanogpt, Megatron-LM, datatrove and numpy, from their layouts.
 
 The writers below use only struct and numpy, and follow the sources that foreign_tokens.py names. Once, the Megatron and
 datatrove files were also compared with those of megatron-core 0.16.1 and datatrove 0.10.1, which are equal.
@@ -185,7 +185,8 @@ def test_token_files_are_read_where_they_are(name):
 def test_training_reads_them_from_a_folder_and_from_a_corpus():
     Path("there").mkdir()
     train, val = write_fineweb("there")
-    for given in ({"corpus": "there"}, {"corpus": os.path.abspath("there/*.bin")}, {"data_dir": "there"}):
+    assert ids_of(corpus=os.path.abspath("there/*.bin"))[0] == {"train": train.tolist(), "val": val.tolist()}
+    for given in ({"corpus": "there"}, {"data_dir": "there"}):
         assert main(["train", "r.yaml", "overwrite=true", *(f"{key}={value}" for key, value in given.items())]) == 0
         assert ids_of(**given)[0] == {"train": train.tolist(), "val": val.tolist()}
     metrics = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
@@ -340,7 +341,7 @@ def test_a_damaged_file_is_one_clear_line(capsys, name, write, words):
         (lambda: write_megatron("a", [np.arange(50), [401, 1]]), ["the id 401 at byte 100"]),
         (lambda: np.save("a.npy", np.array([5] * 70 + [-1], "<i4")), ["the id -1 at byte 408"]),
         (lambda: np.save("a.npy", np.array([5] * 70 + [2**63], "<u8")), ["the id -9,223"]),
-        (lambda: write_datatrove("a.ds", [np.array([65535, 3, 4])]), ["the id 65,535 at byte 0"]),
+        (lambda: write_datatrove("a.ds", [np.array([65535] + [3] * 50)]), ["the id 65,535 at byte 0"]),
     ],
 )
 def test_ids_outside_of_the_vocabulary(capsys, write, words):
