@@ -44,8 +44,8 @@ class Data(Section):
     corpus: str = Field(
         "openwebtext",
         description="training text: python, shakespeare, openwebtext, bookcorpus, wikitext2, fineweb_edu, tinystories, "
-        "hub:USER/SET, or a local file, folder or glob of plain text, .jsonl, .csv or .parquet (also .gz and .zst), or "
-        "of .bin token files",
+        "hub:USER/SET, or a file, folder or glob of plain text, .jsonl, .csv or .parquet (also .gz and .zst), also at "
+        "a URL (s3://, gs://, https://, hf://), or of token files on this machine (.bin, .npy, .ds)",
     )
     text_column: str = Field("text", description="text column of .jsonl, .csv and .parquet files and of Hub datasets")
     lines: bool = Field(False, description="in plain text files, treat each line as a document, not each file")
@@ -73,8 +73,8 @@ class Data(Section):
     )
     data_dir: TextOrNone = Field(
         None,
-        description="folder with train.bin and val.bin, as nanoGPT writes them; default: a folder in data/ named after "
-        "the corpus and the tokenizer",
+        description="folder of token files: of this package, nanoGPT, llm.c, modded-nanogpt, Megatron-LM, datatrove or "
+        "numpy; default: a folder in data/ named after the corpus and the tokenizer",
     )
     val_fraction: Float = Field(
         0.0005,

@@ -118,11 +118,10 @@ def check_fits(data, corpus):
         )
     limits = [f"{key}={getattr(data, key)}" for key in ("limit_documents", "limit_tokens") if getattr(data, key)]
     if corpus.is_single and limits:
-        lines = "" if corpus.ids else ", or set lines=true for one document per line"
-        raise ValueError(
-            f"{', '.join(limits)}: corpus={data.corpus} is a single text, which cannot be limited; remove the "
-            f"limit, or shorten the file with head -c{lines}"
-        )
+        what = "contains token ids" if corpus.ids else "is a single text"
+        shorten = "" if corpus.ids else ", shorten the file with head -c, or set lines=true for one document per line"
+        problem = f"corpus={data.corpus} {what}, which cannot be limited"
+        raise ValueError(f"{', '.join(limits)}: {problem}; remove the limit{shorten}")
 
 
 def facts_of(data, corpus):

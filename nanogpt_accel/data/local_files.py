@@ -105,6 +105,7 @@ def _find_files(spec):
         paths, is_folder = find(spec)
         return (spec, *_find_text_files(spec, paths)) if is_folder else (".", without_companions(paths), {})
     if os.path.isfile(path):
+        path = re.sub(r"\.idx$", ".bin", path)  # the index of a Megatron-LM file
         return os.path.dirname(path), [path], {}
     if os.path.isdir(path):
         return path, *_find_text_files(spec, walk(path), path)

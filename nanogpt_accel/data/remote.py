@@ -91,7 +91,8 @@ class _Reader(io.RawIOBase):
         return self.file.seekable()
 
     def seek(self, offset, whence=0):
-        return self.file.seek(offset, whence)
+        with _errors(self.url):  # not every HTTP server can read a part of a file
+            return self.file.seek(offset, whence)
 
     def tell(self):
         return self.file.tell()

@@ -206,6 +206,8 @@ def test_a_file_alone_is_cut_whatever_its_name(capsys):
     assert found == {"train": draw(1000)[:750].tolist(), "val": draw(1000)[750:].tolist()}
     np.save("tokens.npy", draw(1000).reshape(10, 100).astype("<u2"))  # rows of 100 ids
     assert ids_of(corpus="tokens.npy", data_dir="b", val_fraction=0.25)[0] == found
+    write_megatron("one", [draw(1000)])
+    assert ids_of(corpus="one.idx", data_dir="c", val_fraction=0.25)[0] == found
     assert main(["data", "b"]) == 0
     assert "train: 750 tokens, " in capsys.readouterr().out
 

@@ -329,8 +329,8 @@ def one_wrong(dtype, at, value):
             ["tokenizer=bpe"],
             ["tokenizer=bpe", "requires text", "corpus=a.bin contains token ids", "gpt2"],
         ),
-        (bytes(6000), ["limit_tokens=50"], ["limit_tokens=50", "is a single text", "shorten the file"]),
-        (bytes(6000), ["limit_documents=5"], ["limit_documents=5", "is a single text", "shorten the file"]),
+        (bytes(6000), ["limit_tokens=50"], ["limit_tokens=50", "contains token ids", "remove the limit"]),
+        (bytes(6000), ["limit_documents=5"], ["limit_documents=5", "contains token ids", "remove the limit"]),
     ],
 )
 def test_files_that_are_not_ids(capsys, gpt2_files, raw, given, words):

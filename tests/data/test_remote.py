@@ -127,7 +127,26 @@ def test_a_connection_that_breaks_is_no_bad_document(memory, monkeypatch, capsys
         expect(line, "cannot be read (ConnectionResetError: reset by peer)", "check the URL and the network")
 
 
-# ---- a real S3 server
+# ---- real servers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["sub/one.txt", "x.jsonl.gz?token=1", "*.jsonl"])
+def test_https_gives_the_bytes_of_the_local_files(spec):
+    """With Python's own server, which lists folders and cannot read a part of a file."""
+    pytest.importorskip("aiohttp", reason="pip install aiohttp")
+    import functools
+    import http.server
+    import threading
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory="local")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert_same(f"{url}/{spec}", f"local/{spec.partition('?')[0]}")
+        with pytest.raises(ValueError, match=r"no such file.*404"):
+            find_corpus(f"{url}/no.txt")
+        server.shutdown()
 
 
 @pytest.fixture(scope="module")
