@@ -76,10 +76,9 @@ def natural_order(name):
 
 
 def find_token_files(folder):
-    """Return the token files of a folder, in order, or [] if it has no files that are certain to be token files.
+    """Return the token files of a folder, in order, or [] if it is not certain that they are token files.
 
-    Files with a header or an index are certain. Files without one are if their names tell a training and a validation
-    split apart.
+    They are if one has a header or an index, or if there are files named after a training and a validation split.
     """
     try:
         names = sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=natural_order)
@@ -92,44 +91,62 @@ def find_token_files(folder):
     return paths if is_certain or any(map(_has_known_content, paths)) else []
 
 
+def find_unexpected(folder):
+    """Return a token file that cannot be in a folder of text by accident, or None.
+
+    train.bin can be: nanoGPT writes it next to the text. So can a single array.
+    """
+    paths = find_token_files(folder)
+    arrays = [path for path in paths if path.suffix.lower() == ".npy"]
+    if {"train", "val"} <= {_split_of(path.name) for path in arrays}:
+        return arrays[0]
+    return next((path for path in paths if path not in arrays and _has_known_content(path)), None)
+
+
 def _has_known_content(path):
     try:
         return find_layout(path) is not None
-    except (ValueError, OSError):  # a damaged file; find_layout reports it when the folder is opened
-        return path.suffix != ".npy"
+    except ValueError:  # a damaged file; find_layout reports it when the folder is opened
+        return path.suffix.lower() != ".npy"
 
 
 def find_layout(path, spec=None):
     """Return the Layout of a file from its content, or None if it has no header and no index.
 
-    spec: the corpus setting, for messages. Raises ValueError if the header or the index contradicts the file.
+    spec: the corpus setting, for messages. Raises ValueError if the file cannot be read, or if its header or index is
+    damaged or requires another file size.
     """
     path = Path(path)
-    place = location(spec, str(path)) if spec else str(path)
-    with open(path, "rb") as file:
-        head = file.read(1024)
-    if path.suffix.lower() == ".npy":
-        layout = _read_npy(path, place)
-    elif path.suffix.lower() == ".ds":
-        layout = _read_datatrove(path, place)
-    elif len(head) >= 4 and int.from_bytes(head[:4], "little") in (*LLMC, LLMC_EVALUATION):
-        layout = _read_llmc(head, place)
-    elif path.with_suffix(".idx").is_file():
-        layout = _read_megatron(path.with_suffix(".idx"), place)
-    else:
-        return None
-    if layout is not None:
-        _check_size(path, layout, place)
-    return layout
-
-
-def _check_size(path, layout, place):
-    size, expected = path.stat().st_size, layout.offset + layout.tokens * np.dtype(layout.dtype).itemsize
-    if size != expected:
+    place = _place(path, spec)
+    try:
+        layout = _read_layout(path, place)
+        size = path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{place}: {error.strerror or error}; {RESTORE}") from None
+    expected = layout and layout.offset + layout.tokens * np.dtype(layout.dtype).itemsize
+    if layout and size != expected:
         raise ValueError(
             f"{place}: {size:,} bytes, but its header or index requires {expected:,} "
             f"({counted(layout.tokens, 'token')} as {layout.dtype}); {RESTORE}"
         )
+    return layout
+
+
+def _place(path, spec):
+    return location(spec, str(path)) if spec else str(path)
+
+
+def _read_layout(path, place):
+    if path.suffix.lower() == ".npy":
+        return _read_npy(path, place)
+    if path.suffix.lower() == ".ds":
+        return _read_datatrove(path, place)
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    if len(head) >= 4 and int.from_bytes(head[:4], "little") in (*LLMC, LLMC_EVALUATION):
+        return _read_llmc(head, place)
+    index = path.with_suffix(".idx")
+    return _read_megatron(index, place) if index.is_file() else None
 
 
 def _read_llmc(head, place):
@@ -200,6 +217,8 @@ def _read_npy(path, place):
         with open(path, "rb") as file:
             shape, is_fortran, dtype = read_header[np.lib.format.read_magic(file)](file)
             offset = file.tell()
+    except OSError:
+        raise
     except Exception as error:  # a damaged header can raise almost any exception
         raise ValueError(f"{place}: not a numpy.save file ({one_line(error, 80)}); {RESTORE}") from None
     is_sequence = dtype.kind in "iu" and dtype.byteorder != ">" and (len(shape) == 1 or (shape and not is_fortran))
@@ -214,8 +233,8 @@ def _read_npy(path, place):
 def open_splits(paths, tokenizer_size, val_fraction, spec=None):
     """Return {"train": TokenFile, "val": TokenFile, optionally "test": TokenFile} for the token files of a corpus.
 
-    The names decide: fineweb_train_000001.bin belongs to train, fineweb_val_000000.bin to val. If no name tells val
-    apart, val is the last part of train, as in nanoGPT.
+    The split depends on the name: fineweb_train_000001.bin is in train, fineweb_val_000000.bin is in val. If no file is
+    named after val, val is the last part of train, as in nanoGPT.
 
     Args:
         paths: the token files, in order. spec: the corpus setting, for messages.
@@ -248,7 +267,7 @@ def open_splits(paths, tokenizer_size, val_fraction, spec=None):
 def _headerless(path, tokenizer_size, spec):
     """Return the Layout of a file that contains only ids."""
     dtype, size = np.dtype(np.uint16 if tokenizer_size <= 2**16 else np.uint32), path.stat().st_size
-    place = location(spec, str(path)) if spec else str(path)
+    place = _place(path, spec)
     form = f"{dtype.name} ids of a tokenizer with vocabulary size {tokenizer_size:,}"
     if size == 0 or size % dtype.itemsize:
         raise ValueError(f"{place}: {size:,} bytes cannot be {form}; {RESTORE}")
@@ -263,13 +282,13 @@ def _headerless(path, tokenizer_size, spec):
 
 
 def _split_of(name):
-    """Return the split that a name tells, or None. The last word counts: train/part_val.bin belongs to val."""
+    """Return the split that a file is named after, or None. The last word counts: train/part_val.bin is in val."""
     words = [SPLIT_NAMES[word] for word in re.findall("[a-z]+", str(name).lower()) if word in SPLIT_NAMES]
     return words[-1] if words else None
 
 
 def _splits_of(paths):
-    """Return the split of each path. If the names do not tell at least two splits apart, all paths are train."""
+    """Return the split of each path. If they are not named after at least two splits, all are in train."""
     folder = os.path.commonpath([path.parent for path in paths])
     splits = [_split_of(os.path.relpath(path.with_suffix(""), folder)) or "train" for path in paths]
     return splits if "train" in splits and len(set(splits)) > 1 else ["train"] * len(paths)

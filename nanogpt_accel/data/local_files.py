@@ -12,7 +12,15 @@ from pathlib import Path
 
 from ..utils.text import file_name
 from .corpus import Corpus, location
-from .foreign_tokens import find_layout, find_token_files, is_token_file, natural_order, open_splits, without_companions
+from .foreign_tokens import (
+    find_layout,
+    find_token_files,
+    find_unexpected,
+    is_token_file,
+    natural_order,
+    open_splits,
+    without_companions,
+)
 from .readers import READERS, file_state, open_file, read_file, suffix_of
 from .remote import find, is_remote, name_of
 
@@ -125,6 +133,9 @@ def _find_text_files(spec, paths, folder=None):
     folder tree of the corpus. folder: the folder, if it is on this machine."""
     suffixes = TEXT_SUFFIXES + TABLE_SUFFIXES
     files = [file for file in paths if suffix_of(file) in suffixes and _is_file(file)]
+    if files and folder and (token_file := find_unexpected(folder)):
+        globs = " or ".join(f"'{os.path.join(spec, '*' + suffix_of(str(path)))}'" for path in (token_file, files[0]))
+        raise ValueError(f"corpus={spec}: contains both text and token files ({token_file.name}); set corpus={globs}")
     if not files and folder and (token_files := find_token_files(folder)):
         return [str(path) for path in token_files], {}
     if not files:

@@ -355,6 +355,26 @@ def test_ids_outside_of_the_vocabulary(capsys, write, words):
     expect(line, f"{path}: the ", "split contains the id", "set tokenizer to the folder of the tokenizer.json")
 
 
+def test_a_readme_next_to_token_files_is_not_the_corpus(capsys):
+    for name, write in (("a", write_fineweb), ("b", write_two_megatron), ("c", write_npy("<u2"))):
+        Path(name).mkdir()
+        write(name)
+        Path(name, "README.md").write_text("# Data\n")
+        suffix = ".npy" if name == "c" else ".bin"
+        line = error_line(capsys, f"corpus={name}", "data_dir=out")
+        expect(
+            line,
+            f"corpus={name}: contains both text and token files",
+            f"set corpus='{name}/*{suffix}' or '{name}/*.md'",
+        )
+        assert len(ids_of(corpus=f"{name}/*{suffix}", data_dir=f"out {name}")[0]) == 2
+
+
+def test_an_unreadable_file(capsys):
+    os.symlink("gone.bin", "x.bin")
+    expect(error_line(capsys, "corpus=*.bin", "data_dir=out"), "corpus=*.bin: x.bin: No such file", "restore the file")
+
+
 def test_files_that_do_not_belong_together(capsys):
     write_llmc("a_train.bin", draw(100))
     write_llmc("a_val.bin", draw(100))
