@@ -243,7 +243,8 @@ class Writer:
                 digest = sha256_of_split(TokenFile([self.partial / file["name"] for file in files], self.dtype))
                 files = [{**file, "name": self._final_name(file["name"])} for file in files]
                 splits[split] = self.counts[split] | {"sha256": digest, "files": files}
-            manifest = {"version": VERSION, "dtype": self.dtype.name, "splits": splits} | facts
+            manifest = {"version": VERSION, **facts}
+            manifest |= {key: facts.get(key, own) for key, own in (("dtype", self.dtype.name), ("splits", splits))}
             save_tokenizer(self.partial)
             self._record("all")
             self._commit()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_files import ENV, FORMATS, content, documents, error_line, expect, jsonl, prepared, section
+from hub_server import HubServer
 
 from nanogpt_accel.data import local_files, readers
 from nanogpt_accel.data.remote import find, is_remote, name_of
@@ -147,6 +148,25 @@ def test_https_gives_the_bytes_of_the_local_files(spec):
         with pytest.raises(ValueError, match=r"no such file.*404"):
             find_corpus(f"{url}/no.txt")
         server.shutdown()
+
+
+@pytest.mark.slow
+def test_hf_gives_the_bytes_of_the_local_files(tmp_path):
+    with HubServer() as hub:
+        hub.add("datasets/me/stories", content("local"))
+        env = ENV | hub.env(tmp_path / "home")
+        for name in ("x.jsonl.gz", "x.parquet", "sub/one.txt", "x.*"):
+            spec = f"hf://datasets/me/stories/{name}"
+            command = [sys.executable, "-m", "nanogpt_accel", "prepare", "r.yaml", f"corpus={spec}", "data_dir=remote"]
+            subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+            prepared(corpus=f"local/{name}", data_dir="straight")
+            assert tokens_of("remote") == tokens_of("straight")
+            shutil.rmtree("remote")
+            shutil.rmtree("straight")
+        command[-2] = "corpus=hf://datasets/me/stories/no.txt"
+        process = subprocess.run(command, env=env, capture_output=True, text=True)
+        (line,) = process.stderr.splitlines()
+        expect(line, "error: corpus=hf://datasets/me/stories/no.txt: no such file")
 
 
 @pytest.fixture(scope="module")
