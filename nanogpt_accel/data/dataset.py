@@ -275,8 +275,8 @@ def require_block(dataset, block_size):
 def _too_short(counts, folder, block_size):
     other = {"train": "smaller", "val": "larger"}
     return [
-        f"block_size={block_size}: a sample has {block_size + 1:,} tokens, but the {split} split of {folder} has {count:,}; "
-        f"set a smaller block_size, a larger corpus or a {other[split]} val_fraction"
+        f"block_size={block_size}: a sample has {block_size + 1:,} tokens, but the {split} split of {folder} has "
+        f"{count:,}; set a smaller block_size, a larger corpus or a {other[split]} val_fraction"
         for split, count in counts.items()
         if count < block_size + 1
     ]
