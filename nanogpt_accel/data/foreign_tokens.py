@@ -29,6 +29,7 @@ import numpy as np
 
 from ..utils.text import counted, one_line
 from .corpus import location
+from .file_splits import splits_by_name
 from .token_files import TokenFile
 
 SUFFIXES = (".bin", ".npy", ".ds")
@@ -40,15 +41,6 @@ MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8:
 OTHER_TOKENIZER = "set tokenizer to the folder of the tokenizer.json that the ids were made with"
 RESTORE = "restore the file, or use another one"
 IDS_AT_ONCE = 2**22  # token ids per read
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-}
 
 
 @dataclass(frozen=True)
@@ -85,9 +77,8 @@ def find_token_files(folder):
     except OSError:
         return []
     paths = [Path(folder) / name for name in names if is_token_file(name) and (Path(folder) / name).is_file()]
-    is_named = {"train", "val"} <= {_split_of(path.name) for path in paths}
     # .bin files next to a tokenizer.json are ours, before Writer.finish() has moved the manifest
-    is_certain = is_named and "tokenizer.json" not in names
+    is_certain = "tokenizer.json" not in names and _are_named(paths)
     return paths if is_certain or any(map(_has_known_content, paths)) else []
 
 
@@ -98,7 +89,7 @@ def find_unexpected(folder):
     """
     paths = find_token_files(folder)
     arrays = [path for path in paths if path.suffix.lower() == ".npy"]
-    if {"train", "val"} <= {_split_of(path.name) for path in arrays}:
+    if _are_named(arrays):
         return arrays[0]
     return next((path for path in paths if path not in arrays and _has_known_content(path)), None)
 
@@ -281,17 +272,18 @@ def _headerless(path, tokenizer_size, spec):
     return Layout(dtype.name, 0, size // dtype.itemsize)
 
 
-def _split_of(name):
-    """Return the split that a file is named after, or None. The last word counts: train/part_val.bin is in val."""
-    words = [SPLIT_NAMES[word] for word in re.findall("[a-z]+", str(name).lower()) if word in SPLIT_NAMES]
-    return words[-1] if words else None
-
-
 def _splits_of(paths):
     """Return the split of each path. If they are not named after at least two splits, all are in train."""
     folder = os.path.commonpath([path.parent for path in paths])
-    splits = [_split_of(os.path.relpath(path.with_suffix(""), folder)) or "train" for path in paths]
-    return splits if "train" in splits and len(set(splits)) > 1 else ["train"] * len(paths)
+    names = [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
+    found = splits_by_name({name: path.stat().st_size for name, path in zip(names, paths, strict=True)})
+    split_of = {name: split for split, chosen in found.items() for name in chosen}
+    return [split_of.get(name, "train") for name in names]
+
+
+def _are_named(paths):
+    """Return whether some files are named after a training and others after a validation split."""
+    return bool(paths) and {"train", "val"} <= set(_splits_of(paths))
 
 
 def find_cut(length, val_fraction, unit, place):

@@ -233,10 +233,10 @@ class Tokenizer:
                 pass
         try:
             return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
-        except Exception as error:  # the library raises bare Exceptions, for example for an unknown word
-            some = ", ".join(repr(token) for token in sorted(self.vocab, key=self.vocab.get)[:5])
-            problem = f"a word is not among the {len(self.vocab):,} entries of the vocabulary, such as {some}"
-            raise ValueError(f"{problem} ({one_line(error)})") from None
+        except Exception:  # the library raises bare Exceptions
+            parts = {part for part, _ in self._backend.pre_tokenizer.pre_tokenize_str(text)}
+            unknown = sorted(map(repr, parts - set(self.vocab)))
+            raise ValueError(f"the tokenizer has no {', '.join(unknown[:8])}") from None
 
     def encode_batch(self, texts):
         """Encode a list of texts. This releases the GIL; each thread needs its own copy from for_thread()."""

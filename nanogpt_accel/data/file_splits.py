@@ -1,0 +1,83 @@
+"""Recognize training, validation and test files by their names, as `datasets` does: train.txt, wiki.valid.tokens,
+test-00000-of-00002.parquet, or the folders train/ and dev/.
+"""
+
+import re
+from pathlib import PurePosixPath
+
+from .readers import suffix_of
+
+# the words of datasets.data_files.DEFAULT_SPLIT_KEYWORDS
+WORDS = {
+    "train": ("train", "training"),
+    "val": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
+# train.py and docs/test.md belong to a program; only a folder name makes such a file part of a split
+CODE_SUFFIXES = tuple(".md .rst .tex .html .py .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .sh .sql .r .jl".split())
+ABOUT = re.compile(r"(readme|licen[sc]e|changelog|citation|notice|authors)\b", re.IGNORECASE)  # files about the data
+
+
+def splits_by_name(sizes):
+    """Assign files to splits by the words in their names. A folder name has priority over the name of the file.
+
+    The names only count if there is a training file and a file of another split. If some files have no split word, two
+    more conditions protect a folder of texts with names such as training_day.txt: a training file and another one must
+    have the same name except for the split word, and the named files must contain more than half of the bytes.
+
+    Args:
+        sizes: {path relative to the corpus folder, with slashes: bytes}.
+
+    Returns:
+        {split: [path, ...]}, "train" first, or {} if the names are not those of splits.
+    """
+    for use_folders in (True, False):  # False for a folder test/ that contains train.txt and val.txt
+        found = {name: word for name in sizes if (word := _find_word(name, use_folders))}
+        splits = {split: [name for name in sizes if name in found and found[name][0] == split] for split in WORDS}
+        splits = {split: names for split, names in splits.items() if names}
+        if "train" in splits and len(splits) > 1 and _are_splits(sizes, found):
+            return splits
+    return {}
+
+
+def is_about(name):
+    """Return whether a file describes the data, such as README.md."""
+    return bool(ABOUT.match(PurePosixPath(name).name))
+
+
+def _are_splits(sizes, found):
+    others = [name for name in sizes if name not in found]
+    if all(is_about(name) for name in others):
+        return True
+    rests = {
+        split: {rest for name, (of, rest) in found.items() if of == split and not _is_code(name)} for split in WORDS
+    }
+    has_pair = any(rests["train"] & rests[split] for split in ("val", "test"))
+    return has_pair and sum(sizes[name] for name in found) > sum(sizes[name] for name in others)
+
+
+def _find_word(name, use_folders):
+    """Return (split, the other words) of the first part of a path that has a split word, otherwise None."""
+    *folders, file = PurePosixPath(name).parts
+    parts = folders if use_folders else []
+    parts = parts if _is_code(name) else [*parts, _stem(file)]
+    return next(filter(None, map(_split_of, parts)), None)
+
+
+def _split_of(part):
+    """Return (split, the other words) of a folder name or of a file name without its suffix, otherwise None."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"-\d+-of-\d+", "", part.lower()))
+    splits = {SPLIT_OF[word] for word in words if word in SPLIT_OF}
+    if len(splits) != 1:  # no split, or several as in train_test.txt
+        return None
+    return splits.pop(), tuple(word for word in words if word not in SPLIT_OF)
+
+
+def _stem(file):
+    stem, suffix = re.sub(r"\.(gz|zst)$", "", file.lower()), suffix_of(file)
+    return stem if suffix.lstrip(".") in SPLIT_OF else stem.removesuffix(suffix)  # data.train keeps its suffix
+
+
+def _is_code(name):
+    return suffix_of(name) in CODE_SUFFIXES
