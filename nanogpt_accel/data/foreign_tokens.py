@@ -183,12 +183,8 @@ def _read_datatrove(path, place):
     if index.is_file():
         ends = np.fromfile(index, "<u8")
         tokens = int(ends[-1]) if len(ends) else 0
-        if (
-            index.stat().st_size % 8
-            or not tokens
-            or (ends[1:] < ends[:-1]).any()
-            or size not in (2 * tokens, 4 * tokens)
-        ):
+        is_sorted = index.stat().st_size % 8 == 0 and not (ends[1:] < ends[:-1]).any()
+        if not is_sorted or size not in (2 * tokens, 4 * tokens):
             raise ValueError(
                 f"{place}: {size:,} bytes, but {index.name} ends at token {tokens:,}, which is neither 2 nor 4 bytes "
                 f"per token; {RESTORE}"
@@ -238,16 +234,19 @@ def open_splits(paths, tokenizer_size, val_fraction, spec=None):
     if len(suffixes) > 1:
         problem = f"contains token files with the suffixes {', '.join(suffixes)}, which may be the same ids twice"
         raise ValueError(f"{place}: {problem}; set corpus to one kind, such as '*{suffixes[0]}'")
-    layouts = [find_layout(path, spec) or _headerless(path, tokenizer_size, spec) for path in paths]
-    if len(dtypes := sorted({layout.dtype for layout in layouts})) > 1:
+    layouts = {path: find_layout(path, spec) or _headerless(path, tokenizer_size, spec) for path in paths}
+    paths = [path for path in paths if layouts[path].tokens]  # datatrove writes empty files
+    if not paths:
+        raise ValueError(f"{place}: contains no token ids; use other files")
+    if len(dtypes := sorted({layouts[path].dtype for path in paths})) > 1:
         raise ValueError(
             f"{place}: token files of different types ({', '.join(dtypes)}); set corpus to files of one type"
         )
     splits, names = {}, _splits_of(paths)
     for split in set(names):
-        chosen = [i for i, name in enumerate(names) if name == split]
-        spans = [(layouts[i].offset, layouts[i].tokens) for i in chosen]
-        splits[split] = TokenFile([paths[i] for i in chosen], dtypes[0], spans)
+        chosen = [path for path, name in zip(paths, names, strict=True) if name == split]
+        spans = [(layouts[path].offset, layouts[path].tokens) for path in chosen]
+        splits[split] = TokenFile(chosen, dtypes[0], spans)
     if "val" not in splits:
         train = splits["train"]
         cut = find_cut(len(train), val_fraction, "token ids", place)

@@ -131,6 +131,8 @@ def write_two_datatrove(folder):
     write_datatrove(f"{folder}/00000_train.ds", documents(50))
     write_datatrove(f"{folder}/00001_train.ds", documents(40, 1))
     write_datatrove(f"{folder}/00000_validation.ds", documents(9, 2))
+    for suffix in (".ds", ".ds.index"):  # of a worker without documents
+        Path(f"{folder}/00002_train{suffix}").touch()
     return np.concatenate(documents(50) + documents(40, 1)), np.concatenate(documents(9, 2))
 
 
@@ -299,6 +301,9 @@ def damaged():
     yield "empty index", lambda: (write_datatrove("x.ds", docs), os.truncate("x.ds.index", 0)), ["token 0"]
     yield "cut ds", lambda: (write_datatrove("x.ds", docs), os.truncate("x.ds", 198)), ["198 bytes", "token 100"]
     yield "odd ds", lambda: (write_datatrove("x.ds", docs, index=False), os.truncate("x.ds", 199)), ["199 bytes"]
+    yield "no ids in ds", lambda: [Path(f"x.ds{end}").touch() for end in ("", ".index")], ["no token ids"]
+    yield "no ids in npy", lambda: np.save("x.npy", ids[:0]), ["no token ids"]
+    yield "no ids in Megatron", lambda: write_megatron("x", [ids[:0]]), ["no token ids"]
     yield "npy text", lambda: Path("x.npy").write_bytes(b"\x93NUMPY\1\0" + b"(" * 5000), ["not a numpy.save file"]
     yield "npy empty", lambda: Path("x.npy").touch(), ["not a numpy.save file"]
     yield "npy header", lambda: _npy("{'descr': '<u2', 'fortran_order': False, 'shape': (101,)}"), ["requires"]
