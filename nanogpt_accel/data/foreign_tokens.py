@@ -1,4 +1,4 @@
-"""Find the token ids in files of other projects. The ids are read where they are and never copied.
+"""Find the token ids in files of other projects. The ids are read in place and never copied.
 
 The layouts, with their sources (all numbers are little-endian):
 

@@ -28,7 +28,7 @@ def read_meta(path):
         become strings. If there is only a vocab_size, that number.
 
     Raises:
-        ValueError: the pickle has none of these, contains classes or functions, or the ids are not 0 to n - 1.
+        ValueError: the pickle has no vocabulary, contains classes or functions, or the ids are not 0 to n - 1.
     """
     with open(path, "rb") as file:
         try:

@@ -79,7 +79,7 @@ def open_remote(url):
 
 
 class _Reader(io.RawIOBase):
-    """A file whose errors say what to do. They are not OSErrors, so skip_bad_documents does not skip the file."""
+    """A file whose errors contain a fix. They are not OSErrors, so skip_bad_documents does not skip the file."""
 
     def __init__(self, url, file):
         self.url, self.file = url, file

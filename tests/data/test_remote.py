@@ -1,4 +1,4 @@
-"""remote.py: the corpus of a URL is the same as that of local files, and errors about access say what to do."""
+"""remote.py: the corpus of a URL is the same as that of local files, and errors about access contain a fix."""
 
 import json
 import os
