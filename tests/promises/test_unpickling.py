@@ -43,8 +43,8 @@ def test_nothing_is_unpickled():
             elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert [ast.unparse(k.value) for k in node.keywords if k.arg == "weights_only"] == ["True"]
     assert sorted(uses) == [
-        ("manifest.py", "import pickle"),
-        ("manifest.py", "pickle.Unpickler"),
+        ("meta.py", "import pickle"),
+        ("meta.py", "pickle.Unpickler"),
         ("nanogpt.py", "import pickle"),
         ("nanogpt.py", "torch.load"),
     ]
