@@ -45,8 +45,8 @@ class Data(Section):
     corpus: str = Field(
         "openwebtext",
         description="training text: python, shakespeare, openwebtext, bookcorpus, wikitext2, fineweb_edu, tinystories, "
-        "hub:USER/SET, or a local file, folder or glob of plain text, .jsonl, .csv or .parquet (also .gz and .zst), or "
-        "of .bin token files",
+        "hub:USER/SET, or a file, folder or glob of plain text, .jsonl, .csv or .parquet (also .gz and .zst), also at "
+        "a URL (s3://, gs://, https://, hf://), or of token files on this machine (.bin, .npy, .ds)",
     )
     text_column: str = Field("text", description="text column of .jsonl, .csv and .parquet files and of Hub datasets")
     lines: bool = Field(False, description="in plain text files, treat each line as a document, not each file")
@@ -79,8 +79,9 @@ class Data(Section):
     )
     data_dir: TextOrNone = Field(
         None,
-        description="folder with train.bin and val.bin, as nanoGPT writes them; default: a folder in data/ named after "
-        "the corpus and the tokenizer. On the command line, prepared data replace the corpus of the recipe",
+        description="folder of token files: of this package, nanoGPT, llm.c, modded-nanogpt, Megatron-LM, datatrove or "
+        "numpy; default: a folder in data/ named after the corpus and the tokenizer. On the command line, prepared "
+        "data replace the corpus of the recipe",
     )
     val_fraction: Float = Field(
         0.0005,
@@ -609,7 +610,7 @@ def load_recipe(path, overrides=None, check=None):
 def _has_token_files(data_dir):
     """Return whether data_dir contains prepared data, which replace the corpus and the tokenizer of the recipe."""
     folder = Path(os.path.expanduser(str(data_dir)))
-    return folder.is_file() or any(folder.glob("*.bin"))
+    return folder.is_file() or any(any(folder.glob(name)) for name in ("manifest.json", "*.bin", "*.npy", "*.ds"))
 
 
 def _changed_keys(file_values, recipe):
