@@ -585,7 +585,8 @@ def load_recipe(path, overrides=None, check=None):
             values[home][leaf] = value
     given = {key.rpartition(".")[2] for key in overrides or {}}
     if "data_dir" in given and _has_token_files(values["data"]["data_dir"]):
-        values["data"] = {key: value for key, value in values["data"].items() if key in given or key in DATA_USE_KEYS}
+        kept = given.union(DATA_USE_KEYS, _foreign_keys(values["data"]))
+        values["data"] = {key: value for key, value in values["data"].items() if key in kept}
 
     # 3) validate each value, then combinations of values
     sections, invalid = {}, set()
@@ -611,6 +612,14 @@ def _has_token_files(data_dir):
     """Return whether data_dir contains prepared data, which replace the corpus and the tokenizer of the recipe."""
     folder = Path(os.path.expanduser(str(data_dir)))
     return folder.is_file() or any(any(folder.glob(name)) for name in ("manifest.json", "*.bin", "*.npy", "*.ds"))
+
+
+def _foreign_keys(data):
+    """Return the keys of the data section that apply if data_dir contains token files of another project."""
+    if (Path(os.path.expanduser(str(data["data_dir"]))) / "manifest.json").is_file():
+        return ()
+    has_tokenizer = os.path.isdir(os.path.expanduser(str(data.get("tokenizer"))))
+    return ("val_fraction", "tokenizer") if has_tokenizer else ("val_fraction",)
 
 
 def _changed_keys(file_values, recipe):
