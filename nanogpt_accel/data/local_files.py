@@ -201,7 +201,8 @@ def _find_files(spec):
         path = re.sub(r"\.idx$", ".bin", path)  # the index of a Megatron-LM file
         return os.path.dirname(path), [path], {}, []
     if os.path.isdir(path):
-        _refuse_output(spec, path)
+        if os.path.isfile(os.path.join(path, "run.yaml")):
+            raise ValueError(f"corpus={spec}: a run folder, not a text; set `corpus` to another path")
         paths, outputs = _without_outputs(path, walk(path))
         return path, *_find_text_files(spec, paths, path), outputs
     if glob.has_magic(path):
@@ -225,6 +226,8 @@ def _find_text_files(spec, paths, folder=None):
     if files and folder and (token_file := find_unexpected(folder)):
         globs = " or ".join(f"'{os.path.join(spec, '*' + suffix_of(str(path)))}'" for path in (token_file, files[0]))
         raise ValueError(f"corpus={spec}: contains both text and token files ({token_file.name}); set corpus={globs}")
+    if not files and folder and _is_prepared(os.listdir(folder)):
+        raise ValueError(f"corpus={spec}: contains prepared data, not text; set data_dir={spec} instead")
     if not files and folder and (token_files := find_token_files(folder)):
         return [str(path) for path in token_files], {}
     if all(map(is_about, files)):  # in other folders, .json files are rather settings than data
@@ -236,14 +239,6 @@ def _find_text_files(spec, paths, folder=None):
         )
     skipped = Counter(map(suffix_of, paths)) - Counter(map(suffix_of, files))
     return files, {suffix or "without a suffix": count for suffix, count in skipped.items()}
-
-
-def _refuse_output(spec, folder):
-    """Raise ValueError if the corpus is a run folder or a folder of prepared data."""
-    if os.path.isfile(os.path.join(folder, "run.yaml")):
-        raise ValueError(f"corpus={spec}: a run folder, not a text; set `corpus` to another path")
-    if _is_prepared(os.listdir(folder)):
-        raise ValueError(f"corpus={spec}: contains prepared data, not text; set data_dir={spec} instead")
 
 
 def _without_outputs(root, paths):

@@ -232,6 +232,25 @@ def test_a_name_above_the_files_does_not_count():
     assert found["val"] == draw(100, 2)[70:].tolist()
 
 
+def test_names_are_splits_by_the_rules_for_texts(capsys):
+    for split, n in (("train", 100), ("val", 300), ("notes", 10)):
+        write_llmc(f"x_{split}.bin", draw(n, n))
+    everything = np.concatenate([draw(n, n) for n in (10, 100, 300)]).tolist()  # in the order of the names
+    line = error_line(capsys, "corpus=x_*.bin", "data_dir=out")
+    expect(line, "corpus=x_*.bin: the validation files (", "are larger than the training files (", "split_by=name")
+    for command in (["split_by=name"], ["split_by=val_fraction", "val_fraction=0.1"]):
+        assert main(["prepare", "r.yaml", "corpus=x_*.bin", *command]) == 0
+    out = capsys.readouterr().out
+    expect(out, "train is 1 file (x_train.bin)", "1 file without a split in the name left out (x_notes.bin)")
+    expect(out, "val: 1 file, 300 tokens", "corpus=x_*.bin: val is the end of the text, val_fraction=0.1")
+    found, _ = ids_of(corpus="x_*.bin", split_by="name")
+    assert found == {"train": draw(100, 100).tolist(), "val": draw(300, 300).tolist()}
+    found, _ = ids_of(corpus="x_*.bin", split_by="val_fraction", val_fraction=0.1)
+    assert found == {"train": everything[:369], "val": everything[369:]}
+    write_llmc("a.bin", draw(100))
+    expect(error_line(capsys, "corpus=a.bin", "split_by=name"), "split_by=name: corpus=a.bin has no training file")
+
+
 def test_headerless_files_that_are_named_after_splits():
     """As nanoGPT's own, with another name: the dtype depends on the vocabulary."""
     Path("there").mkdir()

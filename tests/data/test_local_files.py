@@ -143,6 +143,8 @@ def outputs(root):
         "data/x/manifest.json": "{}",
         "data/x/train.bin": "",
         "data/x/notes.txt": "next to the tokens",
+        "refers/manifest.json": "{}",  # to token files in another folder
+        "refers/tokenizer.json": "{}",
         "exported/config.json": "{}",
         "exported/model.safetensors": "",
         "exported/README.md": "a model card",
@@ -170,8 +172,9 @@ def test_our_own_output_is_not_read(tmp_path, monkeypatch, spec):
     assert [text for text in found if text in MINE] == MINE
     assert not {"a model card", "class GPT", "generated", "next to the tokens"} & set(found)
     (note,) = [note for note in corpus.notes if "skipped" in note]
-    assert "3 folders with runs, checkpoints or prepared data skipped (" in note
-    assert all(name in note for name in ("runs/a", "data/x", "exported")) and "checkpoint-" not in note
+    count = 3 if "*" in spec else 4  # refers/ only has .json files
+    assert f"{count} folders with runs, checkpoints or prepared data skipped (" in note
+    assert all(name in note for name in ("data/x", "exported")) and "checkpoint-" not in note
 
 
 def test_a_new_run_does_not_change_the_corpus(tmp_path):
@@ -188,6 +191,8 @@ def test_our_own_output_as_corpus(refused, tmp_path):
     outputs(tmp_path)
     with refused(ValueError, f"corpus={tmp_path}/runs/a: a run folder, not a text", "another path"):
         find_corpus(f"{tmp_path}/runs/a")
+    with refused(ValueError, f"corpus={tmp_path}/refers: contains prepared data", f"data_dir={tmp_path}/refers"):
+        find_corpus(f"{tmp_path}/refers")
     assert texts(tmp_path / "exported" / "*.md") == ["a model card"], "a glob that names the folder is explicit"
     assert texts(tmp_path / "runs" / "a" / "samples.jsonl") == ["generated"]
     with refused(FileNotFoundError, f"corpus={tmp_path}/runs/*/*.jsonl", "except output of this package"):

@@ -66,6 +66,24 @@ def test_a_url_gives_the_bytes_of_the_local_files(memory, spec):
     assert_same(f"memory://bucket/{spec}", f"local/{spec}")
 
 
+@pytest.mark.parametrize("spec", ["named", "named/*.txt", "named/**"])
+def test_names_of_remote_files_are_splits(memory, spec):
+    for name, text in (("train.txt", "training text " * 9), ("valid.txt", "valid")):
+        memory.pipe(f"/bucket/named/{name}", text.encode())
+    corpus = find_corpus(f"memory://bucket/{spec}")
+    assert {split: [*corpus.documents(split)] for split in corpus.own_splits()} == {
+        "train": ["training text " * 9],
+        "val": ["valid"],
+    }
+
+
+def test_formats_are_recognized_by_content(memory):
+    memory.pipe("/bucket/c/gzip.jsonl", Path("local/x.jsonl.gz").read_bytes())
+    memory.pipe("/bucket/d/x.json", b'[{"text": "one"}, {"text": "two"}]')
+    for spec, texts in (("c/gzip.jsonl", DOCS), ("d/x.json", ["one", "two"]), ("d", ["one", "two"])):
+        assert list(find_corpus(f"memory://bucket/{spec}").documents()) == texts
+
+
 def test_names_and_urls():
     assert all(map(is_remote, ("s3://b/x", "gs://b/*.txt", "https://h/x?a=1", "hf://datasets/a/b/x", "memory://x")))
     assert not any(map(is_remote, ("s3/b", "/x://y", "hub:a/b", "C:\\x", "./x.txt", "~/x")))
@@ -93,7 +111,7 @@ def test_a_changed_file_gets_another_folder(memory):
         ("memory://bucket/sub/x.zip", [".zip is not supported"]),
         ("memory://bucket/ids.bin", ["token ids must be on this machine", "download"]),
         ("memory://bucket/cut.jsonl.gz", ["not a complete gzip file"]),
-        ("memory://bucket/latin.txt", ["not UTF-8"]),
+        ("memory://bucket/latin.txt", ["not UTF-8", "download it and", "iconv -f WINDOWS-1252 -t UTF-8 latin.txt >"]),
     ],
 )
 def test_errors_are_one_line(memory, capsys, spec, words):
