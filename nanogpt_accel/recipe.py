@@ -52,8 +52,8 @@ class Data(Section):
     lines: bool = Field(False, description="in plain text files, treat each line as a document, not each file")
     split_by: Literal["auto", "name", "val_fraction"] = Field(
         "auto",
-        description="validation data of a corpus of files. name: files or folders named train, val, valid, validation, dev "
-        "or test; val_fraction: a fraction of all files; auto: name if there are such files, otherwise val_fraction",
+        description="validation data of a corpus of files. name: files or folders named train, val, valid, validation, "
+        "dev or test; val_fraction: a fraction of all files; auto: name if there are such files, otherwise val_fraction",
     )
     dataset_config: TextOrNone = Field(None, description="configuration of hub:USER/SET, if it is not the default one")
     dataset_split: str = Field(
