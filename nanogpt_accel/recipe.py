@@ -45,15 +45,15 @@ class Data(Section):
     corpus: str = Field(
         "openwebtext",
         description="training text: python, shakespeare, openwebtext, bookcorpus, wikitext2, fineweb_edu, tinystories, "
-        "hub:USER/SET, or a local file, folder or glob of plain text, .jsonl, .csv or .parquet (also .gz and .zst), or "
-        "of .bin token files",
+        "hub:USER/SET, or a file, folder or glob of plain text, .jsonl, .csv or .parquet (also .gz and .zst), also at "
+        "a URL (s3://, gs://, https://, hf://), or of token files on this machine (.bin, .npy, .ds)",
     )
     text_column: str = Field("text", description="text column of .jsonl, .csv and .parquet files and of Hub datasets")
     lines: bool = Field(False, description="in plain text files, treat each line as a document, not each file")
     split_by: Literal["auto", "name", "val_fraction"] = Field(
         "auto",
-        description="validation data of local files. name: files or folders named train, val, valid, validation, dev "
-        "or test; val_fraction: a fraction of all files; auto: name if there are such files, otherwise val_fraction",
+        description="validation data of a corpus of files. name: files or folders named train, val, valid, validation, "
+        "dev or test; val_fraction: a fraction of the text; auto: by name if there are such files, otherwise a fraction",
     )
     dataset_config: TextOrNone = Field(None, description="configuration of hub:USER/SET, if it is not the default one")
     dataset_split: str = Field(
@@ -79,8 +79,9 @@ class Data(Section):
     )
     data_dir: TextOrNone = Field(
         None,
-        description="folder with train.bin and val.bin, as nanoGPT writes them; default: a folder in data/ named after "
-        "the corpus and the tokenizer. On the command line, prepared data replace the corpus of the recipe",
+        description="folder of token files: of this package, nanoGPT, llm.c, modded-nanogpt, Megatron-LM, datatrove or "
+        "numpy; default: a folder in data/ named after the corpus and the tokenizer. On the command line, prepared "
+        "data replace the corpus of the recipe",
     )
     val_fraction: Float = Field(
         0.0005,
@@ -584,7 +585,8 @@ def load_recipe(path, overrides=None, check=None):
             values[home][leaf] = value
     given = {key.rpartition(".")[2] for key in overrides or {}}
     if "data_dir" in given and _has_token_files(values["data"]["data_dir"]):
-        values["data"] = {key: value for key, value in values["data"].items() if key in given or key in DATA_USE_KEYS}
+        kept = given.union(DATA_USE_KEYS, _foreign_keys(values["data"]))
+        values["data"] = {key: value for key, value in values["data"].items() if key in kept}
 
     # 3) validate each value, then combinations of values
     sections, invalid = {}, set()
@@ -609,7 +611,15 @@ def load_recipe(path, overrides=None, check=None):
 def _has_token_files(data_dir):
     """Return whether data_dir contains prepared data, which replace the corpus and the tokenizer of the recipe."""
     folder = Path(os.path.expanduser(str(data_dir)))
-    return folder.is_file() or any(folder.glob("*.bin"))
+    return folder.is_file() or any(any(folder.glob(name)) for name in ("manifest.json", "*.bin", "*.npy", "*.ds"))
+
+
+def _foreign_keys(data):
+    """Return the keys of the data section that apply if data_dir contains token files of another project."""
+    if (Path(os.path.expanduser(str(data["data_dir"]))) / "manifest.json").is_file():
+        return ()
+    has_tokenizer = os.path.isdir(os.path.expanduser(str(data.get("tokenizer"))))
+    return ("val_fraction", "tokenizer") if has_tokenizer else ("val_fraction",)
 
 
 def _changed_keys(file_values, recipe):

@@ -746,7 +746,11 @@ def test_recipe_names_its_schema_and_follows_it(name):
 PREPARED = {
     "ours": ("manifest.json", "train.bin", "val.bin", "tokenizer.json"),
     "shards": ("manifest.json", "train-00000.bin", "val.bin"),
+    "refers to other files": ("manifest.json", "tokenizer.json"),
     "nanogpt": ("train.bin", "val.bin", "meta.pkl"),
+    "Megatron-LM": ("x_text_document.bin", "x_text_document.idx"),
+    "datatrove": ("00000_train.ds", "00000_train.ds.index"),
+    "numpy": ("edufineweb_train_000001.npy", "edufineweb_val_000000.npy"),
 }
 
 
@@ -760,13 +764,24 @@ def test_prepared_data_on_the_command_line_replace_the_corpus(tmp_path, files, k
     for name in files:
         (tmp_path / name).touch()
     loaded = load_recipe(recipe, {key: str(tmp_path)})
-    assert loaded.data == SECTIONS["data"](data_dir=str(tmp_path), sampling="random")
+    val_fraction = {} if "manifest.json" in files else {"val_fraction": 0.02}  # these files may have no val split
+    assert loaded.data == SECTIONS["data"](data_dir=str(tmp_path), sampling="random", **val_fraction)
     assert load_recipe(recipe, {key: str(tmp_path), "tokenizer": "char"}).data.tokenizer == "char"
     new = load_recipe(recipe, {key: str(tmp_path / "new")}).data  # the recipe's corpus is prepared there
     assert (new.corpus, new.tokenizer, new.val_fraction) == ("python", "bpe", 0.02)
     assert load_recipe(recipe, {key: "none"}).data.corpus == "python"
     recipe.write_text(f"data: {{corpus: python, data_dir: {tmp_path}}}\n")
     assert load_recipe(recipe, {}).data.corpus == "python", "a recipe that sets both means both"
+
+
+def test_files_of_another_project_are_read_with_the_tokenizer_folder_of_the_recipe(tmp_path):
+    recipe, folder = tmp_path / "r.yaml", tmp_path / "ids"
+    recipe.write_text(f"data: {{corpus: python, tokenizer: {tmp_path}}}\n")
+    folder.mkdir()
+    (folder / "x_train.bin").touch()
+    assert load_recipe(recipe, {"data_dir": str(folder)}).data.tokenizer == str(tmp_path)
+    (folder / "manifest.json").touch()
+    assert load_recipe(recipe, {"data_dir": str(folder)}).data.tokenizer == "gpt2"
 
 
 def test_the_expected_loss_is_then_for_other_data(tmp_path):

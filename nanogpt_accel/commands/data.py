@@ -23,6 +23,10 @@ class DataOptions(Section):
     """The options of `data`."""
 
     peek: Int = Field(60, ge=0, description="number of tokens to show from the start of each split")
+    tokenizer: str = Field(
+        "gpt2",
+        description="for token files of other projects without a tokenizer: gpt2, or a folder with a tokenizer.json",
+    )
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
@@ -30,15 +34,15 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel data FOLDER [key=value ...]",
-            "Show the contents of a data folder, of this package or of nanoGPT: counts, bytes per token, the ten most "
-            "common tokens, and the start of the text. If the folder has a manifest, its hashes are verified.",
+            "Show the contents of a data folder, of this package or another project: counts, bytes per token, the ten "
+            "most common tokens, and the start of the text. If the folder has a manifest, its hashes are verified.",
             {"options": DataOptions},
         )
     target, options, problems = cli.parse_options(argv, DataOptions)
     if target is None:
         problems.append("FOLDER is missing; usage: nanogpt-accel data data/NAME")
     raise_problems(problems)
-    data = dataset.open_dataset(SECTIONS["data"](data_dir=target), verify=True)
+    data = dataset.open_dataset(SECTIONS["data"](data_dir=target, tokenizer=options.tokenizer), verify=True)
     splits = {split: describe(data, split, options.peek) for split in data.splits}
     if options.json_output:
         print(json.dumps({"folder": target, "manifest": data.manifest, "splits": splits}))

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..checkpoint.run_folder import check_empty
-from ..data.manifest import read_meta
+from ..data.meta import read_meta, tokenizer_from_meta
 from ..data.tokenizer import Tokenizer
 from ..hub.card import model_card
 from ..models.export import write_model
@@ -103,8 +103,7 @@ def find_tokenizer(setting, checkpoint_file, dataset, vocab_size):
     elif setting.endswith(".pkl"):
         if not Path(setting).is_file():
             raise ValueError(f"tokenizer={setting}: no such file")
-        stoi = read_meta(setting)
-        tokenizer = Tokenizer.char_from_meta(stoi) if stoi else Tokenizer.gpt2()
+        tokenizer = tokenizer_from_meta(read_meta(setting))
     else:
         tokenizer = Tokenizer.load(setting)
     if tokenizer.vocab_size > vocab_size:

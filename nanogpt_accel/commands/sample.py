@@ -28,7 +28,8 @@ class SampleOptions(Section):
     prompt: str = Field(
         "\n",
         validation_alias=AliasChoices("prompt", "start"),
-        description="text to continue, or FILE:path to read the text from a file; alias: start, as in nanoGPT",
+        description="text to continue, or FILE:path to read the text from a file; alias: start, as in nanoGPT. The "
+        "default is a line end, or the first token of the vocabulary if it has no line end",
     )
     prompts: str | None = Field(None, description="text file with one prompt per line, instead of prompt=...")
     num_samples: Int = Field(10, ge=1, description="number of samples per prompt")
@@ -75,6 +76,8 @@ def main(argv):
     raise_problems(problems)
     folder = find_model(target, warn=Console(stderr=True))
     tokenizer = Tokenizer.load(folder)
+    if {"prompt", "start", "prompts"}.isdisjoint(given) and tokenizer.check_prompt(prompts[0], None, "prompt"):
+        prompts = [tokenizer.decode([0])]
     raise_problems(check_prompts(folder, tokenizer, prompts, options))
     write_texts(folder, tokenizer, prompts, options)
 

@@ -20,7 +20,7 @@ class Corpus:
     first: Callable | None = None  # for files: bad -> iterator over some first documents, for check_files
     skipped: dict = field(default_factory=dict)  # for a folder: {suffix: number of files that are not read}
     notes: tuple = ()  # lines about the choice of files, reported when the corpus is prepared
-    ids: Callable | None = None  # for token ids: (dtype, vocab_size, start) -> the result of readers.read_ids
+    ids: Callable | None = None  # for token ids: (vocab_size, val_fraction) -> {"train", "val", ...: TokenFile}
 
     def own_splits(self):
         """Return the corpus's own splits, "train" first. For a Hub data set, this may send a request to the Hub."""

@@ -13,8 +13,9 @@ from pathlib import Path
 from ..utils.fields import raise_problems
 from ..utils.text import file_name
 from .manifest import check_content, is_data_folder, read_manifest
+from .meta import tokenizer_from_meta
 from .sources import find_corpus, source_name
-from .token_files import AGAIN, SPLITS, TokenFile, refuse_to_overwrite, token_paths
+from .token_files import AGAIN, SPLITS, refuse_to_overwrite, token_file
 from .tokenizer import Tokenizer
 
 SPLIT_SEED = 2357  # nanoGPT's seed; fixed, so that validation losses of runs with different seeds can be compared
@@ -94,7 +95,7 @@ def check(data, block_size=None):
     if not is_data_folder(folder):
         return problems
     try:
-        manifest = read_manifest(folder)
+        manifest = _read_manifest(data, folder)
         problems = _differences(data, manifest)
     except (ValueError, OSError) as error:
         return [str(error)]
@@ -117,11 +118,10 @@ def check_fits(data, corpus):
         )
     limits = [f"{key}={getattr(data, key)}" for key in ("limit_documents", "limit_tokens") if getattr(data, key)]
     if corpus.is_single and limits:
-        lines = "" if corpus.ids else ", or set lines=true for one document per line"
-        raise ValueError(
-            f"{', '.join(limits)}: corpus={data.corpus} is a single text, which cannot be limited; remove the "
-            f"limit, or shorten the file with head -c{lines}"
-        )
+        what = "contains token ids" if corpus.ids else "is a single text"
+        shorten = "" if corpus.ids else ", shorten the file with head -c, or set lines=true for one document per line"
+        problem = f"corpus={data.corpus} {what}, which cannot be limited"
+        raise ValueError(f"{', '.join(limits)}: {problem}; remove the limit{shorten}")
 
 
 def facts_of(data, corpus):
@@ -199,23 +199,32 @@ def open_dataset(data, verify=False):
         ValueError: a file is damaged, or the data were prepared with other settings.
     """
     folder = data_folder(data)
-    manifest = read_manifest(folder)
+    manifest = _read_manifest(data, folder)
     raise_problems(_differences(data, manifest))
-    if not manifest.get("nanogpt"):
-        tokenizer = _load_tokenizer(folder, manifest)
-    else:
-        stoi = manifest["tokenizer"].get("stoi")
-        tokenizer = Tokenizer.char_from_meta(stoi) if stoi else Tokenizer.gpt2()
-        manifest["tokenizer"]["fingerprint"] = tokenizer.fingerprint
+    tokenizer = _load_tokenizer(folder, manifest)
     if data.document_mask and tokenizer.eot_id is None:
         raise ValueError(f"data.document_mask=true: {folder} has no end-of-text tokens; set document_mask=false")
     check_content(folder, manifest, tokenizer.vocab_size, verify_all=verify)
-    splits = {split: TokenFile(token_paths(folder, manifest, split), manifest["dtype"]) for split in manifest["splits"]}
+    splits = {split: token_file(folder, manifest, split) for split in manifest["splits"]}
     return Dataset(folder, manifest, tokenizer, splits)
+
+
+def _read_manifest(data, folder):
+    has_tokenizer = data.tokenizer not in TOKENIZERS  # for the token files of another project
+    return read_manifest(folder, os.path.expanduser(data.tokenizer) if has_tokenizer else None, data.val_fraction)
 
 
 def _load_tokenizer(folder, manifest):
     """Load the tokenizer of a data folder, and check that the token files were made with it."""
+    if manifest.get("nanogpt"):
+        facts = manifest["tokenizer"]
+        if "folder" in facts:
+            tokenizer = Tokenizer.load(facts["folder"])
+        else:
+            is_gpt2 = facts["kind"] == "gpt2"
+            tokenizer = Tokenizer.gpt2() if is_gpt2 else tokenizer_from_meta(facts["stoi"] or facts["vocab_size"])
+        facts["fingerprint"] = tokenizer.fingerprint
+        return tokenizer
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{path}: missing, so the token files cannot be decoded; restore it, or {AGAIN}")
@@ -226,7 +235,8 @@ def _load_tokenizer(folder, manifest):
     expected = manifest["tokenizer"]
     is_same = (tokenizer.fingerprint, tokenizer.vocab_size) == (expected["fingerprint"], expected["vocab_size"])
     is_same = is_same and expected["eot_id"] in (None, tokenizer.eot_id)
-    if not is_same or tokenizer.dtype.__name__ != manifest["dtype"]:
+    is_foreign = manifest["corpus"].get("kind") == "ids"  # these files can have any integer type
+    if not is_same or not (is_foreign or tokenizer.dtype.__name__ == manifest["dtype"]):
         raise ValueError(f"{path}: the token files were made with another tokenizer; {AGAIN}")
     return tokenizer
 
@@ -265,8 +275,8 @@ def require_block(dataset, block_size):
 def _too_short(counts, folder, block_size):
     other = {"train": "smaller", "val": "larger"}
     return [
-        f"block_size={block_size}: a sample has {block_size + 1:,} tokens, but {folder / split}.bin has {count:,}; "
-        f"set a smaller block_size, a larger corpus or a {other[split]} val_fraction"
+        f"block_size={block_size}: a sample has {block_size + 1:,} tokens, but the {split} split of {folder} has "
+        f"{count:,}; set a smaller block_size, a larger corpus or a {other[split]} val_fraction"
         for split, count in counts.items()
         if count < block_size + 1
     ]

@@ -1,4 +1,4 @@
-"""A corpus of local files: a file, a folder or a glob."""
+"""A corpus of files: a file, a folder or a glob, on this machine or at a URL."""
 
 import functools
 import glob
@@ -13,27 +13,37 @@ from pathlib import Path
 from ..utils.text import counted, data_size, file_name
 from .corpus import Corpus, location
 from .file_splits import CODE_SUFFIXES, is_about, splits_by_name
-from .readers import READERS, file_state, has_rows, looks_like_json, read_file, read_ids, suffix_of
+from .foreign_tokens import (
+    find_layout,
+    find_token_files,
+    find_unexpected,
+    is_token_file,
+    natural_order,
+    open_splits,
+    without_companions,
+)
+from .readers import READERS, file_state, has_rows, looks_like_json, read_file, suffix_of
+from .remote import find, is_remote, name_of
 
 # files in a folder are read if they have one of these suffixes; a single file or a glob may have any suffix
 TEXT_SUFFIXES = (".txt", ".text", *CODE_SUFFIXES)
 TABLE_SUFFIXES = tuple(READERS)  # each can be followed by .gz or .zst
 # not supported; an error that names the suffix is clearer than one about the first byte that is not UTF-8
 OTHER_SUFFIXES = tuple(
-    ".zip .tar .tgz .bz2 .xz .7z .rar .lz4 .arrow .feather .orc .avro .npy .pkl .pt "
+    ".zip .tar .tgz .bz2 .xz .7z .rar .lz4 .arrow .feather .orc .avro .pkl .pt "
     ".pdf .doc .docx .odt .epub .xls .xlsx".split()
 )
 
 
 def path_exists(spec):
-    """Return whether a corpus setting is a glob or an existing path. A broken link counts as existing."""
+    """Return whether a corpus setting is a URL, a glob or an existing path. A broken link counts as existing."""
     path = os.path.expanduser(spec)
-    return glob.has_magic(path) or os.path.lexists(path)
+    return is_remote(spec) or glob.has_magic(path) or os.path.lexists(path)
 
 
 def base_name(spec):
-    """Return the last part of the absolute path of a corpus setting."""
-    return os.path.basename(os.path.abspath(os.path.expanduser(spec)))
+    """Return the last part of the absolute path, or of the URL, of a corpus setting."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(name_of(spec))))
 
 
 def local_corpus(spec, column, lines, split_by="auto"):
@@ -59,16 +69,20 @@ def local_corpus(spec, column, lines, split_by="auto"):
     short = (file_name(stem).strip("-.") or "text")[:40]
     size = sum(n_bytes for _, n_bytes, _ in files)
     source = {"kind": "files", "name": name, "files": len(files), "bytes": size, "listing": listing.hexdigest()}
-    if _has_ids(files[0][0]):
+    source |= {"split_files": {split: len(names) for split, names in splits.items()}} if len(splits) > 1 else {}
+    if is_token_file(files[0][0]):
+        for path, _, _ in files:
+            find_layout(path, spec)  # reports a damaged header
         source |= {"kind": "ids"}
-        return Corpus(short, source, True, None, bytes=size, ids=lambda *args: read_ids(spec, files, *args))
+        splits = {split: [path for path, _, _ in files if path in chosen] for split, chosen in splits.items()}
+        open_ids = functools.partial(_open_ids, spec, files, splits)
+        return Corpus(short, source, True, None, tuple(splits), bytes=size, notes=tuple(notes), ids=open_ids)
     tables = {path for path in paths if has_rows(path)}
     if files[0][0] not in tables and looks_like_json(files[0][0]):
         fix = "to read only the values of text_column, rename such files to .jsonl or .json"
         notes.append(f"{location(spec, files[0][0])}: is read as plain text, but contains JSON; {fix}")
     source |= {"column": column} if tables else {}
     source |= {"lines": True} if lines else {}
-    source |= {"split_files": {split: len(names) for split, names in splits.items()}} if len(splits) > 1 else {}
     is_single = len(files) == 1 and not tables and not lines
 
     # an empty file is no document
@@ -121,7 +135,7 @@ def _find_splits(spec, states, split_by):
             files, which only split_by=name allows.
     """
     names = {Path(os.path.relpath(path, _search_root(spec))).as_posix(): path for path in states}
-    is_possible = split_by != "val_fraction" and not any(map(_has_ids, states))
+    is_possible = split_by != "val_fraction" and len(states) > 1
     found = splits_by_name({name: states[path][0] for name, path in names.items()}) if is_possible else {}
     if split_by == "name" and not found:
         raise ValueError(
@@ -167,16 +181,33 @@ def _search_root(spec):
     return path or "."
 
 
+def _open_ids(spec, files, splits, tokenizer_size, val_fraction):
+    """Return the splits of a corpus of token ids; see foreign_tokens.open_splits. files: see local_corpus."""
+    for path, *state in files:
+        if file_state(path) != tuple(state):
+            problem = "was changed or removed while the command was running"
+            raise ValueError(f"{location(spec, path)}: {problem}; run it again when the file is complete")
+    return open_splits(splits, tokenizer_size, val_fraction, spec)
+
+
 def _find_files(spec):
     """Return (folder that file names are relative to, paths of the files, {suffix: number of skipped files}, skipped
     folders that contain output of this package)."""
     path = os.path.expanduser(spec)
+    if is_remote(spec):
+        paths, is_folder = find(spec)
+        return (spec, *_find_text_files(spec, paths), []) if is_folder else (".", without_companions(paths), {}, [])
     if os.path.isfile(path):
+        path = re.sub(r"\.idx$", ".bin", path)  # the index of a Megatron-LM file
         return os.path.dirname(path), [path], {}, []
     if os.path.isdir(path):
-        return path, *_find_text_files(spec, path)
+        if os.path.isfile(os.path.join(path, "run.yaml")):
+            raise ValueError(f"corpus={spec}: a run folder, not a text; set `corpus` to another path")
+        paths, outputs = _without_outputs(path, walk(path))
+        return path, *_find_text_files(spec, paths, path), outputs
     if glob.has_magic(path):
-        files, outputs = _without_outputs(_search_root(spec), filter(_is_file, glob.glob(path, recursive=True)))
+        files = without_companions(filter(_is_file, glob.glob(path, recursive=True)))
+        files, outputs = _without_outputs(_search_root(spec), files)
         if not files:
             only = " except output of this package" if outputs else ""
             raise FileNotFoundError(f"corpus={spec}: no file matches this glob{only}; set `corpus` to another path")
@@ -187,27 +218,27 @@ def _find_files(spec):
     raise ValueError(f"corpus={spec}: {problem}, or set `corpus` to another path")
 
 
-def _find_text_files(spec, folder):
-    """Return (paths of all files with a supported suffix in a folder tree, {suffix: number of other files}, skipped
-    folders)."""
-    if os.path.isfile(os.path.join(folder, "run.yaml")):
-        raise ValueError(f"corpus={spec}: a run folder, not a text; set `corpus` to another path")
+def _find_text_files(spec, paths, folder=None):
+    """Return (paths of all files with a supported suffix, {suffix: number of other files}). paths: all files in the
+    folder tree of the corpus. folder: the folder, if it is on this machine."""
     suffixes = TEXT_SUFFIXES + TABLE_SUFFIXES
-    paths, outputs = _without_outputs(folder, walk(folder))
     files = [file for file in paths if suffix_of(file) in suffixes and _is_file(file)]
+    if files and folder and (token_file := find_unexpected(folder)):
+        globs = " or ".join(f"'{os.path.join(spec, '*' + suffix_of(str(path)))}'" for path in (token_file, files[0]))
+        raise ValueError(f"corpus={spec}: contains both text and token files ({token_file.name}); set corpus={globs}")
+    if not files and folder and _is_prepared(os.listdir(folder)):
+        raise ValueError(f"corpus={spec}: contains prepared data, not text; set data_dir={spec} instead")
+    if not files and folder and (token_files := find_token_files(folder)):
+        return [str(path) for path in token_files], {}
     if all(map(is_about, files)):  # in other folders, .json files are rather settings than data
-        files = [
-            file for file in paths if suffix_of(file) == ".json" and os.path.isfile(file) and has_rows(file)
-        ] or files
-    if not files and os.path.isfile(os.path.join(folder, "train.bin")):
-        raise ValueError(f"corpus={spec}: contains token ids, not text; set data_dir={spec} instead")
+        files = [file for file in paths if suffix_of(file) == ".json" and _is_file(file) and has_rows(file)] or files
     if not files:
         raise ValueError(
             f"corpus={spec}: contains no text file ({' '.join(suffixes)}); for other suffixes use a glob such as "
             f"'{os.path.join(spec, '*.log')}'"
         )
     skipped = Counter(map(suffix_of, paths)) - Counter(map(suffix_of, files))
-    return files, {suffix or "without a suffix": count for suffix, count in skipped.items()}, outputs
+    return files, {suffix or "without a suffix": count for suffix, count in skipped.items()}
 
 
 def _without_outputs(root, paths):
@@ -226,9 +257,13 @@ def _without_outputs(root, paths):
 def _is_output(folder):
     """Return whether a folder contains a run, prepared data, or the weights of a model."""
     names = set(os.listdir(folder))
-    has_ids = any(name.endswith(".bin") for name in names)
-    has_weights = has_ids or any(name.endswith(".safetensors") for name in names)
-    return "run.yaml" in names or ("manifest.json" in names and has_ids) or ("config.json" in names and has_weights)
+    has_weights = any(name.endswith((".bin", ".safetensors")) for name in names)
+    return "run.yaml" in names or _is_prepared(names) or ("config.json" in names and has_weights)
+
+
+def _is_prepared(names):
+    """Return whether the names of the files in a folder are those of prepared data."""
+    return "manifest.json" in names and any(name == "tokenizer.json" or name.endswith(".bin") for name in names)
 
 
 def _describe_outputs(spec, outputs):
@@ -249,12 +284,17 @@ def walk(root, excluded=None):
 
 
 def _check_formats(spec, files, lines):
-    """Raise ValueError for unsupported formats, and for .bin files that are compressed or mixed with other files."""
-    ids = [file for file in files if _has_ids(file)]
+    """Raise ValueError for unsupported formats, and for token files that are compressed or mixed with other files."""
+    ids = [file for file in files if is_token_file(re.sub(r"\.(gz|zst)$", "", file))]
     if ids and (lines or len(ids) < len(files) or any(map(_is_compressed, ids))):
         raise ValueError(
             f"{location(spec, ids[0])}: contains token ids, which cannot be compressed or mixed with text; "
             "decompress .gz and .zst files, remove text files from the path, and do not set lines"
+        )
+    if ids and is_remote(ids[0]):
+        raise ValueError(
+            f"{location(spec, ids[0])}: token ids must be on this machine, because training reads them in random "
+            "order; download the files, and set corpus to the copy"
         )
     if other := [file for file in files if suffix_of(file) in OTHER_SUFFIXES]:
         raise ValueError(
@@ -264,27 +304,21 @@ def _check_formats(spec, files, lines):
 
 
 def _sort(root, paths):
-    """Return [(name relative to the root, path), ...], sorted by name; for .bin files, by the numbers in the name."""
+    """Return [(name relative to the root, path), ...], sorted by name; for token files, by the numbers in the name."""
 
-    def name_of(path):
+    def relative(path):
         with suppress(ValueError):  # on Windows, the path can be on another drive
             path = os.path.relpath(path, root or ".")
         return Path(path).as_posix()
 
-    named = sorted((name_of(path), path) for path in paths)
-    if _has_ids(paths[0]):
-        named.sort(key=lambda file: [p.zfill(20) if p.isdigit() else p for p in re.split(r"(\d+)", file[0])])
-    return named
+    named = sorted((relative(path), path) for path in paths)
+    return sorted(named, key=lambda file: natural_order(file[0])) if is_token_file(paths[0]) else named
 
 
 def _is_file(path):
     """Return whether a path is a regular file or a broken link. Reading a broken link reports the error."""
-    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
-
-
-def _has_ids(path):
-    return suffix_of(path) == ".bin"
+    return is_remote(path) or os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 
 def _is_compressed(path):
-    return path.lower().endswith((".gz", ".zst", ".parquet"))
+    return name_of(path).lower().endswith((".gz", ".zst", ".parquet"))

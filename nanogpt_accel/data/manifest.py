@@ -1,4 +1,4 @@
-"""Read and verify data folders: those of this package, described by manifest.json, and those of nanoGPT.
+"""Read and verify data folders: those of this package, described by manifest.json, and those of other projects.
 
     manifest = read_manifest(folder)
     check_content(folder, manifest, vocab_size)
@@ -6,10 +6,8 @@
 If a folder has a manifest, its data are complete, because the manifest is the last file to be moved there.
 """
 
-import hashlib
 import json
 import os
-import pickle
 import re
 from pathlib import Path
 from typing import Literal
@@ -17,14 +15,15 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..utils.files import sha256
 from ..utils.text import counted, one_line
-from .token_files import AGAIN, FILES, SPLITS, VERSION, TokenFile, sha256_of_split, token_paths
+from .foreign_tokens import OTHER_TOKENIZER, file_entries, find_splits, find_token_files, open_splits
+from .meta import read_meta, vocabulary_facts
+from .token_files import AGAIN, SPLITS, VERSION, sha256_of_split, token_file
+from .tokenizer import Tokenizer
 
-SAMPLED_ABOVE = 2**30  # bytes; for larger nanoGPT files, only the first MiB, the last MiB and the size are hashed
+SAMPLED_ABOVE = 2**30  # bytes; for larger foreign files, only the first MiB, the last MiB and the size are hashed
 VERIFIED_BELOW = 2**26  # bytes; smaller data are hashed each time they are opened, which takes 0.2 seconds
 CHECKED_PLACES, CHECKED_TOKENS = 64, 2**18  # number of places per split where ids are checked, and tokens per place
-AGAIN_NANOGPT = "prepare it again with nanoGPT's prepare.py"
 
 
 def describe_split(manifest, split):
@@ -39,18 +38,22 @@ def describe_split(manifest, split):
 
 
 def is_data_folder(folder):
-    """Return whether a folder has token files: our own with a manifest, or nanoGPT's without one."""
-    has = {name: (Path(folder) / name).is_file() for name in FILES}
-    # .bin files next to a tokenizer.json are ours, before Writer.finish() has moved the manifest
-    return has["manifest.json"] or (has["train.bin"] and has["val.bin"] and not has["tokenizer.json"])
+    """Return whether a folder has token files: our own with a manifest, or those of another project without one."""
+    return (Path(folder) / "manifest.json").is_file() or bool(find_token_files(folder))
 
 
-def read_manifest(folder):
+def read_manifest(folder, tokenizer=None, val_fraction=0.0005):
     """Return the manifest of a data folder. Check its values and the file sizes first.
 
-    For a nanoGPT folder, create a manifest in memory: `nanogpt` is true, the tokenizer has `stoi` if there is a
-    meta.pkl, and "bytes" and "documents" are None. If a file has more than SAMPLED_ABOVE bytes, its "sha256" is
-    "sampled:" and a hash of its first MiB, last MiB and size, so that a run does not have to read 17 GB when it starts.
+    For a folder of nanoGPT or another project, create a manifest in memory: `nanogpt` is true, the tokenizer has `stoi`
+    if there is a meta.pkl, and "bytes" and "documents" are None. If a split has more than SAMPLED_ABOVE bytes, its
+    "sha256" is "sampled:" and a hash of the first MiB, the last MiB and the size of its files, so that a run does not
+    have to read 17 GB when it starts.
+
+    Args:
+        tokenizer: for a folder of another project without meta.pkl and tokenizer.json, the folder of the tokenizer;
+            default: GPT-2's.
+        val_fraction: share of the validation split, if a folder of another project has none.
 
     Returns:
         {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "dtype", "splits"}, where "splits" has the keys
@@ -69,7 +72,7 @@ def read_manifest(folder):
             raise ValueError(f"data_dir={folder}: {problem}; set data_dir to another folder, or {AGAIN}")
         raise FileNotFoundError(f"data_dir={folder}: {_describe(folder)}")
     if not path.is_file():
-        return _nanogpt_manifest(folder)
+        return _foreign_manifest(folder, tokenizer, val_fraction)
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
@@ -84,12 +87,13 @@ def read_manifest(folder):
         raise ValueError(f"{path}: version {version} is not supported (supported: version {VERSION}); {AGAIN}")
     itemsize, splits = np.dtype(manifest["dtype"]).itemsize, manifest["splits"]
     for entry in [entry for counts in splits.values() for entry in counts["files"]]:
-        file, expected = folder / entry["name"], entry["tokens"] * itemsize
+        file, expected = folder / entry["name"], entry.get("offset", 0) + entry["tokens"] * itemsize
         size = file.stat().st_size if file.is_file() else 0
-        if size != expected:
+        is_foreign = os.path.isabs(entry["name"])  # it may contain more than these tokens
+        if size < expected or (size > expected and not is_foreign):
             raise ValueError(
-                f"{file}: {size:,} bytes, but the manifest requires {expected:,} "
-                f"({entry['tokens']:,} tokens of {itemsize} bytes); {AGAIN}"
+                f"{file}: {size:,} bytes, but {path if is_foreign else 'the manifest'} requires {expected:,} "
+                f"({entry['tokens']:,} tokens of {itemsize} bytes); {'restore the file, or ' * is_foreign}{AGAIN}"
             )
     # manifest.json lists the splits in the order in which they were first written
     manifest["splits"] = {split: splits[split] for split in (*SPLITS, "test") if split in splits}
@@ -124,6 +128,7 @@ class _Base(BaseModel):
 class _File(_Base):
     name: str
     tokens: int = Field(ge=0)
+    offset: int = Field(0, ge=0)
 
 
 class _Split(_Base):
@@ -151,7 +156,7 @@ class _Manifest(_Base):
     corpus: _Corpus
     tokenizer: _Tokenizer
     val_fraction: float = Field(gt=0, lt=1)
-    dtype: Literal["uint16", "uint32"]
+    dtype: Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
     splits: dict[Literal["train", "val", "test"], _Split]
 
 
@@ -173,9 +178,12 @@ def _validate(manifest):
     for split in SPLITS:
         if split not in splits:
             raise ValueError(f"splits.{split}: Field required")
+    has_foreign_files = manifest["corpus"].get("kind") == "ids"
     for split, counts in splits.items():
         names = [file["name"] for file in counts["files"]]
         for name in names:
+            if has_foreign_files and os.path.isabs(name):
+                continue
             if not re.fullmatch(rf"{split}(-\d{{5,}})?\.bin", name) or names.count(name) > 1:
                 raise ValueError(f"splits.{split}.files: {name!r} is a duplicate or not a file name of this split")
         total = sum(file["tokens"] for file in counts["files"])
@@ -192,90 +200,65 @@ def check_content(folder, manifest, vocab_size, verify_all=False):
     Raises:
         ValueError: the content has changed, or an id is not in the vocabulary.
     """
-    paths = {split: token_paths(folder, manifest, split) for split in manifest["splits"]}
-    is_nanogpt = manifest.get("nanogpt")
-    size = sum(path.stat().st_size for files in paths.values() for path in files)
-    should_hash = not is_nanogpt and (verify_all or size < VERIFIED_BELOW)
-    for split, files in paths.items() if should_hash else ():
-        if sha256_of_split(files) != manifest["splits"][split]["sha256"]:
-            place = f"{files[0]}{' or another file of this split' if files[1:] else ''}"
+    splits = {split: token_file(folder, manifest, split) for split in manifest["splits"]}
+    is_foreign = manifest.get("nanogpt")
+    size = sum(len(tokens) * tokens.dtype.itemsize for tokens in splits.values())
+    should_hash = not is_foreign and (verify_all or size < VERIFIED_BELOW)
+    for split, tokens in splits.items() if should_hash else ():
+        if sha256_of_split(tokens) != manifest["splits"][split]["sha256"]:
+            place = f"{tokens.paths[0]}{' or another file of this split' if tokens.paths[1:] else ''}"
             raise ValueError(
                 f"{place}: has changed since it was written (its SHA-256 differs from manifest.json); {AGAIN}"
             )
-    for split, files in paths.items():
-        tokens = TokenFile(files, manifest["dtype"])
+    for split, tokens in splits.items():
         length = min(CHECKED_TOKENS, len(tokens))
         places = min(CHECKED_PLACES, -(-len(tokens) // length)) if length else 0  # fewer for a short split
         for start in np.linspace(0, len(tokens) - length, places).astype(np.int64):
-            highest = tokens.rows([start], length).max()
-            if highest >= vocab_size:
+            ids = tokens.rows([start], length)
+            for wrong in [i for i in (ids.min(), ids.max()) if not 0 <= i < vocab_size]:
                 raise ValueError(
-                    f"{files[0]}: the {split} split contains the id {highest:,}, but the tokenizer has vocabulary "
-                    f"size {vocab_size:,}; {AGAIN_NANOGPT if is_nanogpt else AGAIN}"
+                    f"{tokens.paths[0]}: the {split} split contains the id {wrong:,}, but the tokenizer has vocabulary "
+                    f"size {vocab_size:,}; {OTHER_TOKENIZER if is_foreign else AGAIN}"
                 )
 
 
-def _nanogpt_manifest(folder):
+def _foreign_manifest(folder, tokenizer, val_fraction):
+    """Return the manifest of a folder of another project. Arguments: see read_manifest."""
+    vocabulary = _find_vocabulary(folder, tokenizer)
+    files = find_token_files(folder)
+    own_names = [folder / f"{split}.bin" for split in SPLITS]
+    paths = own_names if set(own_names) <= set(files) else files  # in a nanoGPT folder, other files are ignored
     splits = {}
-    for split in SPLITS:
-        file = folder / f"{split}.bin"
-        size = file.stat().st_size
-        if size % 2:
-            raise ValueError(f"{file}: not 16-bit ids: {size:,} bytes is not a multiple of 2; {AGAIN_NANOGPT}")
+    for split, tokens in open_splits(find_splits(paths), vocabulary["vocab_size"], val_fraction).items():
+        is_large = len(tokens) * tokens.dtype.itemsize > SAMPLED_ABOVE
         splits[split] = {
-            "tokens": size // 2,
+            "tokens": len(tokens),
             "bytes": None,
             "documents": None,
-            "sha256": sha256(file) if size <= SAMPLED_ABOVE else _sampled_sha256(file, size),
-            "files": [{"name": file.name, "tokens": size // 2}],
+            "sha256": sha256_of_split(tokens, sampled=is_large),
+            "files": file_entries(tokens, folder),
         }
-    tokenizer = {"kind": "gpt2", "vocab_size": 50257, "eot_id": 50256}
-    if (folder / "meta.pkl").is_file():
-        stoi = read_meta(folder / "meta.pkl")
-        tokenizer = {"kind": "char", "vocab_size": len(stoi), "eot_id": None, "stoi": stoi}
     return {
         "version": VERSION,
         "nanogpt": True,
         "corpus": {"kind": "nanogpt", "name": folder.resolve().name},
-        "tokenizer": tokenizer,
+        "tokenizer": vocabulary,
         "val_fraction": None,
         "split_seed": None,
-        "dtype": "uint16",
+        "dtype": tokens.dtype.name,
         "splits": splits,
     }
 
 
-def _sampled_sha256(path, size):
-    """Return "sampled:" followed by a SHA-256 of the first MiB, the last MiB and the size of a file."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(file.read(2**20))
-        file.seek(-(2**20), os.SEEK_END)
-        digest.update(file.read(2**20) + str(size).encode())
-    return f"sampled:{digest.hexdigest()}"
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads only dicts, lists, tuples, strings and numbers. Never imports a class or function."""
-
-    def find_class(self, module, name):
-        raise ValueError(f"contains {module}.{name}, but only dicts, lists, tuples, strings and numbers are allowed")
-
-
-def read_meta(path):
-    """Return the stoi of a nanoGPT meta.pkl, {character: id}. No code in the pickle is executed.
-
-    Raises:
-        ValueError: the pickle has no stoi, or contains classes or functions.
-    """
-    with open(path, "rb") as file:
-        try:
-            meta = _PlainUnpickler(file).load()
-        except OSError:
-            raise
-        except Exception as error:  # a damaged pickle can raise almost any exception
-            problem = f"cannot be read ({type(error).__name__}: {one_line(error)})"
-            raise ValueError(f"{path}: {problem}; {AGAIN_NANOGPT}") from None
-    stoi = meta.get("stoi") if isinstance(meta, dict) else None
-    if not isinstance(stoi, dict) or not stoi:
-        raise ValueError(f"{path}: has no stoi, the map from characters to ids; {AGAIN_NANOGPT}")
-    return stoi
+def _find_vocabulary(folder, tokenizer):
+    """Return the `tokenizer` of the manifest of a foreign folder: of its meta.pkl, its tokenizer.json, the folder
+    `tokenizer`, or GPT-2."""
+    if (folder / "meta.pkl").is_file():
+        return vocabulary_facts(read_meta(folder / "meta.pkl"))
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = folder
+    if tokenizer is None:
+        return {"kind": "gpt2", "vocab_size": 50257, "eot_id": 50256}
+    loaded = Tokenizer.load(tokenizer)
+    facts = {key: getattr(loaded, key) for key in ("kind", "vocab_size", "eot_id")}
+    return facts | {"folder": str(tokenizer)}

@@ -24,9 +24,10 @@ from ..utils.text import counted, data_size
 from .corpus import Corpus
 from .dataset import SPLIT_SEED, check_fits, corpus_of, data_folder, facts_of, is_prepared, open_dataset
 from .encoding import tokenize
+from .foreign_tokens import cut_index, file_entries, read_ids
 from .local_files import refuse_larger_val
 from .manifest import describe_split, is_data_folder, read_manifest
-from .token_files import SPLITS, Writer, earlier_attempt, find_active_process
+from .token_files import SPLITS, Writer, earlier_attempt, find_active_process, sha256_of_split
 from .tokenizer import EncodingError, Tokenizer
 
 COUNTED_BELOW = 2**27  # bytes; the documents of a smaller corpus are measured first, to avoid writing them twice
@@ -96,21 +97,30 @@ def _prepare(folder, data, report, workers):
         with _sigterm_as_exit(), _open_writer(folder, tokenizer.dtype, all_facts, data.shard_tokens, report) as writer:
             if writer is None or writer.is_finished:  # completed by another process or by an earlier attempt
                 return
+            made = {key: getattr(tokenizer, key) for key in ("kind", "vocab_size", "fingerprint", "eot_id")}
+            facts_made = facts | {"tokenizer": facts["tokenizer"] | made}
+            if corpus.ids:
+                manifest = writer.finish(facts_made | _check_ids(data, corpus, tokenizer, report), tokenizer.save)
+                report(f"{folder}: refers to {counted(corpus.source['files'], 'file')} of token ids, without a copy")
+                _report_splits(manifest, report)
+                return
             attempt = _Attempt(data, corpus, tokenizer, writer, report, workers)
             earlier = attempt.written_bytes()
             with _unknown_characters(data):
                 cut = attempt.write(cut)
             if not cut:
                 _check_sizes(corpus, data, writer)
-                made = {key: getattr(tokenizer, key) for key in ("kind", "vocab_size", "fingerprint", "eot_id")}
-                manifest = writer.finish(facts | {"tokenizer": facts["tokenizer"] | made}, tokenizer.save)
+                manifest = writer.finish(facts_made, tokenizer.save)
                 break
             writer.discard()
     size, seconds = attempt.written_bytes(), time.perf_counter() - start
-    unit = "token ids" if corpus.ids else "text"
     new = f" ({data_size(size - earlier)} in this attempt)" if earlier else ""
     speed = data_size((size - earlier) / seconds)
-    report(f"{folder}: {data_size(size)} of {unit}{new} in {seconds:,.1f} s ({speed}/s)")
+    report(f"{folder}: {data_size(size)} of text{new} in {seconds:,.1f} s ({speed}/s)")
+    _report_splits(manifest, report)
+
+
+def _report_splits(manifest, report):
     for split in manifest["splits"]:
         report(f"{split}: {describe_split(manifest, split)}")
 
@@ -154,10 +164,10 @@ def _check_resources(folder, corpus, data, report):
         report(f"corpus={data.corpus}: {counted(corpus.source['files'], 'file')} to read{skipped}")
     for note in corpus.notes:
         report(note)
-    if corpus.bytes is None:
+    if corpus.bytes is None or corpus.ids:
         return
     # An id has 2 bytes. A BPE token covers about 4 bytes of text, or 3 if the BPE was trained on other text.
-    need = corpus.bytes * (1 if corpus.ids else 2 if data.tokenizer == "char" else 2 / 3)
+    need = corpus.bytes * (2 if data.tokenizer == "char" else 2 / 3)
     written = sum(file.stat().st_size for file in folder.glob(".partial/*.bin"))
     free = shutil.disk_usage(nearest_existing(folder)).free + written
     if need > 2**30:
@@ -167,7 +177,7 @@ def _check_resources(folder, corpus, data, report):
             f"data_dir={folder}: the token files need about {need / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB "
             "are free; set data_dir to another disk" + ("" if corpus.is_single else ", or set limit_tokens")
         )
-    if corpus.is_single and not corpus.ids and corpus.bytes > LARGE_TEXT:
+    if corpus.is_single and corpus.bytes > LARGE_TEXT:
         report(
             f"corpus={data.corpus}: a single text of {corpus.bytes / 1e9:,.1f} GB is tokenized in memory and needs "
             f"at least {4 * corpus.bytes / 1e9:,.0f} GB; to stream it, set lines=true or split it into several files"
@@ -191,6 +201,39 @@ def _make_tokenizer(data, corpus, report):
         problem = "the corpus is too small for this vocabulary size"
         report(f"vocab_size={data.vocab_size}: {problem}; the tokenizer has only {tokenizer.vocab_size:,} tokens")
     return tokenizer
+
+
+# ---- token ids
+
+
+def _check_ids(data, corpus, tokenizer, report):
+    """Read all ids of a corpus of token files once. Return {"dtype", "splits"} for the manifest.
+
+    The ids are not copied: the manifest contains the paths of the files. An end-of-text id ends a document. A document
+    that is cut is counted in train and in val.
+
+    Raises:
+        ValueError: a file is damaged or has an id that is not in the vocabulary.
+    """
+    splits, token_bytes, done = {}, tokenizer.token_bytes(), 0
+    with TextProgress("ids", corpus.bytes, report) as progress:
+        for split, tokens in corpus.ids(tokenizer.vocab_size, data.val_fraction).items():
+            documents, n_bytes = 0, 0
+            for ids in read_ids(data.corpus, tokens, tokenizer.vocab_size):
+                documents += int(np.count_nonzero(ids == tokenizer.eot_id))
+                n_bytes += 0 if token_bytes is None else int(token_bytes[ids].sum())
+                done += len(ids)
+                progress(documents=documents, bytes=done * tokens.dtype.itemsize, tokens=done)
+            splits[split] = {
+                "tokens": len(tokens),
+                "bytes": None if token_bytes is None else n_bytes,
+                "documents": documents + int(ids[-1] != tokenizer.eot_id),
+                "sha256": sha256_of_split(tokens),
+                "files": file_entries(tokens),
+            }
+    if "val" not in corpus.own_splits():
+        _report_rule(data, report, is_cut=True)
+    return {"dtype": tokens.dtype.name, "splits": splits}
 
 
 # ---- locking and interruptions
@@ -271,7 +314,7 @@ def _find_cut(corpus, data, limit, is_needed=False):
     if not is_needed and _can_be_drawn(sizes, data.val_fraction):
         return None
     length, ends = sum(sizes), list(itertools.accumulate(sizes))
-    cut = _cut_index(corpus, data, length, "characters")
+    cut = _cut_text(corpus, data, length)
     end = min(ends, key=lambda end: abs(end - cut))
     if abs(end - cut) <= min(cut, length - cut) / 4:
         cut = end
@@ -289,16 +332,14 @@ def _can_be_drawn(sizes, val_fraction):
     return all(wanted / 2 <= part <= 2 * wanted for part, wanted in parts) and (share <= 0.5 or val_fraction > 0.5)
 
 
-def _cut_index(corpus, data, length, unit):
-    """Return the index where val starts in a text or a sequence of ids. unit: "characters" or "token ids"."""
-    cut = int(length * (1 - data.val_fraction))  # nanoGPT's int(n*0.9)
-    for split, size in (("train", cut), ("val", length - cut)):
-        if not size:
-            raise ValueError(
-                f"corpus={corpus.source['name']}: has {length:,} {unit}, so the {split} split would be empty "
-                f"with val_fraction={data.val_fraction}; use a larger corpus or change val_fraction"
-            )
-    return cut
+def _cut_text(corpus, data, length):
+    """Return the index where val starts in a text of `length` characters."""
+    return cut_index(length, data.val_fraction, "characters", f"corpus={corpus.source['name']}")
+
+
+def _report_rule(data, report, is_cut):
+    rule = "the end of the text" if is_cut else "documents drawn at random"
+    report(f"corpus={data.corpus}: val is {rule}, val_fraction={data.val_fraction}")
 
 
 def _cut_documents(documents, cut):
@@ -369,36 +410,12 @@ class _Attempt:
             return None
         if not self.corpus.is_single:
             return self.write_documents(cut)
-        if self.corpus.ids:
-            self.write_ids()
-        else:
-            text = next(self.corpus.documents())
-            cut = _cut_index(self.corpus, self.data, len(text), "characters")
-            for split, part in (("train", text[:cut]), ("val", text[cut:])):
-                self.writer.write(split, self.tokenizer.encode(part), len(part.encode()))
-        self.report_rule(is_cut=True)
+        text = next(self.corpus.documents())
+        cut = _cut_text(self.corpus, self.data, len(text))
+        for split, part in (("train", text[:cut]), ("val", text[cut:])):
+            self.writer.write(split, self.tokenizer.encode(part), len(part.encode()))
+        _report_rule(self.data, self.report, is_cut=True)
         return None
-
-    def write_ids(self):
-        """Copy token ids. An end-of-text id ends a document. A document that is cut is counted in train and in val."""
-        writer, eot_id, done = self.writer, self.tokenizer.eot_id, self.writer.position
-        length, chunks = self.corpus.ids(self.tokenizer.dtype, self.tokenizer.vocab_size, done)
-        cut = _cut_index(self.corpus, self.data, length, "token ids")
-        token_bytes = self.tokenizer.token_bytes()
-        with TextProgress("ids", self.corpus.bytes, self.report) as progress:
-            for ids in chunks:
-                n_train = max(cut - done, 0)
-                for split, part, end in (("train", ids[:n_train], cut), ("val", ids[n_train:], length)):
-                    if not len(part):
-                        continue
-                    done += len(part)
-                    # a document starts at the start of a split and after each end-of-text id that has ids after it
-                    documents = (split not in writer.counts) + np.count_nonzero(part == eot_id)
-                    documents -= done == end and part[-1] == eot_id
-                    n_bytes = None if token_bytes is None else int(token_bytes[part].sum())
-                    writer.write(split, part, n_bytes, int(documents))
-                writer.commit(done)
-                self.show(progress)
 
     def write_documents(self, cut):
         """Write the documents of all splits. Return the same as write()."""
@@ -414,7 +431,7 @@ class _Attempt:
             if is_shared and not cut and self.is_unsuitable(done):
                 return _find_cut(self.corpus, self.data, done, is_needed=True)
             if is_shared:
-                self.report_rule(is_cut=bool(cut))
+                _report_rule(self.data, self.report, is_cut=bool(cut))
         bad.summarize()
         return None
 
@@ -424,10 +441,6 @@ class _Attempt:
         if count < MANY or any(split not in counts for split in SPLITS):
             return True
         return counts["val"]["bytes"] > counts["train"]["bytes"] and val_fraction <= 0.5
-
-    def report_rule(self, is_cut):
-        rule = "the end of the text" if is_cut else "documents drawn at random"
-        self.report(f"corpus={self.data.corpus}: val is {rule}, val_fraction={self.data.val_fraction}")
 
     def write_split(self, index, done, cut, is_shared, bad):
         """Write the documents of a split of the corpus, up to limit_tokens. Return the number of documents.
@@ -478,9 +491,8 @@ class _Attempt:
         return (self.data.limit_tokens or float("inf")) - self.writer.total("tokens", splits)
 
     def written_bytes(self):
-        """Return the bytes of text written so far or, for a corpus of token ids, the bytes of the ids."""
-        writer = self.writer
-        return writer.total("tokens") * writer.dtype.itemsize if self.corpus.ids else writer.total("bytes")
+        """Return the bytes of text written so far."""
+        return self.writer.total("bytes")
 
     def show(self, progress):
         writer = self.writer

@@ -1,4 +1,4 @@
-"""Read documents from text, .jsonl, .csv and .parquet files, compressed or not, and token ids from .bin files.
+"""Read documents from text, .jsonl, .csv and .parquet files, compressed or not.
 
 In all functions, `spec` is the corpus setting, for messages, and `bad` is called with a message for each document that
 cannot be read. To add a format with many documents per file, write a reader and add it to READERS.
@@ -14,12 +14,10 @@ import re
 import shlex
 from contextlib import contextmanager, suppress
 
-import numpy as np
-
 from ..utils.text import counted, one_line
 from .corpus import location, refuse
+from .remote import is_remote, name_of, open_remote, remote_state
 
-IDS_AT_ONCE = 2**22  # token ids per read
 HEAD = 2**16  # bytes at the start of a file from which its format is recognized
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # first bytes -> compression
 DELIMITERS = ",;\t|"
@@ -37,11 +35,13 @@ OTHER_FORMATS = {
 
 def suffix_of(path):
     """Return the suffix of the format: .jsonl for x.jsonl.gz."""
-    return os.path.splitext(re.sub(r"\.(gz|zst)$", "", path.lower()))[1]
+    return os.path.splitext(re.sub(r"\.(gz|zst)$", "", name_of(path).lower()))[1]
 
 
 def file_state(path):
     """Return (bytes, modification time in ns) of a file, or (0, 0) if it is missing; reading it reports the error."""
+    if is_remote(path):
+        return remote_state(path)
     try:
         stat = os.stat(path)
     except OSError:
@@ -111,6 +111,8 @@ def how_to_convert(raw, path):
         raw.decode(encoding)
     except UnicodeDecodeError:
         encoding, condition = "ENCODING", "where ENCODING is its encoding, such as GB18030"
+    if is_remote(path):
+        condition, path = f"download it and, {condition}", os.path.basename(name_of(path))
     file, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
     convert = f"iconv -f {encoding} -t UTF-8"
     command = f"{convert} {file} > {new} && mv {new} {file}"
@@ -275,27 +277,34 @@ def _read_parquet(spec, path, column, bad):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    open(path, "rb").close()  # the OSError of open() is more precise than Arrow's
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            check_column(spec, path, column, arrow_columns(schema))
-            fields = [column] if column in schema.names else column.split(".")
-            kind = functools.reduce(lambda kind, name: kind.field(name).type, fields[1:], schema.field(fields[0]).type)
-            values = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not (pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)):
-                problem = f"{location(spec, path)}: column {column} contains {kind}, not text"
-                raise ValueError(f"{problem}; set text_column to another column")
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in arrow_texts(arrow_column(batch, column)):
-                    number += 1
-                    if text is None:
-                        bad(f"{location(spec, path)}, row {number}: column {column} is null or not UTF-8 text")
-                    else:
-                        yield text
-    except (pa.ArrowException, OSError) as error:
-        raise OSError(f"not a complete parquet file ({one_line(error)})") from None
+    with _open(path) as raw:
+        try:
+            with pq.ParquetFile(_arrow_file(raw, path)) as file:
+                schema = file.schema_arrow
+                check_column(spec, path, column, arrow_columns(schema))
+                _check_text_column(spec, path, column, schema)
+                number = 0
+                for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                    for text in arrow_texts(arrow_column(batch, column)):
+                        number += 1
+                        if text is None:
+                            bad(f"{location(spec, path)}, row {number}: column {column} is null or not UTF-8 text")
+                        else:
+                            yield text
+        except (pa.ArrowException, OSError) as error:
+            raise OSError(f"not a complete parquet file ({one_line(error)})") from None
+
+
+def _check_text_column(spec, path, column, schema):
+    """Raise ValueError if a column of an Arrow schema, or a field of a struct, is not text."""
+    import pyarrow as pa
+
+    fields = [column] if column in schema.names else column.split(".")
+    kind = functools.reduce(lambda kind, name: kind.field(name).type, fields[1:], schema.field(fields[0]).type)
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)):
+        problem = f"{location(spec, path)}: column {column} contains {kind}, not text"
+        raise ValueError(f"{problem}; set text_column to another column")
 
 
 READERS = {
@@ -359,87 +368,28 @@ def check_column(spec, path, column, columns):
 @contextmanager
 def open_file(path):
     """Open a file as bytes, decompressed if its name or its content is that of a gzip or zstd file."""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1].lower())
-    with open(path, "rb") as file:  # the OSError of open() is more precise than Arrow's
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(name_of(path))[1].lower())
+    with _open(path) as file:
         compression = compression or COMPRESSED.get(file.peek(4)[:4]) or COMPRESSED.get(file.peek(2)[:2])
         if not compression:
             yield file
             return
+        import pyarrow as pa
+
+        try:
+            with pa.CompressedInputStream(_arrow_file(file, path), compression) as stream:
+                yield io.BufferedReader(stream)
+        except (pa.ArrowException, OSError) as error:
+            raise OSError(f"not a complete {compression} file ({one_line(error)})") from None
+
+
+def _open(path):
+    """Open a file as bytes. Its OSError is more precise than Arrow's."""
+    return open_remote(path) if is_remote(path) else open(path, "rb")
+
+
+def _arrow_file(file, path):
+    """Return an open file as an Arrow file. Arrow reads local files without Python."""
     import pyarrow as pa
 
-    try:
-        with pa.CompressedInputStream(pa.OSFile(path), compression) as stream:
-            yield io.BufferedReader(stream)
-    except (pa.ArrowException, OSError) as error:
-        raise OSError(f"not a complete {compression} file ({one_line(error)})") from None
-
-
-# ---- token ids
-
-
-def read_ids(spec, files, dtype, vocab_size, start):
-    """Read token files in nanoGPT's format (ids without a header) as one sequence.
-
-    files: (path, bytes, modification time) of each file, in order. start: position of the first id to yield.
-
-    Returns:
-        (number of ids in all files, iterator over arrays that contain the ids from `start` on).
-
-    Raises:
-        ValueError: a file is truncated, has ids of another dtype, or has an id that is not in the vocabulary.
-    """
-    dtype = np.dtype(dtype)
-    form = f"{dtype.name} ids of a tokenizer with vocabulary size {vocab_size:,}"
-    for path, n_bytes, _ in files:
-        if n_bytes == 0 or n_bytes % dtype.itemsize:
-            problem = f"{n_bytes:,} bytes cannot be {form}"
-            raise ValueError(f"{location(spec, path)}: {problem}; restore the file, or set `corpus` to another path")
-
-    def chunks():
-        before = 0  # ids in the files before this one
-        for path, n_bytes, changed in files:
-            place, count = location(spec, path), n_bytes // dtype.itemsize
-            for position in range(max(start - before, 0), count, IDS_AT_ONCE):
-                ids = _ids_at(spec, path, position, min(IDS_AT_ONCE, count - position), dtype)
-                if ids.max() >= vocab_size:
-                    wrong = int(np.argmax(ids >= vocab_size))
-                    raise ValueError(
-                        f"{place}: contains the id {ids[wrong]:,} at position {position + wrong:,}, but the "
-                        f"tokenizer has vocabulary size {vocab_size:,}; set tokenizer to the one that the ids were "
-                        f"made with, and write the ids as {dtype.name} without a header"
-                    )
-                if position == 0 and (other := _other_content(ids)):
-                    raise ValueError(f"{place}: looks like {other}; write the ids as {form}")
-                yield ids
-            if file_state(path) != (n_bytes, changed):
-                fix = "run the command again when the file is complete"
-                raise ValueError(f"{place}: has changed while it was read; {fix}")
-            before += count
-
-    return sum(n_bytes for _, n_bytes, _ in files) // dtype.itemsize, chunks()
-
-
-def _other_content(ids):
-    """Return what a file seems to contain if its first ids do not look like token ids, otherwise None."""
-    head = ids[:4096].tobytes()
-    if head.startswith(b"\x93NUMPY"):
-        return "a numpy.save file, which has a header (use ids.tofile(path) instead)"
-    if len(head) > 64 and not head.translate(None, bytes(range(32, 127)) + b"\t\r\n"):
-        return "text"
-    if len(ids) > 64 and ids[::2].any() and not ids[1::2].any():
-        return "integers of more than 16 bits, because every second id is 0"
-    return None
-
-
-def _ids_at(spec, path, position, count, dtype):
-    """Read `count` ids of a file. position: index of the first one."""
-    ids = np.empty(count, dtype)
-    try:
-        with open(path, "rb") as file:
-            file.seek(position * dtype.itemsize)
-            problem = None if file.readinto(ids) == ids.nbytes else "is shorter than before"
-    except OSError as error:
-        problem = error.strerror or str(error)
-    if problem:
-        raise ValueError(f"{location(spec, path)}: {problem}; restore the file, or set `corpus` to another path")
-    return ids
+    return pa.PythonFile(file, "r") if is_remote(path) else pa.OSFile(path)

@@ -1,5 +1,7 @@
 """Read and write token files in nanoGPT's format: train.bin and val.bin, which store consecutive token ids.
 
+foreign_tokens.py finds the ids in files of other formats.
+
     with Writer(folder, np.uint16) as writer:
         writer.write("train", ids, len(raw_bytes))
         writer.finish({"corpus": ...}, save_tokenizer)
@@ -36,14 +38,15 @@ AGAIN = "delete the folder and prepare it again"
 class TokenFile:
     """A sequence of token ids, stored in one file or in several consecutive files.
 
-    paths: one path, or a list of paths in order. dtype: "uint16" or "uint32".
+    paths: one path, or a list of paths in order. dtype: an integer type, such as "uint16".
+    spans: for files that contain more than these ids, (offset in bytes, number of ids) of each file.
     """
 
-    def __init__(self, paths, dtype):
+    def __init__(self, paths, dtype, spans=None):
         self.paths = [Path(path) for path in (paths if isinstance(paths, (list, tuple)) else [paths])]
         self.dtype = np.dtype(dtype)
-        lengths = [os.stat(path).st_size // self.dtype.itemsize for path in self.paths]
-        self._ends = list(itertools.accumulate(lengths))  # index of the first token after each file
+        self.spans = spans or [(0, os.stat(path).st_size // self.dtype.itemsize) for path in self.paths]
+        self._ends = list(itertools.accumulate(length for _, length in self.spans))  # index after the last id of a file
 
     def __len__(self):
         return self._ends[-1]
@@ -70,7 +73,8 @@ class TokenFile:
                     if i not in files:
                         files[i] = stack.enter_context(open(self.paths[i], "rb", buffering=0))
                     part = row[done : done + self._ends[i] - position]
-                    files[i].seek((position - (self._ends[i - 1] if i else 0)) * self.dtype.itemsize)
+                    index = position - (self._ends[i - 1] if i else 0)
+                    files[i].seek(self.spans[i][0] + index * self.dtype.itemsize)
                     if files[i].readinto(part) != part.nbytes:
                         raise OSError(f"{self.paths[i]}: was truncated after it was opened; {AGAIN}")
                     done += len(part)
@@ -229,16 +233,18 @@ class Writer:
 
         facts: JSON values for the manifest: {"corpus": {"name", ...}, "tokenizer": {"asked", "kind", "vocab_size",
         "fingerprint", "eot_id"}, "val_fraction", "split_seed"}. save_tokenizer: called with the folder to write to.
+        If the token files are in another folder and nothing was written, `facts` also has "dtype" and "splits".
         """
         with _disk_errors(self.folder):
             for split in list(self._open):
                 self._close(split)
             splits = {}
             for split, files in self.files.items():
-                digest = sha256_of_split([self.partial / file["name"] for file in files])
+                digest = sha256_of_split(TokenFile([self.partial / file["name"] for file in files], self.dtype))
                 files = [{**file, "name": self._final_name(file["name"])} for file in files]
                 splits[split] = self.counts[split] | {"sha256": digest, "files": files}
-            manifest = {"version": VERSION, **facts, "dtype": self.dtype.name, "splits": splits}
+            manifest = {"version": VERSION, **facts}
+            manifest |= {key: facts.get(key, own) for key, own in (("dtype", self.dtype.name), ("splits", splits))}
             save_tokenizer(self.partial)
             self._record("all")
             self._commit()
@@ -301,13 +307,31 @@ def find_active_process(folder):
         return None
 
 
-def token_paths(folder, manifest, split):
-    """Return the paths of the token files of a split, in order."""
-    return [Path(folder) / file["name"] for file in manifest["splits"][split]["files"]]
+def token_file(folder, manifest, split):
+    """Return the TokenFile of a split. Files in other folders have an absolute path as their name."""
+    files = manifest["splits"][split]["files"]
+    spans = [(file.get("offset", 0), file["tokens"]) for file in files]
+    return TokenFile([Path(folder) / file["name"] for file in files], manifest["dtype"], spans)
 
 
-def sha256_of_split(paths):
-    """Return the SHA-256 of a split; for several files, that of their concatenated hexadecimal hashes."""
+def sha256_of_split(tokens, sampled=False):
+    """Return the SHA-256 of a TokenFile; for several files, that of their concatenated hexadecimal hashes.
+
+    sampled: hash only the size, the first MiB and the last MiB of each file. The result starts with "sampled:".
+    """
+
+    def hash_one(path, span):
+        offset, size = span[0], span[1] * tokens.dtype.itemsize
+        if not sampled:
+            return sha256(path, offset, size)
+        with open(path, "rb") as file:
+            file.seek(offset)
+            digest = hashlib.sha256(file.read(min(2**20, size)))
+            file.seek(offset + max(size - 2**20, 0))
+            digest.update(file.read(min(2**20, size)) + str(size).encode())
+        return digest.hexdigest()
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib releases the GIL
-        hashes = list(pool.map(sha256, paths))
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        hashes = list(pool.map(hash_one, tokens.paths, tokens.spans))
+    digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return f"sampled:{digest}" if sampled else digest

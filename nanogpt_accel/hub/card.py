@@ -102,6 +102,8 @@ def _usage_code(tokenizer, block_size, needs_code):
     if tokenizer.kind == "char":  # characters outside the vocabulary are an error
         characters = tokenizer.vocab.keys() - tokenizer.special
         prompt = "".join(c for c in prompt if c in characters) or min(characters, default="")
+    elif tokenizer.kind == "wordlevel":  # so are unknown words
+        prompt = tokenizer.decode([0])
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
 {_loading_code(needs_code)}

@@ -1,6 +1,7 @@
 """Files and folders: hash, write and flush to disk, rename, delete."""
 
 import hashlib
+import math
 import os
 import shutil
 import stat
@@ -16,12 +17,15 @@ def cache_folder():
     return os.environ.get("NANOGPT_ACCEL_CACHE") or os.path.join(parent, "nanogpt_accel")
 
 
-def sha256(file):
-    """Return the SHA-256 of a file in hexadecimal."""
+def sha256(file, offset=0, size=None):
+    """Return the SHA-256 of a file in hexadecimal, or that of its `size` bytes from `offset` on."""
     digest, buffer = hashlib.sha256(), bytearray(2**16)  # larger blocks (4 MiB) are not faster, and need a larger heap
+    remaining = math.inf if size is None else size
     with open(file, "rb", buffering=0) as opened:
-        while count := opened.readinto(buffer):
+        opened.seek(offset)
+        while remaining and (count := opened.readinto(memoryview(buffer)[: min(remaining, len(buffer))])):
             digest.update(memoryview(buffer)[:count])
+            remaining -= count
     return digest.hexdigest()
 
 

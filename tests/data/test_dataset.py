@@ -207,7 +207,7 @@ def test_too_short_for_a_block(notes):
     assert require_block(ours, val - 1) == []
     for problems in (require_block(ours, val), check(data, block_size=val)):
         (problem,) = problems
-        assert f"block_size={val}:" in problem and f"{ours.folder}/val.bin has {val};" in problem
+        assert f"block_size={val}:" in problem and f"the val split of {ours.folder} has {val};" in problem
         assert "larger val_fraction" in problem
     assert len(require_block(ours, train)) == 2
     assert len(check(data.model_copy(update={"data_dir": str(ours.folder)}), block_size=train)) == 2

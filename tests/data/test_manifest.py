@@ -13,8 +13,9 @@ from data_files import TEXTS, error_line, expect, sha256, small_corpus_and_recip
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.data import dataset, prepare, token_files
 from nanogpt_accel.data import manifest as manifests
-from nanogpt_accel.data.manifest import read_manifest, read_meta
-from nanogpt_accel.data.token_files import token_paths
+from nanogpt_accel.data.manifest import read_manifest
+from nanogpt_accel.data.meta import read_meta
+from nanogpt_accel.data.token_files import token_file
 from nanogpt_accel.recipe import SECTIONS
 
 
@@ -82,7 +83,7 @@ def test_a_manifest_of_version_1_is_still_read(tmp_path):
         del counts["files"]
     (tmp_path / "manifest.json").write_text(json.dumps(old))
     assert read_manifest(tmp_path)["splits"] == manifest["splits"]
-    assert token_paths(tmp_path, read_manifest(tmp_path), "val") == [tmp_path / "val.bin"]
+    assert token_file(tmp_path, read_manifest(tmp_path), "val").paths == [tmp_path / "val.bin"]
 
 
 @pytest.mark.parametrize("folder", ["", "missing"])
@@ -150,7 +151,7 @@ def test_large_files_are_hashed_in_part(nanogpt, monkeypatch):
 
 def test_an_odd_size(refused, nanogpt):
     (nanogpt / "val.bin").write_bytes(b"123")
-    with refused(ValueError, nanogpt / "val.bin", "3 bytes", "16-bit", "prepare.py"):
+    with refused(ValueError, nanogpt / "val.bin", "3 bytes cannot be uint16 ids", "restore the file"):
         read_manifest(nanogpt)
 
 
@@ -205,7 +206,13 @@ def test_a_meta_with_numpy_values_is_refused_too(refused, nanogpt):
         pickle.dumps([1, 2]),
         pickle.dumps({"stoi": {}}),
         pickle.dumps({"stoi": 3}),
-        pickle.dumps({"vocab_size": 3}),
+        pickle.dumps({"vocab_size": 0}),
+        pickle.dumps({"vocab_size": True}),
+        pickle.dumps({"vocab_size": 10**12}),
+        pickle.dumps({"stoi": {"a": 0, "b": 2}}),
+        pickle.dumps({"stoi": {"a": 0, "b": True}}),
+        pickle.dumps({"stoi": {1: 0, "1": 1}}),
+        pickle.dumps({"itos": ["a", "a"]}),
         pickle.dumps(META)[:-5],
     ],
 )
@@ -332,7 +339,10 @@ def test_a_nanogpt_folder_of_another_tokenizers_ids(capsys, gpt2_files):
         np.array([0, 50256, 50257] * 9, "<u2").tofile(f"out/{name}")
     for command, target in (("train", "r.yaml"), ("data", "out")):
         expect(
-            error_line(capsys, command=command, target=target), "out/train.bin", "vocabulary size 50,257", "prepare.py"
+            error_line(capsys, command=command, target=target),
+            "out/train.bin",
+            "vocabulary size 50,257",
+            "set tokenizer to the folder of the tokenizer.json",
         )
 
 
@@ -342,7 +352,11 @@ def test_the_places_that_are_checked(monkeypatch, length):
     """The first, the last and evenly spaced places, or all of a short split."""
     monkeypatch.setattr(manifests, "CHECKED_TOKENS", 10)
     Path("out").mkdir()
-    manifest = {"nanogpt": True, "dtype": "uint16", "splits": {"train": {"files": [{"name": "train.bin"}]}}}
+    manifest = {
+        "nanogpt": True,
+        "dtype": "uint16",
+        "splits": {"train": {"files": [{"name": "train.bin", "tokens": length}]}},
+    }
     seen = np.zeros(length, bool)
     real = token_files.TokenFile.rows
 

@@ -35,7 +35,7 @@ from data_files import (
 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.commands import prepare as command
-from nanogpt_accel.data import dataset, encoding, prepare, readers, token_files
+from nanogpt_accel.data import dataset, encoding, foreign_tokens, prepare, token_files
 from nanogpt_accel.data.corpus import Corpus
 from nanogpt_accel.data.dataset import data_folder
 from nanogpt_accel.data.manifest import is_data_folder
@@ -235,39 +235,41 @@ def test_killed_amid_the_second_of_its_own_splits(monkeypatch):
 # ---- token ids
 
 
-def sides(folder):
-    """Return the bytes of the two splits, each of which may be several files."""
-    return [
-        b"".join(path.read_bytes() for path in sorted(Path(folder).glob(f"{split}*.bin"))) for split in ("train", "val")
-    ]
+def all_ids(ours):
+    """Return [train, val] of a Dataset, as lists of ids."""
+    return [tokens.rows([0], len(tokens))[0].tolist() for tokens in (ours.train, ours.val)]
 
 
-@pytest.mark.parametrize(("at_once", "shard_tokens"), [(2**22, 10**8), (33_333, 10**8), (7001, 20_000)])
-def test_token_ids_are_cut_as_nanogpt_cuts_a_text_and_copied(
-    shakespeare, gpt2_files, monkeypatch, at_once, shard_tokens
-):
+@pytest.mark.parametrize("at_once", [2**22, 33_333])
+def test_token_ids_are_cut_as_nanogpt_cuts_a_text_and_not_copied(shakespeare, gpt2_files, monkeypatch, at_once):
     import tiktoken
 
-    monkeypatch.setattr(readers, "IDS_AT_ONCE", at_once)
+    monkeypatch.setattr(foreign_tokens, "IDS_AT_ONCE", at_once)
     text, gpt2 = shakespeare.read_text(encoding="utf-8"), tiktoken.get_encoding("gpt2")
     everything = gpt2.encode_ordinary(text)
     np.array(everything, np.uint16).tofile("x.bin")
     n = len(everything)
     train, val = everything[: int(n * 0.9)], everything[int(n * 0.9) :]
-    ours, said = prepared(corpus="x.bin", tokenizer="gpt2", val_fraction=0.1, shard_tokens=shard_tokens)
-    assert sides("out") == [np.array(part, "<u2").tobytes() for part in (train, val)]
-    assert [ids(ours.train), ids(ours.val)] == [train, val] and ours.tokenizer.kind == "gpt2"
+    ours, said = prepared(corpus="x.bin", tokenizer="gpt2", val_fraction=0.1)
+    assert sorted(content("out")) == ["manifest.json", "tokenizer.json", "tokenizer_config.json"]
+    assert all_ids(ours) == [train, val] and ours.tokenizer.kind == "gpt2"
     manifest = ours.manifest
     assert (manifest["corpus"]["kind"], manifest["corpus"]["bytes"], manifest["split_seed"]) == ("ids", 2 * n, None)
     sizes = [len(gpt2.decode_bytes(part)) for part in (train, val)]
     assert [counts["bytes"] for counts in manifest["splits"].values()] == sizes and sum(sizes) == len(text.encode())
     assert [counts["documents"] for counts in manifest["splits"].values()] == [1, 1]
-    assert f"{2 * n / 1e3:,.1f} kB of token ids in " in said[-3]
+    assert [counts["sha256"] for counts in manifest["splits"].values()] == [
+        hashlib.sha256(np.array(part, "<u2").tobytes()).hexdigest() for part in (train, val)
+    ]
+    assert said[-4:-2] == [
+        "corpus=x.bin: val is the end of the text, val_fraction=0.1",
+        "out: refers to 1 file of token ids, without a copy",
+    ]
 
 
 @pytest.mark.parametrize("at_once", [2**22, 100, 1])
 def test_several_files_of_ids_are_one_sequence_in_the_order_of_their_names(monkeypatch, at_once):
-    monkeypatch.setattr(readers, "IDS_AT_ONCE", at_once)
+    monkeypatch.setattr(foreign_tokens, "IDS_AT_ONCE", at_once)
     texts = [text.replace("<|endoftext|>", "the end") for text in DOCS[:40]]
     char = dataset.Tokenizer.char(texts)
     Path("tok").mkdir()
@@ -281,7 +283,7 @@ def test_several_files_of_ids_are_one_sequence_in_the_order_of_their_names(monke
         name = f"out {val_fraction}"
         ours, said = prepared(corpus="f/*.bin", tokenizer="tok", val_fraction=val_fraction, data_dir=name)
         cut = int(len(everything) * (1 - val_fraction))
-        assert sides(name) == [everything[:cut].tobytes(), everything[cut:].tobytes()]
+        assert all_ids(ours) == [everything[:cut].tolist(), everything[cut:].tolist()]
         assert "corpus=f/*.bin: 4 files to read" in said
         for part, counts in zip((everything[:cut], everything[cut:]), ours.manifest["splits"].values(), strict=True):
             texts_of_part = char.decode(part).removesuffix("<|endoftext|>").split("<|endoftext|>")
@@ -316,8 +318,8 @@ def test_ids_of_a_large_vocabulary_take_32_bits(capsys):
     everything[[0, -1]] = 69_999
     everything.tofile("x.bin")
     assert main(["prepare", "r.yaml", "corpus=x.bin", "tokenizer=tok"]) == 0
-    assert sides("out") == [everything[:2400].tobytes(), everything[2400:].tobytes()]
     ours = dataset.open_dataset(section(corpus="x.bin", tokenizer="tok"))
+    assert all_ids(ours) == [everything[:2400].tolist(), everything[2400:].tolist()]
     assert ours.manifest["dtype"] == "uint32" and ours.text_bytes("train") is ours.text_bytes("val") is None
     assert "train: 2,400 tokens\nval: 600 tokens\n" in capsys.readouterr().out
     assert main(["data", "out"]) == 0
@@ -334,51 +336,14 @@ def test_words_that_the_tokenizer_does_not_have_are_named(refused):
         prepared(corpus="one.txt", tokenizer="words")
 
 
-def test_interrupted_ids_are_resumed_and_only_the_rest_is_read(gpt2_files, monkeypatch):
-    monkeypatch.setattr(readers, "IDS_AT_ONCE", 100)
-    everything = np.random.default_rng(0).integers(0, 50257, 5000).astype("<u2")
-    for name, part in (("a.bin", everything[:1950]), ("b.bin", everything[1950:])):
-        part.tofile(name)
-    given = {"corpus": "?.bin", "tokenizer": "gpt2", "shard_tokens": 1000}
-    prepared(**given, data_dir="straight")
-    real, read, stops = readers._ids_at, [], [10, 35]
-
-    def ids_at(spec, path, at, *rest):
-        if stops and len(read) == stops[0]:
-            stops.pop(0)
-            raise KeyboardInterrupt
-        read.append((path, at))
-        return real(spec, path, at, *rest)
-
-    monkeypatch.setattr(readers, "_ids_at", ids_at)
-    for kept in (1, 1):  # a text without an end is one document
-        said = []
-        with pytest.raises(KeyboardInterrupt):
-            prepare.prepare(section(**given), said.append)
-        assert said[-1] == f"out: interrupted; {kept} document kept; run the same command to resume"
-    _, said = prepared(**given)
-    assert "out: resuming an interrupted preparation" in said
-    assert read == [("a.bin", at) for at in range(0, 1950, 100)] + [("b.bin", at) for at in range(0, 3050, 100)]
-    assert content("out") == content("straight")
-    assert sides("out") == [everything[:4000].tobytes(), everything[4000:].tobytes()]
-
-
-def test_killed_when_all_ids_were_written(gpt2_files, monkeypatch):
+def test_interrupted_while_ids_are_read(gpt2_files, monkeypatch):
     np.arange(3000, dtype=np.uint16).tofile("x.bin")
     given = {"corpus": "x.bin", "tokenizer": "gpt2"}
-    prepared(**given, data_dir="straight")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(
-            token_files,
-            "write_atomically",
-            lambda path, text, real=token_files.write_atomically: (
-                real(path, text) if "manifest" not in str(path) else (_ for _ in ()).throw(KeyboardInterrupt)
-            ),
-        )
+        patch.setattr(prepare, "sha256_of_split", lambda tokens: (_ for _ in ()).throw(KeyboardInterrupt))
         prepared(**given)
-    assert json.loads(Path("out/.partial/progress.json").read_text())["position"] == "all"
-    prepared(**given)
-    assert content("out") == content("straight")
+    assert not Path("out").exists()
+    assert all_ids(prepared(**given)[0]) == [[*range(2400)], [*range(2400, 3000)]]
 
 
 # ---- limits
@@ -767,15 +732,6 @@ def test_a_full_disk_is_reported_before_anything_is_written(capsys, monkeypatch)
     line = refusal(capsys, "corpus=x.txt", "lines=true")
     assert "data_dir=out" in line and "GB" in line and "limit_tokens" in line
     assert main(["prepare", "r.yaml", "corpus=x.txt", "lines=true", "limit_tokens=1000"]) == 0
-
-
-def test_ids_need_their_size_on_disk(gpt2_files, capsys, monkeypatch):
-    np.arange(3000, dtype=np.uint16).tofile("x.bin")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9000, 3001, 5999))
-    line = refusal(capsys, "corpus=x.bin", "tokenizer=gpt2")
-    assert "data_dir=out" in line and "another disk" in line and "limit_tokens" not in line
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9000, 3000, 6000))
-    assert main(["prepare", "r.yaml", "corpus=x.bin", "tokenizer=gpt2"]) == 0
 
 
 def test_resuming_needs_disk_space_for_the_rest_only(monkeypatch):

@@ -14,7 +14,7 @@ from data_files import ENV, FACTS, names, save_tokenizer, sha256, write
 
 from nanogpt_accel.data import token_files
 from nanogpt_accel.data.manifest import is_data_folder, read_manifest
-from nanogpt_accel.data.token_files import TokenFile, Writer, token_paths
+from nanogpt_accel.data.token_files import TokenFile, Writer, token_file
 
 # ---- writing
 
@@ -88,7 +88,7 @@ def test_an_interruption_keeps_complete_documents(tmp_path, error):
         writer.write("val", np.arange(5), 9)
         writer.finish(FACTS, save_tokenizer)
     manifest = read_manifest(tmp_path / "data")
-    files = token_paths(tmp_path / "data", manifest, "train")
+    files = token_file(tmp_path / "data", manifest, "train").paths
     assert [*TokenFile(files, "uint16").rows([0], 800)[0]] == [*range(200)] * 4 and len(files) == 2
 
 

@@ -133,8 +133,8 @@ EARLY = [
     ([*TINY, "corpus=empty.txt"], ["corpus=empty.txt", "no text"]),
     ([*TINY, "corpus=nothing"], ["corpus=nothing", "contains no text file"]),
     ([*TINY, "corpus=latin.txt"], ["corpus=latin.txt", "not UTF-8", "byte 0", "iconv"]),
-    ([*TINY, "corpus=short.txt", "val_fraction=0.5"], ["train.bin", "17 tokens"], ["val.bin", "17 tokens"]),
-    ([*TINY, "corpus=few.txt"], ["val.bin", "block_size=16", "has 12", "larger val_fraction"]),
+    ([*TINY, "corpus=short.txt", "val_fraction=0.5"], ["the train split", "17 tokens"], ["the val split", "17 tokens"]),
+    ([*TINY, "corpus=few.txt"], ["the val split", "block_size=16", "has 12", "larger val_fraction"]),
     # out_dir not writable, or already a run
     (["train", "tiny.yaml", "out_dir=text.txt/run"], ["out_dir=text.txt/run", "text.txt is a file"]),
     (["train", "tiny.yaml", "out_dir=/proc/run"], ["out_dir=/proc/run", "cannot write", "another folder"]),

@@ -7,7 +7,7 @@ import nanogpt_accel
 
 
 def test_nothing_is_unpickled():
-    """Only two files name pickle: manifest.py, to refuse everything but plain values, and nanogpt.py, which reads
+    """Only two files name pickle: meta.py, to refuse everything but plain values, and nanogpt.py, which reads
     nanoGPT's ckpt.pt with weights_only, for the name of the error that torch raises."""
     loaders = {"torch", "pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "np", "numpy"}
     uses = []
@@ -43,8 +43,8 @@ def test_nothing_is_unpickled():
             elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert [ast.unparse(k.value) for k in node.keywords if k.arg == "weights_only"] == ["True"]
     assert sorted(uses) == [
-        ("manifest.py", "import pickle"),
-        ("manifest.py", "pickle.Unpickler"),
+        ("meta.py", "import pickle"),
+        ("meta.py", "pickle.Unpickler"),
         ("nanogpt.py", "import pickle"),
         ("nanogpt.py", "torch.load"),
     ]

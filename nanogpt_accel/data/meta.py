@@ -1,0 +1,96 @@
+"""Read the vocabulary of a nanoGPT meta.pkl: characters, words, or only its size.
+
+nanoGPT trains on any ids below vocab_size: music, chess moves, DNA. The samples of such a model are words or ids.
+"""
+
+import pickle
+import re
+
+from ..utils.text import one_line
+from .tokenizer import Tokenizer
+
+AGAIN = "prepare it again with nanoGPT's prepare.py"
+LARGEST = 1_000_000  # vocabulary size; a damaged file could ask for any amount of memory
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads only dicts, lists, tuples, strings and numbers. Never imports a class or function."""
+
+    def find_class(self, module, name):
+        raise ValueError(f"contains {module}.{name}, but only dicts, lists, tuples, strings and numbers are allowed")
+
+
+def read_meta(path):
+    """Return the vocabulary of a nanoGPT meta.pkl. No code in the pickle is executed.
+
+    Returns:
+        {token: id}, from `stoi` or the inverse of `itos`. Tokens that are not strings, such as (pitch, duration),
+        become strings. If there is only a vocab_size, that number.
+
+    Raises:
+        ValueError: the pickle has no vocabulary, contains classes or functions, or the ids are not 0 to n - 1.
+    """
+    with open(path, "rb") as file:
+        try:
+            meta = _PlainUnpickler(file).load()
+        except OSError:
+            raise
+        except Exception as error:  # a damaged pickle can raise almost any exception
+            problem = f"cannot be read ({type(error).__name__}: {one_line(error)})"
+            raise ValueError(f"{path}: {problem}; {AGAIN}") from None
+    meta = meta if isinstance(meta, dict) else {}
+    stoi, itos, size = (meta.get(key) for key in ("stoi", "itos", "vocab_size"))
+    if stoi is None and itos is None and type(size) is int and 1 <= size <= LARGEST:
+        return size
+    if isinstance(stoi, dict):
+        pairs = list(stoi.items())
+    elif isinstance(itos, dict):
+        pairs = [(token, i) for i, token in itos.items()]
+    else:
+        pairs = [(token, i) for i, token in enumerate(itos)] if isinstance(itos, (list, tuple)) else []
+    if not pairs:
+        problem = f"has no stoi, the map from tokens to ids, no itos and no vocab_size from 1 to {LARGEST:,}"
+        raise ValueError(f"{path}: {problem}; {AGAIN}")
+    vocab = {str(token): i for token, i in pairs}
+    # repr, because an id can be of any type, and True == 1
+    if len(vocab) < len(pairs) or sorted(map(repr, vocab.values())) != sorted(map(repr, range(len(vocab)))):
+        problem = f"stoi must map each token to a different id from 0 to {len(pairs) - 1:,}"
+        raise ValueError(f"{path}: {problem}; {AGAIN}")
+    return vocab
+
+
+def vocabulary_facts(meta):
+    """Return the `tokenizer` of a manifest for the result of read_meta. `stoi` is None if there are only ids."""
+    stoi = meta if isinstance(meta, dict) else None
+    size = len(stoi) if stoi else meta
+    kind = "char" if stoi and _has_characters(stoi) else "wordlevel"
+    return {"kind": kind, "vocab_size": size, "eot_id": None, "stoi": stoi}
+
+
+def tokenizer_from_meta(meta):
+    """Return the Tokenizer of a meta.pkl. meta: the result of read_meta, {token: id} or the vocabulary size.
+
+    Words and ids are separated by one space. But no space is added if the tokens contain spaces themselves (" the"), or
+    if most of them are single characters (C, N, Cl and Br in SMILES).
+    """
+    vocab = meta if isinstance(meta, dict) else {str(i): i for i in range(meta)}
+    if isinstance(meta, dict) and _has_characters(vocab):
+        return Tokenizer.char_from_meta(vocab)
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    # <unk> is not in the vocabulary, so that an unknown word is an error, as in nanoGPT
+    backend = Backend(models.WordLevel(vocab, unk_token="<unk>"))
+    is_joined = any(" " in token for token in vocab) or 2 * sum(len(token) == 1 for token in vocab) > len(vocab)
+    if isinstance(meta, dict) and is_joined:
+        longest_first = sorted(filter(None, vocab), key=len, reverse=True)
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
+        backend.decoder = decoders.Fuse()
+    else:
+        # in a Sequence, so that Tokenizer does not take a vocabulary of the ids 0 to 9 for characters
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed")])
+    return Tokenizer(backend.to_str())
+
+
+def _has_characters(vocab):
+    return all(len(token) == 1 for token in vocab)
