@@ -53,7 +53,7 @@ class Data(Section):
     split_by: Literal["auto", "name", "val_fraction"] = Field(
         "auto",
         description="validation data of a corpus of files. name: files or folders named train, val, valid, validation, "
-        "dev or test; val_fraction: a fraction of the text; auto: by name if there are such files, otherwise a fraction",
+        "dev or test; val_fraction: a part of the text; auto: name if there are such files, otherwise val_fraction",
     )
     dataset_config: TextOrNone = Field(None, description="configuration of hub:USER/SET, if it is not the default one")
     dataset_split: str = Field(
