@@ -410,7 +410,7 @@ class GPTModel(GPTPreTrainedModel):
             input_ids: (B, T) int64; or inputs_embeds: (B, T, C).
             attention_mask: (B, T_past + T), with 1 for tokens and 0 for padding. None: no padding.
             position_ids: (B, T) or (1, T). None: consecutive positions that start after the tokens in the cache.
-            cache: a transformers Cache (called past_key_values before transformers 5.24).
+            cache: a transformers Cache. past_key_values is its older name, which PEFT uses.
             use_cache: whether to return a KV cache. None: as in the config, but not in train mode.
             kwargs: output_hidden_states=True also returns the input of each block and the final hidden states.
                 output_attentions=True also returns the attention weights. The rest is passed to the attention function.
@@ -435,7 +435,10 @@ class GPTModel(GPTPreTrainedModel):
             T_past = cache.get_seq_length()
         is_learned = self.config.position == "learned"
         if is_learned and not isinstance(T_past, torch.Tensor) and T_past + T > self.config.block_size:
-            raise ValueError(f"a sequence of {T_past + T} tokens is longer than block_size={self.config.block_size}")
+            raise ValueError(
+                f"a sequence of {T_past + T} tokens is longer than block_size={self.config.block_size}; shorten it, or "
+                "set max_new_tokens to generate fewer tokens"
+            )
         # without padding and a cache, SDPA's is_causal replaces the mask
         is_plain = attention_mask is None and position_ids is None and cache is None
         if not (is_plain and self.config._attn_implementation == "sdpa"):
@@ -524,8 +527,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
             use_cache = False
         outputs = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, **kwargs)
         x = outputs.last_hidden_state  # (B, T, C)
-        # before transformers 5.24, the cache was called past_key_values
-        others = outputs.get("cache", outputs.get("past_key_values")), outputs.hidden_states, outputs.attentions
+        others = outputs.cache, outputs.hidden_states, outputs.attentions
 
         largest_logits = self.largest_logits or (2**24 if x.device.type == "cpu" else 2**27)
         n_chunks = math.ceil(x.shape[0] * x.shape[1] * self.config.vocab_size / largest_logits)
@@ -581,7 +583,8 @@ AUTO_CLASSES = {
     AutoModelForSequenceClassification: GPTForSequenceClassification,
     AutoModelForTokenClassification: GPTForTokenClassification,
 }
-AutoConfig.register(GPTConfig.model_type, GPTConfig, exist_ok=True)
+if not __name__.startswith("transformers_modules."):  # a copy of this file must not replace that of another model
+    AutoConfig.register(GPTConfig.model_type, GPTConfig, exist_ok=True)
 for auto_class, model_class in AUTO_CLASSES.items():
     if auto_class is not AutoConfig:
         auto_class.register(GPTConfig, model_class, exist_ok=True)

@@ -4,11 +4,15 @@ import copy
 import dataclasses
 import inspect
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from families import FAMILIES, config_of
+from shared import WITHOUT_THE_PACKAGE
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -174,3 +178,24 @@ def test_static_cache_gives_the_same_logits_without_a_graph_break(family, ids):
     with torch.no_grad():
         logits = [forward(ids[:, :5], cache=cache).logits, forward(ids[:, 5:], cache=cache).logits]
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-5)
+
+
+# ---- models in one process
+
+
+def test_each_model_folder_runs_its_own_code(tmp_path):
+    """Two folders with different copies of model.py, in a process without the package."""
+    for name in ("first", "second"):
+        GPT(config_of("gpt2", n_layer=1)).save_pretrained(tmp_path / name)
+        with open(tmp_path / name / "model.py", "a") as file:
+            file.write(f'\nGPT.origin = "{name}"\n')
+    code = """
+from transformers import AutoModelForCausalLM
+models = [AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True) for name in ("first", "second")]
+assert [model.origin for model in models] == ["first", "second"]
+"""
+    (tmp_path / "script.py").write_text(WITHOUT_THE_PACKAGE + code)
+    env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr

@@ -133,6 +133,6 @@ def converted_card(source, name, tokenizer, block_size, *, needs_code, repo=None
     readme = Path(source) / "README.md"
     card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     if "nanogpt_accel" not in card.split("\n---", 1)[0]:  # nanogpt_accel is not in the tags
-        text = "A language model, converted from another format by nanogpt_accel."
+        text = "A language model, exported by nanogpt_accel."
         card = model_card(name, text, tokenizer, block_size, needs_code=needs_code)
     return adapt_usage(card, needs_code, repo, branch)

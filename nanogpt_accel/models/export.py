@@ -121,6 +121,7 @@ def export_gguf(source, to, keep_padding=False, dtype="float32", report=print):
     form, obstacles = gguf_architecture(config, tokenizer)
     _raise_obstacles(source, f"llama.cpp (closest architecture: {form})", obstacles)
     model, config = _load_for_file(source, config, tokenizer, keep_padding, report)
+    config["pad_token_id"] = None  # the file has no padding token
     weights, notes = _stock_model(model, form, config["vocab_size"])[1], []
     as_in_llama_cpp = {"norm_weight": True}  # weights of one if the model has none
     if form == "gpt2" and config["activation"] == "gelu":

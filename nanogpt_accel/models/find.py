@@ -45,6 +45,8 @@ def find_model(target, warn=print, bars=True):
         path = download(str(target), warn, bars)
     elif list_checkpoints(path) and not _has_own_model(path):
         return _best_valid(path, target, warn)
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(f"{target}: a PEFT adapter, not a model; save the model that merge_and_unload() returns")
     if problem := _find_model_corruption(path):
         kind = "neither a run nor a model folder" if Path(target).is_dir() else "not a model folder"
         raise ValueError(f"{target}: {nanogpt_hint(target) or f'{kind}: {problem}'}")
@@ -63,8 +65,12 @@ def _best_valid(run, target, warn):
     latest = latest_valid(run, warn, resumable=False)
     if latest is None:
         raise ValueError(f"{target}: the run folder does not contain a valid checkpoint")
-    best_step = read_trainer(latest)["best_step"] if has_matching_trainer(latest) else None
-    best = latest if best_step is None else checkpoint_path(run, best_step)
+    best = latest
+    if has_matching_trainer(latest) and (best_step := read_trainer(latest)["best_step"]) is not None:
+        best = checkpoint_path(run, best_step)
+    elif (latest / "trainer_state.json").is_file():  # of transformers' Trainer
+        state = json.loads((latest / "trainer_state.json").read_text(encoding="utf-8"))
+        best = run / Path(state.get("best_model_checkpoint") or latest).name
     return best if find_corruption(best, resumable=False) is None else latest
 
 

@@ -22,6 +22,9 @@ def read_config(folder):
         ) from None
     kind = stored.get("model_type")
     try:
+        for name in stored.get("architectures") or []:
+            if str(name).endswith(("Classification", "QuestionAnswering")):
+                raise ValueError(f"{name} is not a language model, because it has no output head")
         if kind == "nanogpt_accel":
             config = {**DEFAULTS, "bos_token_id": None, "eos_token_id": None, **stored}
         elif kind in ARCHITECTURES:

@@ -1,13 +1,19 @@
 """A model is found by a run folder, a checkpoint, another model's folder or a Hub id."""
 
+import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from tiny_run import TEXT, TinyRun
 
+from nanogpt_accel.__main__ import main
 from nanogpt_accel.checkpoint.layout import list_checkpoints
+from nanogpt_accel.model import GPT, GPTConfig, GPTForSequenceClassification
 from nanogpt_accel.models.find import find_model
+
+SMALL = GPTConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=8)
 
 
 @pytest.fixture
@@ -117,3 +123,25 @@ def test_a_target_without_a_model_says_what_was_looked_for(refused, tmp_path, mo
     (tmp_path / "empty").mkdir()
     with refused(kind, *words):
         find_model(target)
+
+
+def test_a_peft_adapter_and_a_classifier_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    GPTForSequenceClassification(SMALL).save_pretrained("classifier")
+    for folder, words in (("adapter", "a PEFT adapter"), ("classifier", "Classification is not a language model")):
+        assert main(["export", folder, "--to", "x"]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: {folder}: ") and words in line
+
+
+def test_the_best_checkpoint_of_trainer_is_taken(tmp_path):
+    for step in (10, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        GPT(SMALL).save_pretrained(folder)
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": "elsewhere/checkpoint-10"}))
+    assert find_model(tmp_path).name == "checkpoint-10"
+    (tmp_path / "checkpoint-20/trainer_state.json").write_text(json.dumps({"best_model_checkpoint": None}))
+    assert find_model(tmp_path).name == "checkpoint-20"

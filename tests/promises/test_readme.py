@@ -428,7 +428,12 @@ def test_commands_in_headers_of_recipes_and_configs_are_valid(check):
             "by 16 processes",
         ),
         ("configs/README.md", "configs/slurm/multi_node.sbatch", "configs/slurm/many.sbatch", "many.sbatch"),
-        ("README.md", "`python -m nanogpt_accel.train`", "`python -m nanogpt_accel.trian`", "unknown command trian"),
+        (
+            "nanogpt_accel/commands/README.md",
+            "`python -m nanogpt_accel.train`",
+            "`python -m nanogpt_accel.trian`",
+            "unknown command trian",
+        ),
         ("tests/README.md", "python tests/support/torture.py", "python tests/tortur.py", "tortur.py"),
         (
             "nanogpt_accel/commands/README.md",
