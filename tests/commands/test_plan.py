@@ -113,6 +113,12 @@ def test_days_match_nanogpts_notebook(capsys):
     assert found["days"] == pytest.approx(six_n_d * per_token * found["tokens"] / 300e9, rel=1e-3)
 
 
+def test_the_quickstart_trains_for_a_minute_on_the_slowest_machine_seen(capsys):
+    # 2 cores with AVX2 needed 120 ms for 8.9e9 FLOPs of the first version of this recipe
+    found = planned(ROOT / "recipes" / "quickstart.yaml", capsys=capsys)
+    assert found["flops"] / (8.9e9 / 0.12) < 60
+
+
 def test_a_checkpoint_on_disk_has_the_size_that_was_planned(capsys):
     Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 300)
     words = [
