@@ -102,6 +102,8 @@ class GPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        if self.__dict__["n_kv_head"] is not None:  # to_dict has both names
+            kwargs.pop("num_key_value_heads", None)
         # save_pretrained adds only the class that is saved; with all of them, AutoModel finds the body of a saved GPT
         kwargs.setdefault("auto_map", {auto.__name__: f"model.{ours.__name__}" for auto, ours in AUTO_CLASSES.items()})
         super().__post_init__(**kwargs)
@@ -128,10 +130,15 @@ class GPTConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise a ValueError if the settings are inconsistent. transformers calls this for every new config."""
+        for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head != 0:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         if self.__dict__["head_dim"] is None and self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if self.n_head % self.n_kv_head != 0:
-            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim={self.head_dim} must be at least 1")
         if self.position == "rotary" and self.head_dim % 2 != 0:
             raise ValueError(f"head_dim={self.head_dim} is odd, but rotary embeddings require an even head_dim")
         for key, choices in {
@@ -420,8 +427,11 @@ class GPTModel(GPTPreTrainedModel):
             (B, T, C)) and attentions (n_layer tensors (B, nh, T, T_past + T)).
 
         Raises:
-            ValueError: the sequence is longer than block_size, and the model has learned positions.
+            ValueError: the sequence is longer than block_size, and the model has learned positions; or not exactly one
+                of input_ids and inputs_embeds is given.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is required")
         cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -429,22 +439,23 @@ class GPTModel(GPTPreTrainedModel):
             cache = DynamicCache(config=self.config)
 
         tok_emb = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        T, T_past = tok_emb.shape[1], 0
-        # if positions are given, only ask a DynamicCache for its length: others may store it in a tensor, or have none
-        if cache is not None and (position_ids is None or isinstance(cache, DynamicCache)):
-            T_past = cache.get_seq_length()
-        is_learned = self.config.position == "learned"
-        if is_learned and not isinstance(T_past, torch.Tensor) and T_past + T > self.config.block_size:
-            raise ValueError(
-                f"a sequence of {T_past + T} tokens is longer than block_size={self.config.block_size}; shorten it, or "
-                "set max_new_tokens to generate fewer tokens"
-            )
+        T, length = tok_emb.shape[1], None
         # without padding and a cache, SDPA's is_causal replaces the mask
         is_plain = attention_mask is None and position_ids is None and cache is None
         if not (is_plain and self.config._attn_implementation == "sdpa"):
             attention_mask = create_causal_mask(self.config, tok_emb, attention_mask, cache, position_ids)
         if position_ids is None:
+            T_past = cache.get_seq_length() if cache is not None else 0  # a static cache returns a tensor
+            length = T_past + T
             position_ids = torch.arange(T, device=tok_emb.device).unsqueeze(0) + T_past  # (1, T)
+        elif position_ids.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
+            length = position_ids.max().item() + 1
+        is_learned = self.config.position == "learned"
+        if is_learned and isinstance(length, int) and length > self.config.block_size:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than block_size={self.config.block_size}; shorten it, or set "
+                "max_new_tokens to generate fewer tokens"
+            )
 
         x, rotary = tok_emb, None
         if is_learned:
@@ -454,7 +465,7 @@ class GPTModel(GPTPreTrainedModel):
         if self.config.embd_norm:
             x = self.ln_embd(x)
         x = self.drop(x)
-        for block in self.h:
+        for block in self.h[: self.config.n_layer]:  # self-speculative decoding lowers n_layer
             x = block(x, attention_mask, cache, rotary, **kwargs)
         return BaseModelOutputWithPast(self.ln_f(x), cache)
 

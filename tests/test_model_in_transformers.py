@@ -199,3 +199,57 @@ assert [model.origin for model in models] == ["first", "second"]
     env.pop("PYTHONPATH", None)
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- inputs
+
+
+def test_positions_that_start_again_may_be_longer_than_block_size():
+    """Packed documents, compared with each document alone; also Trainer's DataCollatorWithFlattening."""
+    model = tiny("gpt2", block_size=16)
+    ids = torch.randint(0, 65, (1, 24), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(12).repeat(2).unsqueeze(0)
+    logits = model(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(logits[:, 12:], model(ids[:, 12:]).logits, rtol=0, atol=1e-5)
+
+
+def test_left_padding_does_not_count_for_block_size():
+    model = tiny("gpt2", block_size=16)
+    ids = torch.randint(0, 64, (1, 4), generator=torch.Generator().manual_seed(3))
+    padded, mask = F.pad(ids, (14, 0), value=64), F.pad(torch.ones_like(ids), (14, 0))
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 64}
+    alone = model.generate(ids, **options)[:, 4:]
+    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 18:], alone)
+
+
+def test_generating_more_than_block_size_is_refused_with_the_fix(refused, ids):
+    with refused(ValueError, "block_size=16", "set max_new_tokens"):
+        tiny("gpt2", block_size=16).generate(ids, max_new_tokens=8)
+
+
+@each_family
+def test_fewer_layers_can_be_used(family, ids):
+    """Self-speculative decoding of transformers lowers the number of layers in the config."""
+    model, shallow = tiny(family), tiny(family)
+    shallow.transformer.h = shallow.transformer.h[:1]
+    model.config.num_hidden_layers = 1
+    assert torch.equal(model(ids, use_cache=False).logits, shallow(ids, use_cache=False).logits)
+
+
+def test_exactly_one_kind_of_input_is_required(refused, ids):
+    model = tiny("gpt2")
+    for inputs in ({}, {"input_ids": ids, "inputs_embeds": model.transformer.wte(ids)}):
+        with refused(ValueError, "exactly one of input_ids and inputs_embeds"):
+            model(**inputs)
+
+
+def test_an_edited_dictionary_of_a_config_is_used():
+    fields = config_of("llama").to_dict()
+    for n_kv_head in (1, 4):
+        assert GPTConfig(**fields | {"n_kv_head": n_kv_head}).num_key_value_heads == n_kv_head
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner", "n_kv_head"])
+def test_sizes_below_one_are_refused(key):
+    with pytest.raises(Exception, match=f"{key}=0"):
+        config_of("gpt2", **{key: 0})

@@ -8,7 +8,6 @@ nanogpt-accel export runs/gpt2 --to nanoGPT/out/ckpt.pt
 
 import os
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -73,7 +72,7 @@ def main(argv):
 
 def check_output(to, options):
     """Return (to, form, problems): the output folder or file, its form, and a list of problems with the options."""
-    implied = FILE_FORMS.get(Path(to).suffix)
+    implied = next((form for extension, form in FILE_FORMS.items() if to.lower().endswith(extension)), None)
     form = options.form if options.form != "auto" else implied or "stock"
     if form == "nanogpt" and implied is None:
         to, implied = os.path.join(to, "ckpt.pt"), "nanogpt"

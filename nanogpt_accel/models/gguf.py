@@ -93,11 +93,11 @@ def _add_tokenizer(writer, kinds, tokenizer, vocab_size):
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [kinds.UNUSED] * vocab_size
     spec = json.loads(tokenizer.text)
-    special = {token["content"] for token in spec["added_tokens"] if token["special"]}
+    added = {t["content"]: kinds.CONTROL if t["special"] else kinds.USER_DEFINED for t in spec["added_tokens"]}
     for token, i in tokenizer.vocab.items():
         # the format of RWKV's vocabulary, in which a backslash escapes the next character
         tokens[i] = token.replace("\\", r"\\") if tokenizer.kind == "char" else token
-        types[i] = kinds.CONTROL if token in special else kinds.NORMAL
+        types[i] = added.get(token, kinds.NORMAL)
     if tokenizer.kind == "char":
         # RWKV's tokenizer finds the longest entry of the vocabulary, here a character. It is the only tokenizer of
         # llama.cpp that does not require an end-of-text token
