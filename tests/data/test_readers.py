@@ -530,5 +530,5 @@ def test_a_file_of_ids_that_changes_or_goes(capsys, gpt2_files, monkeypatch):
         file.write_bytes(bytes(6000))
         changes = [lambda: None, change]  # the check of the recipe calls it first
         line = error_line(capsys, "corpus=a.bin", "tokenizer=gpt2")
-        expect(line, "corpus=a.bin: was changed or removed", "run it again")
+        expect(line, "corpus=a.bin: was changed or removed", "run the command again")
         assert not Path("out").exists()
