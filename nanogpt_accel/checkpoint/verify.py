@@ -1,7 +1,8 @@
 """Verify checkpoints, and find the latest valid one.
 
-A file that is missing or has the wrong content is corrupted. A file that cannot be read, for example because of its
-permissions, may be valid: it is an OSError, so that a run neither resumes from an older checkpoint nor prunes this one.
+A checkpoint is corrupted if a file is missing or has the wrong content. If a file cannot be read, for example because
+of its permissions, the checkpoint may still be valid. In this case, the functions raise OSError, so that a run neither
+resumes from an older checkpoint nor deletes this one.
 """
 
 import json
@@ -26,13 +27,13 @@ def latest_valid(run, warn=print, resumable=True, thorough=True):
         resumable, thorough: see find_corruption.
 
     Raises:
-        OSError: a file of the latest checkpoint cannot be read.
+        OSError: a file of a checkpoint cannot be read, so it is unknown whether the checkpoint is valid.
     """
     for path in reversed(list_checkpoints(run)):
         problem = find_corruption(path, resumable, thorough)
         if problem is None:
             return path
-        warn(f"warning: {path}: {problem}; using the previous checkpoint")
+        warn(f"warning: {path}: {problem}; skipping this checkpoint")
     return None
 
 
@@ -44,7 +45,7 @@ def find_corruption(path, resumable=True, thorough=True):
 
     Args:
         resumable: whether the checkpoint must contain a valid state/, which is needed to resume a run.
-        thorough: compare sizes and hashes; False: compare only sizes, which is fast.
+        thorough: whether to compare sizes and hashes. If False, only sizes are compared, which is fast.
 
     Raises:
         OSError: a file cannot be read.
@@ -72,7 +73,7 @@ def find_corruption(path, resumable=True, thorough=True):
 
 
 def is_corrupted(path):
-    """Return whether a checkpoint is corrupted. One that cannot be read may be valid, so it must not be deleted."""
+    """Return whether a checkpoint is corrupted. If it cannot be read, return False, because it may be valid."""
     try:
         return find_corruption(path) is not None
     except OSError:
@@ -101,7 +102,7 @@ def find_file_corruption(path, name):
 
 
 def read_index(path):
-    """Return {file: {"size": bytes, "sha256": hash}} of a checkpoint, or None if its index is missing or corrupted.
+    """Return {file: {"size": bytes, "sha256": hash}} from state/index.json, or None if this is missing or corrupted.
 
     Raises:
         OSError: the index cannot be read.
@@ -130,8 +131,8 @@ def has_matching_trainer(path):
 
 
 def _size_of(file):
-    """Return the size of a file, or None if it is missing. Also open it, because safetensors reports a file that it
-    may not read as missing."""
+    """Return the size of a file, or None if it is missing. Raise OSError if it exists but cannot be opened, because
+    safetensors would report it as missing."""
     try:
         status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):

@@ -23,7 +23,7 @@ class Corpus:
     ids: Callable | None = None  # for token ids: (vocab_size, val_fraction) -> {"train", "val", ...: TokenFile}
 
     def own_splits(self):
-        """Return the corpus's own splits, "train" first. For a Hub data set, this may send a request to the Hub."""
+        """Return the names of the splits, "train" first. For a Hub data set, this may send a request to the Hub."""
         return self.splits() if callable(self.splits) else self.splits
 
     def check_files(self, bad=None):
@@ -57,10 +57,10 @@ class Corpus:
 
 
 def refuse(problem):
-    """Raise ValueError for a document that cannot be read. This is `bad` if skip_bad_documents is not set."""
-    raise ValueError(f"{problem}; fix it, or set skip_bad_documents=true to skip such documents")
+    """Raise ValueError for a document that cannot be read. Used as `bad` if skip_bad_documents is not set."""
+    raise ValueError(f"{problem}; fix the data, or set skip_bad_documents=true to skip such documents")
 
 
 def location(spec, path):
-    """Return the start of a message about a file of a corpus: corpus=SPEC, and the path if it is not SPEC itself."""
+    """Return the start of a message about a file: corpus=SPEC: PATH, or corpus=SPEC if SPEC is the path."""
     return f"corpus={spec}" + (f": {path}" if path != os.path.expanduser(spec) else "")

@@ -125,7 +125,9 @@ def check_fits(data, corpus):
 
 
 def facts_of(data, corpus):
-    """Return all settings that determine the tokens, as JSON values. A single text is cut, so it has no split_seed."""
+    """Return all settings that determine the tokens, as JSON values. For a single text or token ids, split_seed is
+    None, because the first part is train and the rest is val.
+    """
     limits = ("limit_documents", "limit_tokens", "skip_bad_documents")
     return {
         "corpus": corpus.source,
@@ -137,7 +139,7 @@ def facts_of(data, corpus):
 
 
 def _tokenizer_identity(data):
-    """Return a string that identifies the tokenizer. For a folder, it depends on the content, not on the name."""
+    """Return a string that identifies the tokenizer. For a folder, it contains a hash, not the name."""
     if data.tokenizer in TOKENIZERS:
         return f"bpe vocab_size={data.vocab_size}" if data.tokenizer == "bpe" else data.tokenizer
     if not os.path.isdir(os.path.expanduser(data.tokenizer)):
@@ -191,8 +193,9 @@ def open_dataset(data, verify=False):
     If data_dir is set, the corpus itself is not needed. A folder prepared by nanoGPT is opened with its own tokenizer.
 
     Args:
-        verify: compare the token files with the SHA-256 in the manifest, as `nanogpt-accel data FOLDER` does. By
-            default, this is only done if they have less than 64 MiB in total. A sample of the ids is always checked.
+        verify: whether to compare the SHA-256 of the token files with the manifest, as `nanogpt-accel data FOLDER`
+            does. If False, the SHA-256 is only compared if the token files have less than 64 MiB in total. A sample
+            of the ids is always compared with the vocabulary size.
 
     Raises:
         FileNotFoundError: the data folder does not exist.
@@ -242,9 +245,9 @@ def _load_tokenizer(folder, manifest):
 
 
 def guess_vocab_size(data, assumed):
-    """Estimate the vocabulary size of data that are not prepared yet. Append the assumption to the list `assumed`."""
+    """Estimate the vocabulary size before the data are prepared. For bpe and char, append a note to `assumed`."""
     if data.tokenizer == "bpe":
-        assumed.append(f"vocabulary size {data.vocab_size:,} (vocab_size); smaller if the corpus is small")
+        assumed.append(f"vocabulary size {data.vocab_size:,} (vocab_size); for a small corpus, it is smaller")
         return data.vocab_size
     if data.tokenizer == "char":
         is_known = data.corpus == "shakespeare"
@@ -268,7 +271,7 @@ def require_tokenizer(dataset, folder, key):
 
 
 def require_block(dataset, block_size):
-    """Check that train and val have at least block_size + 1 tokens, one sample. Return a list of problems."""
+    """Check that train and val have at least the block_size + 1 tokens of a sample. Return a list of problems."""
     return _too_short({"train": len(dataset.train), "val": len(dataset.val)}, dataset.folder, block_size)
 
 

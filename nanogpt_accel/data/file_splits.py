@@ -22,15 +22,16 @@ ABOUT = re.compile(r"(readme|licen[sc]e|changelog|citation|notice|authors)\b", r
 def splits_by_name(sizes):
     """Assign files to splits by the words in their names. A folder name has priority over the name of the file.
 
-    The names only count if there is a training file and a file of another split. If some files have no split word, two
-    more conditions protect a folder of texts with names such as training_day.txt: a training file and another one must
-    have the same name except for the split word, and the named files must contain more than half of the bytes.
+    The names define splits only if there are a training file and a file of another split. If some files, except those
+    such as README.md, have no split word, there are two more conditions: a training file and a validation or test file
+    have the same name except for the split word, and the files with a split word contain more than half of the bytes.
+    Otherwise, a text such as training_day.txt in a folder of texts could define a split.
 
     Args:
         sizes: {path relative to the corpus folder, with slashes: bytes}.
 
     Returns:
-        {split: [path, ...]}, "train" first, or {} if the names are not those of splits.
+        {split: [path, ...]}, "train" first, or {} if the names do not define splits.
     """
     for use_folders in (True, False):  # False for a folder test/ that contains train.txt and val.txt
         found = {name: word for name in sizes if (word := _find_word(name, use_folders))}
@@ -58,7 +59,7 @@ def _are_splits(sizes, found):
 
 
 def _find_word(name, use_folders):
-    """Return (split, the other words) of the first part of a path that has a split word, otherwise None."""
+    """Return (split, other words) of the first folder or file name in a path that contains a split word, else None."""
     *folders, file = PurePosixPath(name).parts
     parts = folders if use_folders else []
     parts = parts if _is_code(name) else [*parts, _stem(file)]
@@ -66,7 +67,7 @@ def _find_word(name, use_folders):
 
 
 def _split_of(part):
-    """Return (split, the other words) of a folder name or of a file name without its suffix, otherwise None."""
+    """Return (split, other words) of a folder name or of a file name without its suffix, else None."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"-\d+-of-\d+", "", part.lower()))
     splits = {SPLIT_OF[word] for word in words if word in SPLIT_OF}
     if len(splits) != 1:  # no split, or several as in train_test.txt

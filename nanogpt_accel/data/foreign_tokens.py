@@ -46,7 +46,7 @@ IDS_AT_ONCE = 2**22  # token ids per read
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the ids of a file are."""
+    """The position and type of the token ids in a file."""
 
     dtype: str
     offset: int  # bytes before the first id
@@ -54,12 +54,12 @@ class Layout:
 
 
 def is_token_file(path):
-    """Return whether a path has a suffix of token files."""
+    """Return whether a path has the suffix of a token file: .bin, .npy or .ds."""
     return str(path).lower().endswith(SUFFIXES)
 
 
 def without_companions(paths):
-    """Return the paths without index and metadata files of token files."""
+    """Return the paths that are not index or metadata files of token files."""
     return [path for path in paths if not path.lower().endswith(COMPANIONS)]
 
 
@@ -71,7 +71,7 @@ def natural_order(name):
 def find_token_files(folder):
     """Return the token files of a folder, in order, or [] if it is not certain that they are token files.
 
-    They are if one has a header or an index, or if there are files named after a training and a validation split.
+    It is certain if one of them has a header or an index, or if the file names contain train and validation splits.
     """
     try:
         names = sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=natural_order)
@@ -86,7 +86,8 @@ def find_token_files(folder):
 def find_unexpected(folder):
     """Return a token file that cannot be in a folder of text by accident, or None.
 
-    train.bin can be: nanoGPT writes it next to the text. So can a single array.
+    nanoGPT writes train.bin and val.bin next to the text, so a folder of text may contain .bin files without a header.
+    It may also contain a .npy file, but not .npy files that are named as train and validation splits.
     """
     paths = find_token_files(folder)
     arrays = [path for path in paths if path.suffix.lower() == ".npy"]
@@ -105,8 +106,8 @@ def _has_known_content(path):
 def find_layout(path, spec=None):
     """Return the Layout of a file from its content, or None if it has no header and no index.
 
-    spec: the corpus setting, for messages. Raises ValueError if the file cannot be read, or if its header or index is
-    damaged or requires another file size.
+    spec: the corpus setting, for messages. Raises ValueError if the file cannot be read, if its header or index is
+    damaged, or if the file does not have the size that the header or index requires.
     """
     path = Path(path)
     place = _place(path, spec)
@@ -144,12 +145,12 @@ def _read_layout(path, place):
 def _read_llmc(head, place):
     magic, version, tokens = struct.unpack("<3i", head[:12].ljust(12, b"\0"))
     if magic == LLMC_EVALUATION:
-        raise ValueError(f"{place}: multiple-choice questions of llm.c, not a training text; use another file")
+        raise ValueError(f"{place}: contains multiple-choice questions of llm.c, not training data; use another file")
     expected, dtype = LLMC[magic]
     if len(head) < 1024 or version != expected or tokens <= 0:
         raise ValueError(
-            f"{place}: the header of llm.c (magic {magic}) is damaged: version {version} instead of {expected}, or "
-            f"{tokens:,} tokens, or less than 1,024 bytes; {RESTORE}"
+            f"{place}: the llm.c header (magic {magic}) is damaged: it has {len(head):,} bytes, version {version} and "
+            f"{tokens:,} tokens, but 1,024 bytes, version {expected} and at least 1 token are required; {RESTORE}"
         )
     return Layout(dtype, 1024, tokens)
 
@@ -159,7 +160,7 @@ def _read_megatron(index, place):
     with open(index, "rb") as file:
         head = file.read(34)
         if len(head) < 34 or not head.startswith(MEGATRON):
-            raise ValueError(f"{place}: {index.name} is not a Megatron-LM index (MMIDIDX); restore it, or remove it")
+            raise ValueError(f"{place}: {index.name} is not a Megatron-LM index (MMIDIDX); restore or remove it")
         version, code, sequences, documents = struct.unpack("<QBQQ", head[9:])
         dtype = MEGATRON_DTYPES.get(code)
         if version != 1 or dtype is None:
@@ -178,7 +179,7 @@ def _read_megatron(index, place):
 
 
 def _read_datatrove(path, place):
-    """Return None if the size of the ids is not known."""
+    """Return the Layout of a .ds file, or None if there is no file that gives the number of bytes per id."""
     size = path.stat().st_size
     index, metadata = (path.with_name(f"{path.name}.{end}") for end in ("index", "metadata"))
     if index.is_file():
@@ -187,8 +188,8 @@ def _read_datatrove(path, place):
         is_sorted = index.stat().st_size % 8 == 0 and not (ends[1:] < ends[:-1]).any()
         if not is_sorted or size not in (2 * tokens, 4 * tokens):
             raise ValueError(
-                f"{place}: {size:,} bytes, but {index.name} ends at token {tokens:,}, which is neither 2 nor 4 bytes "
-                f"per token; {RESTORE}"
+                f"{place}: {size:,} bytes for {counted(tokens, 'token')} in {index.name}, but 2 or 4 bytes per token "
+                f"and ascending positions are required; {RESTORE}"
             )
         return Layout("uint16" if size == 2 * tokens else "uint32", 0, tokens)
     if metadata.is_file():
@@ -221,19 +222,20 @@ def _read_npy(path, place):
 def open_splits(splits, tokenizer_size, val_fraction, spec=None):
     """Return {"train": TokenFile, "val": TokenFile, optionally "test": TokenFile} for token files.
 
-    Without files for val, val is the last part of train, as in nanoGPT.
+    If there are no files for val, the last part of the training ids is val, as in nanoGPT.
 
     Args:
-        splits: {split: paths of its token files, in order}. spec: the corpus setting, for messages.
-        tokenizer_size: vocabulary size, which determines the dtype of files without a header.
-        val_fraction: share of val, if it is taken from train.
+        splits: {split: paths of its token files, in order}.
+        tokenizer_size: vocabulary size, which determines the dtype of files without a header or index.
+        val_fraction: share of the ids that val gets if there are no files for val.
+        spec: the corpus setting, for messages.
     """
     paths = [Path(path) for path in itertools.chain.from_iterable(splits.values())]
     suffixes = sorted({path.suffix.lower() for path in paths})
     place = f"corpus={spec}" if spec else str(paths[0].parent)
     if len(suffixes) > 1:
         problem = f"contains token files with the suffixes {', '.join(suffixes)}, which may be the same ids twice"
-        raise ValueError(f"{place}: {problem}; set corpus to one kind, such as '*{suffixes[0]}'")
+        raise ValueError(f"{place}: {problem}; set corpus to the files with one suffix, such as '*{suffixes[0]}'")
     layouts = {path: find_layout(path, spec) or _headerless(path, tokenizer_size, spec) for path in paths}
     paths = [path for path in paths if layouts[path].tokens]  # datatrove writes empty files
     if not any(layouts[Path(path)].tokens for path in splits["train"]):
@@ -261,32 +263,32 @@ def _headerless(path, tokenizer_size, spec):
     place = _place(path, spec)
     form = f"{dtype.name} ids of a tokenizer with vocabulary size {tokenizer_size:,}"
     if size == 0 or size % dtype.itemsize:
-        raise ValueError(f"{place}: {size:,} bytes cannot be {form}; {RESTORE}")
+        raise ValueError(f"{place}: {size:,} bytes cannot be {form} ({dtype.itemsize} bytes per id); {RESTORE}")
     ids, other = np.fromfile(path, dtype, 4096), None
     if ids.nbytes > 64 and not ids.tobytes().translate(None, bytes(range(32, 127)) + b"\t\r\n"):
         other = "text"
     elif len(ids) > 64 and np.count_nonzero(ids[::2]) > len(ids) // 8 and not ids[1::2].any():
         other = f"integers of more than {8 * dtype.itemsize} bits, because every second id is 0"
     if other:
-        raise ValueError(f"{place}: looks like {other}; write the ids as {form}")
+        raise ValueError(f"{place}: looks like {other}, not like {form}; write the ids as {dtype.name}")
     return Layout(dtype.name, 0, size // dtype.itemsize)
 
 
 def find_splits(paths):
-    """Return {split: paths} for the files of a folder, from their names. Without such names, all are in train."""
+    """Return {split: paths} for the files of a folder. If the file names do not define splits, all files are train."""
     found = splits_by_name({path.name: path.stat().st_size for path in paths})
     return {split: [path for path in paths if path.name in names] for split, names in found.items()} or {"train": paths}
 
 
 def _are_named(paths):
-    """Return whether some files are named after a training and others after a validation split."""
+    """Return whether the file names define a training and a validation split."""
     return {"train", "val"} <= find_splits(paths).keys()
 
 
 def cut_index(length, val_fraction, unit, place):
     """Return the index where val starts in a text or sequence of ids, as in nanoGPT.
 
-    unit: "characters" or "token ids". place: the start of the message. Raises ValueError if a split would be empty.
+    unit: "characters" or "token ids". place: the start of a message. Raises ValueError if a split would be empty.
     """
     cut = int(length * (1 - val_fraction))  # nanoGPT's int(n*0.9)
     for split, size in (("train", cut), ("val", length - cut)):
@@ -333,7 +335,8 @@ def read_ids(spec, tokens, vocab_size):
 
 
 def file_entries(tokens, folder=None):
-    """Return the `files` of a split in a manifest. Names are relative to `folder`, or absolute."""
+    """Return the list "files" that the manifest stores for a split. It has absolute paths if `folder` is None, and
+    otherwise file names, because the files are in `folder`."""
     names = [path.name if folder else os.path.abspath(path) for path in tokens.paths]
     return [
         {"name": name, "tokens": count} | ({"offset": offset} if offset else {})

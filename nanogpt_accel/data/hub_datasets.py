@@ -26,8 +26,8 @@ class HubSet:
 def hub_corpus(spec, hub_set):
     """Return the Corpus of a HubSet. Nothing is requested from the Hub until the text or the splits are needed.
 
-    spec: the corpus setting, which is the name of a built-in data set, or hub:USER/SET. In the second case, the
-    validation and test splits are looked up on the Hub.
+    spec: the corpus setting: the name of a built-in data set, or hub:USER/SET. For hub:USER/SET, the Hub is asked which
+    validation and test splits the data set has.
     """
     is_builtin = not spec.startswith("hub:")
     source = {"kind": "hub", "name": spec}
@@ -55,7 +55,7 @@ def hub_corpus(spec, hub_set):
 
 
 def _find_splits(spec, hub_set):
-    """Return {"train", "val" or "test": name of this split on the Hub} for the splits that the data set has."""
+    """Return {split: its name on the Hub} for those of "train", "val" and "test" that the data set has."""
     from datasets import get_dataset_split_names
 
     with _hub_errors(spec, hub_set):
@@ -107,7 +107,7 @@ def _hub_errors(spec, hub_set):
         revision = f" at {hub_set.revision}" if hub_set.revision else ""
         raise ValueError(
             f"corpus={spec}: cannot read {hub_set.id}{config}{revision} from the Hugging Face Hub "
-            f"({type(error).__name__}: {one_line(error)}); check its name, dataset_config, dataset_split, the network, "
+            f"({type(error).__name__}: {one_line(error)}); check the name, dataset_config, dataset_split, the network, "
             "HF_HUB_OFFLINE and HF_ENDPOINT (a gated set requires `hf auth login`), or set corpus=PATH to a local copy"
         ) from error
 

@@ -121,7 +121,7 @@ def local_corpus(spec, column, lines, split_by="auto"):
 
 
 def _text_bytes(states, paths):
-    """Return the approximate size of the text of some files: about three times as large as a compressed file."""
+    """Return the approximate size of the text of some files: a compressed file counts three times."""
     return sum(states[path][0] * (3 if _is_compressed(path) else 1) for path in paths)
 
 
@@ -131,16 +131,16 @@ def _find_splits(spec, states, split_by):
     states: {path: (bytes, modification time)}.
 
     Raises:
-        ValueError: split_by=name, but there are no such names; or the validation files are larger than the training
-            files, which only split_by=name allows.
+        ValueError: split_by=name is set, but the file names do not define splits; or split_by=auto is set, and the
+            validation files are larger than the training files.
     """
     names = {Path(os.path.relpath(path, _search_root(spec))).as_posix(): path for path in states}
     is_possible = split_by != "val_fraction" and len(states) > 1
     found = splits_by_name({name: states[path][0] for name, path in names.items()}) if is_possible else {}
     if split_by == "name" and not found:
         raise ValueError(
-            f"split_by=name: corpus={spec} has no training file and validation or test file; name them train.txt and "
-            "valid.txt, for example, or set split_by=auto"
+            f"split_by=name: the names of the files in corpus={spec} do not define splits; use names such as train.txt "
+            "and valid.txt, or set split_by=auto"
         )
     if not found:
         return {"train": list(states)}, []
@@ -153,26 +153,26 @@ def _find_splits(spec, states, split_by):
     ]
     others = sorted(names.keys() - set(itertools.chain.from_iterable(found.values())))
     if others:
-        left_out = f"{counted(len(others), 'file')} without a split in the name left out ({_some(others)})"
+        left_out = f"skipping {counted(len(others), 'file')} without a split in the name ({_some(others)})"
         notes.append(f"corpus={spec}: {left_out}; set split_by=val_fraction to use all files")
     return splits, notes
 
 
 def refuse_larger_val(place, val, train):
-    """Raise the error for a validation split that is larger than the training split. val, train: their sizes."""
+    """Raise ValueError, because val is larger than train. val, train: the sizes of these splits, as text."""
     raise ValueError(
         f"{place}: the validation files ({val}) are larger than the training files ({train}); rename them, or set "
-        "split_by=name to use them like this, or split_by=val_fraction to ignore the names"
+        "split_by=name to use them anyway, or split_by=val_fraction to ignore the file names"
     )
 
 
 def _some(names, limit=3):
-    """Return the first names as a list for a message."""
+    """Return the first `limit` names for a message, separated by commas."""
     return ", ".join(names[:limit]) + ", ..." * (len(names) > limit)
 
 
 def _search_root(spec):
-    """Return the folder that a corpus setting searches: the folder itself, or the part of a glob before a wildcard."""
+    """Return the folder that contains all files of a corpus setting. For a glob, this is the path before a wildcard."""
     path = os.path.expanduser(spec)
     if os.path.isfile(path):
         return os.path.dirname(path) or "."
@@ -186,7 +186,7 @@ def _open_ids(spec, files, splits, tokenizer_size, val_fraction):
     for path, *state in files:
         if file_state(path) != tuple(state):
             problem = "was changed or removed while the command was running"
-            raise ValueError(f"{location(spec, path)}: {problem}; run it again when the file is complete")
+            raise ValueError(f"{location(spec, path)}: {problem}; run the command again when the file is complete")
     return open_splits(splits, tokenizer_size, val_fraction, spec)
 
 
@@ -219,8 +219,10 @@ def _find_files(spec):
 
 
 def _find_text_files(spec, paths, folder=None):
-    """Return (paths of all files with a supported suffix, {suffix: number of other files}). paths: all files in the
-    folder tree of the corpus. folder: the folder, if it is on this machine."""
+    """Return (paths of the files to read, {suffix: number of other files}).
+
+    paths: all files in the folder of the corpus and its subfolders. folder: this folder, or None if it is at a URL.
+    """
     suffixes = TEXT_SUFFIXES + TABLE_SUFFIXES
     files = [file for file in paths if suffix_of(file) in suffixes and _is_file(file)]
     if files and folder and (token_file := find_unexpected(folder)):
@@ -242,7 +244,7 @@ def _find_text_files(spec, paths, folder=None):
 
 
 def _without_outputs(root, paths):
-    """Return (the paths that are not in an output folder, the output folders). `root` itself may be one."""
+    """Return (paths that are not in an output folder, output folders). `root` does not count as an output folder."""
 
     @functools.cache
     def output_folder(folder):
@@ -267,11 +269,11 @@ def _is_prepared(names):
 
 
 def _describe_outputs(spec, outputs):
-    """Return a note about skipped folders, in a list."""
+    """Return a list with one note about the skipped folders, or an empty list."""
     if not outputs:
         return []
-    skipped = f"{counted(len(outputs), 'folder')} with runs, checkpoints or prepared data skipped"
-    return [f"corpus={spec}: {skipped} ({_some(outputs)})"]
+    skipped = f"{counted(len(outputs), 'folder')} with runs, checkpoints or prepared data"
+    return [f"corpus={spec}: skipping {skipped} ({_some(outputs)})"]
 
 
 def walk(root, excluded=None):
@@ -289,7 +291,7 @@ def _check_formats(spec, files, lines):
     if ids and (lines or len(ids) < len(files) or any(map(_is_compressed, ids))):
         raise ValueError(
             f"{location(spec, ids[0])}: contains token ids, which cannot be compressed or mixed with text; "
-            "decompress .gz and .zst files, remove text files from the path, and do not set lines"
+            "decompress .gz and .zst files, remove text files from the path, and do not set lines=true"
         )
     if ids and is_remote(ids[0]):
         raise ValueError(
@@ -304,7 +306,7 @@ def _check_formats(spec, files, lines):
 
 
 def _sort(root, paths):
-    """Return [(name relative to the root, path), ...], sorted by name; for token files, by the numbers in the name."""
+    """Return [(name relative to the root, path), ...], sorted by name. For token files, 2.bin is before 10.bin."""
 
     def relative(path):
         with suppress(ValueError):  # on Windows, the path can be on another drive
@@ -316,7 +318,7 @@ def _sort(root, paths):
 
 
 def _is_file(path):
-    """Return whether a path is a regular file or a broken link. Reading a broken link reports the error."""
+    """Return whether a path is a URL, a regular file or a broken link, which causes an error when it is read."""
     return is_remote(path) or os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 

@@ -3,7 +3,7 @@
     manifest = read_manifest(folder)
     check_content(folder, manifest, vocab_size)
 
-If a folder has a manifest, its data are complete, because the manifest is the last file to be moved there.
+If a folder has a manifest, its data are complete, because manifest.json is moved to the folder after all other files.
 """
 
 import json
@@ -27,7 +27,7 @@ CHECKED_PLACES, CHECKED_TOKENS = 64, 2**18  # number of places per split where i
 
 
 def describe_split(manifest, split):
-    """Return the size of a split as text. A nanoGPT folder only has the tokens."""
+    """Describe the size of a split in words. For a nanoGPT folder, only the number of tokens is known."""
     counts, files = manifest["splits"][split], manifest["corpus"].get("split_files", {}).get(split)
     size = f"{counted(files, 'file')}, " if files else ""
     size += counted(counts["tokens"], "token")
@@ -38,7 +38,7 @@ def describe_split(manifest, split):
 
 
 def is_data_folder(folder):
-    """Return whether a folder has token files: our own with a manifest, or those of another project without one."""
+    """Return whether a folder has token files: those of this package with a manifest, or of another project."""
     return (Path(folder) / "manifest.json").is_file() or bool(find_token_files(folder))
 
 
@@ -51,9 +51,9 @@ def read_manifest(folder, tokenizer=None, val_fraction=0.0005):
     have to read 17 GB when it starts.
 
     Args:
-        tokenizer: for a folder of another project without meta.pkl and tokenizer.json, the folder of the tokenizer;
-            default: GPT-2's.
-        val_fraction: share of the validation split, if a folder of another project has none.
+        tokenizer: folder of the tokenizer for a folder of another project without meta.pkl and tokenizer.json. If None,
+            GPT-2's tokenizer is used.
+        val_fraction: share of the ids that val gets if a folder of another project has no validation files.
 
     Returns:
         {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "dtype", "splits"}, where "splits" has the keys
@@ -84,7 +84,7 @@ def read_manifest(folder, tokenizer=None, val_fraction=0.0005):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {one_line(error)}; {AGAIN}") from None
     if version not in (1, VERSION):
-        raise ValueError(f"{path}: version {version} is not supported (supported: version {VERSION}); {AGAIN}")
+        raise ValueError(f"{path}: version {version} is not supported (supported: versions 1 and {VERSION}); {AGAIN}")
     itemsize, splits = np.dtype(manifest["dtype"]).itemsize, manifest["splits"]
     for entry in [entry for counts in splits.values() for entry in counts["files"]]:
         file, expected = folder / entry["name"], entry.get("offset", 0) + entry["tokens"] * itemsize
@@ -161,7 +161,7 @@ class _Manifest(_Base):
 
 
 def _validate(manifest):
-    """Raise ValueError if a value is invalid. A manifest of version 1 has no list of files, so add it."""
+    """Raise ValueError if a value is invalid. First add the list of files that version 1 does not have."""
     splits = manifest.get("splits")
     if manifest["version"] == 1 and isinstance(splits, dict):
         for split, counts in splits.items():
@@ -251,8 +251,10 @@ def _foreign_manifest(folder, tokenizer, val_fraction):
 
 
 def _find_vocabulary(folder, tokenizer):
-    """Return the `tokenizer` of the manifest of a foreign folder: of its meta.pkl, its tokenizer.json, the folder
-    `tokenizer`, or GPT-2."""
+    """Return the "tokenizer" entry for the manifest of a folder of another project.
+
+    It describes the tokenizer in meta.pkl, in tokenizer.json or in the folder `tokenizer`, or else GPT-2's tokenizer.
+    """
     if (folder / "meta.pkl").is_file():
         return vocabulary_facts(read_meta(folder / "meta.pkl"))
     if (folder / "tokenizer.json").is_file():

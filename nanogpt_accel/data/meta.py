@@ -1,6 +1,7 @@
 """Read the vocabulary of a nanoGPT meta.pkl: characters, words, or only its size.
 
-nanoGPT trains on any ids below vocab_size: music, chess moves, DNA. The samples of such a model are words or ids.
+nanoGPT trains on any ids below vocab_size, which may stand for music, chess moves or DNA. For these ids, decoded text
+consists of the tokens in meta.pkl, or of the ids as numbers.
 """
 
 import pickle
@@ -25,7 +26,7 @@ def read_meta(path):
 
     Returns:
         {token: id}, from `stoi` or the inverse of `itos`. Tokens that are not strings, such as (pitch, duration),
-        become strings. If there is only a vocab_size, that number.
+        become strings. If meta.pkl has only a vocab_size, this number is returned instead.
 
     Raises:
         ValueError: the pickle has no vocabulary, contains classes or functions, or the ids are not 0 to n - 1.
@@ -60,7 +61,7 @@ def read_meta(path):
 
 
 def vocabulary_facts(meta):
-    """Return the `tokenizer` of a manifest for the result of read_meta. `stoi` is None if there are only ids."""
+    """Return the "tokenizer" entry of a manifest. meta: the result of read_meta. "stoi" is None if meta is a number."""
     stoi = meta if isinstance(meta, dict) else None
     size = len(stoi) if stoi else meta
     kind = "char" if stoi and _has_characters(stoi) else "wordlevel"
@@ -70,8 +71,8 @@ def vocabulary_facts(meta):
 def tokenizer_from_meta(meta):
     """Return the Tokenizer of a meta.pkl. meta: the result of read_meta, {token: id} or the vocabulary size.
 
-    Words and ids are separated by one space. But no space is added if the tokens contain spaces themselves (" the"), or
-    if most of them are single characters (C, N, Cl and Br in SMILES).
+    Tokens are separated by one space in encoded and decoded texts. But there is no space between tokens if some tokens
+    contain a space (" the"), or if most tokens are single characters (C, N, Cl and Br in SMILES).
     """
     vocab = meta if isinstance(meta, dict) else {str(i): i for i in range(meta)}
     if isinstance(meta, dict) and _has_characters(vocab):

@@ -38,7 +38,7 @@ LARGE_TEXT = 2**30  # bytes; for a larger single text, the memory use (4 to 11 t
 def prepare(data, report=print, workers=None):
     """Tokenize the corpus into its data folder, or resume an interrupted preparation.
 
-    README.md in this folder describes how the splits are made.
+    nanogpt_accel/data/README.md describes how documents are assigned to the splits.
 
     Args:
         data: the data section of a recipe.
@@ -101,7 +101,7 @@ def _prepare(folder, data, report, workers):
             facts_made = facts | {"tokenizer": facts["tokenizer"] | made}
             if corpus.ids:
                 manifest = writer.finish(facts_made | _check_ids(data, corpus, tokenizer, report), tokenizer.save)
-                report(f"{folder}: refers to {counted(corpus.source['files'], 'file')} of token ids, without a copy")
+                report(f"{folder}: uses {counted(corpus.source['files'], 'file')} of token ids without copying them")
                 _report_splits(manifest, report)
                 return
             attempt = _Attempt(data, corpus, tokenizer, writer, report, workers)
@@ -136,13 +136,13 @@ def _pin(corpus, folder):
 
 @contextmanager
 def _unknown_characters(data):
-    """Name the settings in the error for a character that is not in a given tokenizer."""
+    """Convert an EncodingError to a ValueError that names the settings `tokenizer` and `corpus`."""
     try:
         yield
     except EncodingError as error:
         raise ValueError(
-            f"tokenizer={data.tokenizer}: {error}, but corpus={data.corpus} contains it; set tokenizer to gpt2, char "
-            "or bpe, or use another corpus"
+            f"tokenizer={data.tokenizer}: cannot encode corpus={data.corpus}: {error}; set tokenizer to gpt2, char or "
+            "bpe, or use another corpus"
         ) from None
 
 
@@ -209,8 +209,8 @@ def _make_tokenizer(data, corpus, report):
 def _check_ids(data, corpus, tokenizer, report):
     """Read all ids of a corpus of token files once. Return {"dtype", "splits"} for the manifest.
 
-    The ids are not copied: the manifest contains the paths of the files. An end-of-text id ends a document. A document
-    that is cut is counted in train and in val.
+    The ids are not copied: the manifest contains the paths of the files. An end-of-text id ends a document. If the
+    start of val is inside a document, this document is counted in both train and val.
 
     Raises:
         ValueError: a file is damaged or has an id that is not in the vocabulary.
@@ -244,7 +244,7 @@ def _wait_for_others(folder, report):
     is_reported = False
     while process := find_active_process(folder):
         if not is_reported:
-            report(f"{folder}: another process is preparing it ({process}); waiting for it")
+            report(f"{folder}: waiting for another process that is preparing this folder ({process})")
         is_reported = True
         time.sleep(1)
 
@@ -263,7 +263,7 @@ def _open_writer(folder, dtype, facts, shard_tokens, report):
 
 @contextmanager
 def _sigterm_as_exit():
-    """Raise SystemExit on SIGTERM, so that the Writer commits its documents. An existing handler is not replaced."""
+    """Set a SIGTERM handler that raises SystemExit, so that the Writer commits. Keep a handler that is already set."""
     is_main_thread = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
     if not is_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
@@ -285,10 +285,10 @@ def _draw(number):
 
 
 def _plan_cut(corpus, data):
-    """Return where to cut a small corpus (see _find_cut), or None to draw the documents of val at random.
+    """Return the cut (see _find_cut) if the documents must be cut into train and val, otherwise None.
 
-    A large corpus, or one with limit_tokens, is written first, with documents drawn at random. If that does not suit
-    it, all documents are written again.
+    If the document sizes are not known in advance (large or Hub corpora, limit_tokens), val is first drawn at random.
+    If this gives unsuitable splits (see is_unsuitable), all documents are written again with a cut.
     """
     if corpus.is_single or corpus.bytes is None or data.limit_tokens or "val" in corpus.own_splits():
         return None
@@ -300,14 +300,14 @@ def _plan_cut(corpus, data):
 
 
 def _find_cut(corpus, data, limit, is_needed=False):
-    """Return the position in the first `limit` documents where val starts, or None if val can be drawn at random.
+    """Return the cut, the position in the first `limit` documents where val starts, or None to draw val at random.
 
-    Val is the end of the text. It starts between two documents if that changes its size by at most a quarter, and
-    otherwise inside a document. is_needed: do not return None.
+    The documents after the cut are val. The cut is between two documents if this changes the size of the smaller split
+    by at most a quarter, and otherwise inside a document. is_needed: whether to return a cut in any case.
 
     Returns:
-        [number of documents before the cut, characters before the cut in the next document, number of all documents if
-        limit_tokens sets it].
+        [number of complete documents before the cut, characters of the next document before the cut, number of
+        documents if limit_tokens is set, else None].
     """
     documents = corpus.documents(bad=_bad_handler(data))
     sizes = [len(text) for text in itertools.islice(documents, limit)]
@@ -323,8 +323,11 @@ def _find_cut(corpus, data, limit, is_needed=False):
 
 
 def _can_be_drawn(sizes, val_fraction):
-    """Return whether drawing val by the hash of the document's number is right: there are many documents, both splits
-    get half to twice their share of the text, and val is not the larger one by accident. sizes: of all documents."""
+    """Return whether the documents of val can be drawn at random, by the hashes of their numbers.
+
+    There must be many documents, both splits must get half to twice their share of the text, and val must not be larger
+    than train unless val_fraction is above 0.5. sizes: the size of each document.
+    """
     if len(sizes) < MANY:
         return False
     share = sum(size for number, size in enumerate(sizes) if _draw(number) < val_fraction) / sum(sizes)
@@ -339,11 +342,11 @@ def _cut_text(corpus, data, length):
 
 def _report_rule(data, report, is_cut):
     rule = "the end of the text" if is_cut else "documents drawn at random"
-    report(f"corpus={data.corpus}: val is {rule}, val_fraction={data.val_fraction}")
+    report(f"corpus={data.corpus}: val is {rule} (val_fraction={data.val_fraction})")
 
 
 def _cut_documents(documents, cut):
-    """Yield the documents, with the document at the cut as two. cut: the result of _find_cut."""
+    """Yield the documents. If the cut is inside a document, yield its two parts. cut: the result of _find_cut."""
     before, characters, count = cut
     for number, text in enumerate(itertools.islice(documents, count)):
         if number == before and characters:
@@ -363,7 +366,10 @@ def _check_sizes(corpus, data, writer):
 
 
 def _warn_about_sizes(folder, report):
-    """Report a val split that is larger than train by accident. Earlier versions drew few documents at random, too."""
+    """Warn if val is larger than train, although val_fraction is at most 0.5.
+
+    Earlier versions could write such a folder, because they drew val at random even from a few documents.
+    """
     if not (folder / "manifest.json").is_file():  # for nanoGPT's files, read_manifest computes a hash
         return
     manifest = read_manifest(folder)
@@ -372,7 +378,7 @@ def _warn_about_sizes(folder, report):
         return
     if splits["val"]["tokens"] > splits["train"]["tokens"]:
         wrong = f"val is larger than train, but val_fraction is {manifest['val_fraction']}"
-        report(f"warning: {folder}: {wrong}; to divide the text by its size, delete this folder and prepare it again")
+        report(f"warning: {folder}: {wrong}; to fix the split sizes, delete this folder and prepare it again")
 
 
 class _BadDocuments:
@@ -405,7 +411,7 @@ class _Attempt:
     workers: int | None
 
     def write(self, cut):
-        """Write all splits. Return None, or the cut for a second attempt. cut: the result of _find_cut."""
+        """Write all splits. Return None, or the cut if all documents must be written again. cut: see _find_cut."""
         if self.writer.position == "all":  # the earlier attempt stopped in finish()
             return None
         if not self.corpus.is_single:
@@ -418,7 +424,7 @@ class _Attempt:
         return None
 
     def write_documents(self, cut):
-        """Write the documents of all splits. Return the same as write()."""
+        """Write the documents of all splits. Arguments and return value: see write()."""
         splits, writer = self.corpus.own_splits(), self.writer
         position = writer.position or {"split": 0, "documents": 0, "bad": 0, "cut": cut}
         cut = position.get("cut")  # an older version did not cut
@@ -436,7 +442,7 @@ class _Attempt:
         return None
 
     def is_unsuitable(self, count):
-        """Return whether drawing val at random from this number of documents left a split empty or val too large."""
+        """Return whether a random val is unsuitable: few documents, an empty split, or val larger than train."""
         counts, val_fraction = self.writer.counts, self.data.val_fraction
         if count < MANY or any(split not in counts for split in SPLITS):
             return True
@@ -445,8 +451,8 @@ class _Attempt:
     def write_split(self, index, done, cut, is_shared, bad):
         """Write the documents of a split of the corpus, up to limit_tokens. Return the number of documents.
 
-        done: number of documents that are already written. cut: None, or the result of _find_cut. is_shared: divide
-        the documents between train and val, by the cut or at random.
+        done: number of documents that are already written. cut: None, or the result of _find_cut. is_shared: whether
+        these documents are divided between train and val, by the cut or at random.
         """
         split = self.corpus.own_splits()[index]
         targets = SPLITS if is_shared else (split,)

@@ -39,7 +39,7 @@ def suffix_of(path):
 
 
 def file_state(path):
-    """Return (bytes, modification time in ns) of a file, or (0, 0) if it is missing; reading it reports the error."""
+    """Return (bytes, modification time in ns) of a file, or (0, 0) if it is missing. read_file reports the error."""
     if is_remote(path):
         return remote_state(path)
     try:
@@ -82,7 +82,7 @@ def has_rows(path):
 
 
 def looks_like_json(path):
-    """Return whether a plain text file starts like an array of JSON objects, or with two lines that are objects."""
+    """Return whether a plain text file starts like JSON: an array of objects, or two lines with one object each."""
     with suppress(OSError), open_file(path) as file:
         head = file.read(HEAD)
         return bool(re.match(rb'\s*\[\s*\{\s*"', head)) or _has_json_lines(head)
@@ -100,7 +100,7 @@ def decode(spec, raw, path=None):
 
 
 def how_to_convert(raw, path):
-    """Return what to do with a file that is not UTF-8, as text. raw: bytes that contain the first invalid byte."""
+    """Return a message that says how to convert a file to UTF-8. raw: bytes that include the first invalid byte."""
     for magic, name in OTHER_FORMATS.items():
         if raw.startswith(magic):
             return f"it contains {name}, so unpack or convert it"
@@ -222,7 +222,7 @@ def _read_csv(spec, path, column, bad):
     rows = _csv_rows(spec, path, column, bad)
     place, columns = next(rows, (f"{location(spec, path)}, line 1", None))
     if not columns:
-        return bad(f"{place}: empty, so there is no column {column}; add a line of column names, or set text_column")
+        return bad(f"{place}: empty, but must contain the column names, such as {column}")
     check_column(spec, path, column, columns)
     index = columns.index(column)
     for place, row in rows:
@@ -241,7 +241,7 @@ def _read_csv(spec, path, column, bad):
 
 
 def _delimiter(header, column, usual):
-    """Return the delimiter of a table: the usual one, or another one if only that one gives the header this column."""
+    """Return the delimiter with which the header has this column and the most columns, or in a tie the usual one."""
     columns = {}
     for delimiter in (usual, *DELIMITERS):
         with suppress(csv.Error, StopIteration):
@@ -296,7 +296,7 @@ def _read_parquet(spec, path, column, bad):
 
 
 def _check_text_column(spec, path, column, schema):
-    """Raise ValueError if a column of an Arrow schema, or a field of a struct, is not text."""
+    """Raise ValueError if a column of an Arrow schema is not text. For a field of a struct, column is content.text."""
     import pyarrow as pa
 
     fields = [column] if column in schema.names else column.split(".")
@@ -328,7 +328,7 @@ def arrow_columns(fields):
 
 
 def arrow_column(table, column):
-    """Return a column of an Arrow table. For a field of a struct, the column is called content.text."""
+    """Return a column of an Arrow table. For a field of a struct, column is a name such as content.text."""
     if column in table.schema.names:
         return table.column(column)
     import pyarrow.compute as pc
@@ -367,7 +367,7 @@ def check_column(spec, path, column, columns):
 
 @contextmanager
 def open_file(path):
-    """Open a file as bytes, decompressed if its name or its content is that of a gzip or zstd file."""
+    """Open a file as bytes, decompressed if it has the suffix or the first bytes of a gzip or zstd file."""
     compression = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(name_of(path))[1].lower())
     with _open(path) as file:
         compression = compression or COMPRESSED.get(file.peek(4)[:4]) or COMPRESSED.get(file.peek(2)[:2])
@@ -384,12 +384,12 @@ def open_file(path):
 
 
 def _open(path):
-    """Open a file as bytes. Its OSError is more precise than Arrow's."""
+    """Open a file as bytes with Python, because the errors of open() are more precise than those of Arrow."""
     return open_remote(path) if is_remote(path) else open(path, "rb")
 
 
 def _arrow_file(file, path):
-    """Return an open file as an Arrow file. Arrow reads local files without Python."""
+    """Return an Arrow file for an open file. If it is local, Arrow opens the path again, to read it without Python."""
     import pyarrow as pa
 
     return pa.PythonFile(file, "r") if is_remote(path) else pa.OSFile(path)

@@ -5,8 +5,8 @@
         with open_remote(url) as file:
             ...
 
-Nothing is stored on this machine. fsspec loads the package of a protocol: s3fs for s3://, gcsfs for gs://, aiohttp for
-https://; huggingface_hub has hf://. They have their own settings for credentials.
+Nothing is stored on this machine. fsspec loads a package per protocol: s3fs for s3://, gcsfs for gs://, aiohttp for
+https://, huggingface_hub for hf://. Each of these packages has its own settings for credentials.
 """
 
 import glob
@@ -38,9 +38,9 @@ def name_of(path):
 
 
 def find(spec):
-    """Return (sorted URLs of the files of a corpus setting, whether it is a folder): of a file, a glob, or a folder.
+    """Return (sorted URLs of all files, whether `spec` is a folder). spec: the URL of a file, a folder or a glob.
 
-    Hidden files are left out, as on this machine. Raises ValueError if there are no files, or if they cannot be listed.
+    Hidden files are skipped, as in local folders. Raises ValueError if there are no files, or if they cannot be listed.
     """
     is_folder = False
     is_http = _protocol(spec) in ("http", "https")  # has no folders, and "?" starts a query
@@ -61,7 +61,7 @@ def find(spec):
 
 
 def remote_state(url):
-    """Return (bytes, version) of a file, the same as long as it does not change. A server may not know the bytes."""
+    """Return (bytes, version) of a file. If the file changes, its version changes. Unknown values are 0 and ""."""
     with _errors(url):
         fs, path = _filesystem(url)
         info = fs.info(path)
@@ -70,7 +70,7 @@ def remote_state(url):
 
 @contextmanager
 def open_remote(url):
-    """Open a remote file as bytes. Raises ValueError if it cannot be read, also later."""
+    """Open a remote file as bytes. If the file cannot be opened or read, this raises ValueError, not OSError."""
     with _errors(url):
         fs, path = _filesystem(url)
         file = fs.open(path, "rb")
@@ -79,7 +79,7 @@ def open_remote(url):
 
 
 class _Reader(io.RawIOBase):
-    """A file whose errors contain a fix. They are not OSErrors, so skip_bad_documents does not skip the file."""
+    """A remote file that raises ValueError instead of OSError, because skip_bad_documents would skip it on OSError."""
 
     def __init__(self, url, file):
         self.url, self.file = url, file

@@ -80,7 +80,8 @@ def find_corpus(
 
     A built-in name has priority over a path; write ./python for a folder of that name.
 
-    The other arguments are keys of the data section; dataset_config, dataset_split and revision apply to hub:USER/SET.
+    The other arguments are settings of the data section. dataset_config, dataset_split and revision only apply to
+    hub:USER/SET.
 
     Raises:
         FileNotFoundError: no such name or path.
@@ -103,7 +104,9 @@ def find_corpus(
     close = [] if os.path.dirname(spec) else difflib.get_close_matches(spec, BUILTIN, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     names = ", ".join(BUILTIN)
-    raise FileNotFoundError(f"corpus={spec}: no such corpus{hint}; set {names}, or a file, folder or glob that exists")
+    raise FileNotFoundError(
+        f"corpus={spec}: no such corpus{hint}; set corpus to {names}, or to an existing file, folder or glob"
+    )
 
 
 def source_name(spec):
@@ -119,7 +122,7 @@ def joined_text(name, split):
     """
     names = [known for known in HUB if split in HUB[known].splits]
     if name not in names:
-        raise ValueError(f"text={name}: no such file; set an existing file, or one of {', '.join(names)}")
+        raise ValueError(f"text={name}: no such file; set text to an existing file, or to one of {', '.join(names)}")
     return "\n\n".join(hub_corpus(name, replace(HUB[name], grouped=None)).read(split, None))
 
 

@@ -39,7 +39,7 @@ class TokenFile:
     """A sequence of token ids, stored in one file or in several consecutive files.
 
     paths: one path, or a list of paths in order. dtype: an integer type, such as "uint16".
-    spans: for files that contain more than these ids, (offset in bytes, number of ids) of each file.
+    spans: [(offset in bytes, number of ids), ...], the part of each file to use. By default, all of each file is used.
     """
 
     def __init__(self, paths, dtype, spans=None):
@@ -97,9 +97,10 @@ class TokenArray:
 class Writer:
     """Writes a data folder, or resumes an interrupted attempt to write it.
 
-    The files are written to FOLDER/.partial, and finish() moves them to FOLDER, the manifest last. commit() flushes
-    them every COMMIT_SECONDS, and Ctrl-C or sys.exit() flushes them up to the last commit() call. An attempt resumes at
-    the last flush of the earlier one. If nothing was flushed, leaving the `with` block early removes .partial.
+    The files are written to FOLDER/.partial. finish() moves them to FOLDER, the manifest last. commit() records a
+    position, and every COMMIT_SECONDS it also flushes the files and the position to disk. On Ctrl-C or sys.exit(), the
+    last recorded position is flushed too. The next attempt resumes at the position that was last flushed. If nothing
+    was flushed, .partial is deleted when the `with` block ends without finish().
 
     Args:
         folder: the data folder.
@@ -108,8 +109,9 @@ class Writer:
         shard_tokens: maximum number of tokens per file.
 
     Attributes:
-        position: the argument of the commit() at which this attempt resumes, or 0.
-        is_finished: whether the folder is complete. True at once if an earlier attempt was interrupted in finish().
+        position: the position at which this attempt resumes, as passed to commit(), or 0 if it starts over.
+        is_finished: whether the folder is complete. If an earlier attempt was interrupted in finish(), the constructor
+            completes the folder.
 
     Raises:
         ValueError: the folder already contains token files.
@@ -207,7 +209,7 @@ class Writer:
         return sum(self.counts[split][key] or 0 for split in splits or self.counts if split in self.counts)
 
     def commit(self, position):
-        """Record that everything up to `position`, a JSON value, is written. Flush it to disk every COMMIT_SECONDS."""
+        """Record that all data up to `position`, a JSON value, are written. Flush them to disk every COMMIT_SECONDS."""
         self._record(position)
         if time.monotonic() - self._committed_at >= COMMIT_SECONDS / (1 if self._has_committed else 10):
             with _disk_errors(self.folder):
@@ -232,8 +234,9 @@ class Writer:
         """Complete the data folder and return its manifest.
 
         facts: JSON values for the manifest: {"corpus": {"name", ...}, "tokenizer": {"asked", "kind", "vocab_size",
-        "fingerprint", "eot_id"}, "val_fraction", "split_seed"}. save_tokenizer: called with the folder to write to.
-        If the token files are in another folder and nothing was written, `facts` also has "dtype" and "splits".
+        "fingerprint", "eot_id"}, "val_fraction", "split_seed"}. If the token files are in another folder, so that
+        nothing was written, `facts` also has "dtype" and "splits". save_tokenizer: function that writes the tokenizer
+        to a folder.
         """
         with _disk_errors(self.folder):
             for split in list(self._open):
@@ -262,13 +265,14 @@ class Writer:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _final_name(self, name):
-        """Return the final name of a file in .partial. The only file of a split is SPLIT.bin, as in nanoGPT."""
+        """Return the final name of a file in .partial. If a split has one file, this is SPLIT.bin, as in nanoGPT."""
         split = name.partition("-")[0]
         return f"{split}.bin" if name.endswith("-00000.bin") and len(self.files[split]) == 1 else name
 
 
 def refuse_to_overwrite(folder, accept_moved=True):
-    """Raise ValueError if a Writer would overwrite files. accept_moved: allow files of an interrupted finish()."""
+    """Raise ValueError if a Writer would overwrite files. accept_moved: whether to accept files that
+    an interrupted finish() has already moved."""
     folder = Path(folder)
     if accept_moved and (folder / ".partial" / "manifest.json").exists():
         return
@@ -308,7 +312,7 @@ def find_active_process(folder):
 
 
 def token_file(folder, manifest, split):
-    """Return the TokenFile of a split. Files in other folders have an absolute path as their name."""
+    """Return the TokenFile of a split. For files that are not in `folder`, the manifest contains absolute paths."""
     files = manifest["splits"][split]["files"]
     spans = [(file.get("offset", 0), file["tokens"]) for file in files]
     return TokenFile([Path(folder) / file["name"] for file in files], manifest["dtype"], spans)

@@ -1,8 +1,8 @@
 """Tokenizers: GPT-2's BPE, characters, a BPE trained on the corpus, or any tokenizer.json.
 
-Every tokenizer is defined by its tokenizer.json, so transformers' AutoTokenizer loads what `save` writes without our
-code. Two kinds have encoders that are faster than the tokenizers library: characters use a lookup table, and byte-level
-BPEs use tiktoken, which returns the same ids more than ten times as fast.
+Every tokenizer is defined by a tokenizer.json. transformers' AutoTokenizer can load the files that `save` writes, and
+does not need our code. Two kinds of tokenizers have encoders that are faster than the tokenizers library: characters
+use a lookup table, and byte-level BPEs use tiktoken, which returns the same ids more than ten times as fast.
 """
 
 import copy
@@ -45,15 +45,16 @@ class Tokenizer:
 
     Args:
         text: the content of a tokenizer.json.
-        config: the content of its tokenizer_config.json.
+        config: the content of the tokenizer_config.json in the same folder.
 
     Attributes:
         kind: "gpt2", "char", "bpe" (another byte-level BPE), or the model type in tokenizer.json, lowercase.
         vocab: {token: id}, including special tokens, but not a last token that is only used for padding.
         eot, eot_id: the token that ends a document, or None if the vocabulary has none.
-        pad, pad_id: the padding token. If it is not in the vocabulary, its id is vocab_size, the first unused one, or
-            None if ids below vocab_size are unused too, because the tokenizers library would take one of these.
-        special: the tokens that encode() does not look for in a text.
+        pad, pad_id: the padding token. If it is not in the vocabulary, pad_id is vocab_size, the first unused id. But
+            if ids below vocab_size are unused, pad_id is None, because the tokenizers library would give the padding
+            token one of these ids.
+        special: the special tokens. If they occur in a text, encode() treats them as plain text.
         dtype: np.uint16, or np.uint32 if the vocabulary is larger than 2**16.
     """
 
@@ -98,7 +99,10 @@ class Tokenizer:
 
     @cached_property
     def _table(self):
-        """For "char": the id of each code point, -1 if it has none. All higher code points use the last entry."""
+        """For "char": the id per code point, or -1 if the code point is not in the vocabulary. Otherwise None.
+
+        The last entry, -1, is used for all code points above the largest one in the vocabulary.
+        """
         if self.kind != "char":
             return None
         ids = {ord(token): i for token, i in self._spec["model"]["vocab"].items() if len(token) == 1}
@@ -108,7 +112,7 @@ class Tokenizer:
 
     @cached_property
     def _bpe(self):
-        """For a byte-level BPE: an equivalent tiktoken Encoding, or None if there is none."""
+        """For a byte-level BPE: a tiktoken Encoding that returns the same ids, or None if tiktoken would not."""
         if self.kind not in ("gpt2", "bpe"):
             return None
         # tiktoken merges any pair that is a token, the tokenizers library only the pairs in its merges. The results are
@@ -120,12 +124,15 @@ class Tokenizer:
 
     @property
     def splits_like_gpt2(self):
-        """Whether this is a byte-level BPE that splits a text into words as GPT-2's does."""
+        """Whether this is a byte-level BPE that splits a text into words like GPT-2's tokenizer."""
         return self._spec["model"]["type"] == "BPE" and _splits_like_gpt2(self._spec)
 
     def for_thread(self):
-        """Return a copy for use in one thread. A shared tokenizer took 1.3 times as long, because a Rust regular
-        expression takes a lock in all threads except the first that used it (regex-automata, util::pool)."""
+        """Return a copy for use in one thread.
+
+        Threads that shared a tokenizer took 1.3 times as long: only the first thread that uses a Rust regular
+        expression does not need a lock (regex-automata, util::pool).
+        """
         own = copy.copy(self)
         if self._bpe is not None:
             own._bpe = copy.copy(self._bpe)  # has its own regular expressions, but shares the vocabulary
@@ -155,7 +162,7 @@ class Tokenizer:
     def char(cls, documents, add_eot=None):
         """Return a tokenizer with one id per character of the documents, sorted by code point as in nanoGPT.
 
-        add_eot: add the end-of-text token as the last id, by default if there are several documents.
+        add_eot: whether to add the end-of-text token as the last id. By default, add it if there are several documents.
         """
         characters, count = set(), 0
         for count, text in enumerate(documents, 1):  # noqa: B007 (count is used below)
@@ -174,7 +181,7 @@ class Tokenizer:
 
     @classmethod
     def train_bpe(cls, documents, vocab_size):
-        """Train a byte-level BPE with up to `vocab_size` tokens, or fewer if the text has too few pairs.
+        """Train a byte-level BPE with `vocab_size` tokens, or fewer if the text has too few pairs to merge.
 
         The training text is all documents, including validation, up to BPE_TEXT_LIMIT characters. The vocabulary
         contains all 256 bytes, so every text can be encoded. The last id is the end-of-text token.
@@ -277,7 +284,7 @@ class Tokenizer:
             raise EncodingError(self._unknown(text) or f"the tokenizer fails: {one_line(error)}") from None
 
     def _unknown(self, text):
-        """Return a message with the parts of a text that the vocabulary does not have, such as characters; or ""."""
+        """Return a message that lists the characters or words of a text that are not in the vocabulary, or ""."""
         parts, unknown = set(text), []
         if self.kind != "char":
             with suppress(Exception):  # text that is not valid Unicode, or no pre-tokenizer
@@ -291,7 +298,7 @@ class Tokenizer:
         return f"the tokenizer has no {', '.join(unknown[:8])}{more}" if unknown else ""
 
     def encode_batch(self, texts):
-        """Encode a list of texts. This releases the GIL; each thread needs its own copy from for_thread()."""
+        """Encode a list of texts. This releases the GIL. With several threads, use for_thread() in each of them."""
         if self._bpe is not None or self._table is not None:
             return [self.encode(text) for text in texts]
         try:
@@ -301,7 +308,7 @@ class Tokenizer:
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def encode_prompt(self, text):
-        """Encode a prompt to list[int]. Unlike in encode(), a special token in the text becomes a single id."""
+        """Encode a prompt to list[int]. Unlike encode(), convert each special token in the text to its id."""
         if self.eot is None and EOT in text:
             raise ValueError(f"the tokenizer has no {EOT}")
         special = sorted(map(re.escape, self.special), key=len, reverse=True)
@@ -370,7 +377,7 @@ class Tokenizer:
 
 
 def _read_json(text):
-    """Return the tokenizers library's Tokenizer of a tokenizer.json."""
+    """Parse a tokenizer.json. Return a Tokenizer of the tokenizers library."""
     from tokenizers import Tokenizer as Backend
 
     try:
@@ -381,7 +388,7 @@ def _read_json(text):
 
 
 def _clean(text, pad):
-    """Return a tokenizer.json without truncation and padding, and without its last token if this is `pad`."""
+    """Return a tokenizer.json without truncation and padding settings, and without the last token if this is `pad`."""
     spec = json.loads(text)
     added, vocab = spec.get("added_tokens") or [], spec["model"]["vocab"]
     used = vocab.values() if isinstance(vocab, dict) else range(len(vocab))  # a Unigram model has a list
@@ -398,13 +405,13 @@ def _clean(text, pad):
 
 
 def _token_name(value):
-    """Return the name of a token in tokenizer_config.json, which may be an object; None if there is none."""
+    """Return the string of a token in tokenizer_config.json. value: a string, an object with "content", or None."""
     name = value.get("content") if isinstance(value, dict) else value
     return name if isinstance(name, str) else None
 
 
 def _is_gpt2_model(folder):
-    """Return whether a folder has a GPT-2 model with GPT-2's vocabulary size. Its tokenizer is then GPT-2's."""
+    """Return whether a folder has a GPT-2 model with 50,257 tokens, which is assumed to use GPT-2's tokenizer."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
@@ -414,7 +421,7 @@ def _is_gpt2_model(folder):
 
 
 def _truncate(documents, limit):
-    """Yield the documents up to `limit` characters in total."""
+    """Yield the documents until they have `limit` characters in total. The last one may be truncated."""
     for text in documents:
         yield text[:limit]
         limit -= len(text)
@@ -451,7 +458,7 @@ def _byte_level_json(model, is_gpt2=False):
 
 
 def _splits_like_gpt2(spec):
-    """Return whether a BPE's tokenizer.json splits a text into words as GPT-2's does, and merges only inside words."""
+    """Return whether a BPE splits a text into words like GPT-2's tokenizer. spec: the content of tokenizer.json."""
     splitter = spec["pre_tokenizer"] or {}
     if splitter.get("type") != "ByteLevel" or splitter["add_prefix_space"] or not splitter.get("use_regex", True):
         return False
@@ -461,8 +468,8 @@ def _splits_like_gpt2(spec):
 def _tiktoken(spec, eot):
     """Return the byte-level BPE of a tokenizer.json as a tiktoken Encoding, or None if the ids would differ.
 
-    tiktoken first merges the pair whose token has the lowest id. The tokenizers library first merges the pair that is
-    first in the list of merges. So the ids must be in the order of that list.
+    tiktoken first merges the pair whose merged token has the lowest id. The tokenizers library first merges the pair
+    that comes first in the list of merges. So both give the same result only if the ids are in the order of that list.
     """
     model = spec["model"]
     if not _splits_like_gpt2(spec):

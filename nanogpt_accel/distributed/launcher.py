@@ -56,9 +56,9 @@ def check_launcher():
 
 
 def _process_group():
-    """Return torch.distributed if this process is already connected to others, else None. Does not import torch.
+    """Return torch.distributed if the process group is already initialized, else None. Does not import torch.
 
-    Accelerate's debug_launcher connects the processes before it calls `train`, and sets no RANK.
+    Accelerate's debug_launcher initializes the process group before it calls `train`, and does not set RANK.
     """
     distributed = sys.modules.get("torch.distributed")
     is_connected = distributed is not None and distributed.is_available() and distributed.is_initialized()
@@ -76,7 +76,7 @@ def world_size():
 
 
 def launcher_requests(kind):
-    """Return whether the launcher requests this: CPU, FSDP, DEEPSPEED or MEGATRON_LM."""
+    """Return whether the launcher requests `kind`, which is CPU, FSDP, DEEPSPEED or MEGATRON_LM."""
     # Accelerate accepts all of these; debug_launcher sets ACCELERATE_USE_CPU=yes
     return os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("1", "true", "yes", "y", "t", "on")
 

@@ -33,7 +33,7 @@ def find_model(target, warn=print, bars=True):
 
     Args:
         target: a run folder, a checkpoint, another model folder, or a Hub id.
-        warn: function that prints a line. bars: in a terminal, show progress bars for a download.
+        warn: function that prints a line. bars: whether to show progress bars for a download, in a terminal.
 
     Raises:
         ValueError, FileNotFoundError: the target cannot be loaded as a model; the message gives the reason.
@@ -54,8 +54,8 @@ def find_model(target, warn=print, bars=True):
 
 
 def _has_own_model(path):
-    """Return whether a folder with checkpoints also has a model that is not a link to one of them, such as the final or
-    best model of transformers' Trainer."""
+    """Return whether a folder with checkpoints also contains a separate model, not a link to a checkpoint. For
+    example, transformers' Trainer saves the final or the best model there."""
     config = path / "config.json"
     return config.is_file() and not is_published(config) and not (path / "run.yaml").is_file()
 
@@ -64,7 +64,7 @@ def _best_valid(run, target, warn):
     """Return the best checkpoint of a run. If it is not valid, return the latest valid checkpoint."""
     latest = latest_valid(run, warn, resumable=False)
     if latest is None:
-        raise ValueError(f"{target}: the run folder does not contain a valid checkpoint")
+        raise ValueError(f"{target}: the run folder does not contain a valid checkpoint; use another model")
     best = latest
     if has_matching_trainer(latest) and (best_step := read_trainer(latest)["best_step"]) is not None:
         best = checkpoint_path(run, best_step)

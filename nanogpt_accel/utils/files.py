@@ -18,7 +18,7 @@ def cache_folder():
 
 
 def sha256(file, offset=0, size=None):
-    """Return the SHA-256 of a file in hexadecimal, or that of its `size` bytes from `offset` on."""
+    """Return the SHA-256 of a file in hexadecimal, or if `size` is set, of the `size` bytes that start at `offset`."""
     digest, buffer = hashlib.sha256(), bytearray(2**16)  # larger blocks (4 MiB) are not faster, and need a larger heap
     remaining = math.inf if size is None else size
     with open(file, "rb", buffering=0) as opened:
@@ -55,10 +55,10 @@ def flush_file(file):
 
 
 def copy_mode(source, folder):
-    """Give all files in a folder the mode of `source`, which open() created with the mode that the umask gives.
+    """Set the mode of all files in a folder to the mode of the file `source`, which was created with open().
 
-    safetensors creates its files with mode 0600 whatever the umask, so nobody else could load the model. transformers
-    copies model.py with its mode.
+    So all files get the mode that the umask allows. Without this, other users could not load the model, because
+    safetensors creates files with mode 0600 regardless of the umask. transformers copies model.py with its mode.
     """
     mode = stat.S_IMODE(os.stat(source).st_mode)
     for place, _, files in os.walk(folder):

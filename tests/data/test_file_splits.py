@@ -82,7 +82,7 @@ def test_names_that_people_use(files):
     assert found == {name: split for name, split in files.items() if split}
     assert corpus.source["files"] == len(found) and not corpus.is_single
     left_out = [name for name, split in files.items() if not split]
-    assert all(any(name in note and "left out" in note for note in corpus.notes) for name in left_out)
+    assert all(any(name in note and "skipping" in note for note in corpus.notes) for name in left_out)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_larger_validation_split_in_tokens(capsys):
 
 def test_split_by_name_needs_names(capsys):
     write({"d/a.txt": "a", "d/b.txt": "b"})
-    assert "split_by=name: corpus=d has no training file" in refusal(capsys, "corpus=d", "split_by=name")
+    assert "split_by=name: the names of the files in corpus=d do not" in refusal(capsys, "corpus=d", "split_by=name")
 
 
 def test_the_identity_changes_only_if_the_names_count():
@@ -211,7 +211,7 @@ def test_val_fraction_is_a_share_of_the_text(monkeypatch, texts, val_fraction):
         monkeypatch.setattr(prepare, "COUNTED_BELOW", counted_below)
         ours, said = prepared(corpus=corpus, val_fraction=val_fraction, data_dir=f"out-{corpus}")
         assert [ids(ours.train), ids(ours.val)] == [char_ids(texts, train), char_ids(texts, val)]
-        assert f"corpus={corpus}: val is the end of the text, val_fraction={val_fraction}" in said
+        assert f"corpus={corpus}: val is the end of the text (val_fraction={val_fraction})" in said
 
 
 @pytest.mark.parametrize("texts", [[BIG, SMALL], [SMALL] * 28 + [BIG, SMALL], ["all in train"] * 25])

@@ -241,14 +241,14 @@ def test_names_are_splits_by_the_rules_for_texts(capsys):
     for command in (["split_by=name"], ["split_by=val_fraction", "val_fraction=0.1"]):
         assert main(["prepare", "r.yaml", "corpus=x_*.bin", *command]) == 0
     out = capsys.readouterr().out
-    expect(out, "train is 1 file (x_train.bin)", "1 file without a split in the name left out (x_notes.bin)")
-    expect(out, "val: 1 file, 300 tokens", "corpus=x_*.bin: val is the end of the text, val_fraction=0.1")
+    expect(out, "train is 1 file (x_train.bin)", "skipping 1 file without a split in the name (x_notes.bin)")
+    expect(out, "val: 1 file, 300 tokens", "corpus=x_*.bin: val is the end of the text (val_fraction=0.1)")
     found, _ = ids_of(corpus="x_*.bin", split_by="name")
     assert found == {"train": draw(100, 100).tolist(), "val": draw(300, 300).tolist()}
     found, _ = ids_of(corpus="x_*.bin", split_by="val_fraction", val_fraction=0.1)
     assert found == {"train": everything[:369], "val": everything[369:]}
     write_llmc("a.bin", draw(100))
-    expect(error_line(capsys, "corpus=a.bin", "split_by=name"), "split_by=name: corpus=a.bin has no training file")
+    expect(error_line(capsys, "corpus=a.bin", "split_by=name"), "split_by=name: the names of the files in corpus=a.bin")
 
 
 def test_headerless_files_that_are_named_after_splits():
@@ -298,12 +298,12 @@ def damaged():
     ids = draw(100)
     yield "truncated", lambda: write_llmc("x.bin", ids, count=101), ["1,224 bytes", "requires 1,226", "101 tokens"]
     yield "trailing", lambda: write_llmc("x.bin", ids, count=99), ["1,224 bytes", "requires 1,222"]
-    yield "negative", lambda: write_llmc("x.bin", ids, count=-1), ["header of llm.c", "-1 tokens"]
-    yield "no ids", lambda: write_llmc("x.bin", []), ["header of llm.c", "0 tokens"]
-    yield "version", lambda: write_llmc("x.bin", ids, version=2), ["version 2 instead of 1"]
-    yield "llama version", lambda: write_llmc("x.bin", ids, 20240801, 1), ["version 1 instead of 7"]
-    yield "short", lambda: Path("x.bin").write_bytes(struct.pack("<3i", 20240520, 1, 4)), ["header of llm.c"]
-    yield "magic only", lambda: Path("x.bin").write_bytes(struct.pack("<i", 20240520)), ["header of llm.c"]
+    yield "negative", lambda: write_llmc("x.bin", ids, count=-1), ["llm.c header", "-1 tokens"]
+    yield "no ids", lambda: write_llmc("x.bin", []), ["llm.c header", "0 tokens"]
+    yield "version", lambda: write_llmc("x.bin", ids, version=2), ["version 2 and", "version 1 and"]
+    yield "llama version", lambda: write_llmc("x.bin", ids, 20240801, 1), ["version 1 and", "version 7 and"]
+    yield "short", lambda: Path("x.bin").write_bytes(struct.pack("<3i", 20240520, 1, 4)), ["llm.c header", "12 bytes"]
+    yield "magic only", lambda: Path("x.bin").write_bytes(struct.pack("<i", 20240520)), ["llm.c header", "4 bytes"]
     yield "evaluation", lambda: write_llmc("x.bin", ids, 20240522), ["multiple-choice"]
     docs = [ids[:60], ids[60:]]
     yield "no MMIDIDX", lambda: (write_megatron("x", docs), Path("x.idx").write_bytes(b"TNTIDX" * 9)), ["MMIDIDX"]
@@ -317,8 +317,8 @@ def damaged():
     yield "gap", lambda: write_megatron("x", docs, offsets=[0, 122]), ["one after the other"]
     yield "more ids", lambda: write_megatron("x", docs, lengths=[60, 41]), ["200 bytes", "requires 202"]
     yield "index of ds", lambda: (write_datatrove("x.ds", docs), os.truncate("x.ds.index", 12)), ["x.ds.index"]
-    yield "empty index", lambda: (write_datatrove("x.ds", docs), os.truncate("x.ds.index", 0)), ["token 0"]
-    yield "cut ds", lambda: (write_datatrove("x.ds", docs), os.truncate("x.ds", 198)), ["198 bytes", "token 100"]
+    yield "empty index", lambda: (write_datatrove("x.ds", docs), os.truncate("x.ds.index", 0)), ["0 tokens"]
+    yield "cut ds", lambda: (write_datatrove("x.ds", docs), os.truncate("x.ds", 198)), ["198 bytes", "100 tokens"]
     yield "odd ds", lambda: (write_datatrove("x.ds", docs, index=False), os.truncate("x.ds", 199)), ["199 bytes"]
     yield "no ids in ds", lambda: [Path(f"x.ds{end}").touch() for end in ("", ".index")], ["no token ids"]
     yield "no ids in npy", lambda: np.save("x.npy", ids[:0]), ["no token ids"]

@@ -91,7 +91,7 @@ def test_token_ids_are_read_from_bin_files_alone(refused, tmp_path, monkeypatch,
     for name in ("x.bin", "x.bin.gz", "y.txt"):
         np.arange(100, dtype=np.uint16).tofile(name)
     with refused(
-        ValueError, f"corpus={spec}{named}", "contains token ids", "remove text files", ".gz", "do not set lines"
+        ValueError, f"corpus={spec}{named}", "contains token ids", "remove text files", ".gz", "do not set lines=true"
     ):
         find_corpus(spec, lines=lines)
 
@@ -171,9 +171,9 @@ def test_our_own_output_is_not_read(tmp_path, monkeypatch, spec):
     found = list(corpus.documents())
     assert [text for text in found if text in MINE] == MINE
     assert not {"a model card", "class GPT", "generated", "next to the tokens"} & set(found)
-    (note,) = [note for note in corpus.notes if "skipped" in note]
+    (note,) = [note for note in corpus.notes if "skipping" in note]
     count = 3 if "*" in spec else 4  # refers/ only has .json files
-    assert f"{count} folders with runs, checkpoints or prepared data skipped (" in note
+    assert f"skipping {count} folders with runs, checkpoints or prepared data (" in note
     assert all(name in note for name in ("data/x", "exported")) and "checkpoint-" not in note
 
 
@@ -273,7 +273,7 @@ def broken(kind):
 @pytest.mark.usefixtures("work")
 def test_a_file_that_cannot_be_read_is_named_or_skipped(capsys, kind):
     name = broken(kind)
-    expect(error_line(capsys, "corpus=notes"), "corpus=notes", name, "fix it", "skip_bad_documents=true")
+    expect(error_line(capsys, "corpus=notes"), "corpus=notes", name, "fix the data", "skip_bad_documents=true")
     assert not Path("out").exists()
     assert {f"{i} bottles" for i in range(5)} <= documents_found(capsys, "corpus=notes", "skip_bad_documents=true")
     out = capsys.readouterr().out

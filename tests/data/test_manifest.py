@@ -72,7 +72,7 @@ def test_a_damaged_manifest(refused, tmp_path, content):
 def test_a_manifest_of_another_version(refused, tmp_path):
     manifest = write(tmp_path) | {"version": 3}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with refused(ValueError, "version 3", "version 2", "prepare it again"):
+    with refused(ValueError, "version 3", "versions 1 and 2", "prepare it again"):
         read_manifest(tmp_path)
 
 

@@ -262,8 +262,8 @@ def test_token_ids_are_cut_as_nanogpt_cuts_a_text_and_not_copied(shakespeare, gp
         hashlib.sha256(np.array(part, "<u2").tobytes()).hexdigest() for part in (train, val)
     ]
     assert said[-4:-2] == [
-        "corpus=x.bin: val is the end of the text, val_fraction=0.1",
-        "out: refers to 1 file of token ids, without a copy",
+        "corpus=x.bin: val is the end of the text (val_fraction=0.1)",
+        "out: uses 1 file of token ids without copying them",
     ]
 
 
@@ -654,7 +654,7 @@ def test_two_processes_that_prepare():
     first.send_signal(signal.SIGSTOP)
     second = child(corpus="x.jsonl")
     try:
-        assert f"(process {first.pid} on {platform.node()}); waiting for it" in second.stdout.readline()
+        assert f"preparing this folder (process {first.pid} on {platform.node()})" in second.stdout.readline()
         assert not is_data_folder("out")
     finally:
         first.send_signal(signal.SIGCONT)
@@ -678,7 +678,7 @@ def test_a_waiting_process_resumes_after_the_other_is_killed():
     until(Path("out/.partial/progress.json").exists, first)
     first.send_signal(signal.SIGSTOP)
     second = child(corpus="x.jsonl")
-    assert "waiting for it" in second.stdout.readline()
+    assert "waiting for another process" in second.stdout.readline()
     first.kill()
     first.wait()
     said, _ = second.communicate(timeout=60)
@@ -766,7 +766,7 @@ def test_prepare_twice_writes_once(notes):
     data, lines = Data(corpus="notes", tokenizer="char", val_fraction=0.3), []
     folder = prepare.prepare(data, lines.append)
     assert lines[0] == "corpus=notes: 12 files to read"
-    assert lines[1] == "corpus=notes: val is the end of the text, val_fraction=0.3"
+    assert lines[1] == "corpus=notes: val is the end of the text (val_fraction=0.3)"
     assert str(folder) in lines[2] and lines[2].endswith("B/s)")
     assert [line.split(":")[0] for line in lines[3:]] == ["train", "val"]
     times = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}

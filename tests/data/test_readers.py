@@ -267,7 +267,7 @@ BAD = [
     ("x.jsonl", lambda: b'{"story": "a", "n": 1}\n', ["no column text", "story, n", "text_column"]),
     ("x.csv", lambda: b"story,n\na,1\n", ["no column text", "story, n", "text_column"]),
     ("x.tsv", lambda: b"story\tn\na\t1\n", ["no column text", "story, n", "text_column"]),
-    ("x.csv", lambda: b"", ["no column text", "text_column"]),
+    ("x.csv", lambda: b"", ["empty", "column names, such as text"]),
     ("x.parquet", lambda: parquet({"story": ["a"], "n": [1]}), ["no column text", "story, n", "text_column"]),
     # an invalid line
     ("x.jsonl", lambda: b'{"text": "a"}\n{"text": "b"\n', ["x.jsonl, line 2", "not JSON", "skip_bad_documents=true"]),
@@ -392,9 +392,9 @@ def test_a_row_that_is_not_utf8_is_skipped_too(name):
         (b'n,text\n1,a\n2,"b\n3,c\n4,d\n', ["line 3", "not CSV", "quote", "skip_bad_documents"]),
         (b'n,text\n1,a\n2,"b"c\n3,d\n', ["line 3", "not CSV"]),
         (b"text,text\na,b\n", ["2 columns are named text", "rename", "text_column"]),
-        (b"", ["line 1", "empty", "no column text", "text_column"]),
-        (b"\ntext\na\n", ["line 1", "empty", "text_column"]),
-        (b"\xef\xbb\xbf", ["line 1", "empty", "text_column"]),
+        (b"", ["line 1", "empty", "column names, such as text"]),
+        (b"\ntext\na\n", ["line 1", "empty", "column names"]),
+        (b"\xef\xbb\xbf", ["line 1", "empty", "column names"]),
     ],
 )
 def test_an_invalid_csv(capsys, raw, words):
@@ -530,5 +530,5 @@ def test_a_file_of_ids_that_changes_or_goes(capsys, gpt2_files, monkeypatch):
         file.write_bytes(bytes(6000))
         changes = [lambda: None, change]  # the check of the recipe calls it first
         line = error_line(capsys, "corpus=a.bin", "tokenizer=gpt2")
-        expect(line, "corpus=a.bin: was changed or removed", "run it again")
+        expect(line, "corpus=a.bin: was changed or removed", "run the command again")
         assert not Path("out").exists()

@@ -311,7 +311,7 @@ def test_resume_falls_back_from_a_truncated_checkpoint(capsys, workplace, copy, 
     assert main(["train", str(copy)]) == 0
     out = capsys.readouterr().out
     (warning,) = [line for line in out.splitlines() if "warning" in line]
-    assert has_all(warning, [str(copy / "checkpoint-000006"), f"{name} is corrupted", "the previous checkpoint"])
+    assert has_all(warning, [str(copy / "checkpoint-000006"), f"{name} is corrupted", "skipping this checkpoint"])
     assert f"resuming {copy} from checkpoint-000004" in out and "iter 5:" in out and "iter 3:" not in out
     again, first = (run / "checkpoint-000006" for run in (copy, workplace / "runs" / "tiny"))
     for file in ("model.safetensors", "config.json", "state/optimizer.safetensors", "tokenizer.json"):
@@ -343,7 +343,7 @@ def test_run_without_a_valid_checkpoint_is_refused(capsys, copy):
     (line,) = refusal(capsys, "train", copy)
     assert has_all(line, ["nothing to resume", "no valid checkpoint", str(copy), "init_from=scratch"])
     assert main(["sample", str(copy)]) == 2
-    message = f"error: {copy}: the run folder does not contain a valid checkpoint"
+    message = f"error: {copy}: the run folder does not contain a valid checkpoint; use another model"
     assert capsys.readouterr().err.splitlines()[-1] == message
 
 
