@@ -34,6 +34,9 @@ GPT2_VOCAB_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a651
 GPT2_WORDS = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
 LONGEST_WORD = 1000  # maximum bytes per word when a BPE is trained
 BPE_TEXT_LIMIT = 200_000_000  # maximum characters to train a BPE on; more would need memory and change few merges
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of tokenizers with byte fallback, such as Llama 2's
+FIRST_BYTE_POINT = 0x10FF00  # stands for byte 0 in Tokenizer.decode; private use, with the bytes above 0x7F at the end
+BYTES = re.compile(f"[{chr(FIRST_BYTE_POINT + 0x80)}-{chr(FIRST_BYTE_POINT + 0xFF)}]+")
 
 
 class EncodingError(ValueError):
@@ -85,6 +88,7 @@ class Tokenizer:
         if config.get("chat_template"):
             self._settings["chat_template"] = config["chat_template"]
         self.kind = self._find_kind()
+        self._has_byte_fallback = '"ByteFallback"' in json.dumps(self._spec.get("decoder"))
 
     def _find_kind(self):
         model, splitter = self._spec["model"]["type"], (self._spec.get("pre_tokenizer") or {}).get("type")
@@ -336,7 +340,14 @@ class Tokenizer:
 
     def decode(self, ids):
         """Decode ids to text, including special tokens. Bytes of incomplete characters become U+FFFD."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        ids = [int(i) for i in ids]
+        if not self._has_byte_fallback:
+            return self._backend.decode(ids, skip_special_tokens=False)
+        # if one character is incomplete, the tokenizers library replaces all consecutive bytes by U+FFFD; therefore,
+        # pass bytes of other characters than ASCII through its decoder as code points that no vocabulary uses
+        tokens = [token for i in ids if (token := self._backend.id_to_token(i)) is not None]
+        tokens = [_byte_character(t) if BYTE_TOKEN.fullmatch(t) else t for t in tokens]
+        return BYTES.sub(_decode_bytes, self._backend.decoder.decode(tokens))
 
     def save(self, folder, max_length=None, has_pad=False):
         """Write tokenizer.json and tokenizer_config.json.
@@ -401,6 +412,17 @@ def _token_name(value):
     """Return the name of a token in tokenizer_config.json, which may be an object; None if there is none."""
     name = value.get("content") if isinstance(value, dict) else value
     return name if isinstance(name, str) else None
+
+
+def _byte_character(token):
+    """Return the character that stands for a byte token in Tokenizer.decode: itself if it is ASCII."""
+    byte = int(token[3:5], 16)
+    return chr(byte if byte < 0x80 else FIRST_BYTE_POINT + byte)
+
+
+def _decode_bytes(match):
+    """Decode consecutive bytes, written as in _byte_character. An incomplete character becomes U+FFFD."""
+    return bytes(ord(character) - FIRST_BYTE_POINT for character in match[0]).decode("utf-8", "replace")
 
 
 def _is_gpt2_model(folder):
