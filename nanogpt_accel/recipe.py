@@ -77,6 +77,11 @@ class Data(Section):
     vocab_size: Int = Field(
         4096, ge=257, le=1_000_000, description="vocabulary size of tokenizer=bpe; other tokenizers ignore it"
     )
+    special_tokens: Literal["text", "tokens"] = Field(
+        "text",
+        description="special tokens, such as <|endoftext|>, in the text of the corpus. text: encode them as ordinary "
+        "text, as in nanoGPT; tokens: encode them as their ids. If there are any, prompts are encoded in the same way",
+    )
     data_dir: TextOrNone = Field(
         None,
         description="folder with train.bin and val.bin, as nanoGPT writes them; default: a folder in data/ named after "

@@ -133,6 +133,7 @@ def facts_of(data, corpus):
         "val_fraction": data.val_fraction,
         "split_seed": None if corpus.is_single else SPLIT_SEED,
         **{key: getattr(data, key) for key in limits if getattr(data, key)},
+        **({"special_tokens": data.special_tokens} if data.special_tokens != "text" else {}),
     }
 
 
@@ -168,6 +169,7 @@ def _differences(data, manifest):
         "revision": corpus.get("revision"),
         "limit_documents": manifest.get("limit_documents"),
         "limit_tokens": manifest.get("limit_tokens"),
+        "special_tokens": manifest.get("special_tokens", "text"),
     }
     identities = {"corpus": lambda: source_name(data.corpus), "tokenizer": lambda: _tokenizer_identity(data)}
     fields = getattr(type(data), "model_fields", {})  # a plain object has no defaults, so everything is compared

@@ -57,6 +57,8 @@ class Tokenizer:
         pad, pad_id: the padding token. If it is not in the vocabulary, its id is vocab_size, the first unused one, or
             None if ids below vocab_size are unused too, because the tokenizers library would take one of these.
         special: the tokens that encode() does not look for in a text.
+        special_tokens: how to encode special tokens in a text. "text": as ordinary text; "tokens": as their ids; None:
+            as text in a corpus, and as ids in a prompt. It is split_special_tokens in tokenizer_config.json.
         dtype: np.uint16, or np.uint32 if the vocabulary is larger than 2**16.
     """
 
@@ -87,6 +89,8 @@ class Tokenizer:
         self._settings = {key: name for key, name in names.items() if key != "eos_token" and name in self.vocab}
         if config.get("chat_template"):
             self._settings["chat_template"] = config["chat_template"]
+        is_split = config.get("split_special_tokens")
+        self.special_tokens = ("text" if is_split else "tokens") if isinstance(is_split, bool) else None
         self.kind = self._find_kind()
         self._has_byte_fallback = '"ByteFallback"' in json.dumps(self._spec.get("decoder"))
 
@@ -126,6 +130,18 @@ class Tokenizer:
     def splits_like_gpt2(self):
         """Whether this is a byte-level BPE that splits a text into words as GPT-2's does."""
         return self._spec["model"]["type"] == "BPE" and _splits_like_gpt2(self._spec)
+
+    @property
+    def is_lossless(self):
+        """Whether it is known that decoding always gives the text back. Characters that are not in the vocabulary are
+        an error, and byte-level BPEs have all bytes."""
+        return self._table is not None or self._bpe is not None
+
+    @cached_property
+    def unk_id(self):
+        """The id of unknown characters or words, or None."""
+        model = self._spec["model"]
+        return model.get("unk_id", self.vocab.get(model.get("unk_token")))
 
     def for_thread(self):
         """Return a copy for use in one thread. A shared tokenizer took 1.3 times as long, because a Rust regular
@@ -259,7 +275,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text):
-        """Encode a text to ids of self.dtype, shape (n,). Special tokens in the text are treated as plain text.
+        """Encode a text to ids of self.dtype, shape (n,). Special tokens in the text are treated as ordinary text.
 
         Raises:
             EncodingError: the text has characters or words that are not in the vocabulary.
@@ -294,10 +310,38 @@ class Tokenizer:
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         return f"the tokenizer has no {', '.join(unknown[:8])}{more}" if unknown else ""
 
+    def encode_with_special(self, text):
+        """Encode a text to ids, shape (n,). Special tokens in the text become their ids."""
+        special = sorted(map(re.escape, self.special), key=len, reverse=True)
+        parts = re.split(f"({'|'.join(special)})", text) if special else [text]  # odd parts are special tokens
+        ids = [[self.vocab[part]] if i % 2 else self.encode(part) for i, part in enumerate(parts) if part]
+        return np.concatenate([np.array([], self.dtype), *ids]).astype(self.dtype)
+
+    def encode_document(self, text):
+        """Encode a text of a corpus to ids, shape (n,)."""
+        return self.encode_with_special(text) if self.special_tokens == "tokens" else self.encode(text)
+
+    def count_special(self, text):
+        """Return (number of special tokens in a text, number of their bytes).
+
+        If they are encoded as text, <|endoftext|> is counted too if it is not in the vocabulary.
+        """
+        tokens = self.special if self.special_tokens == "tokens" else self.special | {EOT}
+        counts = [(text.count(token), len(token.encode())) for token in tokens]
+        return sum(count for count, _ in counts), sum(count * size for count, size in counts)
+
+    def move_cut(self, text, cut):
+        """Return the position of a cut in a text, moved to the end of a special token that it would divide."""
+        for token in self.special if self.special_tokens == "tokens" else ():
+            start = text.find(token, max(cut - len(token) + 1, 0), cut + len(token) - 1)
+            if start >= 0:
+                return start + len(token)
+        return cut
+
     def encode_batch(self, texts):
-        """Encode a list of texts. This releases the GIL; each thread needs its own copy from for_thread()."""
-        if self._bpe is not None or self._table is not None:
-            return [self.encode(text) for text in texts]
+        """Encode a list of documents. This releases the GIL; each thread needs its own copy from for_thread()."""
+        if self._bpe is not None or self._table is not None or self.special_tokens == "tokens":
+            return [self.encode_document(text) for text in texts]
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception:  # encode() names the text
@@ -305,14 +349,12 @@ class Tokenizer:
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def encode_prompt(self, text):
-        """Encode a prompt to list[int]. Unlike in encode(), a special token in the text becomes a single id."""
+        """Encode a prompt to list[int]. Special tokens become their ids, unless they are text in the model's corpus."""
+        if self.special_tokens == "text":
+            return self.encode(text).tolist()
         if self.eot is None and EOT in text:
             raise ValueError(f"the tokenizer has no {EOT}")
-        special = sorted(map(re.escape, self.special), key=len, reverse=True)
-        ids = []
-        for i, part in enumerate(re.split(f"({'|'.join(special)})", text) if special else [text]):
-            ids += [self.vocab[part]] if i % 2 else self.encode(part).tolist()  # odd parts are special tokens
-        return ids
+        return self.encode_with_special(text).tolist()
 
     def check_prompt(self, text, block_size, key):
         """Check a prompt. Return a list of problems, which start with `key`. block_size: maximum tokens, or None."""
@@ -365,6 +407,8 @@ class Tokenizer:
         if self.eot and self.kind in ("gpt2", "bpe"):
             config["unk_token"] = self.eot  # as in OpenAI's tokenizer; never needed, but ctranslate2 requires it
         config |= self._settings
+        if self.special_tokens:
+            config["split_special_tokens"] = self.special_tokens == "text"
         if max_length:
             config["model_max_length"] = max_length
         text = self.text

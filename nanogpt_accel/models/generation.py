@@ -49,7 +49,7 @@ class TextStream:
 class _Sample:
     """One generated text.
 
-    ids: without the end-of-text token, but with the last token of `stop`. is_done: whether one of the two was generated.
+    ids: without the end-of-text token, but with the last token of `stop`. is_done: whether one of them was generated.
     """
 
     def __init__(self, prompt_ids, eos_id, stop, decode, on_text):
@@ -137,7 +137,8 @@ def generate(
 ):
     """Generate up to max_new_tokens tokens after each prompt, with transformers' `generate` and a KV cache.
 
-    By default, as in nanoGPT, generation does not stop at an end-of-text token. The model's generation_config is ignored.
+    Without eos_id, generation does not stop at an end-of-text token, as in nanoGPT. The model's generation_config is
+    ignored.
 
     Args:
         model: a GPT in eval mode. prompts: lists of ids, none of them empty. seeds: one per prompt.
