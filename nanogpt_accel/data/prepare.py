@@ -5,7 +5,6 @@ If a preparation is interrupted, its complete documents are kept, and the next p
 
 import hashlib
 import itertools
-import os
 import shutil
 import signal
 import sys
@@ -24,6 +23,7 @@ from ..utils.text import counted, data_size
 from .corpus import Corpus
 from .dataset import SPLIT_SEED, check_fits, corpus_of, data_folder, facts_of, is_prepared, open_dataset
 from .encoding import tokenize
+from .find_tokenizer import load_tokenizer
 from .local_files import refuse_larger_val
 from .losses import report_losses
 from .manifest import describe_split, is_data_folder, read_manifest
@@ -89,7 +89,7 @@ def _prepare(folder, data, report, workers):
     if not corpus.is_single and tokenizer.eot_id is None:
         raise ValueError(
             f"tokenizer={data.tokenizer}: has no end-of-text token to separate the documents of "
-            f"corpus={data.corpus}; set tokenizer to gpt2, char or bpe, or use a corpus that is a single text"
+            f"corpus={data.corpus}; set eos_token to one of its tokens, or tokenizer to gpt2, char or bpe"
         )
     tokenizer.special_tokens = data.special_tokens
     with _unknown_characters(data):
@@ -183,7 +183,7 @@ def _make_tokenizer(data, corpus, report):
     if data.tokenizer == "gpt2":
         return Tokenizer.gpt2()
     if data.tokenizer not in ("char", "bpe"):
-        return Tokenizer.load(os.path.expanduser(data.tokenizer))
+        return load_tokenizer(data.tokenizer, data.eos_token)
     documents = itertools.chain.from_iterable(
         itertools.islice(corpus.documents(split, _bad_handler(data)), data.limit_documents)
         for split in corpus.own_splits()

@@ -48,7 +48,7 @@ class Tokenizer:
 
     Args:
         text: the content of a tokenizer.json.
-        config: the content of its tokenizer_config.json.
+        config: the content of its tokenizer_config.json. eos_token_id is used if it has no eos_token.
 
     Attributes:
         kind: "gpt2", "char", "bpe" (another byte-level BPE), or the model type in tokenizer.json, lowercase.
@@ -74,7 +74,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = True  # special tokens in a corpus are plain text
         self.vocab = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocab.values()) + 1
-        self.eot = names["eos_token"] or EOT
+        self.eot = names["eos_token"] or _token_of(config.get("eos_token_id"), self.vocab) or EOT
         if self.eot not in self.vocab:
             self.eot = None
         self.eot_id = self.vocab.get(self.eot)
@@ -217,8 +217,10 @@ class Tokenizer:
         return cls(_byte_level_json(backend.model))
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder, eos_token=None):
         """Load the tokenizer of a folder with a tokenizer.json, with vocab.json and merges.txt, or with a GPT-2 model.
+
+        eos_token: the end-of-text token; None: as in the files of the folder.
 
         Raises FileNotFoundError if the folder has none of these, and ValueError if a file is damaged.
         """
@@ -235,15 +237,9 @@ class Tokenizer:
             if _is_gpt2_model(folder):
                 return cls.gpt2()
             raise FileNotFoundError(f"{path}: no such file; copy the model's tokenizer to {folder}")
-        config, config_path = {}, os.path.join(folder, "tokenizer_config.json")
-        if os.path.isfile(config_path):
-            try:
-                with open(config_path, encoding="utf-8") as file:
-                    config = json.load(file)
-            except (ValueError, RecursionError) as error:
-                fix = f"fix the file, or delete it if the end-of-text token is {EOT}"
-                raise ValueError(f"{config_path}: not JSON ({one_line(error)}); {fix}") from None
-            config = config if isinstance(config, dict) else {}
+        config = _read_config(folder, "tokenizer_config.json")
+        if eos_token or not config.get("eos_token"):
+            config |= {"eos_token": eos_token} if eos_token else _find_eos(folder)
         template_path = os.path.join(folder, "chat_template.jinja")
         if os.path.isfile(template_path):
             try:
@@ -467,6 +463,33 @@ def _byte_character(token):
 def _decode_bytes(match):
     """Decode consecutive bytes, written as in _byte_character. An incomplete character becomes U+FFFD."""
     return bytes(ord(character) - FIRST_BYTE_POINT for character in match[0]).decode("utf-8", "replace")
+
+
+def _read_config(folder, name):
+    """Return the content of a JSON file, or {} if it does not exist or contains no object."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except (ValueError, RecursionError) as error:
+        fix = f"fix the file, or delete it if the end-of-text token is {EOT}"
+        raise ValueError(f"{path}: not JSON ({one_line(error)}); {fix}") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _find_eos(folder):
+    """Return {"eos_token": ...} or {"eos_token_id": ...} from other files than tokenizer_config.json."""
+    token = _token_name(_read_config(folder, "special_tokens_map.json").get("eos_token"))
+    ids = _read_config(folder, "generation_config.json").get("eos_token_id")
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    return {"eos_token": token} if token else {"eos_token_id": first}
+
+
+def _token_of(token_id, vocab):
+    """Return the token with this id, or None if there is none."""
+    return next((token for token, i in vocab.items() if i == token_id), None) if token_id is not None else None
 
 
 def _is_gpt2_model(folder):
