@@ -70,7 +70,9 @@ def _convert(folder, eos_token):
         text = original.backend_tokenizer.to_str()
     except Exception as error:  # many kinds; a missing package, for example
         problem = f"has no tokenizer.json, and transformers cannot convert its tokenizer ({one_line(error)})"
-        fix = "for a SentencePiece model, run pip install sentencepiece protobuf; otherwise, copy a tokenizer.json to it"
+        fix = (
+            "for a SentencePiece model, run pip install sentencepiece protobuf, or copy a tokenizer.json to the folder"
+        )
         raise ValueError(f"tokenizer={folder}: {problem}; {fix}") from None
     config = {key: getattr(original, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     return Tokenizer(text, config | ({"eos_token": eos_token} if eos_token else {}))

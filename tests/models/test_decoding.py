@@ -3,10 +3,12 @@
 import random
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 from tokenizer_kinds import MAKERS, TEXTS, tokenizer_json
 
+from nanogpt_accel.data.find_tokenizer import load_tokenizer
 from nanogpt_accel.data.tokenizer import Tokenizer
 from nanogpt_accel.models.generation import TextStream, text_after
 
@@ -112,3 +114,32 @@ def test_ids_without_a_token_do_not_drop_a_space():
     spec["model"]["vocab"] = {"<unk>": 0, "a": 20, "b": 21}
     tokenizer = Tokenizer(json.dumps(spec | {"added_tokens": []}))
     assert streamed(tokenizer, [20], [*range(1, 15), 21]) == tokenizer.decode([20, 21])[1:] == " b"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_texts_are_decoded_as_sentencepiece_decodes_them(model_type):
+    """Also if they end inside a character, where SentencePiece writes one U+FFFD per byte."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentences = iter([TEXTS["English"], TEXTS["Chinese"]] * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences,
+        model_prefix="m",
+        vocab_size=330,
+        hard_vocab_limit=False,
+        model_type=model_type,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    Path("tokenizer.model").write_bytes(Path("m.model").read_bytes())
+    Path("tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}')
+    ours, theirs = load_tokenizer("."), sentencepiece.SentencePieceProcessor(model_file="m.model")
+    rng = random.Random(0)
+    for text in TEXTS.values():
+        ids = theirs.encode(text)
+        assert ours.encode(text).tolist() == ids
+        for length in range(len(ids)):
+            assert ours.decode(ids[:length]).rstrip("\ufffd") == theirs.decode(ids[:length]).rstrip("\ufffd")
+        start = rng.randrange(len(ids))
+        assert streamed(ours, ids[:start], ids[start:]) == text_after(ours.decode, ids[:start], ids[start:])
