@@ -333,11 +333,13 @@ def _check_sizes(corpus, data, writer):
 def _report_special_tokens(data, tokenizer, writer, report):
     """Report the special tokens in the text. Prompts are encoded as the corpus is, if it contains any."""
     count = sum(counts.get("special_tokens", 0) for counts in writer.counts.values())
-    tokens = ", ".join(sorted(tokenizer.special)[:3]) or "no special tokens"
+    tokens = ", ".join(sorted(tokenizer.special)[:3]) or EOT
     if data.special_tokens == "tokens":
         report(f"corpus={data.corpus}: {counted(count, 'special token')} in the text became ids ({tokens})")
     elif count:
-        fix = "to encode them as ids, set special_tokens=tokens"
+        fix = f"to encode {tokens} as ids, set special_tokens=tokens"
+        if tokenizer.special and EOT not in tokenizer.special:
+            fix += f" (the tokenizer has no {EOT}; replace it by one of these)"
         report(f"corpus={data.corpus}: {counted(count, 'special token')} in the text, encoded as ordinary text; {fix}")
     else:
         tokenizer.special_tokens = None

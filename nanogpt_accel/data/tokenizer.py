@@ -401,7 +401,8 @@ class Tokenizer:
         if self.eot:
             config |= {"bos_token": self.eot, "eos_token": self.eot}
         if self.eot and self.kind in ("gpt2", "bpe"):
-            config["unk_token"] = self.eot  # as in OpenAI's tokenizer; never needed, but ctranslate2 requires it
+            # end-of-text as in OpenAI's tokenizer, where it is never needed, but ctranslate2 requires it
+            config["unk_token"] = self._spec["model"].get("unk_token") or self.eot
         config |= self._settings
         if self.special_tokens:
             config["split_special_tokens"] = self.special_tokens == "text"

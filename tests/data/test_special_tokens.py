@@ -110,6 +110,14 @@ def test_the_special_tokens_of_another_tokenizer():
     assert (ids(tokens.train) + ids(tokens.val)).count(tokens.tokenizer.eot_id) == 18
 
 
+def test_a_marker_that_the_tokenizer_does_not_have():
+    Path("mine").mkdir()
+    Path("mine/tokenizer.json").write_text(tokenizer_json("byte-level", eos="</s>"))
+    Path("mine/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    _, lines = prepared(corpus="stories.txt", tokenizer="mine", val_fraction=0.21)
+    assert FOUND in found(lines)[0] and f"the tokenizer has no {EOT}; replace it" in found(lines)[0]
+
+
 @pytest.mark.parametrize("where", range(1, len(EOT)))
 def test_a_cut_never_divides_a_marker(where):
     text = "a" * (50 - where) + EOT + "b" * (50 - len(EOT) + where)  # 100 characters

@@ -130,6 +130,7 @@ def test_texts_are_decoded_as_sentencepiece_decodes_them(model_type):
         model_type=model_type,
         byte_fallback=True,
         normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         minloglevel=2,
     )
     Path("tokenizer.model").write_bytes(Path("m.model").read_bytes())
