@@ -72,10 +72,22 @@ class Data(Section):
     )
     shard_tokens: Int = Field(100_000_000, ge=1000, description="maximum number of tokens per token file")
     tokenizer: str = Field(
-        "gpt2", description="gpt2, char, bpe (byte-level BPE trained on the corpus), or a folder with a tokenizer.json"
+        "gpt2",
+        description="gpt2, char, bpe (byte-level BPE trained on the corpus), a folder with a tokenizer.json, or the "
+        "tokenizer of a Hub model: hub:USER/NAME or hub:USER/NAME@REVISION",
+    )
+    eos_token: TextOrNone = Field(
+        None,
+        description="end-of-text token of a tokenizer from a folder or the Hub; default: eos_token of its "
+        "tokenizer_config.json or special_tokens_map.json, eos_token_id of generation_config.json, or <|endoftext|>",
     )
     vocab_size: Int = Field(
         4096, ge=257, le=1_000_000, description="vocabulary size of tokenizer=bpe; other tokenizers ignore it"
+    )
+    special_tokens: Literal["text", "tokens"] = Field(
+        "text",
+        description="special tokens, such as <|endoftext|>, in the text of the corpus. text: encode them as ordinary "
+        "text, as in nanoGPT; tokens: encode them as their ids. If there are any, prompts are encoded in the same way",
     )
     data_dir: TextOrNone = Field(
         None,

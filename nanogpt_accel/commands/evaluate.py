@@ -103,8 +103,9 @@ def load_data_recipe(target, path, given):
     if path is None and keys & {"corpus", "data_dir"}:
         if keys == {"corpus"}:
             folder = find_model(target, warn=lambda line: None, bars=is_main())
-            is_gpt2 = Tokenizer.load(folder).kind == "gpt2"
-            given = {**given, "tokenizer": "gpt2" if is_gpt2 else str(folder)}
+            tokenizer = Tokenizer.load(folder)
+            defaults = {"special_tokens": tokenizer.special_tokens or "text"}
+            given = {**defaults, **given, "tokenizer": "gpt2" if tokenizer.kind == "gpt2" else str(folder)}
     elif path is None:
         path = run_recipe(target)
     given = {"eval_iters": "all", **given}
@@ -174,7 +175,7 @@ def open_text(options, folder):
         raise ValueError(f"text={path}: not UTF-8 text at byte {error.start}; {fix}") from None
     tokenizer = Tokenizer.load(folder)
     try:
-        tokens = TokenArray(tokenizer.encode(text))
+        tokens = TokenArray(tokenizer.encode_document(text))
     except EncodingError as error:
         fix = "remove it from the text, or evaluate a model that was trained with it"
         raise ValueError(f"text={path}: for {folder}, {error}; {fix}") from None

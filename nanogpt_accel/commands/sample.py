@@ -45,6 +45,19 @@ class SampleOptions(Section):
         description="what to do when the text reaches block_size tokens. slide: continue with the last half of the "
         "text as context; stop: end the text; extend: use positions beyond block_size (rotary positions only)",
     )
+    stop_at_eos: bool | None = Field(
+        None,
+        description="end a sample at the end-of-text token; default: true if the tokenizer has one, that is, if the "
+        "model was trained with documents",
+    )
+    stop: str | None = Field(
+        None, description=r"end a sample before this text, such as stop='\n\n'; \n is a line end and \t a tab"
+    )
+    special_tokens: Literal["text", "tokens"] | None = Field(
+        None,
+        description="special tokens, such as <|endoftext|>, in the prompt. text: ordinary text; tokens: their ids; "
+        "default: as in the corpus of the model, or tokens if that is unknown",
+    )
     seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="random seed; sample i uses seed + i")
     device: Device = Field("auto", description="device to use: auto, cpu, cuda, cuda:N or mps")
     json_output: bool = Field(False, alias="json", description="print each sample as a JSON object: prompt, text, seed")
@@ -76,6 +89,7 @@ def main(argv):
     raise_problems(problems)
     folder = find_model(target, warn=Console(stderr=True))
     tokenizer = Tokenizer.load(folder)
+    tokenizer.special_tokens = options.special_tokens or tokenizer.special_tokens
     if {"prompt", "start", "prompts"}.isdisjoint(given) and tokenizer.check_prompt(prompts[0], None, "prompt"):
         prompts = [tokenizer.decode([0])]
     raise_problems(check_prompts(folder, tokenizer, prompts, options))
@@ -113,6 +127,9 @@ def check_prompts(folder, tokenizer, prompts, options):
     max_tokens = config["block_size"] if options.overflow == "stop" else None  # otherwise prompts may be longer
     for prompt in prompts:
         problems += tokenizer.check_prompt(prompt, max_tokens, key)
+    if options.stop_at_eos and tokenizer.eot_id is None:
+        fix = "leave it out, or set stop to a text"
+        problems.append(f"stop_at_eos=true: the tokenizer in {folder} has no end-of-text token; {fix}")
     if options.overflow == "extend" and config["position"] != "rotary":
         limit = f"block_size={config['block_size']}"
         problems.append(
@@ -134,6 +151,8 @@ def write_texts(folder, tokenizer, prompts, options):
     cpu.tune_generation(model)
     settings = options.model_dump(include={"max_new_tokens", "temperature", "top_k", "top_p", "overflow"})
     settings |= {"vocab_size": tokenizer.vocab_size, "decode": tokenizer.decode}
+    stop = options.stop.replace("\\n", "\n").replace("\\t", "\t") if options.stop else None
+    settings |= {"stop": stop, "eos_id": None if options.stop_at_eos is False else tokenizer.eot_id}
     prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
     for i in range(0, len(prompts), options.batch_size):
         batch = prompts[i : i + options.batch_size]
@@ -148,7 +167,7 @@ def write_texts(folder, tokenizer, prompts, options):
             print("\n---------------", flush=True)
             continue
         for prompt, seed, before, ids in zip(batch, seeds, prompt_ids, new_ids, strict=True):
-            text = text_after(tokenizer.decode, before, ids)
+            text = text_after(tokenizer.decode, before, ids, stop)
             if options.json_output:
                 print(json.dumps({"prompt": prompt, "text": text, "seed": seed}), flush=True)
             else:

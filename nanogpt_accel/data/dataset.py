@@ -3,7 +3,6 @@
 In all functions, `data` is the data section of a recipe, or any object with the same attributes.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -12,14 +11,14 @@ from pathlib import Path
 
 from ..utils.fields import raise_problems
 from ..utils.text import file_name
+from .find_tokenizer import TOKENIZERS, hub_id, load_tokenizer
 from .manifest import check_content, is_data_folder, read_manifest
 from .meta import tokenizer_from_meta
 from .sources import find_corpus, source_name
 from .token_files import AGAIN, SPLITS, refuse_to_overwrite, token_file
-from .tokenizer import Tokenizer
+from .tokenizer import EOT, Tokenizer
 
 SPLIT_SEED = 2357  # nanoGPT's seed; fixed, so that validation losses of runs with different seeds can be compared
-TOKENIZERS = ("gpt2", "char", "bpe")
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,11 @@ def corpus_of(data):
 
 def check_fits(data, corpus):
     """Raise ValueError if limit_documents, limit_tokens or the tokenizer cannot be used with this kind of corpus."""
+    if data.eos_token and data.tokenizer in TOKENIZERS:
+        raise ValueError(
+            f"eos_token={data.eos_token}: tokenizer={data.tokenizer} uses {EOT}; leave eos_token out, or set tokenizer "
+            "to a folder or a Hub id"
+        )
     if corpus.ids and data.tokenizer in ("char", "bpe"):
         raise ValueError(
             f"tokenizer={data.tokenizer}: requires text, but corpus={data.corpus} contains token ids; set tokenizer to "
@@ -128,26 +132,23 @@ def facts_of(data, corpus):
     """Return all settings that determine the tokens, as JSON values. For a single text or token ids, split_seed is
     None, because the first part is train and the rest is val.
     """
-    limits = ("limit_documents", "limit_tokens", "skip_bad_documents")
+    optional = ("limit_documents", "limit_tokens", "skip_bad_documents", "eos_token")
+    hub = {"hub": data.tokenizer} if hub_id(data.tokenizer) else {}
     return {
         "corpus": corpus.source,
-        "tokenizer": {"asked": _tokenizer_identity(data)},
+        "tokenizer": {"asked": _tokenizer_identity(data), **hub},
         "val_fraction": data.val_fraction,
         "split_seed": None if corpus.is_single else SPLIT_SEED,
-        **{key: getattr(data, key) for key in limits if getattr(data, key)},
+        **{key: getattr(data, key) for key in optional if getattr(data, key)},
+        **({"special_tokens": data.special_tokens} if data.special_tokens != "text" else {}),
     }
 
 
 def _tokenizer_identity(data):
-    """Return a string that identifies the tokenizer. For a folder, it contains a hash, not the name."""
+    """Return a string that identifies the tokenizer. For a folder or a Hub id, it contains a hash, not the name."""
     if data.tokenizer in TOKENIZERS:
         return f"bpe vocab_size={data.vocab_size}" if data.tokenizer == "bpe" else data.tokenizer
-    if not os.path.isdir(os.path.expanduser(data.tokenizer)):
-        close = difflib.get_close_matches(data.tokenizer, TOKENIZERS, n=1)
-        problem = "no such tokenizer" + (f" (did you mean {close[0]}?)" if close else "")
-        fix = f"use {', '.join(TOKENIZERS)}, or a folder with a tokenizer.json"
-        raise FileNotFoundError(f"tokenizer={data.tokenizer}: {problem}; {fix}")
-    return f"tokenizer.json-{Tokenizer.load(os.path.expanduser(data.tokenizer)).fingerprint[:16]}"
+    return f"tokenizer.json-{load_tokenizer(data.tokenizer, data.eos_token).fingerprint[:16]}"
 
 
 def _differences(data, manifest):
@@ -170,7 +171,11 @@ def _differences(data, manifest):
         "revision": corpus.get("revision"),
         "limit_documents": manifest.get("limit_documents"),
         "limit_tokens": manifest.get("limit_tokens"),
+        "special_tokens": manifest.get("special_tokens", "text"),
+        "eos_token": manifest.get("eos_token"),
     }
+    if manifest["tokenizer"].get("hub") == data.tokenizer:  # no download, and the same tokens if the Hub has changed
+        prepared["tokenizer"] = data.tokenizer
     identities = {"corpus": lambda: source_name(data.corpus), "tokenizer": lambda: _tokenizer_identity(data)}
     fields = getattr(type(data), "model_fields", {})  # a plain object has no defaults, so everything is compared
     problems = []
@@ -178,7 +183,8 @@ def _differences(data, manifest):
         setting = getattr(data, key)
         if key in fields and setting == fields[key].default:
             continue
-        setting = identities[key]() if key in identities else setting
+        if key in identities and setting != value:
+            setting = identities[key]()
         if setting != value:
             problems.append(
                 f"{key}={setting}, but data_dir={data.data_dir} was prepared with {key}={value}; remove {key} to use "
@@ -253,7 +259,7 @@ def guess_vocab_size(data, assumed):
         is_known = data.corpus == "shakespeare"
         assumed.append("65 characters" if is_known else "256 characters; prepare the data to count them")
         return 65 if is_known else 256
-    return 50257 if data.tokenizer == "gpt2" else Tokenizer.load(data.tokenizer).vocab_size
+    return 50257 if data.tokenizer == "gpt2" else load_tokenizer(data.tokenizer, data.eos_token).vocab_size
 
 
 def require_tokenizer(dataset, folder, key):

@@ -51,13 +51,19 @@ def _chunks(documents, number, split_of):
 def _encode(tokenizer, chunk):
     """Encode a chunk. Return [(split, ids, sizes), ...], one entry per group of consecutive documents of one split.
 
-    Each document in `ids` ends with the end-of-text token. sizes: tokens and bytes per document, shape (documents, 2).
+    Each document in `ids` ends with the end-of-text token. sizes: tokens, bytes and special tokens in the text per
+    document, shape (documents, 3).
     """
-    runs, eot = [], np.array([tokenizer.eot_id], tokenizer.dtype)
+    runs, eot, has_ids = [], np.array([tokenizer.eot_id], tokenizer.dtype), tokenizer.special_tokens == "tokens"
     for split, group in itertools.groupby(chunk, key=lambda document: document[0]):
         texts = [text for _, text in group]
         encoded = tokenizer.encode_batch(texts)
-        sizes = [(len(ids) + 1, len(text.encode())) for ids, text in zip(encoded, texts, strict=True)]
+        if has_ids:  # a document that ends with a typed end-of-text token does not get another one
+            encoded = [ids[:-1] if ids.size and ids[-1] == tokenizer.eot_id else ids for ids in encoded]
+        sizes = []
+        for ids, text in zip(encoded, texts, strict=True):
+            n_special, special_bytes = tokenizer.count_special(text)
+            sizes.append((len(ids) + 1, len(text.encode()) - has_ids * special_bytes, n_special))
         ids = np.concatenate([part for ids in encoded for part in (ids, eot)])
         runs.append((split, ids, np.array(sizes, np.int64)))
     return runs

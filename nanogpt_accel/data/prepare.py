@@ -5,7 +5,6 @@ If a preparation is interrupted, its complete documents are kept, and the next p
 
 import hashlib
 import itertools
-import os
 import shutil
 import signal
 import sys
@@ -24,11 +23,13 @@ from ..utils.text import counted, data_size
 from .corpus import Corpus
 from .dataset import SPLIT_SEED, check_fits, corpus_of, data_folder, facts_of, is_prepared, open_dataset
 from .encoding import tokenize
+from .find_tokenizer import load_tokenizer
 from .foreign_tokens import cut_index, file_entries, read_ids
 from .local_files import refuse_larger_val
+from .losses import report_losses
 from .manifest import describe_split, is_data_folder, read_manifest
 from .token_files import SPLITS, Writer, earlier_attempt, find_active_process, sha256_of_split
-from .tokenizer import EncodingError, Tokenizer
+from .tokenizer import EOT, EncodingError, Tokenizer
 
 COUNTED_BELOW = 2**27  # bytes; the documents of a smaller corpus are measured first, to avoid writing them twice
 MANY = 20  # documents; fewer ones are not drawn at random, because their sizes can be very different
@@ -89,8 +90,11 @@ def _prepare(folder, data, report, workers):
     if not corpus.is_single and tokenizer.eot_id is None:
         raise ValueError(
             f"tokenizer={data.tokenizer}: has no end-of-text token to separate the documents of "
-            f"corpus={data.corpus}; set tokenizer to gpt2, char or bpe, or use a corpus that is a single text"
+            f"corpus={data.corpus}; set eos_token to one of its tokens, or tokenizer to gpt2, char or bpe"
         )
+    tokenizer.special_tokens = data.special_tokens
+    with _unknown_characters(data):
+        report_losses(corpus, data, tokenizer, report, bad=_bad_handler(data))
     all_facts = facts | {"fingerprint": tokenizer.fingerprint}
     cut = _plan_cut(corpus, data)
     while True:
@@ -110,6 +114,7 @@ def _prepare(folder, data, report, workers):
                 cut = attempt.write(cut)
             if not cut:
                 _check_sizes(corpus, data, writer)
+                _report_special_tokens(data, tokenizer, writer, report)
                 manifest = writer.finish(facts_made, tokenizer.save)
                 break
             writer.discard()
@@ -188,13 +193,16 @@ def _make_tokenizer(data, corpus, report):
     if data.tokenizer == "gpt2":
         return Tokenizer.gpt2()
     if data.tokenizer not in ("char", "bpe"):
-        return Tokenizer.load(os.path.expanduser(data.tokenizer))
+        return load_tokenizer(data.tokenizer, data.eos_token)
     documents = itertools.chain.from_iterable(
         itertools.islice(corpus.documents(split, _bad_handler(data)), data.limit_documents)
         for split in corpus.own_splits()
     )
+    has_special = data.special_tokens == "tokens"
+    if has_special:
+        documents = itertools.chain.from_iterable(text.split(EOT) for text in documents)
     if data.tokenizer == "char":
-        return Tokenizer.char(documents, add_eot=not corpus.is_single)
+        return Tokenizer.char(documents, add_eot=has_special or not corpus.is_single)
     report(f"training a BPE tokenizer with {data.vocab_size:,} tokens on {corpus.name}")
     tokenizer = Tokenizer.train_bpe(documents, data.vocab_size)
     if tokenizer.vocab_size < data.vocab_size:
@@ -345,11 +353,12 @@ def _report_rule(data, report, is_cut):
     report(f"corpus={data.corpus}: val is {rule} (val_fraction={data.val_fraction})")
 
 
-def _cut_documents(documents, cut):
+def _cut_documents(documents, cut, tokenizer):
     """Yield the documents. If the cut is inside a document, yield its two parts. cut: the result of _find_cut."""
     before, characters, count = cut
     for number, text in enumerate(itertools.islice(documents, count)):
         if number == before and characters:
+            characters = tokenizer.move_cut(text, characters)
             yield text[:characters]
             text = text[characters:]
         yield text
@@ -363,6 +372,21 @@ def _check_sizes(corpus, data, writer):
     train, val = (writer.counts[split]["tokens"] for split in SPLITS)
     if val > train:
         refuse_larger_val(f"corpus={data.corpus}", counted(val, "token"), counted(train, "token"))
+
+
+def _report_special_tokens(data, tokenizer, writer, report):
+    """Report the special tokens in the text. Prompts are encoded as the corpus is, if it contains any."""
+    count = sum(counts.get("special_tokens", 0) for counts in writer.counts.values())
+    tokens = ", ".join(sorted(tokenizer.special)[:3]) or EOT
+    if data.special_tokens == "tokens":
+        report(f"corpus={data.corpus}: {counted(count, 'special token')} in the text became ids ({tokens})")
+    elif count:
+        fix = f"to encode {tokens} as ids, set special_tokens=tokens"
+        if tokenizer.special and EOT not in tokenizer.special:
+            fix += f" (the tokenizer has no {EOT}; replace it by one of these)"
+        report(f"corpus={data.corpus}: {counted(count, 'special token')} in the text, encoded as ordinary text; {fix}")
+    else:
+        tokenizer.special_tokens = None
 
 
 def _warn_about_sizes(folder, report):
@@ -416,12 +440,31 @@ class _Attempt:
             return None
         if not self.corpus.is_single:
             return self.write_documents(cut)
-        text = next(self.corpus.documents())
-        cut = _cut_text(self.corpus, self.data, len(text))
-        for split, part in (("train", text[:cut]), ("val", text[cut:])):
-            self.writer.write(split, self.tokenizer.encode(part), len(part.encode()))
+        self.write_text()
         _report_rule(self.data, self.report, is_cut=True)
         return None
+
+    def write_text(self):
+        """Write a single text. Special tokens that become ids are not counted in its bytes."""
+        text = next(self.corpus.documents())
+        cut = self.tokenizer.move_cut(text, _cut_text(self.corpus, self.data, len(text)))
+        for split, part in (("train", text[:cut]), ("val", text[cut:])):
+            ids, n_bytes = self.tokenizer.encode_document(part), len(part.encode())
+            if not len(ids):
+                problem = f"has no token for the text of the {split} split of corpus={self.data.corpus}"
+                raise ValueError(f"tokenizer={self.data.tokenizer}: {problem}; set tokenizer to gpt2, char or bpe")
+            n_special, special_bytes = self.tokenizer.count_special(part)
+            if self.data.special_tokens == "tokens":
+                n_bytes -= special_bytes
+            documents = 1 + np.count_nonzero(ids[:-1] == self.tokenizer.eot_id)
+            self.writer.write(split, ids, n_bytes, int(documents))
+            self.count_special(split, n_special)
+
+    def count_special(self, split, count):
+        """Add special tokens in the text to the counts of a split, which are stored with each commit."""
+        if count:
+            counts = self.writer.counts[split]
+            counts["special_tokens"] = counts.get("special_tokens", 0) + count
 
     def write_documents(self, cut):
         """Write the documents of all splits. Arguments and return value: see write()."""
@@ -462,7 +505,9 @@ class _Attempt:
         bad_before = bad.count  # a resumed attempt counts the bad documents of this split again
         documents = self.corpus.documents(split, bad if self.data.skip_bad_documents else None)
         documents = itertools.islice(documents, self.data.limit_documents)
-        documents = itertools.islice(_cut_documents(documents, cut) if is_shared and cut else documents, done, None)
+        documents = itertools.islice(
+            _cut_documents(documents, cut, self.tokenizer) if is_shared and cut else documents, done, None
+        )
         split_of = self.split_of(split, cut, is_shared)
         with (
             closing(tokenize(documents, done, split_of, self.tokenizer, self.workers)) as chunks,
@@ -473,9 +518,10 @@ class _Attempt:
                     remaining = self.remaining_tokens(targets) if has_limit else float("inf")
                     if remaining <= 0:
                         break
-                    # include the document that reaches the limit; sizes: tokens and bytes per document
+                    # include the document that reaches the limit; sizes: tokens, bytes, special tokens per document
                     sizes = sizes[: int(np.searchsorted(sizes[:, 0].cumsum(), remaining)) + 1]
                     self.writer.write(target, ids[: sizes[:, 0].sum()], int(sizes[:, 1].sum()), len(sizes))
+                    self.count_special(target, int(sizes[:, 2].sum()))
                     done += len(sizes)
                 self.writer.commit({"split": index, "documents": done, "bad": bad_before, "cut": cut})
                 self.show(progress)

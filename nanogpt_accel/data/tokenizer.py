@@ -34,6 +34,9 @@ GPT2_VOCAB_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a651
 GPT2_WORDS = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
 LONGEST_WORD = 1000  # maximum bytes per word when a BPE is trained
 BPE_TEXT_LIMIT = 200_000_000  # maximum characters to train a BPE on; more would need memory and change few merges
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of tokenizers with byte fallback, such as Llama 2's
+FIRST_BYTE_POINT = 0x10FF00  # stands for byte 0 in Tokenizer.decode; private use, with the bytes above 0x7F at the end
+BYTES = re.compile(f"[{chr(FIRST_BYTE_POINT + 0x80)}-{chr(FIRST_BYTE_POINT + 0xFF)}]+")
 
 
 class EncodingError(ValueError):
@@ -45,7 +48,7 @@ class Tokenizer:
 
     Args:
         text: the content of a tokenizer.json.
-        config: the content of the tokenizer_config.json in the same folder.
+        config: the content of the tokenizer_config.json in the same folder. Without eos_token, eos_token_id is used.
 
     Attributes:
         kind: "gpt2", "char", "bpe" (another byte-level BPE), or the model type in tokenizer.json, lowercase.
@@ -55,6 +58,8 @@ class Tokenizer:
             if ids below vocab_size are unused, pad_id is None, because the tokenizers library would give the padding
             token one of these ids.
         special: the special tokens. If they occur in a text, encode() treats them as plain text.
+        special_tokens: how to encode special tokens in a text. "text": as ordinary text; "tokens": as their ids; None:
+            as text in a corpus, and as ids in a prompt. It is split_special_tokens in tokenizer_config.json.
         dtype: np.uint16, or np.uint32 if the vocabulary is larger than 2**16.
     """
 
@@ -70,7 +75,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = True  # special tokens in a corpus are plain text
         self.vocab = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocab.values()) + 1
-        self.eot = names["eos_token"] or EOT
+        self.eot = names["eos_token"] or _token_of(config.get("eos_token_id"), self.vocab) or EOT
         if self.eot not in self.vocab:
             self.eot = None
         self.eot_id = self.vocab.get(self.eot)
@@ -85,7 +90,10 @@ class Tokenizer:
         self._settings = {key: name for key, name in names.items() if key != "eos_token" and name in self.vocab}
         if config.get("chat_template"):
             self._settings["chat_template"] = config["chat_template"]
+        is_split = config.get("split_special_tokens")
+        self.special_tokens = ("text" if is_split else "tokens") if isinstance(is_split, bool) else None
         self.kind = self._find_kind()
+        self._has_byte_fallback = '"ByteFallback"' in json.dumps(self._spec.get("decoder"))
 
     def _find_kind(self):
         model, splitter = self._spec["model"]["type"], (self._spec.get("pre_tokenizer") or {}).get("type")
@@ -126,6 +134,18 @@ class Tokenizer:
     def splits_like_gpt2(self):
         """Whether this is a byte-level BPE that splits a text into words like GPT-2's tokenizer."""
         return self._spec["model"]["type"] == "BPE" and _splits_like_gpt2(self._spec)
+
+    @property
+    def is_lossless(self):
+        """Whether it is known that decoding always gives the text back. Characters that are not in the vocabulary are
+        an error, and byte-level BPEs have all bytes."""
+        return self._table is not None or self._bpe is not None
+
+    @cached_property
+    def unk_id(self):
+        """The id of unknown characters or words, or None."""
+        model = self._spec["model"]
+        return model.get("unk_id", self.vocab.get(model.get("unk_token")))
 
     def for_thread(self):
         """Return a copy for use in one thread.
@@ -204,8 +224,10 @@ class Tokenizer:
         return cls(_byte_level_json(backend.model))
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder, eos_token=None):
         """Load the tokenizer of a folder with a tokenizer.json, with vocab.json and merges.txt, or with a GPT-2 model.
+
+        eos_token: the end-of-text token; None: as in the files of the folder.
 
         Raises FileNotFoundError if the folder has none of these, and ValueError if a file is damaged.
         """
@@ -222,15 +244,9 @@ class Tokenizer:
             if _is_gpt2_model(folder):
                 return cls.gpt2()
             raise FileNotFoundError(f"{path}: no such file; copy the model's tokenizer to {folder}")
-        config, config_path = {}, os.path.join(folder, "tokenizer_config.json")
-        if os.path.isfile(config_path):
-            try:
-                with open(config_path, encoding="utf-8") as file:
-                    config = json.load(file)
-            except (ValueError, RecursionError) as error:
-                fix = f"fix the file, or delete it if the end-of-text token is {EOT}"
-                raise ValueError(f"{config_path}: not JSON ({one_line(error)}); {fix}") from None
-            config = config if isinstance(config, dict) else {}
+        config = _read_config(folder, "tokenizer_config.json")
+        if eos_token or not config.get("eos_token"):
+            config |= {"eos_token": eos_token} if eos_token else _find_eos(folder)
         template_path = os.path.join(folder, "chat_template.jinja")
         if os.path.isfile(template_path):
             try:
@@ -262,7 +278,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text):
-        """Encode a text to ids of self.dtype, shape (n,). Special tokens in the text are treated as plain text.
+        """Encode a text to ids of self.dtype, shape (n,). Special tokens in the text are treated as ordinary text.
 
         Raises:
             EncodingError: the text has characters or words that are not in the vocabulary.
@@ -297,10 +313,38 @@ class Tokenizer:
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         return f"the tokenizer has no {', '.join(unknown[:8])}{more}" if unknown else ""
 
+    def encode_with_special(self, text):
+        """Encode a text to ids, shape (n,). Special tokens in the text become their ids."""
+        special = sorted(map(re.escape, self.special), key=len, reverse=True)
+        parts = re.split(f"({'|'.join(special)})", text) if special else [text]  # odd parts are special tokens
+        ids = [[self.vocab[part]] if i % 2 else self.encode(part) for i, part in enumerate(parts) if part]
+        return np.concatenate([np.array([], self.dtype), *ids]).astype(self.dtype)
+
+    def encode_document(self, text):
+        """Encode a text of a corpus to ids, shape (n,)."""
+        return self.encode_with_special(text) if self.special_tokens == "tokens" else self.encode(text)
+
+    def count_special(self, text):
+        """Return (number of special tokens in a text, number of their bytes).
+
+        If they are encoded as text, <|endoftext|> is counted too if it is not in the vocabulary.
+        """
+        tokens = self.special if self.special_tokens == "tokens" else self.special | {EOT}
+        counts = [(text.count(token), len(token.encode())) for token in tokens]
+        return sum(count for count, _ in counts), sum(count * size for count, size in counts)
+
+    def move_cut(self, text, cut):
+        """Return the position of a cut in a text, moved to the end of a special token that it would divide."""
+        for token in self.special if self.special_tokens == "tokens" else ():
+            start = text.find(token, max(cut - len(token) + 1, 0), cut + len(token) - 1)
+            if start >= 0:
+                return start + len(token)
+        return cut
+
     def encode_batch(self, texts):
-        """Encode a list of texts. This releases the GIL. With several threads, use for_thread() in each of them."""
-        if self._bpe is not None or self._table is not None:
-            return [self.encode(text) for text in texts]
+        """Encode a list of documents. This releases the GIL. With several threads, use for_thread() in each of them."""
+        if self._bpe is not None or self._table is not None or self.special_tokens == "tokens":
+            return [self.encode_document(text) for text in texts]
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception:  # encode() names the text
@@ -308,14 +352,12 @@ class Tokenizer:
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def encode_prompt(self, text):
-        """Encode a prompt to list[int]. Unlike encode(), convert each special token in the text to its id."""
+        """Encode a prompt to list[int]. Special tokens become their ids, unless they are text in the model's corpus."""
+        if self.special_tokens == "text":
+            return self.encode(text).tolist()
         if self.eot is None and EOT in text:
             raise ValueError(f"the tokenizer has no {EOT}")
-        special = sorted(map(re.escape, self.special), key=len, reverse=True)
-        ids = []
-        for i, part in enumerate(re.split(f"({'|'.join(special)})", text) if special else [text]):
-            ids += [self.vocab[part]] if i % 2 else self.encode(part).tolist()  # odd parts are special tokens
-        return ids
+        return self.encode_with_special(text).tolist()
 
     def check_prompt(self, text, block_size, key):
         """Check a prompt. Return a list of problems, which start with `key`. block_size: maximum tokens, or None."""
@@ -343,7 +385,14 @@ class Tokenizer:
 
     def decode(self, ids):
         """Decode ids to text, including special tokens. Bytes of incomplete characters become U+FFFD."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        ids = [int(i) for i in ids]
+        if not self._has_byte_fallback:
+            return self._backend.decode(ids, skip_special_tokens=False)
+        # if one character is incomplete, the tokenizers library replaces all consecutive bytes by U+FFFD; therefore,
+        # pass bytes of other characters than ASCII through its decoder as code points that no vocabulary uses
+        tokens = [token for i in ids if (token := self._backend.id_to_token(i)) is not None]
+        tokens = [_byte_character(t) if BYTE_TOKEN.fullmatch(t) else t for t in tokens]
+        return BYTES.sub(_decode_bytes, self._backend.decoder.decode(tokens))
 
     def save(self, folder, max_length=None, has_pad=False):
         """Write tokenizer.json and tokenizer_config.json.
@@ -359,8 +408,11 @@ class Tokenizer:
         if self.eot:
             config |= {"bos_token": self.eot, "eos_token": self.eot}
         if self.eot and self.kind in ("gpt2", "bpe"):
-            config["unk_token"] = self.eot  # as in OpenAI's tokenizer; never needed, but ctranslate2 requires it
+            # end-of-text as in OpenAI's tokenizer, where it is never needed, but ctranslate2 requires it
+            config["unk_token"] = self._spec["model"].get("unk_token") or self.eot
         config |= self._settings
+        if self.special_tokens:
+            config["split_special_tokens"] = self.special_tokens == "text"
         if max_length:
             config["model_max_length"] = max_length
         text = self.text
@@ -408,6 +460,44 @@ def _token_name(value):
     """Return the string of a token in tokenizer_config.json. value: a string, an object with "content", or None."""
     name = value.get("content") if isinstance(value, dict) else value
     return name if isinstance(name, str) else None
+
+
+def _byte_character(token):
+    """Return the character that stands for a byte token in Tokenizer.decode: itself if it is ASCII."""
+    byte = int(token[3:5], 16)
+    return chr(byte if byte < 0x80 else FIRST_BYTE_POINT + byte)
+
+
+def _decode_bytes(match):
+    """Decode consecutive bytes, written as in _byte_character. An incomplete character becomes U+FFFD."""
+    return bytes(ord(character) - FIRST_BYTE_POINT for character in match[0]).decode("utf-8", "replace")
+
+
+def _read_config(folder, name):
+    """Return the content of a JSON file, or {} if it does not exist or contains no object."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except (ValueError, RecursionError) as error:
+        fix = f"fix the file, or delete it if the end-of-text token is {EOT}"
+        raise ValueError(f"{path}: not JSON ({one_line(error)}); {fix}") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _find_eos(folder):
+    """Return {"eos_token": ...} or {"eos_token_id": ...} from other files than tokenizer_config.json."""
+    token = _token_name(_read_config(folder, "special_tokens_map.json").get("eos_token"))
+    ids = _read_config(folder, "generation_config.json").get("eos_token_id")
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    return {"eos_token": token} if token else {"eos_token_id": first}
+
+
+def _token_of(token_id, vocab):
+    """Return the token with this id, or None if there is none."""
+    return next((token for token, i in vocab.items() if i == token_id), None) if token_id is not None else None
 
 
 def _is_gpt2_model(folder):

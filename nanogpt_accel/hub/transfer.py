@@ -16,6 +16,8 @@ REPORT_AFTER_S = 2  # faster transfers are not reported
 # the files of a model that nanogpt_accel reads, excluding weights for other frameworks
 _ALLOW_PATTERNS = ["*.json", "*.safetensors", "model.py", "merges.txt", "chat_template.jinja", "README.md"]
 
+_TOKENIZER_PATTERNS = ["*token*.json", "vocab.*", "merges.txt", "*.model", "*config.json", "chat_template.jinja"]
+
 
 def is_model_id(text):
     """Return whether a text looks like the id of a Hub model: NAME, USER/NAME or USER/NAME@REVISION."""
@@ -32,20 +34,31 @@ def download(model_id, report=print, bars=True):
     Raises:
         ValueError: the model cannot be downloaded; the message gives the reason and the fix.
     """
+    folder = _download(model_id, _ALLOW_PATTERNS, report, bars)
+    if not list(folder.glob("*.safetensors")):  # older models only have PyTorch's .bin files
+        _download(model_id, ["pytorch_model*.bin"], report, bars)
+    return folder
+
+
+def download_tokenizer(model_id):
+    """Download the tokenizer of a Hub model, and return its folder. Raises the same as download()."""
+    return _download(model_id, _TOKENIZER_PATTERNS, report=lambda line: None, bars=False)
+
+
+def _download(model_id, patterns, report, bars):
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # no warnings, because they repeat the errors raised below
     match = _MODEL_ID.fullmatch(model_id)
+    if match is None:
+        raise ValueError(f"{model_id}: not the id of a Hub model; use USER/NAME or USER/NAME@REVISION")
     fetch = {"repo_id": match["repo"], "revision": match["revision"], "ignore_patterns": ["*/*"]}
     try:
         with _progress(f"downloading {model_id} from the Hub", report, bars):
-            folder = Path(snapshot_download(**fetch, allow_patterns=_ALLOW_PATTERNS))
-            if not list(folder.glob("*.safetensors")):  # older models only have PyTorch's .bin files
-                snapshot_download(**fetch, allow_patterns=["pytorch_model*.bin"])
+            return Path(snapshot_download(**fetch, allow_patterns=patterns))
     except Exception as error:  # errors of the Hub, the network or the disk
         raise ValueError(f"{model_id}: no such folder, and {_explain(error)}") from None
-    return folder
 
 
 def check_push(model_id, key):

@@ -5,44 +5,94 @@ import copy
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-# New ids are decoded together with this many previous ids, because some tokenizers drop a leading space
+# New ids are decoded together with this many previous ids, because many tokenizers drop the leading space of a text
 CONTEXT = 8
 
 
-def text_after(decode, prompt_ids, new_ids):
-    """Return the text that new_ids add to that of prompt_ids. decode: function that converts a list of ids to text."""
-    context = prompt_ids[-CONTEXT:]
-    return decode(context + new_ids)[len(decode(context)) :]
+def text_after(decode, prompt_ids, new_ids, stop=None):
+    """Return the text of new_ids when they follow prompt_ids, up to the first `stop`.
+
+    decode: function that converts a list of ids to text. stop: text that ends the sample, or None.
+    """
+    text = decode(prompt_ids + new_ids)[len(decode(prompt_ids)) :]
+    return text.partition(stop)[0] if stop else text
 
 
-class _Streamer(BaseStreamer):
-    """Pass new text to on_text as soon as the new ids form complete UTF-8 characters."""
+class TextStream:
+    """Decode ids incrementally. All parts together equal text_after(decode, prompt_ids, new_ids).
 
-    def __init__(self, prompt_ids, decode, on_text):
-        self.decode, self.on_text = decode, on_text
-        self.shown_ids, self.waiting_ids, self.is_prompt = list(prompt_ids), [], True
+    tokenizers' DecodeStream is not used, because it never returns the end of a text whose last character is incomplete,
+    and fails if a byte-fallback token starts a character that the next token does not continue.
+    """
 
-    def put(self, value):
-        if self.is_prompt:  # `generate` passes the prompt first
-            self.is_prompt = False
-            return
-        self.waiting_ids += value.flatten().tolist()
-        if not self._text().endswith("\ufffd") or len(self.waiting_ids) > 4:
-            self.flush()
+    def __init__(self, decode, prompt_ids):
+        self.decode, self.context, self.waiting = decode, prompt_ids[-CONTEXT:], []
 
-    def end(self):
-        self.is_prompt = True  # the next call of `generate` passes its prompt first again
+    def add(self, new_id):
+        """Return the text that is complete with this id, "" if its last character may continue in the next id."""
+        self.waiting.append(new_id)
+        text = text_after(self.decode, self.context, self.waiting)
+        return "" if text.endswith("\ufffd") else self._complete(text)
 
     def flush(self):
-        if self.waiting_ids:
-            self.on_text(self._text())
-            self.shown_ids, self.waiting_ids = (self.shown_ids + self.waiting_ids)[-CONTEXT:], []
+        """Return the rest of the text, in which an incomplete character is U+FFFD."""
+        return self._complete(text_after(self.decode, self.context, self.waiting))
 
-    def _text(self):
-        return text_after(self.decode, self.shown_ids, self.waiting_ids)
+    def _complete(self, text):
+        if text:  # otherwise the context could become ids without text, after which a leading space is dropped
+            self.context, self.waiting = (self.context + self.waiting)[-CONTEXT:], []
+        return text
+
+
+class _Sample:
+    """One generated text.
+
+    ids: without the end-of-text token, but with the last token of `stop`. is_done: whether one of them was generated.
+    """
+
+    def __init__(self, prompt_ids, eos_id, stop, decode, on_text):
+        self.ids, self.is_done, self.eos_id, self.stop, self.on_text = [], False, eos_id, stop, on_text
+        self.stream = TextStream(decode, prompt_ids) if stop or on_text else None
+        self.pending = ""  # text that is not shown yet, because it may be the start of `stop`
+
+    def add(self, new_id):
+        if new_id == self.eos_id:
+            self.is_done = True
+            return
+        self.ids.append(new_id)
+        if self.stream:
+            self._show(self.stream.add(new_id))
+
+    def end(self):
+        if self.stream:
+            self._show(self.stream.flush(), is_last=True)
+
+    def _show(self, text, is_last=False):
+        self.pending += text
+        shown, has_stop, _ = self.pending.partition(self.stop) if self.stop else (self.pending, "", "")
+        if has_stop:
+            self.is_done, self.stream = True, None
+        elif self.stop and not is_last:
+            n_held = max(n for n in range(len(self.stop)) if self.pending.endswith(self.stop[:n]))
+            shown = shown[: len(shown) - n_held]
+        self.pending = self.pending[len(shown) :]
+        if shown and self.on_text:
+            self.on_text(shown)
+
+
+class _Stop(StoppingCriteria):
+    """Add the new ids to their samples. Stop `generate` if one of the samples is done."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __call__(self, input_ids, scores):
+        for sample, new_id in zip(self.samples, input_ids[:, -1].tolist(), strict=True):
+            sample.add(new_id)
+        is_done = any(sample.is_done for sample in self.samples)
+        return torch.full((len(input_ids),), is_done, device=input_ids.device)
 
 
 class _Sampler(LogitsProcessor):
@@ -80,12 +130,15 @@ def generate(
     top_k=0,
     top_p=1.0,
     overflow="slide",
+    eos_id=None,
+    stop=None,
     decode=None,
     on_text=None,
 ):
     """Generate up to max_new_tokens tokens after each prompt, with transformers' `generate` and a KV cache.
 
-    As in nanoGPT, generation does not stop at an end-of-text token. The model's generation_config is ignored.
+    Without eos_id, generation does not stop at an end-of-text token, as in nanoGPT. The model's generation_config is
+    ignored.
 
     Args:
         model: a GPT in eval mode. prompts: lists of ids, none of them empty. seeds: one per prompt.
@@ -94,7 +147,9 @@ def generate(
         overflow: what to do if a text reaches block_size. "slide": keep only the last half as context; nanoGPT drops
             one token per step, which is much slower. "stop": end the text. "extend": continue beyond the trained
             positions (for rotary positions only).
-        on_text: called with each new part of the text, for a single prompt. decode: converts a list of ids to text.
+        eos_id: end a text at this id, which is not returned. stop: end a text at this string; text_after removes it.
+        on_text: called with each new part of the text, for a single prompt, without `stop`.
+        decode: converts a list of ids to text; required for stop and on_text.
 
     Returns:
         One list of new ids per prompt. Up to rounding, a text does not depend on the other prompts.
@@ -106,30 +161,34 @@ def generate(
     model = copy.copy(model)
     model.generation_config = GenerationConfig()
     settings = GenerationConfig(use_cache=True, do_sample=False, pad_token_id=0)
-    streamer = _Streamer(prompts[0], decode, on_text) if on_text else None
     # on the CPU, so that a seed gives the same text on every device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    contexts, new_ids = [list(prompt) for prompt in prompts], [[] for _ in prompts]
+    contexts = [list(prompt) for prompt in prompts]
+    samples = [_Sample(list(prompt), eos_id, stop, decode, on_text) for prompt in prompts]
     while True:
         if overflow == "slide":
             contexts = [c if len(c) < block_size else c[-(block_size // 2) :] for c in contexts]
         has_room = [overflow == "extend" or len(context) < block_size for context in contexts]
-        active = [i for i, ids in enumerate(new_ids) if has_room[i] and len(ids) < max_new_tokens]
+        active = [i for i, s in enumerate(samples) if has_room[i] and not s.is_done and len(s.ids) < max_new_tokens]
         if not active:
             break
         rows = [torch.tensor(contexts[i]) for i in active]
         ids = pad_sequence(rows, batch_first=True, padding_side="left").to(model.device)  # (B, T)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         # generate until one of the texts is complete or reaches block_size
-        settings.max_new_tokens = min(max_new_tokens - len(new_ids[i]) for i in active)
+        settings.max_new_tokens = min(max_new_tokens - len(samples[i].ids) for i in active)
         if overflow != "extend":
             settings.max_new_tokens = min(settings.max_new_tokens, block_size - ids.shape[1])
         sampler = _Sampler([generators[i] for i in active], vocab_size, temperature, top_k, top_p)
-        inputs = {"inputs": ids, "attention_mask": mask.to(model.device), "streamer": streamer}
-        output = model.generate(**inputs, generation_config=settings, logits_processor=[sampler])
+        output = model.generate(
+            inputs=ids,
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+            logits_processor=[sampler],
+            stopping_criteria=[_Stop([samples[i] for i in active])],
+        )
         for i, row in zip(active, output[:, ids.shape[1] :].tolist(), strict=True):
             contexts[i] += row
-            new_ids[i] += row
-    if streamer is not None:
-        streamer.flush()
-    return new_ids
+    for sample in samples:
+        sample.end()
+    return [sample.ids for sample in samples]

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from tokenizer_kinds import tokenizer_json
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -203,3 +204,117 @@ def test_extend_with_learned_positions_is_refused(capsys, tmp_path, monkeypatch)
     assert main(["sample", "ours", "prompt=a", "overflow=extend"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "overflow=extend" in line and "no position embeddings beyond block_size=" in line and "slide or stop" in line
+
+
+# ---- stopping
+
+
+class Scripted:
+    """A model that generates given ids, whatever the sampling settings are."""
+
+    def __init__(self, monkeypatch, ids):
+        self.ids = ids
+        monkeypatch.setattr("nanogpt_accel.models.generation._Sampler.__call__", self.next_scores)
+
+    def next_scores(self, input_ids, scores):
+        n_new = [len(row) - 2 for row in input_ids]  # after prompts of two ids
+        rows = range(len(input_ids))
+        return torch.full_like(scores, -torch.inf).index_put_(
+            (torch.tensor(rows), torch.tensor([self.ids[n] for n in n_new])), torch.tensor(0.0)
+        )
+
+
+def decode_letters(ids):
+    return "".join(chr(97 + i) for i in ids)
+
+
+@pytest.mark.parametrize("eos_id", [0, 3, 6, 30, None])
+def test_generation_stops_at_eos(monkeypatch, eos_id):
+    Scripted(monkeypatch, [*range(3, 12)])
+    (ids,) = write(gpt(), [[1, 2]], max_new_tokens=9, eos_id=eos_id)
+    assert ids == [*range(3, eos_id if eos_id in range(3, 12) else 12)]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [("g", "def"), ("fg", "de"), ("defghijkl", ""), ("hijklm", "defghijkl"), ("zz", "defghijkl"), (None, "defghijkl")],
+)
+def test_generation_stops_before_a_text(monkeypatch, stop, text):
+    """The streamed parts never contain the start of `stop`, and together are the text."""
+    Scripted(monkeypatch, [*range(3, 12)])
+    parts = []
+    options = {"max_new_tokens": 9, "stop": stop, "decode": decode_letters}
+    (ids,) = write(gpt(), [[1, 2]], on_text=parts.append, **options)
+    assert "".join(parts) == text == text_after(decode_letters, [1, 2], ids, stop)
+    assert len(ids) == (9 if text == "defghijkl" else len(text) + len(stop))
+    assert write(gpt(), [[1, 2]] * 3, **options) == [ids] * 3
+
+
+def test_samples_that_stop_do_not_change_the_others():
+    model = gpt()
+    alone = [
+        write(model, [p], seeds=[seed], eos_id=5, stop="cc", decode=decode_letters)[0] for seed, p in enumerate(PROMPTS)
+    ]
+    assert write(model, PROMPTS, eos_id=5, stop="cc", decode=decode_letters) == alone
+    free = write(model, PROMPTS)
+    for ids, longer in zip(alone, free, strict=True):
+        assert ids == longer[: len(ids)] and (len(ids) == 30 or longer[len(ids)] == 5 or ids[-2:] == [2, 2])
+    assert len({len(ids) for ids in alone}) > 1
+
+
+@pytest.fixture
+def stories(tmp_path, monkeypatch):
+    r"""A GPT of characters, with an end-of-text token, that repeats `ab\n\nc<|endoftext|>`, in the folder `stories`."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer.char(["abc\n"], add_eot=True)
+    text = "ab\n\nc"
+    cycle = [*tokenizer.encode(text).tolist(), tokenizer.eot_id]
+    gpt(vocab_size=tokenizer.vocab_size).save_pretrained("stories")
+    tokenizer.save("stories")
+    Scripted(monkeypatch, cycle * 2)
+
+
+@pytest.mark.parametrize("batch", [[], ["batch_size=2"], ["--json"]])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ([], "ab\n\nc"),
+        (["stop_at_eos=true"], "ab\n\nc"),
+        (["stop_at_eos=false"], "ab\n\nc<|endoftext|>ab\n\nc<|endoftext|>"),
+        ([r"stop=\n\n"], "ab"),
+        (["stop=\n\n"], "ab"),
+        (["stop=c<|endo", "stop_at_eos=false"], "ab\n\n"),
+        (["--stop", "b"], "a"),
+    ],
+)
+def test_sample_stops_at_the_end_of_text_or_a_given_text(stories, call, options, text, batch):
+    out = call("sample", "stories", "prompt=ab", "num_samples=2", "max_new_tokens=12", *options, *batch)
+    if batch == ["--json"]:
+        assert [json.loads(line)["text"] for line in out.splitlines()] == [text] * 2
+    else:
+        assert out == f"ab{text}\n---------------\n" * 2
+
+
+def test_stop_at_eos_without_an_end_of_text_token(llama, call):
+    assert "stop_at_eos=true" in call("sample", "llama", "prompt=a", "stop_at_eos=true", status=2)
+
+
+def test_special_tokens_of_a_prompt(stories, call):
+    error = call("sample", "stories", "prompt=a<|endoftext|>", "special_tokens=text", status=2)
+    assert "'<' (U+003C)" in error
+    assert call("sample", "stories", "prompt=a<|endoftext|>", "num_samples=1", "max_new_tokens=1").startswith("a<|endo")
+
+
+@pytest.mark.parametrize("kind", ["byte fallback", "byte-level", "unigram", "words"])
+def test_sample_streams_the_text_of_any_tokenizer(kind, call, tmp_path, monkeypatch):
+    """The streamed text is the text of a batch and of --json, for a model that knows nothing."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer(tokenizer_json(kind))
+    gpt(vocab_size=tokenizer.vocab_size).save_pretrained("ours")
+    tokenizer.save("ours")
+    prompt = "go" if kind == "unigram" else "little"
+    options = ["sample", "ours", f"prompt={prompt}", "num_samples=3", "max_new_tokens=25", "temperature=3"]
+    streamed = call(*options)
+    assert call(*options, "batch_size=3") == streamed
+    lines = [json.loads(line) for line in call(*options, "--json").splitlines()]
+    assert "".join(f"{prompt}{line['text']}\n---------------\n" for line in lines) == streamed

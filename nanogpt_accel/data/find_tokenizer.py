@@ -1,0 +1,78 @@
+"""Load the tokenizer that a user names: a folder, or an id on the Hugging Face Hub."""
+
+import difflib
+import functools
+import os
+from pathlib import Path
+
+from ..hub.transfer import download_tokenizer, is_model_id
+from ..utils.text import one_line
+from .tokenizer import Tokenizer
+
+TOKENIZERS = ("gpt2", "char", "bpe")
+SLOW_FILES = ("*.model", "vocab.txt", "vocab.json")  # of tokenizers without a tokenizer.json
+
+
+def hub_id(spec):
+    """Return the Hub id of a setting `tokenizer`, or None if it is built in or a folder."""
+    if spec.startswith("hub:"):
+        return spec.removeprefix("hub:")
+    is_folder = spec in TOKENIZERS or os.path.isdir(os.path.expanduser(spec))
+    return spec if "/" in spec and not is_folder and is_model_id(spec) else None
+
+
+def load_tokenizer(spec, eos_token=None):
+    """Load a tokenizer from a folder or from the Hub.
+
+    Args:
+        spec: a folder, hub:USER/NAME or USER/NAME, optionally with @REVISION.
+        eos_token: the end-of-text token; None: as in the files of the tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no such tokenizer. ValueError: its files cannot be downloaded or read.
+    """
+    name = hub_id(spec)
+    folder = _download(name) if name else os.path.expanduser(spec)
+    if not os.path.isdir(folder):
+        close = difflib.get_close_matches(spec, TOKENIZERS, n=1)
+        problem = "no such tokenizer" + (f" (did you mean {close[0]}?)" if close else "")
+        fix = f"use {', '.join(TOKENIZERS)}, a folder with a tokenizer.json, or hub:USER/NAME"
+        raise FileNotFoundError(f"tokenizer={spec}: {problem}; {fix}")
+    try:
+        tokenizer = Tokenizer.load(folder, eos_token)
+    except FileNotFoundError:
+        if not any(file for pattern in SLOW_FILES for file in Path(folder).glob(pattern)):
+            raise
+        tokenizer = _convert(folder, eos_token)
+    if eos_token not in (None, tokenizer.eot):
+        tokens = ", ".join(sorted(tokenizer.special)[:10]) or "none"
+        problem = f"tokenizer={spec} has no such token; its special tokens are: {tokens}"
+        raise ValueError(f"eos_token={eos_token}: {problem}")
+    return tokenizer
+
+
+@functools.cache  # one request per process
+def _download(name):
+    try:
+        return download_tokenizer(name)
+    except ValueError as error:
+        raise ValueError(f"tokenizer={error}") from None
+
+
+def _convert(folder, eos_token):
+    """Convert a tokenizer without a tokenizer.json, such as a SentencePiece model, with transformers."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # no warnings, because they repeat the error raised below
+    try:
+        original = AutoTokenizer.from_pretrained(folder)
+        text = original.backend_tokenizer.to_str()
+    except Exception as error:  # many kinds; a missing package, for example
+        problem = f"has no tokenizer.json, and transformers cannot convert its tokenizer ({one_line(error)})"
+        fix = (
+            "for a SentencePiece model, run pip install sentencepiece protobuf, or copy a tokenizer.json to the folder"
+        )
+        raise ValueError(f"tokenizer={folder}: {problem}; {fix}") from None
+    config = {key: getattr(original, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return Tokenizer(text, config | ({"eos_token": eos_token} if eos_token else {}))

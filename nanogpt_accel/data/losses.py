@@ -1,0 +1,56 @@
+"""Check whether a tokenizer gives the text of a corpus back."""
+
+import itertools
+from collections import Counter
+
+from ..utils.text import counted
+
+SAMPLED_DOCUMENTS = 1000
+SAMPLED_CHARACTERS = 1_000_000  # in total
+
+
+def report_losses(corpus, data, tokenizer, report, bad=None):
+    """Encode and decode the first documents of a corpus, and report the characters that are lost.
+
+    Raises:
+        ValueError: none of the characters are in the vocabulary.
+    """
+    if corpus.ids or tokenizer.is_lossless:
+        return
+    n_documents = n_changed = n_characters = 0
+    lost, example, is_any_kept = Counter(), None, False
+    for text in itertools.islice(corpus.documents(bad=bad), SAMPLED_DOCUMENTS):
+        text = text[: SAMPLED_CHARACTERS - n_characters]
+        ids = tokenizer.encode_document(text)
+        known = ids if tokenizer.unk_id is None else ids[ids != tokenizer.unk_id]
+        decoded = tokenizer.decode(known)
+        n_documents, n_characters = n_documents + 1, n_characters + len(text)
+        is_any_kept = is_any_kept or decoded == text or bool(decoded.strip())  # some tokenizers add spaces
+        if decoded != text:
+            n_changed += 1
+            lost += Counter(text) - Counter(decoded)
+            example = example or _first_difference(text, decoded)
+        if n_characters >= SAMPLED_CHARACTERS:
+            break
+    if not is_any_kept:
+        problem = f"none of the characters of corpus={data.corpus} are in the vocabulary"
+        raise ValueError(f"tokenizer={data.tokenizer}: {problem}; set tokenizer to gpt2, char or bpe")
+    if not n_changed:
+        return
+    documents = f"decoding does not give back {n_changed:,} of the first {counted(n_documents, 'document')}"
+    report(f"warning: tokenizer={data.tokenizer}: {documents}, for example {example[1]!r} instead of {example[0]!r}")
+    if lost:
+        shown = ", ".join(f"{character!r} ({count:,})" for character, count in lost.most_common(8))
+        more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
+        report(
+            f"warning: tokenizer={data.tokenizer}: {lost.total():,} of {counted(n_characters, 'character')} are lost: "
+            f"{shown}{more}; bits per byte includes them, so it is too low"
+        )
+
+
+def _first_difference(text, decoded, length=20):
+    """Return a few characters of both texts, starting shortly before the first difference."""
+    pairs = enumerate(zip(text, decoded, strict=False))
+    start = next((i for i, (a, b) in pairs if a != b), min(len(text), len(decoded)))
+    start = max(start - length // 2, 0)
+    return text[start : start + length], decoded[start : start + length]
