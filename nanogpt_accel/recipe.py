@@ -630,8 +630,8 @@ def _foreign_keys(data):
     """Return the keys of the data section that apply if data_dir contains token files of another project."""
     if (Path(os.path.expanduser(str(data["data_dir"]))) / "manifest.json").is_file():
         return ()
-    has_tokenizer = os.path.isdir(os.path.expanduser(str(data.get("tokenizer"))))
-    return ("val_fraction", "tokenizer") if has_tokenizer else ("val_fraction",)
+    has_tokenizer = data.get("tokenizer", "gpt2") not in ("gpt2", "char", "bpe")
+    return ("val_fraction", "tokenizer", "eos_token") if has_tokenizer else ("val_fraction",)
 
 
 def _changed_keys(file_values, recipe):

@@ -220,15 +220,15 @@ def open_dataset(data, verify=False):
 
 def _read_manifest(data, folder):
     has_tokenizer = data.tokenizer not in TOKENIZERS  # for the token files of another project
-    return read_manifest(folder, os.path.expanduser(data.tokenizer) if has_tokenizer else None, data.val_fraction)
+    return read_manifest(folder, data.tokenizer if has_tokenizer else None, data.eos_token, data.val_fraction)
 
 
 def _load_tokenizer(folder, manifest):
     """Load the tokenizer of a data folder, and check that the token files were made with it."""
     if manifest.get("nanogpt"):
         facts = manifest["tokenizer"]
-        if "folder" in facts:
-            tokenizer = Tokenizer.load(facts["folder"])
+        if "asked" in facts:
+            tokenizer = load_tokenizer(facts["asked"], facts["eos_token"])
         else:
             is_gpt2 = facts["kind"] == "gpt2"
             tokenizer = Tokenizer.gpt2() if is_gpt2 else tokenizer_from_meta(facts["stoi"] or facts["vocab_size"])

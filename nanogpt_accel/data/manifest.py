@@ -16,10 +16,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..utils.text import counted, one_line
+from .find_tokenizer import load_tokenizer
 from .foreign_tokens import OTHER_TOKENIZER, file_entries, find_splits, find_token_files, open_splits
 from .meta import read_meta, vocabulary_facts
 from .token_files import AGAIN, SPLITS, VERSION, sha256_of_split, token_file
-from .tokenizer import Tokenizer
 
 SAMPLED_ABOVE = 2**30  # bytes; for larger foreign files, only the first MiB, the last MiB and the size are hashed
 VERIFIED_BELOW = 2**26  # bytes; smaller data are hashed each time they are opened, which takes 0.2 seconds
@@ -42,7 +42,7 @@ def is_data_folder(folder):
     return (Path(folder) / "manifest.json").is_file() or bool(find_token_files(folder))
 
 
-def read_manifest(folder, tokenizer=None, val_fraction=0.0005):
+def read_manifest(folder, tokenizer=None, eos_token=None, val_fraction=0.0005):
     """Return the manifest of a data folder. Check its values and the file sizes first.
 
     For a folder of nanoGPT or another project, create a manifest in memory: `nanogpt` is true, the tokenizer has `stoi`
@@ -51,8 +51,8 @@ def read_manifest(folder, tokenizer=None, val_fraction=0.0005):
     have to read 17 GB when it starts.
 
     Args:
-        tokenizer: folder of the tokenizer for a folder of another project without meta.pkl and tokenizer.json. If None,
-            GPT-2's tokenizer is used.
+        tokenizer: folder or Hub id of the tokenizer for a folder of another project without meta.pkl and
+            tokenizer.json. If None, GPT-2's tokenizer is used. eos_token: see load_tokenizer.
         val_fraction: share of the ids that val gets if a folder of another project has no validation files.
 
     Returns:
@@ -72,7 +72,7 @@ def read_manifest(folder, tokenizer=None, val_fraction=0.0005):
             raise ValueError(f"data_dir={folder}: {problem}; set data_dir to another folder, or {AGAIN}")
         raise FileNotFoundError(f"data_dir={folder}: {_describe(folder)}")
     if not path.is_file():
-        return _foreign_manifest(folder, tokenizer, val_fraction)
+        return _foreign_manifest(folder, tokenizer, eos_token, val_fraction)
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
@@ -222,9 +222,9 @@ def check_content(folder, manifest, vocab_size, verify_all=False):
                 )
 
 
-def _foreign_manifest(folder, tokenizer, val_fraction):
+def _foreign_manifest(folder, tokenizer, eos_token, val_fraction):
     """Return the manifest of a folder of another project. Arguments: see read_manifest."""
-    vocabulary = _find_vocabulary(folder, tokenizer)
+    vocabulary = _find_vocabulary(folder, tokenizer, eos_token)
     files = find_token_files(folder)
     own_names = [folder / f"{split}.bin" for split in SPLITS]
     paths = own_names if set(own_names) <= set(files) else files  # in a nanoGPT folder, other files are ignored
@@ -250,17 +250,17 @@ def _foreign_manifest(folder, tokenizer, val_fraction):
     }
 
 
-def _find_vocabulary(folder, tokenizer):
+def _find_vocabulary(folder, tokenizer, eos_token):
     """Return the "tokenizer" entry for the manifest of a folder of another project.
 
-    It describes the tokenizer in meta.pkl, in tokenizer.json or in the folder `tokenizer`, or else GPT-2's tokenizer.
+    It describes the tokenizer in meta.pkl, in tokenizer.json or of the setting `tokenizer`, or else GPT-2's tokenizer.
     """
     if (folder / "meta.pkl").is_file():
         return vocabulary_facts(read_meta(folder / "meta.pkl"))
     if (folder / "tokenizer.json").is_file():
-        tokenizer = folder
+        tokenizer = str(folder.absolute())
     if tokenizer is None:
         return {"kind": "gpt2", "vocab_size": 50257, "eot_id": 50256}
-    loaded = Tokenizer.load(tokenizer)
+    loaded = load_tokenizer(tokenizer, eos_token)
     facts = {key: getattr(loaded, key) for key in ("kind", "vocab_size", "eot_id")}
-    return facts | {"folder": str(tokenizer)}
+    return facts | {"asked": tokenizer, "eos_token": eos_token}

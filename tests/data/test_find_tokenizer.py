@@ -5,16 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_files import ENV, ids, jsonl, prepared, section
 from hub_server import HubServer
 from tokenizer_kinds import tokenizer_json
 
-from nanogpt_accel.data.dataset import check, data_folder, facts_of
+from nanogpt_accel.data.dataset import check, data_folder, facts_of, open_dataset
 from nanogpt_accel.data.find_tokenizer import hub_id, load_tokenizer
 from nanogpt_accel.data.prepare import prepare
 from nanogpt_accel.data.tokenizer import EOT, Tokenizer
-from nanogpt_accel.recipe import SECTIONS
+from nanogpt_accel.recipe import SECTIONS, load_recipe
 
 TEXTS = [f"One day, girl {i} went out." for i in range(40)]
 MAIN, OLD = tokenizer_json("byte-level", eos="</s>"), tokenizer_json("byte-level", eos="<|im_end|>")
@@ -57,6 +58,13 @@ def run(commands, env):
     return json.loads(child.stdout)
 
 
+def token_files(name):
+    """Write a folder of nanoGPT's token files without a tokenizer."""
+    Path(name).mkdir()
+    for split in ("train", "val"):
+        np.arange(100, dtype=np.uint16).tofile(f"{name}/{split}.bin")
+
+
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
@@ -87,10 +95,12 @@ def test_tokenizers_of_the_hub(tmp_path):
         commands = [["prepare", "r.yaml", f"tokenizer={spec}", f"data_dir={out}"] for out, spec in specs.items()]
         for spec in ("me/none", "hub:me/tok@v9", "hub:a b"):
             commands.append(["prepare", "r.yaml", f"tokenizer={spec}"])
+        token_files("there")
+        commands.append(["prepare", "r.yaml", "data_dir=there", "tokenizer=me/tok"])
         results = run(commands, hub.env(tmp_path / "home"))
-    assert [status for status, _ in results] == [0] * 4 + [2] * 3, results
+    assert [status for status, _ in results] == [0] * 4 + [2] * 3 + [0], results
     for (_, message), words in zip(
-        results[4:],
+        results[4:7],
         (
             ["tokenizer=me/none", "no such model on the Hub"],
             ["tokenizer=me/tok@v9", "no such branch"],
@@ -221,3 +231,12 @@ def test_a_vocabulary_that_cannot_be_converted():
     Path("broken/tokenizer.model").write_bytes(b"no SentencePiece model")
     ((status, out),) = run([["prepare", "r.yaml", "tokenizer=broken"]], ENV)
     assert status == 2 and "broken" in out and "convert" in out and len(out.splitlines()) == 1, out
+
+
+def test_the_tokenizer_of_token_files_of_another_project():
+    """It is the setting, also if the recipe file has it and data_dir is on the command line."""
+    token_files("there")
+    Path("own.yaml").write_text(f"data: {{corpus: x.jsonl, tokenizer: {folder()}, eos_token: </s>}}\n")
+    data = load_recipe("own.yaml", {"data_dir": "there"}).data
+    tokenizer = open_dataset(data).tokenizer
+    assert tokenizer.text == MAIN and tokenizer.eot == "</s>"
