@@ -92,7 +92,8 @@ def _prepare(folder, data, report, workers):
             f"tokenizer={data.tokenizer}: has no end-of-text token to separate the documents of "
             f"corpus={data.corpus}; set eos_token to one of its tokens, or tokenizer to gpt2, char or bpe"
         )
-    tokenizer.special_tokens = data.special_tokens
+    if not corpus.ids:  # how special tokens in their text were encoded is unknown
+        tokenizer.special_tokens = data.special_tokens
     with _unknown_characters(data):
         report_losses(corpus, data, tokenizer, report, bad=_bad_handler(data))
     all_facts = facts | {"fingerprint": tokenizer.fingerprint}

@@ -195,6 +195,12 @@ def test_training_reads_them_from_a_folder_and_from_a_corpus():
     assert any("val_loss" in line for line in metrics)
 
 
+def test_special_tokens_of_a_prompt_become_ids_if_the_corpus_has_only_ids():
+    Path("there").mkdir()
+    write_fineweb("there")
+    assert ids_of(corpus="there")[1].tokenizer.special_tokens is None
+
+
 def test_files_without_a_tokenizer_are_gpt2s(gpt2_files):
     ids = np.append(draw(1000), 50256)
     write_llmc("x.bin", ids)

@@ -9,6 +9,7 @@ import pytest
 from tokenizer_kinds import MAKERS, TEXTS, tokenizer_json
 
 from nanogpt_accel.data.find_tokenizer import load_tokenizer
+from nanogpt_accel.data.meta import tokenizer_from_meta
 from nanogpt_accel.data.tokenizer import Tokenizer
 from nanogpt_accel.models.generation import TextStream, text_after
 
@@ -43,6 +44,23 @@ def check_random_sequences(kind, language, count):
             prompt = []  # a prompt is a text, and ends with a complete character
         assert tokenizer.decode(prompt) + streamed(tokenizer, prompt, new) == tokenizer.decode(prompt + new)
         assert streamed(tokenizer, prompt, new) == text_after(tokenizer.decode, prompt, new)
+
+
+@pytest.mark.parametrize(
+    ("meta", "text"),
+    [
+        ({"do": 0, "re": 1, "mi": 2}, "do mi re do"),
+        ({"C": 0, "N": 1, "Cl": 2}, "CClNC"),
+        ({"do": 0, " re": 1}, "do re redo"),
+        (12, "0 11 3 0"),
+    ],
+)
+def test_tokens_of_a_meta_pkl(meta, text):
+    tokenizer = tokenizer_from_meta(meta)
+    ids = tokenizer.encode_prompt(text)
+    assert tokenizer.decode(ids) == text
+    for n in range(1, len(ids)):
+        assert tokenizer.decode(ids[:n]) + streamed(tokenizer, ids[:n], ids[n:]) == text
 
 
 @pytest.mark.parametrize("language", TEXTS)
