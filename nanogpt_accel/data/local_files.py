@@ -134,7 +134,7 @@ def _find_splits(spec, states, split_by):
         ValueError: split_by=name is set, but the file names do not define splits; or split_by=auto is set, and the
             validation files are larger than the training files.
     """
-    names = {Path(os.path.relpath(path, _search_root(spec))).as_posix(): path for path in states}
+    names = {_relative(path, _search_root(spec)): path for path in states}
     is_possible = split_by != "val_fraction" and len(states) > 1
     found = splits_by_name({name: states[path][0] for name, path in names.items()}) if is_possible else {}
     if split_by == "name" and not found:
@@ -305,15 +305,16 @@ def _check_formats(spec, files, lines):
         )
 
 
+def _relative(path, root):
+    """Return a path relative to a folder, with slashes. On Windows, a path on another drive stays as it is."""
+    with suppress(ValueError):
+        path = os.path.relpath(path, root or ".")
+    return Path(path).as_posix()
+
+
 def _sort(root, paths):
     """Return [(name relative to the root, path), ...], sorted by name. For token files, 2.bin is before 10.bin."""
-
-    def relative(path):
-        with suppress(ValueError):  # on Windows, the path can be on another drive
-            path = os.path.relpath(path, root or ".")
-        return Path(path).as_posix()
-
-    named = sorted((relative(path), path) for path in paths)
+    named = sorted((_relative(path, root), path) for path in paths)
     return sorted(named, key=lambda file: natural_order(file[0])) if is_token_file(paths[0]) else named
 
 
