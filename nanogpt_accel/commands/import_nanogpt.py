@@ -27,9 +27,9 @@ class ImportOptions(Section):
     to: str = Field("", description="output folder; must be empty or not exist yet")
     tokenizer: str = Field(
         "auto",
-        description="gpt2, the path of nanoGPT's meta.pkl, or a folder with a tokenizer.json; auto: meta.pkl in the "
-        "folder of CKPT.pt, or ../data/DATASET/meta.pkl relative to this folder; if both are missing, gpt2 "
-        "(only for models with the vocabulary size of GPT-2)",
+        description="auto, gpt2, the path of a meta.pkl of nanoGPT, or a folder with a tokenizer.json. auto: use the "
+        "meta.pkl next to CKPT.pt, otherwise nanoGPT's data/DATASET/meta.pkl, otherwise gpt2 (only if the model has "
+        "GPT-2's vocabulary size)",
     )
     activation: Literal["gelu", "gelu_new"] = Field(
         "gelu", description="gelu_new: for checkpoints from before May 2023"

@@ -47,8 +47,7 @@ class SampleOptions(Section):
     )
     stop_at_eos: bool | None = Field(
         None,
-        description="end a sample at the end-of-text token; default: true if the tokenizer has one, that is, if the "
-        "model was trained with documents",
+        description="end a sample at the end-of-text token; default: true if the tokenizer has such a token",
     )
     stop: str | None = Field(
         None, description=r"end a sample before this text, such as stop='\n\n'; \n is a line end and \t a tab"

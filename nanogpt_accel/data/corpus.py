@@ -62,5 +62,5 @@ def refuse(problem):
 
 
 def location(spec, path):
-    """Return the start of a message about a file: corpus=SPEC: PATH, or corpus=SPEC if SPEC is the path."""
+    """Return the start of a message about a file: `corpus=SPEC: PATH`, or only `corpus=SPEC` if SPEC is this path."""
     return f"corpus={spec}" + (f": {path}" if path != os.path.expanduser(spec) else "")

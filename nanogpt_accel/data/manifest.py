@@ -38,7 +38,7 @@ def describe_split(manifest, split):
 
 
 def is_data_folder(folder):
-    """Return whether a folder has token files: those of this package with a manifest, or of another project."""
+    """Return whether a folder contains a manifest, as this package writes it, or token files of another project."""
     return (Path(folder) / "manifest.json").is_file() or bool(find_token_files(folder))
 
 

@@ -376,7 +376,8 @@ def _check_sizes(corpus, data, writer):
 
 
 def _report_special_tokens(data, tokenizer, writer, report):
-    """Report the special tokens in the text. Prompts are encoded as the corpus is, if it contains any."""
+    """Report the number of special tokens in the text and how they were encoded. If there are any, the tokenizer
+    encodes prompts in the same way."""
     count = sum(counts.get("special_tokens", 0) for counts in writer.counts.values())
     tokens = ", ".join(sorted(tokenizer.special)[:3]) or EOT
     if data.special_tokens == "tokens":
@@ -446,7 +447,7 @@ class _Attempt:
         return None
 
     def write_text(self):
-        """Write a single text. Special tokens that become ids are not counted in its bytes."""
+        """Write a corpus that is a single text. With special_tokens=tokens, special tokens do not count as text."""
         text = next(self.corpus.documents())
         cut = self.tokenizer.move_cut(text, _cut_text(self.corpus, self.data, len(text)))
         for split, part in (("train", text[:cut]), ("val", text[cut:])):
@@ -462,7 +463,7 @@ class _Attempt:
             self.count_special(split, n_special)
 
     def count_special(self, split, count):
-        """Add special tokens in the text to the counts of a split, which are stored with each commit."""
+        """Add a number of special tokens to the counts of a split."""
         if count:
             counts = self.writer.counts[split]
             counts["special_tokens"] = counts.get("special_tokens", 0) + count

@@ -241,7 +241,8 @@ def _read_csv(spec, path, column, bad):
 
 
 def _delimiter(header, column, usual):
-    """Return the delimiter with which the header has this column and the most columns, or in a tie the usual one."""
+    """Return the delimiter that splits the header into the most columns, including this column. In a tie, return the
+    usual delimiter."""
     columns = {}
     for delimiter in (usual, *DELIMITERS):
         with suppress(csv.Error, StopIteration):

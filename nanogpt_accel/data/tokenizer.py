@@ -137,8 +137,7 @@ class Tokenizer:
 
     @property
     def is_lossless(self):
-        """Whether it is known that decoding always gives the text back. Characters that are not in the vocabulary are
-        an error, and byte-level BPEs have all bytes."""
+        """Whether decoding the ids of a text is known to return the same text."""
         return self._table is not None or self._bpe is not None
 
     @cached_property
@@ -327,14 +326,14 @@ class Tokenizer:
     def count_special(self, text):
         """Return (number of special tokens in a text, number of their bytes).
 
-        If they are encoded as text, <|endoftext|> is counted too if it is not in the vocabulary.
+        With special_tokens=text, <|endoftext|> is also counted if it is not in the vocabulary.
         """
         tokens = self.special if self.special_tokens == "tokens" else self.special | {EOT}
         counts = [(text.count(token), len(token.encode())) for token in tokens]
         return sum(count for count, _ in counts), sum(count * size for count, size in counts)
 
     def move_cut(self, text, cut):
-        """Return the position of a cut in a text, moved to the end of a special token that it would divide."""
+        """Return the position `cut` in a text or, if it is inside a special token, the position after that token."""
         for token in self.special if self.special_tokens == "tokens" else ():
             start = text.find(token, max(cut - len(token) + 1, 0), cut + len(token) - 1)
             if start >= 0:
@@ -352,7 +351,7 @@ class Tokenizer:
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def encode_prompt(self, text):
-        """Encode a prompt to list[int]. Special tokens become their ids, unless they are text in the model's corpus."""
+        """Encode a prompt to list[int]. If the corpus was encoded with special_tokens=text, so is the prompt."""
         if self.special_tokens == "text":
             return self.encode(text).tolist()
         if self.eot is None and EOT in text:

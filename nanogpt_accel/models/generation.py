@@ -31,7 +31,7 @@ class TextStream:
         self.decode, self.context, self.waiting = decode, prompt_ids[-CONTEXT:], []
 
     def add(self, new_id):
-        """Return the text that is complete with this id, "" if its last character may continue in the next id."""
+        """Add an id. Return the new text, or "" if its last character may be incomplete."""
         self.waiting.append(new_id)
         text = text_after(self.decode, self.context, self.waiting)
         return "" if text.endswith("\ufffd") else self._complete(text)
@@ -49,7 +49,8 @@ class TextStream:
 class _Sample:
     """One generated text.
 
-    ids: without the end-of-text token, but with the last token of `stop`. is_done: whether one of them was generated.
+    ids: the new ids without the end-of-text token. is_done: whether the end-of-text token or the text `stop` was
+        generated.
     """
 
     def __init__(self, prompt_ids, eos_id, stop, decode, on_text):
@@ -83,7 +84,7 @@ class _Sample:
 
 
 class _Stop(StoppingCriteria):
-    """Add the new ids to their samples. Stop `generate` if one of the samples is done."""
+    """Collect the new ids of each sample. Stop `generate` as soon as one sample is done."""
 
     def __init__(self, samples):
         self.samples = samples
