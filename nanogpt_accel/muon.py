@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
     directions with large gradients do not dominate. The updates are the same as in torch.optim.Muon, but matrices of
     the same shape (or transposed shape) are processed in one batch instead of one after another.
 
-    fused_rows: from fused_row_counts. Matrices that are concatenated in one weight are orthogonalized separately.
+    fused_rows: the result of fused_row_counts, to orthogonalize matrices in a fused weight separately.
     """
 
     def __init__(self, groups, fused_rows):

@@ -209,7 +209,7 @@ class Writer:
         return sum(self.counts[split][key] or 0 for split in splits or self.counts if split in self.counts)
 
     def commit(self, position):
-        """Record that all data up to `position`, a JSON value, are written. Flush them to disk every COMMIT_SECONDS."""
+        """Record that the data up to `position` have been written. Flush to disk if COMMIT_SECONDS have passed."""
         self._record(position)
         if time.monotonic() - self._committed_at >= COMMIT_SECONDS / (1 if self._has_committed else 10):
             with _disk_errors(self.folder):

@@ -12,7 +12,7 @@ CONTEXT = 8
 
 
 def text_after(decode, prompt_ids, new_ids, stop=None):
-    """Return the text of new_ids when they follow prompt_ids, up to the first `stop`.
+    """Return the text that new_ids add to the text of prompt_ids, cut before the first `stop`.
 
     decode: function that converts a list of ids to text. stop: text that ends the sample, or None.
     """
