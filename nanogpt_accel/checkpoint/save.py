@@ -167,9 +167,7 @@ class Saver:
             publish(self.run, best_step, final)
             prune(self.run, best_step, final, self.keep_last)
         except OSError as error:  # the checkpoint itself is saved
-            self.say(
-                f"warning: {final} is saved, but older checkpoints could not be deleted or links not updated: {error}"
-            )
+            self.say(f"warning: {final} is saved, but older checkpoints were not deleted or links not updated: {error}")
         if self.on_saved is not None:
             self.on_saved(final)
 

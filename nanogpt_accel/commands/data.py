@@ -25,7 +25,7 @@ class DataOptions(Section):
     peek: Int = Field(60, ge=0, description="number of tokens to show from the start of each split")
     tokenizer: str = Field(
         "gpt2",
-        description="for token files of other projects without a tokenizer: gpt2, or a folder with a tokenizer.json",
+        description="gpt2 or a folder with a tokenizer.json, for token files of another project that come without one",
     )
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 

@@ -185,7 +185,7 @@ def _validate(manifest):
             if has_foreign_files and os.path.isabs(name):
                 continue
             if not re.fullmatch(rf"{split}(-\d{{5,}})?\.bin", name) or names.count(name) > 1:
-                raise ValueError(f"splits.{split}.files: {name!r} is a duplicate or not a file name of this split")
+                raise ValueError(f"splits.{split}.files: {name!r} is listed twice, or is not a file name of this split")
         total = sum(file["tokens"] for file in counts["files"])
         if counts["tokens"] != total:
             raise ValueError(f"splits.{split}.tokens: {counts['tokens']:,}, but the files have {total:,} in total")

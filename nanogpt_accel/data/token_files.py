@@ -234,9 +234,9 @@ class Writer:
         """Complete the data folder and return its manifest.
 
         facts: JSON values for the manifest: {"corpus": {"name", ...}, "tokenizer": {"asked", "kind", "vocab_size",
-        "fingerprint", "eot_id"}, "val_fraction", "split_seed"}. If the token files are in another folder, so that
-        nothing was written, `facts` also has "dtype" and "splits". save_tokenizer: function that writes the tokenizer
-        to a folder.
+        "fingerprint", "eot_id"}, "val_fraction", "split_seed"}. If write() was never called, because the token
+        files are in another folder, `facts` also has "dtype" and "splits". save_tokenizer: function that writes the
+        tokenizer to a folder.
         """
         with _disk_errors(self.folder):
             for split in list(self._open):

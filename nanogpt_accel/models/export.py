@@ -280,7 +280,7 @@ def _stock_model(model, form, vocab_size):
 
 
 def _save_stock(model, folder, form, vocab_size, n_tokens):
-    """Save the model as a stock model with this vocabulary size. n_tokens: vocabulary size of the tokenizer."""
+    """Save the model as a stock model with `vocab_size` embeddings. n_tokens: number of tokens of the tokenizer."""
     from transformers import GenerationConfig
 
     stock, weights = _stock_model(model, form, vocab_size)
