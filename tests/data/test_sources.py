@@ -39,7 +39,7 @@ def test_source_name_of_a_path(folder):
     ("spec", "words"),
     [
         ("shakespear", ["corpus=shakespear", "did you mean shakespeare?", "python, shakespeare, openwebtext"]),
-        ("no/such/file.txt", ["corpus=no/such/file.txt", "that exists"]),
+        ("no/such/file.txt", ["corpus=no/such/file.txt", "existing file"]),
         ("no/such/*.txt", ["corpus=no/such/*.txt", "no file matches"]),
         ("", ["corpus="]),
     ],
