@@ -163,8 +163,8 @@ class Model(Section):
     pad_vocab_to_multiple_of: Int = Field(
         64,
         ge=1,
-        description="pad the vocabulary size to a multiple of this number, for faster kernels (50,257 becomes 50,304). "
-        "The first unused entry becomes the padding token that batched generation and fine-tuning need. 1: no padding",
+        description="add a padding token, which batched generation and fine-tuning need, and pad the vocabulary size "
+        "to a multiple of this number, for faster kernels (50,257 becomes 50,304). 1: neither",
     )
     initializer_range: Float = Field(0.02, gt=0, description="standard deviation of the initial weights")
     zero_init: bool = Field(

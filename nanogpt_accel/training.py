@@ -95,7 +95,8 @@ def check_out_dir(recipe):
             f"model.init_from={init_from}: "
             + (nanogpt_hint(init_from) or "must be scratch, resume, an existing folder or a Hub id")
         )
-    if recipe.overwrite and out_dir.resolve() in (Path(init_from).resolve(), Path(init_from).resolve().parent):
+    is_folder = init_from not in ("scratch", "resume")
+    if recipe.overwrite and is_folder and out_dir.resolve() in Path(init_from, "_").resolve().parents[:2]:
         problems.append(
             f"model.init_from={init_from}: is in out_dir={out_dir}, which overwrite=true deletes; change out_dir"
         )
@@ -119,7 +120,8 @@ def open_data(recipe, console):
     block_size, init_from, source = recipe.model.block_size, recipe.model.init_from, None
     problems = dataset.require_block(data, block_size)
     if recipe.train.sample_tokens:
-        problems += data.tokenizer.check_prompt(recipe.train.sample_prompt, block_size, "train.sample_prompt")
+        found = data.tokenizer.check_prompt(recipe.train.sample_prompt, block_size, "train.sample_prompt")
+        problems += [f"{problem}, or set sample_tokens=0 for no samples" for problem in found]
     if init_from not in ("scratch", "resume"):
         source = find_model(init_from, console, bars=console.is_verbose)
         config = read_config(source)

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.recipe import load_recipe
 from nanogpt_accel.tracking.metrics_log import read_metrics
+from nanogpt_accel.training import check_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 STEPS, EVERY, BLOCK = 24, 8, 32
@@ -540,3 +541,14 @@ def test_a_compiled_model_is_compiled_twice(workplace, call):
     assert counters["stats"]["unique_graphs"] == 2
     compiled, eager = (losses(workplace / "runs" / name, "val_loss") for name in ("compiled", "eager"))
     assert compiled == pytest.approx(eager, rel=1e-5) and len(eager) == 3
+
+
+def test_out_dir_may_have_the_name_of_a_keyword(tmp_path, monkeypatch):
+    """init_from=scratch is not a folder."""
+    monkeypatch.chdir(tmp_path)
+    for out_dir in (".", "scratch"):
+        recipe = load_recipe(None, {"out_dir": out_dir, "overwrite": "true"})
+        assert not [problem for problem in check_recipe(recipe) if "init_from" in problem]
+    (tmp_path / "scratch").mkdir()
+    recipe = load_recipe(None, {"out_dir": "scratch", "init_from": "./scratch", "overwrite": "true"})
+    assert [problem for problem in check_recipe(recipe) if "which overwrite=true deletes" in problem]
