@@ -116,9 +116,11 @@ def check_fits(data, corpus):
             "to a folder or a Hub id"
         )
     if corpus.ids and data.tokenizer in ("char", "bpe"):
+        fix = "set tokenizer to gpt2, or to the folder of the tokenizer.json that the ids were made with"
+        if os.path.isfile(os.path.join(data.corpus, "meta.pkl")):
+            fix = f"set data_dir={data.corpus} instead of corpus, to use its meta.pkl"
         raise ValueError(
-            f"tokenizer={data.tokenizer}: requires text, but corpus={data.corpus} contains token ids; set tokenizer to "
-            "gpt2, or to the folder of the tokenizer.json that the ids were made with"
+            f"tokenizer={data.tokenizer}: requires text, but corpus={data.corpus} contains token ids; {fix}"
         )
     limits = [f"{key}={getattr(data, key)}" for key in ("limit_documents", "limit_tokens") if getattr(data, key)]
     if corpus.is_single and limits:

@@ -126,3 +126,9 @@ def test_an_id_that_is_not_in_the_vocabulary(capsys):
     write(MOVES)
     np.full(50, 4, "<u2").tofile("d/val.bin")
     expect(error_line(capsys, command="train"), "d/val.bin: the val split contains the id 4", "vocabulary size 4")
+
+
+def test_the_error_for_a_corpus_with_a_meta_pkl_names_data_dir(capsys):
+    write(SIZE)
+    Path("text.yaml").write_text("data: {corpus: d, tokenizer: char}")
+    assert "set data_dir=d instead of corpus" in error_line(capsys, target="text.yaml")
