@@ -326,7 +326,7 @@ def trl_dpo(subject, folder):
     rows = [{"prompt": text, "chosen": " yes", "rejected": " no, no"} for text in TEXTS]
     trainer = trl.DPOTrainer(
         subject.to_train(),
-        args=trl.DPOConfig(**trl_options(folder)),
+        args=trl.DPOConfig(**trl_options(folder), trust_remote_code=True),  # it loads the reference model itself
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=subject.tokenizer(),
     )
