@@ -90,13 +90,13 @@ def check_out_dir(recipe):
         )
     if not recipe.train.eval_only and (not saved or (out_dir / "run.yaml").is_file()):
         problems += check_run_folder(out_dir)
-    if init_from not in ("scratch", "resume") and not may_be_model(init_from):
+    is_model = init_from not in ("scratch", "resume")
+    if is_model and not may_be_model(init_from):
         problems.append(
             f"model.init_from={init_from}: "
             + (nanogpt_hint(init_from) or "must be scratch, resume, an existing folder or a Hub id")
         )
-    is_folder = init_from not in ("scratch", "resume")
-    if recipe.overwrite and is_folder and out_dir.resolve() in Path(init_from, "_").resolve().parents[:2]:
+    if recipe.overwrite and is_model and out_dir.resolve() in Path(init_from, "_").resolve().parents[:2]:
         problems.append(
             f"model.init_from={init_from}: is in out_dir={out_dir}, which overwrite=true deletes; change out_dir"
         )

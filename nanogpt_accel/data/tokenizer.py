@@ -462,7 +462,7 @@ def _token_name(value):
 
 
 def _byte_character(token):
-    """Return the character that stands for a byte token in Tokenizer.decode: itself if it is ASCII."""
+    """Return the ASCII character of a byte token such as <0x41>, or a placeholder for another byte; see decode."""
     byte = int(token[3:5], 16)
     return chr(byte if byte < 0x80 else FIRST_BYTE_POINT + byte)
 

@@ -78,9 +78,9 @@ def test_padding_does_not_change_the_loss_of_fine_tuning(folder, tmp_path):
     arguments = TrainingArguments(tmp_path, report_to="none", save_strategy="no", disable_tqdm=True, **arguments)
     model.config.use_cache = False
     trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, processing_class=tokenizer)
-    # Trainer also counts the first token of each row, unless it knows that the class shifts the labels
-    too_small = alone * sum(n_targets) / (sum(n_targets) + len(rows))
-    assert pytest.approx(trainer.train().training_loss, rel=1e-5) in (alone, too_small)
+    if type(model).__name__ == "GPT2LMHeadModel":  # Trainer also counts the first token of each row for this class
+        alone *= sum(n_targets) / (sum(n_targets) + len(rows))
+    assert trainer.train().training_loss == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_pipeline_writes_the_same_texts_in_batches_and_one_by_one(folder):
