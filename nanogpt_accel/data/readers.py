@@ -11,10 +11,9 @@ import itertools
 import json
 import os
 import re
-import shlex
 from contextlib import contextmanager, suppress
 
-from ..utils.text import counted, one_line
+from ..utils.text import counted, one_line, quoted
 from .corpus import location, refuse
 from .remote import is_remote, name_of, open_remote, remote_state
 
@@ -113,7 +112,7 @@ def how_to_convert(raw, path):
         encoding, condition = "ENCODING", "where ENCODING is its encoding, such as GB18030"
     if is_remote(path):
         condition, path = f"download it and, {condition}", os.path.basename(name_of(path))
-    file, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
+    file, new = quoted(path), quoted(f"{path}.new")
     convert = f"iconv -f {encoding} -t UTF-8"
     command = f"{convert} {file} > {new} && mv {new} {file}"
     for suffix, tool in ((".gz", "gzip"), (".zst", "zstd")):
