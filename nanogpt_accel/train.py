@@ -281,7 +281,7 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel train RECIPE | RUN_FOLDER [key=value ...]",
-            "Train a recipe (a file, or a name from `nanogpt-accel recipes`), or continue a run from its latest checkpoint.",
+            "Train a recipe, or continue a run from its latest checkpoint. `nanogpt-accel recipes` lists all recipes.",
             {"run": Recipe, **SETTINGS},
         )
     target, options = cli.parse(argv, FIELDS)

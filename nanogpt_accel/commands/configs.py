@@ -4,14 +4,11 @@ nanogpt-accel configs
 accelerate launch --config_file "$(nanogpt-accel configs --path multi_gpu)" -m nanogpt_accel.train gpt2
 """
 
-import shutil
-import textwrap
-
 from pydantic import Field
 
 from ..utils import cli
 from ..utils.fields import Section, raise_problems
-from ..utils.packaged import find_packaged, list_packaged, packaged, summary
+from ..utils.packaged import find_packaged, list_entry, list_packaged, packaged, summary
 from ..utils.text import quoted
 
 
@@ -35,9 +32,7 @@ def main(argv):
     if options.path:
         print(find_packaged("configs", options.path).absolute())
         return
-    width = shutil.get_terminal_size().columns
     for path in list_packaged("configs"):
-        print(path.stem)
-        print(textwrap.fill(summary(path), width, initial_indent="    ", subsequent_indent="    "))
+        print(list_entry(path.stem, summary(path)))
     print('\nLaunch with a config:  accelerate launch --config_file "$(nanogpt-accel configs --path multi_gpu)" ...')
     print(f"Copy all of them and the SLURM scripts, to change them:  cp -r {quoted(packaged('configs').absolute())} .")

@@ -122,9 +122,7 @@ def run_recipe(target):
         if (folder / "run.yaml").is_file():
             return folder / "run.yaml"
     reason = "no run.yaml in or next to this folder" if Path(target).exists() else "no such folder"
-    raise ValueError(
-        f"{target}: {reason}, so the data is unknown; add --recipe RECIPE, corpus=... or data_dir=..."
-    )
+    raise ValueError(f"{target}: {reason}, so the data is unknown; add --recipe RECIPE, corpus=... or data_dir=...")
 
 
 def evaluate(target, recipe, options, block_size=None):

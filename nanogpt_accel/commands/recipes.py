@@ -4,8 +4,6 @@ nanogpt-accel recipes
 nanogpt-accel recipes --copy quickstart --to mine.yaml
 """
 
-import shutil
-import textwrap
 from pathlib import Path
 
 from pydantic import Field
@@ -13,7 +11,7 @@ from pydantic import Field
 from ..recipe import load_recipe
 from ..utils import cli
 from ..utils.fields import Section, raise_problems
-from ..utils.packaged import find_packaged, list_packaged, packaged, summary
+from ..utils.packaged import find_packaged, list_entry, list_packaged, packaged, summary
 from ..utils.text import first_line, quoted
 
 
@@ -46,26 +44,23 @@ def main(argv):
 
 def print_list():
     """Print each recipe with what it trains, hardware, time and expected loss."""
-    width = shutil.get_terminal_size().columns
     for path in list_packaged("recipes"):
         try:
             lines = [summary(path), expectation(load_recipe(path).expect)]
         except (OSError, ValueError) as error:  # a recipe that the user is writing in a clone
             lines = [first_line(error)]
-        print(path.stem)
-        for line in filter(None, lines):
-            print(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="    "))
+        print(list_entry(path.stem, *lines))
     print("\nTrain a recipe:  nanogpt-accel train quickstart\nChange a copy:   nanogpt-accel recipes --copy quickstart")
 
 
 def expectation(expect):
-    """Return the hardware, time and expected loss of a recipe as one line of text."""
+    """Return the hardware, time and validation loss of a recipe as one line of text."""
+    best = "best " if expect.evaluation == "best" else ""
+    loss = "unknown" if expect.val_loss is None else f"{expect.val_loss:g}"
+    loss += f" +- {expect.tolerance:g}" if expect.tolerance else ""
+    loss += f" ({expect.source})" if expect.source else ""
     needs = ", ".join(filter(None, (expect.hardware, expect.time)))
-    if expect.val_loss is None:
-        return f"{needs}: {expect.source}" if needs and expect.source else needs or expect.source
-    tolerance = f" +- {expect.tolerance:g}" if expect.tolerance else ""
-    source = f" ({expect.source})" if expect.source else ""
-    return f"{needs + ': ' if needs else ''}validation loss {expect.val_loss:g}{tolerance}{source}"
+    return f"hardware: {needs or 'unknown'}; {best}validation loss: {loss}"
 
 
 def copy(recipe, to):

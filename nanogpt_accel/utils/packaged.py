@@ -5,6 +5,8 @@ In a clone, the two folders are next to the package. A wheel has them inside the
 
 import os
 import re
+import shutil
+import textwrap
 from pathlib import Path
 
 from .fields import nearest
@@ -45,3 +47,11 @@ def summary(path):
     """Return the first sentences of the comment at the top of a YAML file, up to the first empty line."""
     text = re.sub(r"^# yaml-language-server:.*\n", "", path.read_text(encoding="utf-8"))
     return " ".join(re.match(r"(# .*\n)*", text)[0].replace("# ", "").split())
+
+
+def list_entry(name, *lines):
+    """Return an entry for a list in the terminal: a name, and below it, indented lines that are wrapped at words."""
+    options = {"width": shutil.get_terminal_size().columns, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(
+        [name, *(textwrap.fill(line, **options, initial_indent="    ", subsequent_indent="    ") for line in lines)]
+    )

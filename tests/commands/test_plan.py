@@ -276,7 +276,7 @@ def test_wrong_options_get_one_line(words, parts, capsys):
 
 def test_a_missing_target_gets_a_usage_hint(capsys):
     assert main(["plan"]) == 2
-    assert "RECIPE.yaml" in capsys.readouterr().err
+    assert "RECIPE is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ EARLY = [
         ["init_from=./gone"],
     ),
     # recipe missing or not YAML
-    (["train"], ["RECIPE.yaml or RUN_FOLDER is missing; usage: nanogpt-accel train"]),
+    (["train"], ["RECIPE or RUN_FOLDER is missing; usage: nanogpt-accel train"]),
     (["train", "tinny.yaml"], ["tinny.yaml", "no such recipe", "did you mean tiny"]),
     (["train", "gone/tiny.yaml"], ["gone/tiny.yaml", "no such recipe"]),
     (["train", "torn.yaml"], ["torn.yaml", "invalid YAML", "line 4"]),

@@ -66,7 +66,9 @@ COMMANDS = [
     "data data/{data}",
     "report runs/tiny",
     "plan recipe.yaml",
-    "doctor compile_limit=0",
+    "doctor",
+    "recipes --copy gpt2",
+    "configs --path cpu",
 ]
 
 
