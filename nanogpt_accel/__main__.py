@@ -8,11 +8,11 @@ from .utils import cli
 from .utils.fields import nearest
 
 COMMANDS = {
+    "recipes": "list the recipes of this package, or copy one to change it",
+    "configs": "list the configs for `accelerate launch`, or print the path of one",
     "prepare": "tokenize the corpus of a recipe; train does this automatically",
     "data": "show the contents of a data folder",
     "plan": "estimate parameters, memory and time of a recipe, and suggest a launch config",
-    "recipes": "list the recipes of this package, or copy one to change it",
-    "configs": "list the configs for `accelerate launch`, or print the path of one",
     "bench": "measure how fast a recipe trains, and compare variants",
     "train": "train a recipe, or resume a run",
     "sample": "generate text with a model: a run folder, a checkpoint folder or a Hub id",

@@ -31,7 +31,7 @@ from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..tracking.console import Console, Progress
 from ..utils import cli
 from ..utils.fields import Int, Section, Words, raise_problems
-from ..utils.text import one_line, quoted
+from ..utils.text import one_line
 
 LM_EVAL = "0.4.12"  # the oldest version whose TaskManager has load()
 # the keys of a recipe's train section that `evaluate` uses, for the help page
@@ -271,9 +271,8 @@ def check_tasks(options):
         is_missing = find_spec("lm_eval") is None
     problems = []
     if is_missing:
-        requirement = quoted(f"lm-eval>={LM_EVAL}")
-        names = ",".join(options.tasks)
-        problems.append(f"tasks={names}: requires lm-eval {LM_EVAL} or newer; run pip install {requirement}")
+        fix = f'run pip install "lm-eval>={LM_EVAL}"'  # in a clone and with a wheel
+        problems.append(f"tasks={','.join(options.tasks)}: requires lm-eval {LM_EVAL} or newer; {fix}")
     if options.tasks_dir and not Path(options.tasks_dir).is_dir():
         problems.append(f"tasks_dir={options.tasks_dir}: no such folder; set it to the folder of your task files")
     return problems

@@ -223,7 +223,7 @@ def test_tasks_without_a_recent_lm_eval_are_refused(call, gpt2, monkeypatch, ver
     monkeypatch.setattr("nanogpt_accel.commands.evaluate.find_spec", lambda name: None)
     (line,) = call("evaluate", gpt2, "tasks=hellaswag", status=2).splitlines()
     # in a clone, a wheel or a copy of the package: with the version that setup.cfg requires
-    (requirement,) = re.findall(r"tasks=hellaswag: .*; run pip install '(lm-eval>=[\d.]+)'$", line)
+    (requirement,) = re.findall(r"tasks=hellaswag: .*; run pip install \"(lm-eval>=[\d.]+)\"$", line)
     assert f"\neval = {requirement}\n" in (REPOSITORY / "setup.cfg").read_text()
 
 

@@ -212,7 +212,7 @@ def test_exit_status_and_streams_of_the_process(argv, status):
     if status:
         assert done.stdout == "" and [line[:6] for line in done.stderr.splitlines()] == ["error:"] * 2
     else:
-        assert done.stderr == "" and "prepare" in done.stdout and "quickstart.yaml" in done.stdout
+        assert done.stderr == "" and "prepare" in done.stdout and "train quickstart" in done.stdout
 
 
 # ---- downloads
