@@ -8,9 +8,11 @@ from .utils import cli
 from .utils.fields import nearest
 
 COMMANDS = {
+    "recipes": "list the recipes of this package, or copy one to change it",
+    "configs": "list the configs for `accelerate launch`, or print the path of one",
     "prepare": "tokenize the corpus of a recipe; train does this automatically",
     "data": "show the contents of a data folder",
-    "plan": "estimate parameters, memory and time of a recipe, and suggest a file in configs/",
+    "plan": "estimate parameters, memory and time of a recipe, and suggest a launch config",
     "bench": "measure how fast a recipe trains, and compare variants",
     "train": "train a recipe, or resume a run",
     "sample": "generate text with a model: a run folder, a checkpoint folder or a Hub id",
@@ -36,7 +38,7 @@ def _dispatch(argv):
         for name, meaning in COMMANDS.items():
             print(f"  {name:<10}{meaning}")
         print("\n`nanogpt-accel COMMAND --help` lists a command's options. Start with:")
-        print("  nanogpt-accel train recipes/quickstart.yaml")
+        print("  nanogpt-accel train quickstart")
     elif argv[0] not in COMMANDS:
         raise ValueError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; commands: {', '.join(COMMANDS)}")
     else:

@@ -4,6 +4,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from .utils.packaged import packaged
+
 
 def fused_row_counts(model):
     """Return {weight: [number of rows of each matrix]} for weights that concatenate several matrices: the query, key
@@ -19,7 +21,8 @@ def check_unsharded(optimizer):
         if group.get("use_muon") and any(p.dim() != 2 or isinstance(p, DTensor) for p in group["params"]):
             raise ValueError(
                 "optimizer.algorithm=muon does not support sharded parameters (FSDP, DeepSpeed ZeRO); set "
-                "algorithm=adamw, or use a launch configuration without sharding, such as configs/multi_gpu.yaml"
+                "algorithm=adamw, or use a launch config without sharding, such as "
+                f"{packaged('configs/multi_gpu.yaml')}"
             )
 
 

@@ -7,6 +7,7 @@ GPT-2. torch and transformers are not imported here, so that mistakes in a recip
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from pydantic import BeforeValidator, Field
 
 from .optim import OPTIMIZERS, SCHEDULES
 from .utils.fields import Device, Float, Int, Section, Words, nearest, raise_problems, validate
+from .utils.packaged import list_packaged, packaged
 from .utils.text import quoted
 
 
@@ -554,7 +556,7 @@ def load_recipe(path, overrides=None, check=None):
     """Read a recipe file, apply overrides, and report all problems together.
 
     Args:
-        path: a YAML file, or a run folder with a run.yaml. None: use only defaults.
+        path: a file, a run folder or a name, see find_recipe. None: use only defaults.
         overrides: {key: value or text}, which replace values of the file. Keys have the form n_layer or model.n_layer.
         check: function that takes the recipe, with defaults instead of invalid values, and returns a list of problems.
 
@@ -562,12 +564,10 @@ def load_recipe(path, overrides=None, check=None):
         The Recipe, which is immutable. If out_dir is not set, it is runs/ plus the name of the file.
 
     Raises:
-        FileNotFoundError: the file does not exist.
+        FileNotFoundError: there is no such recipe.
         ValueError: there are problems; the message has one line per problem.
     """
-    path = Path(path) if path else None
-    if path and (path / "run.yaml").is_file():
-        path = path / "run.yaml"
+    path = None if path is None else find_recipe(path)
     values = {name: {} for name in ("", *SECTIONS)}  # section -> {key: value}
     problems = []
 
@@ -618,6 +618,37 @@ def load_recipe(path, overrides=None, check=None):
         changed = sorted({*recipe.expect.changed, *_changed_keys(file_values, recipe)})
         recipe = recipe.model_copy(update={"expect": recipe.expect.model_copy(update={"changed": changed})})
     return recipe
+
+
+def find_recipe(target):
+    """Return the file of the recipe that a user names.
+
+    Args:
+        target: a file, a run folder (its run.yaml is the recipe), or the name of a recipe. A path that exists takes
+            precedence over a name. The recipe NAME is the file NAME.yaml, if it exists, otherwise a packaged recipe.
+            The names NAME.yaml and recipes/NAME.yaml also work, so that the README's commands do in any folder.
+
+    Raises:
+        FileNotFoundError: there is no such recipe; the message has the nearest name.
+        ValueError: the target is a folder, but not a run.
+    """
+    path, files = Path(target), [Path(target), Path(f"{target}.yaml")]
+    if (path / "run.yaml").is_file():
+        return path / "run.yaml"
+    name = re.fullmatch(r"(recipes/)?([\w-]+)(\.yaml)?", str(target).replace(os.sep, "/"))
+    if name and not (name[1] and path.parent.is_dir()):  # otherwise, recipes/ is a folder of the user
+        files.append(packaged(f"recipes/{name[2]}.yaml"))
+    found = next((file for file in files if file.is_file()), None)
+    if path.is_dir():
+        fix = f"for the recipe, use {path}.yaml" if found else "use a recipe or a run folder"
+        raise ValueError(f"{target}: not a run folder, because it has no run.yaml; {fix}")
+    if found is None:
+        stem, suffix = path.name.removesuffix(".yaml"), ".yaml" * path.name.endswith(".yaml")
+        known = {run.parent.name for run in path.parent.glob("*/run.yaml")}
+        known |= {file.stem for file in (*path.parent.glob("*.yaml"), *(list_packaged("recipes") if name else ()))}
+        hint = nearest(stem, sorted(known)).replace("?", f"{suffix}?") or "; `nanogpt-accel recipes` lists all recipes"
+        raise FileNotFoundError(f"{target}: no such recipe or run folder{hint}")
+    return found
 
 
 def _has_token_files(data_dir):
@@ -681,10 +712,6 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _read_yaml(path):
     """Return the top-level mapping of a YAML file."""
-    if not path.is_file():
-        names = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = nearest(path.stem, names).replace("?", ".yaml?") or (f"; available: {', '.join(names)}" if names else "")
-        raise FileNotFoundError(f"{path}: no such recipe or run folder{hint}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except UnicodeDecodeError as error:

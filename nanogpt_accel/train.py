@@ -280,16 +280,14 @@ def finish(recipe, data, model, run, state, console):
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
-            "nanogpt-accel train RECIPE.yaml | RUN_FOLDER [key=value ...]",
-            "Train a recipe, or continue a run from its latest checkpoint.",
+            "nanogpt-accel train RECIPE | RUN_FOLDER [key=value ...]",
+            "Train a recipe, or continue a run from its latest checkpoint. `nanogpt-accel recipes` lists all recipes.",
             {"run": Recipe, **SETTINGS},
         )
     target, options = cli.parse(argv, FIELDS)
     if target is None:
-        raise ValueError("RECIPE.yaml or RUN_FOLDER is missing; usage: nanogpt-accel train recipes/quickstart.yaml")
-    if Path(target).is_dir():
-        if not (Path(target) / "run.yaml").is_file():
-            raise ValueError(f"{target}: not a run folder, because it has no run.yaml; pass a recipe or a run folder")
+        raise ValueError("RECIPE or RUN_FOLDER is missing; usage: nanogpt-accel train quickstart")
+    if (Path(target) / "run.yaml").is_file():
         if "out_dir" in options:
             raise ValueError(
                 f"out_dir={options['out_dir']}: a resumed run stays in {target}; to write to another folder, start a "
@@ -317,7 +315,7 @@ def train(recipe, **overrides):
     """Run a recipe from Python.
 
     Args:
-        recipe: path of a recipe, or a Recipe from load_recipe.
+        recipe: path or name of a recipe, or a Recipe from load_recipe.
         overrides: settings that replace those of the recipe file, such as max_iters=100.
 
     Returns:

@@ -27,6 +27,7 @@ from .planning.hardware import device_name, peak_flops
 from .recipe import SECTIONS
 from .tracking.trackers import check_trackers
 from .utils.fields import raise_problems, validate
+from .utils.packaged import packaged
 from .utils.text import duration, quoted
 
 # ---- checks before anything slow
@@ -53,7 +54,7 @@ def check_recipe(recipe):
     if train.on_nonfinite == "skip" and launcher_requests("DEEPSPEED"):
         problems.append(
             "train.on_nonfinite=skip: not supported with DeepSpeed, which updates the weights in the backward pass; "
-            "set on_nonfinite=stop, or launch with configs/fsdp2.yaml"
+            f"set on_nonfinite=stop, or launch with {packaged('configs/fsdp2.yaml')}"
         )
     # if another process trains in the folder, report only that, because the contents still change
     locked = check_lock(out_dir) if is_main() and not train.eval_only else []

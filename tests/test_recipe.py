@@ -11,7 +11,17 @@ import yaml
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from pydantic import ValidationError
 
-from nanogpt_accel.recipe import ALIASES, FIELDS, NANOGPT_KEYS, SECTION_OF, SECTIONS, Recipe, load_recipe, schema
+from nanogpt_accel.recipe import (
+    ALIASES,
+    FIELDS,
+    NANOGPT_KEYS,
+    SECTION_OF,
+    SECTIONS,
+    Recipe,
+    find_recipe,
+    load_recipe,
+    schema,
+)
 from nanogpt_accel.utils import cli
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -691,20 +701,63 @@ def test_binary_file_is_refused(refused):
         load_recipe("mine.yaml")
 
 
-def test_missing_recipe_is_refused_with_the_nearest_name(refused):
+# ---- names
+
+
+@pytest.mark.parametrize("target", ["gpt2", "gpt2.yaml", "recipes/gpt2.yaml", "recipes/gpt2", Path("gpt2")])
+def test_packaged_recipe_is_found_by_its_name_in_any_folder(target):
+    assert find_recipe(target).samefile(RECIPES / "gpt2.yaml")
+    assert load_recipe(target) == load_recipe(RECIPES / "gpt2.yaml") and load_recipe(target).out_dir == "runs/gpt2"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_packaged_recipe_has_a_name(name):
+    assert find_recipe(name).samefile(RECIPES / f"{name}.yaml")
+
+
+def test_path_that_exists_takes_precedence_over_a_name(refused):
+    Path("gpt2.yaml").write_text("seed: 1")
+    assert find_recipe("gpt2") == find_recipe("gpt2.yaml") == Path("gpt2.yaml")
     Path("recipes").mkdir()
-    for name in ("quickstart", "gpt2"):
-        Path(f"recipes/{name}.yaml").touch()
-    with refused(FileNotFoundError, "recipes/quikstart.yaml: no such recipe", "did you mean quickstart"):
+    Path("recipes/llama.yaml").write_text("seed: 2")
+    assert find_recipe("recipes/llama") == find_recipe("recipes/llama.yaml") == Path("recipes/llama.yaml")
+    assert find_recipe("llama").samefile(RECIPES / "llama.yaml")
+    with refused(FileNotFoundError, "recipes/gpt2.yaml: no such recipe"):  # the folder of the user has no such file
+        find_recipe("recipes/gpt2.yaml")
+
+    Path("gpt2").mkdir()
+    with refused(ValueError, "gpt2: not a run folder, because it has no run.yaml", "for the recipe, use gpt2.yaml"):
+        find_recipe("gpt2")
+    with refused(ValueError, "recipes: not a run folder", "use a recipe or a run folder"):
+        find_recipe("recipes")
+    Path("gpt2/run.yaml").write_text("seed: 3")
+    assert find_recipe("gpt2") == Path("gpt2/run.yaml")
+    Path("qwen3").write_text("seed: 4")
+    assert find_recipe("qwen3") == Path("qwen3") and load_recipe("qwen3").seed == 4
+
+
+@pytest.mark.parametrize("target", ["./gpt2.yaml", "../gpt2", "folder/gpt2.yaml", "/gpt2.yaml", "recipes/../gpt2"])
+def test_path_is_not_a_name(refused, target):
+    with refused(FileNotFoundError, f"{target}: no such recipe or run folder"):
+        find_recipe(target)
+
+
+def test_missing_recipe_is_refused_with_the_nearest_name(refused):
+    with refused(FileNotFoundError, "quikstart: no such recipe or run folder", "(did you mean quickstart?)"):
+        load_recipe("quikstart")
+    with refused(FileNotFoundError, "recipes/quikstart.yaml: no such recipe", "did you mean quickstart.yaml?"):
         load_recipe("recipes/quikstart.yaml")
-    with refused(FileNotFoundError, "recipes/zzzzz.yaml: no such recipe", "available: gpt2", "quickstart"):
-        load_recipe("recipes/zzzzz.yaml")
-    with refused(FileNotFoundError, "recipes/gpt2: no such recipe", "did you mean gpt2.yaml?"):
-        load_recipe("recipes/gpt2")  # without the suffix
+    with refused(FileNotFoundError, "zzzzz: no such recipe", "`nanogpt-accel recipes` lists"):
+        load_recipe("zzzzz")
+    Path("mine/poems").mkdir(parents=True)
+    Path("mine/poems/run.yaml").touch()
+    Path("mine/essays.yaml").touch()
+    with refused(FileNotFoundError, "mine/poem: no such recipe", "did you mean poems?"):
+        load_recipe("mine/poem")
+    with refused(FileNotFoundError, "mine/esays.yaml: no such recipe", "did you mean essays.yaml?"):
+        load_recipe("mine/esays.yaml")
     with refused(FileNotFoundError, "nowhere/x.yaml: no such recipe"):
         load_recipe("nowhere/x.yaml")
-    with refused(FileNotFoundError, "recipes: no such recipe"):
-        load_recipe("recipes")
 
 
 # ---- for trackers

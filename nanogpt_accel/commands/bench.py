@@ -52,13 +52,13 @@ class BenchOptions(Section):
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
-            "nanogpt-accel bench RECIPE.yaml [steps=10] [--compare AXIS,...] [--profile FILE] [--json] [key=value ...]",
+            "nanogpt-accel bench RECIPE [steps=10] [--compare AXIS,...] [--profile FILE] [--json] [key=value ...]",
             "Measure a recipe's training speed on this machine: time per part of a step, tokens/s, MFU, peak memory.",
             {"options": BenchOptions, **SECTIONS},
         )
     target, options, overrides, problems = cli.parse_with_recipe(argv, BenchOptions, FIELDS)
     if target is None:
-        problems.append("RECIPE.yaml is missing; usage: nanogpt-accel bench recipes/gpt2.yaml")
+        problems.append("RECIPE is missing; usage: nanogpt-accel bench gpt2")
     for axis in options.compare:
         if axis not in AXES:
             problems.append(f"compare={axis}: unknown axis{nearest(axis, AXES)}; choose from {', '.join(AXES)}")

@@ -1,6 +1,7 @@
 """Check this machine and this launch before a run, and suggest fixes.
 
     nanogpt-accel doctor
+    nanogpt-accel doctor --full                       # also compiles a model
     accelerate launch --config_file configs/multi_gpu.yaml -m nanogpt_accel doctor    # also tests communication
 
 The exit status is 1 if training would fail. Warnings do not change the exit status. In contrast to `accelerate env`,
@@ -20,6 +21,7 @@ import warnings
 from contextlib import suppress
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -29,11 +31,13 @@ from ..checkpoint.run_folder import check_writable
 from ..distributed.accelerator import has_native_bf16, make_accelerator, should_compile
 from ..distributed.launcher import check_launcher, is_main
 from ..utils import cli
-from ..utils.fields import Int, Section, raise_problems
+from ..utils.fields import Section, raise_problems
 from ..utils.files import cache_folder
-from ..utils.text import first_line
+from ..utils.packaged import packaged
+from ..utils.text import first_line, quoted
 
 GIB = 2**30
+COMPILE_LIMIT_S = 300  # the test of torch.compile takes 20 s on 2 idle CPU cores, and took 98 s on busy ones
 OPTIONAL = ("wandb", "tensorboard", "deepspeed", "torchao", "lm_eval", "triton")
 ALL_REDUCE_BYTES, ROUNDS = 64 * 2**20, 5
 NCCL_FIX = "set NCCL_DEBUG=INFO for details"
@@ -51,23 +55,23 @@ torch.testing.assert_close(compiled, model(x), rtol=1e-3, atol=1e-3)
 class DoctorOptions(Section):
     """The options of `doctor`."""
 
-    compile_limit: Int = Field(120, ge=0, description="time limit in seconds for the test of torch.compile; 0: skip it")
+    full: bool = Field(False, description="also run the slow check: compile and run a small model with torch.compile")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
-            "nanogpt-accel doctor [key=value ...]",
-            "Check versions, devices, attention, torch.compile, communication between processes, disk, caches and "
-            "credentials, and suggest fixes.",
+            "nanogpt-accel doctor [--full] [--json]",
+            "Check versions, devices, attention, communication between processes, disk, caches and credentials, and "
+            "suggest fixes.",
             {"options": DoctorOptions},
         )
     target, options, problems = cli.parse_options(argv, DoctorOptions)
     if target is not None:
         problems.append(f"{target}: doctor accepts only options; remove this argument")
     raise_problems(problems)
-    findings = examine(options.compile_limit)
+    findings = examine(options.full)
     if is_main() and options.json_output:
         print(json.dumps({"ok": not is_broken(findings), "findings": findings}))
     elif is_main():
@@ -78,15 +82,18 @@ def main(argv):
         raise SystemExit(1)
 
 
-def examine(compile_limit):
-    """Return a list of findings {what, found, state, fix}. The state is ok, warning or broken (training would fail)."""
+def examine(full):
+    """Return a list of findings {what, found, state, fix}. The state is ok, warning or broken (training would fail).
+
+    full: also run the slow check.
+    """
     findings = versions()
     if not is_broken(findings):  # the next checks need the packages
         findings += [broken("launch", problem) for problem in check_launcher()]
     if is_broken(findings):
         return findings
     try:
-        accelerator = make_accelerator(collective_timeout=120)
+        accelerator = make_accelerator(collective_timeout=120 + full * COMPILE_LIMIT_S)
     except ValueError as error:
         return [*findings, broken("launch", str(error))]
     except RuntimeError as error:  # the processes cannot connect to each other
@@ -99,8 +106,7 @@ def examine(compile_limit):
     if accelerator.is_main_process:
         findings += devices(accelerator.device)
         findings += [precision(accelerator), attention(accelerator.device)]
-        findings += compiling(accelerator.device, compile_limit)
-        findings += [accelerate_config(), disk(), *caches(), *tokens()]
+        findings += [compiling(accelerator.device, full), accelerate_config(), disk(), *caches(), *tokens()]
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return findings
@@ -207,25 +213,28 @@ def attention(device):
     return ok("attention", f"sdpa: {', '.join(works)}") if works else broken("attention", "sdpa: no kernel works")
 
 
-def compiling(device, limit):
-    """Check torch.compile in a subprocess, because it may hang or crash. limit: maximum seconds; 0: no check."""
-    if not limit:
-        return []
+def compiling(device, full):
+    """Check torch.compile. full: compile a model, in a subprocess, because that may hang or crash."""
     is_default = should_compile("auto", device.type)
     failure = partial(broken if is_default else warning, "torch.compile")
     compiler = "cl of Visual Studio" if sys.platform == "win32" else "g++ or clang++"
     fix = f"install a C++ compiler ({compiler}) and, for GPUs, triton"
     fix += ", or set compile=false" if is_default else "; only needed for compile=true"
+    if not full:
+        has_compiler = any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))
+        if is_default and not (has_compiler and find_spec("triton")):
+            return failure("triton or a C compiler is missing", fix)
+        return ok("torch.compile", "not tested; to compile a small model, run nanogpt-accel doctor --full")
     env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # so that no workers remain after a timeout
     command, text = [sys.executable, "-c", COMPILE, str(device)], {"encoding": "utf-8", "errors": "replace"}
     start = time.monotonic()
     try:
-        done = subprocess.run(command, capture_output=True, timeout=limit, env=env, **text)
+        done = subprocess.run(command, capture_output=True, timeout=COMPILE_LIMIT_S, env=env, **text)
     except subprocess.TimeoutExpired:
-        return [failure(f"timed out after compile_limit={limit} s", fix)]
+        return failure(f"timed out after {COMPILE_LIMIT_S} s", fix)
     if done.returncode:
-        return [failure(f"failed ({(done.stderr.strip().splitlines() or ['no message'])[-1]})", fix)]
-    return [ok("torch.compile", f"works; took {time.monotonic() - start:.0f} s, including the start of a process")]
+        return failure(f"failed ({(done.stderr.strip().splitlines() or ['no message'])[-1]})", fix)
+    return ok("torch.compile", f"works; took {time.monotonic() - start:.0f} s, including the start of a process")
 
 
 def communication(accelerator):
@@ -263,7 +272,8 @@ def accelerate_config():
 
     path = Path(default_config_file)
     if not path.is_file():
-        return ok("launcher", f"{path} does not exist; use accelerate launch --config_file configs/multi_gpu.yaml")
+        config = quoted(packaged("configs/multi_gpu.yaml"))
+        return ok("launcher", f"{path} does not exist; use accelerate launch --config_file {config}")
     try:
         values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -271,7 +281,7 @@ def accelerate_config():
     keys = ("distributed_type", "num_processes", "mixed_precision")
     text = f"{path}: " + ", ".join(f"{key} {values[key]}" for key in keys if key in values)
     if values.get("distributed_type") == "MULTI_CPU":
-        fix = "use accelerate launch --config_file configs/cpu_2proc.yaml"
+        fix = f"use accelerate launch --config_file {quoted(packaged('configs/cpu_2proc.yaml'))}"
         return warning("launcher", f"{text}; with MULTI_CPU, accelerate starts a single process", fix)
     return ok("launcher", text)
 

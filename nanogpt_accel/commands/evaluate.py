@@ -8,11 +8,13 @@ nanogpt-accel evaluate gpt2 tasks=hellaswag,lambada_openai
 
 import json
 from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from packaging.version import Version
 from pydantic import Field
 
 from ..data import dataset
@@ -23,13 +25,15 @@ from ..data.token_files import TokenArray
 from ..data.tokenizer import EncodingError, Tokenizer
 from ..distributed.accelerator import make_accelerator, pick_device
 from ..distributed.launcher import check_launcher, is_main
-from ..models.find import find_model
+from ..models.find import check_model, find_model
 from ..models.load import check_tokenizer, load_model, read_config
 from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..tracking.console import Console, Progress
 from ..utils import cli
-from ..utils.fields import Int, Section, raise_problems
+from ..utils.fields import Int, Section, Words, raise_problems
+from ..utils.text import one_line
 
+LM_EVAL = "0.4.12"  # the oldest version whose TaskManager has load()
 # the keys of a recipe's train section that `evaluate` uses, for the help page
 _TRAIN_KEYS = ("batch_size", "eval_iters", "device", "mixed_precision", "compile")
 TRAIN = SimpleNamespace(model_fields={key: SECTIONS["train"].model_fields[key] for key in _TRAIN_KEYS})
@@ -49,8 +53,8 @@ class EvaluateOptions(Section):
         None,
         description="text file to evaluate on, or wikitext2: WikiText-2 as in the perplexity guide of transformers",
     )
-    tasks: str | None = Field(
-        None, description="lm-eval tasks, such as hellaswag,lambada_openai; requires the package lm-eval"
+    tasks: Words = Field(
+        [], description="lm-eval tasks, such as hellaswag,lambada_openai; requires the package lm-eval"
     )
     tasks_dir: str | None = Field(None, description="folder with your own lm-eval task files")
     num_fewshot: Int | None = Field(None, ge=0, description="few-shot examples per prompt; default: set by the task")
@@ -61,7 +65,7 @@ class EvaluateOptions(Section):
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
-            "nanogpt-accel evaluate MODEL [--recipe RECIPE.yaml] [--json] [key=value ...]",
+            "nanogpt-accel evaluate MODEL [--recipe RECIPE] [--json] [key=value ...]",
             "Compute the loss in nats per token, perplexity and bits per byte of a model on the full validation split, "
             "or on eval_iters batches.\nMODEL is a run folder (its best checkpoint), a checkpoint folder, gpt2 to "
             "gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or NanoChat model.\nblock_size=N "
@@ -118,9 +122,7 @@ def run_recipe(target):
         if (folder / "run.yaml").is_file():
             return folder / "run.yaml"
     reason = "no run.yaml in or next to this folder" if Path(target).exists() else "no such folder"
-    raise ValueError(
-        f"{target}: {reason}, so the data is unknown; add --recipe RECIPE.yaml, corpus=... or data_dir=..."
-    )
+    raise ValueError(f"{target}: {reason}, so the data is unknown; add --recipe RECIPE, corpus=... or data_dir=...")
 
 
 def evaluate(target, recipe, options, block_size=None):
@@ -226,23 +228,18 @@ def compute_losses(folder, text, block_size, stride, recipe, accelerator, consol
 
 def evaluate_tasks(target, recipe, options):
     """Print the scores of a model on tasks of lm-eval (EleutherAI's evaluation harness)."""
-    if find_spec("lm_eval") is None:
-        raise ValueError(f"tasks={options.tasks}: lm-eval is not installed; run pip install 'lm-eval>=0.4.9'")
+    raise_problems(check_tasks(options) + check_model(target))
+    device = pick_device(recipe.train.device)
     console = Console(is_main(), stderr=True)
-    folder = find_model(target, console, bars=console.is_verbose)
+    console.say(f"loading lm-eval and its tasks {', '.join(options.tasks)}")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from .. import model  # noqa: F401 (registers GPT with AutoModelForCausalLM)
 
-    tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
     manager = TaskManager(include_path=options.tasks_dir)
-    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise ValueError(
-            f"tasks={','.join(unknown)}: unknown to lm-eval; `lm-eval ls tasks` lists all tasks; to use your "
-            "own task files, set tasks_dir to their folder"
-        )
-    device = pick_device(recipe.train.device)
+    tasks = load_tasks(options.tasks, manager)  # before the model, because it may be a large download
+    folder = find_model(target, console, bars=console.is_verbose)
     results = simple_evaluate(
         model="hf",
         model_args={"pretrained": str(folder), "dtype": "float32" if device.type == "cpu" else "auto"},
@@ -264,6 +261,53 @@ def evaluate_tasks(target, recipe, options):
     else:
         for task, values in scores.items():
             print(f"{folder} on {task}: {describe_task(values)}")
+
+
+def check_tasks(options):
+    """Check the installed lm-eval and the folder of task files. Return a list of problems."""
+    try:
+        is_missing = Version(metadata.version("lm_eval")) < Version(LM_EVAL)
+    except metadata.PackageNotFoundError:  # not installed, or a clone on PYTHONPATH
+        is_missing = find_spec("lm_eval") is None
+    problems = []
+    if is_missing:
+        fix = f'run pip install "lm-eval>={LM_EVAL}"'  # in a clone and with a wheel
+        problems.append(f"tasks={','.join(options.tasks)}: requires lm-eval {LM_EVAL} or newer; {fix}")
+    if options.tasks_dir and not Path(options.tasks_dir).is_dir():
+        problems.append(f"tasks_dir={options.tasks_dir}: no such folder; set it to the folder of your task files")
+    return problems
+
+
+def load_tasks(names, manager):
+    """Load tasks of lm-eval and their datasets. names: of tasks, groups or tags, or patterns such as mmlu_*.
+
+    Returns:
+        Task and Group objects for simple_evaluate.
+
+    Raises:
+        ValueError: lm-eval has no such task, or a dataset cannot be loaded.
+    """
+    from huggingface_hub.utils import logging
+
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise ValueError(
+            f"tasks={','.join(unknown)}: unknown to lm-eval; `lm-eval ls tasks` lists all tasks; to use your "
+            "own task files, set tasks_dir to their folder"
+        )
+    logging.set_verbosity_error()  # no warning per retry; the error below has the reason
+    tasks = []
+    for name in manager.match_tasks(names):
+        try:
+            loaded = manager.load(name)
+            group = loaded["groups"].get(name)
+            tasks += [group] if group else loaded["tasks"].values()
+            manager.load(tasks)  # fails if two groups contain the same task
+        except Exception as error:  # from datasets, the libraries that it uses, or the code of a task
+            raise ValueError(
+                f"tasks={name}: lm-eval cannot load this task or its dataset ({type(error).__name__}: "
+                f"{one_line(error)}); check the network, HF_HUB_OFFLINE and HF_ENDPOINT, or your own task files"
+            ) from error
+    return tasks
 
 
 def describe_task(values):

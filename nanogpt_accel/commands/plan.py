@@ -21,7 +21,8 @@ from ..planning.hardware import GPUS
 from ..recipe import FIELDS, SETTINGS, load_recipe
 from ..utils import cli
 from ..utils.fields import Float, Int, Section, nearest, raise_problems
-from ..utils.text import duration
+from ..utils.packaged import packaged
+from ..utils.text import duration, quoted
 
 GIB = 2**30
 RESERVE = 0.1  # share of GPU memory reserved for the CUDA context, kernel workspaces and fragmentation
@@ -55,13 +56,13 @@ class PlanOptions(Section):
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
-            "nanogpt-accel plan RECIPE.yaml [gpus=8] [gpu=h100] [mfu=0.4] [--json] [key=value ...]",
+            "nanogpt-accel plan RECIPE [gpus=8] [gpu=h100] [mfu=0.4] [--json] [key=value ...]",
             "Print parameters, FLOPs, memory, time and checkpoint size of a run, and the configs/ files that fit.",
             {"options": PlanOptions, **SETTINGS},
         )
     target, options, overrides, problems = cli.parse_with_recipe(argv, PlanOptions, FIELDS)
     if target is None:
-        problems.append("RECIPE.yaml is missing; usage: nanogpt-accel plan recipes/gpt2.yaml")
+        problems.append("RECIPE is missing; usage: nanogpt-accel plan gpt2")
     raise_problems(problems)
     recipe = load_recipe(target, overrides, check=lambda recipe: check(recipe, options))
     figures = plan(recipe, options)
@@ -365,7 +366,8 @@ def memory_lines(figures):
     if not fitting:
         yield f"no configuration fits into {limit}: {figures['remedy']}"
         return
-    config, *others = (f"configs/{memory[layout]['config']}" for layout in fitting)
+    config, *others = (memory[layout]["config"] for layout in fitting)
+    config = quoted(packaged(f"configs/{config}"))
     if not figures["gpu"] and gpus > 2:
         config += f" --num_processes {gpus}"
     start = f"fits into {limit}: " if limit else "launch with "

@@ -17,7 +17,7 @@ def main(argv):
         return cli.show_help("nanogpt-accel prepare RECIPE [key=value ...]", __doc__, {"data": SECTIONS["data"]})
     target, options = cli.parse(argv, FIELDS)
     if target is None:
-        raise ValueError("RECIPE is missing; usage: nanogpt-accel prepare recipes/shakespeare_char.yaml")
+        raise ValueError("RECIPE is missing; usage: nanogpt-accel prepare shakespeare_char")
     recipe = load_recipe(target, options, check=lambda recipe: dataset.check(recipe.data))
     was_prepared = dataset.is_prepared(recipe.data)
     prepare(recipe.data, Console())

@@ -5,6 +5,7 @@ import sys
 from datetime import timedelta
 
 from ..utils.fields import raise_problems
+from ..utils.packaged import packaged
 from .launcher import launcher_requests, world_size
 
 
@@ -92,7 +93,7 @@ def make_accelerator(
         if launcher_requests(kind) and accelerator.distributed_type != kind:
             raise ValueError(
                 f"the launcher requests {kind}, which Accelerate does not support on {chosen.type}; use "
-                "configs/multi_gpu.yaml or configs/cpu_2proc.yaml"
+                f"{packaged('configs/multi_gpu.yaml')} or {packaged('configs/cpu_2proc.yaml')}"
             )
     return accelerator
 

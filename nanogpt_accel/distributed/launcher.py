@@ -3,6 +3,8 @@
 import os
 import sys
 
+from ..utils.packaged import packaged
+
 FP8_BACKENDS = ("torchao", "transformer_engine", "msamp")  # Accelerate needs one of these modules for fp8
 
 
@@ -34,17 +36,18 @@ def check_launcher():
     if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ and not is_mpi:
         problems.append(
             "accelerate launch started one process instead of several (this happens with --cpu and distributed_type: "
-            "MULTI_CPU); use --config_file configs/cpu_2proc.yaml, or torchrun"
+            f"MULTI_CPU); use --config_file {packaged('configs/cpu_2proc.yaml')}, or torchrun"
         )
     for name, supported, fix in (
-        ("FSDP_VERSION", "2", "set fsdp_version: 2 in the config file, as configs/fsdp2.yaml does"),
+        ("FSDP_VERSION", "2", f"set fsdp_version: 2 in the config file, as in {packaged('configs/fsdp2.yaml')}"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "false", "set activation_checkpointing=true in the recipe instead"),
     ):
         value = os.environ.get(name, supported)
         if launcher_requests("FSDP") and value.lower() != supported:
             problems.append(f"{name.lower()}={value}: gives wrong results with this model; {fix}")
     if launcher_requests("MEGATRON_LM"):
-        problems.append("distributed_type: MEGATRON_LM: not supported; to shard the model, use configs/fsdp2.yaml")
+        fix = f"to shard the model, use {packaged('configs/fsdp2.yaml')}"
+        problems.append(f"distributed_type: MEGATRON_LM: not supported; {fix}")
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8" and not any(map(find_spec, FP8_BACKENDS)):
         problems.append("mixed_precision: fp8: requires an fp8 library, such as torchao; run pip install torchao")
     for kind in ("TP", "CP", "SP"):

@@ -172,4 +172,4 @@ def test_mistakes_get_one_line(words, parts, capsys):
 
 def test_no_recipe(capsys):
     assert cli.run(bench.main, []) == 2
-    assert "RECIPE.yaml is missing; usage: nanogpt-accel bench" in capsys.readouterr().err
+    assert "RECIPE is missing; usage: nanogpt-accel bench" in capsys.readouterr().err

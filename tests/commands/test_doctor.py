@@ -18,7 +18,6 @@ import nanogpt_accel
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.commands import doctor
 
-QUICK = "compile_limit=0"
 SECRET = "hf_thisIsVerySecret0123456789abcdef"
 
 
@@ -58,7 +57,7 @@ def only(findings):
 
 def test_findings_match_other_sources(examine, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    found = examine(QUICK)
+    found = examine()
     assert only(found["python"])["found"].startswith(platform.python_version())
     for name in ("torch", "accelerate", "transformers", "tiktoken", "datasets"):
         assert only(found[name])["found"] == metadata.version(name)
@@ -76,7 +75,7 @@ def test_findings_match_other_sources(examine, monkeypatch, tmp_path):
 
 
 def test_text_output_has_a_line_per_finding(capsys):
-    assert main(["doctor", QUICK]) == 0
+    assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["ok", "torch", metadata.version("torch")] for line in lines)
     assert all(line.startswith(("ok ", "warning ")) for line in lines)
@@ -86,7 +85,7 @@ def test_credentials_are_never_printed(capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     for words in ([], ["--json"]):
-        assert main(["doctor", QUICK, *words]) == 0
+        assert main(["doctor", *words]) == 0
         captured = capsys.readouterr()
         assert SECRET[3:12] not in captured.out + captured.err
         assert "Hugging Face: present" in captured.out and "wandb: present" in captured.out
@@ -111,7 +110,7 @@ def test_a_missing_package_is_broken_and_an_untested_version_a_warning(examine, 
         return "1.0.0" if name == "rich" else version(name)
 
     monkeypatch.setattr(metadata, "version", another)
-    found = examine(QUICK, status=1)
+    found = examine(status=1)
     assert only(found["tiktoken"])["state"] == "broken" and "pip install 'tiktoken>=" in found["tiktoken"][0]["fix"]
     assert only(found["rich"])["state"] == "warning" and "1.0.0" in found["rich"][0]["found"]
     assert "disk" not in found  # the other checks need the package
@@ -126,7 +125,7 @@ def test_a_missing_package_is_broken_and_an_untested_version_a_warning(examine, 
 )
 def test_a_launch_that_cannot_train_is_broken(examine, monkeypatch, name, value, text):
     monkeypatch.setenv(name, value)
-    found = only(examine(QUICK, status=1)["launch"])
+    found = only(examine(status=1)["launch"])
     assert found["state"] == "broken" and text in found["found"]
 
 
@@ -179,15 +178,42 @@ def test_default_config_of_accelerate_launch(monkeypatch, tmp_path, content, sta
     [
         ("", 60, "ok", "works"),
         ("raise OSError('no compiler')", 60, "warning", "failed (OSError: no compiler)"),
-        ("import time; time.sleep(60)", 1, "warning", "timed out after compile_limit=1 s"),
+        ("import time; time.sleep(60)", 1, "warning", "timed out after 1 s"),
     ],
 )
 def test_torch_compile_is_tried_in_a_subprocess(monkeypatch, code, limit, state, text):
     monkeypatch.setattr(doctor, "COMPILE", code)
-    found = only(doctor.compiling(torch.device("cpu"), limit))
+    monkeypatch.setattr(doctor, "COMPILE_LIMIT_S", limit)
+    found = doctor.compiling(torch.device("cpu"), full=True)
     assert found["state"] == state and text in found["found"]
     if state != "ok":  # compile is the default on GPUs, so training would fail
-        assert doctor.compiling(torch.device("cuda"), limit)[0]["state"] == "broken"
+        assert doctor.compiling(torch.device("cuda"), full=True)["state"] == "broken"
+
+
+def test_torch_compile_is_only_tried_with_full(examine, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda *args, **options: started.append(args) or SimpleNamespace(returncode=0)
+    )
+    assert "doctor --full" in only(examine()["torch.compile"])["found"] and not started
+    for word in ("--full", "full=true"):
+        assert only(examine(word)["torch.compile"])["found"].startswith("works")
+    assert len(started) == 2 and started[0][0][:2] == [sys.executable, "-c"]
+
+
+@pytest.mark.parametrize(
+    "triton, compiler, state", [(True, "gcc", "ok"), (False, "gcc", "broken"), (True, "", "broken")]
+)
+def test_without_full_a_gpu_needs_triton_and_a_compiler(monkeypatch, triton, compiler, state):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(shutil, "which", lambda name: name == compiler or None)
+    found = doctor.compiling(torch.device("cuda"), full=False)
+    assert found["state"] == state and ("set compile=false" in found["fix"]) == (state == "broken")
+    assert doctor.compiling(torch.device("cpu"), full=False)["state"] == "ok"  # where compile is off
+    monkeypatch.setenv("CC", "nvc")
+    monkeypatch.setattr(shutil, "which", lambda name: name == "nvc" or None)
+    assert doctor.compiling(torch.device("cuda"), full=False)["state"] == ("ok" if triton else "broken")
 
 
 @pytest.mark.parametrize(
@@ -220,8 +246,8 @@ def test_attention_without_a_fused_kernel_is_a_warning(monkeypatch):
 def test_wrong_arguments_are_refused(refused):
     with refused(ValueError, "runs/a: doctor accepts only options; remove this argument"):
         doctor.main(["runs/a"])
-    with refused(ValueError, "compile_limit=-1"):
-        doctor.main(["compile_limit=-1"])
+    with refused(ValueError, "full=2"):
+        doctor.main(["full=2"])
 
 
 # ---- slow tests
@@ -229,7 +255,7 @@ def test_wrong_arguments_are_refused(refused):
 
 @pytest.mark.slow
 def test_torch_compile_works_here():
-    assert only(doctor.compiling(torch.device("cpu"), 300))["state"] == "ok"
+    assert doctor.compiling(torch.device("cpu"), full=True)["state"] == "ok"
 
 
 @pytest.mark.slow
@@ -248,7 +274,6 @@ def test_all_reduce_between_two_processes():
             "nanogpt_accel",
             "doctor",
             "--json",
-            QUICK,
         ],
         capture_output=True,
         text=True,

@@ -1,16 +1,21 @@
 """`evaluate`: overlapping windows, texts, standard errors and lm-eval tasks."""
 
+import fnmatch
+import importlib.metadata
 import importlib.util
 import itertools
 import json
 import math
+import re
 import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from shared import DATA
+from shared import DATA, REPOSITORY
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from nanogpt_accel.__main__ import main
@@ -184,15 +189,83 @@ def test_wrong_options_are_reported(capsys, gpt2, text, words, expected):
     assert [word for word in expected if word not in line] == []
 
 
-def test_tasks_without_lm_eval_are_refused(capsys, gpt2, monkeypatch):
+@pytest.fixture
+def lm_eval(monkeypatch):
+    """A replacement for lm-eval with the tasks of `known`: a list of names, or the error when a task is loaded."""
+    known, calls = {}, []
+
+    def load(names):
+        for name in names if isinstance(names, list) else [names]:
+            if isinstance(known.get(name), Exception):
+                raise known[name]
+        return {"tasks": dict.fromkeys(known.get(names, []) if isinstance(names, str) else []), "groups": {}}
+
+    manager = SimpleNamespace(match_tasks=lambda names: fnmatch.filter(known, names[0]), load=load)
+    modules = {
+        "lm_eval": {"simple_evaluate": lambda **options: calls.append(options)},
+        "lm_eval.tasks": {"TaskManager": lambda include_path: manager},
+    }
+    for name, values in modules.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**values))
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.12" if name == "lm_eval" else version(name))
+    return SimpleNamespace(known=known, calls=calls)
+
+
+@pytest.mark.parametrize("version", [None, "0.4.9", "0.4.11"])
+def test_tasks_without_a_recent_lm_eval_are_refused(call, gpt2, monkeypatch, version):
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
     monkeypatch.setattr("nanogpt_accel.commands.evaluate.find_spec", lambda name: None)
-    assert main(["evaluate", str(gpt2), "tasks=hellaswag"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "tasks=hellaswag" in line and "pip install" in line
+    (line,) = call("evaluate", gpt2, "tasks=hellaswag", status=2).splitlines()
+    # in a clone, a wheel or a copy of the package: with the version that setup.cfg requires
+    (requirement,) = re.findall(r"tasks=hellaswag: .*; run pip install \"(lm-eval>=[\d.]+)\"$", line)
+    assert f"\neval = {requirement}\n" in (REPOSITORY / "setup.cfg").read_text()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub\n(OfflineModeIsEnabled)"),
+        FileNotFoundError("Unable to find 'rows.jsonl'"),
+        RuntimeError("Dataset scripts are no longer supported"),
+        ModuleNotFoundError("No module named 'antlr4'"),
+        ValueError("Duplicate task 'a': found in both 'b' and 'c'"),
+        KeyError(),
+    ],
+)
+def test_task_that_cannot_be_loaded_is_reported_before_the_model_is_loaded(call, lm_eval, monkeypatch, gpt2, error):
+    monkeypatch.setattr("nanogpt_accel.commands.evaluate.find_model", lambda *args, **options: pytest.fail("too late"))
+    lm_eval.known.update(arc=["arc"], hellaswag=error)
+    *progress, line = call("evaluate", gpt2, "tasks=hellaswag", "device=cpu", status=2).splitlines()
+    assert progress == ["loading lm-eval and its tasks hellaswag"]
+    assert line.startswith(
+        f"error: tasks=hellaswag: lm-eval cannot load this task or its dataset ({type(error).__name__}: "
+    )
+    assert "check the network, HF_HUB_OFFLINE" in line and not lm_eval.calls
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tasks=hellaswig,arc"], "tasks=hellaswig: unknown to lm-eval"),
+        (["tasks=arc", "tasks_dir=gone"], "tasks_dir=gone: no such folder"),
+        (["tasks=arc", "device=cuda:99"], "device=cuda:99"),
+    ],
+)
+def test_wrong_tasks_are_reported_before_the_model_is_loaded(call, lm_eval, monkeypatch, gpt2, words, message):
+    monkeypatch.setattr("nanogpt_accel.commands.evaluate.find_model", lambda *args, **options: pytest.fail("too late"))
+    lm_eval.known["arc"] = ["arc"]
+    assert f"error: {message}" in call("evaluate", gpt2, *words, status=2).splitlines()[-1]
+    assert "./gone: no such folder" in call("evaluate", "./gone", "tasks=arc", status=2).splitlines()[-1]
 
 
 TASK = """
-task: parity
+task: TASK
 dataset_path: json
 dataset_kwargs: {data_files: {test: FILE}}
 test_split: test
@@ -201,7 +274,7 @@ target_delimiter: ""
 doc_to_text: "{{question}}"
 doc_to_choice: choices
 doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 
 
@@ -213,8 +286,22 @@ def test_accuracy_on_an_lm_eval_task_is_that_of_the_likelihoods(capsys, gpt2, tm
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     rows = [{"question": f"the {n} of", "choices": [" may", " see"], "answer": n % 2} for n in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "parity.yaml").write_text(TASK.replace("FILE", str(tmp_path / "rows.jsonl")))
-    found = scores(capsys, "evaluate", str(gpt2), "tasks=parity", f"tasks_dir={tmp_path}", "device=cpu")
+    for name in ("parity", "parity_too"):
+        text = TASK.replace("TASK", name).replace("FILE", str(tmp_path / "rows.jsonl"))
+        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [parity, parity_too]\n")
+    folder = [f"tasks_dir={tmp_path}", "device=cpu"]
+    for name, reason in (("hellaswag", "ConnectionError: "), ("both,parity", "Duplicate task")):
+        assert main(["evaluate", str(gpt2), f"tasks={name}", *folder]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: tasks=") and "cannot load this task" in line and reason in line
+    assert scores(capsys, "evaluate", str(gpt2), "tasks=both", *folder)["tasks"].keys() == {
+        "parity",
+        "parity_too",
+        "both",
+    }
+    found = scores(capsys, "evaluate", str(gpt2), "tasks=parity*", *folder)
+    assert found["tasks"].keys() == {"parity", "parity_too"}
     model, tokenizer = GPT2LMHeadModel.from_pretrained(gpt2).eval(), Tokenizer.gpt2()
 
     def likelihood(question, choice):

@@ -175,7 +175,7 @@ def test_text_output_has_the_figures(capsys):
         "1.49 GB",
         "8 x A100",
         "configs/multi_gpu.yaml",
-        "configs/fsdp2.yaml",
+        "; also fsdp2.yaml",
         "tokens/s per GPU",
         "tokens per parameter",
         "vocabulary size 50,304",
@@ -276,7 +276,7 @@ def test_wrong_options_get_one_line(words, parts, capsys):
 
 def test_a_missing_target_gets_a_usage_hint(capsys):
     assert main(["plan"]) == 2
-    assert "RECIPE.yaml" in capsys.readouterr().err
+    assert "RECIPE is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -288,10 +288,13 @@ def test_a_missing_target_gets_a_usage_hint(capsys):
         (["device=mps"], "mps.yaml"),
     ],
 )
-def test_config_for_a_launch_without_a_gpu(words, config, capsys):
+def test_config_for_a_launch_without_a_gpu(words, config, capsys, monkeypatch):
     assert main(["plan", str(ROOT / "recipes" / "gpt2.yaml"), *words]) == 0
     printed = capsys.readouterr().out
-    assert f"launch with configs/{config}\n" in printed
+    assert f"launch with {ROOT}/configs/{config}\n" in printed
+    monkeypatch.chdir(ROOT)
+    assert main(["plan", "gpt2", *words]) == 0
+    assert f"launch with configs/{config}\n" in capsys.readouterr().out
     assert (ROOT / "configs" / config.split()[0]).is_file()
 
 

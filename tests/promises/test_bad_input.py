@@ -118,7 +118,7 @@ EARLY = [
         ["init_from=./gone"],
     ),
     # recipe missing or not YAML
-    (["train"], ["RECIPE.yaml or RUN_FOLDER is missing; usage: nanogpt-accel train"]),
+    (["train"], ["RECIPE or RUN_FOLDER is missing; usage: nanogpt-accel train"]),
     (["train", "tinny.yaml"], ["tinny.yaml", "no such recipe", "did you mean tiny"]),
     (["train", "gone/tiny.yaml"], ["gone/tiny.yaml", "no such recipe"]),
     (["train", "torn.yaml"], ["torn.yaml", "invalid YAML", "line 4"]),
@@ -212,7 +212,7 @@ def test_exit_status_and_streams_of_the_process(argv, status):
     if status:
         assert done.stdout == "" and [line[:6] for line in done.stderr.splitlines()] == ["error:"] * 2
     else:
-        assert done.stderr == "" and "prepare" in done.stdout and "quickstart.yaml" in done.stdout
+        assert done.stderr == "" and "prepare" in done.stdout and "train quickstart" in done.stdout
 
 
 # ---- downloads

@@ -66,7 +66,9 @@ COMMANDS = [
     "data data/{data}",
     "report runs/tiny",
     "plan recipe.yaml",
-    "doctor compile_limit=0",
+    "doctor",
+    "recipes --copy gpt2",
+    "configs --path cpu",
 ]
 
 
@@ -332,7 +334,7 @@ def test_should_compile_by_device_and_system(request, compile, device, elsewhere
 
 def test_doctor_names_the_compiler_of_the_system(windows, monkeypatch):
     monkeypatch.setattr(doctor, "COMPILE", "import sys; sys.stderr.buffer.write(b'no \\x81 compiler'); sys.exit(1)")
-    (finding,) = doctor.compiling(torch.device("cuda"), 60)
+    finding = doctor.compiling(torch.device("cuda"), full=True)
     assert finding["state"] == "warning" and "cl of Visual Studio" in finding["fix"]  # not needed by default
 
 

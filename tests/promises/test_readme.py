@@ -20,6 +20,7 @@ from nanogpt_accel.commands.bench import BenchOptions
 from nanogpt_accel.commands.sample import SampleOptions
 from nanogpt_accel.models.find import find_model
 from nanogpt_accel.recipe import FIELDS, SECTION_OF
+from nanogpt_accel.utils.packaged import find_packaged
 
 PAGES = [
     str(path.relative_to(REPOSITORY))
@@ -80,8 +81,15 @@ RUN = {
     "nanogpt-accel evaluate MODEL": (CPU, "perplexity"),
     "nanogpt-accel bench RECIPE": (f"{TINY} {ONE_MICRO_BATCH} steps=1 warmup=1", "tokens/s"),
     "nanogpt-accel report RUN [RUN ...]": ("out=both.html", "wrote both.html"),
-    "nanogpt-accel doctor": ("compile_limit=0", "torch"),
-    "accelerate launch -m nanogpt_accel doctor": ("compile_limit=0", "torch"),
+    "nanogpt-accel train quickstart": (
+        f"{TINY} limit_documents=30 vocab_size=300 out_dir=runs/by_name",
+        "The run is in runs/by_name",
+    ),
+    "nanogpt-accel recipes": ("", "\nquickstart\n"),
+    "nanogpt-accel recipes --copy gpt2 --to mine.yaml": ("", "wrote mine.yaml"),
+    "nanogpt-accel configs": ("", "\nfsdp2\n"),
+    "nanogpt-accel doctor": ("", "torch"),
+    "accelerate launch -m nanogpt_accel doctor": ("", "torch"),
     "nanogpt-accel export MODEL --to FOLDER": ("to=exported", "GPT2LMHeadModel"),
     "nanogpt-accel export runs/NAME --to my-gpt": ("", "GPT2LMHeadModel"),
     "nanogpt-accel export runs/NAME --to out-mine/ckpt.pt": ("", "nanoGPT checkpoint"),
@@ -91,6 +99,7 @@ RUN = {
 RUN_ELSEWHERE = {
     "accelerate launch --config_file configs/multi_gpu.yaml": "promises/test_configs.py::test_config_launches_and_trains",  # noqa: E501
     "accelerate launch --config_file configs/fsdp2.yaml": "promises/test_configs.py::test_config_launches_and_trains",
+    "accelerate launch --config_file $(nanogpt-accel configs --path fsdp2)": "promises/test_configs.py::test_config_launches_and_trains",  # noqa: E501
     "accelerate launch -m nanogpt_accel.train recipes/gpt2.yaml": "promises/test_configs.py::test_default_config_of_accelerate_is_used",  # noqa: E501
     "accelerate config": "promises/test_configs.py::test_default_config_of_accelerate_is_used",
     "sbatch configs/slurm/multi_node.sbatch": "promises/test_configs.py::test_slurm_job_of_two_machines_is_requeued_and_resumes",  # noqa: E501
@@ -157,8 +166,8 @@ def is_only_a_name(words):
     *program, name = words
     return " ".join(words) in ("accelerate launch", "accelerate launch -m nanogpt_accel.train") or (
         program in (["nanogpt-accel"], ["python", "-m"])
-        and name.removeprefix("nanogpt_accel.") in COMMANDS.keys() - {"doctor"}
-    )  # which takes no target
+        and name.removeprefix("nanogpt_accel.") in COMMANDS.keys() - {"doctor", "recipes", "configs"}
+    )  # which take no target
 
 
 # ---- the folder with the placeholders
@@ -256,6 +265,7 @@ def check(workplace, monkeypatch):
         "commands.bench.bench",
         "commands.evaluate.evaluate",
         "commands.evaluate.evaluate_tasks",
+        "commands.recipes.copy",
         "commands.report.page",
         "commands.doctor.examine",
         "commands.prepare.prepare",
@@ -277,6 +287,9 @@ def check(workplace, monkeypatch):
     monkeypatch.setattr("nanogpt_accel.commands.export.find_spec", lambda name: name)  # gguf may be missing
     for user in ("training", "commands.push"):  # it needs a token
         monkeypatch.setattr(f"nanogpt_accel.{user}.check_push", lambda name, key: [])
+
+    def config_path(match):
+        return str(find_packaged("configs", match[1]))
 
     def check_own(command, words):
         if command not in COMMANDS:
@@ -327,6 +340,7 @@ def check(workplace, monkeypatch):
         if is_only_a_name(words):
             return
         config = None
+        words = [re.sub(r"\$\(nanogpt-accel configs --path (\w+)\)", config_path, word) for word in words]
         if words[0].startswith("CONFIG="):
             config, words = words[0].removeprefix("CONFIG="), words[1:]
         match words:
@@ -434,6 +448,7 @@ def test_commands_in_headers_of_recipes_and_configs_are_valid(check):
             "`python -m nanogpt_accel.trian`",
             "unknown command trian",
         ),
+        ("nanogpt_accel/commands/README.md", "configs --path fsdp2)", "configs --path fsdp)", "fsdp: no such file"),
         ("tests/README.md", "python tests/support/torture.py", "python tests/tortur.py", "tortur.py"),
         (
             "nanogpt_accel/commands/README.md",
@@ -443,7 +458,7 @@ def test_commands_in_headers_of_recipes_and_configs_are_valid(check):
         ),
         ("configs/README.md", "`pytest -m slow`", "`pytest -m slower`", "no marker"),
         ("CONTRIBUTING.md", "ruff check .", "ruff chek .", "no test knows"),
-        ("README.md", '".[test]"', '".[tests]"', "no extra tests"),
+        ("CONTRIBUTING.md", '".[test]"', '".[tests]"', "no extra tests"),
         ("configs/README.md", "--num_processes 4", "--number_of_processes 4", "accelerate launch refuses"),
         ("configs/SCALE.md", "plan recipes/gpt2.yaml gpus=8\n", "plan recipes/gpt2.yaml gpu=8\n", "gpu=8"),
         ("recipes/wikitext2.yaml", "split=test", "splt=test", "unknown key splt"),

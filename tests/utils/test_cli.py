@@ -13,7 +13,7 @@ from launching import package_env, run_python
 
 import nanogpt_accel
 from nanogpt_accel.__main__ import COMMANDS, main
-from nanogpt_accel.commands import bench, data, doctor, evaluate, export, plan, push, report, sample
+from nanogpt_accel.commands import bench, configs, data, doctor, evaluate, export, plan, push, recipes, report, sample
 from nanogpt_accel.recipe import FIELDS, SECTION_OF, SECTIONS, Recipe, load_recipe
 from nanogpt_accel.utils import cli
 
@@ -105,6 +105,8 @@ OWN = {
     "data": data.DataOptions,
     "plan": plan.PlanOptions,
     "bench": bench.BenchOptions,
+    "recipes": recipes.RecipesOptions,
+    "configs": configs.ConfigsOptions,
     "report": report.ReportOptions,
     "doctor": doctor.DoctorOptions,
 }
@@ -199,7 +201,7 @@ def test_list_of_commands_and_version(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train"], "RECIPE.yaml or RUN_FOLDER is missing; usage: nanogpt-accel train"),
+        (["train"], "RECIPE or RUN_FOLDER is missing; usage: nanogpt-accel train"),
         (["prepare"], "RECIPE is missing; usage: nanogpt-accel prepare"),
         (["sample"], "MODEL is missing"),
         (["evaluate"], "MODEL is missing"),
