@@ -628,9 +628,11 @@ def _has_token_files(data_dir):
 
 def _foreign_keys(data):
     """Return the keys of the data section that apply if data_dir contains token files of another project."""
-    if (Path(os.path.expanduser(str(data["data_dir"]))) / "manifest.json").is_file():
+    folder = Path(os.path.expanduser(str(data["data_dir"])))
+    if (folder / "manifest.json").is_file():
         return ()
-    has_tokenizer = data.get("tokenizer", "gpt2") not in ("gpt2", "char", "bpe")
+    is_named = data.get("tokenizer", "gpt2") not in ("gpt2", "char", "bpe")
+    has_tokenizer = is_named and not any((folder / name).is_file() for name in ("meta.pkl", "tokenizer.json"))
     return ("val_fraction", "tokenizer", "eos_token") if has_tokenizer else ("val_fraction",)
 
 

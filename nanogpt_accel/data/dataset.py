@@ -94,7 +94,7 @@ def check(data, block_size=None):
     if not is_data_folder(folder):
         return problems
     try:
-        manifest = _read_manifest(data, folder)
+        manifest = manifest_of(data)
         problems = _differences(data, manifest)
     except (ValueError, OSError) as error:
         return [str(error)]
@@ -210,7 +210,7 @@ def open_dataset(data, verify=False):
         ValueError: a file is damaged, or the data were prepared with other settings.
     """
     folder = data_folder(data)
-    manifest = _read_manifest(data, folder)
+    manifest = manifest_of(data)
     raise_problems(_differences(data, manifest))
     tokenizer = _load_tokenizer(folder, manifest)
     if data.document_mask and tokenizer.eot_id is None:
@@ -220,9 +220,9 @@ def open_dataset(data, verify=False):
     return Dataset(folder, manifest, tokenizer, splits)
 
 
-def _read_manifest(data, folder):
-    has_tokenizer = data.tokenizer not in TOKENIZERS  # for the token files of another project
-    return read_manifest(folder, data.tokenizer if has_tokenizer else None, data.eos_token, data.val_fraction)
+def manifest_of(data):
+    """Return the manifest of the data folder. Raises the same as read_manifest."""
+    return read_manifest(data_folder(data), data.tokenizer, data.eos_token, data.val_fraction, data.split_by)
 
 
 def _load_tokenizer(folder, manifest):

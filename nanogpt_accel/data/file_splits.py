@@ -42,6 +42,12 @@ def splits_by_name(sizes):
     return {}
 
 
+def no_splits(place):
+    """Return the message for split_by=name if the names do not define splits. place: the setting with the files."""
+    fix = "use names such as train.txt and valid.txt, or set split_by=auto"
+    return f"split_by=name: the names of the files in {place} do not define splits; {fix}"
+
+
 def is_about(name):
     """Return whether a file describes the data, such as README.md."""
     return bool(ABOUT.match(PurePosixPath(name).name))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..utils.text import counted, data_size, file_name
 from .corpus import Corpus, location
-from .file_splits import CODE_SUFFIXES, is_about, splits_by_name
+from .file_splits import CODE_SUFFIXES, is_about, no_splits, splits_by_name
 from .foreign_tokens import (
     find_layout,
     find_token_files,
@@ -138,10 +138,7 @@ def _find_splits(spec, states, split_by):
     is_possible = split_by != "val_fraction" and len(states) > 1
     found = splits_by_name({name: states[path][0] for name, path in names.items()}) if is_possible else {}
     if split_by == "name" and not found:
-        raise ValueError(
-            f"split_by=name: the names of the files in corpus={spec} do not define splits; use names such as train.txt "
-            "and valid.txt, or set split_by=auto"
-        )
+        raise ValueError(no_splits(f"corpus={spec}"))
     if not found:
         return {"train": list(states)}, []
     splits = {split: [names[name] for name in chosen] for split, chosen in found.items()}
