@@ -559,7 +559,8 @@ def load_recipe(path, overrides=None, check=None):
         check: function that takes the recipe, with defaults instead of invalid values, and returns a list of problems.
 
     Returns:
-        The Recipe, which is immutable. If out_dir is not set, it is runs/ plus the name of the file.
+        The Recipe, which is immutable. If out_dir is not set, it is runs/ plus the name of the file. val_fraction and
+        sample_prompt are only in model_fields_set if they were chosen for these data. Otherwise they may be replaced.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -596,7 +597,7 @@ def load_recipe(path, overrides=None, check=None):
         else:
             values[home][leaf] = value
     given = {key.rpartition(".")[2] for key in overrides or {}}
-    if "data_dir" in given and _has_token_files(values["data"]["data_dir"]):
+    if "data_dir" in given and "corpus" not in given and _has_token_files(values["data"]["data_dir"]):
         kept = given.union(DATA_USE_KEYS, _foreign_keys(values["data"]))
         values["data"] = {key: value for key, value in values["data"].items() if key in kept}
 
@@ -609,8 +610,11 @@ def load_recipe(path, overrides=None, check=None):
     recipe = sections.pop("")
     out_dir = recipe.out_dir or os.path.join("runs", path.stem if path else "default")
     recipe = recipe.model_copy(update=sections | {"out_dir": os.path.expanduser(out_dir)})
-    overridden = {key.rpartition(".")[2] for key in overrides or {}}
-    problems += [problem for keys, problem in _conflicts(recipe, overridden) if invalid.isdisjoint(keys)]
+    if given & {"corpus", "tokenizer", "data_dir"}:  # the file chose these settings for other data
+        for section, key in (("data", "val_fraction"), ("train", "sample_prompt")):
+            if key not in given:
+                sections[section].model_fields_set.discard(key)
+    problems += [problem for keys, problem in _conflicts(recipe, given) if invalid.isdisjoint(keys)]
     if check is not None:
         problems += check(recipe)
     raise_problems(problems)
@@ -621,7 +625,10 @@ def load_recipe(path, overrides=None, check=None):
 
 
 def _has_token_files(data_dir):
-    """Return whether data_dir contains prepared data, which replace the corpus and the tokenizer of the recipe."""
+    """Return whether data_dir seems to contain prepared data, which replace the corpus and the tokenizer of the recipe.
+
+    dataset.check reports files that only have the name of a token file.
+    """
     folder = Path(os.path.expanduser(str(data_dir)))
     return folder.is_file() or any(any(folder.glob(name)) for name in ("manifest.json", "*.bin", "*.npy", "*.ds"))
 

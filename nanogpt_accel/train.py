@@ -177,7 +177,7 @@ def run_training(recipe, signals):
     if recipe.train.eval_only:
         return evaluate_only(recipe, console)
     repository = create_repository(recipe)
-    data, source = open_data(recipe, console)  # source: folder of the initial weights, or None
+    recipe, data, source = open_data(recipe, console)  # source: folder of the initial weights, or None
     with Run(recipe, console, repository) as run:
         # check again under the lock: another process may have trained in this folder since the first check
         recipe = resolve_resume(recipe)
@@ -215,7 +215,7 @@ def run_training(recipe, signals):
 
 def evaluate_only(recipe, console):
     """Evaluate a recipe's model once and return it, without writing any files."""
-    data, source = open_data(recipe, console)
+    recipe, data, source = open_data(recipe, console)
     if recipe.model.init_from == "resume":
         source = find_checkpoint(recipe, data, console)
     setup = set_up(recipe, data, source, console)

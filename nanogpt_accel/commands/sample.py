@@ -89,8 +89,8 @@ def main(argv):
     folder = find_model(target, warn=Console(stderr=True))
     tokenizer = Tokenizer.load(folder)
     tokenizer.special_tokens = options.special_tokens or tokenizer.special_tokens
-    if {"prompt", "start", "prompts"}.isdisjoint(given) and tokenizer.check_prompt(prompts[0], None, "prompt"):
-        prompts = [tokenizer.decode([0])]
+    if {"prompt", "start", "prompts"}.isdisjoint(given):
+        prompts = [tokenizer.default_prompt()]
     raise_problems(check_prompts(folder, tokenizer, prompts, options))
     write_texts(folder, tokenizer, prompts, options)
 

@@ -245,7 +245,7 @@ def _foreign_manifest(folder, tokenizer, eos_token, val_fraction, split_by):
         "nanogpt": True,
         "corpus": {"kind": "nanogpt", "name": folder.resolve().name},
         "tokenizer": vocabulary,
-        "val_fraction": None,
+        "val_fraction": None if "val" in found else val_fraction,
         "split_seed": None,
         "has_own_val": "val" in found,
         "dtype": tokens.dtype.name,
@@ -262,10 +262,14 @@ def _find_vocabulary(folder, tokenizer, eos_token):
     meta, own = folder / "meta.pkl", folder / "tokenizer.json"
     if eos_token and not is_named and (meta.is_file() or not own.is_file()):
         used = f"data_dir={folder} uses {'its meta.pkl' if meta.is_file() else 'the tokenizer of GPT-2'}, where it is {EOT}"
-        raise ValueError(f"eos_token={eos_token}: {used}; leave eos_token out, or set tokenizer to a folder or a Hub id")
+        raise ValueError(
+            f"eos_token={eos_token}: {used}; leave eos_token out, or set tokenizer to a folder or a Hub id"
+        )
     if meta.is_file():
         if is_named:
-            raise ValueError(f"tokenizer={tokenizer}: data_dir={folder} has a meta.pkl; remove it, or set tokenizer=gpt2")
+            raise ValueError(
+                f"tokenizer={tokenizer}: data_dir={folder} has a meta.pkl; remove it, or set tokenizer=gpt2"
+            )
         return vocabulary_facts(read_meta(meta))
     if own.is_file():
         if is_named and not load_tokenizer(tokenizer).is_same(Tokenizer.load(folder)):

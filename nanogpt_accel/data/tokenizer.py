@@ -370,6 +370,10 @@ class Tokenizer:
         fix = "shorten it" if length else "give at least one token"
         return [f"{key}={text[:40]!r}: {length} tokens, must be {limit}; {fix}"]
 
+    def default_prompt(self):
+        """Return a line end as in nanoGPT or, if the vocabulary has none, its first token."""
+        return self.decode([0]) if self.check_prompt("\n", None, "prompt") else "\n"
+
     def token_bytes(self):
         """Return the number of UTF-8 bytes per id, shape (vocab_size,), 0 for special tokens. None if unknown."""
         if self._table is None and self._bpe is None:

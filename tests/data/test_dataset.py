@@ -204,10 +204,10 @@ def test_too_short_for_a_block(notes):
     ours = opened(data)
     train, val = len(ours.train), len(ours.val)
     assert val < train
-    assert require_block(ours, val - 1) == []
-    for problems in (require_block(ours, val), check(data, block_size=val)):
+    assert require_block(data, ours.manifest, val - 1) == []
+    for problems in (require_block(data, ours.manifest, val), check(data, block_size=val)):
         (problem,) = problems
         assert f"block_size={val}:" in problem and f"the val split of {ours.folder} has {val};" in problem
-        assert "larger val_fraction" in problem
-    assert len(require_block(ours, train)) == 2
+        assert "val_fraction=0.5" in problem
+    assert len(require_block(data, ours.manifest, train)) == 2
     assert len(check(data.model_copy(update={"data_dir": str(ours.folder)}), block_size=train)) == 2

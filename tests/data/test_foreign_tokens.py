@@ -447,11 +447,15 @@ def test_files_that_do_not_belong_together(capsys):
     expect(error_line(capsys, "corpus=*.bin", "data_dir=out"), "different types (uint16, uint32)", "of one type")
 
 
-def test_a_folder_with_an_array_that_is_no_token_file_can_be_prepared():
+def test_a_folder_with_an_array_that_is_no_token_file_can_be_prepared(capsys):
     """data_dir=. with embeddings or a checkpoint in it is not taken for token files."""
     np.save("embeddings.npy", np.zeros(5, "<f4"))
     Path("pytorch_model.bin").write_bytes(bytes(100))
     Path("x.txt").write_text("to be or not to be")
+    Path("own.yaml").write_text("data: {corpus: x.txt, tokenizer: char, val_fraction: 0.5}\n")
+    line = error_line(capsys, "data_dir=.", target="own.yaml")
+    expect(line, "data_dir=.: embeddings.npy is not a complete set of token files", "or set corpus too")
+    assert main(["prepare", "own.yaml", "data_dir=.", "corpus=x.txt"]) == 0
     found, _ = ids_of(corpus="x.txt", tokenizer="char", data_dir=".", val_fraction=0.5)
     assert [len(ids) for ids in found.values()] == [9, 9]
 

@@ -78,11 +78,19 @@ def test_names_of_remote_files_are_splits(memory, spec):
 
 
 def test_our_own_output_is_not_read_in_a_remote_folder(memory):
-    for name in ("mine/a.txt", "mine/runs/x/run.yaml", "mine/runs/x/samples.jsonl", "mine/runs/x/checkpoint-1/model.py"):
+    for name in (
+        "mine/a.txt",
+        "mine/runs/x/run.yaml",
+        "mine/runs/x/samples.jsonl",
+        "mine/runs/x/checkpoint-1/model.py",
+    ):
         memory.pipe(f"/bucket/{name}", b"a text")
     corpus = find_corpus("memory://bucket/mine")
     assert list(corpus.documents()) == ["a text"]
-    assert any("skipping 1 output of nanogpt-accel" in note and "(memory://bucket/mine/runs/x)" in note for note in corpus.notes)
+    assert any(
+        "skipping 1 output of nanogpt-accel" in note and "(memory://bucket/mine/runs/x)" in note
+        for note in corpus.notes
+    )
 
 
 def test_formats_are_recognized_by_content(memory):
