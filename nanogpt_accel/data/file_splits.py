@@ -19,7 +19,7 @@ CODE_SUFFIXES = tuple(".md .rst .tex .html .py .c .h .cc .cpp .hpp .cu .rs .go .
 ABOUT = re.compile(r"(readme|licen[sc]e|changelog|citation|notice|authors)\b", re.IGNORECASE)  # files about the data
 
 
-def splits_by_name(sizes):
+def splits_by_name(sizes, is_asked=False):
     """Assign files to splits by the words in their names. A folder name has priority over the name of the file.
 
     The names define splits only if there are a training file and a file of another split. If some files, except those
@@ -29,6 +29,7 @@ def splits_by_name(sizes):
 
     Args:
         sizes: {path relative to the corpus folder, with slashes: bytes}.
+        is_asked: whether the user set split_by=name, so that the two conditions do not apply.
 
     Returns:
         {split: [path, ...]}, "train" first, or {} if the names do not define splits.
@@ -37,7 +38,7 @@ def splits_by_name(sizes):
         found = {name: word for name in sizes if (word := _find_word(name, use_folders))}
         splits = {split: [name for name in sizes if name in found and found[name][0] == split] for split in WORDS}
         splits = {split: names for split, names in splits.items() if names}
-        if "train" in splits and len(splits) > 1 and _are_splits(sizes, found):
+        if "train" in splits and len(splits) > 1 and (is_asked or _are_splits(sizes, found)):
             return splits
     return {}
 

@@ -301,7 +301,7 @@ def find_splits(paths, split_by="auto"):
     split_by: see recipe.Data. Raises ValueError if it is "name", and the file names do not define splits.
     """
     sizes = {path.name: path.stat().st_size for path in paths}
-    found = splits_by_name(sizes) if split_by != "val_fraction" else {}
+    found = splits_by_name(sizes, is_asked=split_by == "name") if split_by != "val_fraction" else {}
     if split_by == "name" and not found:
         raise ValueError(no_splits(f"data_dir={paths[0].parent}"))
     return {split: [path for path in paths if path.name in names] for split, names in found.items()} or {"train": paths}

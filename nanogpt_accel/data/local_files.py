@@ -136,11 +136,15 @@ def _find_splits(spec, states, split_by):
     """
     names = {_relative(path, _search_root(spec)): path for path in states}
     is_possible = split_by != "val_fraction" and len(states) > 1
-    found = splits_by_name({name: states[path][0] for name, path in names.items()}) if is_possible else {}
+    sizes = {name: states[path][0] for name, path in names.items()}
+    found = splits_by_name(sizes, is_asked=split_by == "name") if is_possible else {}
     if split_by == "name" and not found:
         raise ValueError(no_splits(f"corpus={spec}"))
     if not found:
-        return {"train": list(states)}, []
+        possible = splits_by_name(sizes, is_asked=True) if is_possible else {}
+        named = _some([name for split in possible.values() for name in split[:1]])
+        note = f"corpus={spec}: file names such as {named} are not used as splits; to use them, set split_by=name"
+        return {"train": list(states)}, [note] * bool(possible)
     splits = {split: [names[name] for name in chosen] for split, chosen in found.items()}
     sizes = {split: _text_bytes(states, chosen) for split, chosen in splits.items()}
     if split_by == "auto" and sizes.get("val", 0) > sizes["train"]:
@@ -264,7 +268,7 @@ def _without_outputs(root, paths, names_in=os.listdir):
 
 
 def _is_report(path):
-    """Return whether a file on this machine is a page written by `nanogpt-accel report`, which has images next to it."""
+    """Return whether a local file is a page written by `nanogpt-accel report`, with images next to it."""
     stem, suffix = os.path.splitext(path)
     if suffix.lower() not in (".html", ".htm") or not os.path.isfile(f"{stem}-loss.png"):
         return False

@@ -57,8 +57,8 @@ def read_manifest(folder, tokenizer="gpt2", eos_token=None, val_fraction=0.0005,
 
     Returns:
         {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "has_own_val", "dtype", "splits"}. has_own_val
-        is whether val_fraction had no effect, because there were separate validation data. "splits" has the keys "train", "val" and optionally "test", each with {"tokens", "bytes", "documents", "sha256", "files": [{"name",
-        "tokens"}, ...]}.
+        is false if val was taken from the training data. "splits" has the keys "train", "val" and optionally "test",
+        each with {"tokens", "bytes", "documents", "sha256", "files": [{"name", "tokens"}, ...]}.
 
     Raises:
         FileNotFoundError: the folder has no token files.
@@ -261,15 +261,13 @@ def _find_vocabulary(folder, tokenizer, eos_token):
     is_named = tokenizer not in TOKENIZERS  # a folder or a Hub id
     meta, own = folder / "meta.pkl", folder / "tokenizer.json"
     if eos_token and not is_named and (meta.is_file() or not own.is_file()):
-        used = f"data_dir={folder} uses {'its meta.pkl' if meta.is_file() else 'the tokenizer of GPT-2'}, where it is {EOT}"
-        raise ValueError(
-            f"eos_token={eos_token}: {used}; leave eos_token out, or set tokenizer to a folder or a Hub id"
-        )
+        used = "its meta.pkl" if meta.is_file() else "the tokenizer of GPT-2"
+        fix = "leave eos_token out, or set tokenizer to a folder or a Hub id"
+        raise ValueError(f"eos_token={eos_token}: data_dir={folder} uses {used}, where it is {EOT}; {fix}")
     if meta.is_file():
         if is_named:
-            raise ValueError(
-                f"tokenizer={tokenizer}: data_dir={folder} has a meta.pkl; remove it, or set tokenizer=gpt2"
-            )
+            fix = "remove it, or set tokenizer=gpt2"
+            raise ValueError(f"tokenizer={tokenizer}: data_dir={folder} has a meta.pkl; {fix}")
         return vocabulary_facts(read_meta(meta))
     if own.is_file():
         if is_named and not load_tokenizer(tokenizer).is_same(Tokenizer.load(folder)):

@@ -554,7 +554,9 @@ class _Attempt:
                         break
                     # include the document that reaches the limit; sizes: tokens, bytes, special tokens per document
                     sizes = sizes[: int(np.searchsorted(sizes[:, 0].cumsum(), remaining)) + 1]
-                    self.writer.write(target, ids[: sizes[:, 0].sum()], int(sizes[:, 1].sum()), len(sizes))
+                    ids = ids[: sizes[:, 0].sum()]
+                    n_documents = int(np.count_nonzero(ids == self.tokenizer.eot_id))  # a text may contain several
+                    self.writer.write(target, ids, int(sizes[:, 1].sum()), n_documents)
                     self.count_special(target, int(sizes[:, 2].sum()))
                     done += len(sizes)
                 self.writer.commit({"split": index, "documents": done, "bad": bad_before, "cut": cut})
