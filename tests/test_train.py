@@ -564,9 +564,12 @@ def test_a_prompt_and_a_val_fraction_of_the_file_give_way_to_another_corpus(work
     out = call(*words)
     assert "val_fraction=0.01 instead of 0.0001, because val had only 1 token, fewer than block_size + 1 = 33\n" in out
     assert "sample_prompt='0' instead of 'abc', which the tokenizer of these data cannot encode\n" in out
+    assert "  nanogpt-accel sample digits --prompt 0\n" in out
     used = load_recipe("digits")
     assert (used.data.val_fraction, used.train.sample_prompt) == (0.01, "0")
-    assert "resuming digits from" in call("train", "digits", "max_iters=3") and "val loss" in call("evaluate", "digits")
+    out = call("train", "digits", "max_iters=3", "sample_prompt= ", "sample_tokens=0")
+    assert "resuming digits from" in out and "  nanogpt-accel sample digits\n" in out
+    assert "val loss" in call("evaluate", "digits")
     for given, problem in (
         ("sample_prompt=abc", "error: train.sample_prompt='abc': the tokenizer has no 'a'"),
         ("val_fraction=0.0001", "error: block_size=32: a sample has 33 tokens, but the val split of data/digits_char"),
