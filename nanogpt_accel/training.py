@@ -148,7 +148,7 @@ def find_sample_prompt(recipe, tokenizer, console):
     default = tokenizer.default_prompt()
     if not problems or "sample_prompt" in recipe.train.model_fields_set or default == prompt:
         return recipe, [f"{problem}, or set sample_tokens=0 for no samples" for problem in problems]
-    console.say(f"sample_prompt={default!r} instead of {prompt!r}, which the tokenizer of these data cannot encode")
+    console.say(f"{problems[0].partition(';')[0]}; using sample_prompt={default!r} instead")
     return recipe.replace(sample_prompt=default), tokenizer.check_prompt(default, block_size, "train.sample_prompt")
 
 

@@ -563,7 +563,8 @@ def test_a_prompt_and_a_val_fraction_of_the_file_give_way_to_another_corpus(work
     words = ["train", "own.yaml", *TINY, "corpus=digits.txt", "sample_tokens=3", "batch_size=2", "out_dir=digits"]
     out = call(*words)
     assert "val_fraction=0.01 instead of 0.0001, because val had only 1 token, fewer than block_size + 1 = 33\n" in out
-    assert "sample_prompt='0' instead of 'abc', which the tokenizer of these data cannot encode\n" in out
+    assert "train.sample_prompt='abc': the tokenizer has no 'a' (U+0061), " in out
+    assert "; using sample_prompt='0' instead\n" in out
     assert "  nanogpt-accel sample digits --prompt 0\n" in out
     used = load_recipe("digits")
     assert (used.data.val_fraction, used.train.sample_prompt) == (0.01, "0")

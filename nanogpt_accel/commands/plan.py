@@ -154,7 +154,7 @@ def find_data(recipe):
     """
     data, assumed = recipe.data, []
     if dataset.is_prepared(data):
-        manifest = dataset.manifest_of(data)
+        manifest = dataset.manifest_of(data, dataset.data_folder(data))
         return manifest["tokenizer"]["vocab_size"], manifest["splits"]["train"]["tokens"], assumed
     train_tokens = None if data.limit_documents else TRAIN_TOKENS.get((data.corpus, data.tokenizer))
     if train_tokens:

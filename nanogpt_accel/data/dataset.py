@@ -79,9 +79,9 @@ def check(data, block_size=None):
     """
     problems = []
     if not (data.data_dir and is_prepared(data)):  # prepared data can be used without the corpus
-        if data.data_dir and not _is_set(data, "corpus") and (files := _named_like_token_files(data.data_dir)):
+        if data.data_dir and not _is_set(data, "corpus") and (file := _named_like_token_file(data.data_dir)):
             fix = "set data_dir to a folder with token files, or set corpus too"
-            return [f"data_dir={data.data_dir}: {files[0]} is not a complete set of token files; {fix}"]
+            return [f"data_dir={data.data_dir}: {file} is not a complete set of token files; {fix}"]
         for function in (lambda: check_fits(data, corpus_of(data)), lambda: _tokenizer_identity(data)):
             try:
                 function()
@@ -99,7 +99,7 @@ def check(data, block_size=None):
     if not is_data_folder(folder):
         return problems
     try:
-        manifest = manifest_of(data)
+        manifest = manifest_of(data, folder)
         problems = _differences(data, manifest)
     except (ValueError, OSError) as error:
         return [str(error)]
@@ -113,10 +113,13 @@ def _is_set(data, key):
     return key in getattr(data, "model_fields_set", vars(data))
 
 
-def _named_like_token_files(folder):
-    """Return the names of the .bin, .npy and .ds files in a folder."""
+def _named_like_token_file(folder):
+    """Return the name of a .bin, .npy or .ds file in a folder, or None. Files of an interrupted preparation do not
+    count."""
     folder = Path(os.path.expanduser(folder))
-    return sorted(path.name for path in folder.iterdir() if is_token_file(path)) if folder.is_dir() else []
+    if not folder.is_dir() or (folder / ".partial").is_dir():
+        return None
+    return min((path.name for path in folder.iterdir() if is_token_file(path)), default=None)
 
 
 def corpus_of(data):
@@ -227,7 +230,7 @@ def open_dataset(data, verify=False):
         ValueError: a file is damaged, or the data were prepared with other settings.
     """
     folder = data_folder(data)
-    manifest = manifest_of(data)
+    manifest = manifest_of(data, folder)
     raise_problems(_differences(data, manifest))
     tokenizer = _load_tokenizer(folder, manifest)
     if data.document_mask and tokenizer.eot_id is None:
@@ -237,9 +240,9 @@ def open_dataset(data, verify=False):
     return Dataset(folder, manifest, tokenizer, splits)
 
 
-def manifest_of(data):
-    """Return the manifest of the data folder. Raises the same as read_manifest."""
-    return read_manifest(data_folder(data), data.tokenizer, data.eos_token, data.val_fraction, data.split_by)
+def manifest_of(data, folder):
+    """Return the manifest of the data folder. folder: data_folder(data). Raises the same as read_manifest."""
+    return read_manifest(folder, data.tokenizer, data.eos_token, data.val_fraction, data.split_by)
 
 
 def _load_tokenizer(folder, manifest):
@@ -314,12 +317,11 @@ def may_increase_val(data, manifest):
 def require_block(data, manifest, block_size):
     """Check that train and val have at least the block_size + 1 tokens of a sample. Return a list of problems."""
     problems, fractions = [], larger_val_fractions(data, manifest, block_size)
-    new_dir = " and another data_dir" if data.data_dir and not manifest.get("nanogpt") else ""
-    fixes = {
-        "train": "a larger corpus or a smaller val_fraction",
-        "val": f"a larger corpus or val_fraction={fractions[0]}{new_dir}" if fractions else "more validation data",
-    }
-    for split, fix in fixes.items():
+    larger_val = "more validation data" if manifest.get("has_own_val") else "a larger corpus or a larger val_fraction"
+    if fractions:
+        larger_val = f"a larger corpus or val_fraction={fractions[0]}"
+        larger_val += " and another data_dir" if data.data_dir and not manifest.get("nanogpt") else ""
+    for split, fix in (("train", "a larger corpus or a smaller val_fraction"), ("val", larger_val)):
         if (count := manifest["splits"][split]["tokens"]) <= block_size:
             problems.append(
                 f"block_size={block_size}: a sample has {block_size + 1:,} tokens, but the {split} split of "

@@ -14,6 +14,7 @@ WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
+PART_OF_WORD = re.compile("train|val|dev|test", re.IGNORECASE)  # in every word; most names of a large folder have none
 # train.py and docs/test.md belong to a program; only a folder name makes such a file part of a split
 CODE_SUFFIXES = tuple(".md .rst .tex .html .py .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .sh .sql .r .jl".split())
 ABOUT = re.compile(r"(readme|licen[sc]e|changelog|citation|notice|authors)\b", re.IGNORECASE)  # files about the data
@@ -67,6 +68,8 @@ def _are_splits(sizes, found):
 
 def _find_word(name, use_folders):
     """Return (split, other words) of the first folder or file name in a path that contains a split word, else None."""
+    if not PART_OF_WORD.search(name):
+        return None
     *folders, file = PurePosixPath(name).parts
     parts = folders if use_folders else []
     parts = parts if _is_code(name) else [*parts, _stem(file)]

@@ -88,10 +88,9 @@ def ready(data, is_main, report=print, block_size=0):
     found = _ready(data, is_main, report)
     fractions = larger_val_fractions(data, found.manifest, block_size) if may_increase_val(data, found.manifest) else []
     for fraction in fractions:
-        n_tokens = counted(len(found.val), "token")
         if len(found.val) <= block_size:
-            problem = f"val had only {n_tokens}, fewer than block_size + 1 = {block_size + 1:,}"
-            report(f"val_fraction={fraction} instead of {data.val_fraction}, because {problem}")
+            reason = f"val had only {counted(len(found.val), 'token')}, fewer than block_size + 1 = {block_size + 1:,}"
+            report(f"val_fraction={fraction} instead of {data.val_fraction}, because {reason}")
             data = data.model_copy(update={"val_fraction": fraction})
             found = _ready(data, is_main, report)
     return data, found

@@ -9,7 +9,7 @@ from data_files import char_ids, ids, jsonl, opened, packed, prepared, refusal, 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.data import dataset, encoding, prepare, token_files
 from nanogpt_accel.data.dataset import corpus_of, facts_of
-from nanogpt_accel.data.file_splits import splits_by_name
+from nanogpt_accel.data.file_splits import PART_OF_WORD, SPLIT_OF, splits_by_name
 from nanogpt_accel.data.sources import find_corpus
 from nanogpt_accel.recipe import Data
 
@@ -105,6 +105,10 @@ def test_names_that_only_contain_such_words(names):
     assert corpus.own_splits() == ("train",) and list(corpus.documents()) == sorted(names)
     assert "split_files" not in corpus.source
     assert all("are not used as splits" in note for note in corpus.notes)
+
+
+def test_the_quick_search_finds_every_word():
+    assert all(PART_OF_WORD.search(word) and PART_OF_WORD.search(word.upper()) for word in SPLIT_OF)
 
 
 def test_names_that_are_not_used_are_reported_and_can_be_used():
