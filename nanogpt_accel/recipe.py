@@ -100,7 +100,7 @@ class Data(Section):
         gt=0,
         lt=1,
         description="fraction of the corpus for validation: documents drawn at random, or the end of the text "
-        "if the corpus is a single document",
+        "if the corpus is a single document. The default is increased if val would be shorter than a sample",
     )
     sampling: Literal["shuffle", "random"] = Field(
         "shuffle",
@@ -246,7 +246,9 @@ class Train(Section):
     )
     collective_timeout: Float = Field(600.0, ge=1, description="timeout of collective operations in seconds")
     sample_tokens: Int = Field(0, ge=0, description="tokens per sample; a sample is printed at the end; 0: no samples")
-    sample_prompt: str = Field("\n", description="prompt of the samples")
+    sample_prompt: str = Field(
+        "\n", description="prompt of the samples; default: a line end or, if the data have none, the first token"
+    )
     sample_interval: IntOrNone = Field(
         None, ge=1, description="steps between the samples written to samples.jsonl; default: one sample, at the end"
     )

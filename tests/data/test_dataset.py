@@ -193,6 +193,10 @@ def test_check_finds_all_at_once(work):
     assert "tokenizer=chr" in problems[1] and "did you mean char?" in problems[1]
     (problem,) = check(Data(corpus="python", data_dir="file"))
     assert "data_dir=file" in problem and "not a folder" in problem
+    (work / "out" / ".partial").mkdir(parents=True)
+    for name in ("train.bin", ".partial/manifest.json"):  # interrupted while the files were moved
+        (work / "out" / name).touch()
+    assert check(Data(data_dir="out")) == []
     (work / "tok").mkdir()
     (problem,) = check(Data(corpus="python", tokenizer="tok"))
     assert "tok/tokenizer.json" in problem
