@@ -102,7 +102,7 @@ class Data(Section):
         gt=0,
         lt=1,
         description="fraction of the corpus for validation: documents drawn at random, or the end of the text "
-        "if the corpus is a single document",
+        "if the corpus is a single document. The default is increased if val would be shorter than a sample",
     )
     sampling: Literal["shuffle", "random"] = Field(
         "shuffle",
@@ -248,7 +248,9 @@ class Train(Section):
     )
     collective_timeout: Float = Field(600.0, ge=1, description="timeout of collective operations in seconds")
     sample_tokens: Int = Field(0, ge=0, description="tokens per sample; a sample is printed at the end; 0: no samples")
-    sample_prompt: str = Field("\n", description="prompt of the samples")
+    sample_prompt: str = Field(
+        "\n", description="prompt of the samples; default: a line end or, if the data have none, the first token"
+    )
     sample_interval: IntOrNone = Field(
         None, ge=1, description="steps between the samples written to samples.jsonl; default: one sample, at the end"
     )
@@ -561,7 +563,8 @@ def load_recipe(path, overrides=None, check=None):
         check: function that takes the recipe, with defaults instead of invalid values, and returns a list of problems.
 
     Returns:
-        The Recipe, which is immutable. If out_dir is not set, it is runs/ plus the name of the file.
+        The Recipe, which is immutable. If out_dir is not set, it is runs/ plus the name of the file. val_fraction and
+        sample_prompt are only in model_fields_set if they were chosen for these data. Otherwise they may be replaced.
 
     Raises:
         FileNotFoundError: there is no such recipe.
@@ -596,7 +599,7 @@ def load_recipe(path, overrides=None, check=None):
         else:
             values[home][leaf] = value
     given = {key.rpartition(".")[2] for key in overrides or {}}
-    if "data_dir" in given and _has_token_files(values["data"]["data_dir"]):
+    if "data_dir" in given and "corpus" not in given and _has_token_files(values["data"]["data_dir"]):
         kept = given.union(DATA_USE_KEYS, _foreign_keys(values["data"]))
         values["data"] = {key: value for key, value in values["data"].items() if key in kept}
 
@@ -609,8 +612,11 @@ def load_recipe(path, overrides=None, check=None):
     recipe = sections.pop("")
     out_dir = recipe.out_dir or os.path.join("runs", path.stem if path else "default")
     recipe = recipe.model_copy(update=sections | {"out_dir": os.path.expanduser(out_dir)})
-    overridden = {key.rpartition(".")[2] for key in overrides or {}}
-    problems += [problem for keys, problem in _conflicts(recipe, overridden) if invalid.isdisjoint(keys)]
+    if given & {"corpus", "tokenizer", "data_dir"}:  # the file chose these settings for other data
+        for section, key in (("data", "val_fraction"), ("train", "sample_prompt")):
+            if key not in given:
+                sections[section].model_fields_set.discard(key)
+    problems += [problem for keys, problem in _conflicts(recipe, given) if invalid.isdisjoint(keys)]
     if check is not None:
         problems += check(recipe)
     raise_problems(problems)
@@ -652,16 +658,21 @@ def find_recipe(target):
 
 
 def _has_token_files(data_dir):
-    """Return whether data_dir contains prepared data, which replace the corpus and the tokenizer of the recipe."""
+    """Return whether data_dir seems to contain prepared data, which replace the corpus and the tokenizer of the recipe.
+
+    dataset.check reports files that only have the name of a token file.
+    """
     folder = Path(os.path.expanduser(str(data_dir)))
     return folder.is_file() or any(any(folder.glob(name)) for name in ("manifest.json", "*.bin", "*.npy", "*.ds"))
 
 
 def _foreign_keys(data):
     """Return the keys of the data section that apply if data_dir contains token files of another project."""
-    if (Path(os.path.expanduser(str(data["data_dir"]))) / "manifest.json").is_file():
+    folder = Path(os.path.expanduser(str(data["data_dir"])))
+    if (folder / "manifest.json").is_file():
         return ()
-    has_tokenizer = data.get("tokenizer", "gpt2") not in ("gpt2", "char", "bpe")
+    is_named = data.get("tokenizer", "gpt2") not in ("gpt2", "char", "bpe")
+    has_tokenizer = is_named and not any((folder / name).is_file() for name in ("meta.pkl", "tokenizer.json"))
     return ("val_fraction", "tokenizer", "eos_token") if has_tokenizer else ("val_fraction",)
 
 

@@ -177,7 +177,7 @@ def run_training(recipe, signals):
     if recipe.train.eval_only:
         return evaluate_only(recipe, console)
     repository = create_repository(recipe)
-    data, source = open_data(recipe, console)  # source: folder of the initial weights, or None
+    recipe, data, source = open_data(recipe, console)  # source: folder of the initial weights, or None
     with Run(recipe, console, repository) as run:
         # check again under the lock: another process may have trained in this folder since the first check
         recipe = resolve_resume(recipe)
@@ -215,7 +215,7 @@ def run_training(recipe, signals):
 
 def evaluate_only(recipe, console):
     """Evaluate a recipe's model once and return it, without writing any files."""
-    data, source = open_data(recipe, console)
+    recipe, data, source = open_data(recipe, console)
     if recipe.model.init_from == "resume":
         source = find_checkpoint(recipe, data, console)
     setup = set_up(recipe, data, source, console)
@@ -259,14 +259,14 @@ def finish(recipe, data, model, run, state, console):
         console.say(f"warning: {run.folder / 'loss.png'} cannot be written ({error})")
     prompt, folder = recipe.train.sample_prompt, quoted(run.folder)
     if recipe.train.sample_tokens and model is not None:
-        console.say(f"\nA sample of {recipe.train.sample_tokens} tokens:\n{'-' * 60}")
-        console.write(prompt)
+        console.write(f"\nA sample of {recipe.train.sample_tokens} tokens:\n{'-' * 60}\n{prompt}")
         text = write_sample(recipe, data.tokenizer, model, on_text=console.write)
         console.say(f"\n{'-' * 60}")
         run.log_sample(state.step, prompt + text)
+    words = [word for word in (prompt.strip(), "The") if not data.tokenizer.check_prompt(word, None, "prompt")]
     console.say(
         f"\nThe run is in {run.folder}: metrics.jsonl, loss.png and checkpoints. To try next:\n"
-        f"  nanogpt-accel sample {folder} --prompt {quoted(prompt.strip() or 'The')}\n"
+        f"  nanogpt-accel sample {folder}{' --prompt ' + quoted(words[0]) if words else ''}\n"
         f"  nanogpt-accel evaluate {folder}\n"
         f"  nanogpt-accel train {folder} max_iters={2 * max(recipe.train.max_iters, state.step, 1)}",
         always=True,

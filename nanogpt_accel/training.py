@@ -111,18 +111,20 @@ def open_data(recipe, console):
     """Open the data of a recipe, after preparing it if necessary, and find the model to start from.
 
     Returns:
-        (data, source): the Dataset, and the folder of the initial weights. source is None for a new model. It is also
-        None for a resumed run: find_checkpoint selects its checkpoint after the run folder is locked.
+        (recipe, data, source): the recipe, with other values of val_fraction and sample_prompt if they do not fit the
+        data and were not set for them; the Dataset; and the folder of the initial weights. source is None for a new
+        model. It is also None for a resumed run: find_checkpoint selects its checkpoint after the run folder is locked.
 
     Raises:
         ValueError: too few tokens, a sample prompt that cannot be encoded, or a model that does not fit the data.
     """
-    data = ready(recipe.data, is_main(), console)
     block_size, init_from, source = recipe.model.block_size, recipe.model.init_from, None
-    problems = dataset.require_block(data, block_size)
+    section, data = ready(recipe.data, is_main(), console, block_size)
+    recipe = recipe.model_copy(update={"data": section})
+    problems = dataset.require_block(section, data.manifest, block_size)
     if recipe.train.sample_tokens:
-        found = data.tokenizer.check_prompt(recipe.train.sample_prompt, block_size, "train.sample_prompt")
-        problems += [f"{problem}, or set sample_tokens=0 for no samples" for problem in found]
+        recipe, prompt_problems = find_sample_prompt(recipe, data.tokenizer, console)
+        problems += prompt_problems
     if init_from not in ("scratch", "resume"):
         source = find_model(init_from, console, bars=console.is_verbose)
         config = read_config(source)
@@ -136,7 +138,19 @@ def open_data(recipe, console):
                 f"set block_size={longest} or less"
             )
     raise_problems(problems)
-    return data, source
+    return recipe, data, source
+
+
+def find_sample_prompt(recipe, tokenizer, console):
+    """Return (recipe, list of problems). If the tokenizer cannot encode sample_prompt, and it was not set for these
+    data, the recipe has the default prompt of `sample` instead."""
+    prompt, block_size = recipe.train.sample_prompt, recipe.model.block_size
+    problems = tokenizer.check_prompt(prompt, block_size, "train.sample_prompt")
+    default = tokenizer.default_prompt()
+    if not problems or "sample_prompt" in recipe.train.model_fields_set or default == prompt:
+        return recipe, [f"{problem}, or set sample_tokens=0 for no samples" for problem in problems]
+    console.say(f"{problems[0].partition(';')[0]}; using sample_prompt={default!r} instead")
+    return recipe.replace(sample_prompt=default), tokenizer.check_prompt(default, block_size, "train.sample_prompt")
 
 
 def find_checkpoint(recipe, data, console):

@@ -837,6 +837,28 @@ def test_files_of_another_project_are_read_with_the_tokenizer_folder_of_the_reci
     assert load_recipe(recipe, {"data_dir": str(folder)}).data.tokenizer == "gpt2"
 
 
+def test_a_corpus_on_the_command_line_keeps_the_tokenizer(tmp_path):
+    """data_dir may contain a .bin file that is not a token file."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data: {tokenizer: char, val_fraction: 0.02}\n")
+    (tmp_path / "model.bin").touch()
+    loaded = load_recipe(recipe, {"data_dir": str(tmp_path), "corpus": "x.txt"}).data
+    assert (loaded.corpus, loaded.tokenizer, loaded.val_fraction) == ("x.txt", "char", 0.02)
+
+
+@pytest.mark.parametrize("key", ["corpus", "data.tokenizer", "data_dir"])
+def test_settings_that_the_file_chose_for_its_corpus_are_not_explicit_for_another(tmp_path, key):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data: {corpus: python, val_fraction: 0.02}\ntrain: {sample_prompt: def}\n")
+    for overrides, is_explicit in (({}, True), ({key: "x"}, False)):
+        loaded = load_recipe(recipe, overrides)
+        assert (loaded.data.val_fraction, loaded.train.sample_prompt) == (0.02, "def")
+        assert ("val_fraction" in loaded.data.model_fields_set) == is_explicit
+        assert ("sample_prompt" in loaded.train.model_fields_set) == is_explicit
+    loaded = load_recipe(recipe, {key: "x", "data.val_fraction": "0.5", "sample_prompt": "a"})
+    assert {"val_fraction"} <= loaded.data.model_fields_set and {"sample_prompt"} <= loaded.train.model_fields_set
+
+
 def test_the_expected_loss_is_then_for_other_data(tmp_path):
     (tmp_path / "train.bin").touch()
     recipe = load_recipe(RECIPES / "quickstart.yaml", {"data_dir": str(tmp_path)})

@@ -552,3 +552,26 @@ def test_out_dir_may_have_the_name_of_a_keyword(tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     recipe = load_recipe(None, {"out_dir": "scratch", "init_from": "./scratch", "overwrite": "true"})
     assert [problem for problem in check_recipe(recipe) if "which overwrite=true deletes" in problem]
+
+
+def test_a_prompt_and_a_val_fraction_of_the_file_give_way_to_another_corpus(workplace, call):
+    """Only if they do not fit it. The run saves the values that it used, so it can be resumed and evaluated."""
+    Path("own.yaml").write_text(
+        RECIPE.replace("0.1}", "0.0001}", 1).replace("batch_size: 4, ", "sample_prompt: abc, ", 1)
+    )
+    Path("digits.txt").write_text("0123456789" * 500)
+    words = ["train", "own.yaml", *TINY, "corpus=digits.txt", "sample_tokens=3", "batch_size=2", "out_dir=digits"]
+    out = call(*words)
+    assert "val_fraction=0.01 instead of 0.0001, because val had only 1 token, fewer than block_size + 1 = 33\n" in out
+    assert "train.sample_prompt='abc': the tokenizer has no 'a' (U+0061), " in out
+    assert "; using sample_prompt='0' instead\n" in out
+    assert "  nanogpt-accel sample digits --prompt 0\n" in out
+    used = load_recipe("digits")
+    assert (used.data.val_fraction, used.train.sample_prompt) == (0.01, "0")
+    out = call("train", "digits", "max_iters=3", "sample_prompt= ", "sample_tokens=0")
+    assert "resuming digits from" in out and "  nanogpt-accel sample digits\n" in out
+    for given, problem in (
+        ("sample_prompt=abc", "error: train.sample_prompt='abc': the tokenizer has no 'a'"),
+        ("val_fraction=0.0001", "error: block_size=32: a sample has 33 tokens, but the val split of data/digits_char"),
+    ):
+        assert call(*words, "overwrite=true", given, status=2).startswith(problem)

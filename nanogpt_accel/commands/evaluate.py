@@ -137,7 +137,7 @@ def evaluate(target, recipe, options, block_size=None):
     if options.text:
         text, problems = open_text(options, folder)
     else:
-        text, problems = open_split(recipe, options, folder, config, target, console)
+        text, problems = open_split(recipe, options, folder, block_size, config, target, console)
     raise_problems(problems + check_windows(text, block_size, recipe, options, config, folder))
 
     from ..evaluation import describe, mean_and_error, scores
@@ -155,9 +155,9 @@ def evaluate(target, recipe, options, block_size=None):
     accelerator.end_training()
 
 
-def open_split(recipe, options, folder, config, target, console):
+def open_split(recipe, options, folder, block_size, config, target, console):
     """Return (Text, list of problems) for options.split of the recipe's data. Prepare the data if needed."""
-    data = ready(recipe.data, is_main(), report=console)
+    _, data = ready(recipe.data, is_main(), console, block_size)
     problems = dataset.require_tokenizer(data, folder, key=target) or check_tokenizer(data.tokenizer, config, folder)
     name, split = str(data.folder), options.split
     if split not in data.splits:

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..checkpoint.run_folder import check_empty
+from ..data.find_tokenizer import TOKENIZERS, load_tokenizer
 from ..data.meta import read_meta, tokenizer_from_meta
 from ..data.tokenizer import Tokenizer
 from ..hub.card import model_card
@@ -27,9 +28,9 @@ class ImportOptions(Section):
     to: str = Field("", description="output folder; must be empty or not exist yet")
     tokenizer: str = Field(
         "auto",
-        description="auto, gpt2, the path of a meta.pkl of nanoGPT, or a folder with a tokenizer.json. auto: use the "
-        "meta.pkl next to CKPT.pt, otherwise nanoGPT's data/DATASET/meta.pkl, otherwise gpt2 (only if the model has "
-        "GPT-2's vocabulary size)",
+        description="auto, gpt2, the path of a meta.pkl of nanoGPT, a folder with a tokenizer.json, or hub:USER/NAME. "
+        "auto: use the meta.pkl next to CKPT.pt, otherwise nanoGPT's data/DATASET/meta.pkl, otherwise gpt2 (only if "
+        "the model has GPT-2's vocabulary size)",
     )
     activation: Literal["gelu", "gelu_new"] = Field(
         "gelu", description="gelu_new: for checkpoints from before May 2023"
@@ -104,8 +105,10 @@ def find_tokenizer(setting, checkpoint_file, dataset, vocab_size):
         if not Path(setting).is_file():
             raise ValueError(f"tokenizer={setting}: no such file")
         tokenizer = tokenizer_from_meta(read_meta(setting))
+    elif setting in TOKENIZERS:
+        raise ValueError(f"tokenizer={setting}: unknown without the text; set tokenizer to a meta.pkl or a folder")
     else:
-        tokenizer = Tokenizer.load(setting)
+        tokenizer = load_tokenizer(setting)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"tokenizer={setting}: has {tokenizer.vocab_size:,} tokens, but the vocabulary size of {checkpoint_file} "

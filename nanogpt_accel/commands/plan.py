@@ -13,7 +13,6 @@ from functools import partial
 from pydantic import Field
 
 from ..data import dataset
-from ..data.manifest import read_manifest
 from ..distributed.accelerator import auto_precision
 from ..models.shape import model_shape
 from ..planning import sizing
@@ -156,7 +155,7 @@ def find_data(recipe):
     """
     data, assumed = recipe.data, []
     if dataset.is_prepared(data):
-        manifest = read_manifest(dataset.data_folder(data))
+        manifest = dataset.manifest_of(data, dataset.data_folder(data))
         return manifest["tokenizer"]["vocab_size"], manifest["splits"]["train"]["tokens"], assumed
     train_tokens = None if data.limit_documents else TRAIN_TOKENS.get((data.corpus, data.tokenizer))
     if train_tokens:

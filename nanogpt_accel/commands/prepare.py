@@ -6,7 +6,7 @@ the folder depends on every setting that affects the tokens.
 
 from ..data import dataset
 from ..data.manifest import describe_split
-from ..data.prepare import prepare
+from ..data.prepare import ready
 from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..tracking.console import Console
 from ..utils import cli
@@ -20,10 +20,10 @@ def main(argv):
         raise ValueError("RECIPE is missing; usage: nanogpt-accel prepare shakespeare_char")
     recipe = load_recipe(target, options, check=lambda recipe: dataset.check(recipe.data))
     was_prepared = dataset.is_prepared(recipe.data)
-    prepare(recipe.data, Console())
-    manifest = dataset.open_dataset(recipe.data).manifest
+    _, found = ready(recipe.data, is_main=True, report=Console(), block_size=recipe.model.block_size)
+    manifest = found.manifest
     if was_prepared:
-        print(f"{dataset.data_folder(recipe.data)}: already prepared")
+        print(f"{found.folder}: already prepared")
         for split in manifest["splits"]:
             print(f"{split}: {describe_split(manifest, split)}")
     print(f"tokenizer: {manifest['tokenizer']['kind']}, vocabulary size {manifest['tokenizer']['vocab_size']:,}")

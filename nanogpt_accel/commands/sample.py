@@ -6,6 +6,8 @@ nanogpt-accel sample runs/gpt2 prompts=questions.txt batch_size=16 num_samples=1
 """
 
 import json
+import re
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -50,7 +52,9 @@ class SampleOptions(Section):
         description="end a sample at the end-of-text token; default: true if the tokenizer has such a token",
     )
     stop: str | None = Field(
-        None, description=r"end a sample before this text, such as stop='\n\n'; \n is a line end and \t a tab"
+        None,
+        description=r"end a sample before this text, such as stop='\n\n' (\n is a line end, \t a tab), or one of "
+        r"""several texts: a JSON list such as stop='["\n\n", "User:"]'""",
     )
     special_tokens: Literal["text", "tokens"] | None = Field(
         None,
@@ -83,14 +87,15 @@ def main(argv):
     prompts = []
     try:
         prompts = read_prompts(options)
+        stop_texts(options.stop)
     except ValueError as error:
         problems.append(str(error))
     raise_problems(problems)
     folder = find_model(target, warn=Console(stderr=True))
     tokenizer = Tokenizer.load(folder)
     tokenizer.special_tokens = options.special_tokens or tokenizer.special_tokens
-    if {"prompt", "start", "prompts"}.isdisjoint(given) and tokenizer.check_prompt(prompts[0], None, "prompt"):
-        prompts = [tokenizer.decode([0])]
+    if {"prompt", "start", "prompts"}.isdisjoint(given):
+        prompts = [tokenizer.default_prompt()]
     raise_problems(check_prompts(folder, tokenizer, prompts, options))
     write_texts(folder, tokenizer, prompts, options)
 
@@ -116,6 +121,24 @@ def read_prompts(options):
     if lines := [line for line in text.splitlines() if line]:
         return lines
     raise ValueError(f"prompts={file}: contains no prompts; write one prompt per line")
+
+
+def stop_texts(stop):
+    """Return the texts of the option `stop`, as a list. stop: one text, a JSON list of texts, or None.
+
+    Raises:
+        ValueError: it looks like a JSON list, but is none.
+    """
+    if not stop:
+        return []
+    texts = None
+    with suppress(ValueError):  # [INST], for example, is one text
+        texts = json.loads(stop, strict=False)
+    if isinstance(texts, list) and all(isinstance(text, str) and text for text in texts):
+        return texts
+    if re.match(r'\[\s*"', stop):
+        raise ValueError(f'stop={stop}: not a JSON list of texts; use quotes such as stop=\'["a", "b"]\'')
+    return [stop.replace("\\n", "\n").replace("\\t", "\t")]
 
 
 def check_prompts(folder, tokenizer, prompts, options):
@@ -150,7 +173,7 @@ def write_texts(folder, tokenizer, prompts, options):
     cpu.tune_generation(model)
     settings = options.model_dump(include={"max_new_tokens", "temperature", "top_k", "top_p", "overflow"})
     settings |= {"vocab_size": tokenizer.vocab_size, "decode": tokenizer.decode}
-    stop = options.stop.replace("\\n", "\n").replace("\\t", "\t") if options.stop else None
+    stop = stop_texts(options.stop)
     settings |= {"stop": stop, "eos_id": None if options.stop_at_eos is False else tokenizer.eot_id}
     prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
     for i in range(0, len(prompts), options.batch_size):

@@ -53,7 +53,8 @@ class Corpus:
                 yield text
         if is_empty:
             reason = f" that can be read (first error: {problems[0]})" if problems else ""
-            raise ValueError(f"corpus={self.source['name']}: contains no text{reason}; set `corpus` to another path")
+            where = f"the {split} split contains" if len(self.own_splits()) > 1 else "contains"
+            raise ValueError(f"corpus={self.source['name']}: {where} no text{reason}; set `corpus` to another path")
 
 
 def refuse(problem):

@@ -12,12 +12,14 @@ from pathlib import Path
 from ..utils.fields import raise_problems
 from ..utils.text import file_name
 from .find_tokenizer import TOKENIZERS, hub_id, load_tokenizer
+from .foreign_tokens import is_token_file
 from .manifest import check_content, is_data_folder, read_manifest
 from .meta import tokenizer_from_meta
 from .sources import find_corpus, source_name
 from .token_files import AGAIN, SPLITS, refuse_to_overwrite, token_file
 from .tokenizer import EOT, Tokenizer
 
+LARGER_VAL = (0.01, 0.1, 0.5)  # tried if val_fraction is not set, and val has fewer tokens than a sample
 SPLIT_SEED = 2357  # nanoGPT's seed; fixed, so that validation losses of runs with different seeds can be compared
 
 
@@ -77,6 +79,9 @@ def check(data, block_size=None):
     """
     problems = []
     if not (data.data_dir and is_prepared(data)):  # prepared data can be used without the corpus
+        if data.data_dir and not _is_set(data, "corpus") and (file := _named_like_token_file(data.data_dir)):
+            fix = "set data_dir to a folder with token files, or set corpus too"
+            return [f"data_dir={data.data_dir}: {file} is not a complete set of token files; {fix}"]
         for function in (lambda: check_fits(data, corpus_of(data)), lambda: _tokenizer_identity(data)):
             try:
                 function()
@@ -94,12 +99,27 @@ def check(data, block_size=None):
     if not is_data_folder(folder):
         return problems
     try:
-        manifest = _read_manifest(data, folder)
+        manifest = manifest_of(data, folder)
         problems = _differences(data, manifest)
     except (ValueError, OSError) as error:
         return [str(error)]
-    counts = {split: manifest["splits"][split]["tokens"] for split in SPLITS}
-    return problems + (_too_short(counts, folder, block_size) if block_size else [])
+    if block_size and not (larger_val_fractions(data, manifest, block_size) and may_increase_val(data, manifest)):
+        problems += require_block(data, manifest, block_size)
+    return problems
+
+
+def _is_set(data, key):
+    """Return whether the user set a setting, for these data (see load_recipe)."""
+    return key in getattr(data, "model_fields_set", vars(data))
+
+
+def _named_like_token_file(folder):
+    """Return the name of a .bin, .npy or .ds file in a folder, or None. Files of an interrupted preparation do not
+    count."""
+    folder = Path(os.path.expanduser(folder))
+    if not folder.is_dir() or (folder / ".partial").is_dir():
+        return None
+    return min((path.name for path in folder.iterdir() if is_token_file(path)), default=None)
 
 
 def corpus_of(data):
@@ -210,7 +230,7 @@ def open_dataset(data, verify=False):
         ValueError: a file is damaged, or the data were prepared with other settings.
     """
     folder = data_folder(data)
-    manifest = _read_manifest(data, folder)
+    manifest = manifest_of(data, folder)
     raise_problems(_differences(data, manifest))
     tokenizer = _load_tokenizer(folder, manifest)
     if data.document_mask and tokenizer.eot_id is None:
@@ -220,9 +240,9 @@ def open_dataset(data, verify=False):
     return Dataset(folder, manifest, tokenizer, splits)
 
 
-def _read_manifest(data, folder):
-    has_tokenizer = data.tokenizer not in TOKENIZERS  # for the token files of another project
-    return read_manifest(folder, data.tokenizer if has_tokenizer else None, data.eos_token, data.val_fraction)
+def manifest_of(data, folder):
+    """Return the manifest of the data folder. folder: data_folder(data). Raises the same as read_manifest."""
+    return read_manifest(folder, data.tokenizer, data.eos_token, data.val_fraction, data.split_by)
 
 
 def _load_tokenizer(folder, manifest):
@@ -278,16 +298,33 @@ def require_tokenizer(dataset, folder, key):
     ]
 
 
-def require_block(dataset, block_size):
+def larger_val_fractions(data, manifest, block_size):
+    """Return the larger values of val_fraction with which val should have the block_size + 1 tokens of a sample.
+
+    The list is empty if val has enough tokens, if val is not taken from the training text, or if this is unknown.
+    """
+    train, val = (manifest["splits"][split]["tokens"] for split in SPLITS)
+    if val > block_size or manifest.get("has_own_val", True):
+        return []
+    return [value for value in LARGER_VAL if value > data.val_fraction and value * (train + val) > block_size]
+
+
+def may_increase_val(data, manifest):
+    """Return whether val_fraction may be increased: it was not set, and the files of data_dir need not be rewritten."""
+    return not _is_set(data, "val_fraction") and (not data.data_dir or manifest.get("nanogpt", False))
+
+
+def require_block(data, manifest, block_size):
     """Check that train and val have at least the block_size + 1 tokens of a sample. Return a list of problems."""
-    return _too_short({"train": len(dataset.train), "val": len(dataset.val)}, dataset.folder, block_size)
-
-
-def _too_short(counts, folder, block_size):
-    other = {"train": "smaller", "val": "larger"}
-    return [
-        f"block_size={block_size}: a sample has {block_size + 1:,} tokens, but the {split} split of {folder} has "
-        f"{count:,}; set a smaller block_size, a larger corpus or a {other[split]} val_fraction"
-        for split, count in counts.items()
-        if count < block_size + 1
-    ]
+    problems, fractions = [], larger_val_fractions(data, manifest, block_size)
+    larger_val = "more validation data" if manifest.get("has_own_val") else "a larger corpus or a larger val_fraction"
+    if fractions:
+        larger_val = f"a larger corpus or val_fraction={fractions[0]}"
+        larger_val += " and another data_dir" if data.data_dir and not manifest.get("nanogpt") else ""
+    for split, fix in (("train", "a larger corpus or a smaller val_fraction"), ("val", larger_val)):
+        if (count := manifest["splits"][split]["tokens"]) <= block_size:
+            problems.append(
+                f"block_size={block_size}: a sample has {block_size + 1:,} tokens, but the {split} split of "
+                f"{data_folder(data)} has {count:,}; set a smaller block_size, or use {fix}"
+            )
+    return problems

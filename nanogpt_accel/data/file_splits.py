@@ -14,12 +14,13 @@ WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
+PART_OF_WORD = re.compile("train|val|dev|test", re.IGNORECASE)  # in every word; most names of a large folder have none
 # train.py and docs/test.md belong to a program; only a folder name makes such a file part of a split
 CODE_SUFFIXES = tuple(".md .rst .tex .html .py .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .sh .sql .r .jl".split())
 ABOUT = re.compile(r"(readme|licen[sc]e|changelog|citation|notice|authors)\b", re.IGNORECASE)  # files about the data
 
 
-def splits_by_name(sizes):
+def splits_by_name(sizes, is_asked=False):
     """Assign files to splits by the words in their names. A folder name has priority over the name of the file.
 
     The names define splits only if there are a training file and a file of another split. If some files, except those
@@ -29,6 +30,7 @@ def splits_by_name(sizes):
 
     Args:
         sizes: {path relative to the corpus folder, with slashes: bytes}.
+        is_asked: whether the user set split_by=name, so that the two conditions do not apply.
 
     Returns:
         {split: [path, ...]}, "train" first, or {} if the names do not define splits.
@@ -37,9 +39,15 @@ def splits_by_name(sizes):
         found = {name: word for name in sizes if (word := _find_word(name, use_folders))}
         splits = {split: [name for name in sizes if name in found and found[name][0] == split] for split in WORDS}
         splits = {split: names for split, names in splits.items() if names}
-        if "train" in splits and len(splits) > 1 and _are_splits(sizes, found):
+        if "train" in splits and len(splits) > 1 and (is_asked or _are_splits(sizes, found)):
             return splits
     return {}
+
+
+def no_splits(place):
+    """Return the message for split_by=name if the names do not define splits. place: the setting with the files."""
+    fix = "use names such as train.txt and valid.txt, or set split_by=auto"
+    return f"split_by=name: the names of the files in {place} do not define splits; {fix}"
 
 
 def is_about(name):
@@ -60,6 +68,8 @@ def _are_splits(sizes, found):
 
 def _find_word(name, use_folders):
     """Return (split, other words) of the first folder or file name in a path that contains a split word, else None."""
+    if not PART_OF_WORD.search(name):
+        return None
     *folders, file = PurePosixPath(name).parts
     parts = folders if use_folders else []
     parts = parts if _is_code(name) else [*parts, _stem(file)]

@@ -1,5 +1,6 @@
 """Load the tokenizer that a user names: a folder, or an id on the Hugging Face Hub."""
 
+import copy
 import difflib
 import functools
 import os
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from ..hub.transfer import download_tokenizer, is_model_id
 from ..utils.text import one_line
+from .readers import file_state
 from .tokenizer import Tokenizer
 
 TOKENIZERS = ("gpt2", "char", "bpe")
@@ -38,12 +40,8 @@ def load_tokenizer(spec, eos_token=None):
         problem = "no such tokenizer" + (f" (did you mean {close[0]}?)" if close else "")
         fix = f"use {', '.join(TOKENIZERS)}, a folder with a tokenizer.json, or hub:USER/NAME"
         raise FileNotFoundError(f"tokenizer={spec}: {problem}; {fix}")
-    try:
-        tokenizer = Tokenizer.load(folder, eos_token)
-    except FileNotFoundError:
-        if not any(file for pattern in SLOW_FILES for file in Path(folder).glob(pattern)):
-            raise
-        tokenizer = _convert(folder, eos_token)
+    files = tuple((file.name, *file_state(file)) for file in sorted(Path(folder).iterdir()))
+    tokenizer = copy.copy(_load(folder, eos_token, files))  # a copy, because callers set special_tokens
     if eos_token not in (None, tokenizer.eot):
         tokens = ", ".join(sorted(tokenizer.special)[:10]) or "none"
         problem = f"tokenizer={spec} has no such token; its special tokens are: {tokens}"
@@ -57,6 +55,19 @@ def _download(name):
         return download_tokenizer(name)
     except ValueError as error:
         raise ValueError(f"tokenizer={error}") from None
+
+
+@functools.lru_cache(maxsize=2)  # a command needs it about ten times, and a large tokenizer.json takes seconds
+def _load(folder, eos_token, files):
+    """Load a tokenizer. files: names, sizes and modification times, so that a changed folder is loaded again."""
+    try:
+        tokenizer = Tokenizer.load(folder, eos_token)
+    except FileNotFoundError:
+        if not any(file for pattern in SLOW_FILES for file in Path(folder).glob(pattern)):
+            raise
+        tokenizer = _convert(folder, eos_token)
+    tokenizer.fingerprint  # noqa: B018 (computes it, for all copies)
+    return tokenizer
 
 
 def _convert(folder, eos_token):

@@ -30,7 +30,7 @@ import numpy as np
 
 from ..utils.text import counted, one_line
 from .corpus import location
-from .file_splits import splits_by_name
+from .file_splits import no_splits, splits_by_name
 from .token_files import TokenFile
 
 SUFFIXES = (".bin", ".npy", ".ds")
@@ -139,7 +139,28 @@ def _read_layout(path, place):
     if len(head) >= 4 and int.from_bytes(head[:4], "little") in (*LLMC, LLMC_EVALUATION):
         return _read_llmc(head, place)
     index = path.with_suffix(".idx")
-    return _read_megatron(index, place) if index.is_file() else None
+    if index.is_file():
+        return _read_megatron(index, place)
+    _refuse_other_header(head, path.stat().st_size, place)
+    return None
+
+
+def _refuse_other_header(head, size, place):
+    """Raise ValueError if a file of `size` bytes starts with a header like llm.c's, but with another magic number.
+
+    Such a header has 256 int32, most of them 0. The magic number is a date such as 20240326 (of a model), or the third
+    number is the number of ids in the file.
+    """
+    numbers = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
+    if len(numbers) < 256 or numbers[32:].any():
+        return
+    magic, count = int(numbers[0]), int(numbers[2])
+    if 20240000 <= magic < 20300000 or (count and size in (1024 + 2 * count, 1024 + 4 * count)):
+        known = " or ".join(map(str, LLMC))
+        raise ValueError(
+            f"{place}: starts like a file of llm.c, but with the magic number {magic}, and not that of token files "
+            f"({known}); use another file, or remove the header"
+        )
 
 
 def _read_llmc(head, place):
@@ -274,9 +295,15 @@ def _headerless(path, tokenizer_size, spec):
     return Layout(dtype.name, 0, size // dtype.itemsize)
 
 
-def find_splits(paths):
-    """Return {split: paths} for the files of a folder. If the file names do not define splits, all files are train."""
-    found = splits_by_name({path.name: path.stat().st_size for path in paths})
+def find_splits(paths, split_by="auto"):
+    """Return {split: paths} for the files of a folder. If the file names do not define splits, all files are train.
+
+    split_by: see recipe.Data. Raises ValueError if it is "name", and the file names do not define splits.
+    """
+    sizes = {path.name: path.stat().st_size for path in paths}
+    found = splits_by_name(sizes, is_asked=split_by == "name") if split_by != "val_fraction" else {}
+    if split_by == "name" and not found:
+        raise ValueError(no_splits(f"data_dir={paths[0].parent}"))
     return {split: [path for path in paths if path.name in names] for split, names in found.items()} or {"train": paths}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..utils.text import counted, data_size, file_name
 from .corpus import Corpus, location
-from .file_splits import CODE_SUFFIXES, is_about, splits_by_name
+from .file_splits import CODE_SUFFIXES, is_about, no_splits, splits_by_name
 from .foreign_tokens import (
     find_layout,
     find_token_files,
@@ -136,14 +136,15 @@ def _find_splits(spec, states, split_by):
     """
     names = {_relative(path, _search_root(spec)): path for path in states}
     is_possible = split_by != "val_fraction" and len(states) > 1
-    found = splits_by_name({name: states[path][0] for name, path in names.items()}) if is_possible else {}
+    sizes = {name: states[path][0] for name, path in names.items()}
+    found = splits_by_name(sizes, is_asked=split_by == "name") if is_possible else {}
     if split_by == "name" and not found:
-        raise ValueError(
-            f"split_by=name: the names of the files in corpus={spec} do not define splits; use names such as train.txt "
-            "and valid.txt, or set split_by=auto"
-        )
+        raise ValueError(no_splits(f"corpus={spec}"))
     if not found:
-        return {"train": list(states)}, []
+        possible = splits_by_name(sizes, is_asked=True) if is_possible else {}
+        named = _some([name for split in possible.values() for name in split[:1]])
+        note = f"corpus={spec}: file names such as {named} are not used as splits; to use them, set split_by=name"
+        return {"train": list(states)}, [note] * bool(possible)
     splits = {split: [names[name] for name in chosen] for split, chosen in found.items()}
     sizes = {split: _text_bytes(states, chosen) for split, chosen in splits.items()}
     if split_by == "auto" and sizes.get("val", 0) > sizes["train"]:
@@ -192,11 +193,18 @@ def _open_ids(spec, files, splits, tokenizer_size, val_fraction):
 
 def _find_files(spec):
     """Return (folder that file names are relative to, paths of the files, {suffix: number of skipped files}, skipped
-    folders that contain output of this package)."""
+    folders and files that this package wrote)."""
     path = os.path.expanduser(spec)
     if is_remote(spec):
         paths, is_folder = find(spec)
-        return (spec, *_find_text_files(spec, paths), []) if is_folder else (".", without_companions(paths), {}, [])
+        if not is_folder:
+            return ".", without_companions(paths), {}, []
+        names = {}
+        for file in map(Path, paths):
+            names.setdefault(file.parent, set()).add(file.name)
+        paths, outputs = _without_outputs(spec, paths, lambda folder: names.get(folder, set()))
+        outputs = [Path(folder).as_posix().replace(":/", "://", 1) for folder in outputs]
+        return spec, *_find_text_files(spec, paths), outputs
     if os.path.isfile(path):
         path = re.sub(r"\.idx$", ".bin", path)  # the index of a Megatron-LM file
         return os.path.dirname(path), [path], {}, []
@@ -243,22 +251,34 @@ def _find_text_files(spec, paths, folder=None):
     return files, {suffix or "without a suffix": count for suffix, count in skipped.items()}
 
 
-def _without_outputs(root, paths):
-    """Return (paths that are not in an output folder, output folders). `root` does not count as an output folder."""
+def _without_outputs(root, paths, names_in=os.listdir):
+    """Return (paths that this package did not write, the folders and files that it wrote).
+
+    root: the folder of the corpus, which does not count as output. names_in: function that lists a folder.
+    """
 
     @functools.cache
     def output_folder(folder):
         if len(folder.parts) <= len(Path(root).parts) or folder == Path(root):
             return None
-        return output_folder(folder.parent) or (folder if _is_output(folder) else None)
+        return output_folder(folder.parent) or (folder if _is_output(set(names_in(folder))) else None)
 
-    owners = [(path, output_folder(Path(path).parent)) for path in paths]
+    owners = [(path, output_folder(Path(path).parent) or (path if _is_report(path) else None)) for path in paths]
     return [path for path, owner in owners if not owner], sorted({str(owner) for _, owner in owners if owner})
 
 
-def _is_output(folder):
-    """Return whether a folder contains a run, prepared data, or the weights of a model."""
-    names = set(os.listdir(folder))
+def _is_report(path):
+    """Return whether a local file is a page written by `nanogpt-accel report`, with images next to it."""
+    stem, suffix = os.path.splitext(path)
+    if suffix.lower() not in (".html", ".htm") or not os.path.isfile(f"{stem}-loss.png"):
+        return False
+    with suppress(OSError), open(path, "rb") as file:
+        return b'content="nanogpt-accel report"' in file.read(1000)
+    return False
+
+
+def _is_output(names):
+    """Return whether a folder with these files contains a run, prepared data, or the weights of a model."""
     has_weights = any(name.endswith((".bin", ".safetensors")) for name in names)
     return "run.yaml" in names or _is_prepared(names) or ("config.json" in names and has_weights)
 
@@ -272,8 +292,8 @@ def _describe_outputs(spec, outputs):
     """Return a list with one note about the skipped folders, or an empty list."""
     if not outputs:
         return []
-    skipped = f"{counted(len(outputs), 'folder')} with runs, checkpoints or prepared data"
-    return [f"corpus={spec}: skipping {skipped} ({_some(outputs)})"]
+    kinds = "such as runs, checkpoints, prepared data or reports"
+    return [f"corpus={spec}: skipping {counted(len(outputs), 'output')} of nanogpt-accel, {kinds} ({_some(outputs)})"]
 
 
 def walk(root, excluded=None):

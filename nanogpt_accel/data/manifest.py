@@ -16,10 +16,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..utils.text import counted, one_line
-from .find_tokenizer import load_tokenizer
+from .find_tokenizer import TOKENIZERS, load_tokenizer
 from .foreign_tokens import OTHER_TOKENIZER, file_entries, find_splits, find_token_files, open_splits
 from .meta import read_meta, vocabulary_facts
 from .token_files import AGAIN, SPLITS, VERSION, sha256_of_split, token_file
+from .tokenizer import EOT, Tokenizer
 
 SAMPLED_ABOVE = 2**30  # bytes; for larger foreign files, only the first MiB, the last MiB and the size are hashed
 VERIFIED_BELOW = 2**26  # bytes; smaller data are hashed each time they are opened, which takes 0.2 seconds
@@ -42,7 +43,7 @@ def is_data_folder(folder):
     return (Path(folder) / "manifest.json").is_file() or bool(find_token_files(folder))
 
 
-def read_manifest(folder, tokenizer=None, eos_token=None, val_fraction=0.0005):
+def read_manifest(folder, tokenizer="gpt2", eos_token=None, val_fraction=0.0005, split_by="auto"):
     """Return the manifest of a data folder. Check its values and the file sizes first.
 
     For a folder of nanoGPT or another project, create a manifest in memory: `nanogpt` is true, the tokenizer has `stoi`
@@ -51,14 +52,13 @@ def read_manifest(folder, tokenizer=None, eos_token=None, val_fraction=0.0005):
     have to read 17 GB when it starts.
 
     Args:
-        tokenizer: folder or Hub id of the tokenizer for a folder of another project without meta.pkl and
-            tokenizer.json. If None, GPT-2's tokenizer is used. eos_token: see load_tokenizer.
-        val_fraction: share of the ids that val gets if a folder of another project has no validation files.
+        tokenizer, eos_token, val_fraction, split_by: settings of the data section for a folder of another project; see
+            recipe.Data. They are not used for a folder of this package.
 
     Returns:
-        {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "dtype", "splits"}, where "splits" has the keys
-        "train", "val" and optionally "test", each with {"tokens", "bytes", "documents", "sha256", "files": [{"name",
-        "tokens"}, ...]}.
+        {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "has_own_val", "dtype", "splits"}. has_own_val
+        is false if val was taken from the training data. "splits" has the keys "train", "val" and optionally "test",
+        each with {"tokens", "bytes", "documents", "sha256", "files": [{"name", "tokens"}, ...]}.
 
     Raises:
         FileNotFoundError: the folder has no token files.
@@ -72,7 +72,7 @@ def read_manifest(folder, tokenizer=None, eos_token=None, val_fraction=0.0005):
             raise ValueError(f"data_dir={folder}: {problem}; set data_dir to another folder, or {AGAIN}")
         raise FileNotFoundError(f"data_dir={folder}: {_describe(folder)}")
     if not path.is_file():
-        return _foreign_manifest(folder, tokenizer, eos_token, val_fraction)
+        return _foreign_manifest(folder, tokenizer, eos_token, val_fraction, split_by)
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
@@ -216,20 +216,22 @@ def check_content(folder, manifest, vocab_size, verify_all=False):
         for start in np.linspace(0, len(tokens) - length, places).astype(np.int64):
             ids = tokens.rows([start], length)
             for wrong in [i for i in (ids.min(), ids.max()) if not 0 <= i < vocab_size]:
+                fix = OTHER_TOKENIZER if is_foreign else AGAIN
+                fix = "correct stoi or vocab_size in its meta.pkl" if "stoi" in manifest["tokenizer"] else fix
                 raise ValueError(
                     f"{tokens.paths[0]}: the {split} split contains the id {wrong:,}, but the tokenizer has vocabulary "
-                    f"size {vocab_size:,}; {OTHER_TOKENIZER if is_foreign else AGAIN}"
+                    f"size {vocab_size:,}; {fix}"
                 )
 
 
-def _foreign_manifest(folder, tokenizer, eos_token, val_fraction):
+def _foreign_manifest(folder, tokenizer, eos_token, val_fraction, split_by):
     """Return the manifest of a folder of another project. Arguments: see read_manifest."""
     vocabulary = _find_vocabulary(folder, tokenizer, eos_token)
     files = find_token_files(folder)
     own_names = [folder / f"{split}.bin" for split in SPLITS]
     paths = own_names if set(own_names) <= set(files) else files  # in a nanoGPT folder, other files are ignored
-    splits = {}
-    for split, tokens in open_splits(find_splits(paths), vocabulary["vocab_size"], val_fraction).items():
+    found, splits = find_splits(paths, split_by), {}
+    for split, tokens in open_splits(found, vocabulary["vocab_size"], val_fraction).items():
         is_large = len(tokens) * tokens.dtype.itemsize > SAMPLED_ABOVE
         splits[split] = {
             "tokens": len(tokens),
@@ -243,8 +245,9 @@ def _foreign_manifest(folder, tokenizer, eos_token, val_fraction):
         "nanogpt": True,
         "corpus": {"kind": "nanogpt", "name": folder.resolve().name},
         "tokenizer": vocabulary,
-        "val_fraction": None,
+        "val_fraction": None if "val" in found else val_fraction,
         "split_seed": None,
+        "has_own_val": "val" in found,
         "dtype": tokens.dtype.name,
         "splits": splits,
     }
@@ -253,13 +256,28 @@ def _foreign_manifest(folder, tokenizer, eos_token, val_fraction):
 def _find_vocabulary(folder, tokenizer, eos_token):
     """Return the "tokenizer" entry for the manifest of a folder of another project.
 
-    It describes the tokenizer in meta.pkl, in tokenizer.json or of the setting `tokenizer`, or else GPT-2's tokenizer.
+    It describes the tokenizer in meta.pkl, in tokenizer.json or of the setting `tokenizer`.
     """
-    if (folder / "meta.pkl").is_file():
-        return vocabulary_facts(read_meta(folder / "meta.pkl"))
-    if (folder / "tokenizer.json").is_file():
+    is_named = tokenizer not in TOKENIZERS  # a folder or a Hub id
+    meta, own = folder / "meta.pkl", folder / "tokenizer.json"
+    if eos_token and not is_named and (meta.is_file() or not own.is_file()):
+        used = "its meta.pkl" if meta.is_file() else "the tokenizer of GPT-2"
+        fix = "leave eos_token out, or set tokenizer to a folder or a Hub id"
+        raise ValueError(f"eos_token={eos_token}: data_dir={folder} uses {used}, where it is {EOT}; {fix}")
+    if meta.is_file():
+        if is_named:
+            fix = "remove it, or set tokenizer=gpt2"
+            raise ValueError(f"tokenizer={tokenizer}: data_dir={folder} has a meta.pkl; {fix}")
+        return vocabulary_facts(read_meta(meta))
+    if own.is_file():
+        if is_named and not load_tokenizer(tokenizer).is_same(Tokenizer.load(folder)):
+            problem = f"data_dir={folder} has a different tokenizer.json"
+            raise ValueError(f"tokenizer={tokenizer}: {problem}; remove it, or leave tokenizer out")
         tokenizer = str(folder.absolute())
-    if tokenizer is None:
+    elif not is_named:
+        if tokenizer != "gpt2":
+            problem = f"data_dir={folder} contains token ids, but no meta.pkl and no tokenizer.json"
+            raise ValueError(f"tokenizer={tokenizer}: {problem}; copy one of them to it, or set tokenizer to gpt2")
         return {"kind": "gpt2", "vocab_size": 50257, "eot_id": 50256}
     loaded = load_tokenizer(tokenizer, eos_token)
     facts = {key: getattr(loaded, key) for key in ("kind", "vocab_size", "eot_id")}

@@ -7,6 +7,8 @@ consists of the tokens in meta.pkl, or of the ids as numbers.
 import pickle
 import re
 
+import numpy as np
+
 from ..utils.text import one_line
 from .tokenizer import Tokenizer
 
@@ -14,10 +16,31 @@ AGAIN = "prepare it again with nanoGPT's prepare.py"
 LARGEST = 1_000_000  # vocabulary size; a damaged file could ask for any amount of memory
 
 
+class _NumpyType:
+    """Stands for numpy.dtype in a pickle."""
+
+    def __init__(self, code, *_):
+        self.code = code
+
+    def __setstate__(self, state):  # (version, byte order, ...)
+        if not re.fullmatch(r"[<>|]", state[1]) or not re.fullmatch(r"[biuU]\d+", self.code):
+            raise ValueError(f"contains a numpy value of type {self.code}")
+        self.type = np.dtype(state[1] + self.code)
+
+
+def _numpy_scalar(kind, raw):
+    """Return the Python value of a numpy scalar in a pickle, such as the vocab_size of `ids.max() + 1`."""
+    return np.frombuffer(raw, kind.type)[0].item()
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Reads only dicts, lists, tuples, strings and numbers. Never imports a class or function."""
 
     def find_class(self, module, name):
+        if (module, name) == ("numpy", "dtype"):
+            return _NumpyType
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
+            return _numpy_scalar
         raise ValueError(f"contains {module}.{name}, but only dicts, lists, tuples, strings and numbers are allowed")
 
 
@@ -26,7 +49,8 @@ def read_meta(path):
 
     Returns:
         {token: id}, from `stoi` or the inverse of `itos`. Tokens that are not strings, such as (pitch, duration),
-        become strings. If meta.pkl has only a vocab_size, this number is returned instead.
+        become strings. If vocab_size is larger, the ids without a token are named <0>, <1> and so on. If meta.pkl has
+        only a vocab_size, this number is returned instead.
 
     Raises:
         ValueError: the pickle has no vocabulary, contains classes or functions, or the ids are not 0 to n - 1.
@@ -53,6 +77,10 @@ def read_meta(path):
         problem = f"has no stoi, the map from tokens to ids, no itos and no vocab_size from 1 to {LARGEST:,}"
         raise ValueError(f"{path}: {problem}; {AGAIN}")
     vocab = {str(token): i for token, i in pairs}
+    if type(size) is int and len(pairs) < size <= LARGEST:
+        unused = sorted(set(range(size)) - {i for _, i in pairs if type(i) is int})
+        vocab |= {f"<{i}>": i for i in unused}
+        pairs += [(f"<{i}>", i) for i in unused]
     # repr, because an id can be of any type, and True == 1
     if len(vocab) < len(pairs) or sorted(map(repr, vocab.values())) != sorted(map(repr, range(len(vocab)))):
         problem = f"stoi must map each token to a different id from 0 to {len(pairs) - 1:,}"

@@ -21,7 +21,17 @@ from ..tracking.console import TextProgress
 from ..utils.files import nearest_existing
 from ..utils.text import counted, data_size
 from .corpus import Corpus
-from .dataset import SPLIT_SEED, check_fits, corpus_of, data_folder, facts_of, is_prepared, open_dataset
+from .dataset import (
+    SPLIT_SEED,
+    check_fits,
+    corpus_of,
+    data_folder,
+    facts_of,
+    is_prepared,
+    larger_val_fractions,
+    may_increase_val,
+    open_dataset,
+)
 from .encoding import tokenize
 from .find_tokenizer import load_tokenizer
 from .foreign_tokens import cut_index, file_entries, read_ids
@@ -67,8 +77,26 @@ def prepare(data, report=print, workers=None):
     return folder
 
 
-def ready(data, is_main, report=print):
-    """Open the data folder as a Dataset. If needed, the main process prepares it first, while the others wait."""
+def ready(data, is_main, report=print, block_size=0):
+    """Open the data folder. If needed, the main process prepares it first, while the others wait.
+
+    If val_fraction was not set, and val has fewer than the block_size + 1 tokens of a sample, it is increased.
+
+    Returns:
+        (the data section, with the val_fraction that was used; the Dataset).
+    """
+    found = _ready(data, is_main, report)
+    fractions = larger_val_fractions(data, found.manifest, block_size) if may_increase_val(data, found.manifest) else []
+    for fraction in fractions:
+        if len(found.val) <= block_size:
+            reason = f"val had only {counted(len(found.val), 'token')}, fewer than block_size + 1 = {block_size + 1:,}"
+            report(f"val_fraction={fraction} instead of {data.val_fraction}, because {reason}")
+            data = data.model_copy(update={"val_fraction": fraction})
+            found = _ready(data, is_main, report)
+    return data, found
+
+
+def _ready(data, is_main, report):
     if is_main:
         prepare(data, report)
     while not is_prepared(data):
@@ -103,7 +131,10 @@ def _prepare(folder, data, report, workers):
             if writer is None or writer.is_finished:  # completed by another process or by an earlier attempt
                 return
             made = {key: getattr(tokenizer, key) for key in ("kind", "vocab_size", "fingerprint", "eot_id")}
-            facts_made = facts | {"tokenizer": facts["tokenizer"] | made}
+            facts_made = facts | {
+                "tokenizer": facts["tokenizer"] | made,
+                "has_own_val": "val" in corpus.own_splits(),
+            }
             if corpus.ids:
                 manifest = writer.finish(facts_made | _check_ids(data, corpus, tokenizer, report), tokenizer.save)
                 report(f"{folder}: uses {counted(corpus.source['files'], 'file')} of token ids without copying them")
@@ -522,7 +553,9 @@ class _Attempt:
                         break
                     # include the document that reaches the limit; sizes: tokens, bytes, special tokens per document
                     sizes = sizes[: int(np.searchsorted(sizes[:, 0].cumsum(), remaining)) + 1]
-                    self.writer.write(target, ids[: sizes[:, 0].sum()], int(sizes[:, 1].sum()), len(sizes))
+                    ids = ids[: sizes[:, 0].sum()]
+                    n_documents = int(np.count_nonzero(ids == self.tokenizer.eot_id))  # a text may contain several
+                    self.writer.write(target, ids, int(sizes[:, 1].sum()), n_documents)
                     self.count_special(target, int(sizes[:, 2].sum()))
                     done += len(sizes)
                 self.writer.commit({"split": index, "documents": done, "bad": bad_before, "cut": cut})

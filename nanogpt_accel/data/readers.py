@@ -104,12 +104,12 @@ def how_to_convert(raw, path):
         if raw.startswith(magic):
             return f"it contains {name}, so unpack or convert it"
     encoding, condition = "WINDOWS-1252", "if its encoding is WINDOWS-1252"
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encoding, condition = "UTF-16", "because its encoding is UTF-16"
     try:
         raw.decode(encoding)
     except UnicodeDecodeError:
         encoding, condition = "ENCODING", "where ENCODING is its encoding, such as GB18030"
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding, condition = "UTF-16", "because its encoding is UTF-16"
     if is_remote(path):
         condition, path = f"download it and, {condition}", os.path.basename(name_of(path))
     file, new = quoted(path), quoted(f"{path}.new")
@@ -159,8 +159,8 @@ def _read_jsonl(spec, path, column, bad):
 def _read_json(spec, path, column, bad):
     """Yield the texts of a .json file, which is read into memory.
 
-    It contains an array of objects or of strings, an object with such an array (text_column=KEY.COLUMN), a single
-    object, or one object per line.
+    It contains an array of objects or of strings, an object with such an array (text_column=KEY.COLUMN), an object with
+    columns (as written by pandas), a single object, or one object per line.
     """
     with open_file(path) as file:
         raw = file.read().removeprefix(b"\xef\xbb\xbf")
@@ -169,16 +169,17 @@ def _read_json(spec, path, column, bad):
         return
     try:
         rows = json.loads(decode(spec, raw, path))
+        rows = _array(rows) or rows
     except (json.JSONDecodeError, RecursionError) as error:
         return bad(f"{location(spec, path)}: not JSON ({one_line(error)})")
     prefix, columns = "", []
     if isinstance(rows, dict):
         key = column.partition(".")[0]
-        columns = _keys(
-            {name: value[0] if value and isinstance(value, list) else value for name, value in rows.items()}
-        )
-        is_array = column not in rows and isinstance(rows.get(key), list)
-        prefix, rows = (f"{key}.", rows[key]) if is_array else ("", [rows])
+        arrays = {name: values for name, value in rows.items() if (values := _array(value))}
+        columns = _keys({name: arrays[name][0] if name in arrays else value for name, value in rows.items()})
+        if column not in rows and key in arrays:
+            prefix = f"{key}."
+        rows = arrays.get(column if column in rows else key, [rows])
     inner = column.removeprefix(prefix)
     for number, row in enumerate(rows, 1):
         try:
@@ -191,6 +192,14 @@ def _read_json(spec, path, column, bad):
             bad(f"{location(spec, path)}, item {number}: not a JSON object with a string under the key {column}")
         else:
             yield text
+
+
+def _array(value):
+    """Return a JSON array, or the values of an object such as {"0": value, "1": value}, as pandas writes rows and
+    columns. Return None for other values."""
+    if isinstance(value, dict) and all(map(str.isdecimal, value)):
+        return list(value.values())
+    return value if isinstance(value, list) else None
 
 
 def _has_json_lines(raw):
@@ -222,6 +231,9 @@ def _read_csv(spec, path, column, bad):
     place, columns = next(rows, (f"{location(spec, path)}, line 1", None))
     if not columns:
         return bad(f"{place}: empty, but must contain the column names, such as {column}")
+    if not _is_unicode("".join(columns)):
+        raw = ",".join(columns).encode("utf-8", "surrogateescape")
+        raise ValueError(f"{place}: not UTF-8 text; {how_to_convert(raw, path)}")
     check_column(spec, path, column, columns)
     index = columns.index(column)
     for place, row in rows:
@@ -240,13 +252,13 @@ def _read_csv(spec, path, column, bad):
 
 
 def _delimiter(header, column, usual):
-    """Return the delimiter that splits the header into the most columns, including this column. In a tie, return the
-    usual delimiter."""
+    """Return the usual delimiter if it splits the header into columns that include this one. Otherwise, return the
+    delimiter that splits it into the most columns, including this one if possible."""
     columns = {}
     for delimiter in (usual, *DELIMITERS):
         with suppress(csv.Error, StopIteration):
             columns[delimiter] = next(csv.reader([header], delimiter=delimiter, strict=True))
-    if usual not in columns:  # a name with a line end in quotes
+    if usual not in columns or column in columns[usual]:  # not in columns: a name with a line end in quotes
         return usual
     return max(columns, key=lambda delimiter: (column in columns[delimiter], len(columns[delimiter])))
 
@@ -361,7 +373,8 @@ def check_column(spec, path, column, columns):
         fix = "rename all but one, or set text_column to another column"
         raise ValueError(f"{place}: {count} columns are named {column}; {fix}")
     if not count:
-        fix = f"set text_column to one of {', '.join(map(str, columns))}" if columns else "it has no columns at all"
+        names = ", ".join(map(quoted, columns[:20])) + ", ..." * (len(columns) > 20)
+        fix = f"set text_column to one of {names}" if columns else "it has no columns at all"
         raise ValueError(f"{place}: no column {column}; {fix}")
 
 

@@ -300,10 +300,13 @@ class Tokenizer:
 
     def _unknown(self, text):
         """Return a message that lists the characters or words of a text that are not in the vocabulary, or ""."""
-        parts, unknown = set(text), []
+        added = sorted((re.escape(token["content"]) for token in self._added), key=len, reverse=True)
+        texts = re.split("|".join(added), text) if added else [text]  # the model does not see added tokens
+        parts, unknown = set("".join(texts)), []
         if self.kind != "char":
             with suppress(Exception):  # text that is not valid Unicode, or no pre-tokenizer
-                parts = {part for part, _ in self._backend.pre_tokenizer.pre_tokenize_str(text)}
+                split = self._backend.pre_tokenizer.pre_tokenize_str
+                parts = {part for text in texts for part, _ in split(text)}
         for part in sorted(parts):
             try:
                 self._backend.model.tokenize(part)
@@ -369,6 +372,10 @@ class Tokenizer:
         limit = f"1 to block_size={block_size}" if block_size else "1 or more"
         fix = "shorten it" if length else "give at least one token"
         return [f"{key}={text[:40]!r}: {length} tokens, must be {limit}; {fix}"]
+
+    def default_prompt(self):
+        """Return a line end as in nanoGPT or, if the vocabulary has none, its first token."""
+        return self.decode([0]) if self.check_prompt("\n", None, "prompt") else "\n"
 
     def token_bytes(self):
         """Return the number of UTF-8 bytes per id, shape (vocab_size,), 0 for special tokens. None if unknown."""

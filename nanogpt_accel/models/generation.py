@@ -11,13 +11,18 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 CONTEXT = 8
 
 
-def text_after(decode, prompt_ids, new_ids, stop=None):
-    """Return the text that new_ids add to the text of prompt_ids, cut before the first `stop`.
+def text_after(decode, prompt_ids, new_ids, stop=()):
+    """Return the text that new_ids add to the text of prompt_ids, cut before the first of the texts `stop`.
 
-    decode: function that converts a list of ids to text. stop: text that ends the sample, or None.
+    decode: function that converts a list of ids to text.
     """
     text = decode(prompt_ids + new_ids)[len(decode(prompt_ids)) :]
-    return text.partition(stop)[0] if stop else text
+    return text[: _find_first(text, stop)]
+
+
+def _find_first(text, stop):
+    """Return the position of the first of the texts `stop` in a text, or None if it contains none of them."""
+    return min((text.find(word) for word in stop if word in text), default=None)
 
 
 class TextStream:
@@ -49,14 +54,14 @@ class TextStream:
 class _Sample:
     """One generated text.
 
-    ids: the new ids without the end-of-text token. is_done: whether the end-of-text token or the text `stop` was
-        generated.
+    ids: the new ids without the end-of-text token. is_done: whether the end-of-text token or one of the texts `stop`
+        was generated.
     """
 
     def __init__(self, prompt_ids, eos_id, stop, decode, on_text):
         self.ids, self.is_done, self.eos_id, self.stop, self.on_text = [], False, eos_id, stop, on_text
         self.stream = TextStream(decode, prompt_ids) if stop or on_text else None
-        self.pending = ""  # text that is not shown yet, because it may be the start of `stop`
+        self.pending = ""  # text that is not shown yet, because it may be the start of a stop
 
     def add(self, new_id):
         if new_id == self.eos_id:
@@ -72,12 +77,13 @@ class _Sample:
 
     def _show(self, text, is_last=False):
         self.pending += text
-        shown, has_stop, _ = self.pending.partition(self.stop) if self.stop else (self.pending, "", "")
-        if has_stop:
+        end = _find_first(self.pending, self.stop)
+        shown = self.pending[:end]
+        if end is not None:
             self.is_done, self.stream = True, None
         elif self.stop and not is_last:
-            n_held = max(n for n in range(len(self.stop)) if self.pending.endswith(self.stop[:n]))
-            shown = shown[: len(shown) - n_held]
+            starts = [word[:n] for word in self.stop for n in range(len(word))]
+            shown = shown[: len(shown) - max(len(start) for start in starts if shown.endswith(start))]
         self.pending = self.pending[len(shown) :]
         if shown and self.on_text:
             self.on_text(shown)
@@ -132,7 +138,7 @@ def generate(
     top_p=1.0,
     overflow="slide",
     eos_id=None,
-    stop=None,
+    stop=(),
     decode=None,
     on_text=None,
 ):
@@ -148,8 +154,9 @@ def generate(
         overflow: what to do if a text reaches block_size. "slide": keep only the last half as context; nanoGPT drops
             one token per step, which is much slower. "stop": end the text. "extend": continue beyond the trained
             positions (for rotary positions only).
-        eos_id: end a text at this id, which is not returned. stop: end a text at this string; text_after removes it.
-        on_text: called with each new part of the text, for a single prompt, without `stop`.
+        eos_id: end a text at this id, which is not returned. stop: end a text at one of these strings; text_after
+            removes it.
+        on_text: called with each new part of the text, for a single prompt, without the stop.
         decode: converts a list of ids to text; required for stop and on_text.
 
     Returns:

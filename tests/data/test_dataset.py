@@ -173,7 +173,7 @@ def test_a_nanogpt_folder_is_used_as_it_is(request, refused, work, meta):
         content = {"vocab_size": len(chars), "stoi": stoi, "itos": dict(enumerate(chars))}
         (folder / "meta.pkl").write_bytes(pickle.dumps(content))
     before = sorted(f.name for f in folder.iterdir())
-    data = Data(corpus="no such corpus", tokenizer="bpe", data_dir=str(folder))
+    data = Data(corpus="no such corpus", tokenizer="bpe" if meta else "gpt2", data_dir=str(folder))
     assert check(data) == [] and is_prepared(data) and prepare.prepare(data) == folder
     ours = open_dataset(data)
     assert ours.tokenizer.kind == ("char" if meta else "gpt2")
@@ -193,6 +193,10 @@ def test_check_finds_all_at_once(work):
     assert "tokenizer=chr" in problems[1] and "did you mean char?" in problems[1]
     (problem,) = check(Data(corpus="python", data_dir="file"))
     assert "data_dir=file" in problem and "not a folder" in problem
+    (work / "out" / ".partial").mkdir(parents=True)
+    for name in ("train.bin", ".partial/manifest.json"):  # interrupted while the files were moved
+        (work / "out" / name).touch()
+    assert check(Data(data_dir="out")) == []
     (work / "tok").mkdir()
     (problem,) = check(Data(corpus="python", tokenizer="tok"))
     assert "tok/tokenizer.json" in problem
@@ -204,10 +208,10 @@ def test_too_short_for_a_block(notes):
     ours = opened(data)
     train, val = len(ours.train), len(ours.val)
     assert val < train
-    assert require_block(ours, val - 1) == []
-    for problems in (require_block(ours, val), check(data, block_size=val)):
+    assert require_block(data, ours.manifest, val - 1) == []
+    for problems in (require_block(data, ours.manifest, val), check(data, block_size=val)):
         (problem,) = problems
         assert f"block_size={val}:" in problem and f"the val split of {ours.folder} has {val};" in problem
-        assert "larger val_fraction" in problem
-    assert len(require_block(ours, train)) == 2
+        assert "val_fraction=0.5" in problem
+    assert len(require_block(data, ours.manifest, train)) == 2
     assert len(check(data.model_copy(update={"data_dir": str(ours.folder)}), block_size=train)) == 2

@@ -9,7 +9,7 @@ from data_files import char_ids, ids, jsonl, opened, packed, prepared, refusal, 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.data import dataset, encoding, prepare, token_files
 from nanogpt_accel.data.dataset import corpus_of, facts_of
-from nanogpt_accel.data.file_splits import splits_by_name
+from nanogpt_accel.data.file_splits import PART_OF_WORD, SPLIT_OF, splits_by_name
 from nanogpt_accel.data.sources import find_corpus
 from nanogpt_accel.recipe import Data
 
@@ -103,7 +103,27 @@ def test_names_that_only_contain_such_words(names):
     write({f"d/{name}": name for name in names})
     corpus = find_corpus("d")
     assert corpus.own_splits() == ("train",) and list(corpus.documents()) == sorted(names)
-    assert corpus.notes == () and "split_files" not in corpus.source
+    assert "split_files" not in corpus.source
+    assert all("are not used as splits" in note for note in corpus.notes)
+
+
+def test_the_quick_search_finds_every_word():
+    assert all(PART_OF_WORD.search(word) and PART_OF_WORD.search(word.upper()) for word in SPLIT_OF)
+
+
+def test_names_that_are_not_used_are_reported_and_can_be_used():
+    """The third file contains most of the text."""
+    write({"d/train.txt": "some text " * 9, "d/val.txt": "val", "d/book.txt": BIG})
+    (note,) = find_corpus("d").notes
+    assert (
+        note == "corpus=d: file names such as train.txt, val.txt are not used as splits; to use them, set split_by=name"
+    )
+    corpus = find_corpus("d", split_by="name")
+    assert {split: list(corpus.documents(split)) for split in corpus.own_splits()} == {
+        "train": ["some text " * 9],
+        "val": ["val"],
+    }
+    assert any("skipping 1 file without a split in the name (book.txt)" in note for note in corpus.notes)
 
 
 @pytest.mark.parametrize("spec", ["d/*.txt", "d/**", "d/t*/../*.txt", "{}/d/*.txt"])

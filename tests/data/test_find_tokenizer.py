@@ -126,6 +126,18 @@ def test_tokenizers_of_the_hub(tmp_path):
         )
 
 
+def test_a_tokenizer_is_loaded_once_and_again_if_it_changes(monkeypatch):
+    Path("tok").mkdir()
+    loads, load = [], Tokenizer.load
+    monkeypatch.setattr(Tokenizer, "load", lambda *args: loads.append(args) or load(*args))
+    for text, count in (("ab", 1), ("abc", 2)):
+        Tokenizer.char([text]).save("tok")
+        first, second = load_tokenizer("tok"), load_tokenizer("tok")
+        first.special_tokens = "tokens"
+        assert second.special_tokens is None and first.vocab_size == second.vocab_size == len(text)
+        assert len(loads) == count and first.fingerprint == second.fingerprint == load("tok").fingerprint
+
+
 def test_the_hub_that_cannot_be_reached(refused):
     with refused(ValueError, "tokenizer=me/gone", "no such folder", "the Hub cannot be reached"):
         load_tokenizer("me/gone")

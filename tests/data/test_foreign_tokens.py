@@ -6,6 +6,7 @@ datatrove files were also compared with those of megatron-core 0.16.1 and datatr
 
 import json
 import os
+import pickle
 import struct
 from pathlib import Path
 
@@ -229,6 +230,31 @@ def test_the_test_split_and_folders():
     assert found["test"] == draw(50, 50).tolist()
 
 
+def test_split_by_applies_to_a_folder_of_token_files(capsys):
+    Path("there").mkdir()
+    train, val = write_fineweb("there")
+    found, _ = ids_of(data_dir="there", split_by="val_fraction", val_fraction=0.5)
+    assert found == {"train": [*train, *val][:3250], "val": [*train, *val][3250:]}
+    assert main(["train", "r.yaml", "data_dir=there", "split_by=val_fraction", "val_fraction=0.5"]) == 0
+    assert "3,250 training and 3,250 validation tokens" in capsys.readouterr().out
+    Path("one").mkdir()
+    write_llmc("one/a.bin", draw(1000))
+    line = error_line(capsys, "data_dir=one", "split_by=name", "overwrite=true", command="train")
+    expect(line, "split_by=name: the names of the files in data_dir=one do not define splits")
+
+
+def test_eos_token_is_not_ignored(capsys, gpt2_files):
+    Path("there").mkdir()
+    write_llmc("there/a.bin", draw(1000))
+    line = error_line(capsys, "data_dir=there", "tokenizer=gpt2", "eos_token=<s>", command="train")
+    expect(line, "eos_token=<s>: data_dir=there uses the tokenizer of GPT-2, where it is <|endoftext|>")
+    Path("there/meta.pkl").write_bytes(pickle.dumps({"vocab_size": SIZE}))
+    line = error_line(capsys, "data_dir=there", "tokenizer=gpt2", "eos_token=7", command="train")
+    expect(line, "eos_token=7: data_dir=there uses its meta.pkl, where it is <|endoftext|>")
+    line = error_line(capsys, "data_dir=there", "tokenizer=tok", command="train")
+    expect(line, "tokenizer=tok: data_dir=there has a meta.pkl", "set tokenizer=gpt2")
+
+
 def test_a_name_above_the_files_does_not_count():
     Path("dev/train").mkdir(parents=True)
     for i in range(3):
@@ -272,14 +298,18 @@ def test_headerless_files_that_are_named_after_splits():
     assert found["train"] == draw(300, 300, 70_000).tolist() and ours.manifest["dtype"] == "uint32"
 
 
-def test_a_tokenizer_in_the_folder_is_used():
+def test_a_tokenizer_in_the_folder_is_used(capsys):
     Path("there").mkdir()
     char = Tokenizer.char(["to be"], add_eot=True)
     char.save("there")
     write_llmc("there/a_train.bin", char.encode("to be or".replace(" or", "")))
     write_llmc("there/a_val.bin", char.encode("bet"))
-    found, ours = ids_of(data_dir="there")
-    assert ours.tokenizer.decode(found["train"]) == "to be" and ours.tokenizer.decode(found["val"]) == "bet"
+    for words in ({"tokenizer": "gpt2"}, {"tokenizer": "there"}):  # the default, and the same tokenizer
+        found, ours = ids_of(data_dir="there", **words)
+        assert ours.tokenizer.decode(found["train"]) == "to be" and ours.tokenizer.decode(found["val"]) == "bet"
+    line = error_line(capsys, "data_dir=there", "tokenizer=tok", command="train")
+    expect(line, "tokenizer=tok: data_dir=there has a different tokenizer.json", "leave tokenizer out")
+    assert main(["train", "r.yaml", "data_dir=there", "block_size=2"]) == 0  # r.yaml has tokenizer: tok
 
 
 def test_large_files_are_sampled_for_their_identity(monkeypatch):
@@ -311,6 +341,8 @@ def damaged():
     yield "short", lambda: Path("x.bin").write_bytes(struct.pack("<3i", 20240520, 1, 4)), ["llm.c header", "12 bytes"]
     yield "magic only", lambda: Path("x.bin").write_bytes(struct.pack("<i", 20240520)), ["llm.c header", "4 bytes"]
     yield "evaluation", lambda: write_llmc("x.bin", ids, 20240522), ["multiple-choice"]
+    yield "model", lambda: write_llmc("x.bin", ids, 20240326, 3, 1024), ["file of llm.c", "20240326", "20240520 or"]
+    yield "other magic", lambda: write_llmc("x.bin", ids, 7, 1), ["starts like a file of llm.c", "magic number 7,"]
     docs = [ids[:60], ids[60:]]
     yield "no MMIDIDX", lambda: (write_megatron("x", docs), Path("x.idx").write_bytes(b"TNTIDX" * 9)), ["MMIDIDX"]
     yield "empty idx", lambda: (write_megatron("x", docs), Path("x.idx").write_bytes(b"")), ["MMIDIDX"]
@@ -415,11 +447,15 @@ def test_files_that_do_not_belong_together(capsys):
     expect(error_line(capsys, "corpus=*.bin", "data_dir=out"), "different types (uint16, uint32)", "of one type")
 
 
-def test_a_folder_with_an_array_that_is_no_token_file_can_be_prepared():
+def test_a_folder_with_an_array_that_is_no_token_file_can_be_prepared(capsys):
     """data_dir=. with embeddings or a checkpoint in it is not taken for token files."""
     np.save("embeddings.npy", np.zeros(5, "<f4"))
     Path("pytorch_model.bin").write_bytes(bytes(100))
     Path("x.txt").write_text("to be or not to be")
+    Path("own.yaml").write_text("data: {corpus: x.txt, tokenizer: char, val_fraction: 0.5}\n")
+    line = error_line(capsys, "data_dir=.", target="own.yaml")
+    expect(line, "data_dir=.: embeddings.npy is not a complete set of token files", "or set corpus too")
+    assert main(["prepare", "own.yaml", "data_dir=.", "corpus=x.txt"]) == 0
     found, _ = ids_of(corpus="x.txt", tokenizer="char", data_dir=".", val_fraction=0.5)
     assert [len(ids) for ids in found.values()] == [9, 9]
 

@@ -173,7 +173,7 @@ def test_our_own_output_is_not_read(tmp_path, monkeypatch, spec):
     assert not {"a model card", "class GPT", "generated", "next to the tokens"} & set(found)
     (note,) = [note for note in corpus.notes if "skipping" in note]
     count = 3 if "*" in spec else 4  # refers/ only has .json files
-    assert f"skipping {count} folders with runs, checkpoints or prepared data (" in note
+    assert f"skipping {count} outputs of nanogpt-accel, such as runs, checkpoints, prepared data or reports (" in note
     assert all(name in note for name in ("data/x", "exported")) and "checkpoint-" not in note
 
 
@@ -185,6 +185,20 @@ def test_a_new_run_does_not_change_the_corpus(tmp_path):
     (tmp_path / "runs" / "a" / "run.yaml").touch()
     (tmp_path / "runs" / "a" / "README.md").write_text("a model card")
     assert find_corpus(str(tmp_path)).source == before
+
+
+def test_a_report_is_not_read(tmp_path, monkeypatch, call):
+    """`report` writes the page of several runs to the current folder."""
+    monkeypatch.chdir(tmp_path)
+    outputs(tmp_path)
+    Path("runs/a/metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    Path("runs/a/run.yaml").write_text("")
+    call("report", "runs/a", "runs/a")
+    for spec in (".", "**/*.html"):
+        corpus = find_corpus(spec)
+        assert "<p>a page</p>" in corpus.documents() and not any("<title>" in text for text in corpus.documents())
+        assert any("report.html" in note for note in corpus.notes)
+    assert "<title>" in texts("report.html")[0], "a file that is named is read"
 
 
 def test_our_own_output_as_corpus(refused, tmp_path):

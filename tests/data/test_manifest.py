@@ -188,10 +188,21 @@ def test_a_hostile_meta_runs_nothing(refused, nanogpt, protocol):
     assert mark.exists(), "the attack would have worked"
 
 
-def test_a_meta_with_numpy_values_is_refused_too(refused, nanogpt):
-    (nanogpt / "meta.pkl").write_bytes(pickle.dumps(META | {"vocab_size": np.int64(2)}))
-    with refused(ValueError, "meta.pkl", "numpy"):
-        read_meta(nanogpt / "meta.pkl")
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_meta_with_numpy_numbers(refused, nanogpt, protocol):
+    """np.unique and max() return them, and nanoGPT accepts them."""
+    for content, expected in (
+        ({"vocab_size": np.int64(2)}, 2),
+        ({"vocab_size": np.uint16(7)}, 7),
+        ({"stoi": {c: np.int32(i) for i, c in enumerate("ab")}}, STOI),
+        ({"itos": list(np.unique(["a", "b"]))}, STOI),
+    ):
+        (nanogpt / "meta.pkl").write_bytes(pickle.dumps(content, protocol))
+        assert read_meta(nanogpt / "meta.pkl") == expected
+    for value in (np.float64(2), np.arange(2), np.datetime64("2026-01-01"), np.array([{}])[0:1]):
+        (nanogpt / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": value}, protocol))
+        with refused(ValueError, "meta.pkl", "prepare.py"):
+            read_meta(nanogpt / "meta.pkl")
 
 
 @pytest.mark.parametrize(
@@ -337,9 +348,12 @@ def test_a_nanogpt_folder_of_another_tokenizers_ids(capsys, gpt2_files):
     Path("out").mkdir()
     for name in ("train.bin", "val.bin"):
         np.array([0, 50256, 50257] * 9, "<u2").tofile(f"out/{name}")
-    for command, target in (("train", "r.yaml"), ("data", "out")):
+    expect(
+        error_line(capsys, command="train"), "tokenizer=char: data_dir=out contains token ids, but no meta.pkl", "gpt2"
+    )
+    for command, target, words in (("train", "r.yaml", ["tokenizer=gpt2"]), ("data", "out", [])):
         expect(
-            error_line(capsys, command=command, target=target),
+            error_line(capsys, *words, command=command, target=target),
             "out/train.bin",
             "vocabulary size 50,257",
             "set tokenizer to the folder of the tokenizer.json",

@@ -19,6 +19,7 @@ CODONS = {"stoi": {"".join(bases): i for i, bases in enumerate(itertools.product
 SMILES = {"stoi": {"C": 0, "N": 1, "Cl": 2, "(": 3, ")": 4}}
 PIECES = {"itos": {0: " the", 1: "a", 2: " cat", 3: "b"}}
 CHARS = {"stoi": {"A": 0, "C": 1, "G": 2, "T": 3}}
+PADDED = {"stoi": {"A": 1, "C": 2, "G": 3, "T": 4}, "vocab_size": 6}  # without a token for 0 and 5
 NOTES = {"itos": [(60, 1), (62, 1), (64, 2)]}
 DIGITS = {"stoi": {str(i): i for i in range(10)}}
 SIZE = {"vocab_size": 10}
@@ -55,6 +56,7 @@ def write(meta, n=300, dtype="<u2"):
         (SMILES, [0, 0, 3, 2, 4, 1], "CC(Cl)N"),
         (PIECES, [0, 2, 1, 3], " the catab"),
         (CHARS, [2, 0, 3], "GAT"),
+        (PADDED, [1, 0, 2, 5], "A<0>C<5>"),
         (NOTES, [0, 2, 1], "(60, 1)(64, 2)(62, 1)"),
     ],
 )
@@ -126,6 +128,7 @@ def test_an_id_that_is_not_in_the_vocabulary(capsys):
     write(MOVES)
     np.full(50, 4, "<u2").tofile("d/val.bin")
     expect(error_line(capsys, command="train"), "d/val.bin: the val split contains the id 4", "vocabulary size 4")
+    expect(error_line(capsys, command="train"), "correct stoi or vocab_size in its meta.pkl")
 
 
 def test_the_error_for_a_corpus_with_a_meta_pkl_names_data_dir(capsys):

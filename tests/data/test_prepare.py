@@ -780,10 +780,76 @@ def test_long_work_reports_its_progress(notes, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     lines = []
     data = Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3)
-    assert prepare.ready(data, True, lines.append).folder == data_folder(data)
+    assert prepare.ready(data, True, lines.append)[1].folder == data_folder(data)
     assert lines[:2] == ["corpus=notes: 12 files to read", "training a BPE tokenizer with 300 tokens on notes"]
     lines = [line for line in lines[2:-3] if "too small" not in line and "val is" not in line]
     assert len(lines) > 3 and all("document" in line and "B/s" in line for line in lines)
+
+
+def write_texts(documents, characters):
+    Path("x.jsonl").write_text("".join(json.dumps({"text": "ab" * 50}) + "\n" for _ in range(documents)))
+    Path("x.txt").write_text("ab" * (characters // 2))
+
+
+@pytest.mark.parametrize(
+    ("corpus", "length", "block_size", "fraction"),
+    [
+        ("x.txt", 20_000, 9, None),  # 0.0005 of the text is 10 tokens
+        ("x.txt", 20_000, 10, 0.01),
+        ("x.txt", 20_000, 199, 0.01),
+        ("x.txt", 20_000, 200, 0.1),
+        ("x.txt", 20_000, 9_999, 0.5),
+        ("x.jsonl", 200, 50, 0.01),
+        ("x.jsonl", 200, 1000, 0.1),
+    ],
+)
+def test_val_is_as_long_as_a_sample(corpus, length, block_size, fraction):
+    write_texts(length, length)
+    data = Data(corpus=corpus, tokenizer="char")
+    lines = []
+    used, found = prepare.ready(data, True, lines.append, block_size)
+    assert used.val_fraction == (fraction or 0.0005) and len(found.val) > block_size
+    changes = [line for line in lines if "because val had only" in line]
+    assert len(changes) == (fraction is not None)
+    assert all(line.startswith(f"val_fraction={fraction} instead of 0.0005") for line in changes)
+    assert found.folder == data_folder(used) and found.manifest["val_fraction"] == used.val_fraction
+    assert dataset.check(data, block_size) == [] and not dataset.require_block(used, found.manifest, block_size)
+    content_before = content("data")
+    assert prepare.ready(data, True, lines.append, block_size)[1].folder == found.folder  # nothing is prepared again
+    assert content("data") == content_before
+
+
+def test_val_fraction_that_was_set_is_not_changed():
+    write_texts(200, 20_000)
+    for given, words in (
+        ({"val_fraction": 0.0005}, "or use a larger corpus or val_fraction=0.01"),
+        ({"data_dir": "out"}, "or use a larger corpus or val_fraction=0.01 and another data_dir"),
+    ):
+        data = Data(corpus="x.txt", tokenizer="char", **given)
+        used, found = prepare.ready(data, True, print, 100)
+        assert used == data and len(found.val) == 10
+        for problems in (dataset.check(data, 100), dataset.require_block(data, found.manifest, 100)):
+            assert problems[0].endswith(words)
+
+
+def test_val_of_the_corpus_itself_is_not_changed():
+    write_texts(200, 20_000)
+    Path("d").mkdir()
+    shutil.move("x.txt", "d/train.txt")
+    Path("d/val.txt").write_text("ab")
+    used, found = prepare.ready(Data(corpus="d", tokenizer="char"), True, print, 100)
+    assert used.val_fraction == 0.0005 and len(found.val) == 3
+    (problem,) = dataset.check(used, 100)
+    assert problem.endswith("set a smaller block_size, or use more validation data")
+    np.arange(1000, dtype="<u2").tofile("d/train.bin")
+    np.arange(3, dtype="<u2").tofile("d/val.bin")
+    Path("d/train.txt").unlink()
+    assert prepare.ready(Data(data_dir="d"), True, print, 100)[0].val_fraction == 0.0005
+    np.save("tokens.npy", np.zeros(1000, "<u2"))
+    Path("e").mkdir()
+    shutil.move("tokens.npy", "e")
+    used, found = prepare.ready(Data(data_dir="e"), True, print, 50)  # the files are not changed
+    assert used.val_fraction == 0.1 and len(found.val) == 100
 
 
 def test_the_command_reports_its_progress(recipe, capsys, monkeypatch):

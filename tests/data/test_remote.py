@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -75,6 +76,22 @@ def test_names_of_remote_files_are_splits(memory, spec):
         "train": ["training text " * 9],
         "val": ["valid"],
     }
+
+
+def test_our_own_output_is_not_read_in_a_remote_folder(memory):
+    for name in (
+        "mine/a.txt",
+        "mine/runs/x/run.yaml",
+        "mine/runs/x/samples.jsonl",
+        "mine/runs/x/checkpoint-1/model.py",
+    ):
+        memory.pipe(f"/bucket/{name}", b"a text")
+    corpus = find_corpus("memory://bucket/mine")
+    assert list(corpus.documents()) == ["a text"]
+    assert any(
+        "skipping 1 output of nanogpt-accel" in note and "(memory://bucket/mine/runs/x)" in note
+        for note in corpus.notes
+    )
 
 
 def test_formats_are_recognized_by_content(memory):
@@ -217,6 +234,26 @@ def s3():
 def test_s3_gives_the_bytes_of_the_local_files(s3, spec):
     s3.put("local/", "s3://bucket/a/", recursive=True)
     assert_same(f"s3://bucket/a/{spec}", f"local/{spec}")
+
+
+@pytest.mark.slow
+def test_gs_gives_the_bytes_of_the_local_files(monkeypatch):
+    """With an emulator of Google's JSON API. gcsfs would otherwise ask for the kind of the bucket with gRPC."""
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    gcsfs = pytest.importorskip("gcsfs", reason="pip install gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="pip install gcp-storage-emulator")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")
+    with emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
+        fs = gcsfs.GCSFileSystem(token="anon")
+        for name in ("x.jsonl", "x.parquet", "sub/one.txt"):
+            fs.pipe(f"bucket/a/{name}", Path("local", name).read_bytes())
+        for spec in ("x.jsonl", "x.parquet", "*.jsonl", "sub"):
+            assert_same(f"gs://bucket/a/{spec}", f"local/{spec}")
+        with pytest.raises(ValueError, match="no such file"):
+            find_corpus("gs://bucket/a/no.txt")
 
 
 KILLED = """

@@ -95,7 +95,9 @@ def test_documents_that_end_with_a_marker_do_not_get_a_second_one(monkeypatch, c
     assert together.count(ours.tokenizer.eot_id) == 60
     parts = [part for text in texts for part in text.removesuffix(EOT).split(EOT)]
     assert sorted(ours.tokenizer.decode(together).removesuffix(EOT).split(EOT)) == sorted(parts)
-    assert sum(split["bytes"] for split in ours.manifest["splits"].values()) == len("".join(texts).replace(EOT, ""))
+    splits = ours.manifest["splits"].values()
+    assert sum(split["bytes"] for split in splits) == len("".join(texts).replace(EOT, ""))
+    assert sum(split["documents"] for split in splits) == 60
 
 
 def test_the_special_tokens_of_another_tokenizer():

@@ -96,6 +96,20 @@ def test_char_of_documents_ends_with_the_end_of_text():
     assert Tokenizer.char(["ba", "dc"], add_eot=False).eot_id is None
 
 
+def test_characters_inside_an_added_token_are_not_unknown(refused):
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(Tokenizer.char(["ab"]).text)
+    backend.add_tokens([AddedToken("<XY>", normalized=False), AddedToken("<XY>z", normalized=False)])
+    tokenizer = Tokenizer(backend.to_str())
+    assert tokenizer.encode("ab<XY>a<XY>z").tolist() == [0, 1, 2, 0, 3]
+    with refused(ValueError, "the tokenizer has no 'Q' (U+0051)"):
+        tokenizer.encode("a<XY>Q<XY>z")
+    with pytest.raises(ValueError, match="the tokenizer has no 'X' [^,]*$"):
+        tokenizer.encode("X<XY>")
+
+
 def test_char_names_unknown_characters(refused):
     tokenizer = Tokenizer.char(["abc"])
     for encode in (tokenizer.encode, tokenizer.encode_prompt):

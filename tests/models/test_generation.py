@@ -237,7 +237,17 @@ def test_generation_stops_at_eos(monkeypatch, eos_id):
 
 @pytest.mark.parametrize(
     ("stop", "text"),
-    [("g", "def"), ("fg", "de"), ("defghijkl", ""), ("hijklm", "defghijkl"), ("zz", "defghijkl"), (None, "defghijkl")],
+    [
+        (["g"], "def"),
+        (["fg"], "de"),
+        (["defghijkl"], ""),
+        (["hijklm"], "defghijkl"),
+        (["zz"], "defghijkl"),
+        ([], "defghijkl"),
+        (["zz", "hi", "g"], "def"),
+        (["efgh", "fg"], "de"),
+        (["fgz", "hijz", "j"], "defghi"),
+    ],
 )
 def test_generation_stops_before_a_text(monkeypatch, stop, text):
     """The streamed parts never contain the start of `stop`, and together are the text."""
@@ -246,16 +256,18 @@ def test_generation_stops_before_a_text(monkeypatch, stop, text):
     options = {"max_new_tokens": 9, "stop": stop, "decode": decode_letters}
     (ids,) = write(gpt(), [[1, 2]], on_text=parts.append, **options)
     assert "".join(parts) == text == text_after(decode_letters, [1, 2], ids, stop)
-    assert len(ids) == (9 if text == "defghijkl" else len(text) + len(stop))
+    end = min((len(text) + len(word) for word in stop if "defghijkl".startswith(text + word)), default=9)
+    assert len(ids) == end
     assert write(gpt(), [[1, 2]] * 3, **options) == [ids] * 3
 
 
 def test_samples_that_stop_do_not_change_the_others():
     model = gpt()
     alone = [
-        write(model, [p], seeds=[seed], eos_id=5, stop="cc", decode=decode_letters)[0] for seed, p in enumerate(PROMPTS)
+        write(model, [p], seeds=[seed], eos_id=5, stop=["cc"], decode=decode_letters)[0]
+        for seed, p in enumerate(PROMPTS)
     ]
-    assert write(model, PROMPTS, eos_id=5, stop="cc", decode=decode_letters) == alone
+    assert write(model, PROMPTS, eos_id=5, stop=["cc"], decode=decode_letters) == alone
     free = write(model, PROMPTS)
     for ids, longer in zip(alone, free, strict=True):
         assert ids == longer[: len(ids)] and (len(ids) == 30 or longer[len(ids)] == 5 or ids[-2:] == [2, 2])
@@ -285,6 +297,10 @@ def stories(tmp_path, monkeypatch):
         (["stop=\n\n"], "ab"),
         (["stop=c<|endo", "stop_at_eos=false"], "ab\n\n"),
         (["--stop", "b"], "a"),
+        ([r'stop=["zz", "\n\n"]'], "ab"),
+        (['stop=["c", "\n\n"]'], "ab"),
+        (["stop=[b]"], "ab\n\nc"),
+        (["stop="], "ab\n\nc"),
     ],
 )
 def test_sample_stops_at_the_end_of_text_or_a_given_text(stories, call, options, text, batch):
@@ -293,6 +309,11 @@ def test_sample_stops_at_the_end_of_text_or_a_given_text(stories, call, options,
         assert [json.loads(line)["text"] for line in out.splitlines()] == [text] * 2
     else:
         assert out == f"ab{text}\n---------------\n" * 2
+
+
+def test_a_list_of_stops_that_is_no_list(stories, call):
+    for value in ('["a", b]', '["a"', '["a", 1]', '["a", ""]'):
+        assert f"stop={value}: not a JSON list of texts" in call("sample", "stories", f"stop={value}", status=2)
 
 
 def test_stop_at_eos_without_an_end_of_text_token(llama, call):

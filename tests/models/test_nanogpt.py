@@ -296,7 +296,7 @@ def test_other_commands_point_to_import_for_a_nanogpt_checkpoint(capsys):
         assert "nanogpt-accel import out/ckpt.pt --to FOLDER" in capsys.readouterr().err
 
 
-def test_find_tokenizer_takes_meta_pkl_next_to_the_checkpoint_or_the_given_one(refused):
+def test_find_tokenizer_takes_meta_pkl_next_to_the_checkpoint_or_the_given_one(refused, monkeypatch):
     Path("out").mkdir()
     ckpt = Path("out/ckpt.pt")
     with refused(ValueError, "out/ckpt.pt", "vocabulary size 64", "data/shakespeare_char/meta.pkl", "set tokenizer to"):
@@ -307,6 +307,10 @@ def test_find_tokenizer_takes_meta_pkl_next_to_the_checkpoint_or_the_given_one(r
     assert find_tokenizer(str(other), ckpt, "shakespeare_char", 64).encode("abc").tolist() == [1, 0, 2]
     Tokenizer.char(["abc"]).save("elsewhere")
     assert find_tokenizer("elsewhere", ckpt, "shakespeare_char", 3).encode("cab").tolist() == [2, 0, 1]
+    monkeypatch.setattr("nanogpt_accel.data.find_tokenizer._download", {"me/tok@v1": "elsewhere"}.get)
+    assert find_tokenizer("hub:me/tok@v1", ckpt, "shakespeare_char", 3).encode("cab").tolist() == [2, 0, 1]
+    with refused(ValueError, "tokenizer=char: unknown without the text", "meta.pkl"):
+        find_tokenizer("char", ckpt, "", 64)
     for asked in (str(other), "elsewhere"):
         with refused(
             ValueError,

@@ -134,7 +134,7 @@ EARLY = [
     ([*TINY, "corpus=nothing"], ["corpus=nothing", "contains no text file"]),
     ([*TINY, "corpus=latin.txt"], ["corpus=latin.txt", "not UTF-8", "byte 0", "iconv"]),
     ([*TINY, "corpus=short.txt", "val_fraction=0.5"], ["the train split", "17 tokens"], ["the val split", "17 tokens"]),
-    ([*TINY, "corpus=few.txt"], ["the val split", "block_size=16", "has 12", "larger val_fraction"]),
+    ([*TINY, "corpus=few.txt", "val_fraction=0.1"], ["the val split", "block_size=16", "has 12", "val_fraction=0.5"]),
     # out_dir not writable, or already a run
     (["train", "tiny.yaml", "out_dir=text.txt/run"], ["out_dir=text.txt/run", "text.txt is a file"]),
     (["train", "tiny.yaml", "out_dir=/proc/run"], ["out_dir=/proc/run", "cannot write", "another folder"]),

@@ -268,7 +268,7 @@ def check(workplace, monkeypatch):
         "commands.recipes.copy",
         "commands.report.page",
         "commands.doctor.examine",
-        "commands.prepare.prepare",
+        "commands.prepare.ready",
         "commands.sample.load_model",
         "commands.export.export",
         "commands.export.export_gguf",
