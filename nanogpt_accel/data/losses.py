@@ -10,7 +10,8 @@ SAMPLED_CHARACTERS = 1_000_000  # in total
 
 
 def report_losses(corpus, data, tokenizer, report, bad=None):
-    """Encode and decode the first documents of a corpus, and report the characters that are lost.
+    """Encode and decode the first documents of a corpus, and report the characters that are lost. Compare gigatoken's
+    ids for these documents, too.
 
     Raises:
         ValueError: none of the characters are in the vocabulary.
@@ -22,6 +23,7 @@ def report_losses(corpus, data, tokenizer, report, bad=None):
     for text in itertools.islice(corpus.documents(bad=bad), SAMPLED_DOCUMENTS):
         text = text[: SAMPLED_CHARACTERS - n_characters]
         ids = tokenizer.encode_document(text)
+        tokenizer.check_fast(text)
         known = ids if tokenizer.unk_id is None else ids[ids != tokenizer.unk_id]
         decoded = tokenizer.decode(known)
         n_documents, n_characters = n_documents + 1, n_characters + len(text)
