@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field
 
 from .optim import OPTIMIZERS, SCHEDULES
 from .utils.fields import Device, Float, Int, Section, Words, nearest, raise_problems, validate
+from .utils.files import sha256
 from .utils.packaged import list_packaged, packaged
 from .utils.text import quoted
 
@@ -502,6 +503,10 @@ ALIASES = {
 }
 
 
+# SHA-256 of the built-in corpora that are a single text
+TEXT_SHA256 = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
+
+
 def _conflicts(recipe, overridden):
     """Yield (keys, problem) for values that are valid individually, but not in combination.
 
@@ -677,13 +682,24 @@ def _foreign_keys(data):
 
 
 def _changed_keys(file_values, recipe):
-    """Yield the keys that affect the expected loss and whose values differ from those in the recipe file."""
+    """Yield the keys that affect the expected loss and whose values differ from those in the recipe file. A local copy
+    of a built-in corpus is not a change."""
     for name in (*LOSS_SECTIONS, "train"):
         before, after = validate(SECTIONS[name], file_values[name])[0], getattr(recipe, name)
         for key in LOSS_TRAIN_KEYS if name == "train" else SECTIONS[name].model_fields:
             values = getattr(before, key), getattr(after, key)
-            if values[0] != values[1] and not (key == "init_from" and "resume" in values):
+            is_same = values[0] == values[1] or (key == "init_from" and "resume" in values)
+            if not is_same and not (key == "corpus" and _is_copy(values[1], values[0])):
                 yield key
+
+
+def _is_copy(path, corpus):
+    """Return whether a file contains the text of a built-in corpus."""
+    path = os.path.expanduser(path)
+    try:  # built-in texts have less than 16 MiB, so do not read all of a large file
+        return corpus in TEXT_SHA256 and os.path.isfile(path) and sha256(path, size=2**24) == TEXT_SHA256[corpus]
+    except OSError:
+        return False
 
 
 def _misplaced(section, leaf):

@@ -25,10 +25,10 @@ from .distributed.launcher import is_main
 from .distributed.stop import Stopper, StopSignals, lost_process
 from .evaluation import describe
 from .optim import learning_rate
-from .recipe import FIELDS, SETTINGS, Recipe, load_recipe
+from .recipe import FIELDS, SETTINGS, Recipe
 from .tracking.console import Console
 from .tracking.expectation import report_expectation
-from .tracking.metrics_log import plot_losses, read_metrics
+from .tracking.metrics_log import History, plot_losses, read_metrics
 from .training import (
     NonFinite,
     check_out_dir,
@@ -38,13 +38,14 @@ from .training import (
     find_checkpoint,
     finished_model,
     is_sharded,
+    load_target,
     open_data,
     resolve_resume,
     set_up,
     write_sample,
 )
 from .utils import cli
-from .utils.fields import raise_problems
+from .utils.fields import how_to_override, raise_problems
 from .utils.text import quoted
 
 _TRAINING = threading.Lock()  # one training per process
@@ -117,9 +118,10 @@ def training_loop(setup, data, run, state, stopper, console):
 
         # sample
         if recipe.should_sample(step) and is_main():
-            text = recipe.train.sample_prompt + write_sample(recipe, data.tokenizer, setup.raw_model)
-            console.say(f"sample after {step} steps: {text}")
-            run.log_sample(step, text)
+            with console.optional(f"no sample after {step} steps"):
+                text = recipe.train.sample_prompt + write_sample(recipe, data.tokenizer, setup.raw_model)
+                console.say(f"sample after {step} steps: {text}")
+                run.log_sample(step, text)
 
         # learning rate
         lr = learning_rate(step, **recipe.lr_schedule)
@@ -200,10 +202,11 @@ def run_training(recipe, signals):
         is_stopped = training_loop(setup, data, run, state, stopper, console)
         console.stop()
         run.saver.wait()
-        model = finished_model(setup, recipe)
+        model = finished_model(setup, recipe, console)
         if is_main() and not is_stopped:
             finish(recipe, data, model, run, state, console)
-        run.finish_pushing(state.best_step)
+        with console.optional(f"{recipe.out_dir} cannot be pushed to the Hub"):
+            run.finish_pushing(state.best_step)
     lost = f", but the last checkpoint could not be written ({run.saver.error})" if run.saver.error else ""
     if is_stopped:
         steps = f"{state.step:,} of {recipe.train.max_iters:,} steps"
@@ -253,16 +256,15 @@ def warn_if_schedule_changed(recipe, state, console):
 
 def finish(recipe, data, model, run, state, console):
     """After a run, plot the losses, print a sample and commands to try next, and compare the loss with `expect`."""
-    try:
+    with console.optional(f"{run.folder / 'loss.png'} cannot be written"):
         plot_losses(run.folder / "metrics.jsonl", run.folder / "loss.png")
-    except Exception as error:  # a plot is optional
-        console.say(f"warning: {run.folder / 'loss.png'} cannot be written ({error})")
     prompt, folder = recipe.train.sample_prompt, quoted(run.folder)
     if recipe.train.sample_tokens and model is not None:
-        console.write(f"\nA sample of {recipe.train.sample_tokens} tokens:\n{'-' * 60}\n{prompt}")
-        text = write_sample(recipe, data.tokenizer, model, on_text=console.write)
-        console.say(f"\n{'-' * 60}")
-        run.log_sample(state.step, prompt + text)
+        with console.optional(f"no sample after {state.step} steps"):
+            console.write(f"\nA sample of {recipe.train.sample_tokens} tokens:\n{'-' * 60}\n{prompt}")
+            text = write_sample(recipe, data.tokenizer, model, on_text=console.write)
+            console.say(f"\n{'-' * 60}")
+            run.log_sample(state.step, prompt + text)
     words = [word for word in (prompt.strip(), "The") if not data.tokenizer.check_prompt(word, None, "prompt")]
     console.say(
         f"\nThe run is in {run.folder}: metrics.jsonl, loss.png and checkpoints. To try next:\n"
@@ -287,16 +289,7 @@ def main(argv):
     target, options = cli.parse(argv, FIELDS)
     if target is None:
         raise ValueError("RECIPE or RUN_FOLDER is missing; usage: nanogpt-accel train quickstart")
-    if (Path(target) / "run.yaml").is_file():
-        if "out_dir" in options:
-            raise ValueError(
-                f"out_dir={options['out_dir']}: a resumed run stays in {target}; to write to another folder, start a "
-                f"new run with init_from={target}"
-            )
-        # fail if there is no checkpoint; with the recipe's resume=auto, the run would start over
-        options = {"init_from": "resume", "resume": "no", **options, "out_dir": target}
-        target = Path(target) / "run.yaml"
-    recipe = resolve_resume(load_recipe(target, options, check=check_recipe))
+    recipe = resolve_resume(load_target(target, options))
     try:
         with StopSignals() as signals:
             run_training(recipe, signals)
@@ -312,23 +305,28 @@ def main(argv):
 
 
 def train(recipe, **overrides):
-    """Run a recipe from Python.
+    """Train a GPT as a recipe describes, or continue a run. This is the `nanogpt-accel train` command for Python.
+
+    model, history = train("recipes/quickstart.yaml", max_iters=100, out_dir="runs/test")
+    model, history = train("runs/test", max_iters=200)  # continue from the latest checkpoint
+    history.plot()
 
     Args:
-        recipe: path or name of a recipe, or a Recipe from load_recipe.
-        overrides: settings that replace those of the recipe file, such as max_iters=100.
+        recipe: path or name of a recipe, path of a run folder, or a Recipe from load_recipe.
+        overrides: settings that replace those of the recipe, as on the command line.
 
     Returns:
-        (model, history): the trained GPT, and the lines of metrics.jsonl as dictionaries.
+        (model, history): the trained GPT, and a History, the list of all logged lines. history.steps and
+        history.evaluations are parts of it; history.plot() plots the losses.
 
     Raises:
         ValueError: the recipe has problems; one line per problem. Also the exceptions of `run_training`.
     """
     cli.limit_openmp_spinning()
     if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides, check_recipe)
+        recipe = load_target(recipe, overrides)
     elif overrides:
-        raise ValueError(f"{', '.join(overrides)}: a Recipe cannot be changed; use load_recipe(path, overrides)")
+        raise ValueError(how_to_override(overrides))
     else:
         raise_problems(check_recipe(recipe))
     if not _TRAINING.acquire(blocking=False):
@@ -341,7 +339,7 @@ def train(recipe, **overrides):
         model = run_training(resolve_resume(recipe), StopSignals())
     finally:
         _TRAINING.release()
-    return model, read_metrics(Path(recipe.out_dir) / "metrics.jsonl")
+    return model, History(read_metrics(Path(recipe.out_dir) / "metrics.jsonl"))
 
 
 if __name__ == "__main__":

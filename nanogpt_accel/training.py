@@ -24,13 +24,33 @@ from .models.load import check_tokenizer, fit_to_tokenizer, load_model, read_con
 from .optim import make_optimizer
 from .planning import sizing
 from .planning.hardware import device_name, peak_flops
-from .recipe import SECTIONS
+from .recipe import SECTIONS, load_recipe
 from .tracking.trackers import check_trackers
 from .utils.fields import raise_problems, validate
 from .utils.packaged import packaged
 from .utils.text import duration, quoted
 
 # ---- checks before anything slow
+
+
+def load_target(target, options):
+    """Return the Recipe for the target of `train`: a path or name of a recipe, or a run folder, to continue its run.
+
+    options: {key: value or text}, which replace settings of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: there are problems; one line per problem.
+    """
+    if (Path(target) / "run.yaml").is_file():
+        if "out_dir" in options:
+            raise ValueError(
+                f"out_dir={options['out_dir']}: a resumed run stays in {target}; to write to another folder, start a "
+                f"new run with init_from={target}"
+            )
+        # fail if there is no checkpoint; with the recipe's resume=auto, the run would start over
+        options = {"init_from": "resume", "resume": "no", **options, "out_dir": str(target)}
+        target = Path(target) / "run.yaml"
+    return load_recipe(target, options, check=check_recipe)
 
 
 def resolve_resume(recipe):
@@ -464,27 +484,32 @@ def write_sample(recipe, tokenizer, model, on_text=None):
     was_training = model.training
     model.eval()
     prompt = tokenizer.encode_prompt(recipe.train.sample_prompt)
-    (ids,) = generate(
-        model,
-        [prompt],
-        seeds=[recipe.seed],
-        vocab_size=tokenizer.vocab_size,
-        max_new_tokens=recipe.train.sample_tokens,
-        temperature=0.8,
-        top_k=200,
-        decode=tokenizer.decode,
-        on_text=on_text,
-    )
-    model.train(was_training)
+    try:
+        (ids,) = generate(
+            model,
+            [prompt],
+            seeds=[recipe.seed],
+            vocab_size=tokenizer.vocab_size,
+            max_new_tokens=recipe.train.sample_tokens,
+            temperature=0.8,
+            top_k=200,
+            decode=tokenizer.decode,
+            on_text=on_text,
+        )
+    finally:
+        model.train(was_training)  # training continues if a sample cannot be generated
     return text_after(tokenizer.decode, prompt, ids)
 
 
-def finished_model(setup, recipe):
-    """Return the trained GPT. If it is sharded, only the main process returns it, loaded from the last checkpoint."""
+def finished_model(setup, recipe, console):
+    """Return the trained GPT. If it is sharded, only the main process returns it, loaded from the last checkpoint; if
+    that fails, for example because the model does not fit on one device, return None."""
     if not is_sharded(setup.accelerator):
         return setup.raw_model
     saved = latest_valid(recipe.out_dir) if is_main() else None
-    return load_model(saved).to(setup.accelerator.device) if saved else None
+    if saved:
+        with console.optional(f"{saved} cannot be loaded after the training"):
+            return load_model(saved).to(setup.accelerator.device)
 
 
 # ---- the first lines of a run

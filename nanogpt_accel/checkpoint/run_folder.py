@@ -90,6 +90,15 @@ def check_lock(run):
         return [str(error)]
 
 
+def find_trainer(run):
+    """Return the process that trains in a run folder, as `process N on HOST`, or None. Nothing is written.
+
+    Raises:
+        OSError: the lock file cannot be opened or locked, so this is unknown.
+    """
+    return locking.find_holder(Path(run) / LOCK, Path(run) / LOCK_HOLDER)
+
+
 # ---- start of a run
 
 

@@ -11,6 +11,7 @@ command does not download data or weights, and it does not evaluate or save the 
 import itertools
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -301,6 +302,7 @@ class Variant:
         import torch
         from torch.profiler import ProfilerActivity
 
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's C++ code logs each start and stop at level 5
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
         with torch.profiler.profile(activities=activities, profile_memory=profile_memory) as profiler:
             for _ in range(steps):

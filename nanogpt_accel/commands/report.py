@@ -15,8 +15,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ..checkpoint.run_folder import check_lock
+from ..checkpoint.run_folder import find_trainer
 from ..recipe import SECTION_OF, Recipe, load_recipe
+from ..tracking.console import Console
 from ..tracking.metrics_log import new_figure, read_metrics
 from ..utils import cli
 from ..utils.fields import Section, raise_problems, show_value
@@ -63,13 +64,17 @@ def main(argv):
     text = page(runs)
     try:
         out.write_text(text, encoding="utf-8")
-        images = write_images(runs, out)
     except OSError as error:
         raise OSError(f"out={out}: cannot be written ({error.strerror or error})") from None
+    console, images = Console(), []
+    for line in table(runs):  # not wrapped, so that the columns stay aligned
+        print(line)
     for run in runs:
         for note in run["notes"]:
-            print(f"{run['name']}: {note}")
-    print(f"wrote {out}" + (f" and {', '.join(path.name for path in images)}" if images else ""))
+            console.say(f"{run['name']}: {note}")
+    with console.optional("the PNGs cannot be written"):
+        images = write_images(runs, out)
+    console.say(f"wrote {out}" + (f" and {counted(len(images), 'PNG')}: {out.stem}-*.png" if images else ""))
 
 
 def unique_names(targets):
@@ -177,6 +182,14 @@ def downsample(points):
     return columns
 
 
+def progress(folder):
+    """Return whether an unfinished run is running or stopped, as text."""
+    try:
+        return "running" if find_trainer(folder) else "stopped"
+    except OSError as error:  # for example, the folder of a colleague
+        return f"running or stopped (.lock: {error.strerror or error})"
+
+
 def summary(folder, recipe, lines, clock, tokens_per_step):
     """Return {title: text} of a run, for the table at the top of the page. clock: the result of training_seconds."""
     values = lambda key: [value for line in lines if (value := number(line, key))]  # noqa: E731
@@ -184,8 +197,7 @@ def summary(folder, recipe, lines, clock, tokens_per_step):
     max_iters = recipe.train.max_iters if recipe else None
     entries = {"steps": f"{n_steps:,} steps"}
     if max_iters and n_steps < max_iters:
-        state = "running" if check_lock(folder) else "stopped"
-        entries["steps"] = f"{n_steps:,} of {max_iters:,} steps, {state}"
+        entries["steps"] = f"{n_steps:,} of {max_iters:,} steps, {progress(folder)}"
     if evaluations := [(line["val_loss"], line["step"]) for line in lines if number(line, "val_loss") is not None]:
         (best, step), (last, _) = min(evaluations), evaluations[-1]
         entries |= {"best validation loss": f"{best:.4f} at step {step:,}", "last": f"{last:.4f}"}
@@ -228,6 +240,18 @@ def differences(runs):
             if any(value != values[0] for value in values):
                 rows.append((f"{section}.{key}" if section else key, [show_value(value) for value in values]))
     return titles, rows
+
+
+# ---- the summary in the terminal
+
+
+def table(runs):
+    """Return the summaries of runs as lines of text in aligned columns. runs: list of results of read_run."""
+    titles = ("steps", "best validation loss", "last", "training time")
+    rows = [("run", *titles)]
+    rows += [(run["name"], *(run["summary"].get(title, "-") for title in titles)) for run in runs]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 # ---- images

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from ..recipe import TEXT_SHA256
 from ..utils.files import cache_folder, write_atomically
 from .corpus import Corpus
 from .hub_datasets import HubSet, hub_corpus
@@ -29,7 +30,7 @@ from .readers import decode
 URLS = {
     "shakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        TEXT_SHA256["shakespeare"],
     ),
 }
 

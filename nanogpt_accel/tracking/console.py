@@ -1,18 +1,23 @@
-"""Console output: live lines in a terminal, nanoGPT-style lines in a log file."""
+"""Console output: live lines in a terminal or notebook, nanoGPT-style lines in a log file."""
 
 import atexit
+import multiprocessing
 import os
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from ..utils.text import counted, data_size, duration
+from ..utils.text import counted, data_size, duration, one_line
+
+LINES_INTERVAL_S = 0.1  # printing above a live line takes a millisecond, so fast steps are printed together
 
 
 class Console:
     """Print on the main process only.
 
-    In a terminal, `step` updates a live progress line, and `say` prints above that line. Otherwise, both print lines.
+    In a terminal, a live line shows the progress, and other lines appear above it. In a notebook, one output of the
+    cell shows the progress, and steps are not printed. Otherwise, everything is printed as lines.
 
     enabled: whether this is the main process. quiet: print only warnings and lines with always=True.
     stderr: print to stderr, to keep stdout for results.
@@ -21,23 +26,39 @@ class Console:
     def __init__(self, enabled=True, quiet=False, stderr=False):
         self.enabled, self.quiet, self.stderr = enabled, quiet, stderr
         self.is_verbose = enabled and not quiet
+        stream = sys.stderr if stderr else sys.stdout
+        self.is_notebook = is_notebook()
+        self.is_terminal = not self.is_notebook and is_terminal(stream)
+        # on Windows, the encoding of a log file does not include all characters; they are printed as question marks
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self.live = None  # rich's progress display, if there are live lines
+        self._waiting, self._lines_printed = "", 0.0  # text that the next print includes, time of the last step's line
+        self._lock = threading.RLock()  # checkpoints are saved and pushed by threads, which also print
 
     def say(self, text="", always=False):
         """Print a line. If `quiet` is set, only print warnings (`warning: ...`) and lines with always=True."""
-        if self.quiet and not always and not text.startswith("warning:"):
-            return
-        if self.live is not None:
-            self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        elif self.enabled:
+        if self.enabled and (always or not self.quiet or text.startswith("warning:")):
             self._print(text)
 
     __call__ = say  # so that a Console can be passed as a function that prints a line
 
     def write(self, text):
-        """Print text without a newline, for samples that are printed token by token."""
-        if self.is_verbose:
+        """Print text without a newline, for samples that are generated token by token. Outside of a terminal, it is
+        printed together with the next line, because a notebook shows each print as an output of its own."""
+        if self.is_verbose and self.is_terminal:
             self._print(text, end="")
+        elif self.is_verbose:
+            with self._lock:
+                self._waiting += text
+
+    @contextmanager
+    def optional(self, problem):
+        """Print an exception of the `with` block as a warning, because an optional result must not end a run."""
+        try:
+            yield
+        except Exception as error:
+            self._print_waiting()  # the start of a sample
+            self.say(f"warning: {problem} ({one_line(error)})")
 
     # ---- training
 
@@ -72,11 +93,19 @@ class Console:
                 self.say(f"time: about {duration(total)} in total{first}")
         speed = f"{tokens_per_second:,.0f} tokens/s" + (f", mfu {mfu:.2%}" if mfu is not None else "")
         speed += "".join(f", {note}" for note in notes)
-        if self.live is not None:  # narrow terminals cut off the line, so the least important numbers come last
-            text = f"{done:,}/{self.last_step:,}, loss {loss:.4f}{left}, {speed}"
-            self.live.update(self.line, completed=done, description=text)
-        elif self.is_verbose:
-            self._print(f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {speed}{left}")
+        line = f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {speed}"
+        if self.live is None:
+            self.say(line + left)
+            return
+        # narrow terminals cut off the live line, so the least important numbers come last
+        text = f"{done:,}/{self.last_step:,}, loss {loss:.4f}{left}, {speed}"
+        self.update_line(self.line, done, text)
+        if self.is_terminal:
+            with self._lock:
+                self._waiting += line + "\n"
+            if time.monotonic() - self._lines_printed > LINES_INTERVAL_S:
+                self._lines_printed = time.monotonic()
+                self._print_waiting()
 
     @contextmanager
     def evaluating(self, n_batches):
@@ -91,9 +120,11 @@ class Console:
 
     def stop(self):
         """Stop the live display. Later lines are printed below it."""
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
+        self._print_waiting()
+        live, self.live = self.live, None
+        if live is not None:
+            with suppress(OSError):  # the terminal was closed
+                live.stop()
 
     def _remaining(self, done):
         """Return the estimated seconds for the remaining steps and evaluations. done: number of finished steps."""
@@ -109,21 +140,22 @@ class Console:
         total: number of items, None if unknown. done: finished items. text: printed after the bar.
         stays: keep the live lines visible after the display stops. Only used for the first live line of a display.
         """
-        is_terminal = (sys.stderr if self.stderr else sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
-        is_terminal = is_terminal or self.live is not None  # its replacement of sys.stdout has no isatty before rich 15
-        if not (self.is_verbose and is_terminal):
+        if not (self.is_verbose and (self.is_terminal or self.is_notebook)):
             return None
-        if self.live is None:
-            from rich.console import Console as Terminal
-            from rich.progress import BarColumn, TextColumn
-            from rich.progress import Progress as Display
+        try:
+            if self.live is None:
+                self.live = open_display(self.is_notebook, self.stderr, stays)
+                self.live.start()
+                atexit.register(self.stop)  # so that the cursor is visible again after an error
+            return self.live.add_task(text, total=total, completed=done, name=name)
+        except OSError:  # the terminal was closed
+            self.stop()
+            return None
 
-            terminal, bar = Terminal(stderr=self.stderr), BarColumn(bar_width=16)
-            columns = TextColumn("{task.fields[name]}"), bar, TextColumn("{task.description}", markup=False)
-            self.live = Display(*columns, console=terminal, redirect_stdout=not self.stderr, transient=not stays)
-            self.live.start()
-            atexit.register(self.stop)  # so that the cursor is visible again after an error
-        return self.live.add_task(text, total=total, completed=done, name=name)
+    def update_line(self, line, done, text):
+        """Set the number of finished items of a live line and the text after its bar."""
+        if self.live is not None:  # None if the terminal was closed
+            self.live.update(line, completed=done, description=text)
 
     def close_line(self, line):
         """Remove a live line. Stop the display when no live line remains."""
@@ -132,16 +164,70 @@ class Console:
             if not self.live.tasks:
                 self.stop()
 
+    # ---- printing
+
+    def _print_waiting(self):
+        with self._lock:
+            if self._waiting:
+                text, self._waiting = self._waiting.removesuffix("\n"), ""
+                self._print(text)
+
     def _print(self, text, end="\n"):
         """Print text. Ignore errors such as a full disk, so that the run continues, but raise a BrokenPipeError."""
-        try:
-            print(text, end=end, flush=True, file=sys.stderr if self.stderr else sys.stdout)
-        except BrokenPipeError:
-            raise
-        except UnicodeEncodeError:  # on Windows, the encoding of a log file may not include all characters
-            self._print(text.encode("ascii", "replace").decode(), end)
-        except OSError:
-            pass
+        with self._lock:
+            text = (self._waiting + text).encode(self._encoding, "replace").decode(self._encoding)
+            self._waiting = ""
+            try:
+                if self.is_terminal and end:
+                    print_wrapped(text, self.live.console if self.live is not None else None, self.stderr)
+                else:
+                    print(text, end=end, flush=True, file=sys.stderr if self.stderr else sys.stdout)
+            except BrokenPipeError:
+                raise
+            except OSError:
+                if self.is_terminal:  # it was closed, for example by a lost connection
+                    self.is_terminal = False
+                    self.stop()
+
+
+def is_terminal(stream):
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def is_notebook():
+    """Return whether this process is the kernel of a notebook."""
+    if "IPython" not in sys.modules or multiprocessing.parent_process() is not None:  # a rank of notebook_launcher
+        return False
+    from rich.console import Console as Terminal
+
+    return Terminal().is_jupyter
+
+
+def open_display(in_notebook, stderr, stays):
+    """Return a rich progress display, which is not started yet. stays: keep it visible after it is stopped."""
+    from rich.console import Console as Terminal
+    from rich.progress import BarColumn, TextColumn
+
+    if in_notebook:
+        from .notebook import NotebookProgress as Display
+    else:
+        from rich.progress import Progress as Display
+    columns = TextColumn("{task.fields[name]}"), BarColumn(16), TextColumn("{task.description}", markup=False)
+    return Display(*columns, console=Terminal(stderr=stderr), redirect_stdout=not stderr, transient=not stays)
+
+
+def print_wrapped(text, terminal=None, stderr=False):
+    """Print text to a terminal, with line breaks between words.
+
+    Indented lines are not wrapped: they are commands, and a command that is copied must not contain a line break.
+    terminal: the rich Console of the live display, or None.
+    """
+    from rich.console import Console as Terminal
+    from rich.text import Text
+
+    terminal = terminal or Terminal(stderr=stderr)
+    for line in text.split("\n"):
+        terminal.print(Text(line), soft_wrap=line.startswith(" "))
 
 
 class Progress:
@@ -185,7 +271,7 @@ class Progress:
         if self.total and rate:
             text += f", about {duration(max(self.total - self.done, 0) / rate)} left"
         if self.line is not None:
-            self.report.live.update(self.line, completed=self.done, description=text)
+            self.report.update_line(self.line, self.done, text)
         else:
             self.report(f"{self.name}: {text}")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def report_expectation(recipe, last, best, console):
-    """Print whether the run reproduced the expected validation loss, and write the result to expect.json.
+    """Print whether the run reproduced the expected validation loss, and write the result to expect.json, also with the
+    changed settings and the source of the expected loss.
 
     last, best: validation losses of the run in nats per token, None if there was no evaluation.
     """
@@ -16,17 +17,16 @@ def report_expectation(recipe, last, best, console):
         return
     steps, outcome, condition = max_iters if expect.steps is None else expect.steps, None, ""
     if expect.changed:
-        condition = f" for the unmodified recipe (modified in this run: {', '.join(expect.changed)})"
+        condition = " for the unmodified recipe"
     elif steps != max_iters and not recipe.train.eval_only:
-        condition = f" after {steps:,} steps (this run: {max_iters:,})"
+        condition = f" after {steps:,} steps"
     elif expect.tolerance is not None:
         difference = got - expect.val_loss
         outcome = "reproduced"
         if abs(difference) > expect.tolerance + 1e-9:
             outcome = f"not reproduced, {abs(difference):.3f} {'higher' if difference > 0 else 'lower'}"
     tolerance = f" +- {expect.tolerance:g}" if expect.tolerance is not None else ""
-    source = f" ({expect.source})" if expect.source else ""
-    line = f"expected {expect.val_loss:.3f}{tolerance}{source}{condition}, got {got:.3f}"
+    line = f"expected {expect.val_loss:.3f}{tolerance}{condition}, got {got:.3f}"
     console.say(f"{line}: {outcome}" if outcome else line, always=True)
     if recipe.train.eval_only:
         return

@@ -4,10 +4,13 @@ import errno
 import json
 import math
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+
+from ..utils.text import counted
 
 
 class MetricsLog:
@@ -106,25 +109,70 @@ class Spikes:
         return bool(len(previous) >= self.MIN_LOSSES and loss > previous.mean() + 7 * previous.std())
 
 
+FIGURE = {"figsize": (8, 4.5), "layout": "constrained"}
+
+
+class History(list):
+    """The lines of metrics.jsonl as dictionaries, in the order in which they were logged.
+
+    steps: the lines of training steps, with `loss`, `learning_rate`, `grad_norm` and `tokens_per_second`.
+    evaluations: the lines of evaluations, with `val_loss`. `step` counts the steps before the evaluation.
+    """
+
+    @property
+    def steps(self):
+        return [line for line in self if "val_loss" not in line]
+
+    @property
+    def evaluations(self):
+        return [line for line in self if "val_loss" in line]
+
+    def plot(self, axes=None):
+        """Plot the training and validation losses, and return the axes. axes: matplotlib axes to plot into; by
+        default, those of a new figure, which a notebook shows below the cell."""
+        if axes is None:
+            try:
+                from matplotlib import pyplot
+
+                axes = pyplot.figure(**FIGURE).subplots()
+            except ImportError:  # the backend of a notebook that started this process is not installed here
+                _, axes = new_figure()
+        return draw_losses(self, axes)
+
+    def __repr__(self):
+        counts = f"{counted(len(self.steps), 'logged step')}, {counted(len(self.evaluations), 'evaluation')}"
+        return f"<History: {counts}; see .steps, .evaluations and .plot()>"
+
+
 def new_figure():
     """Return a matplotlib figure for an image file, and its axes."""
-    # a notebook sets MPLBACKEND for its processes; matplotlib cannot be imported if that package is not installed here
-    backend = os.environ.pop("MPLBACKEND", None)
+    # A notebook sets MPLBACKEND for its processes; matplotlib may refuse to be imported if that backend is not
+    # installed here. The backend is restored, because the notebook itself needs it for its own plots.
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
     try:
+        import matplotlib
         from matplotlib.figure import Figure  # not pyplot, which keeps every figure in memory
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    if backend is not None:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    figure = Figure(**FIGURE)
     return figure, figure.subplots()
 
 
 def plot_losses(metrics_path, image_path):
     """Plot the training and validation losses over steps to a PNG file."""
-    lines = read_metrics(metrics_path)
-    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
     figure, axes = new_figure()
+    draw_losses(read_metrics(metrics_path), axes)
+    figure.savefig(image_path, dpi=120)
+
+
+def draw_losses(lines, axes):
+    """Draw the losses in lines of metrics.jsonl into matplotlib axes, and return the axes."""
+    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    val = [(line["step"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
     if train:
         axes.plot(*zip(*train, strict=True), label="train", linewidth=0.8, color="tab:blue", alpha=0.7)
     if val:
@@ -133,5 +181,6 @@ def plot_losses(metrics_path, image_path):
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(image_path, dpi=120)
+    if train or val:
+        axes.legend()
+    return axes

@@ -36,14 +36,14 @@ class Trackers:
 
     def __init__(self, accelerator, project, config, first_step, folder, name, warn=print):
         self.accelerator, self.warn, self._has_warned = accelerator, warn, False
-        options = {"wandb": {"name": name, "dir": str(folder)}}
+        # tensorboard removes values of earlier runs in this folder that were logged at this step or later: after the
+        # checkpoint from which the run resumes, or, in a new run with overwrite=true, all values
+        options = {"wandb": {"name": name, "dir": str(folder)}, "tensorboard": {"purge_step": first_step}}
         if accelerator.is_main_process and any(str(tracker) == "wandb" for tracker in accelerator.log_with):
             id_file = folder / ".wandb_id"
             if first_step == 0 or not id_file.is_file():
                 id_file.write_text(secrets.token_hex(4), encoding="utf-8")
             options["wandb"] |= {"id": id_file.read_text(encoding="utf-8").strip(), "resume": "allow"}
-        if first_step:
-            options["tensorboard"] = {"purge_step": first_step}  # remove values that were logged after the checkpoint
         try:
             accelerator.init_trackers(project, config=config, init_kwargs=options)
         except Exception as error:  # trackers raise different exceptions

@@ -46,11 +46,23 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def __setattr__(self, key, value):
+        raise AttributeError(how_to_override({key: value}))
+
 
 Device = Annotated[str, AfterValidator(_device_name)]
 Int = Annotated[int, BeforeValidator(_integer)]
 Float = Annotated[float, BeforeValidator(_number)]
 Words = Annotated[list[str], BeforeValidator(_split_words)]
+
+
+def how_to_override(values):
+    """Return the message for an attempt to change a recipe. values: the changed settings as a dictionary."""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in values.items())
+    return (
+        f"{', '.join(values)}: a recipe cannot be changed after it is loaded; override settings with "
+        f"load_recipe(PATH, {values}), or train with train(PATH, {arguments})"
+    )
 
 
 def validate(section, values, where=""):

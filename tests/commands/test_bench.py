@@ -30,13 +30,16 @@ def recipe(tmp_path, monkeypatch):
     Path("text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 100)
 
 
-def measured(*words, capsys):
+def measured(*words, capfd):
+    """Return the result as a dictionary, after a check that the profiler, which is C++ code, printed nothing."""
     assert main(["bench", "tiny.yaml", "steps=2", "warmup=1", "--json", *words]) == 0
-    return json.loads(capsys.readouterr().out)
+    printed = capfd.readouterr()
+    assert "profiler" not in printed.err.lower()
+    return json.loads(printed.out)
 
 
-def test_json_is_one_object(capsys):
-    found = measured("--profile", "trace.json", capsys=capsys)
+def test_json_is_one_object(capfd):
+    found = measured("--profile", "trace.json", capfd=capfd)
     assert found["recipe"] == "tiny.yaml" and found["data"].startswith("random tokens, vocabulary size 256 (")
     (line,) = found["variants"]
     assert line["tokens_per_step"] == 256 and line["ratio"] == 1 and line["mfu"] is None and line["name"] == "recipe"
@@ -50,8 +53,8 @@ def test_json_is_one_object(capsys):
     assert not Path("tokens").exists() and not Path("runs").exists()
 
 
-def test_combinations_of_variants(capsys):
-    found = measured("--compare", "attention,loss,optimizer", capsys=capsys)
+def test_combinations_of_variants(capfd):
+    found = measured("--compare", "attention,loss,optimizer", capfd=capfd)
     names = [line["name"] for line in found["variants"]]
     assert len(set(names)) == 8
     assert names[0] == "sdpa, full loss, adamw" and names[-1] == "eager attention, chunked loss, muon"
@@ -61,8 +64,8 @@ def test_combinations_of_variants(capsys):
     assert peaks["sdpa, full loss, muon"] < peaks["sdpa, full loss, adamw"]
 
 
-def test_comparison_of_batch_sizes(capsys):
-    found = measured("compare=batch_size", capsys=capsys)
+def test_comparison_of_batch_sizes(capfd):
+    found = measured("compare=batch_size", capfd=capfd)
     assert [(line["name"], line["tokens_per_step"]) for line in found["variants"]] == [
         ("batch_size=2", 128),
         ("batch_size=4", 256),

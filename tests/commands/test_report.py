@@ -1,5 +1,6 @@
 """report: the page, read by an HTML parser and, in a slow test, by a real browser."""
 
+import errno
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import filelock
 import pytest
 import yaml
 
@@ -133,7 +135,7 @@ def test_the_curves_match_the_log(capsys, monkeypatch):
     for key in page.figures():
         image = (run / f"report-{key}.png").read_bytes()
         assert image[:8] == b"\x89PNG\r\n\x1a\n" and len(image) > 5000
-    assert "wrote runs/a/report.html and report-loss.png" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-1] == "wrote runs/a/report.html and 5 PNGs: report-*.png"
 
 
 def test_the_page_makes_no_requests():
@@ -187,8 +189,8 @@ def test_html_in_names_samples_and_settings_is_escaped():
 
 def test_a_run_has_the_same_color_everywhere():
     page = read(make_run(Path("runs/a")), make_run(Path("runs/b"), samples=[{"step": 1, "text": "x"}]))
-    assert re.search(rf'<h3><i style="background:{report.COLORS[1]}"></i>b</h3>', page.source)
-    assert f'<td><i style="background:{report.COLORS[1]}"></i>b</td>' in page.source
+    name = f'<span class="name"><i style="background:{report.COLORS[1]}"></i><span>b</span></span>'
+    assert f"<td>{name}</td>" in page.source and f"<h3>{name}</h3>" in page.source
 
 
 def test_a_long_run_shows_evenly_spaced_samples():
@@ -265,6 +267,45 @@ def test_a_run_is_running_while_another_process_has_its_lock():
             process.kill()
 
 
+@pytest.mark.parametrize("error", [errno.EACCES, errno.ENOLCK, errno.EIO])
+def test_a_run_whose_lock_cannot_be_tried_is_not_called_running(monkeypatch, error):
+    run = make_run(Path("runs/a"), curve(10))
+    (run / ".lock").touch()
+
+    def acquire(self, *args, **kwargs):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    assert f"10 of 40 steps, running or stopped (.lock: {os.strerror(error)})" in read(run).text
+
+
+def test_the_terminal_shows_a_table_of_the_runs(capsys):
+    runs = [
+        make_run(Path("runs") / name, lines) for name, lines in (("a-long-name", None), ("b", curve(10)), ("c", []))
+    ]
+    read(*runs, "out=x.html")
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "run          steps                    best validation loss  last    training time",
+        "a-long-name  40 steps                 1.2500 at step 40     1.2500  0:39",
+        "b            10 of 40 steps, stopped  1.2500 at step 10     1.2500  0:09",
+        "c            0 of 40 steps, stopped   -                     -       -",
+    ]
+
+
+def test_a_failed_png_is_a_warning(monkeypatch, capsys):
+    """The page is complete without the PNGs."""
+
+    def fail(runs, out):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(report, "write_images", fail)
+    assert read(make_run(Path("runs/a"))).figures()
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "warning: the PNGs cannot be written (no fonts)",
+        "wrote runs/a/report.html",
+    ]
+
+
 def test_the_result_of_expect_is_shown():
     run = make_run(Path("runs/a"))
     found = {"expected": 1.2, "tolerance": 0.1, "got": 1.25, "verdict": "reproduced", "changed": []}
@@ -322,8 +363,45 @@ document.body.append(out)
 </script></body>"""
 
 
+PHONE = """<iframe src="page.html" width=390 height=4000></iframe><script>
+addEventListener("load", () => {
+  const page = document.querySelector("iframe").contentDocument, lines = element => element.getClientRects().length
+  const texts = [...page.querySelectorAll(".name > span, h1 span, th .name")]
+  document.body.append(JSON.stringify({
+    width: page.documentElement.scrollWidth,
+    cut: [...page.querySelectorAll("*")].filter(e => e.getBoundingClientRect().right > 390).map(e => e.outerHTML),
+    broken: texts.filter(e => e.textContent.length < 30 && lines(e) > 1).map(e => e.textContent),
+  }))
+})</script>"""
+
+
+def browse(file, *words):
+    """Open a file in the browser, after a check that its console has no errors. Return the finished process."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1200,1600"]
+    options += ["--allow-file-access-from-files", f"--user-data-dir={file.parent / 'profile'}"]
+    command = [BROWSER, *options, *words, f"file://{file}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert "CONSOLE" not in shown.stderr, shown.stderr  # no errors and no violations of the policy
+    return shown
+
+
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium here: install one, or set NANOGPT_ACCEL_BROWSER to its path"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: install one, or set NANOGPT_ACCEL_BROWSER to its path")
+@needs_browser
+def test_nothing_is_cut_off_and_no_name_is_broken_on_a_phone(tmp_path):
+    runs = [make_run(Path("runs") / name) for name in ("a", "modern-rotary-lr_0.002", "a-" * 50 + "long-name")]
+    read(*runs, "out=page.html")
+    Path("phone.html").write_text(PHONE)
+    shown = browse(tmp_path / "phone.html", "--dump-dom").stdout
+    assert json.loads(shown[shown.index('{"width') : shown.rindex("}") + 1]) == {"width": 390, "cut": [], "broken": []}
+
+
+@pytest.mark.slow
+@needs_browser
 def test_curves_and_controls_work_in_a_browser(tmp_path):
     draw = random.Random(0)
     noisy = [{**line, "loss": line["loss"] + draw.random()} if "loss" in line else line for line in curve()]
@@ -333,29 +411,9 @@ def test_curves_and_controls_work_in_a_browser(tmp_path):
     source = Path("both.html").read_text()
     Path("tried.html").write_text(source.replace("</body>", TRY))
 
-    def browse(name, *words):
-        return subprocess.run(
-            [
-                BROWSER,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--enable-logging=stderr",
-                "--window-size=1200,1600",
-                f"--user-data-dir={tmp_path / 'profile'}",
-                *words,
-                f"file://{tmp_path / name}",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
-
-    shown = browse("both.html", f"--screenshot={tmp_path / 'page.png'}")
-    assert "CONSOLE" not in shown.stderr, shown.stderr  # no errors and no violations of the policy
+    browse(tmp_path / "both.html", f"--screenshot={tmp_path / 'page.png'}")
     assert (tmp_path / "page.png").stat().st_size > 30_000
-    shown = browse("tried.html", "--dump-dom")
-    assert "CONSOLE" not in shown.stderr, shown.stderr
+    shown = browse(tmp_path / "tried.html", "--dump-dom")
     *seen, hidden = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', shown.stdout, re.DOTALL)[1])
     assert len(seen) == 6 and hidden == 2  # training and validation of the other run
     for state in seen:

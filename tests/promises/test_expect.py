@@ -1,6 +1,7 @@
 """The promise of `expect`: a run reports whether it reproduced the loss that its recipe expects. Also samples during
 training, which do not change it, and quiet runs."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from shared import REPOSITORY
 
 from nanogpt_accel.__main__ import main
-from nanogpt_accel.recipe import load_recipe
+from nanogpt_accel.recipe import TEXT_SHA256, load_recipe
 from nanogpt_accel.tracking.expectation import report_expectation
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -100,6 +101,23 @@ def test_changed_settings_make_an_expectation_void(overrides, changed):
     assert again.expect.changed == sorted({*changed, "weight_decay"})
 
 
+@pytest.mark.parametrize(
+    "corpus, text, changed",
+    [("copy.txt", "To be", []), ("copy.txt", "Not to be", ["corpus"]), ("missing.txt", "To be", ["corpus"])],
+)
+def test_a_copy_of_a_built_in_text_is_no_change(tmp_path, monkeypatch, corpus, text, changed):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(TEXT_SHA256, "shakespeare", hashlib.sha256(b"To be").hexdigest())
+    Path("copy.txt").write_text(text)
+    write_recipe(tmp_path, corpus="shakespeare")
+    Path("expecting.yaml").write_text(Path("tiny.yaml").read_text() + "expect: {val_loss: 2.5}\n")
+    assert load_recipe("expecting.yaml", {"corpus": corpus}).expect.changed == changed
+    # the same file for a recipe that reads another corpus
+    write_recipe(tmp_path, corpus="python")
+    Path("expecting.yaml").write_text(Path("tiny.yaml").read_text() + "expect: {val_loss: 2.5}\n")
+    assert load_recipe("expecting.yaml", {"corpus": corpus}).expect.changed == ["corpus"]
+
+
 def test_expect_cannot_be_set_on_the_command_line(refused):
     write_expecting("{val_loss: 2.5, tolerance: 0.1}")
     with refused(ValueError, "val_loss: expected results can only be set in a recipe file"):
@@ -153,20 +171,20 @@ class Lines:
             1.468,
             "expected 1.470 +- 0.015, got 1.468: reproduced",
         ),
-        ("{val_loss: 2.85, source: a paper}", {}, 2.9, 2.8, "expected 2.850 (a paper), got 2.900"),
+        ("{val_loss: 2.85, source: a paper}", {}, 2.9, 2.8, "expected 2.850, got 2.900"),
         (
             "{val_loss: 1.47, tolerance: 0.5}",
             {"n_layer": "1", "seed": "2"},
             1.5,
             1.5,
-            "expected 1.470 +- 0.5 for the unmodified recipe (modified in this run: n_layer), got 1.500",
+            "expected 1.470 +- 0.5 for the unmodified recipe, got 1.500",
         ),
         (
             "{val_loss: 1.47, tolerance: 0.5, steps: 2000}",
             {},
             1.5,
             1.5,
-            "expected 1.470 +- 0.5 after 2,000 steps (this run: 24), got 1.500",
+            "expected 1.470 +- 0.5 after 2,000 steps, got 1.500",
         ),
         ("{val_loss: 1.47, tolerance: 0.5}", {}, None, None, None),
         ("{source: nobody}", {}, 1.5, 1.5, None),
@@ -184,6 +202,7 @@ def test_verdict_of_a_run(tmp_path, block, overrides, last, best, line):
         assert found["got"] == (best if "best" in block else last) and found["step"] == STEPS
         assert (found["verdict"] or "") == (line.partition(": ")[2] if "reproduced" in line else "")
         assert found["changed"] == [key for key in overrides if key != "seed"]
+        assert len(line) <= 80  # the other facts are in the file
 
 
 # ---- samples during training

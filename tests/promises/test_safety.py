@@ -15,21 +15,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from launching import package_env, run_python
-from runs import checkpoint, losses, numbers, weights, write_recipe
+from runs import checkpoint, copy_without, losses, numbers, weights, write_recipe
 from shared import REPOSITORY
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from nanogpt_accel import train
+from nanogpt_accel import train, training
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.checkpoint.layout import INDEX, list_checkpoints
 from nanogpt_accel.checkpoint.run_folder import check_lock
 from nanogpt_accel.checkpoint.save import Saver
 from nanogpt_accel.checkpoint.verify import _hash_once, latest_valid
+from nanogpt_accel.tracking.console import Console
 from nanogpt_accel.tracking.metrics_log import read_metrics
 
 PACKAGE = REPOSITORY / "nanogpt_accel"
@@ -123,6 +125,46 @@ def test_file_system_without_locks_can_be_trained_on(copy, monkeypatch, number):
     assert main(["train", str(copy), "max_iters=9"]) == 0
 
 
+# ---- optional results
+
+
+def test_failing_plot_sample_and_push_are_warnings(recipe, undisturbed, tmp_path, monkeypatch, capsys):
+    """Samples during training restore the training mode, so that dropout continues."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("nanogpt_accel.models.generation.generate", fail)
+    monkeypatch.setattr(train, "plot_losses", fail)
+    monkeypatch.setattr("nanogpt_accel.checkpoint.run.Run.finish_pushing", fail)
+    run = tmp_path / "run"
+    capsys.readouterr()
+    assert (
+        main(["train", str(recipe), f"out_dir={run}", "sample_interval=4", "sample_tokens=4", "sample_prompt=the"]) == 0
+    )
+    said = capsys.readouterr()
+    assert [line for line in said.out.splitlines() if line.startswith("warning:")] == [
+        "warning: no sample after 4 steps (out of memory)",
+        f"warning: {run / 'loss.png'} cannot be written (out of memory)",
+        "warning: no sample after 8 steps (out of memory)",
+        f"warning: {run} cannot be pushed to the Hub (out of memory)",
+    ]
+    assert f"The run is in {run}" in said.out and said.err == ""
+    assert numbers(run) == numbers(undisturbed) and weights(run, 8) == weights(undisturbed, 8)
+
+
+def test_sharded_model_that_does_not_fit_on_one_device_does_not_fail_the_run(copy, monkeypatch, capsys):
+    def fail(folder):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(training, "is_sharded", lambda accelerator: True)
+    monkeypatch.setattr(training, "load_model", fail)
+    setup = SimpleNamespace(accelerator=None)
+    assert training.finished_model(setup, SimpleNamespace(out_dir=copy), Console()) is None
+    said = capsys.readouterr().out
+    assert said == f"warning: {copy / 'checkpoint-000008'} cannot be loaded after the training (out of memory)\n"
+
+
 # ---- trackers
 
 
@@ -141,18 +183,41 @@ def test_failing_tracker_is_one_warning_and_changes_no_number(recipe, undisturbe
     assert numbers(run) == numbers(undisturbed) and weights(run, 8) == weights(undisturbed, 8)
 
 
-def test_tensorboard_has_each_step_once_after_a_resume(recipe, tmp_path):
+@pytest.fixture(scope="module")
+def tracked(recipe, tmp_path_factory):
+    """A run with the tracker tensorboard, and the command that started it, without out_dir."""
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run, command = tmp_path_factory.mktemp("tracked") / "run", ["train", str(recipe), "trackers=tensorboard"]
+    command += ["project=p", "sample_interval=4", "sample_tokens=4"]
+    assert main([*command, f"out_dir={run}"]) == 0
+    return run, command
 
-    run = tmp_path / "run"
-    assert main(["train", str(recipe), f"out_dir={run}", "trackers=tensorboard", "project=p"]) == 0
-    shutil.rmtree(checkpoint(run, 8))  # as if it had been killed before
-    assert main(["train", str(run)]) == 0
-    logged = EventAccumulator(str(run / "p")).Reload()
-    assert [event.step for event in logged.Scalars("loss")] == list(range(8))
-    assert [event.value for event in logged.Scalars("loss")] == pytest.approx(list(losses(run).values()))
-    assert [event.step for event in logged.Scalars("val_loss")] == [0, 4, 8]
+
+@pytest.mark.parametrize(
+    "case, lost, words, n_steps",
+    [
+        ("resumed", [8], None, 8),  # the checkpoints that are lost, as if the run had been killed before
+        ("resumed twice", [8], None, 8),
+        ("killed before the first checkpoint", [4, 8], [], 8),
+        ("overwritten", [], ["overwrite=true"], 8),
+        ("overwritten by a shorter run", [], ["overwrite=true", "max_iters=6"], 6),
+    ],
+)
+def test_tensorboard_has_each_step_once(tracked, tmp_path, case, lost, words, n_steps):
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # that of the server
+    from tensorboard.util.tensor_util import make_ndarray
+
+    source, command = tracked
+    run = copy_without(source, tmp_path / "run", *lost)
+    assert main(["train", str(run)] if words is None else [*command, f"out_dir={run}", *words]) == 0
+    if case == "resumed twice":
+        shutil.rmtree(checkpoint(run, 8))
+        assert main(["train", str(run)]) == 0
+    logged = EventAccumulator(str(run / "p"), size_guidance={"tensors": 0}).Reload()  # 0: all values
+    values = {event.step: make_ndarray(event.tensor_proto).item() for event in logged.Tensors("loss")}
+    assert values == pytest.approx(losses(run))
+    for tag, steps in ("loss", [*range(n_steps)]), ("val_loss", [0, 4, n_steps]), ("sample/text_summary", [4, n_steps]):
+        assert [event.step for event in logged.Tensors(tag)] == steps
 
 
 def test_wandb_resumes_the_same_run(recipe, tmp_path, monkeypatch, request):

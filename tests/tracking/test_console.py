@@ -1,13 +1,19 @@
 """console.py: plain lines in a file, a live line in a terminal, no output on the other processes."""
 
+import builtins
+import errno
 import io
+import multiprocessing
+import os
 import re
 import sys
 import time
+import types
 
 import pytest
 
 from nanogpt_accel.tracking.console import Console, Progress, TextProgress
+from nanogpt_accel.tracking.notebook import EMPTY
 from nanogpt_accel.utils.text import duration
 
 
@@ -117,17 +123,174 @@ def test_terminal_shows_a_live_line(terminals):
     terminal, _ = terminals()
     console = Console()
     console.start(10, 50, 5)
-    long = "a line that is longer than the terminal is wide, " * 4 + "[bold]end[/bold]"
-    console.say(long)
+    console.say("neither [bold]markup[/bold] nor :smile:")
     console.step(29, 1.2345, 0.5, 6789.0, 0.25)
     console.stop()
     console.say("after")
     console.stop()  # a second stop does nothing
     text = shown(terminal)
-    assert long in text  # not cut, wrapped or interpreted as markup
+    assert "neither [bold]markup[/bold] nor :smile:\n" in text
     assert "10/50" in text and "30/50, loss 1.2345, 6,789 tokens/s, mfu 25.00%" in text
+    assert "iter 29: loss 1.2345, time 500.00ms, 6,789 tokens/s, mfu 25.00%\n" in text  # a line above the live line
     assert text.endswith("after\n")
     assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h")  # it is visible again
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_lines_wrap_at_words_except_commands_and_long_words(terminals, monkeypatch, is_live):
+    out, _ = terminals()
+    monkeypatch.setenv("COLUMNS", "40")
+    console = Console()
+    if is_live:
+        console.start(0, 50, 5)
+    text = "word-with-hyphens " * 4, "  nanogpt-accel " + "runs/a " * 10, "/a/long/path" * 5, "", "wide \u4e2d" * 9
+    console.say("\n".join(text))
+    console.stop()
+    lines = [line.rstrip() for line in shown(out).replace("\r", "\n").split("\n")]
+    for line in ("word-with-hyphens word-with-hyphens", text[1].rstrip(), text[2][:40], text[2][40:]):
+        assert line in lines
+    assert "wide " + "\u4e2dwide " * 4 + "\u4e2dwide" in lines  # a wide character has two columns
+
+
+def test_lines_of_fast_steps_are_printed_together(terminals, monkeypatch):
+    """Each print redraws the live line, which takes a millisecond."""
+    out, _ = terminals()
+    now, prints = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console = Console()
+    console.start(0, 2000, 500)
+    real = console._print
+    console._print = lambda text, end="\n": (prints.append(text), real(text, end))
+    for step in range(300):
+        now[0] += 0.01
+        console.step(step, 1.0, 0.01, 1.0, None)
+        if step == 150:
+            console.say("an evaluation")
+    console.stop()
+    assert len(prints) < 300 * 0.01 / 0.1 + 5
+    shown_steps = re.findall(r"iter (\d+): loss|(an evaluation)", shown(out))
+    expected = [(str(step), "") for step in range(300)]
+    assert shown_steps == [*expected[:151], ("", "an evaluation"), *expected[151:]]
+
+
+def test_closed_terminal_does_not_end_the_run(terminals):
+    """For example, if the connection to the machine is lost, and nohup keeps the process running."""
+    out, _ = terminals()
+    console = Console()
+    console.start(0, 50, 5)
+    console.step(0, 1.0, 1.0, 1.0, None)
+
+    def write(text):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    out.write = write
+    console.say("text")
+    with console.evaluating(10) as progress:
+        progress(10)
+    for step in range(1, 10):
+        console.step(step, 1.0, 1.0, 1.0, None)
+    console.stop()
+    assert console.live is None and sys.stdout is out
+
+
+def test_terminal_that_cannot_show_a_character_gets_question_marks(terminals, monkeypatch):
+    out, _ = terminals()
+    ascii_file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    ascii_file.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", ascii_file)
+    console = Console()
+    console.start(0, 50, 5)
+    console.say("a \u2192 b")
+    console.write("c \u2192 d")
+    console.stop()
+    ascii_file.flush()
+    text = ascii_file.buffer.getvalue().decode("ascii")
+    assert "a ? b" in text and "c ? d" in text
+
+
+def test_error_of_an_optional_result_is_a_warning(capsys):
+    with Console(quiet=True).optional("run/loss.png cannot be written"):
+        raise RuntimeError("no\nfonts")
+    assert capsys.readouterr().out == "warning: run/loss.png cannot be written (no fonts)\n"
+
+
+# ---- notebooks
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """A stand-in for IPython in the kernel of a notebook. Its value is a list of [content, ...] for each output."""
+    outputs = []
+
+    class Handle:
+        def __init__(self, content):
+            self.contents = [content]
+            outputs.append(self.contents)
+
+        def update(self, content, raw=False):
+            self.contents.append(content)
+
+    ipython, module = types.ModuleType("IPython"), types.ModuleType("IPython.display")
+    module.display = lambda content, raw, display_id: Handle(content)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    kernel = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setattr(builtins, "get_ipython", lambda: kernel, raising=False)
+    return outputs
+
+
+def as_text(table):
+    from rich.console import Console as Terminal
+
+    terminal = Terminal(file=io.StringIO(), width=100, force_jupyter=False)
+    terminal.print(table)
+    return terminal.file.getvalue()
+
+
+def test_notebook_shows_one_live_output_and_no_line_per_step(notebook, capsys, clock):
+    console = Console()
+    with Progress("preparing", 30, console, "documents") as progress:
+        progress(10)
+    console.start(0, 50, 5)
+    console.say("a line")
+    with console.evaluating(10) as progress:
+        clock[0] += 1
+        progress(10)
+        console.live.refresh()
+    for step in range(50):
+        console.step(step, 1.0, 0.5, 6789.0, None)
+    console.stop()
+    preparing, training = notebook
+    assert "preparing" in as_text(preparing[1]) and preparing[-1] == EMPTY  # removed at the end
+    assert any("10 of 10 batches" in as_text(content) for content in training[1:])
+    assert len(training) < 10  # not one update per step
+    (line,) = as_text(training[-1]).splitlines()
+    assert line.startswith("step") and "50/50, loss 1.0000, 6,789 tokens/s" in line  # this stays
+    assert capsys.readouterr().out == "a line\n"
+
+
+def test_notebook_and_file_get_a_sample_as_one_text(notebook, monkeypatch):
+    prints = []
+    monkeypatch.setattr(sys.stdout, "write", lambda text: prints.append(text))
+    console = Console()
+    console.say("A sample:")
+    for character in "ROMEO:\nAy":
+        console.write(character)
+    console.say("\n---")
+    assert [text for text in prints if text != "\n"] == ["A sample:", "ROMEO:\nAy\n---"]
+
+
+def test_a_rank_of_a_notebook_prints_lines(notebook, monkeypatch, capsys):
+    """notebook_launcher forks the ranks, which cannot write to the kernel's outputs."""
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+    console = Console()
+    console.start(0, 50, 5)
+    console.step(0, 1.0, 0.5, 1.0, None)
+    console.stop()
+    assert notebook == [] and capsys.readouterr().out.startswith("iter 0: loss 1.0000")
+
+
+# ---- other displays
 
 
 def test_evaluation_has_its_own_live_line(terminals, clock):

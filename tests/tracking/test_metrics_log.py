@@ -112,6 +112,8 @@ def png_size(path):
         [{"step": s, "loss": 4 - s / 10} for s in range(20)] + [{"step": 20, "val_loss": 2.0}],
         [{"step": 0, "val_loss": 2.0}],
         [{"step": 0, "loss": 2.0}],
+        [{"step": 0, "loss": None}, {"step": 1, "val_loss": None}],  # NaN
+        [],
     ],
 )
 def test_plot_losses_writes_a_png(path, tmp_path, lines):
@@ -122,15 +124,18 @@ def test_plot_losses_writes_a_png(path, tmp_path, lines):
 
 
 def test_plot_ignores_the_backend_of_a_notebook(path, tmp_path):
-    """matplotlib cannot be imported if MPLBACKEND names a package that is not installed."""
+    """Some versions of matplotlib cannot be imported if MPLBACKEND names a package that is not installed. In the kernel
+    of the notebook itself, later plots must still use the backend."""
     path.write_text('{"step": 0, "loss": 2.0}')
     code = f"""
 import os
-from nanogpt_accel.tracking.metrics_log import plot_losses
+from nanogpt_accel.tracking.metrics_log import History, plot_losses
 plot_losses({str(path)!r}, "loss.png")
-assert os.environ["MPLBACKEND"] == "module://not_installed"
+import matplotlib
+assert os.environ["MPLBACKEND"] == matplotlib.rcParams["backend"] == "module://not_installed"
+History().plot().figure.savefig("history.png")
 """
     env = os.environ | {"MPLBACKEND": "module://not_installed"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert png_size(tmp_path / "loss.png")
+    assert png_size(tmp_path / "loss.png") and png_size(tmp_path / "history.png")
