@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..data.remote import FIXES, PACKAGES
 from ..hub.background import BackgroundPush
-from ..utils.files import flush_tree, rename_folder
+from ..utils.files import flush_tree, remove_checkpoint, rename_folder
 from ..utils.text import one_line
 from .layout import CHECKPOINT_NAME, INDEX, checkpoint_path, read_trainer
 from .verify import find_corruption, latest_valid
@@ -78,6 +78,8 @@ class Mirror:
             if find_corruption(folder) is not None:
                 return None
             flush_tree(folder)
+            if final.exists():
+                remove_checkpoint(final)  # it is corrupted; otherwise, the run would resume from it
             rename_folder(folder, final)
         return final
 
@@ -124,12 +126,12 @@ class BackgroundMirror(BackgroundPush):
     warning.
     """
 
-    timeout_s = 300  # at the end of the run
     retry_s = 15
 
-    def __init__(self, url, folder, warn, keep_last):
+    def __init__(self, url, folder, warn, keep_last, collective_timeout=600):
         super().__init__(url, folder, warn)
-        self.mirror, self.keep_last = None, keep_last
+        self.mirror, self.keep_last, self._can_delete = None, keep_last, True
+        self.timeout_s = min(300, collective_timeout / 2)  # the other ranks wait at the end of the run
 
     def _files(self, checkpoint):
         return [file for file in checkpoint.rglob("*") if file.is_file()]
@@ -141,8 +143,12 @@ class BackgroundMirror(BackgroundPush):
         trainer = read_trainer(links)
         found = {step: path for step, path in self.mirror.checkpoints().items() if step <= trainer["step"]}
         kept = {trainer["best_step"], *list(found)[-self.keep_last :]}
-        for step in found.keys() - kept:
-            self.mirror.delete(found[step])
+        for step in found.keys() - kept if self._can_delete else ():
+            try:
+                self.mirror.delete(found[step])
+            except ConnectionError as error:
+                self._can_delete = False
+                self.warn(f"warning: older checkpoints are not deleted from the mirror: {error}")
 
     def _report_failure(self, message, error):
         if not self._has_warned:
@@ -169,16 +175,18 @@ def check_mirror(recipe):
 
 
 def prepare_mirror(recipe, say):
-    """Restore a run from its mirror if it has resume=auto and out_dir has no valid checkpoint. With overwrite, delete
-    the checkpoints in the mirror."""
+    """Restore a run from its mirror if it has resume=auto and out_dir has no valid checkpoint."""
     url, run = recipe.checkpoint.mirror, recipe.out_dir
-    if url is None or recipe.model.init_from == "resume":
+    if url is None or recipe.checkpoint.resume == "no" or latest_valid(run, lambda line: None, thorough=False):
         return
-    mirror = Mirror(url)
-    if recipe.overwrite:
+    for leftover in Path(run).glob(".mirror-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    Mirror(url).restore(run, say)
+
+
+def clear_mirror(recipe):
+    """Delete the checkpoints in the mirror of a run that starts with overwrite=true."""
+    if recipe.checkpoint.mirror is not None and recipe.overwrite:
+        mirror = Mirror(recipe.checkpoint.mirror)
         for path in mirror.checkpoints().values():
             mirror.delete(path)
-    elif recipe.checkpoint.resume == "auto" and latest_valid(run, say, thorough=False) is None:
-        for leftover in Path(run).glob(".mirror-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        mirror.restore(run, say)

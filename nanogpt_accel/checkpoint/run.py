@@ -14,7 +14,7 @@ from ..recipe import load_recipe
 from ..tracking.trackers import Trackers
 from ..utils.text import quoted
 from .layout import read_trainer
-from .mirror import BackgroundMirror, prepare_mirror
+from .mirror import BackgroundMirror, clear_mirror, prepare_mirror
 from .run_folder import LOCK, LOCK_HOLDER, best_checkpoint, lock_run, prepare_run_folder
 from .save import Saver
 from .verify import latest_valid
@@ -68,6 +68,8 @@ class Run:
         self._recipe_to_save = recipe_to_save(recipe, data)
         metrics_path, resume_step = self.folder / "metrics.jsonl", state.step if is_resumed else None
         if is_main():
+            if not is_resumed:
+                clear_mirror(recipe)
             prepare_run_folder(self.folder, self._recipe_to_save.to_yaml(), is_resumed)
             self._metrics = MetricsLog(metrics_path, resume_step, console.say, keep_evaluation=state.evaluated)
             self._spikes = Spikes(metrics_path)
@@ -79,7 +81,9 @@ class Run:
                 )
             if recipe.checkpoint.mirror:
                 settings = recipe.checkpoint
-                self.mirror = BackgroundMirror(settings.mirror, self.folder, console.say, settings.keep_last)
+                self.mirror = BackgroundMirror(
+                    settings.mirror, self.folder, console.say, settings.keep_last, recipe.train.collective_timeout
+                )
         accelerator.wait_for_everyone()
         self.saver = Saver(
             self.folder,
@@ -163,6 +167,8 @@ class Run:
             is_complete = self.mirror.pushed == best_checkpoint(self.folder, None)
             state = "copied to" if is_complete else "warning: the latest checkpoint is not copied to"
             self.console.say(f"{state} {self.mirror.repo}")
+        if self.recipe.checkpoint.mirror:  # if another rank exits, a launcher ends this one after 30 seconds
+            self.setup.accelerator.wait_for_everyone()
         pusher = self.pusher
         if pusher is None:
             return

@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 from datetime import timedelta
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 
 from .. import __version__
@@ -120,7 +120,7 @@ def environment(device, mixed_precision):
         "device": chosen,
         "mixed_precision": pick_precision(mixed_precision, chosen),
         "python": ".".join(platform.python_version_tuple()[:2]),
-        **{name: version(name) for name in ("torch", "accelerate", "transformers", "numpy", "safetensors")},
+        **{name: import_module(name).__version__ for name in ("torch", "accelerate", "transformers", "numpy")},
         "nanogpt_accel": f"{__version__}, code {code.hexdigest()[:8]}",
     }
 

@@ -11,7 +11,7 @@ import pytest
 from launching import TIMEOUT_S, free_port, package_env
 from runs import SMALL, numbers, weights, write_recipe
 
-from nanogpt_accel.checkpoint.mirror import BackgroundMirror, Mirror, check_mirror, prepare_mirror
+from nanogpt_accel.checkpoint.mirror import BackgroundMirror, Mirror, check_mirror, clear_mirror, prepare_mirror
 from nanogpt_accel.checkpoint.verify import find_corruption
 from nanogpt_accel.recipe import load_recipe
 
@@ -75,6 +75,22 @@ def test_the_mirror_keeps_the_same_checkpoints_as_the_run_folder(url, run):
     assert said == said_fails == [] and run.leftovers() == [] and mirror.pushed.name == "checkpoint-000040"
 
 
+def test_a_store_that_refuses_to_delete_gets_all_checkpoints(run, monkeypatch, tmp_path):
+    said = []
+    mirror = BackgroundMirror(f"{tmp_path}/mirror", run.folder, said.append, 1)
+
+    def delete(self, path):
+        raise ConnectionError("not permitted")
+
+    monkeypatch.setattr(Mirror, "delete", delete)
+    for step in (10, 20, 30):
+        path = run.save(step)
+        mirror.push(path, path.name)
+        mirror.wait()
+    assert steps(Mirror(f"{tmp_path}/mirror")) == [10, 20, 30] and mirror.pushed.name == "checkpoint-000030"
+    assert said == ["warning: older checkpoints are not deleted from the mirror: not permitted"]
+
+
 def test_a_store_that_is_down_for_a_while_loses_nothing(run, monkeypatch, tmp_path):
     said, down = [], [True]
     monkeypatch.setattr(BackgroundMirror, "retry_s", 0.05)
@@ -116,7 +132,9 @@ def test_a_mirror_of_another_run_is_not_overwritten(url, folder, tmp_path):
     assert check_mirror(recipe_for(url, tmp_path / "new", resume="auto")) == []
     replacing = recipe_for(url, tmp_path / "new", overwrite=True)
     assert check_mirror(replacing) == []
-    prepare_mirror(replacing, print)
+    prepare_mirror(replacing, pytest.fail)
+    assert steps(Mirror(url)) == [20], "deleted only when the new run starts"
+    clear_mirror(replacing)
     assert steps(Mirror(url)) == []
 
 
@@ -126,6 +144,11 @@ def test_a_local_checkpoint_comes_before_the_mirror(url, folder, tmp_path):
     shutil.rmtree(folder / "checkpoint-000020")
     prepare_mirror(recipe_for(url, folder, resume="auto"), pytest.fail)
     assert not (folder / "checkpoint-000020").exists()
+    for path in folder.glob("checkpoint-*"):
+        (path / "config.json").unlink()
+    (folder / "checkpoint-000010").rename(folder / "checkpoint-000020")  # corrupted, with a name as in the mirror
+    prepare_mirror(recipe_for(url, folder, resume="auto", overwrite=True), lambda line: None)
+    assert find_corruption(folder / "checkpoint-000020") is None and steps(Mirror(url)) == [20]
 
 
 @pytest.mark.parametrize(
