@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 from . import __version__
+from .distributed.rendezvous import share_failures
 from .utils import cli
 from .utils.fields import nearest
 
@@ -42,7 +43,7 @@ def _dispatch(argv):
     elif argv[0] not in COMMANDS:
         raise ValueError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; commands: {', '.join(COMMANDS)}")
     else:
-        import_command(argv[0]).main(argv[1:])
+        share_failures(import_command(argv[0]).main)(argv[1:])
 
 
 def import_command(name):

@@ -268,6 +268,11 @@ class Checkpoint(Section):
     resume: Annotated[Literal["no", "auto"], BeforeValidator(_read_no)] = Field(
         "no", description="auto: continue from the latest valid checkpoint in out_dir, if any (for requeued jobs)"
     )
+    mirror: TextOrNone = Field(
+        None,
+        description="copy every checkpoint in the background to this folder or URL, such as s3://bucket/run; if "
+        "out_dir has no checkpoint, resume=auto continues from there (for spot instances)",
+    )
 
 
 class Tracking(Section):
@@ -309,6 +314,9 @@ class Expect(Section):
         description="set automatically: the keys that were changed on the command line. val_loss is the result of the "
         "unchanged recipe",
     )
+
+
+LOCAL = {"out_dir": True, "data": {"data_dir"}, "checkpoint": {"mirror"}, "expect": True}  # not published
 
 
 class Recipe(Section):
@@ -420,7 +428,7 @@ class Recipe(Section):
         """
         if not brief:
             return yaml.safe_dump(self.model_dump(), sort_keys=False)
-        values = self.model_dump(exclude_defaults=True, exclude={"out_dir": True, "data": {"data_dir"}, "expect": True})
+        values = self.model_dump(exclude_defaults=True, exclude=LOCAL)
         if "corpus" in values.get("data", {}):
             values["data"]["corpus"] = os.path.basename(values["data"]["corpus"]) or values["data"]["corpus"]
         return yaml.safe_dump(values, sort_keys=False)

@@ -22,6 +22,7 @@ from .checkpoint.layout import read_trainer
 from .checkpoint.resume import load_optimizer
 from .checkpoint.run import Run, create_repository, how_to_resume
 from .distributed.launcher import is_main
+from .distributed.rendezvous import share_failures
 from .distributed.stop import Stopper, StopSignals, lost_process
 from .evaluation import describe
 from .optim import learning_rate
@@ -296,11 +297,8 @@ def main(argv):
     except KeyboardInterrupt:  # Ctrl-C before the loop; in the loop, cli.Stopped is raised
         raise KeyboardInterrupt(how_to_resume(recipe.out_dir)) from None
     except RuntimeError as error:
-        if reason := lost_process(error):
-            raise ConnectionError(
-                f"another process of this run exited or did not respond within collective_timeout="
-                f"{recipe.train.collective_timeout:g} s ({reason}); {how_to_resume(recipe.out_dir)}"
-            ) from error
+        if lost := lost_process(error, recipe.train.collective_timeout):
+            raise ConnectionError(f"{lost}; {how_to_resume(recipe.out_dir)}") from error
         raise
 
 
@@ -343,4 +341,4 @@ def train(recipe, **overrides):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, sys.argv[1:]))
+    sys.exit(cli.run(share_failures(main), sys.argv[1:]))

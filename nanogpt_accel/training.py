@@ -11,12 +11,14 @@ from pathlib import Path
 
 from .batches import Batches, evaluation_batches, model_inputs, seed_of
 from .checkpoint.layout import list_checkpoints, read_trainer
+from .checkpoint.mirror import check_mirror
 from .checkpoint.run_folder import check_lock, check_run_folder, check_writable
 from .checkpoint.verify import find_corruption, latest_valid, shape_differences
 from .data import dataset
 from .data.prepare import ready
-from .distributed.accelerator import assert_ranks_agree, make_accelerator
-from .distributed.launcher import check_launch, is_main, launcher_requests
+from .distributed.accelerator import environment, make_accelerator
+from .distributed.launcher import check_launch, is_main, launcher_requests, world_size
+from .distributed.rendezvous import assert_ranks_agree, connect
 from .evaluation import mean_loss, scores
 from .hub.transfer import check_push
 from .models.find import find_model, may_be_model, nanogpt_hint
@@ -81,6 +83,7 @@ def check_recipe(recipe):
     problems += locked or check_out_dir(recipe)
     if not train.eval_only:
         problems += check_writable(out_dir)
+        problems += check_mirror(recipe) if is_main() and not problems else []
     if recipe.hub.push_to_hub:
         problems += check_push(recipe.hub.hub_model_id or out_dir.name, "hub.hub_model_id")
     return problems
@@ -127,6 +130,25 @@ def check_out_dir(recipe):
 # ---- data and initial weights
 
 
+def check_ranks(recipe):
+    """Connect to the other ranks. Raise ValueError if their machines do not share out_dir, or if they have different
+    recipes, devices or software."""
+    if world_size() == 1:
+        return
+    timeout = recipe.train.collective_timeout
+    ranks = connect(timeout)
+    if blind := [] if recipe.train.eval_only else ranks.find_blind(recipe.out_dir):
+        raise ValueError(
+            f"out_dir={recipe.out_dir}: {ranks.describe(blind)} cannot see the files that {ranks.describe([0])} writes "
+            "there; set out_dir to a folder on a disk that all machines share"
+        )
+    assert_ranks_agree(
+        timeout,
+        environment=environment(recipe.train.device, recipe.train.mixed_precision),
+        recipe=recipe.flat(),
+    )
+
+
 def open_data(recipe, console):
     """Open the data of a recipe, after preparing it if necessary, and find the model to start from.
 
@@ -138,8 +160,9 @@ def open_data(recipe, console):
     Raises:
         ValueError: too few tokens, a sample prompt that cannot be encoded, or a model that does not fit the data.
     """
+    check_ranks(recipe)
     block_size, init_from, source = recipe.model.block_size, recipe.model.init_from, None
-    section, data = ready(recipe.data, is_main(), console, block_size)
+    section, data = ready(recipe.data, console, block_size, recipe.train.collective_timeout)
     recipe = recipe.model_copy(update={"data": section})
     problems = dataset.require_block(section, data.manifest, block_size)
     if recipe.train.sample_tokens:
@@ -340,8 +363,10 @@ def set_up(recipe, data, source, console):
     from .distributed import sharding
 
     transformers_logging.disable_progress_bar()
+    # before Accelerate connects the ranks, which takes until collective_timeout if one of them has failed
+    facts = {"recipe": recipe.flat(), "data": data.identity, "init_from": {"source": str(source)}}
+    assert_ranks_agree(recipe.train.collective_timeout, **facts)
     accelerator = accelerator_for(recipe)
-    assert_ranks_agree(accelerator, recipe=recipe.flat(), data=data.identity, init_from={"source": str(source)})
     torch.manual_seed(recipe.seed)
     sharding.disable_zero3_init(accelerator)
     on_meta = sharding.is_fsdp(accelerator) and not accelerator.is_main_process

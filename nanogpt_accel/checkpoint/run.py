@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..distributed.launcher import is_main, world_size
+from ..distributed.rendezvous import connect
 from ..hub.background import BackgroundPush
 from ..hub.card import checkpoint_card
 from ..hub.transfer import create
@@ -13,6 +14,7 @@ from ..recipe import load_recipe
 from ..tracking.trackers import Trackers
 from ..utils.text import quoted
 from .layout import read_trainer
+from .mirror import BackgroundMirror, clear_mirror, prepare_mirror
 from .run_folder import LOCK, LOCK_HOLDER, best_checkpoint, lock_run, prepare_run_folder
 from .save import Saver
 from .verify import latest_valid
@@ -33,13 +35,22 @@ class Run:
         """repository: Hub repository for the checkpoints (see create_repository); None: do not push."""
         self.recipe, self.console, self.repository = recipe, console, repository
         self.folder = Path(recipe.out_dir)
-        self.setup = self.stopper = self.saver = self.trackers = self.pusher = None
+        self.setup = self.stopper = self.saver = self.trackers = self.pusher = self.mirror = None
         self._lock = self._metrics = self._samples = self._spikes = None
 
     def __enter__(self):
         self._is_new = not self.folder.exists()
-        if is_main():
+        ranks = connect(self.recipe.train.collective_timeout)
+        if not is_main():  # look for checkpoints only when the main process has prepared the folder
+            ranks.wait_for("run folder", 0, "preparing the run folder")
+            return self
+        with ranks.working("run folder"):
             self._lock = lock_run(self.folder)
+            try:
+                prepare_mirror(self.recipe, self.console.say)
+            except BaseException:
+                self._lock.release()
+                raise
         return self
 
     def start(self, setup, data, state, stopper, is_resumed):
@@ -57,6 +68,8 @@ class Run:
         self._recipe_to_save = recipe_to_save(recipe, data)
         metrics_path, resume_step = self.folder / "metrics.jsonl", state.step if is_resumed else None
         if is_main():
+            if not is_resumed:
+                clear_mirror(recipe)
             prepare_run_folder(self.folder, self._recipe_to_save.to_yaml(), is_resumed)
             self._metrics = MetricsLog(metrics_path, resume_step, console.say, keep_evaluation=state.evaluated)
             self._spikes = Spikes(metrics_path)
@@ -65,6 +78,11 @@ class Run:
             if self.repository is not None:
                 self.pusher = BackgroundPush(
                     self.repository, self.folder, console.say, recipe.hub.hub_private, recipe.hub.hub_branch
+                )
+            if recipe.checkpoint.mirror:
+                settings = recipe.checkpoint
+                self.mirror = BackgroundMirror(
+                    settings.mirror, self.folder, console.say, settings.keep_last, recipe.train.collective_timeout
                 )
         accelerator.wait_for_everyone()
         self.saver = Saver(
@@ -75,6 +93,7 @@ class Run:
             recipe.checkpoint.async_save,
             console.say,
             on_saved=self._push,
+            timeout=recipe.train.collective_timeout,
         )
         name = recipe.tracking.run_name or self.folder.name
         self.trackers = Trackers(
@@ -141,7 +160,15 @@ class Run:
     # ---- the end
 
     def finish_pushing(self, best_step):
-        """Wait for pending pushes. Then push the best checkpoint, unless the last push already uploaded it."""
+        """Wait for pending copies and pushes. Then push the best checkpoint, unless the last push uploaded it."""
+        if self.mirror is not None:
+            self.console.say(f"waiting until {self.folder.name} is copied to {self.mirror.repo}")
+            self.mirror.wait()
+            is_complete = self.mirror.pushed == best_checkpoint(self.folder, None)
+            state = "copied to" if is_complete else "warning: the latest checkpoint is not copied to"
+            self.console.say(f"{state} {self.mirror.repo}")
+        if self.recipe.checkpoint.mirror:  # if another rank exits, a launcher ends this one after 30 seconds
+            self.setup.accelerator.wait_for_everyone()
         pusher = self.pusher
         if pusher is None:
             return
@@ -164,7 +191,9 @@ class Run:
         )
 
     def _push(self, path):
-        """Push a checkpoint folder in the background, if pushes are enabled."""
+        """Copy a checkpoint folder to the mirror and to the Hub in the background, if that is enabled."""
+        if self.mirror is not None:
+            self.mirror.push(path, path.name)
         if self.pusher is not None:
             trainer = read_trainer(path)
             self.pusher.push(path, f"{self.folder.name}, step {trainer['step']}, validation loss {loss_text(trainer)}")

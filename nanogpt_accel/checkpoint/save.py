@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -28,7 +29,7 @@ from .run_folder import prune, publish
 from .verify import find_corruption, is_corrupted
 
 LARGE = 5e8  # bytes; saving is announced from this size on, because it takes some seconds
-SHARD_TIMEOUT_S = 1800  # seconds for a process to write its shard of the optimizer state
+SHARD_SHARE = 0.8  # of collective_timeout: how long to wait for the shards, before waiting processes time out
 _LEFTOVER = re.compile(r"\.checkpoint-[0-9]{1,12}\.(tmp|old)$")
 
 
@@ -38,7 +39,7 @@ class _Snapshot:
 
     final: Path  # the checkpoint folder
     temporary: Path  # the folder's name until it is complete
-    is_saved: bool  # whether a valid checkpoint of this step exists already; only set on the main process
+    is_saved: bool  # whether a valid checkpoint of this step exists already
     trainer: dict
     card: str
     config: object
@@ -62,11 +63,14 @@ class Saver:
         keep_last: number of the latest checkpoints to keep, in addition to the best one.
         in_background: write in a thread while training continues.
         say: called with a line for the user. on_saved: called on the main process with the path of each checkpoint.
+        timeout: collective_timeout, seconds that the processes wait for each other.
     """
 
-    def __init__(self, run, accelerator, tokenizer, keep_last, in_background=False, say=print, on_saved=None):
+    def __init__(
+        self, run, accelerator, tokenizer, keep_last, in_background=False, say=print, on_saved=None, timeout=600
+    ):
         self.run, self.accelerator, self.tokenizer, self.keep_last = Path(run), accelerator, tokenizer, keep_last
-        self.in_background, self.say, self.on_saved = in_background, say, on_saved
+        self.in_background, self.say, self.on_saved, self.timeout = in_background, say, on_saved, timeout
         self.error = None  # the reason why the last save failed
         self._thread = self._thread_error = None
 
@@ -77,6 +81,8 @@ class Saver:
             trainer: content of trainer.json; must contain `step` (the number of finished steps) and `best_step`.
             model: the unwrapped GPT. optimizer: as accelerator.prepare returns it. card: text of README.md.
         """
+        from accelerate.utils import broadcast_object_list
+
         self.wait()
         snapshot = self._take_snapshot(trainer, model, optimizer, card)
         self.error = None
@@ -89,7 +95,8 @@ class Saver:
                 self.error = str(error)
             if n_bytes > LARGE and not self.in_background:
                 self.say(f"saving {snapshot.final}, {n_bytes / 1e6:,.0f} MB")
-        self.accelerator.wait_for_everyone()  # the main process first removes leftovers of a killed process
+        if self.accelerator.distributed_type != "NO":  # the main process first prepares the temporary folder
+            self.error, snapshot.is_saved = broadcast_object_list([self.error, snapshot.is_saved])
         if self.in_background:
             self._thread = threading.Thread(target=self._write_in_background, args=(snapshot,))
             self._thread.start()
@@ -131,14 +138,19 @@ class Saver:
         from safetensors import SafetensorError
 
         temporary, is_main = snapshot.temporary, self.accelerator.is_main_process
+        deadline = time.monotonic() + SHARD_SHARE * self.timeout
         try:
-            if self.error is None and snapshot.shard is not None and temporary.is_dir():
-                _write_shard(temporary, snapshot)
-            if self.error is None and is_main and not snapshot.is_saved:
-                _write_model(temporary, snapshot, self.tokenizer)
-                _commit(temporary, snapshot.final, snapshot.num_shards)
+            if self.error is None and not snapshot.is_saved:
+                if snapshot.shard is not None:
+                    _write_shard(temporary, snapshot)
+                if is_main:
+                    _write_model(temporary, snapshot, self.tokenizer)
+                    _commit(temporary, snapshot.final, snapshot.num_shards, deadline)
         except (OSError, SafetensorError) as error:
             self.error = str(error)
+            if not is_main:  # the main process reports its own errors, and those in the receipts that it can read
+                where = f"process {self.accelerator.process_index} on {platform.node()}"
+                print(f"warning: {where} cannot write to {temporary}: {error}", file=sys.stderr, flush=True)
         if is_main:
             self._finish(snapshot)
 
@@ -218,9 +230,9 @@ def _write_shard(temporary, snapshot):
         write_atomically(file.with_suffix(".receipt"), json.dumps(entry))
 
 
-def _commit(temporary, final, num_shards):
+def _commit(temporary, final, num_shards, deadline):
     """Wait for all shards, write the index, flush everything to disk, rename the folder, and verify it."""
-    index = _wait_for_shards(temporary, num_shards)
+    index = _wait_for_shards(temporary, num_shards, deadline)
     for file in sorted(temporary.rglob("*")):
         name = file.relative_to(temporary).as_posix()
         if file.is_file() and name != "README.md":  # users may edit the model card
@@ -239,15 +251,15 @@ def _commit(temporary, final, num_shards):
         raise OSError(f"verification failed: {problem}")
 
 
-def _wait_for_shards(temporary, num_shards):
-    """Wait for the receipts of all shards of the optimizer state. Return {file: its entry in the index}."""
+def _wait_for_shards(temporary, num_shards, deadline):
+    """Wait for the receipts of all shards of the optimizer state. Return {file: its entry in the index}. deadline: a
+    time of time.monotonic()."""
     entries = {}
-    deadline = time.monotonic() + SHARD_TIMEOUT_S
     for name in (shard_path(shard, num_shards) for shard in range(num_shards)):
         receipt = (temporary / name).with_suffix(".receipt")
         while not receipt.is_file():
             if time.monotonic() > deadline:
-                raise OSError(f"{name} was not written within {SHARD_TIMEOUT_S} s")
+                raise OSError(f"{name} was not written within {SHARD_SHARE:.0%} of collective_timeout")
             time.sleep(0.05)
         entry = json.loads(receipt.read_text(encoding="utf-8"))
         receipt.unlink()

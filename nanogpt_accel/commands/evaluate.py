@@ -157,7 +157,7 @@ def evaluate(target, recipe, options, block_size=None):
 
 def open_split(recipe, options, folder, block_size, config, target, console):
     """Return (Text, list of problems) for options.split of the recipe's data. Prepare the data if needed."""
-    _, data = ready(recipe.data, is_main(), console, block_size)
+    _, data = ready(recipe.data, console, block_size, recipe.train.collective_timeout)
     problems = dataset.require_tokenizer(data, folder, key=target) or check_tokenizer(data.tokenizer, config, folder)
     name, split = str(data.folder), options.split
     if split not in data.splits:

@@ -7,6 +7,7 @@ the folder depends on every setting that affects the tokens.
 from ..data import dataset
 from ..data.manifest import describe_split
 from ..data.prepare import ready
+from ..distributed.launcher import is_main
 from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..tracking.console import Console
 from ..utils import cli
@@ -20,7 +21,7 @@ def main(argv):
         raise ValueError("RECIPE is missing; usage: nanogpt-accel prepare shakespeare_char")
     recipe = load_recipe(target, options, check=lambda recipe: dataset.check(recipe.data))
     was_prepared = dataset.is_prepared(recipe.data)
-    _, found = ready(recipe.data, is_main=True, report=Console(), block_size=recipe.model.block_size)
+    _, found = ready(recipe.data, Console(is_main()), recipe.model.block_size)
     manifest = found.manifest
     if was_prepared:
         print(f"{found.folder}: already prepared")

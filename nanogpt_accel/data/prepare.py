@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..distributed.launcher import is_main
+from ..distributed.rendezvous import connect
 from ..tracking.console import TextProgress
 from ..utils.files import nearest_existing
 from ..utils.text import counted, data_size
@@ -43,6 +45,7 @@ from .tokenizer import EOT, EncodingError, Tokenizer
 
 COUNTED_BELOW = 2**27  # bytes; the documents of a smaller corpus are measured first, to avoid writing them twice
 MANY = 20  # documents; fewer ones are not drawn at random, because their sizes can be very different
+FOLDER_CACHE_S = 60  # seconds for which NFS may not show new files to another machine
 LARGE_TEXT = 2**30  # bytes; for a larger single text, the memory use (4 to 11 times its size) is reported
 
 
@@ -77,29 +80,44 @@ def prepare(data, report=print, workers=None):
     return folder
 
 
-def ready(data, is_main, report=print, block_size=0):
-    """Open the data folder. If needed, the main process prepares it first, while the others wait.
+def ready(data, report=print, block_size=0, timeout=600):
+    """Open the data folder. If needed, prepare it first; see _ready.
 
     If val_fraction was not set, and val has fewer than the block_size + 1 tokens of a sample, it is increased.
 
     Returns:
         (the data section, with the val_fraction that was used; the Dataset).
     """
-    found = _ready(data, is_main, report)
+    found = _ready(data, report, timeout)
     fractions = larger_val_fractions(data, found.manifest, block_size) if may_increase_val(data, found.manifest) else []
     for fraction in fractions:
         if len(found.val) <= block_size:
             reason = f"val had only {counted(len(found.val), 'token')}, fewer than block_size + 1 = {block_size + 1:,}"
             report(f"val_fraction={fraction} instead of {data.val_fraction}, because {reason}")
             data = data.model_copy(update={"val_fraction": fraction})
-            found = _ready(data, is_main, report)
+            found = _ready(data, report, timeout)
     return data, found
 
 
-def _ready(data, is_main, report):
-    if is_main:
-        prepare(data, report)
-    while not is_prepared(data):
+def _ready(data, report, timeout):
+    """Open the data folder as a Dataset. If needed, prepare it first.
+
+    One rank prepares it, while the others wait: the main process, and on each machine that does not share its disk, the
+    first rank of this machine. timeout: collective_timeout, seconds to wait for a rank that does not respond.
+    """
+    ranks = connect(timeout)
+    is_found = ranks.exchange(is_prepared(data), "looking for the token files")
+    blind = [] if all(is_found) else ranks.find_blind(data_folder(data))
+    machine = ranks.machines[ranks.rank]  # the number of its first rank
+    preparer = machine if machine in blind else 0
+    if ranks.rank == preparer:
+        host = ranks.hosts[ranks.rank]
+        with ranks.working(f"token files of rank {preparer}"):
+            prepare(data, report if is_main() else lambda line: print(f"{host}: {line}", flush=True))
+    for other in {0, *blind} - {ranks.rank}:
+        ranks.wait_for(f"token files of rank {other}", other, "preparing the token files")
+    deadline = time.monotonic() + FOLDER_CACHE_S
+    while ranks.rank != preparer and not is_prepared(data) and time.monotonic() < deadline:
         time.sleep(0.5)
     return open_dataset(data)
 
@@ -127,7 +145,7 @@ def _prepare(folder, data, report, workers):
     all_facts = facts | {"fingerprint": tokenizer.fingerprint}
     cut = _plan_cut(corpus, data)
     while True:
-        with _sigterm_as_exit(), _open_writer(folder, tokenizer.dtype, all_facts, data.shard_tokens, report) as writer:
+        with _signals_as_exit(), _open_writer(folder, tokenizer.dtype, all_facts, data.shard_tokens, report) as writer:
             if writer is None or writer.is_finished:  # completed by another process or by an earlier attempt
                 return
             made = {key: getattr(tokenizer, key) for key in ("kind", "vocab_size", "fingerprint", "eot_id")}
@@ -302,17 +320,19 @@ def _open_writer(folder, dtype, facts, shard_tokens, report):
 
 
 @contextmanager
-def _sigterm_as_exit():
-    """Set a SIGTERM handler that raises SystemExit, so that the Writer commits. Keep a handler that is already set."""
-    is_main_thread = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
-    if not is_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+def _signals_as_exit():
+    """Let SIGTERM and SIGUSR1 raise SystemExit, so that the Writer commits. Keep handlers that are already set."""
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
+        for name, status in (("SIGTERM", 128 + signal.SIGTERM), ("SIGUSR1", 75)):
+            number = getattr(signal, name, None)  # Windows has no SIGUSR1
+            if number and signal.getsignal(number) == signal.SIG_DFL:
+                handlers[number] = signal.signal(number, lambda *_, status=status: sys.exit(status))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # ---- assign documents to splits

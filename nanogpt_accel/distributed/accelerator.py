@@ -1,12 +1,20 @@
 """Create the Accelerator from the settings of the launcher and the recipe."""
 
+import hashlib
 import os
+import platform
 import sys
 from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
 
-from ..utils.fields import raise_problems
+from .. import __version__
 from ..utils.packaged import packaged
+from ..utils.text import one_line
+from . import rendezvous
 from .launcher import launcher_requests, world_size
+
+PACKAGE = Path(__file__).parents[1]
 
 
 def pick_device(device):
@@ -71,18 +79,24 @@ def make_accelerator(
     if (chosen.type, precision) == ("mps", "bf16") and not torch.backends.mps.is_macos_or_newer(14, 0):
         raise ValueError("mixed_precision=bf16: on MPS, bf16 requires macOS 14; set mixed_precision=fp16 or no")
     torch.set_float32_matmul_precision("high")  # TF32 if the hardware has it, as in nanoGPT
-    accelerator = Accelerator(
-        cpu=chosen.type == "cpu",  # otherwise Accelerate does not connect processes that have no GPU
-        mixed_precision=precision,
-        dynamo_plugin=TorchDynamoPlugin(
-            backend="inductor" if should_compile(compile, chosen.type) else "no",
-            dynamic=False,
-            use_regional_compilation=compile == "regional",
-        ),
-        log_with=list(trackers) or None,
-        project_dir=logging_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout))],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=chosen.type == "cpu",  # otherwise Accelerate does not connect processes that have no GPU
+            mixed_precision=precision,
+            dynamo_plugin=TorchDynamoPlugin(
+                backend="inductor" if should_compile(compile, chosen.type) else "no",
+                dynamic=False,
+                use_regional_compilation=compile == "regional",
+            ),
+            log_with=list(trackers) or None,
+            project_dir=logging_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout))],
+        )
+    except (ValueError, KeyError, ImportError) as error:  # of a launcher's setting that check_launcher does not know
+        names = [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"))]
+        fix = f"check the config file of `accelerate launch` and {', '.join(sorted(names))}"
+        raise ValueError(f"Accelerate cannot use the launcher's settings: {one_line(error)}; {fix}") from error
+    rendezvous.close()
     if processes != accelerator.num_processes:
         raise ValueError(
             f"{launched}: the launcher started {processes} processes, but Accelerate sees "
@@ -98,24 +112,17 @@ def make_accelerator(
     return accelerator
 
 
-def assert_ranks_agree(accelerator, **facts):
-    """Raise a ValueError on every rank if `facts` are not the same on all ranks. Each keyword argument in `facts` is a
-    dictionary of plain values, such as recipe={"seed": 1}."""
-    from accelerate.utils import gather_object
-
-    if accelerator.num_processes == 1:
-        return
-    first, *others = gather_object([facts])
-    fix = "use the same recipe, options and files on all ranks"
-    raise_problems(
-        [
-            f"{name}: {key}={other[name].get(key)} on rank {rank}, but {values.get(key)} on rank 0; {fix}"
-            for rank, other in enumerate(others, 1)
-            for name, values in first.items()
-            for key in values | other[name]
-            if values.get(key) != other[name].get(key)
-        ]
-    )
+def environment(device, mixed_precision):
+    """Return what must be the same on all ranks, next to the recipe: {name: device, precision or version}."""
+    chosen = pick_device(device).type
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))))
+    return {
+        "device": chosen,
+        "mixed_precision": pick_precision(mixed_precision, chosen),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        **{name: import_module(name).__version__ for name in ("torch", "accelerate", "transformers", "numpy")},
+        "nanogpt_accel": f"{__version__}, code {code.hexdigest()[:8]}",
+    }
 
 
 def should_compile(compile, device_type):

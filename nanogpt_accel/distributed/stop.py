@@ -12,20 +12,24 @@ from ..utils.text import first_line
 from .launcher import world_size
 
 
-def lost_process(error):
-    """Return the first line of an error that means that another process ended or does not respond, otherwise None."""
+def lost_process(error, timeout):
+    """Return a message if an error means that another process ended or does not respond, otherwise None. timeout:
+    collective_timeout, in seconds."""
     import torch
 
     words = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "socket")
     is_lost = isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in words)
-    return first_line(error) if is_lost and world_size() > 1 else None
+    if is_lost and world_size() > 1:
+        problem = f"another process of this run exited or did not respond within collective_timeout={timeout:g} s"
+        return f"{problem} ({first_line(error)})"
+    return None
 
 
 class StopSignals:
     """Records SIGTERM, SIGINT, SIGUSR1 and Windows' SIGBREAK. A second Ctrl-C ends the process immediately.
 
-    Use it as a context manager. Set `armed` to True when a loop starts to check `received`. Before that, SIGUSR1 is
-    recorded, and the other signals end the process as usual.
+    Use it as a context manager. Set `armed` to True when a loop starts to check `received`. Before that, SIGUSR1 ends
+    the process with status 75 (stopped; the same command continues), and the other signals end it as usual.
     """
 
     def __init__(self):
@@ -50,8 +54,8 @@ class StopSignals:
             os._exit(130)
         if not self.armed and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.armed and number in (signal.SIGTERM, getattr(signal, "SIGBREAK", None)):
-            sys.exit(128 + number)
+        if not self.armed:
+            sys.exit(75 if number == getattr(signal, "SIGUSR1", None) else 128 + number)
         self.received = self.received or signal.Signals(number).name
 
 

@@ -10,8 +10,6 @@ from ..utils.files import write_atomically
 from .card import adapt_usage
 from .transfer import create, upload
 
-PUSH_TIMEOUT_S = 1800  # maximum time to wait for a push at the end of a run
-
 
 class BackgroundPush:
     """Pushes checkpoints in a thread, one at a time. If several checkpoints are waiting, only the latest is pushed.
@@ -29,15 +27,16 @@ class BackgroundPush:
         self._lock = threading.Lock()
         self._waiting = None  # (folder of links, checkpoint, message)
         self._worker = None
+        self._can_retry = threading.Event()  # a newer checkpoint waits
 
     def push(self, checkpoint, message):
         """Schedule the push of a checkpoint folder, and return immediately. message: the commit message."""
         links = self._folder / f".push-{Path(checkpoint).name}-{time.monotonic_ns()}"
         try:
-            links.mkdir()
-            for file in Path(checkpoint).iterdir():
-                if file.is_file():
-                    _link(file, links / file.name)
+            for file in self._files(Path(checkpoint)):
+                link = links / file.relative_to(checkpoint)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                _link(file, link)
         except OSError as error:
             shutil.rmtree(links, ignore_errors=True)
             self._report_failure(message, error)
@@ -46,14 +45,15 @@ class BackgroundPush:
             if self._waiting is not None:
                 shutil.rmtree(self._waiting[0], ignore_errors=True)
             self._waiting = (links, Path(checkpoint), message)
+            self._can_retry.set()
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, daemon=True)
                 self._worker.start()
 
     def wait(self):
-        """Wait for all pushes, but no longer than PUSH_TIMEOUT_S, in case the Hub does not respond."""
+        """Wait for all pushes, but no longer than `timeout_s`, in case the Hub does not respond."""
         if (worker := self._worker) is not None:
-            worker.join(PUSH_TIMEOUT_S)
+            worker.join(self.timeout_s)
 
     def _work(self):
         while True:
@@ -62,17 +62,38 @@ class BackgroundPush:
                     self._worker = None
                     return
                 (links, checkpoint, message), self._waiting = self._waiting, None
+            is_kept = False
             try:
-                self.repo = create(self.repo, self.private, self.branch)
-                if (readme := links / "README.md").is_file():  # a link, so write a new file instead of changing it
-                    card = readme.read_text(encoding="utf-8", errors="replace")
-                    write_atomically(readme, adapt_usage(card, True, self.repo, self.branch))
-                upload(links, self.repo, message, self.branch)
+                self._can_retry.clear()
+                self._send(links, checkpoint, message)
                 self.pushed, self._has_warned = checkpoint, False
             except OSError as error:
                 self._report_failure(message, error)
+                with self._lock:
+                    if self.retry_s is not None and self._waiting is None:
+                        self._waiting, is_kept = (links, checkpoint, message), True
+                if is_kept:
+                    self._can_retry.wait(self.retry_s)
             finally:
-                shutil.rmtree(links, ignore_errors=True)
+                if not is_kept:
+                    shutil.rmtree(links, ignore_errors=True)
+
+    # ---- the parts that a subclass replaces
+
+    timeout_s = 1800  # maximum time to wait for a push at the end of a run
+    retry_s = None  # seconds until a failed push is repeated, if no newer checkpoint waits; None: not repeated
+
+    def _files(self, checkpoint):
+        """Return the files to push."""
+        return [file for file in checkpoint.iterdir() if file.is_file()]
+
+    def _send(self, links, checkpoint, message):
+        """Push the files in the folder `links`. Raise OSError if that fails."""
+        self.repo = create(self.repo, self.private, self.branch)
+        if (readme := links / "README.md").is_file():  # a link, so write a new file instead of changing it
+            card = readme.read_text(encoding="utf-8", errors="replace")
+            write_atomically(readme, adapt_usage(card, True, self.repo, self.branch))
+        upload(links, self.repo, message, self.branch)
 
     def _report_failure(self, message, error):
         if not self._has_warned:

@@ -172,6 +172,8 @@ def run(command, argv):
         is_stopped = isinstance(error, Stopped)
         if is_main:
             print(error if is_stopped else f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(1)  # a launcher ends all processes when the first one exits, and rank 0 has something to print
         return 75 if is_stopped else 1
     except KeyboardInterrupt as interrupt:
         if is_main:

@@ -1,4 +1,4 @@
-"""File locks. A second file names the process that has the lock. If a process dies, the system releases its locks."""
+"""File locks. A second file names the process that has the lock. If a process dies, its locks are released."""
 
 import errno
 import json
@@ -7,29 +7,25 @@ import platform
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLease, Timeout
+
+LEASE_S = 30  # without flock: seconds after which a lock that its process does not renew is free
+_NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def acquire(lock_file, holder_file):
-    """Lock a file without waiting, write the process id and host to `holder_file`, and return the lock.
+    """Lock a file, write the process id and host to `holder_file`, and return the lock.
 
     The lock is released when the process ends or by its release(), which may be called more than once. If the file
-    system does not support locks (ENOLCK, EOPNOTSUPP), nothing is locked. Without flock (ENOSYS), filelock uses the
-    existence of the file as the lock.
+    system does not support flock, a lease is used: LOCK_FILE.lease contains the host, process id, start time and boot
+    id, and a thread renews it. A lease of a dead process on this host is free immediately. On another host, it is free
+    after LEASE_S seconds without renewal, so this function then waits for up to LEASE_S seconds.
 
     Raises:
         BlockingIOError: another process has the lock. The message names this process: `process N on HOST`.
         OSError: the file cannot be created or locked.
     """
-    lock = FileLock(lock_file, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(_read_holder(holder_file)) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        return lock
+    lock = _lock(lock_file, holder_file)
     with suppress(OSError):  # only used in messages of other processes
         holder = {"host": platform.node(), "pid": os.getpid()}
         Path(holder_file).write_text(json.dumps(holder), encoding="utf-8")
@@ -37,7 +33,7 @@ def acquire(lock_file, holder_file):
 
 
 def find_holder(lock_file, holder_file):
-    """Return the process that has the lock, as `process N on HOST`, or None. Nothing is written to the disk.
+    """Return the process that has the lock, as `process N on HOST`, or None. See `acquire`.
 
     Raises:
         OSError: the file cannot be locked.
@@ -45,10 +41,27 @@ def find_holder(lock_file, holder_file):
     if not Path(lock_file).exists():
         return None
     try:
-        with FileLock(lock_file, timeout=0):
-            return None
+        _lock(lock_file, holder_file).release()
+        return None
+    except BlockingIOError as error:
+        return str(error)
+
+
+def _lock(lock_file, holder_file):
+    lease_file = Path(f"{lock_file}.lease")
+    try:
+        lock = FileLock(lock_file, timeout=0, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise
+            lock = SoftFileLease(lease_file, timeout=LEASE_S + 5, lease_duration=LEASE_S)
+            lock.acquire()
+        return lock
     except Timeout:
-        return _read_holder(holder_file)
+        fix = f" (if it has ended, delete {lease_file})" if lease_file.exists() else ""
+        raise BlockingIOError(_read_holder(holder_file) + fix) from None
 
 
 def _read_holder(holder_file):

@@ -150,3 +150,17 @@ def test_a_checkpoint_that_did_not_reach_the_disk_is_not_trusted(saved, monkeypa
     assert [path.name for path in list_checkpoints(saved.folder)][:2] == ["checkpoint-000010", "checkpoint-000020"]
     assert latest_valid(saved.folder, warn=lambda line: None).name == "checkpoint-000020"
     AutoModelForCausalLM.from_pretrained(saved.folder)  # still the best of the older ones
+
+
+def test_a_shard_that_never_comes_is_not_waited_for_longer_than_collective_timeout(run):
+    """A process that cannot see the disk never writes its shard."""
+    run.save(10)
+    run.saver.timeout = 0.5
+    snapshot = run.saver._take_snapshot({"step": 20, "best_step": None}, run.model, run.optimizer, CARD)
+    save._prepare_temp_dir(snapshot.temporary, 0)
+    snapshot.num_shards = 2
+    run.saver._write(snapshot)
+    assert "state/optimizer-00002-of-00002.safetensors was not written within 80% of collective_timeout" in (
+        run.saver.error
+    )
+    assert run.steps() == [10] and run.leftovers() == []

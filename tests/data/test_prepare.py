@@ -504,7 +504,7 @@ def test_killed_at_random_times_it_resumes_and_ends_with_the_same_bytes():
         assert ids(one.splits[split]) == ids(other.splits[split])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_an_interrupted_preparation_keeps_its_documents(number):
     jsonl("x.jsonl", documents(60_000))
     process = child(commit_seconds=10**9, corpus="x.jsonl")
@@ -512,7 +512,8 @@ def test_an_interrupted_preparation_keeps_its_documents(number):
     until(lambda: written.exists() and written.stat().st_size > 50_000, process)
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 128 + signal.SIGTERM}[number]
+    statuses = {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGUSR1: 75}
+    assert process.returncode == statuses[number]
     counts = json.loads(Path("out/.partial/progress.json").read_text())["counts"]
     kept = counts["train"]["documents"] + counts["val"]["documents"]
     assert f"out: interrupted; {kept:,} documents kept; run the same command to resume\n" in said and kept > 100
@@ -780,7 +781,7 @@ def test_long_work_reports_its_progress(notes, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     lines = []
     data = Data(corpus="notes", tokenizer="bpe", vocab_size=300, val_fraction=0.3)
-    assert prepare.ready(data, True, lines.append)[1].folder == data_folder(data)
+    assert prepare.ready(data, lines.append)[1].folder == data_folder(data)
     assert lines[:2] == ["corpus=notes: 12 files to read", "training a BPE tokenizer with 300 tokens on notes"]
     lines = [line for line in lines[2:-3] if "too small" not in line and "val is" not in line]
     assert len(lines) > 3 and all("document" in line and "B/s" in line for line in lines)
@@ -807,7 +808,7 @@ def test_val_is_as_long_as_a_sample(corpus, length, block_size, fraction):
     write_texts(length, length)
     data = Data(corpus=corpus, tokenizer="char")
     lines = []
-    used, found = prepare.ready(data, True, lines.append, block_size)
+    used, found = prepare.ready(data, lines.append, block_size)
     assert used.val_fraction == (fraction or 0.0005) and len(found.val) > block_size
     changes = [line for line in lines if "because val had only" in line]
     assert len(changes) == (fraction is not None)
@@ -815,7 +816,7 @@ def test_val_is_as_long_as_a_sample(corpus, length, block_size, fraction):
     assert found.folder == data_folder(used) and found.manifest["val_fraction"] == used.val_fraction
     assert dataset.check(data, block_size) == [] and not dataset.require_block(used, found.manifest, block_size)
     content_before = content("data")
-    assert prepare.ready(data, True, lines.append, block_size)[1].folder == found.folder  # nothing is prepared again
+    assert prepare.ready(data, lines.append, block_size)[1].folder == found.folder  # nothing is prepared again
     assert content("data") == content_before
 
 
@@ -826,7 +827,7 @@ def test_val_fraction_that_was_set_is_not_changed():
         ({"data_dir": "out"}, "or use a larger corpus or val_fraction=0.01 and another data_dir"),
     ):
         data = Data(corpus="x.txt", tokenizer="char", **given)
-        used, found = prepare.ready(data, True, print, 100)
+        used, found = prepare.ready(data, print, 100)
         assert used == data and len(found.val) == 10
         for problems in (dataset.check(data, 100), dataset.require_block(data, found.manifest, 100)):
             assert problems[0].endswith(words)
@@ -837,18 +838,18 @@ def test_val_of_the_corpus_itself_is_not_changed():
     Path("d").mkdir()
     shutil.move("x.txt", "d/train.txt")
     Path("d/val.txt").write_text("ab")
-    used, found = prepare.ready(Data(corpus="d", tokenizer="char"), True, print, 100)
+    used, found = prepare.ready(Data(corpus="d", tokenizer="char"), print, 100)
     assert used.val_fraction == 0.0005 and len(found.val) == 3
     (problem,) = dataset.check(used, 100)
     assert problem.endswith("set a smaller block_size, or use more validation data")
     np.arange(1000, dtype="<u2").tofile("d/train.bin")
     np.arange(3, dtype="<u2").tofile("d/val.bin")
     Path("d/train.txt").unlink()
-    assert prepare.ready(Data(data_dir="d"), True, print, 100)[0].val_fraction == 0.0005
+    assert prepare.ready(Data(data_dir="d"), print, 100)[0].val_fraction == 0.0005
     np.save("tokens.npy", np.zeros(1000, "<u2"))
     Path("e").mkdir()
     shutil.move("tokens.npy", "e")
-    used, found = prepare.ready(Data(data_dir="e"), True, print, 50)  # the files are not changed
+    used, found = prepare.ready(Data(data_dir="e"), print, 50)  # the files are not changed
     assert used.val_fraction == 0.1 and len(found.val) == 100
 
 

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from launching import run_python
 
 from nanogpt_accel.distributed.accelerator import (
-    assert_ranks_agree,
+    environment,
     make_accelerator,
     pick_device,
     pick_precision,
@@ -215,20 +215,18 @@ def test_make_accelerator_in_a_new_process():
     assert done.stdout.split() == ["cpu", pick_precision("auto", "cpu"), "1", "True"]
 
 
-# ---- the same settings on all ranks
+def test_environment_names_what_must_be_the_same_on_all_ranks(machine):
+    machine(amx=True)
+    found = environment("auto", "auto")
+    assert (found["device"], found["mixed_precision"], found["torch"]) == ("cpu", "bf16", torch.__version__)
+    assert "code " in found["nanogpt_accel"] and found == environment("cpu", "bf16")
 
 
-def test_a_setting_that_differs_between_ranks_is_named(refused, monkeypatch):
-    def require(*gathered):
-        monkeypatch.setattr("accelerate.utils.gather_object", lambda own: list(gathered))
-        assert_ranks_agree(SimpleNamespace(num_processes=len(gathered)), **gathered[0])
-
-    facts = {"recipe": {"seed": 1, "learning_rate": 1e-3}, "data": {"train": "abc"}}
-    require(facts, facts, facts)
-    with refused(ValueError, "recipe: seed=2 on rank 2, but 1 on rank 0"):
-        require(facts, facts, {**facts, "recipe": {"seed": 2, "learning_rate": 1e-3}})
-    with refused(ValueError, "data: val=x on rank 1, but None on rank 0"):
-        require(facts, {**facts, "data": {"train": "abc", "val": "x"}})
-    with pytest.raises(ValueError) as caught:
-        require(facts, {"recipe": {"seed": 2, "learning_rate": 1e-3}, "data": {"train": "?"}})
-    assert len(str(caught.value).splitlines()) == 2
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "abc"), ("ACCELERATE_DEBUG_MODE", "x")],
+)
+def test_settings_that_accelerate_rejects_get_one_line(refused, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with refused(ValueError, "Accelerate cannot use the launcher's settings", name):
+        make_accelerator("cpu", "no")

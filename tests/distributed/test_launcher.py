@@ -84,7 +84,45 @@ def test_launcher_that_started_one_process_of_several_is_refused(monkeypatch):
         and "MULTI_CPU" in problem
         and "configs/cpu_2proc.yaml" in problem
     )
-    monkeypatch.setenv("PMI_SIZE", "2")  # mpirun connects the processes by its own variables
+    monkeypatch.setenv("PMI_SIZE", "2")
+    (problem,) = check_launcher()
+    assert problem.startswith("PMI_SIZE=2: mpirun is not supported")
+
+
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: must be an integer"),
+        ({"RANK": "x"}, "RANK=x: must be an integer"),
+        (LAUNCHED | {"RANK": "5"}, "RANK=5: must be below WORLD_SIZE=2"),
+        (LAUNCHED | {"WORLD_SIZE": "1", "RANK": "3"}, "RANK=3: must be below WORLD_SIZE=1"),
+        (LAUNCHED | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999: must be a port, 1 to 65535"),
+        (LAUNCHED | {"MASTER_PORT": "0"}, "MASTER_PORT=0: must be an integer of at least 1"),
+        (LAUNCHED | {"MASTER_ADDR": ""}, "MASTER_ADDR=: no such host (empty)"),
+        (LAUNCHED | {"MASTER_ADDR": "no such host"}, "MASTER_ADDR=no such host: no such host"),
+        ({"ACCELERATE_MIXED_PRECISION": ""}, "ACCELERATE_MIXED_PRECISION=: must be no, fp16, bf16, fp8, or not set"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp4"}, "ACCELERATE_MIXED_PRECISION=fp4: must be no, fp16"),
+        ({"ACCELERATE_USE_FSDP": "maybe"}, "ACCELERATE_USE_FSDP=maybe: must be true or false"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED: not installed; run pip install deepspeed"),
+        *(({name: "2"}, f"{name}=2: mpirun is not supported") for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")),
+    ],
+)
+def test_variables_that_make_no_sense_get_one_line(monkeypatch, variables, words):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (problem,) = check_launcher()
+    assert words in problem
+
+
+@pytest.mark.parametrize("variables", [LAUNCHED, LAUNCHED | {"PMI_SIZE": "2"}, {"LOCAL_RANK": "-1"}, {"PMI_SIZE": "1"}])
+def test_variables_of_launchers_are_accepted(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     assert check_launcher() == []
 
 

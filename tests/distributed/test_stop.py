@@ -177,7 +177,7 @@ def test_losing_a_process_ends_the_other_and_the_run_resumes_exactly(recipe, und
     said = job.says()
     assert status == 2, said
     (line,) = [line for line in said.splitlines() if "error: " in line]
-    assert "another process of this run ended" in line and "resume from checkpoint-000040 with: " in line
+    assert "another process of this run exited" in line and "resume from checkpoint-000040 with: " in line
     assert "Traceback" not in said
     assert [find_corruption(path) for path in list_checkpoints(run)] == [None]
     train_on_ranks(run, [run, "collective_timeout=600"], "multi_gpu.yaml", 2)
@@ -195,10 +195,10 @@ def test_losing_a_process_ends_the_other_and_the_run_resumes_exactly(recipe, und
     ],
 )
 def test_errors_of_a_lost_process_are_recognized(monkeypatch, error, is_lost):
-    assert lost_process(error) is None  # with a single process
+    assert lost_process(error, 600) is None  # with a single process
     for name, value in torchrun_variables(0, 2).items():
         monkeypatch.setenv(name, value)
-    reason = lost_process(error)
+    reason = lost_process(error, 600)
     assert (reason is not None) == is_lost and "\n" not in (reason or "")
 
 

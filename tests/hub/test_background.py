@@ -113,13 +113,13 @@ def test_files_are_copied_if_hard_links_are_not_supported(uploads, tmp_path, mon
 
 
 def test_wait_ends_after_the_timeout(uploads, tmp_path, monkeypatch):
-    monkeypatch.setattr("nanogpt_accel.hub.background.PUSH_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(BackgroundPush, "timeout_s", 0.05)
     pusher = BackgroundPush("tiny", tmp_path, pytest.fail)
     pusher.wait()  # there is no push
     pusher.push(checkpoint(tmp_path, 1), "1")
     pusher.wait()
     assert pusher.pushed is None
-    monkeypatch.setattr("nanogpt_accel.hub.background.PUSH_TIMEOUT_S", 10)
+    monkeypatch.setattr(BackgroundPush, "timeout_s", 10)
     uploads.go.set()
     pusher.wait()
     assert [message for message, _ in uploads.done] == ["1"]

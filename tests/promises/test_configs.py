@@ -4,9 +4,11 @@ CPU processes replace the GPUs, at most two per file. The SLURM scripts run in b
 scontrol.
 """
 
+import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -32,6 +34,7 @@ from launching import (
 from runs import SMALL, losses, numbers, relative_difference, trainer, write_recipe
 
 from nanogpt_accel.commands.plan import find_layouts
+from nanogpt_accel.utils import cli
 
 # file -> (type, processes, machines)
 EXPECTED = {
@@ -281,6 +284,7 @@ def job(tmp_path):
         if process.poll() is None:
             process.terminate()  # on_each_node.sh and the launcher forward it
             process.wait(TIMEOUT_S)
+    (CONFIGS.parent / f".requeue-{os.getpid()}.json").unlink(missing_ok=True)
 
 
 def reach_time_limit(job, process, run):
@@ -337,10 +341,43 @@ def test_slurm_job_that_fails_is_not_requeued(job, recipe, tmp_path):
     assert "n_head" in job.log.read_text() and job.calls() == []
 
 
+def test_slurm_job_is_requeued_while_it_makes_progress(tmp_path, monkeypatch, capsys):
+    """A new checkpoint or newly prepared documents are progress; three attempts without are the end."""
+    requeue = runpy.run_path(str(CONFIGS / "slurm" / "requeue.py"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    argv, run = [str(write_recipe(tmp_path)), "out_dir=run"], tmp_path / "run"
+
+    def is_requeued():
+        try:
+            return cli.run(requeue["main"], argv) == 0
+        except SystemExit as end:
+            assert str(end).startswith("error: not requeued: 3 attempts in a row without a new checkpoint")
+            return False
+
+    assert [is_requeued() for _ in range(2)] == [True, True]
+    (tmp_path / "tokens" / ".partial").mkdir(parents=True)
+    progress = {"facts": [{}], "counts": {"train": {"documents": 5}}}
+    (tmp_path / "tokens" / ".partial" / "progress.json").write_text(json.dumps(progress))
+    assert [is_requeued() for _ in range(3)] == [True, True, True]
+    (run / "checkpoint-000010").mkdir(parents=True)
+    assert [is_requeued() for _ in range(3)] == [True, True, True]
+    assert not is_requeued() and not list(tmp_path.glob(".requeue*"))
+    argv[:] = ["run", "n_layer=2"]
+    assert not is_requeued() and "run.yaml" in capsys.readouterr().err
+
+
 def test_slurm_scripts_are_valid_bash():
     scripts = sorted((CONFIGS / "slurm").iterdir())
-    assert [path.name for path in scripts] == ["multi_node.sbatch", "on_each_node.sh", "single_node.sbatch"]
+    assert [path.name for path in scripts] == [
+        "multi_node.sbatch",
+        "on_each_node.sh",
+        "requeue.py",
+        "single_node.sbatch",
+    ]
     for path in scripts:
+        if path.suffix == ".py":
+            continue
         subprocess.run(["bash", "-n", str(path)], check=True, timeout=TIMEOUT_S)
         if path.suffix == ".sbatch":
             assert {"#SBATCH --signal=B:USR1@300", "#SBATCH --requeue"} <= set(path.read_text().splitlines())

@@ -1,0 +1,192 @@
+"""Copy the checkpoints of a run to another place, such as s3://bucket/run, and restore them from there.
+
+The mirror has the files of the run folder: checkpoint-N/, run.yaml and the logs. A checkpoint in the mirror is complete
+if it has a state/index.json, which is written last. fsspec copies the files; data/remote.py lists its packages.
+"""
+
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..data.remote import FIXES, PACKAGES
+from ..hub.background import BackgroundPush
+from ..utils.files import flush_tree, remove_checkpoint, rename_folder
+from ..utils.text import one_line
+from .layout import CHECKPOINT_NAME, INDEX, checkpoint_path, read_trainer
+from .verify import find_corruption, latest_valid
+
+LOGS = ("run.yaml", "metrics.jsonl", "samples.jsonl")
+FIX = "check the URL, the credentials and the network"
+
+
+class Mirror:
+    """A mirror of a run folder. url: any path of fsspec, such as s3://bucket/run or /mnt/backup/run.
+
+    All methods raise ConnectionError if the store does not respond or refuses the request, and ValueError if the
+    package for its protocol is not installed.
+    """
+
+    def __init__(self, url):
+        from fsspec.core import url_to_fs
+
+        self.url = url.rstrip("/")
+        with self._errors():
+            self.fs, self.root = url_to_fs(self.url)
+            self.root = self.root.rstrip("/")
+
+    def checkpoints(self):
+        """Return {step: path} of the complete checkpoints, oldest first."""
+        with self._errors():
+            self.fs.invalidate_cache()
+            try:
+                entries = self.fs.ls(self.root, detail=False)
+            except FileNotFoundError:
+                return {}
+            found = {}
+            for path in entries:
+                match = CHECKPOINT_NAME.match(path.rstrip("/").rpartition("/")[2])
+                if match and self.fs.exists(f"{path}/{INDEX}"):
+                    found[int(match[1])] = path.rstrip("/")
+        return dict(sorted(found.items()))
+
+    def upload(self, folder, name, run):
+        """Copy a folder with the files of a checkpoint to the mirror as `name`, and the logs of the run folder."""
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        pairs = [(file, f"{name}/{file.relative_to(folder).as_posix()}") for file in files]
+        pairs += [(Path(run) / log, log) for log in LOGS if (Path(run) / log).is_file()]
+        with self._errors():
+            for file, target in sorted(pairs, key=lambda pair: pair[1] == f"{name}/{INDEX}"):  # the index last
+                target = f"{self.root}/{target}"
+                if "file" in self.fs.protocol:
+                    self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+                self.fs.put_file(str(file), target)
+
+    def delete(self, path):
+        """Delete a checkpoint from the mirror; the index first, so that an incomplete one is never used."""
+        with self._errors():
+            self.fs.rm(f"{path}/{INDEX}")
+            self.fs.rm(path, recursive=True)
+
+    def download(self, run, step, path):
+        """Copy a checkpoint from the mirror to a run folder. Return its folder, or None if it is corrupted."""
+        final = checkpoint_path(run, step)
+        with tempfile.TemporaryDirectory(dir=run, prefix=".mirror-") as temporary:
+            folder = Path(temporary) / final.name
+            with self._errors():
+                self.fs.get(path, str(folder), recursive=True)
+            if find_corruption(folder) is not None:
+                return None
+            flush_tree(folder)
+            if final.exists():
+                remove_checkpoint(final)  # it is corrupted; otherwise, the run would resume from it
+            rename_folder(folder, final)
+        return final
+
+    def restore(self, run, say):
+        """Copy the latest valid checkpoint and the best one, with the logs, from the mirror to a run folder."""
+        found = self.checkpoints()
+        for step in reversed(found):
+            latest = self.download(run, step, found[step])
+            if latest is None:
+                say(f"warning: {found[step]}: corrupted; skipping this checkpoint")
+                continue
+            best = read_trainer(latest)["best_step"]
+            if best != step and best in found:
+                self.download(run, best, found[best])
+            with self._errors():
+                for log in LOGS:
+                    with suppress(FileNotFoundError):
+                        self.fs.get_file(f"{self.root}/{log}", str(Path(run) / log))
+            say(f"restored {latest} from {self.url}")
+            return
+
+    @contextmanager
+    def _errors(self):
+        """Convert any error of fsspec and the libraries that it uses; each library has its own types."""
+        protocol = self.url.partition("://")[0] if "://" in self.url else "file"
+        try:
+            yield
+        except ImportError:
+            package = PACKAGES.get(protocol, "the package for it")
+            raise ValueError(
+                f"checkpoint.mirror={self.url}: {protocol}:// is not installed; run `pip install {package}`"
+            ) from None
+        except ValueError as error:  # an unknown protocol
+            raise ValueError(f"checkpoint.mirror={self.url}: {one_line(error)}; check the URL") from None
+        except Exception as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ConnectionError(f"checkpoint.mirror={self.url}: {reason}; {FIXES.get(protocol, FIX)}") from error
+
+
+class BackgroundMirror(BackgroundPush):
+    """Copies checkpoints to a mirror in a thread, one at a time, and deletes older ones there, as in the run folder.
+
+    A failed copy is repeated, or replaced by that of a newer checkpoint. The first of several failures causes a
+    warning.
+    """
+
+    retry_s = 15
+
+    def __init__(self, url, folder, warn, keep_last, collective_timeout=600):
+        super().__init__(url, folder, warn)
+        self.mirror, self.keep_last, self._can_delete = None, keep_last, True
+        self.timeout_s = min(300, collective_timeout / 2)  # the other ranks wait at the end of the run
+
+    def _files(self, checkpoint):
+        return [file for file in checkpoint.rglob("*") if file.is_file()]
+
+    def _send(self, links, checkpoint, message):
+        if self.mirror is None:
+            self.mirror = Mirror(self.repo)
+        self.mirror.upload(links, checkpoint.name, self._folder)
+        trainer = read_trainer(links)
+        found = {step: path for step, path in self.mirror.checkpoints().items() if step <= trainer["step"]}
+        kept = {trainer["best_step"], *list(found)[-self.keep_last :]}
+        for step in found.keys() - kept if self._can_delete else ():
+            try:
+                self.mirror.delete(found[step])
+            except ConnectionError as error:
+                self._can_delete = False
+                self.warn(f"warning: older checkpoints are not deleted from the mirror: {error}")
+
+    def _report_failure(self, message, error):
+        if not self._has_warned:
+            self._has_warned = True
+            self.warn(f"warning: {message} is not copied to the mirror yet: {error}. The run continues and tries again")
+
+
+def check_mirror(recipe):
+    """Check before a run that its mirror can be read, and that it does not contain another run. Return a list of
+    problems."""
+    url = recipe.checkpoint.mirror
+    if url is None or recipe.model.init_from == "resume":
+        return []
+    try:
+        found = Mirror(url).checkpoints()
+    except (ValueError, ConnectionError) as error:
+        return [str(error)]
+    if not found or recipe.overwrite or recipe.checkpoint.resume == "auto":
+        return []
+    return [
+        f"checkpoint.mirror={url}: already contains a run (step {max(found):,}); to resume it, set resume=auto; to "
+        "replace it, set overwrite=true; or set mirror to another place"
+    ]
+
+
+def prepare_mirror(recipe, say):
+    """Restore a run from its mirror if it has resume=auto and out_dir has no valid checkpoint."""
+    url, run = recipe.checkpoint.mirror, recipe.out_dir
+    if url is None or recipe.checkpoint.resume == "no" or latest_valid(run, lambda line: None, thorough=False):
+        return
+    for leftover in Path(run).glob(".mirror-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    Mirror(url).restore(run, say)
+
+
+def clear_mirror(recipe):
+    """Delete the checkpoints in the mirror of a run that starts with overwrite=true."""
+    if recipe.checkpoint.mirror is not None and recipe.overwrite:
+        mirror = Mirror(recipe.checkpoint.mirror)
+        for path in mirror.checkpoints().values():
+            mirror.delete(path)
