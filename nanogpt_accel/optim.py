@@ -85,15 +85,17 @@ def muon(model, settings):
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in ids]
         group |= {"use_muon": False, **adamw_settings(model, settings)}
+    fused = fused_row_counts(model)
     muon_group = {
         "params": matrices,
+        "rows": [fused.get(p, [len(p)]) for p in matrices],
         "use_muon": True,
         "lr": settings.muon_learning_rate,
         "momentum": settings.muon_momentum,
         "weight_decay": settings.muon_weight_decay,
         "lr_scale": settings.muon_learning_rate / settings.learning_rate,
     }
-    return Muon([*groups, muon_group], fused_row_counts(model))
+    return Muon([*groups, muon_group])
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

@@ -56,6 +56,11 @@ def check_recipe(recipe):
             "train.on_nonfinite=skip: not supported with DeepSpeed, which updates the weights in the backward pass; "
             f"set on_nonfinite=stop, or launch with {packaged('configs/fsdp2.yaml')}"
         )
+    if recipe.optimizer.algorithm != "adamw" and launcher_requests("DEEPSPEED"):
+        problems.append(
+            f"optimizer.algorithm={recipe.optimizer.algorithm}: not supported with DeepSpeed; set algorithm=adamw, or "
+            "launch with configs/fsdp2.yaml"
+        )
     # if another process trains in the folder, report only that, because the contents still change
     locked = check_lock(out_dir) if is_main() and not train.eval_only else []
     problems += locked or check_out_dir(recipe)
@@ -233,7 +238,6 @@ class Setup:
 
     def __init__(self, recipe, accelerator, model, tokens, eot_id):
         from .distributed import cpu, sharding
-        from .muon import check_unsharded
 
         self.recipe, self.accelerator, train = recipe, accelerator, recipe.train
         self.summary, self.num_parameters, self.cpu_tuning = describe_model(model), model.num_parameters(), ""
@@ -258,7 +262,6 @@ class Setup:
             grad_clip=recipe.optimizer.grad_clip,
         )
         self.raw_model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        check_unsharded(self.optimizer)
 
     @property
     def flops_per_token(self):

@@ -10,12 +10,10 @@ import pytest
 import torch
 from reference import nanogpt_lr
 from runs import SMALL, checkpoint, losses, numbers, tensors, write_recipe
-from torch import distributed
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.model import GPT, GPTConfig
-from nanogpt_accel.muon import check_unsharded, orthogonalize
+from nanogpt_accel.muon import orthogonalize
 from nanogpt_accel.optim import learning_rate, make_optimizer, parameter_groups
 from nanogpt_accel.recipe import Optimizer
 
@@ -390,30 +388,6 @@ def test_muon_skips_steps_with_overflowed_fp16_gradients():
     scaler.update()
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert scaler.get_scale() == 1.0
-
-
-@pytest.fixture
-def mesh():
-    """A mesh of this one process."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield distributed.init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
-def test_muon_with_sharded_parameters_is_refused(refused, mesh, placement):
-    model = modern()
-    optimizer = make_optimizer(model, Optimizer(**MUON))
-    check_unsharded(optimizer)
-    hidden = optimizer.param_groups[-1]["params"]
-    hidden[1] = torch.nn.Parameter(distribute_tensor(hidden[1].detach(), mesh, [placement]))
-    with refused(ValueError, "optimizer.algorithm=muon", "FSDP", "algorithm=adamw"):
-        check_unsharded(optimizer)
-    # DeepSpeed slices one flat vector, which AdamW supports
-    hidden[1] = torch.nn.Parameter(torch.zeros(100))
-    with refused(ValueError, "optimizer.algorithm=muon", "DeepSpeed", "algorithm=adamw"):
-        check_unsharded(optimizer)
-    check_unsharded(make_optimizer(model, Optimizer(**MUON | {"algorithm": "adamw"})))
 
 
 MUON_RECIPE = SMALL | {

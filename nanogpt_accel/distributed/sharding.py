@@ -6,6 +6,8 @@ parameter, field and row, so a run can resume with another number of processes, 
 
 import torch
 
+from .muon_exchange import share_muon
+
 
 def is_fsdp(accelerator):
     return accelerator.distributed_type == "FSDP"
@@ -45,7 +47,9 @@ def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip
     if is_fsdp(accelerator):
         _configure_fsdp(accelerator)
     if not is_deepspeed(accelerator):
-        return accelerator.prepare(model, optimizer)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        share_muon(accelerator, model, optimizer)
+        return model, optimizer
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
         train_micro_batch_size_per_gpu=batch_size, gradient_accumulation_steps=micro_steps, gradient_clipping=grad_clip
     )
