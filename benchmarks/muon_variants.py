@@ -80,6 +80,8 @@ class Variant(muon.Muon):
             (self.step_matrices if group["use_muon"] else self._step_adamw)(group, group["params"])
         self.n_steps += 1
         self.seconds += time.process_time() - start
+        if self.switches:  # averages of plain Muon only
+            return
         weights = [p.detach() for group in self.param_groups for p in group["params"]]
         for decay in EMA_DECAYS:
             average = self.averages.setdefault(f"ema {decay}", [w.clone() for w in weights])
@@ -163,8 +165,16 @@ def run(recipe, options, variant, rate, seed, tune, folder):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             train.train(
-                RECIPES / f"{recipe}.yaml", **options, seed=seed, out_dir=f"{folder}/run", overwrite=True, quiet=True,
-                data_dir=f"{folder}/{recipe}", eval_iters="all", eval_interval=max_iters, sample_tokens=0,
+                RECIPES / f"{recipe}.yaml",
+                **options,
+                seed=seed,
+                out_dir=f"{folder}/run",
+                overwrite=True,
+                quiet=True,
+                data_dir=f"{folder}/{recipe}",
+                eval_iters="all",
+                eval_interval=max_iters,
+                sample_tokens=0,
                 eval_first=False,
             )
     finally:
@@ -175,7 +185,9 @@ def run(recipe, options, variant, rate, seed, tune, folder):
     weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
     if not math.isfinite(losses["final"]) or tune:
         return losses, optimizer.seconds / optimizer.n_steps
-    batches = training.evaluation_batches(len(data.val), setup.recipe.model.block_size, setup.recipe.train.batch_size, "all")
+    batches = training.evaluation_batches(
+        len(data.val), setup.recipe.model.block_size, setup.recipe.train.batch_size, "all"
+    )
     for name, average in optimizer.averages.items():
         torch._foreach_copy_(weights, average)
         losses[name] = evaluation.mean_loss(model, data.val, batches, setup.to_inputs, setup.accelerator)
@@ -216,7 +228,9 @@ def report(results):
         base = {line["seed"]: line for line in found if (line["variant"], line["rate"]) == ("plain", 1)}
         rows = []
         for variant, rate in dict.fromkeys((line["variant"], line["rate"]) for line in found):
-            these = [line for line in found if (line["variant"], line["rate"]) == (variant, rate) and line["seed"] in base]
+            these = [
+                line for line in found if (line["variant"], line["rate"]) == (variant, rate) and line["seed"] in base
+            ]
             for name in dict.fromkeys(name for line in these for name in line["losses"]):
                 pairs = [(line["losses"][name], base[line["seed"]]["losses"]["final"]) for line in these]
                 gains = [theirs - ours for ours, theirs in pairs]

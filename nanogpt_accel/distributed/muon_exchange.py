@@ -1,12 +1,13 @@
 """Divide Muon's work over processes: each process orthogonalizes some of the matrices, and sends them to the others.
 
-Under DDP, every process has the full momentum of all matrices, so that checkpoints are the same as those of one process,
-and only the results are exchanged (an all-gather). Under FSDP2, momentum stays sharded by rows: the rows of a matrix
-are sent to the process that orthogonalizes it, and then the results are sent back (two all-to-alls). With hybrid
-sharding, each copy of the model does this on its own, so nothing is sent between machines.
+Under DDP, every process updates the momentum of all matrices, so each has the complete optimizer state, as a checkpoint
+needs it, and only the results are exchanged (an all-gather). If this takes too much memory, use FSDP2. Under FSDP2, the
+momentum is sharded by rows: the rows of a matrix are sent to the process that orthogonalizes it, and then the results
+are sent back (two all-to-alls). With hybrid sharding, each copy of the model does this on its own, so nothing is sent
+between machines.
 
-There is one collective operation per bucket, which are the matrices of one shape, and it runs while the next bucket is
-orthogonalized and AdamW updates the other parameters. nanochat, torchtitan, OLMo-core and Dion do the same.
+The matrices of one shape form a bucket. Its collective operation runs while the next bucket is orthogonalized and AdamW
+updates the other parameters. nanochat and Dion (github.com/microsoft/dion) do the same.
 """
 
 from functools import partial
@@ -116,13 +117,11 @@ def orthogonalize_sharded(buckets, group):
     returned = []
     for dealt, n_out, n_in, received, work in started:
         work.wait()
-        # rank r sent its rows of all my matrices: parts[r][i] are those of my matrix i
-        parts = [
-            part.split([count_elements(m, r) for m in dealt[rank]]) for r, part in enumerate(received.split(n_in))
-        ]
-        own = [torch.cat(parts_of).view(m.shape) for m, parts_of in zip(dealt[rank], zip(*parts), strict=True)]
+        mine = dealt[rank]
+        by_rank = [part.split([count_elements(m, r) for m in mine]) for r, part in enumerate(received.split(n_in))]
+        own = [torch.cat([parts[i] for parts in by_rank]).view(m.shape) for i, m in enumerate(mine)]
         own = orthogonalize_all(own) if own else []
-        rows = [x[m.bounds[r] : m.bounds[r + 1]].flatten() for r in range(size) for m, x in zip(dealt[rank], own)]
+        rows = [x[slice(*m.bounds[r : r + 2])].flatten() for r in range(size) for m, x in zip(mine, own, strict=True)]
         sent = torch.cat(rows) if rows else received
         returned.append((dealt, *_all_to_all(sent, n_in, n_out, group)))
 

@@ -143,8 +143,9 @@ def muon_cost(shape, layout, n_ranks, device="cuda"):
         layout: see memory. n_ranks: number of processes that divide the work: all of them, or the shards of FSDP2.
 
     Returns:
-        dict with "flops"; "exchanged", the bytes that the rank receives (and sends) per step; and "memory", the peak
-        bytes of temporary tensors.
+        dict with "flops"; "exchanged", the bytes that a rank receives (and sends) per step; and "memory", the peak
+        bytes of temporary tensors. Ranks differ by some percent in what they receive under FSDP2, because the rows of
+        the matrices in a fused weight are on few ranks.
     """
     size, buckets = HALF if device == "cuda" else FLOAT, muon_buckets(shape)
     owners = deal(buckets, n_ranks)
@@ -152,8 +153,8 @@ def muon_cost(shape, layout, n_ranks, device="cuda"):
 
     def busiest(cost):
         """Return the largest sum of cost(rows, columns) over the matrices of a rank."""
-        sums = zip(*([n * cost(*bucket[:2]) for n in column] for bucket, column in zip(buckets, counts, strict=True)))
-        return max(map(sum, sums))
+        costs = [cost(low, high) for low, high, _ in buckets]
+        return max(sum(c * column[rank] for c, column in zip(costs, counts, strict=True)) for rank in range(n_ranks))
 
     total = sum(low * high * n for low, high, n in buckets)
     own = busiest(lambda low, high: low * high)
@@ -161,11 +162,12 @@ def muon_cost(shape, layout, n_ranks, device="cuda"):
     if n_ranks == 1:
         exchanged, kept = 0, FLOAT * total + size * total  # the momentum that is orthogonalized, and the results
     elif layout == "fsdp2":  # the rows of this rank's matrices, and then this rank's rows of all matrices
-        exchanged, kept = size * (own + total / n_ranks), FLOAT * total / n_ranks + 2 * size * (own + total / n_ranks)
+        both = size * (own + total / n_ranks)
+        exchanged, kept = both * (n_ranks - 1) / n_ranks, FLOAT * total / n_ranks + 2 * both
     else:  # an all-gather; each bucket is padded to the same number of matrices on all ranks
         exchanged, kept = size * padded * (n_ranks - 1), FLOAT * total + size * padded * (n_ranks + 1)
-    work = max(  # of one bucket: the matrices in float32, x, a product and the next x; x x^T and its square
-        max(column) * (low * high * (FLOAT + 3 * size) + 2 * low**2 * size)
+    work = max(  # of one bucket: the matrices in float32, x, x x^T and its square; the next x is one of the results
+        max(column) * (low * high * (FLOAT + size) + 2 * low**2 * size)
         for (low, high, _), column in zip(buckets, counts, strict=True)
     )
     return {"flops": busiest(orthogonalization_flops), "exchanged": round(exchanged), "memory": round(kept + work)}

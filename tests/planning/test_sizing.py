@@ -164,24 +164,25 @@ def test_activations_match_the_tensors_that_torch_saves(family, half, checkpoint
 
 
 @pytest.mark.parametrize(
-    ("family", "vocab_size", "checkpointing"),
+    ("family", "vocab_size", "checkpointing", "algorithm"),
     [  # with a large vocabulary, the loss is the peak
-        ("gpt2", 2048, False),
-        ("gpt2", 2048, True),
-        ("gpt2", 128, True),
-        ("llama", 128, False),
-        ("llama", 2048, True),
-        ("nanochat", 2048, False),
+        ("gpt2", 2048, False, "adamw"),
+        ("gpt2", 2048, True, "adamw"),
+        ("gpt2", 128, True, "adamw"),
+        ("llama", 128, False, "adamw"),
+        ("llama", 2048, True, "adamw"),
+        ("nanochat", 2048, False, "adamw"),
+        ("llama", 128, True, "muon"),  # Muon's update is the peak
     ],
 )
-def test_memory_matches_the_peak_of_mem_tracker(family, vocab_size, checkpointing):
+def test_memory_matches_the_peak_of_mem_tracker(family, vocab_size, checkpointing, algorithm):
     from torch.distributed._tools.mem_tracker import MemTracker
 
     config = config_of(family, vocab_size=vocab_size)
     model = GPT(config).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(model, Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95))
+    optimizer = make_optimizer(model, Optimizer(algorithm=algorithm))
     ids = torch.randint(0, vocab_size, (BATCH, LENGTH + 1))
     tracker = MemTracker()
     tracker.track_external(model, optimizer)
@@ -193,9 +194,8 @@ def test_memory_matches_the_peak_of_mem_tracker(family, vocab_size, checkpointin
             optimizer.step()
             optimizer.zero_grad()
     peak = sum(of_device["Total"] for of_device in tracker.get_tracker_snapshot("peak").values())
-    needed = sizing.memory(
-        config.resolved(), "ddp", 1, 1, batch=BATCH, half=False, checkpointing=checkpointing, device="cpu"
-    )
+    options = {"batch": BATCH, "half": False, "checkpointing": checkpointing, "device": "cpu", "algorithm": algorithm}
+    needed = sizing.memory(config.resolved(), "ddp", 1, 1, **options)
     assert sum(needed.values()) == pytest.approx(peak, rel=0.1)
 
 
