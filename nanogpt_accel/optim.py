@@ -6,6 +6,9 @@ because recipe.py imports this file and must load quickly.
 """
 
 import math
+from importlib import import_module
+
+from .utils.fields import nearest
 
 # ---- learning rate
 
@@ -101,6 +104,36 @@ def muon(model, settings):
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
+def optimizer_class(name):
+    """Return the class with a dotted name, such as torch.optim.Adafactor.
+
+    Raises:
+        ValueError: there is no such optimizer.
+    """
+    import torch
+
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except ImportError as error:
+        raise ValueError(f"{name}: cannot import {module} ({error}); install its package") from None
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        classes = [key for key, value in vars(import_module(module)).items() if isinstance(value, type)]
+        raise ValueError(f"{name}: {module} has no optimizer {attribute}{nearest(attribute, classes)}")
+    return found
+
+
+def by_name(model, settings):
+    """Return an optimizer of any class, with nanoGPT's parameter groups and the options of the recipe."""
+    groups = parameter_groups(model, settings.weight_decay)
+    optimizer = optimizer_class(settings.algorithm)(groups, lr=settings.learning_rate, **settings.options)
+    # for checkpoints, which store what the optimizer changes in its groups
+    optimizer.initial_groups = [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    return optimizer
+
+
 def make_optimizer(model, settings):
     """Return the optimizer for a model. settings: the optimizer section of a recipe."""
-    return OPTIMIZERS[settings.algorithm](model, settings)
+    return OPTIMIZERS.get(settings.algorithm, by_name)(model, settings)

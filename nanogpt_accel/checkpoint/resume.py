@@ -18,12 +18,13 @@ def load_optimizer(path, accelerator, model, optimizer):
     from ..distributed import sharding
 
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
-    tensors = _open_shards(Path(path), shapes)
+    tensors, layout = _open_shards(Path(path), shapes)
     fields = {}  # PARAMETER -> [FIELD, ...]
     for key in tensors:
         name, _, field = key.rpartition("/")
         fields.setdefault(name, []).append(field)
-    sharding.restore_optimizer(accelerator, model, optimizer, fields, partial(_read_rows, tensors))
+    read, read_whole = partial(_read_rows, tensors), partial(_read_whole, tensors)
+    sharding.restore_optimizer(accelerator, model, optimizer, fields, read, read_whole, layout)
 
 
 def read_optimizer(path, shapes):
@@ -31,7 +32,7 @@ def read_optimizer(path, shapes):
 
     shapes: {PARAMETER: shape} of the model.
     """
-    tensors, state = _open_shards(Path(path), shapes), {}
+    (tensors, _), state = _open_shards(Path(path), shapes), {}
     for key in tensors:
         name, _, field = key.rpartition("/")
         state.setdefault(name, {})[field] = _read_rows(tensors, name, field, 0, shapes[name][0])
@@ -39,27 +40,40 @@ def read_optimizer(path, shapes):
 
 
 def _open_shards(path, shapes):
-    """Open the optimizer state of a checkpoint. Return {"PARAMETER/FIELD": [(first row, open file), ...]}.
+    """Open the optimizer state of a checkpoint.
 
-    An example of a FIELD is exp_avg. Each file contains some rows of the tensor; `first row` is the index of the first
-    of these rows in the full tensor. shapes: {PARAMETER: shape} of the model.
+    Returns:
+        (tensors, layout). tensors: {"PARAMETER/FIELD": [(first row, open file), ...]}; an example of a FIELD is
+        exp_avg. Each file contains some rows of the tensor; `first row` is the index of the first of these rows in the
+        full tensor. layout: "whole", "values" and "groups" as in sharding.optimizer_shard. shapes: {PARAMETER: shape}
+        of the model.
     """
     from safetensors import SafetensorError, safe_open
 
-    tensors, fix = {}, f"to load only the weights, set init_from={path}"
+    tensors, layout, fix = {}, {}, f"to load only the weights, set init_from={path}"
     for file in (path / name for name in sorted(read_index(path)) if SHARD_PATH.match(name)):
         try:
             shard = safe_open(file, framework="pt")
-            first_rows = json.loads(shard.metadata()["first_rows"])
+            metadata = {key: json.loads(text) for key, text in (shard.metadata() or {}).items()}
+            first_rows = metadata["first_rows"]
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{file}: not an optimizer state of nanogpt_accel ({error}); {fix}") from None
+        layout = layout or {"whole": [], "values": {}, "groups": [], **metadata}  # complete in the first shard
         for key in shard.keys():  # noqa: SIM118 (not a dict)
             name, shape = key.rpartition("/")[0], tuple(shard.get_slice(key).get_shape())
             dims = slice(1 if key in first_rows else 0, None)  # a shard has only some rows
-            if name not in shapes or (shape and shape[dims] != shapes[name][dims]):
+            is_like = not shape or key in layout["whole"] or shape[dims] == shapes.get(name, ())[dims]
+            if name not in shapes or not is_like:
                 raise ValueError(f"{file}: from another run: the parameter {name} does not match this model; {fix}")
             tensors.setdefault(key, []).append((first_rows.get(key, 0), shard))
-    return {key: sorted(shards, key=lambda item: item[0]) for key, shards in tensors.items()}
+    tensors = {key: sorted(shards, key=lambda item: item[0]) for key, shards in tensors.items()}
+    return tensors, layout
+
+
+def _read_whole(tensors, key):
+    """Return a tensor that only one file has."""
+    ((_, file),) = tensors[key]
+    return file.get_tensor(key).clone()
 
 
 def _read_rows(tensors, name, field, start, stop):
