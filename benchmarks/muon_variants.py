@@ -1,14 +1,15 @@
 """Compare variants of Muon, and averages of the weights, by the loss that a recipe reaches.
 
-    python benchmarks/muon_variants.py RECIPE RESULTS [corpus=TEXT] [seeds=5] [variants=plain,normuon] [rates=1] [tune=true]
+    python benchmarks/muon_variants.py RECIPE RESULTS [corpus=TEXT] [seeds=5] [variants=plain,normuon] [rates=1]
     python benchmarks/muon_variants.py RESULTS
 
 RECIPE is shakespeare_char_fast or quickstart. Each run appends a line of JSON to the file RESULTS; runs that the file
 has already are skipped. The second form prints a table of RESULTS: the differences from `plain` with the same seed, and
 their standard errors. Losses are over the full validation split.
 
-`rates` multiply Muon's learning rate. With tune=true, the last tenth of the training data replaces the validation split,
-so that a rate can be selected without the split that is reported.
+`rates` multiply Muon's learning rate. With tune=true, the last tenth of the training data replaces the validation
+split, so that a rate can be selected without the split that is reported. Other options, such as max_iters=100, are
+those of a recipe.
 """
 
 import contextlib
@@ -68,16 +69,16 @@ def polar_express(matrices):
 class Variant(muon.Muon):
     """Muon for one process, with switches."""
 
-    def __init__(self, groups, fused_rows, switches, max_iters):
-        super().__init__(groups, fused_rows)
-        self.rows, self.switches, self.max_iters = fused_rows, switches, max_iters
+    def __init__(self, groups, switches, max_iters):
+        super().__init__(groups)
+        self.switches, self.max_iters = switches, max_iters
         self.n_steps, self.seconds, self.variances, self.averages = 0, 0.0, {}, {}
 
     @torch.no_grad()
     def step(self, closure=None):
         start = time.process_time()
         for group in self.param_groups:
-            (self.step_matrices if group["use_muon"] else self._step_adamw)(group, group["params"])
+            (self.step_matrices if group["use_muon"] else self._step_adamw)(group)
         self.n_steps += 1
         self.seconds += time.process_time() - start
         if self.switches:  # averages of plain Muon only
@@ -91,16 +92,16 @@ class Variant(muon.Muon):
             average = self.averages.setdefault(f"last {LAST}", [torch.zeros_like(w) for w in weights])
             torch._foreach_add_(average, weights, alpha=1 / LAST)
 
-    def step_matrices(self, group, params):
+    def step_matrices(self, group):
         on, momentum = self.switches, group["momentum"]
         if "momentum_warmup" in on:
             done = min(1.0, self.n_steps / (on["momentum_warmup"] * self.max_iters))
             momentum = min(momentum, 0.85) + done * (momentum - min(momentum, 0.85))
         by_shape = {}
-        for p in params:
+        for p, rows in zip(group["params"], group["rows"], strict=True):
             buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
             buffer.lerp_(p.grad, 1 - momentum)
-            update, rows = p.grad.lerp(buffer, momentum), self.rows.get(p, len(p))
+            update = p.grad.lerp(buffer, momentum)
             for i, (matrix, part) in enumerate(zip(p.split(rows), update.split(rows), strict=True)):
                 by_shape.setdefault(tuple(sorted(matrix.shape)), []).append((matrix, part, (p, i)))
         for parts in by_shape.values():
@@ -141,7 +142,7 @@ def run(recipe, options, variant, rate, seed, tune, folder):
 
     def make(model, settings):
         groups = plain(model, settings)
-        made.append(Variant(groups.param_groups, muon.fused_row_counts(model), VARIANTS[variant], max_iters))
+        made.append(Variant(groups.param_groups, VARIANTS[variant], max_iters))
         for group in made[-1].param_groups:
             if group["use_muon"]:
                 group["lr_scale"] *= rate
@@ -194,7 +195,7 @@ def run(recipe, options, variant, rate, seed, tune, folder):
     return losses, optimizer.seconds / optimizer.n_steps
 
 
-def measure(recipe, results, seeds=5, variants=",".join(VARIANTS), rates="1", tune="false", **options):
+def measure(recipe, results, seeds=5, variants="", rates="1", tune="false", **options):
     """Run what is missing in the file `results`. The seeds are the outer loop, so that an interrupted call has pairs.
     options: settings of the recipe, such as corpus or max_iters."""
     tune = tune == "true"
@@ -202,7 +203,7 @@ def measure(recipe, results, seeds=5, variants=",".join(VARIANTS), rates="1", tu
     name = f"{recipe} of {options['max_iters']} steps" if "max_iters" in options else recipe
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1337, 1337 + int(seeds)):
-            for variant in variants.split(","):
+            for variant in variants.split(",") if variants else VARIANTS:
                 for rate in map(float, rates.split(",")):
                     line = {"recipe": name, "tune": tune, "variant": variant, "rate": rate, "seed": seed}
                     if key_of(line) in is_done:

@@ -1,8 +1,8 @@
 """Learning rate schedules and optimizers.
 
 To add a schedule, write a function like `cosine` and add it to SCHEDULES. To add an optimizer, write a function like
-`adamw` and add it to OPTIMIZERS. Recipes can then select it. torch is imported only when an optimizer is created,
-because recipe.py imports this file and must load quickly.
+`adamw` and add it to OPTIMIZERS. Recipes can then select it. They can also name any class of optimizers. torch is
+imported only when an optimizer is created, because recipe.py imports this file and must load quickly.
 """
 
 import math
@@ -110,13 +110,13 @@ def optimizer_class(name):
     Raises:
         ValueError: there is no such optimizer.
     """
-    import torch
-
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(import_module(module), attribute, None)
     except ImportError as error:
         raise ValueError(f"{name}: cannot import {module} ({error}); install its package") from None
+    import torch
+
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         classes = [key for key, value in vars(import_module(module)).items() if isinstance(value, type)]
         raise ValueError(f"{name}: {module} has no optimizer {attribute}{nearest(attribute, classes)}")

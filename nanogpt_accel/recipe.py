@@ -578,12 +578,6 @@ def _conflicts(recipe, overridden):
             f"optimizer.options={show_value(optimizer.options)}: only for an algorithm that is a class, such as "
             f"torch.optim.Adafactor; for {optimizer.algorithm}, use the other keys of the section optimizer",
         )
-    if given := {"lr", "weight_decay"} & optimizer.options.keys():
-        yield (
-            {"options"},
-            f"optimizer.options={show_value(optimizer.options)}: remove {' and '.join(sorted(given))}; "
-            "set optimizer.learning_rate and optimizer.weight_decay instead",
-        )
     if recipe.min_lr > optimizer.learning_rate:
         yield (
             {"min_lr", "learning_rate"},

@@ -77,18 +77,21 @@ def check_optimizer(settings):
         return [f"{algorithm}: not supported with DeepSpeed; set algorithm=adamw, or launch with configs/fsdp2.yaml"]
     if settings.algorithm in OPTIMIZERS:
         return []
-    import torch
-
-    from .distributed import sharding
-
     try:
         found = optimizer_class(settings.algorithm)
     except ValueError as error:
         return [f"optimizer.algorithm={error}"]
+    import torch
+
+    from .distributed import sharding
+
+    options = f"optimizer.options={show_value(settings.options)}"
+    if given := sorted({"lr", "weight_decay"} & settings.options.keys()):
+        return [f"{options}: remove {' and '.join(given)}; use the keys learning_rate and weight_decay instead"]
     closure = inspect.signature(found.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         return [f"{algorithm}: its step needs a closure, which is not supported; choose another optimizer"]
-    options, model, states = f"optimizer.options={show_value(settings.options)}", torch.nn.Linear(3, 2), []
+    model, states = torch.nn.Linear(3, 2), []
     try:
         optimizer = make_optimizer(model, settings)
     except Exception as error:  # a class may check its options in any way

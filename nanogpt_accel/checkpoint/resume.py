@@ -5,6 +5,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+from ..utils.nested import unpack
 from .layout import SHARD_PATH
 from .verify import read_index
 
@@ -20,11 +21,16 @@ def load_optimizer(path, accelerator, model, optimizer):
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     tensors, layout = _open_shards(Path(path), shapes)
     fields = {}  # PARAMETER -> [FIELD, ...]
-    for key in tensors:
+    for key in (key for key in tensors if key not in layout["nested"]):
         name, _, field = key.rpartition("/")
         fields.setdefault(name, []).append(field)
-    read, read_whole = partial(_read_rows, tensors), partial(_read_whole, tensors)
-    sharding.restore_optimizer(accelerator, model, optimizer, fields, read, read_whole, layout)
+    read_whole = partial(_read_whole, tensors)
+    values = {
+        name: {field: unpack(plain, read_whole) for field, plain in pairs} for name, pairs in layout["values"].items()
+    }
+    groups = [{key: unpack(plain, read_whole) for key, plain in group.items()} for group in layout["groups"]]
+    read = partial(_read_rows, tensors, layout["whole"])
+    sharding.restore_optimizer(accelerator, model, optimizer, fields, read, values, groups)
 
 
 def read_optimizer(path, shapes):
@@ -32,10 +38,10 @@ def read_optimizer(path, shapes):
 
     shapes: {PARAMETER: shape} of the model.
     """
-    (tensors, _), state = _open_shards(Path(path), shapes), {}
+    (tensors, layout), state = _open_shards(Path(path), shapes), {}
     for key in tensors:
         name, _, field = key.rpartition("/")
-        state.setdefault(name, {})[field] = _read_rows(tensors, name, field, 0, shapes[name][0])
+        state.setdefault(name, {})[field] = _read_rows(tensors, layout["whole"], name, field, 0, shapes[name][0])
     return state
 
 
@@ -45,8 +51,8 @@ def _open_shards(path, shapes):
     Returns:
         (tensors, layout). tensors: {"PARAMETER/FIELD": [(first row, open file), ...]}; an example of a FIELD is
         exp_avg. Each file contains some rows of the tensor; `first row` is the index of the first of these rows in the
-        full tensor. layout: "whole", "values" and "groups" as in sharding.optimizer_shard. shapes: {PARAMETER: shape}
-        of the model.
+        full tensor. layout: see sharding.optimizer_shard, of which "first_rows" is not complete. shapes: {PARAMETER:
+        shape} of the model.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -58,11 +64,12 @@ def _open_shards(path, shapes):
             first_rows = metadata["first_rows"]
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{file}: not an optimizer state of nanogpt_accel ({error}); {fix}") from None
-        layout = layout or {"whole": [], "values": {}, "groups": [], **metadata}  # complete in the first shard
+        layout = layout or {"whole": [], "nested": [], "values": {}, "groups": [], **metadata}  # of the first shard
         for key in shard.keys():  # noqa: SIM118 (not a dict)
             name, shape = key.rpartition("/")[0], tuple(shard.get_slice(key).get_shape())
             dims = slice(1 if key in first_rows else 0, None)  # a shard has only some rows
-            is_like = not shape or key in layout["whole"] or shape[dims] == shapes.get(name, ())[dims]
+            is_whole = key in layout["whole"] or key in layout["nested"]
+            is_like = not shape or is_whole or shape[dims] == shapes.get(name, ())[dims]
             if name not in shapes or not is_like:
                 raise ValueError(f"{file}: from another run: the parameter {name} does not match this model; {fix}")
             tensors.setdefault(key, []).append((first_rows.get(key, 0), shard))
@@ -76,14 +83,16 @@ def _read_whole(tensors, key):
     return file.get_tensor(key).clone()
 
 
-def _read_rows(tensors, name, field, start, stop):
+def _read_rows(tensors, whole, name, field, start, stop):
     """Return rows `start` to `stop` - 1 of the optimizer state `field` of the parameter `name`.
 
-    If the state is a scalar, return the scalar.
+    If the state is a scalar or in `whole`, return all of it.
     """
     import torch
 
     key, parts = f"{name}/{field}", []
+    if key in whole:
+        return _read_whole(tensors, key)
     for first, file in tensors[key]:
         shard = file.get_slice(key)
         if not shard.get_shape():

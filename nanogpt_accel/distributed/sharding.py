@@ -5,8 +5,9 @@ parameter, field and row, so a run can resume with another number of processes, 
 """
 
 import torch
+from accelerate.utils import send_to_device
 
-from ..utils.nested import pack, unpack
+from ..utils.nested import pack
 from .muon_exchange import share_muon
 
 
@@ -132,12 +133,12 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
     Returns:
         (tensors, layout). tensors: {"PARAMETER/FIELD": tensor on the CPU}. layout is a dictionary of JSON values.
         "first_rows": {"PARAMETER/FIELD": index of the tensor's first row in the full tensor}, for sharded tensors only.
-        "whole": names of the tensors that do not have the shape of their parameter. "values": {PARAMETER: [[FIELD,
-        value], ...]} for fields that are not tensors, see utils/nested.py. "groups": see changed_values. All are empty
-        if another process saves this shard.
+        "whole": names of tensors that do not have the shape of their parameter. "values": {PARAMETER: [[FIELD, value],
+        ...]} for fields that are not tensors, see utils/nested.py, and "nested": names of the tensors inside of them.
+        "groups": see changed_values. The first four are empty if another process saves this shard.
     """
     index, _ = shard_index(accelerator, model)
-    tensors, first_rows, whole, values = {}, {}, [], {}
+    tensors, first_rows, whole, nested, values = {}, {}, [], [], {}
     if is_deepspeed(accelerator):
         _link_deepspeed(optimizer.optimizer)
     for name, parameter in model.named_parameters():
@@ -159,12 +160,13 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
                 plain = pack(value, f"{name}/{field}", found)
                 if not isinstance(value, torch.Tensor):
                     values.setdefault(name, []).append([field, plain])
-                    whole += found
+                    nested += found
                 elif value.dim() and value.shape != parameter.shape:
                     whole += found
                 tensors |= found
     tensors = {key: tensor.detach().contiguous().to("cpu", copy=copy) for key, tensor in tensors.items()}
-    return tensors, {"first_rows": first_rows, "whole": whole, "values": values, "groups": changed_values(optimizer)}
+    layout = {"first_rows": first_rows, "whole": whole, "nested": nested, "values": values}
+    return tensors, layout | {"groups": changed_values(optimizer)}
 
 
 _MISSING = object()
@@ -197,31 +199,25 @@ def _full_tensor(parameter):
 # ---- restore
 
 
-def restore_optimizer(accelerator, model, optimizer, fields, read, read_whole, layout):
+def restore_optimizer(accelerator, model, optimizer, fields, read, values, groups):
     """Load saved state into the optimizer of a prepared model.
 
     Args:
         fields: {parameter name: names of its saved tensors, such as "exp_avg"}.
         read: function (name, field, start, stop) -> rows start to stop - 1 of a saved tensor, or the saved scalar.
-        read_whole: function ("PARAMETER/FIELD") -> a saved tensor, for those in layout["whole"].
-        layout: see optimizer_shard.
+        values: {parameter name: {field: value}} for the fields that are not tensors.
+        groups: for each parameter group, {key: value} to set in it, see changed_values.
     """
     if is_deepspeed(accelerator):
         return _restore_deepspeed(model, optimizer, fields, read)
-    for group, changed in zip(optimizer.param_groups, layout["groups"], strict=False):
-        group |= {key: unpack(plain, None) for key, plain in changed.items()}
+    for group, changed in zip(optimizer.param_groups, groups, strict=False):
+        group |= changed
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         start, stop = _local_rows(parameter)
-        state, nested = {}, set()  # nested: tensors inside of lists and dictionaries
-        for field, plain in layout["values"].get(name, ()):
-            state[field] = unpack(plain, lambda key: nested.add(key) or read_whole(key).to(parameter.device))  # noqa: B023
+        state = send_to_device(values.get(name, {}), parameter.device)
         for field in fields.get(name, ()):
-            key = f"{name}/{field}"
-            if key in layout["whole"] and key not in nested:
-                state[field] = read_whole(key).to(parameter.device)
-            elif key not in nested:
-                state[field] = _place(parameter, group_of[id(parameter)], field, read(name, field, start, stop))
+            state[field] = _place(parameter, group_of[id(parameter)], field, read(name, field, start, stop))
         if state:
             optimizer.state[parameter] = state
 
