@@ -161,7 +161,7 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
                 if not isinstance(value, torch.Tensor):
                     values.setdefault(name, []).append([field, plain])
                     nested += found
-                elif value.dim() and value.shape != parameter.shape:
+                elif value.dim() and value.shape != getattr(parameter, "ds_shape", parameter.shape):
                     whole += found
                 tensors |= found
     tensors = {key: tensor.detach().contiguous().to("cpu", copy=copy) for key, tensor in tensors.items()}

@@ -46,6 +46,7 @@ ONE_SHARDING = [
         for algorithm in ("adamw", "muon")
         for kind, processes in (("one", 1), ("ddp", 2), ("fsdp2", 2), ("hybrid", 4))
     ),
+    ("fsdp2", 2, "torch.optim.NAdam"),
     pytest.param("zero2", 2, "adamw", marks=needs_deepspeed),
     pytest.param("zero3", 2, "adamw", marks=needs_deepspeed),
 ]
@@ -75,7 +76,11 @@ def recipes(tmp_path_factory):
     """{algorithm: path of a recipe}"""
     settings = SMALL | {"bias": True, "learning_rate": 3e-3, "max_iters": STEPS, "eval_interval": SAVE}
     folder = tmp_path_factory.mktemp("sharding")
-    return {"adamw": write_recipe(folder, **settings), "muon": write_recipe(folder, "muon.yaml", **settings | MUON)}
+    return {
+        "adamw": write_recipe(folder, **settings),
+        "muon": write_recipe(folder, "muon.yaml", **settings | MUON),
+        "torch.optim.NAdam": write_recipe(folder, "nadam.yaml", **settings, algorithm="torch.optim.NAdam"),
+    }
 
 
 @pytest.fixture(scope="module")
