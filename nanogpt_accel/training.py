@@ -129,8 +129,8 @@ def check_out_dir(recipe):
         )
     elif init_from == "resume":
         problems += shape_differences(latest, read_config(latest), recipe.shape)
-        if (out_dir / "run.yaml").is_file():
-            before = load_recipe(out_dir).optimizer.algorithm
+        with suppress(OSError, ValueError):  # an old run.yaml may have other keys
+            before = load_recipe(out_dir / "run.yaml").optimizer.algorithm
             if before != recipe.optimizer.algorithm:
                 problems.append(
                     f"optimizer.algorithm={recipe.optimizer.algorithm}: the state of the optimizer in {latest} is that "

@@ -106,8 +106,9 @@ def orthogonalize_sharded(buckets, group):
     all_owners, rank, size = _deal(buckets, group)
     started = []
     for bucket, owners in zip(buckets, all_owners, strict=True):
-        # the matrices of each rank; to send rows in this order groups them by their destination
-        dealt = [[m for m, owner in zip(bucket, owners, strict=True) if owner == r] for r in range(size)]
+        dealt = [[] for _ in range(size)]  # the matrices of each rank; rows are sent in this order
+        for m, owner in zip(bucket, owners, strict=True):
+            dealt[owner].append(m)
         rows = [m.update.flatten() for matrices in dealt for m in matrices]
         n_out = [sum(m.update.numel() for m in matrices) for matrices in dealt]
         n_in = [sum(count_elements(m, r) for m in dealt[rank]) for r in range(size)]
