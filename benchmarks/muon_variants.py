@@ -196,13 +196,12 @@ def run(recipe, options, variant, rate, seed, tune, folder):
 
 
 def measure(recipe, results, seeds=5, variants="", rates="1", tune="false", **options):
-    """Run what is missing in the file `results`. The seeds are the outer loop, so that an interrupted call has pairs.
-    options: settings of the recipe, such as corpus or max_iters."""
+    """Train the runs that are missing in the file `results`. options: settings of the recipe, such as corpus."""
     tune = tune == "true"
     is_done = set(map(key_of, read(results)))
     name = f"{recipe} of {options['max_iters']} steps" if "max_iters" in options else recipe
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(1337, 1337 + int(seeds)):
+        for seed in range(1337, 1337 + int(seeds)):  # the outer loop, so that an interrupted call has pairs
             for variant in variants.split(",") if variants else VARIANTS:
                 for rate in map(float, rates.split(",")):
                     line = {"recipe": name, "tune": tune, "variant": variant, "rate": rate, "seed": seed}

@@ -97,7 +97,8 @@ def check_optimizer(settings):
     except Exception as error:  # a class may check its options in any way
         return [f"{options}: {settings.algorithm} does not accept them: {first_line(error)}"]
     if settings.weight_decay and "weight_decay" not in optimizer.defaults:
-        return [f"optimizer.weight_decay={settings.weight_decay:g}: {settings.algorithm} has none; set weight_decay=0"]
+        key = f"optimizer.weight_decay={settings.weight_decay:g}"
+        return [f"{key}: {settings.algorithm} does not support it; set weight_decay=0"]
     try:
         for p in model.parameters():
             p.grad = torch.ones_like(p)

@@ -24,12 +24,12 @@ def load_optimizer(path, accelerator, model, optimizer):
     for key in (key for key in tensors if key not in layout["nested"]):
         name, _, field = key.rpartition("/")
         fields.setdefault(name, []).append(field)
-    read_whole = partial(_read_whole, tensors)
+    read_full = partial(_read_full, tensors)
     values = {
-        name: {field: unpack(plain, read_whole) for field, plain in pairs} for name, pairs in layout["values"].items()
+        name: {field: unpack(plain, read_full) for field, plain in pairs} for name, pairs in layout["values"].items()
     }
-    groups = [{key: unpack(plain, read_whole) for key, plain in group.items()} for group in layout["groups"]]
-    read = partial(_read_rows, tensors, layout["whole"])
+    groups = [{key: unpack(plain, read_full) for key, plain in group.items()} for group in layout["groups"]]
+    read = partial(_read_rows, tensors, layout["other_shape"])
     sharding.restore_optimizer(accelerator, model, optimizer, fields, read, values, groups)
 
 
@@ -41,7 +41,7 @@ def read_optimizer(path, shapes):
     (tensors, layout), state = _open_shards(Path(path), shapes), {}
     for key in tensors:
         name, _, field = key.rpartition("/")
-        state.setdefault(name, {})[field] = _read_rows(tensors, layout["whole"], name, field, 0, shapes[name][0])
+        state.setdefault(name, {})[field] = _read_rows(tensors, layout["other_shape"], name, field, 0, shapes[name][0])
     return state
 
 
@@ -64,12 +64,18 @@ def _open_shards(path, shapes):
             first_rows = metadata["first_rows"]
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{file}: not an optimizer state of nanogpt_accel ({error}); {fix}") from None
-        layout = layout or {"whole": [], "nested": [], "values": {}, "groups": [], **metadata}  # of the first shard
+        layout = layout or {
+            "other_shape": [],
+            "nested": [],
+            "values": {},
+            "groups": [],
+            **metadata,
+        }  # of the first shard
         for key in shard.keys():  # noqa: SIM118 (not a dict)
             name, shape = key.rpartition("/")[0], tuple(shard.get_slice(key).get_shape())
             dims = slice(1 if key in first_rows else 0, None)  # a shard has only some rows
-            is_whole = key in layout["whole"] or key in layout["nested"]
-            is_like = not shape or is_whole or shape[dims] == shapes.get(name, ())[dims]
+            is_full = key in layout["other_shape"] or key in layout["nested"]
+            is_like = not shape or is_full or shape[dims] == shapes.get(name, ())[dims]
             if name not in shapes or not is_like:
                 raise ValueError(f"{file}: from another run: the parameter {name} does not match this model; {fix}")
             tensors.setdefault(key, []).append((first_rows.get(key, 0), shard))
@@ -77,22 +83,22 @@ def _open_shards(path, shapes):
     return tensors, layout
 
 
-def _read_whole(tensors, key):
+def _read_full(tensors, key):
     """Return a tensor that only one file has."""
     ((_, file),) = tensors[key]
     return file.get_tensor(key).clone()
 
 
-def _read_rows(tensors, whole, name, field, start, stop):
+def _read_rows(tensors, other_shape, name, field, start, stop):
     """Return rows `start` to `stop` - 1 of the optimizer state `field` of the parameter `name`.
 
-    If the state is a scalar or in `whole`, return all of it.
+    If the state is a scalar or in `other_shape`, return all of it.
     """
     import torch
 
     key, parts = f"{name}/{field}", []
-    if key in whole:
-        return _read_whole(tensors, key)
+    if key in other_shape:
+        return _read_full(tensors, key)
     for first, file in tensors[key]:
         shard = file.get_slice(key)
         if not shard.get_shape():

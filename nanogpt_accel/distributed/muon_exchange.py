@@ -3,8 +3,8 @@
 Under DDP, every process updates the momentum of all matrices, so each has the complete optimizer state, as a checkpoint
 needs it, and only the results are exchanged (an all-gather). If this takes too much memory, use FSDP2. Under FSDP2, the
 momentum is sharded by rows: the rows of a matrix are sent to the process that orthogonalizes it, and then the results
-are sent back (two all-to-alls). With hybrid sharding, each copy of the model does this on its own, so nothing is sent
-between machines.
+are sent back (two all-to-alls). With hybrid sharding, each copy of the model does this separately, so the machines do
+not exchange anything.
 
 The matrices of one shape form a bucket. Its collective operation runs while the next bucket is orthogonalized and AdamW
 updates the other parameters. nanochat and Dion (github.com/microsoft/dion) do the same.
@@ -16,7 +16,7 @@ from functools import partial
 def deal(buckets, n_ranks):
     """Assign matrices to ranks. The result is the same on all ranks.
 
-    Each shape is dealt evenly, which limits the padding of the all-gather. What is left over goes to the ranks with the
+    Each shape is dealt evenly, which limits the padding of the all-gather. The remainder goes to the ranks with the
     least work, the most expensive matrices first.
 
     Args:

@@ -133,12 +133,12 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
     Returns:
         (tensors, layout). tensors: {"PARAMETER/FIELD": tensor on the CPU}. layout is a dictionary of JSON values.
         "first_rows": {"PARAMETER/FIELD": index of the tensor's first row in the full tensor}, for sharded tensors only.
-        "whole": names of tensors that do not have the shape of their parameter. "values": {PARAMETER: [[FIELD, value],
-        ...]} for fields that are not tensors, see utils/nested.py, and "nested": names of the tensors inside of them.
-        "groups": see changed_values. The first four are empty if another process saves this shard.
+        "other_shape": names of tensors that do not have the shape of their parameter. "values": {PARAMETER: [[FIELD,
+        value], ...]} for fields that are not tensors, see utils/nested.py, and "nested": names of the tensors inside of
+        them. "groups": see changed_values. The first four are empty if another process saves this shard.
     """
     index, _ = shard_index(accelerator, model)
-    tensors, first_rows, whole, nested, values = {}, {}, [], [], {}
+    tensors, first_rows, other_shape, nested, values = {}, {}, [], [], {}
     if is_deepspeed(accelerator):
         _link_deepspeed(optimizer.optimizer)
     for name, parameter in model.named_parameters():
@@ -162,10 +162,10 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
                     values.setdefault(name, []).append([field, plain])
                     nested += found
                 elif value.dim() and value.shape != getattr(parameter, "ds_shape", parameter.shape):
-                    whole += found
+                    other_shape += found
                 tensors |= found
     tensors = {key: tensor.detach().contiguous().to("cpu", copy=copy) for key, tensor in tensors.items()}
-    layout = {"first_rows": first_rows, "whole": whole, "nested": nested, "values": values}
+    layout = {"first_rows": first_rows, "other_shape": other_shape, "nested": nested, "values": values}
     return tensors, layout | {"groups": changed_values(optimizer)}
 
 

@@ -137,15 +137,15 @@ def optimizer_bytes(shape, algorithm):
 
 
 def muon_cost(shape, layout, n_ranks, device="cuda"):
-    """Return what a step of Muon costs on the busiest rank, as a dictionary.
+    """Return the cost of a step of Muon on the busiest rank, as a dictionary.
 
     Args:
         layout: see memory. n_ranks: number of processes that divide the work: all of them, or the shards of FSDP2.
 
     Returns:
         dict with "flops"; "exchanged", the bytes that a rank receives (and sends) per step; and "memory", the peak
-        bytes of temporary tensors. Ranks differ by some percent in what they receive under FSDP2, because the rows of
-        the matrices in a fused weight are on few ranks.
+        bytes of temporary tensors. Under FSDP2, "exchanged" is a mean over the ranks: the rows of the matrices in a
+        fused weight are on few ranks, so some ranks receive more than others.
     """
     size, buckets = HALF if device == "cuda" else FLOAT, muon_buckets(shape)
     owners = deal(buckets, n_ranks)
