@@ -74,7 +74,8 @@ def check_optimizer(settings):
     Return all problems. settings: the optimizer section of a recipe."""
     algorithm = f"optimizer.algorithm={settings.algorithm}"
     if settings.algorithm != "adamw" and launcher_requests("DEEPSPEED"):
-        return [f"{algorithm}: not supported with DeepSpeed; set algorithm=adamw, or launch with configs/fsdp2.yaml"]
+        fix = f"set algorithm=adamw, or launch with {packaged('configs/fsdp2.yaml')}"
+        return [f"{algorithm}: not supported with DeepSpeed; {fix}"]
     if settings.algorithm in OPTIMIZERS:
         return []
     try:
@@ -113,7 +114,7 @@ def check_optimizer(settings):
     is_like = all(x.shape in ((), shape) for shape, tensors in states for x in tensors.values())
     if launcher_requests("FSDP") and not is_like:
         problem = "not supported with FSDP2, because its state does not have the shape of the parameters"
-        return [f"{algorithm}: {problem}; launch with configs/multi_gpu.yaml"]
+        return [f"{algorithm}: {problem}; launch with {packaged('configs/multi_gpu.yaml')}"]
     return []
 
 
