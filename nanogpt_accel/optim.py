@@ -9,6 +9,7 @@ import math
 from importlib import import_module
 
 from .utils.fields import nearest
+from .utils.text import first_line
 
 # ---- learning rate
 
@@ -113,8 +114,8 @@ def optimizer_class(name):
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(import_module(module), attribute, None)
-    except ImportError as error:
-        raise ValueError(f"{name}: cannot import {module} ({error}); install its package") from None
+    except Exception as error:  # a broken package may raise any error
+        raise ValueError(f"{name}: cannot import {module} ({first_line(error)}); install its package") from None
     import torch
 
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):

@@ -92,6 +92,8 @@ def check_optimizer(settings):
     closure = inspect.signature(found.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         return [f"{algorithm}: its step needs a closure, which is not supported; choose another optimizer"]
+    if hasattr(found, "eval"):  # schedule-free optimizers
+        return [f"{algorithm}: it needs calls of train() and eval(), which is not supported; choose another optimizer"]
     model, states = torch.nn.Linear(3, 2), []
     try:
         optimizer = make_optimizer(model, settings)

@@ -220,6 +220,7 @@ def test_options_on_a_command_line_are_yaml():
         ),
         ({"algorithm": "torch.nn.Linear"}, ["optimizer.algorithm=torch.nn.Linear", "torch.nn has no optimizer Linear"]),
         ({"algorithm": "torch.optim.LBFGS"}, ["optimizer.algorithm=torch.optim.LBFGS", "closure"]),
+        ({"algorithm": "tiny_run.Switched"}, ["optimizer.algorithm=tiny_run.Switched", "train() and eval()"]),
         ({"algorithm": "torch.optim.SparseAdam", "weight_decay": 0.0}, ["algorithm=torch.optim.SparseAdam", "a step"]),
         ({"algorithm": "torch.optim.Rprop"}, ["optimizer.weight_decay=0.1", "Rprop", "set weight_decay=0"]),
         (

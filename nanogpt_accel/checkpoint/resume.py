@@ -39,7 +39,7 @@ def read_optimizer(path, shapes):
     shapes: {PARAMETER: shape} of the model.
     """
     (tensors, layout), state = _open_shards(Path(path), shapes), {}
-    for key in tensors:
+    for key in (key for key in tensors if key not in layout["nested"]):
         name, _, field = key.rpartition("/")
         state.setdefault(name, {})[field] = _read_rows(tensors, layout["other_shape"], name, field, 0, shapes[name][0])
     return state
@@ -74,9 +74,9 @@ def _open_shards(path, shapes):
         for key in shard.keys():  # noqa: SIM118 (not a dict)
             name, shape = key.rpartition("/")[0], tuple(shard.get_slice(key).get_shape())
             dims = slice(1 if key in first_rows else 0, None)  # a shard has only some rows
-            is_full = key in layout["other_shape"] or key in layout["nested"]
-            is_like = not shape or is_full or shape[dims] == shapes.get(name, ())[dims]
-            if name not in shapes or not is_like:
+            has_any_shape = not shape or key in layout["other_shape"]
+            is_like = name in shapes and (has_any_shape or shape[dims] == shapes[name][dims])
+            if key not in layout["nested"] and not is_like:
                 raise ValueError(f"{file}: from another run: the parameter {name} does not match this model; {fix}")
             tensors.setdefault(key, []).append((first_rows.get(key, 0), shard))
     tensors = {key: sorted(shards, key=lambda item: item[0]) for key, shards in tensors.items()}

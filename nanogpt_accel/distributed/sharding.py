@@ -134,8 +134,8 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
         (tensors, layout). tensors: {"PARAMETER/FIELD": tensor on the CPU}. layout is a dictionary of JSON values.
         "first_rows": {"PARAMETER/FIELD": index of the tensor's first row in the full tensor}, for sharded tensors only.
         "other_shape": names of tensors that do not have the shape of their parameter. "values": {PARAMETER: [[FIELD,
-        value], ...]} for fields that are not tensors, see utils/nested.py, and "nested": names of the tensors inside of
-        them. "groups": see changed_values. The first four are empty if another process saves this shard.
+        value], ...]} for fields that are not tensors, see utils/nested.py. "groups": see changed_values. "nested":
+        names of the tensors in "values" and "groups". All are empty if another process saves this shard.
     """
     index, _ = shard_index(accelerator, model)
     tensors, first_rows, other_shape, nested, values = {}, {}, [], [], {}
@@ -164,25 +164,30 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
                 elif value.dim() and value.shape != getattr(parameter, "ds_shape", parameter.shape):
                     other_shape += found
                 tensors |= found
+    groups, found = changed_values(optimizer) if index == 0 else ([], {})
+    tensors |= found
+    nested += found
+    tensors |= {key: tensors[key].clone() for key in nested}  # some share memory, which safetensors refuses
     tensors = {key: tensor.detach().contiguous().to("cpu", copy=copy) for key, tensor in tensors.items()}
-    layout = {"first_rows": first_rows, "other_shape": other_shape, "nested": nested, "values": values}
-    return tensors, layout | {"groups": changed_values(optimizer)}
-
-
-_MISSING = object()
+    names = {"first_rows": first_rows, "other_shape": other_shape, "nested": nested}
+    return tensors, names | {"values": values, "groups": groups}
 
 
 def changed_values(optimizer):
-    """Return, for each parameter group, {key: JSON value} for what the optimizer has changed in the group since
-    optim.by_name created it, such as a count of its steps. The recipe sets the other values."""
+    """Return (changed, tensors): for each parameter group, {key: JSON value} for what the optimizer has changed in the
+    group since optim.by_name created it, such as a count of its steps; and the tensors in these values by their names
+    (see utils/nested.py). The recipe sets the other values."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     changed, tensors = [], {}
-    for group, initial in zip(optimizer.param_groups, getattr(optimizer, "initial_groups", ()), strict=False):
-        keys = [key for key in group if key not in ("params", "lr") and group[key] != initial.get(key, _MISSING)]
-        changed.append({key: pack(group[key], key, tensors) for key in keys})
-    if tensors:
-        raise TypeError(f"{', '.join(tensors)} of a parameter group is a tensor, which checkpoints cannot store")
-    return changed
+    for i, (group, initial) in enumerate(
+        zip(optimizer.param_groups, getattr(optimizer, "initial_groups", ()), strict=False)
+    ):
+        changed.append({})
+        for key, value in group.items():
+            is_new = key not in initial or isinstance(value, torch.Tensor) or value != initial[key]
+            if is_new and key not in ("params", "lr"):
+                changed[i][key] = pack(value, f"group.{i}/{key}", tensors)
+    return changed, tensors
 
 
 def _full_tensor(parameter):
@@ -211,7 +216,7 @@ def restore_optimizer(accelerator, model, optimizer, fields, read, values, group
     if is_deepspeed(accelerator):
         return _restore_deepspeed(model, optimizer, fields, read)
     for group, changed in zip(optimizer.param_groups, groups, strict=False):
-        group |= changed
+        group |= send_to_device(changed, group["params"][0].device)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         start, stop = _local_rows(parameter)

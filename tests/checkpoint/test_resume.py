@@ -66,7 +66,7 @@ CLASSES = {
     "lion_pytorch.Lion": {"betas": [0.9, 0.98]},
     "pytorch_optimizer.Lion": {},
     "pytorch_optimizer.SOAP": {"precondition_frequency": 2},
-    "pytorch_optimizer.ScheduleFreeAdamW": {},
+    "pytorch_optimizer.Prodigy": {},
 }
 
 

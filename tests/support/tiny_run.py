@@ -77,6 +77,13 @@ class TinyRun:
         return [path.name for path in self.folder.iterdir() if path.name.startswith(".")]
 
 
+class Switched(torch.optim.SGD):
+    """An optimizer with other weights for evaluations, as schedule-free ones."""
+
+    def eval(self):
+        raise NotImplementedError
+
+
 class Odd(torch.optim.SGD):
     """An optimizer whose state has every kind of value. The update depends on all of them."""
 
