@@ -1,10 +1,13 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), with AdamW for parameters that are not matrices."""
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), with AdamW for parameters that are not matrices.
+
+With several processes, distributed/muon_exchange.py divides the work: each process orthogonalizes some of the matrices.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
-
-from .utils.packaged import packaged
 
 
 def fused_row_counts(model):
@@ -15,15 +18,13 @@ def fused_row_counts(model):
     return rows
 
 
-def check_unsharded(optimizer):
-    """Raise a ValueError if the parameters that Muon updates are sharded."""
-    for group in optimizer.param_groups:
-        if group.get("use_muon") and any(p.dim() != 2 or isinstance(p, DTensor) for p in group["params"]):
-            raise ValueError(
-                "optimizer.algorithm=muon does not support sharded parameters (FSDP, DeepSpeed ZeRO); set "
-                "algorithm=adamw, or use a launch config without sharding, such as "
-                f"{packaged('configs/multi_gpu.yaml')}"
-            )
+class Matrix(NamedTuple):
+    """A matrix to update: a weight, or a part of a fused weight. This process has some of its rows, usually all."""
+
+    weight: torch.Tensor  # the rows on this process, a view of the parameter
+    update: torch.Tensor  # Muon's momentum for the same rows
+    shape: tuple  # of the full matrix
+    bounds: list  # shard i of the parameter has the rows bounds[i] to bounds[i + 1] - 1 of the matrix
 
 
 class Muon(torch.optim.Optimizer):
@@ -33,12 +34,13 @@ class Muon(torch.optim.Optimizer):
     directions with large gradients do not dominate. The updates are the same as in torch.optim.Muon, but matrices of
     the same shape (or transposed shape) are processed in one batch instead of one after another.
 
-    fused_rows: the result of fused_row_counts, to orthogonalize matrices in a fused weight separately.
+    groups: parameter groups. A group with use_muon=True has `rows`: for each parameter, the number of rows of each of
+    its matrices, which are orthogonalized separately.
     """
 
-    def __init__(self, groups, fused_rows):
+    def __init__(self, groups):
         super().__init__(groups, {})
-        self.fused_rows = fused_rows
+        self.orthogonalize_buckets = orthogonalize_here  # distributed/muon_exchange.py replaces it
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -46,65 +48,105 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        started = [(group, self._start_muon(group)) for group in self.param_groups if group["use_muon"]]
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            step = self._step_muon if group["use_muon"] else self._step_adamw
-            step(group, params)
+            if not group["use_muon"]:
+                self._step_adamw(group)  # while the processes exchange Muon's results
+        for group, finish in started:
+            for matrix, orthogonal in finish():
+                rows, columns = matrix.shape
+                # a tall orthogonal matrix has outputs of smaller RMS than its inputs; this factor compensates for it
+                scale = max(1.0, rows / columns) ** 0.5
+                matrix.weight.add_(orthogonal, alpha=-group["lr"] * scale)
         return loss
 
-    def _step_muon(self, group, params):
-        grads = [p.grad for p in params]
-        for p in params:
+    def _start_muon(self, group):
+        """Update the momentum and start to orthogonalize it. Return a function that returns pairs (Matrix, orthogonal
+        update of its rows on this process)."""
+        active = [(p, rows) for p, rows in zip(group["params"], group["rows"], strict=True) if p.grad is not None]
+        for p, _ in active:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        momenta = [self.state[p]["momentum_buffer"] for p in params]
+        weights, grads = [local(p) for p, _ in active], [local(p.grad) for p, _ in active]
+        momenta = [local(self.state[p]["momentum_buffer"]) for p, _ in active]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov momentum
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        by_shape = {}  # sorted shape -> [(matrix, update)]
-        for p, update in zip(params, updates, strict=True):
-            rows = self.fused_rows.get(p, len(p))
-            for matrix, part in zip(p.split(rows), update.split(rows), strict=True):
-                by_shape.setdefault(tuple(sorted(matrix.shape)), []).append((matrix, part))
-        for pairs in by_shape.values():
-            orthogonal = orthogonalize(torch.stack([part.mT if is_tall(part) else part for _, part in pairs]))
-            for (matrix, _), part in zip(pairs, orthogonal, strict=True):
-                # a tall orthogonal matrix has outputs of smaller RMS than its inputs; this factor compensates for it
-                scale = max(1.0, len(matrix) / matrix.shape[1]) ** 0.5
-                matrix.add_(part.mT if is_tall(matrix) else part, alpha=-group["lr"] * scale)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        buckets = {}  # sorted shape -> [Matrix]
+        for (p, rows), update in zip(active, updates, strict=True):
+            for matrix in split_matrices(p, update, rows):
+                buckets.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
+        return self.orthogonalize_buckets(list(buckets.values()))
 
-    def _step_adamw(self, group, params):
+    def _step_adamw(self, group):
+        params = [p for p in group["params"] if p.grad is not None]
         for p in params:
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), device=p.device)
                 self.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         first_moments, second_moments, steps = (
-            [self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step")
+            [local(self.state[p][name]) for p in params] for name in ("exp_avg", "exp_avg_sq", "step")
         )
         options = {name: group[name] for name in ("lr", "weight_decay", "fused")}
         options |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": 1e-8}
-        grads = [p.grad for p in params]
-        adamw(params, grads, first_moments, second_moments, [], steps, amsgrad=False, maximize=False, **options)
+        weights, grads = [local(p) for p in params], [local(p.grad) for p in params]
+        adamw(weights, grads, first_moments, second_moments, [], steps, amsgrad=False, maximize=False, **options)
+
+
+def local(tensor):
+    """Return the rows that this process has of a tensor that FSDP2 may have sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def split_matrices(p, update, rows):
+    """Return the Matrix objects of a parameter. update: its momentum on this process. rows: see Muon."""
+    n_shards, shard = 1, 0
+    if isinstance(p, DTensor):  # FSDP2 shards rows over the last dimension of the mesh
+        n_shards, shard = p.device_mesh.size(-1), p.device_mesh.get_local_rank(p.device_mesh.ndim - 1)
+    per_shard, first, bounds = -(-len(p) // n_shards), 0, []
+    for n in rows:
+        bounds.append([min(max(i * per_shard - first, 0), n) for i in range(n_shards + 1)])
+        first += n
+    counts = [b[shard + 1] - b[shard] for b in bounds]
+    parts = zip(local(p).split(counts), update.split(counts), rows, bounds, strict=True)
+    return [Matrix(weight, part, (n, p.shape[1]), b) for weight, part, n, b in parts]
+
+
+def orthogonalize_here(buckets):
+    """Orthogonalize all matrices on this process. For the result, see Muon._start_muon."""
+    bucket_results = [zip(bucket, orthogonalize_all([m.update for m in bucket]), strict=True) for bucket in buckets]
+    return lambda: (pair for pairs in bucket_results for pair in pairs)
+
+
+def orthogonalize_all(matrices):
+    """Orthogonalize full matrices of one shape, some of which may be transposed. Return a list."""
+    wide = torch.stack([matrix.mT if is_tall(matrix) else matrix for matrix in matrices])
+    return [x.mT if is_tall(matrix) else x for matrix, x in zip(matrices, orthogonalize(wide), strict=True)]
 
 
 def is_tall(matrix):
     return matrix.shape[-2] > matrix.shape[-1]
 
 
+def work_dtype(tensor):
+    """Return the dtype for orthogonalizing: bfloat16 is precise enough, and much faster on GPUs."""
+    return torch.bfloat16 if tensor.is_cuda else torch.float32
+
+
 def orthogonalize(matrices):
     """Return matrices with the same singular vectors and with singular values near 1 (0.7 to 1.2).
 
     This is a Newton-Schulz iteration, x <- a x + b (x x^T) x + c (x x^T)^2 x, with coefficients that increase small
-    singular values as fast as possible (Jordan et al. 2024). bfloat16 is precise enough, and much faster on GPUs.
+    singular values as fast as possible (Jordan et al. 2024).
 
     Args:
         matrices: (n, rows, columns) with rows <= columns, so that x x^T is smaller than x^T x.
 
     Returns:
-        A tensor of the same shape, in bfloat16 on CUDA and in float32 on other devices.
+        A tensor of the same shape, in work_dtype.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.to(work_dtype(matrices))
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # so that all singular values are at most 1
     for _ in range(5):
         gram = x @ x.mT

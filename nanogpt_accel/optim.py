@@ -1,11 +1,15 @@
 """Learning rate schedules and optimizers.
 
 To add a schedule, write a function like `cosine` and add it to SCHEDULES. To add an optimizer, write a function like
-`adamw` and add it to OPTIMIZERS. Recipes can then select it. torch is imported only when an optimizer is created,
-because recipe.py imports this file and must load quickly.
+`adamw` and add it to OPTIMIZERS. Recipes can then select it. They can also name any class of optimizers. torch is
+imported only when an optimizer is created, because recipe.py imports this file and must load quickly.
 """
 
 import math
+from importlib import import_module
+
+from .utils.fields import nearest
+from .utils.text import first_line
 
 # ---- learning rate
 
@@ -85,20 +89,52 @@ def muon(model, settings):
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in ids]
         group |= {"use_muon": False, **adamw_settings(model, settings)}
+    fused = fused_row_counts(model)
     muon_group = {
         "params": matrices,
+        "rows": [fused.get(p, [len(p)]) for p in matrices],
         "use_muon": True,
         "lr": settings.muon_learning_rate,
         "momentum": settings.muon_momentum,
         "weight_decay": settings.muon_weight_decay,
         "lr_scale": settings.muon_learning_rate / settings.learning_rate,
     }
-    return Muon([*groups, muon_group], fused_row_counts(model))
+    return Muon([*groups, muon_group])
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
+def optimizer_class(name):
+    """Return the class with a dotted name, such as torch.optim.Adafactor.
+
+    Raises:
+        ValueError: there is no such optimizer.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except Exception as error:  # a broken package may raise any error
+        raise ValueError(f"{name}: cannot import {module} ({first_line(error)}); install its package") from None
+    import torch
+
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        classes = [key for key, value in vars(import_module(module)).items() if isinstance(value, type)]
+        raise ValueError(f"{name}: {module} has no optimizer {attribute}{nearest(attribute, classes)}")
+    return found
+
+
+def by_name(model, settings):
+    """Return an optimizer of any class, with nanoGPT's parameter groups and the options of the recipe."""
+    groups = parameter_groups(model, settings.weight_decay)
+    optimizer = optimizer_class(settings.algorithm)(groups, lr=settings.learning_rate, **settings.options)
+    # for checkpoints, which store what the optimizer changes in its groups
+    optimizer.initial_groups = [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    return optimizer
+
+
 def make_optimizer(model, settings):
     """Return the optimizer for a model. settings: the optimizer section of a recipe."""
-    return OPTIMIZERS[settings.algorithm](model, settings)
+    return OPTIMIZERS.get(settings.algorithm, by_name)(model, settings)

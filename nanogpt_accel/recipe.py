@@ -8,14 +8,15 @@ import json
 import math
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from .optim import OPTIMIZERS, SCHEDULES
-from .utils.fields import Device, Float, Int, Section, Words, nearest, raise_problems, validate
+from .utils.fields import Device, Float, Int, Section, Words, nearest, raise_problems, show_value, validate
 from .utils.files import sha256
 from .utils.packaged import list_packaged, packaged
 from .utils.text import quoted
@@ -36,6 +37,33 @@ def _read_bool(value):
 def _refuse_one(value):
     if str(value) == "1":
         raise ValueError("must be 2 or more, because train and val need at least one document each")
+    return value
+
+
+def _class_name(value):
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
+        raise ValueError("the name of a class, such as torch.optim.Adafactor")
+    return value
+
+
+def _read_options(value):
+    """Read a mapping, which is text on a command line: `{betas: [0.9, 0.99]}`."""
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError("must be a mapping such as {betas: [0.9, 0.99]}") from None
+    return {} if value is None else _read_numbers(value)
+
+
+def _read_numbers(value):
+    """Convert texts such as 1e-3 in nested values, because YAML does not read them as numbers."""
+    if isinstance(value, dict):
+        return {str(key): _read_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_read_numbers(item) for item in value]
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
     return value
 
 
@@ -176,13 +204,20 @@ class Model(Section):
 
 
 class Optimizer(Section):
-    algorithm: Literal[tuple(OPTIMIZERS)] = Field(
+    algorithm: Literal[tuple(OPTIMIZERS)] | Annotated[str, AfterValidator(_class_name)] = Field(
         "adamw",
         description="adamw: AdamW for all parameters; muon: Muon for the matrices in the blocks and AdamW for all "
-        "other parameters",
+        "other parameters; or the name of a class of optimizers in an installed package, such as torch.optim.Adafactor",
     )
-    learning_rate: Float = Field(6e-4, gt=0, description="maximum learning rate of AdamW")
-    weight_decay: Float = Field(0.1, ge=0, description="AdamW's weight decay, for parameters of two or more dimensions")
+    options: Annotated[dict, BeforeValidator(_read_options)] = Field(
+        {}, description="if algorithm is a class: its arguments, in addition to learning_rate and weight_decay"
+    )
+    learning_rate: Float = Field(6e-4, gt=0, description="maximum learning rate of AdamW, or of another optimizer")
+    weight_decay: Float = Field(
+        0.1,
+        ge=0,
+        description="weight decay of AdamW, or of another optimizer, for parameters of two or more dimensions",
+    )
     beta1: Float = Field(0.9, ge=0, lt=1, description="decay rate of AdamW's first moment")
     beta2: Float = Field(0.95, ge=0, lt=1, description="decay rate of AdamW's second moment")
     grad_clip: Float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
@@ -550,6 +585,12 @@ def _conflicts(recipe, overridden):
         )
     if train.eval_iters != "all" and train.eval_iters < 1:
         yield {"eval_iters"}, f"train.eval_iters={train.eval_iters}: must be at least 1, or all"
+    if optimizer.options and optimizer.algorithm in OPTIMIZERS:
+        yield (
+            {"options", "algorithm"},
+            f"optimizer.options={show_value(optimizer.options)}: only for an algorithm that is a class, such as "
+            f"torch.optim.Adafactor; for {optimizer.algorithm}, use the other keys of the section optimizer",
+        )
     if recipe.min_lr > optimizer.learning_rate:
         yield (
             {"min_lr", "learning_rate"},

@@ -3,6 +3,7 @@
 torch and transformers are not imported at the top, so that `check_recipe` reports mistakes in a recipe quickly.
 """
 
+import inspect
 import json
 import math
 from contextlib import suppress
@@ -23,14 +24,15 @@ from .evaluation import mean_loss, scores
 from .hub.transfer import check_push
 from .models.find import find_model, may_be_model, nanogpt_hint
 from .models.load import check_tokenizer, fit_to_tokenizer, load_model, read_config
-from .optim import make_optimizer
+from .optim import OPTIMIZERS, make_optimizer, optimizer_class
 from .planning import sizing
 from .planning.hardware import device_name, peak_flops
 from .recipe import SECTIONS, load_recipe
 from .tracking.trackers import check_trackers
-from .utils.fields import raise_problems, validate
+from .utils.fields import raise_problems, show_value, validate
+from .utils.nested import pack
 from .utils.packaged import packaged
-from .utils.text import duration, quoted
+from .utils.text import duration, first_line, quoted
 
 # ---- checks before anything slow
 
@@ -78,6 +80,7 @@ def check_recipe(recipe):
             "train.on_nonfinite=skip: not supported with DeepSpeed, which updates the weights in the backward pass; "
             f"set on_nonfinite=stop, or launch with {packaged('configs/fsdp2.yaml')}"
         )
+    problems += check_optimizer(recipe.optimizer)
     # if another process trains in the folder, report only that, because the contents still change
     locked = check_lock(out_dir) if is_main() and not train.eval_only else []
     problems += locked or check_out_dir(recipe)
@@ -87,6 +90,57 @@ def check_recipe(recipe):
     if recipe.hub.push_to_hub:
         problems += check_push(recipe.hub.hub_model_id or out_dir.name, "hub.hub_model_id")
     return problems
+
+
+def check_optimizer(settings):
+    """Check that the optimizer works with the launcher, and try an optimizer class with its options on a small model.
+    Return all problems. settings: the optimizer section of a recipe."""
+    algorithm = f"optimizer.algorithm={settings.algorithm}"
+    if settings.algorithm != "adamw" and launcher_requests("DEEPSPEED"):
+        fix = f"set algorithm=adamw, or launch with {packaged('configs/fsdp2.yaml')}"
+        return [f"{algorithm}: not supported with DeepSpeed; {fix}"]
+    if settings.algorithm in OPTIMIZERS:
+        return []
+    try:
+        found = optimizer_class(settings.algorithm)
+    except ValueError as error:
+        return [f"optimizer.algorithm={error}"]
+    import torch
+
+    from .distributed import sharding
+
+    options = f"optimizer.options={show_value(settings.options)}"
+    if given := sorted({"lr", "weight_decay"} & settings.options.keys()):
+        return [f"{options}: remove {' and '.join(given)}; use the keys learning_rate and weight_decay instead"]
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        return [f"{algorithm}: its step needs a closure, which is not supported; choose another optimizer"]
+    if hasattr(found, "eval"):  # schedule-free optimizers
+        return [f"{algorithm}: it needs calls of train() and eval(), which is not supported; choose another optimizer"]
+    model, states = torch.nn.Linear(3, 2), []
+    try:
+        optimizer = make_optimizer(model, settings)
+    except Exception as error:  # a class may check its options in any way
+        return [f"{options}: {settings.algorithm} does not accept them: {first_line(error)}"]
+    if settings.weight_decay and "weight_decay" not in optimizer.defaults:
+        key = f"optimizer.weight_decay={settings.weight_decay:g}"
+        return [f"{key}: {settings.algorithm} does not support it; set weight_decay=0"]
+    try:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with torch.compiler.set_stance("force_eager"):
+            optimizer.step()
+        for p, fields in optimizer.state.items():
+            states.append((p.shape, {}))
+            pack(fields, "its state", states[-1][1])
+        sharding.changed_values(optimizer)
+    except Exception as error:
+        return [f"{algorithm}: a step with {options} fails, or cannot be saved: {first_line(error)}"]
+    is_like = all(x.shape in ((), shape) for shape, tensors in states for x in tensors.values())
+    if launcher_requests("FSDP") and not is_like:
+        problem = "not supported with FSDP2, because its state does not have the shape of the parameters"
+        return [f"{algorithm}: {problem}; launch with {packaged('configs/multi_gpu.yaml')}"]
+    return []
 
 
 def check_out_dir(recipe):
@@ -102,6 +156,13 @@ def check_out_dir(recipe):
         )
     elif init_from == "resume":
         problems += shape_differences(latest, read_config(latest), recipe.shape)
+        with suppress(OSError, ValueError):  # an old run.yaml may have other keys
+            before = load_recipe(out_dir / "run.yaml").optimizer.algorithm
+            if before != recipe.optimizer.algorithm:
+                problems.append(
+                    f"optimizer.algorithm={recipe.optimizer.algorithm}: the state of the optimizer in {latest} is that "
+                    f"of {before}; leave out algorithm, or start a new run with init_from={latest} and another out_dir"
+                )
     elif saved and is_new and latest is None:
         problems.append(
             f"out_dir={out_dir}: contains a run without a valid checkpoint ({saved[-1].name}: "
@@ -276,7 +337,6 @@ class Setup:
 
     def __init__(self, recipe, accelerator, model, tokens, eot_id):
         from .distributed import cpu, sharding
-        from .muon import check_unsharded
 
         self.recipe, self.accelerator, train = recipe, accelerator, recipe.train
         self.summary, self.num_parameters, self.cpu_tuning = describe_model(model), model.num_parameters(), ""
@@ -301,7 +361,6 @@ class Setup:
             grad_clip=recipe.optimizer.grad_clip,
         )
         self.raw_model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        check_unsharded(self.optimizer)
 
     @property
     def flops_per_token(self):

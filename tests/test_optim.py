@@ -10,14 +10,13 @@ import pytest
 import torch
 from reference import nanogpt_lr
 from runs import SMALL, checkpoint, losses, numbers, tensors, write_recipe
-from torch import distributed
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.model import GPT, GPTConfig
-from nanogpt_accel.muon import check_unsharded, orthogonalize
+from nanogpt_accel.muon import orthogonalize
 from nanogpt_accel.optim import learning_rate, make_optimizer, parameter_groups
-from nanogpt_accel.recipe import Optimizer
+from nanogpt_accel.recipe import Optimizer, load_recipe
+from nanogpt_accel.training import check_optimizer
 
 # ---- the learning rate
 
@@ -188,6 +187,59 @@ def test_optimizer_is_adamw(model):
         for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
             torch.testing.assert_close(p.double(), by_hand[name], rtol=0, atol=1e-6)
+
+
+# ---- optimizers by name; test_resume.py in tests/checkpoint tests their state
+
+
+def test_an_optimizer_by_name_gets_the_groups_and_the_options(model):
+    options = {"momentum": 0.9, "nesterov": True}
+    settings = Optimizer(algorithm="torch.optim.SGD", options=options, learning_rate=0.1, weight_decay=0.3)
+    optimizer = make_optimizer(model, settings)
+    assert type(optimizer) is torch.optim.SGD
+    found = [
+        [group[key] for key in ("lr", "weight_decay", "momentum", "nesterov", "lr_scale")]
+        for group in optimizer.param_groups
+    ]
+    assert found == [[0.1, 0.3, 0.9, True, 1.0], [0.1, 0.0, 0.9, True, 1.0]]
+
+
+def test_options_on_a_command_line_are_yaml():
+    recipe = load_recipe(
+        None, {"algorithm": "torch.optim.NAdam", "options": "{eps: 1e-6, betas: [0.9, 1e-1], foreach: null}"}
+    )
+    assert recipe.optimizer.options == {"eps": 1e-6, "betas": [0.9, 0.1], "foreach": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"algorithm": "torch.optim.Adafactr"},
+            ["optimizer.algorithm=torch.optim.Adafactr", "did you mean Adafactor?"],
+        ),
+        ({"algorithm": "torch.nn.Linear"}, ["optimizer.algorithm=torch.nn.Linear", "torch.nn has no optimizer Linear"]),
+        ({"algorithm": "torch.optim.LBFGS"}, ["optimizer.algorithm=torch.optim.LBFGS", "closure"]),
+        ({"algorithm": "tiny_run.Switched"}, ["optimizer.algorithm=tiny_run.Switched", "train() and eval()"]),
+        ({"algorithm": "torch.optim.SparseAdam", "weight_decay": 0.0}, ["algorithm=torch.optim.SparseAdam", "a step"]),
+        ({"algorithm": "torch.optim.Rprop"}, ["optimizer.weight_decay=0.1", "Rprop", "set weight_decay=0"]),
+        (
+            {"algorithm": "torch.optim.SGD", "options": {"betas": [0.9, 0.99]}},
+            ["optimizer.options={betas: [0.9, 0.99]}", "torch.optim.SGD does not accept them", "'betas'"],
+        ),
+        ({"algorithm": "torch.optim.SGD", "options": {"lr": 0.1}}, ["options={lr: 0.1}", "remove lr", "learning_rate"]),
+    ],
+)
+def test_a_mistake_in_an_optimizer_by_name_is_found_before_the_run(refused, settings, words):
+    with refused(ValueError, *words):
+        load_recipe(None, settings, check=lambda recipe: check_optimizer(recipe.optimizer))
+
+
+@pytest.mark.parametrize(("algorithm", "is_refused"), [("torch.optim.Adafactor", True), ("torch.optim.NAdam", False)])
+def test_only_optimizers_with_state_like_the_parameters_are_sharded(monkeypatch, algorithm, is_refused):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    problems = check_optimizer(Optimizer(algorithm=algorithm))
+    assert len(problems) == is_refused and all("FSDP2" in line and "multi_gpu.yaml" in line for line in problems)
 
 
 # ---- Muon
@@ -390,30 +442,6 @@ def test_muon_skips_steps_with_overflowed_fp16_gradients():
     scaler.update()
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert scaler.get_scale() == 1.0
-
-
-@pytest.fixture
-def mesh():
-    """A mesh of this one process."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield distributed.init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
-def test_muon_with_sharded_parameters_is_refused(refused, mesh, placement):
-    model = modern()
-    optimizer = make_optimizer(model, Optimizer(**MUON))
-    check_unsharded(optimizer)
-    hidden = optimizer.param_groups[-1]["params"]
-    hidden[1] = torch.nn.Parameter(distribute_tensor(hidden[1].detach(), mesh, [placement]))
-    with refused(ValueError, "optimizer.algorithm=muon", "FSDP", "algorithm=adamw"):
-        check_unsharded(optimizer)
-    # DeepSpeed slices one flat vector, which AdamW supports
-    hidden[1] = torch.nn.Parameter(torch.zeros(100))
-    with refused(ValueError, "optimizer.algorithm=muon", "DeepSpeed", "algorithm=adamw"):
-        check_unsharded(optimizer)
-    check_unsharded(make_optimizer(model, Optimizer(**MUON | {"algorithm": "adamw"})))
 
 
 MUON_RECIPE = SMALL | {

@@ -5,6 +5,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+from ..utils.nested import unpack
 from .layout import SHARD_PATH
 from .verify import read_index
 
@@ -18,12 +19,18 @@ def load_optimizer(path, accelerator, model, optimizer):
     from ..distributed import sharding
 
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
-    tensors = _open_shards(Path(path), shapes)
+    tensors, layout = _open_shards(Path(path), shapes)
     fields = {}  # PARAMETER -> [FIELD, ...]
-    for key in tensors:
+    for key in (key for key in tensors if key not in layout["nested"]):
         name, _, field = key.rpartition("/")
         fields.setdefault(name, []).append(field)
-    sharding.restore_optimizer(accelerator, model, optimizer, fields, partial(_read_rows, tensors))
+    read_full = partial(_read_full, tensors)
+    values = {
+        name: {field: unpack(plain, read_full) for field, plain in pairs} for name, pairs in layout["values"].items()
+    }
+    groups = [{key: unpack(plain, read_full) for key, plain in group.items()} for group in layout["groups"]]
+    read = partial(_read_rows, tensors, layout["other_shape"])
+    sharding.restore_optimizer(accelerator, model, optimizer, fields, read, values, groups)
 
 
 def read_optimizer(path, shapes):
@@ -31,45 +38,67 @@ def read_optimizer(path, shapes):
 
     shapes: {PARAMETER: shape} of the model.
     """
-    tensors, state = _open_shards(Path(path), shapes), {}
-    for key in tensors:
+    (tensors, layout), state = _open_shards(Path(path), shapes), {}
+    for key in (key for key in tensors if key not in layout["nested"]):
         name, _, field = key.rpartition("/")
-        state.setdefault(name, {})[field] = _read_rows(tensors, name, field, 0, shapes[name][0])
+        state.setdefault(name, {})[field] = _read_rows(tensors, layout["other_shape"], name, field, 0, shapes[name][0])
     return state
 
 
 def _open_shards(path, shapes):
-    """Open the optimizer state of a checkpoint. Return {"PARAMETER/FIELD": [(first row, open file), ...]}.
+    """Open the optimizer state of a checkpoint.
 
-    An example of a FIELD is exp_avg. Each file contains some rows of the tensor; `first row` is the index of the first
-    of these rows in the full tensor. shapes: {PARAMETER: shape} of the model.
+    Returns:
+        (tensors, layout). tensors: {"PARAMETER/FIELD": [(first row, open file), ...]}; an example of a FIELD is
+        exp_avg. Each file contains some rows of the tensor; `first row` is the index of the first of these rows in the
+        full tensor. layout: see sharding.optimizer_shard, of which "first_rows" is not complete. shapes: {PARAMETER:
+        shape} of the model.
     """
     from safetensors import SafetensorError, safe_open
 
-    tensors, fix = {}, f"to load only the weights, set init_from={path}"
+    tensors, layout, fix = {}, {}, f"to load only the weights, set init_from={path}"
     for file in (path / name for name in sorted(read_index(path)) if SHARD_PATH.match(name)):
         try:
             shard = safe_open(file, framework="pt")
-            first_rows = json.loads(shard.metadata()["first_rows"])
+            metadata = {key: json.loads(text) for key, text in (shard.metadata() or {}).items()}
+            first_rows = metadata["first_rows"]
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{file}: not an optimizer state of nanogpt_accel ({error}); {fix}") from None
+        layout = layout or {
+            "other_shape": [],
+            "nested": [],
+            "values": {},
+            "groups": [],
+            **metadata,
+        }  # of the first shard
         for key in shard.keys():  # noqa: SIM118 (not a dict)
             name, shape = key.rpartition("/")[0], tuple(shard.get_slice(key).get_shape())
             dims = slice(1 if key in first_rows else 0, None)  # a shard has only some rows
-            if name not in shapes or (shape and shape[dims] != shapes[name][dims]):
+            has_any_shape = not shape or key in layout["other_shape"]
+            is_like = name in shapes and (has_any_shape or shape[dims] == shapes[name][dims])
+            if key not in layout["nested"] and not is_like:
                 raise ValueError(f"{file}: from another run: the parameter {name} does not match this model; {fix}")
             tensors.setdefault(key, []).append((first_rows.get(key, 0), shard))
-    return {key: sorted(shards, key=lambda item: item[0]) for key, shards in tensors.items()}
+    tensors = {key: sorted(shards, key=lambda item: item[0]) for key, shards in tensors.items()}
+    return tensors, layout
 
 
-def _read_rows(tensors, name, field, start, stop):
+def _read_full(tensors, key):
+    """Return a tensor that only one file has."""
+    ((_, file),) = tensors[key]
+    return file.get_tensor(key).clone()
+
+
+def _read_rows(tensors, other_shape, name, field, start, stop):
     """Return rows `start` to `stop` - 1 of the optimizer state `field` of the parameter `name`.
 
-    If the state is a scalar, return the scalar.
+    If the state is a scalar or in `other_shape`, return all of it.
     """
     import torch
 
     key, parts = f"{name}/{field}", []
+    if key in other_shape:
+        return _read_full(tensors, key)
     for first, file in tensors[key]:
         shard = file.get_slice(key)
         if not shard.get_shape():

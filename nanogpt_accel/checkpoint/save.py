@@ -48,7 +48,7 @@ class _Snapshot:
     shard: int | None  # index of this process's shard of the optimizer state; None: another process saves it
     num_shards: int
     tensors: dict  # the shard: {"PARAMETER/FIELD": tensor}
-    first_rows: dict  # {"PARAMETER/FIELD": index of the shard's first row} for tensors that are split over the shards
+    layout: dict  # how the tensors belong to the parameters, see sharding.optimizer_shard
 
 
 class Saver:
@@ -221,7 +221,7 @@ def _write_shard(temporary, snapshot):
 
     file = temporary / shard_path(snapshot.shard, snapshot.num_shards)
     try:
-        save_file(snapshot.tensors, file, {"first_rows": json.dumps(snapshot.first_rows)})
+        save_file(snapshot.tensors, file, {key: json.dumps(value) for key, value in snapshot.layout.items()})
         entry = _index_entry(file)
     except Exception as error:
         entry = {"error": f"{file.name}: {error}"}

@@ -124,9 +124,16 @@ def plan(recipe, options):
     memory = memory_by_layout(memory_of, layouts, train)
     micro_steps, links = train.gradient_accumulation_steps // gpus, {"near": NVLINK, "far": INFINIBAND}
     for layout, (_, shards) in layouts.items():
+        where = (shape, layout, shards, gpus)
         memory[layout]["exchange_seconds"] = gpu and sizing.exchange_seconds(
-            shape, layout, shards, gpus, micro_steps=micro_steps, half=half, machine=options.gpus_per_node, **links
+            *where, micro_steps=micro_steps, half=half, machine=options.gpus_per_node, **links
         )
+        memory[layout]["muon_seconds"] = 0.0
+        if gpu and recipe.optimizer.algorithm == "muon" and size["steps"]:
+            speed = options.mfu * GPUS[gpu].peak_flops
+            memory[layout]["muon_seconds"] = sizing.muon_seconds(
+                *where, flops_per_second=speed, machine=options.gpus_per_node, **links
+            )
     limit = (options.gpu_memory or GPUS[gpu].memory) * GIB * (1 - RESERVE) if gpu else None
     fitting = [layout for layout in layouts if limit is None or memory[layout]["total"] <= limit]
     chosen = memory[fitting[0] if fitting else "ddp"]
@@ -139,7 +146,7 @@ def plan(recipe, options):
         "usable_memory": limit,
         "assumed": assumed,
         **size,
-        **run_time(size, chosen["exchange_seconds"], gpu, options),
+        **run_time(size, chosen["exchange_seconds"], chosen["muon_seconds"], gpu, options),
         "memory": memory,
         "fitting": fitting,
         "activation_checkpointing": train.activation_checkpointing,
@@ -214,20 +221,21 @@ def run_size(recipe, shape, train_tokens):
     }
 
 
-def run_time(size, exchange, gpu, options):
+def run_time(size, exchange, muon, gpu, options):
     """Return the estimated time per step and in total as a dictionary. Without a GPU, all values are None.
 
     size: the result of run_size. exchange: seconds of communication per step. Communication overlaps with computation,
-    so the time per step is the longer of the two times.
+    so the time per step is the longer of the two times, plus the seconds of Muon's update.
     """
-    keys = ("computing_seconds", "exchange_seconds", "seconds_per_step", "tokens_per_second_per_gpu", "days")
+    keys = ("computing_seconds", "exchange_seconds", "muon_seconds")
+    keys += ("seconds_per_step", "tokens_per_second_per_gpu", "days")
     if gpu is None:
         return dict.fromkeys(keys)
     flops_per_second = options.mfu * GPUS[gpu].peak_flops * options.gpus
     computing = size["tokens_per_step"] * size["flops_per_token"] / flops_per_second
-    seconds = max(computing, exchange)
+    seconds = max(computing, exchange) + muon
     speed, days = size["tokens_per_step"] / options.gpus / seconds, size["steps"] * seconds / 86400
-    return dict(zip(keys, (computing, exchange, seconds, speed, days), strict=True))
+    return dict(zip(keys, (computing, exchange, muon, seconds, speed, days), strict=True))
 
 
 def find_layouts(gpus, gpus_per_node, algorithm, gpu, device):
@@ -240,8 +248,8 @@ def find_layouts(gpus, gpus_per_node, algorithm, gpu, device):
         ddp, fsdp2 = ("multi_gpu.yaml", 1), ("fsdp2.yaml", gpus)
     else:  # hybrid sharding: each machine has one copy of the model
         ddp, fsdp2 = ("multi_node.yaml", 1), ("fsdp2_multi_node.yaml", gpus_per_node)
-    if algorithm == "muon":  # Muon does not support sharded parameters
-        return {"ddp": ddp}
+    if algorithm != "adamw":  # not supported with DeepSpeed
+        return {"ddp": ddp, "fsdp2": fsdp2}
     zero2, zero3 = ("deepspeed_zero2.yaml", gpus), ("deepspeed_zero3.yaml", gpus)
     return {"ddp": ddp, "fsdp2": fsdp2, "zero2": zero2, "zero3": zero3}
 
@@ -341,9 +349,11 @@ def run_lines(figures, n_params):
             f"{figures['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU"
         )
         communication = f", communication {figures['exchange_seconds']:.2g} s" if figures["gpus"] > 1 else ""
+        muon = f", Muon {figures['muon_seconds']:.2g} s" if figures["muon_seconds"] else ""
         yield (
             f"             per step: computation {figures['computing_seconds']:.3g} s at {figures['mfu']:.0%} MFU"
             + communication
+            + muon
         )
 
 

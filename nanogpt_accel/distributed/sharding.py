@@ -5,6 +5,10 @@ parameter, field and row, so a run can resume with another number of processes, 
 """
 
 import torch
+from accelerate.utils import send_to_device
+
+from ..utils.nested import pack
+from .muon_exchange import share_muon
 
 
 def is_fsdp(accelerator):
@@ -45,7 +49,9 @@ def prepare(accelerator, model, optimizer, *, batch_size, micro_steps, grad_clip
     if is_fsdp(accelerator):
         _configure_fsdp(accelerator)
     if not is_deepspeed(accelerator):
-        return accelerator.prepare(model, optimizer)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        share_muon(accelerator, model, optimizer)
+        return model, optimizer
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
         train_micro_batch_size_per_gpu=batch_size, gradient_accumulation_steps=micro_steps, gradient_clipping=grad_clip
     )
@@ -125,12 +131,14 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
     """Return the part of the optimizer state that this process saves. All processes call it.
 
     Returns:
-        (tensors, first_rows). tensors: {"PARAMETER/FIELD": tensor on the CPU}. first_rows: {"PARAMETER/FIELD": index of
-        the tensor's first row in the full tensor}, for sharded tensors only. Both dictionaries are empty if another
-        process saves this shard.
+        (tensors, layout). tensors: {"PARAMETER/FIELD": tensor on the CPU}. layout is a dictionary of JSON values.
+        "first_rows": {"PARAMETER/FIELD": index of the tensor's first row in the full tensor}, for sharded tensors only.
+        "other_shape": names of tensors that do not have the shape of their parameter. "values": {PARAMETER: [[FIELD,
+        value], ...]} for fields that are not tensors, see utils/nested.py. "groups": see changed_values. "nested":
+        names of the tensors in "values" and "groups". All are empty if another process saves this shard.
     """
     index, _ = shard_index(accelerator, model)
-    tensors, first_rows = {}, {}
+    tensors, first_rows, other_shape, nested, values = {}, {}, [], [], {}
     if is_deepspeed(accelerator):
         _link_deepspeed(optimizer.optimizer)
     for name, parameter in model.named_parameters():
@@ -140,16 +148,46 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
             fields = optimizer.state.get(parameter, {})
         if index is None:
             continue
-        for field, tensor in fields.items():
-            if _is_dtensor(tensor):
-                tensor = tensor.to_local()
+        for field, value in fields.items():
+            if _is_dtensor(value):
+                tensor = value.to_local()
                 if not tensor.shape[0]:  # fewer rows than processes
                     continue
                 first_rows[f"{name}/{field}"] = _local_rows(parameter)[0]
-            elif index > 0:
-                continue  # replicated on all processes, such as the step count
-            tensors[f"{name}/{field}"] = tensor.detach().contiguous().to("cpu", copy=copy)
-    return tensors, first_rows
+                tensors[f"{name}/{field}"] = tensor
+            elif index == 0:  # replicated on all processes, such as the step count
+                found = {}
+                plain = pack(value, f"{name}/{field}", found)
+                if not isinstance(value, torch.Tensor):
+                    values.setdefault(name, []).append([field, plain])
+                    nested += found
+                elif value.dim() and value.shape != getattr(parameter, "ds_shape", parameter.shape):
+                    other_shape += found
+                tensors |= found
+    groups, found = changed_values(optimizer) if index == 0 else ([], {})
+    tensors |= found
+    nested += found
+    tensors |= {key: tensors[key].clone() for key in nested}  # some share memory, which safetensors refuses
+    tensors = {key: tensor.detach().contiguous().to("cpu", copy=copy) for key, tensor in tensors.items()}
+    names = {"first_rows": first_rows, "other_shape": other_shape, "nested": nested}
+    return tensors, names | {"values": values, "groups": groups}
+
+
+def changed_values(optimizer):
+    """Return (changed, tensors): for each parameter group, {key: JSON value} for what the optimizer has changed in the
+    group since optim.by_name created it, such as a count of its steps; and the tensors in these values by their names
+    (see utils/nested.py). The recipe sets the other values."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    changed, tensors = [], {}
+    for i, (group, initial) in enumerate(
+        zip(optimizer.param_groups, getattr(optimizer, "initial_groups", ()), strict=False)
+    ):
+        changed.append({})
+        for key, value in group.items():
+            is_new = key not in initial or isinstance(value, torch.Tensor) or value != initial[key]
+            if is_new and key not in ("params", "lr"):
+                changed[i][key] = pack(value, f"group.{i}/{key}", tensors)
+    return changed, tensors
 
 
 def _full_tensor(parameter):
@@ -166,24 +204,41 @@ def _full_tensor(parameter):
 # ---- restore
 
 
-def restore_optimizer(accelerator, model, optimizer, fields, read):
+def restore_optimizer(accelerator, model, optimizer, fields, read, values, groups):
     """Load saved state into the optimizer of a prepared model.
 
     Args:
-        fields: {parameter name: names of its saved state, such as "exp_avg"}.
+        fields: {parameter name: names of its saved tensors, such as "exp_avg"}.
         read: function (name, field, start, stop) -> rows start to stop - 1 of a saved tensor, or the saved scalar.
+        values: {parameter name: {field: value}} for the fields that are not tensors.
+        groups: for each parameter group, {key: value} to set in it, see changed_values.
     """
     if is_deepspeed(accelerator):
         return _restore_deepspeed(model, optimizer, fields, read)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    index_of = {id(parameter): i for i, parameter in enumerate(parameters)}
-    state = {}
+    for group, changed in zip(optimizer.param_groups, groups, strict=False):
+        group |= send_to_device(changed, group["params"][0].device)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         start, stop = _local_rows(parameter)
-        values = {field: read(name, field, start, stop) for field in fields.get(name, ())}
-        if values:
-            state[index_of[id(parameter)]] = {field: _to_sharded(parameter, value) for field, value in values.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state = send_to_device(values.get(name, {}), parameter.device)
+        for field in fields.get(name, ()):
+            state[field] = _place(parameter, group_of[id(parameter)], field, read(name, field, start, stop))
+        if state:
+            optimizer.state[parameter] = state
+
+
+def _place(parameter, group, field, local):
+    """Return `local`, the rows of a tensor on this process, where an optimizer expects it: on the device of its
+    parameter, and as a DTensor if the parameter is one."""
+    if field == "step" and not (group.get("fused") or group.get("capturable")):
+        return local  # torch's optimizers count steps on the CPU
+    local = local.to(parameter.device)
+    if not _is_dtensor(parameter) or not local.dim():
+        return local
+    layout = {"shape": parameter.shape, "stride": parameter.stride()}
+    return torch.distributed.tensor.DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, **layout
+    )
 
 
 def _local_rows(parameter):
@@ -196,16 +251,6 @@ def _local_rows(parameter):
         )
         return offset[0], offset[0] + shape[0]
     return 0, parameter.shape[0] if parameter.dim() else 1
-
-
-def _to_sharded(parameter, local):
-    """Return `local`, the rows of a tensor on this process, as a DTensor if the parameter is a DTensor."""
-    if not _is_dtensor(parameter) or not local.dim():
-        return local
-    local, layout = local.to(parameter.device), {"shape": parameter.shape, "stride": parameter.stride()}
-    return torch.distributed.tensor.DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, run_check=False, **layout
-    )
 
 
 # ---- DeepSpeed: torch's optimizer updates a few flat vectors, which contain this process's part of each parameter

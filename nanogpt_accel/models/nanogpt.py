@@ -143,7 +143,8 @@ def _adamw_state(model, settings, checkpoint, rows):
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     saved = read_optimizer(checkpoint, shapes) if checkpoint else {}
     content = optimizer.state_dict()
-    if all(saved.get(name, {}).keys() == {"step", "exp_avg", "exp_avg_sq"} for name in ordered):
+    is_adamw = settings.algorithm == "adamw"  # the state of RAdam, for example, has the same fields
+    if is_adamw and all(saved.get(name, {}).keys() == {"step", "exp_avg", "exp_avg_sq"} for name in ordered):
         for key in ("exp_avg", "exp_avg_sq"):
             saved["transformer.wte.weight"][key] = saved["transformer.wte.weight"][key][:rows].clone()
         content["state"] = {i: saved[name] for i, name in enumerate(ordered)}

@@ -8,7 +8,9 @@ M = batch * block_size is the number of tokens in a micro-batch; V is the vocabu
 
 import math
 import statistics
+from collections import Counter
 
+from ..distributed.muon_exchange import deal, orthogonalization_flops
 from ..recipe import Recipe
 
 FLOAT, HALF = 4, 2  # bytes of float32, and of bfloat16 or float16
@@ -79,6 +81,16 @@ def num_matmul_params(shape):
     return sum(parts.values()) - parts["position"] - (0 if shape["tie_word_embeddings"] else parts["embedding"])
 
 
+def muon_buckets(shape):
+    """Return the matrices that Muon orthogonalizes: [(rows, columns, number of matrices of this or transposed shape)].
+    The projections that a weight combines (queries, keys and values; SwiGLU's gate and input) are separate matrices."""
+    width, n_gates = shape["n_embd"], 1 + (shape["activation"] == "swiglu")
+    queries, keys = shape["n_head"] * shape["head_dim"], shape["n_kv_head"] * shape["head_dim"]
+    sides = [queries, queries, keys, keys] + [shape["n_inner"]] * (n_gates + 1)  # q, attention's c_proj, k, v, the MLP
+    counts = Counter(tuple(sorted((side, width))) for side in sides)
+    return [(*sizes, n * shape["n_layer"]) for sizes, n in counts.items()]
+
+
 # ---- FLOPs
 
 
@@ -118,10 +130,47 @@ def optimizer_bytes(shape, algorithm):
     """Return the bytes of float32 optimizer state.
 
     AdamW stores two moments per parameter. Muon stores one momentum per parameter of the blocks' matrices, and AdamW's
-    moments for the others.
+    moments for the others. The state of another optimizer is assumed to be as large as AdamW's.
     """
     hidden = shape["n_layer"] * sum(block_matrices(shape)) if algorithm == "muon" else 0
     return FLOAT * (2 * sum(parameters(shape).values()) - hidden)
+
+
+def muon_cost(shape, layout, n_ranks, device="cuda"):
+    """Return the cost of a step of Muon on the busiest rank, as a dictionary.
+
+    Args:
+        layout: see memory. n_ranks: number of processes that divide the work: all of them, or the shards of FSDP2.
+
+    Returns:
+        dict with "flops"; "exchanged", the bytes that a rank receives (and sends) per step; and "memory", the peak
+        bytes of temporary tensors. Under FSDP2, "exchanged" is a mean over the ranks: the rows of the matrices in a
+        fused weight are on few ranks, so some ranks receive more than others.
+    """
+    size, buckets = HALF if device == "cuda" else FLOAT, muon_buckets(shape)
+    owners = deal(buckets, n_ranks)
+    counts = [[of_bucket.count(rank) for rank in range(n_ranks)] for of_bucket in owners]  # by bucket and rank
+
+    def busiest(cost):
+        """Return the largest sum of cost(rows, columns) over the matrices of a rank."""
+        costs = [cost(low, high) for low, high, _ in buckets]
+        return max(sum(c * column[rank] for c, column in zip(costs, counts, strict=True)) for rank in range(n_ranks))
+
+    total = sum(low * high * n for low, high, n in buckets)
+    own = busiest(lambda low, high: low * high)
+    padded = sum(low * high * max(column) for (low, high, _), column in zip(buckets, counts, strict=True))
+    if n_ranks == 1:
+        exchanged, kept = 0, FLOAT * total + size * total  # the momentum that is orthogonalized, and the results
+    elif layout == "fsdp2":  # the rows of this rank's matrices, and then this rank's rows of all matrices
+        both = size * (own + total / n_ranks)
+        exchanged, kept = both * (n_ranks - 1) / n_ranks, FLOAT * total / n_ranks + 2 * both
+    else:  # an all-gather; each bucket is padded to the same number of matrices on all ranks
+        exchanged, kept = size * padded * (n_ranks - 1), FLOAT * total + size * padded * (n_ranks + 1)
+    work = max(  # of one bucket: the matrices in float32, x, x x^T and its square; the next x is one of the results
+        max(column) * (low * high * (FLOAT + size) + 2 * low**2 * size)
+        for (low, high, _), column in zip(buckets, counts, strict=True)
+    )
+    return {"flops": busiest(orthogonalization_flops), "exchanged": round(exchanged), "memory": round(kept + work)}
 
 
 def checkpoint_bytes(shape, algorithm):
@@ -222,7 +271,7 @@ def memory(
     Args:
         layout: "ddp" (also for a single process), "fsdp2", "zero2" or "zero3".
         shards: number of processes that together store one copy of the sharded state.
-        processes: world size. algorithm: optimizer, "adamw" or "muon".
+        processes: world size. algorithm: see optimizer_bytes.
         batch: micro-batch size per process; half, checkpointing, device, dropout: see activation_bytes.
         trains: False for evaluation, which needs no gradients or saved activations.
 
@@ -230,7 +279,8 @@ def memory(
         dict with the parts "weights", "gradients", "optimizer", "copies", "activations" and "logits". "copies" are
         additional copies of weights or gradients: half-precision weights, DDP's buckets, gathered blocks, DeepSpeed's
         float32 master weights. "logits" is the memory of the loss or, with checkpointing, of one recomputed block if
-        that is larger, because the two are never needed at the same time.
+        that is larger, because the two are never needed at the same time. It is also increased if Muon's temporary
+        tensors need more than activations and logits.
     """
     parts = parameters(shape)
     n_params, state = sum(parts.values()), optimizer_bytes(shape, algorithm)
@@ -258,6 +308,9 @@ def memory(
         gradients, optimizer, activations = 0, 0, one_block
     elif checkpointing:
         logits = max(logits, one_block)
+    if algorithm == "muon" and trains:
+        n_ranks = shards if layout == "fsdp2" else processes
+        logits = max(logits, muon_cost(shape, layout, n_ranks, device)["memory"] - activations)
     parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "copies": copies}
     return {part: round(n_bytes) for part, n_bytes in parts.items()} | {"activations": activations, "logits": logits}
 
@@ -286,6 +339,14 @@ def exchange_seconds(shape, layout, shards, processes, *, micro_steps, half, mac
     if layout == "zero2":  # the gradients of every micro-batch and the new weights
         return (micro_steps + 1) * ring(low * n_params, processes) / around
     return 3 * micro_steps * ring(low * n_params, processes) / around
+
+
+def muon_seconds(shape, layout, shards, processes, *, flops_per_second, machine, near, far):
+    """Return the seconds per step that Muon takes to orthogonalize matrices and to exchange them. The two overlap in
+    part, so this is an upper bound. flops_per_second: of one process. For the other arguments, see exchange_seconds."""
+    cost = muon_cost(shape, layout, shards if layout == "fsdp2" else processes)
+    around = near if layout == "fsdp2" or processes <= machine else min(near, machine * far)
+    return cost["flops"] / flops_per_second + cost["exchanged"] / around
 
 
 # ---- scaling laws

@@ -97,7 +97,7 @@ def type_name(annotation):
     """Return the type of a field for a help page, such as int, TEXT, `true|false` or `A,B,...` for a list."""
     arguments = getattr(annotation, "__args__", None)
     if arguments is None:
-        names = {type(None): "none", str: "TEXT", bool: "true|false"}
+        names = {type(None): "none", str: "TEXT", bool: "true|false", dict: "{KEY: VALUE}"}
         return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
     if getattr(annotation, "__origin__", None) in (list, tuple):
         return "A,B,..."
@@ -113,6 +113,8 @@ def show_value(value):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value)) or "none"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {item}" for key, item in value.items()) + "}"
     return str(value)
 
 

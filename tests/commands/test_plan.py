@@ -195,11 +195,20 @@ def test_text_output_has_the_figures(capsys):
         (["device=cpu"], "cpu.yaml"),
         (["gpus=8", "gpu_memory=8"], "fsdp2.yaml"),  # DDP needs 7.5 GiB, FSDP2 5.4 GiB, and 7.2 GiB are usable
         (["gpus=40", "gpu_memory=8"], "fsdp2_multi_node.yaml"),
-        (["gpus=8", "gpu_memory=7.5", "algorithm=muon"], None),  # cannot be sharded
+        (["gpus=8", "gpu_memory=7.5", "algorithm=muon"], "fsdp2.yaml"),
     ],
 )
 def test_the_config_that_fits(words, config, capsys):
     assert planned(ROOT / "recipes" / "gpt2.yaml", *words, capsys=capsys)["config"] == config
+
+
+def test_muon_is_not_planned_with_deepspeed_and_takes_less_than_a_twentieth_of_a_step(capsys):
+    for gpus in (1, 8, 16, 64):
+        words = (f"gpus={gpus}", "gradient_accumulation_steps=64")
+        found = planned(ROOT / "recipes" / "gpt2_fast.yaml", *words, capsys=capsys)
+        assert list(found["memory"]) == (["ddp", "fsdp2"] if gpus > 1 else ["ddp"])
+        assert 0 < found["muon_seconds"] < 0.05 * found["seconds_per_step"]
+    assert planned(ROOT / "recipes" / "gpt2.yaml", capsys=capsys)["muon_seconds"] == 0
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ SETTINGS = SMALL | {"bias": True, "learning_rate": 3e-3}
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("signals")
-    return write_recipe(folder, **SETTINGS, max_iters=STEPS, eval_interval=40, keep_last=20)
+    # with Muon, which also tests that two processes that divide its work resume exactly
+    return write_recipe(folder, **SETTINGS, max_iters=STEPS, eval_interval=40, keep_last=20, algorithm="muon")
 
 
 @pytest.fixture(scope="module")

@@ -164,24 +164,25 @@ def test_activations_match_the_tensors_that_torch_saves(family, half, checkpoint
 
 
 @pytest.mark.parametrize(
-    ("family", "vocab_size", "checkpointing"),
+    ("family", "vocab_size", "checkpointing", "algorithm"),
     [  # with a large vocabulary, the loss is the peak
-        ("gpt2", 2048, False),
-        ("gpt2", 2048, True),
-        ("gpt2", 128, True),
-        ("llama", 128, False),
-        ("llama", 2048, True),
-        ("nanochat", 2048, False),
+        ("gpt2", 2048, False, "adamw"),
+        ("gpt2", 2048, True, "adamw"),
+        ("gpt2", 128, True, "adamw"),
+        ("llama", 128, False, "adamw"),
+        ("llama", 2048, True, "adamw"),
+        ("nanochat", 2048, False, "adamw"),
+        ("llama", 128, True, "muon"),  # Muon's update is the peak
     ],
 )
-def test_memory_matches_the_peak_of_mem_tracker(family, vocab_size, checkpointing):
+def test_memory_matches_the_peak_of_mem_tracker(family, vocab_size, checkpointing, algorithm):
     from torch.distributed._tools.mem_tracker import MemTracker
 
     config = config_of(family, vocab_size=vocab_size)
     model = GPT(config).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(model, Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95))
+    optimizer = make_optimizer(model, Optimizer(algorithm=algorithm))
     ids = torch.randint(0, vocab_size, (BATCH, LENGTH + 1))
     tracker = MemTracker()
     tracker.track_external(model, optimizer)
@@ -193,9 +194,8 @@ def test_memory_matches_the_peak_of_mem_tracker(family, vocab_size, checkpointin
             optimizer.step()
             optimizer.zero_grad()
     peak = sum(of_device["Total"] for of_device in tracker.get_tracker_snapshot("peak").values())
-    needed = sizing.memory(
-        config.resolved(), "ddp", 1, 1, batch=BATCH, half=False, checkpointing=checkpointing, device="cpu"
-    )
+    options = {"batch": BATCH, "half": False, "checkpointing": checkpointing, "device": "cpu", "algorithm": algorithm}
+    needed = sizing.memory(config.resolved(), "ddp", 1, 1, **options)
     assert sum(needed.values()) == pytest.approx(peak, rel=0.1)
 
 
@@ -320,6 +320,40 @@ def test_sharding_divides_weights_gradients_and_optimizer_state():
     for layout in states:
         needed = sizing.memory(shape, layout, 8, 8, **size)
         assert needed["activations"] == ddp["activations"] and sum(needed.values()) < sum(ddp.values())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_muon_buckets_are_those_of_the_optimizer(activation):
+    config = config_of("llama", activation=activation)
+    optimizer = make_optimizer(GPT(config), Optimizer(algorithm="muon"))
+    found = []
+    optimizer.orthogonalize_buckets = lambda buckets: found.extend(buckets) or list
+    for p in optimizer.param_groups[-1]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    wanted = {tuple(sorted(bucket[0].shape)): len(bucket) for bucket in found}
+    assert {(low, high): n for low, high, n in sizing.muon_buckets(config.resolved())} == wanted
+
+
+def test_muon_seconds_are_flops_and_bytes_by_hand():
+    # per layer: q, k, v and c_proj of 768 x 768; two matrices of 768 x 3072
+    shape = sizing.GPT2_SHAPES["gpt2"] | {"block_size": 1024}
+    small, large = 5 * 6 * 768**3, 5 * (4 * 768**2 * 3072 + 2 * 768**3)
+    n = 12 * 12 * 768**2
+    options = {"flops_per_second": 1e12, "machine": 8, "near": 1e11, "far": 1e10}
+    alone = sizing.muon_seconds(shape, "ddp", 1, 1, **options)
+    assert alone == pytest.approx((48 * small + 24 * large) / 1e12)
+    # on 8 GPUs, a rank has 6 small and 3 large matrices, and receives the others in bfloat16
+    ddp, fsdp2 = (sizing.muon_seconds(shape, layout, 8, 8, **options) for layout in ("ddp", "fsdp2"))
+    assert ddp == pytest.approx(alone / 8 + 2 * n * 7 / 8 / 1e11)
+    # rows of an eighth of the matrices, and an eighth of the rows of all matrices; an eighth of both is here already
+    assert fsdp2 == pytest.approx(alone / 8 + 2 * 2 * n / 8 * 7 / 8 / 1e11)
+    # on 2 machines, FSDP2's shards are within one; DDP's ring uses the links of all GPUs
+    assert sizing.muon_seconds(shape, "fsdp2", 8, 16, **options) == fsdp2
+    # a rank has 3 small matrices and 1 or 2 large ones, so the all-gather is padded to 2
+    received = 2 * 15 * (3 * 768**2 + 2 * 768 * 3072)
+    ddp = sizing.muon_seconds(shape, "ddp", 1, 16, **options)
+    assert ddp == pytest.approx((3 * small + 2 * large) / 1e12 + received / 8e10)
 
 
 def test_exchange_seconds_of_ring_collectives():

@@ -8,7 +8,10 @@ these names in the folder of the tests.
 
 import re
 import shlex
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +110,7 @@ RUN_ELSEWHERE = {
     "sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_slurm_job_is_requeued_and_resumes_exactly",  # noqa: E501
     "CONFIG=configs/fsdp2.yaml sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_slurm_job_is_requeued_and_resumes_exactly",  # noqa: E501
     "nanogpt-accel plan recipes": "commands/test_plan.py::test_the_table_of_the_page_matches_plan",  # noqa: E501
+    "nanogpt-accel train RECIPE algorithm=torch.optim.Adafactor": "checkpoint/test_resume.py::test_the_state_of_an_optimizer_by_name_is_restored_exactly",  # noqa: E501
     "nanogpt-accel COMMAND --help": "utils/test_cli.py::test_help_shows_every_key",
     "nanogpt-accel train --help": "utils/test_cli.py::test_help_shows_every_key",
     "nanogpt-accel export runs/NAME --to my-gpt.gguf": "models/test_gguf.py::test_dtypes_round_the_matrices_and_nothing_else",  # noqa: E501
@@ -285,6 +289,8 @@ def check(workplace, monkeypatch):
     for command in ("bench", "evaluate", "export", "plan", "push", "sample"):
         monkeypatch.setattr(f"nanogpt_accel.commands.{command}.find_model", find, raising=False)
     monkeypatch.setattr("nanogpt_accel.commands.export.find_spec", lambda name: name)  # gguf may be missing
+    if find_spec("pytorch_optimizer") is None:
+        monkeypatch.setitem(sys.modules, "pytorch_optimizer", SimpleNamespace(Lion=torch.optim.NAdam))
     for user in ("training", "commands.push"):  # it needs a token
         monkeypatch.setattr(f"nanogpt_accel.{user}.check_push", lambda name, key: [])
 

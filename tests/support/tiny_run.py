@@ -77,6 +77,32 @@ class TinyRun:
         return [path.name for path in self.folder.iterdir() if path.name.startswith(".")]
 
 
+class Switched(torch.optim.SGD):
+    """An optimizer with other weights for evaluations, as schedule-free ones."""
+
+    def eval(self):
+        raise NotImplementedError
+
+
+class Odd(torch.optim.SGD):
+    """An optimizer whose state has every kind of value. The update depends on all of them."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["n_steps"] = group.get("n_steps", 0) + 1
+            for p in group["params"]:
+                if not self.state[p]:
+                    parts = {0: [torch.zeros(40, 40, dtype=torch.float64)], "pair": (torch.zeros(1), None), "on": True}
+                    self.state[p] |= {"parts": parts, "seen": {1}, "n": 0.1, "low": p.detach().bfloat16(), "mode": "x"}
+                state = self.state[p]
+                state["seen"].add(group["n_steps"])
+                state["n"] += 0.1
+                state["parts"][0][0] += p.grad.sum()
+                state["low"].lerp_(p.grad.bfloat16(), 0.1)
+                factor = state["parts"][0][0].mean().float() + len(state["seen"]) + state["n"] + group["n_steps"]
+                p.data -= 1e-3 * factor * state["low"]
+
+
 def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 

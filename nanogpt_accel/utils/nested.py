@@ -1,0 +1,39 @@
+"""Split nested Python values, such as the state of an optimizer, into JSON and tensors, and put them together again."""
+
+_SEQUENCES = {"list": list, "tuple": tuple, "set": set}
+
+
+def pack(value, name, tensors):
+    """Return `value` as JSON, with its tensors replaced by their names, and add these to the dictionary `tensors`.
+
+    value: None, a number, a text, a tensor, or a list, tuple, set or dictionary of such values. name: of the value.
+
+    Raises:
+        TypeError: a value of another type.
+    """
+    import torch
+
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value
+        return ["tensor", name]
+    if isinstance(value, tuple(_SEQUENCES.values())):
+        kind = next(kind for kind, of_kind in _SEQUENCES.items() if isinstance(value, of_kind))
+        return [kind, [pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]]
+    if isinstance(value, dict):
+        # JSON would turn keys that are numbers into texts
+        return ["dict", [[key, pack(item, f"{name}.{key}", tensors)] for key, item in value.items()]]
+    raise TypeError(f"{name} is a {type(value).__name__}, which checkpoints cannot store")
+
+
+def unpack(plain, tensors):
+    """Return the value that `pack` has converted. tensors: function that returns the tensor of a name."""
+    if not isinstance(plain, list):
+        return plain
+    kind, items = plain
+    if kind == "tensor":
+        return tensors(items)
+    if kind == "dict":
+        return {key: unpack(item, tensors) for key, item in items}
+    return _SEQUENCES[kind](unpack(item, tensors) for item in items)
