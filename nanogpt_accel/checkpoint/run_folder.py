@@ -91,7 +91,7 @@ def check_lock(run):
 
 
 def find_trainer(run):
-    """Return the process that trains in a run folder, as `process N on HOST`, or None. Nothing is written.
+    """Return the process that trains in a run folder, as `process N on HOST`, or None.
 
     Raises:
         OSError: the lock file cannot be opened or locked, so this is unknown.
