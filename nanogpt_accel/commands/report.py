@@ -9,7 +9,6 @@ each chart as a PNG file to the folder of the page. The run folders may be of ru
 
 import json
 import math
-import re
 import statistics
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ..tracking.console import Console
 from ..tracking.metrics_log import new_figure, read_metrics
 from ..utils import cli
 from ..utils.fields import Section, raise_problems, show_value
-from ..utils.text import counted, duration, first_line
+from ..utils.text import counted, duration, first_line, printable
 
 MAX_RUNS, MAX_POINTS, MAX_SAMPLES = 8, 800, 30
 COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#0891b2", "#db2777", "#ca8a04", "#64748b")
@@ -301,8 +300,3 @@ def page(runs):
         data=[{"name": run["name"], "tokens": run["tokens_per_step"], "series": run["series"]} for run in runs],
         colors=COLORS,
     )
-
-
-def printable(text):
-    """Replace control characters, which HTML does not allow."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)

@@ -10,7 +10,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from ..utils.text import counted, data_size, file_name
+from ..utils.text import counted, data_size, file_name, quoted
 from .corpus import Corpus, location
 from .file_splits import CODE_SUFFIXES, is_about, no_splits, splits_by_name
 from .foreign_tokens import (
@@ -234,10 +234,10 @@ def _find_text_files(spec, paths, folder=None):
     suffixes = TEXT_SUFFIXES + TABLE_SUFFIXES
     files = [file for file in paths if suffix_of(file) in suffixes and _is_file(file)]
     if files and folder and (token_file := find_unexpected(folder)):
-        globs = " or ".join(f"'{os.path.join(spec, '*' + suffix_of(str(path)))}'" for path in (token_file, files[0]))
+        globs = " or ".join(quoted(os.path.join(spec, "*" + suffix_of(str(path)))) for path in (token_file, files[0]))
         raise ValueError(f"corpus={spec}: contains both text and token files ({token_file.name}); set corpus={globs}")
     if not files and folder and _is_prepared(os.listdir(folder)):
-        raise ValueError(f"corpus={spec}: contains prepared data, not text; set data_dir={spec} instead")
+        raise ValueError(f"corpus={spec}: contains prepared data, not text; set data_dir={quoted(spec)} instead")
     if not files and folder and (token_files := find_token_files(folder)):
         return [str(path) for path in token_files], {}
     if all(map(is_about, files)):  # in other folders, .json files are rather settings than data
@@ -245,7 +245,7 @@ def _find_text_files(spec, paths, folder=None):
     if not files:
         raise ValueError(
             f"corpus={spec}: contains no text file ({' '.join(suffixes)}); for other suffixes use a glob such as "
-            f"'{os.path.join(spec, '*.log')}'"
+            + quoted(os.path.join(spec, "*.log"))
         )
     skipped = Counter(map(suffix_of, paths)) - Counter(map(suffix_of, files))
     return files, {suffix or "without a suffix": count for suffix, count in skipped.items()}

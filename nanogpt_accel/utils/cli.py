@@ -11,9 +11,9 @@ import traceback
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from .fields import nearest, raise_problems, show_value, type_name, validate
+from .fields import raise_problems, show_value, type_name, unknown_key, validate
 from .files import permission_denied
-from .text import counted
+from .text import counted, printable
 
 _GC_THRESHOLD = gc.get_threshold()  # Python's default
 _RARELY = 100_000  # number of new objects between garbage collections during imports
@@ -23,6 +23,7 @@ _SYSTEM_ERRORS = {getattr(errno, name) for name in _SYSTEM_ERRORS.split()}
 _INVALID_NAME = 123  # Windows' ERROR_INVALID_NAME, for a colon or a question mark in a file name
 # `key=value` is an option; a path such as runs/a=b or ./a=b is not, because a key has no slash
 _ASSIGNMENT = re.compile(r"^(?:--)?([A-Za-z][\w.-]*)=(.*)$", re.DOTALL)
+_LONGEST_ERROR, _MOST_ERRORS = 1000, 50  # characters per line, and lines, in messages for the user
 _BOOLEANS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 
 
@@ -75,8 +76,7 @@ def parse(argv, fields, n_targets=1):
         most, typed = counted(n_targets, "target"), " ".join(targets)
         problems.append(f"expected at most {most}, got {len(targets)}: {typed}; quote arguments that contain spaces")
     if problems:
-        unknown = [key for key in options if key not in fields]
-        problems[:0] = [f"unknown option {key}{nearest(key, fields)}" for key in unknown]
+        problems[:0] = [unknown_key(key, fields) for key in options if key not in fields]
     raise_problems(problems)
     return (targets if n_targets > 1 else next(iter(targets), None)), options
 
@@ -139,6 +139,7 @@ def run(command, argv):
     NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
     """
     limit_openmp_spinning()
+    _open_missing_streams()
     # The garbage collector runs after every 700 new objects. While torch and transformers are imported, that takes
     # 0.6 s in total, and the collection at exit another 0.9 s. So run it rarely, and not at exit.
     gc.set_threshold(_RARELY)
@@ -165,22 +166,44 @@ def run(command, argv):
             time.sleep(3)  # if rank 0 reports the same error, the launcher ends this process before it prints it again
         is_denied = getattr(error, "errno", None) == errno.EACCES and error.filename is not None
         message = permission_denied(error.filename) if is_denied else str(error)
-        for line in message.splitlines() or [type(error).__name__]:
-            print(f"{'' if is_main else f'rank {rank}: '}error: {line}", file=sys.stderr)
+        _print_lines(message or type(error).__name__, f"{'' if is_main else f'rank {rank}: '}error: ")
         return 2
     except (Stopped, FloatingPointError) as error:  # raised on all ranks, so only rank 0 reports it
         is_stopped = isinstance(error, Stopped)
         if is_main:
-            print(error if is_stopped else f"error: {error}", file=sys.stderr)
+            _print_lines(str(error), "" if is_stopped else "error: ")
         else:
             time.sleep(1)  # a launcher ends all processes when the first one exits, and rank 0 has something to print
         return 75 if is_stopped else 1
     except KeyboardInterrupt as interrupt:
         if is_main:
-            print("\n" + ": ".join(filter(None, ("interrupted", str(interrupt)))), file=sys.stderr)
+            print(file=sys.stderr)
+            _print_lines(": ".join(filter(None, ("interrupted", str(interrupt)))))
         return 130
     finally:
         restore_gc()
+
+
+def _open_missing_streams():
+    """Open the null device for each standard stream that is closed, for example by `>&-` or by pythonw.
+
+    Open them in the order of their descriptors. Otherwise, a file that is opened later, such as a checkpoint, would get
+    the descriptor of a closed stream, and a C library that prints would write to this file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open until the end)
+
+
+def _print_lines(message, prefix=""):
+    """Print the lines of a message to stderr. Shorten what a long argument or file makes too long to read."""
+    lines = message.rstrip().split("\n")
+    if len(lines) > _MOST_ERRORS:
+        lines = [*lines[:_MOST_ERRORS], f"... and {len(lines) - _MOST_ERRORS:,} more"]
+    for line in lines:
+        if len(line) > _LONGEST_ERROR:  # the problem is at the start, the fix at the end
+            line = f"{line[: _LONGEST_ERROR // 2]} [...] {line[-_LONGEST_ERROR // 2 :]}"
+        print(prefix + printable(line).replace("\r", "\\r"), file=sys.stderr)
 
 
 def limit_openmp_spinning():

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from .aliases import ALIASES, NANOGPT_KEYS
+
 
 def _integer(value):
     """Check an integer setting. Accept "1e3" and "1_000", because YAML reads 6e5 as a string. Reject true and false."""
@@ -85,7 +87,7 @@ def validate(section, values, where=""):
             message = "" if item["type"] == "extra_forbidden" else message.split(", unable to parse")[0]
             messages.setdefault(str(item["loc"][0]), []).append(message)
     problems = [
-        f"unknown key {where}{key}{nearest(key, section.model_fields)}"
+        unknown_key(f"{where}{key}", section.model_fields)
         if "" in texts
         else f"{where}{key}={show_value(values[key])}: {' or '.join(dict.fromkeys(texts))}"
         for key, texts in messages.items()
@@ -122,6 +124,16 @@ def nearest(name, names):
     """Return a hint ` (did you mean X?)` with the most similar of `names`, or "" if none is similar."""
     match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f" (did you mean {match[0]}?)" if match else ""
+
+
+def unknown_key(key, names):
+    """Return the message about a key that is not in `names`, with the key to use instead if it is in `names`."""
+    leaf = key.rpartition(".")[2]
+    hint = NANOGPT_KEYS.get(leaf) or ALIASES.get(leaf, "")
+    if hint and re.match(r"\w*", hint)[0] in ("", *names):
+        instead = f"instead of nanoGPT's {leaf}, " * (leaf in NANOGPT_KEYS)
+        return f"unknown key {key}; {instead}use {hint}"
+    return f"unknown key {key}{nearest(leaf, names)}"
 
 
 def raise_problems(problems):

@@ -5,6 +5,9 @@ import re
 import shlex
 import subprocess
 
+# all control characters except tab, line feed and carriage return, and what UTF-8 cannot encode
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
 
 def counted(number, noun):
     """Return a number with its noun: 1 document, 2,000 documents."""
@@ -38,6 +41,11 @@ def one_line(error, limit=200):
 def quoted(word):
     """Return a path or another word as it must be written in a command line, with quotes if it needs them."""
     return subprocess.list2cmdline([str(word)]) if os.name == "nt" else shlex.quote(str(word))
+
+
+def printable(text):
+    r"""Return a text with visible control characters, such as \x1b, so that a terminal does not execute them."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def file_name(text):
