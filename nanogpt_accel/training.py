@@ -30,6 +30,7 @@ from .planning.hardware import device_name, peak_flops
 from .recipe import SECTIONS, load_recipe
 from .tracking.trackers import check_trackers
 from .utils.fields import raise_problems, show_value, validate
+from .utils.files import write_atomically
 from .utils.nested import pack
 from .utils.packaged import packaged
 from .utils.text import duration, first_line, quoted
@@ -555,7 +556,7 @@ class NonFinite:
         sequences = [
             {"start": start, "text": self.tokenizer.decode(row)} for start, row in zip(starts, rows, strict=True)
         ]
-        path.write_text(json.dumps({"step": step, "sequences": sequences}, indent=1), encoding="utf-8")
+        write_atomically(path, json.dumps({"step": step, "sequences": sequences}, indent=1))
 
 
 def write_sample(recipe, tokenizer, model, on_text=None):

@@ -17,9 +17,10 @@ from pydantic import Field
 from ..checkpoint.run_folder import find_trainer
 from ..recipe import SECTION_OF, Recipe, load_recipe
 from ..tracking.console import Console
-from ..tracking.metrics_log import new_figure, read_metrics
+from ..tracking.metrics_log import new_figure, read_metrics, save_figure
 from ..utils import cli
 from ..utils.fields import Section, raise_problems, show_value
+from ..utils.files import write_atomically
 from ..utils.text import counted, duration, first_line, printable
 
 MAX_RUNS, MAX_POINTS, MAX_SAMPLES = 8, 800, 30
@@ -62,7 +63,7 @@ def main(argv):
     runs = [read_run(Path(target), name) for target, name in zip(targets, unique_names(targets), strict=True)]
     text = page(runs)
     try:
-        out.write_text(text, encoding="utf-8")
+        write_atomically(out, text)
     except OSError as error:
         raise OSError(f"out={out}: cannot be written ({error.strerror or error})") from None
     console, images = Console(), []
@@ -275,7 +276,7 @@ def write_images(runs, out):
         axes.grid(alpha=0.3)
         axes.legend()
         paths.append(out.with_name(f"{out.stem}-{key}.png"))
-        figure.savefig(paths[-1], dpi=120)
+        save_figure(figure, paths[-1])
     return paths
 
 

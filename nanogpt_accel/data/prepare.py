@@ -184,8 +184,8 @@ def _pin(corpus, folder):
     """Return the corpus. Pin a Hub data set to its latest commit, or to that of an interrupted preparation."""
     if corpus.pin is None:
         return corpus
-    earlier = earlier_attempt(folder)[0].get("corpus", {})
-    commit = earlier.pop("commit", None)
+    earlier = earlier_attempt(folder)[0].get("corpus")
+    commit = earlier.pop("commit", None) if isinstance(earlier, dict) else None
     return corpus.pin(commit if earlier == corpus.source else None)
 
 

@@ -39,9 +39,14 @@ def write_atomically(path, content):
 
 @contextmanager
 def atomic_path(path):
-    """Yield a temporary path to write a file to. Then flush the file to disk and rename it, or delete it on error."""
+    """Yield a temporary path to write a file to. Then flush the file to disk and rename it, or delete it on error.
+
+    If `path` or the temporary path is a link, for example in a downloaded folder, the link is replaced, not followed.
+    """
     temporary = Path(f"{path}.tmp-{os.getpid()}")  # other processes may write the same file at the same time
     try:
+        temporary.unlink(missing_ok=True)
+        open(temporary, "xb").close()
         yield temporary
         with open(temporary, "r+b") as file:
             flush_file(file)
@@ -95,7 +100,7 @@ def nearest_existing(folder):
 def remove_checkpoint(folder):
     """Rename a checkpoint to a hidden name and delete it, so that a partly deleted checkpoint is never visible."""
     hidden = folder.with_name(f".{folder.name}.old")
-    if hidden.exists():
+    if os.path.lexists(hidden):
         delete(hidden)
     rename_folder(folder, hidden)
     delete(hidden)

@@ -1,11 +1,12 @@
-"""files.py: messages about permissions."""
+"""files.py: atomic writes, and messages about permissions."""
 
+import os
 import shlex
 
 import pytest
 from permissions import modes_apply
 
-from nanogpt_accel.utils.files import permission_denied
+from nanogpt_accel.utils.files import atomic_path, permission_denied, write_atomically
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "it's", "$HOME", "a;b"])
@@ -22,3 +23,21 @@ def test_hint_about_permissions_can_be_pasted(tmp_path, name, mode):
     folder.chmod(0o700)
     permission = {0o000: "a+r", 0o400: "u+w", None: "a+rx"}[mode]
     assert words == ["chmod", permission, str(folder if mode is None else file)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links require a privilege")
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_atomic_write_replaces_links_and_does_not_follow_them(tmp_path, link):
+    victim, file = tmp_path / "victim", tmp_path / "file"
+    temporary = tmp_path / f"file.tmp-{os.getpid()}"
+    for path in (file, temporary):
+        victim.write_text("important")
+        link(victim, path)
+        write_atomically(file, "new")
+        assert victim.read_text() == "important" and file.read_text() == "new" and not file.is_symlink()
+        os.symlink(tmp_path / "gone", temporary)
+        with atomic_path(file) as opened:
+            assert opened == temporary and opened.read_bytes() == b""
+            opened.write_text("newer")
+        assert file.read_text() == "newer" and sorted(os.listdir(tmp_path)) == ["file", "victim"]
+        file.unlink()
