@@ -16,7 +16,19 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from .optim import OPTIMIZERS, SCHEDULES
-from .utils.fields import Device, Float, Int, Section, Words, nearest, raise_problems, show_value, unknown_key, validate
+from .utils.fields import (
+    Device,
+    Float,
+    Int,
+    Name,
+    Section,
+    Words,
+    nearest,
+    raise_problems,
+    show_value,
+    unknown_key,
+    validate,
+)
 from .utils.files import sha256
 from .utils.packaged import list_packaged, packaged
 from .utils.text import quoted
@@ -70,10 +82,11 @@ def _read_numbers(value):
 IntOrNone = Annotated[Int | None, BeforeValidator(_read_none)]
 FloatOrNone = Annotated[Float | None, BeforeValidator(_read_none)]
 TextOrNone = Annotated[str | None, BeforeValidator(_read_none)]
+NameOrNone = Annotated[Name | None, BeforeValidator(_read_none)]
 
 
 class Data(Section):
-    corpus: str = Field(
+    corpus: Name = Field(
         "openwebtext",
         description="training text: python, shakespeare, openwebtext, bookcorpus, wikitext2, fineweb_edu, tinystories, "
         "hub:USER/SET, or a file, folder or glob of plain text, .jsonl, .csv or .parquet (also .gz and .zst), also at "
@@ -102,7 +115,7 @@ class Data(Section):
         None, ge=1, description="stop tokenizing after about this many tokens; default: all"
     )
     shard_tokens: Int = Field(100_000_000, ge=1000, description="maximum number of tokens per token file")
-    tokenizer: str = Field(
+    tokenizer: Name = Field(
         "gpt2",
         description="gpt2, char, bpe (byte-level BPE trained on the corpus), a folder with a tokenizer.json, or the "
         "tokenizer of a Hub model: hub:USER/NAME or hub:USER/NAME@REVISION",
@@ -120,7 +133,7 @@ class Data(Section):
         description="special tokens, such as <|endoftext|>, in the text of the corpus. text: encode them as ordinary "
         "text, as in nanoGPT; tokens: encode them as their ids. If there are any, prompts are encoded in the same way",
     )
-    data_dir: TextOrNone = Field(
+    data_dir: NameOrNone = Field(
         None,
         description="folder of token files: of this package, nanoGPT, llm.c, modded-nanogpt, Megatron-LM, datatrove or "
         "numpy; default: a folder in data/ named after the corpus and the tokenizer. On the command line, prepared "
@@ -142,7 +155,7 @@ class Data(Section):
 
 
 class Model(Section):
-    init_from: str = Field(
+    init_from: Name = Field(
         "scratch",
         description="scratch, resume (continue the run in out_dir), or weights to start from: a run or checkpoint "
         "folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or Hub id of a GPT-2, Llama, Qwen3 or NanoChat "
@@ -358,7 +371,7 @@ class Recipe(Section):
     """A complete run. Key names are unique across sections, so `n_layer=6` and `model.n_layer=6` both work."""
 
     seed: Int = Field(1337, ge=0, lt=2**63, description="random seed for the batches, the initial weights and dropout")
-    out_dir: str = Field("", description="run folder; default: runs/ plus the name of the recipe")
+    out_dir: Name = Field("", description="run folder; default: runs/ plus the name of the recipe")
     overwrite: bool = Field(False, description="replace an existing run in out_dir")
     data: Data = Data()
     model: Model = Model()

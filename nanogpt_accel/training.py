@@ -162,7 +162,8 @@ def check_out_dir(recipe):
             if before != recipe.optimizer.algorithm:
                 problems.append(
                     f"optimizer.algorithm={recipe.optimizer.algorithm}: the state of the optimizer in {latest} is that "
-                    f"of {before}; leave out algorithm, or start a new run with init_from={quoted(latest)} and another out_dir"
+                    f"of {before}; leave out algorithm, or start a new run with init_from={quoted(latest)} and another "
+                    "out_dir"
                 )
     elif saved and is_new and latest is None:
         problems.append(

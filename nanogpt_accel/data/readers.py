@@ -405,4 +405,4 @@ def _arrow_file(file, path):
     """Return an Arrow file for an open file. If it is local, Arrow opens the path again, to read it without Python."""
     import pyarrow as pa
 
-    return pa.PythonFile(file, "r") if is_remote(path) else pa.OSFile(path)
+    return pa.PythonFile(file, "r") if is_remote(path) else pa.OSFile(os.fsencode(path))

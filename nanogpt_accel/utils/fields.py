@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from .aliases import ALIASES, NANOGPT_KEYS
+from .text import encoding_problem
 
 
 def _integer(value):
@@ -35,6 +36,12 @@ def _device_name(value):
     return value
 
 
+def _usable_name(value):
+    if problem := encoding_problem(value):
+        raise ValueError(problem)
+    return value
+
+
 def _split_words(value):
     """Read `wandb,tensorboard` or `[wandb, tensorboard]` as a list, and `none` or an empty text as an empty list."""
     if isinstance(value, str):
@@ -54,6 +61,7 @@ class Section(BaseModel):
 
 Device = Annotated[str, AfterValidator(_device_name)]
 Int = Annotated[int, BeforeValidator(_integer)]
+Name = Annotated[str, AfterValidator(_usable_name)]  # a path or the name of a file
 Float = Annotated[float, BeforeValidator(_number)]
 Words = Annotated[list[str], BeforeValidator(_split_words)]
 
