@@ -22,7 +22,7 @@ from .foreign_tokens import (
     open_splits,
     without_companions,
 )
-from .readers import READERS, file_state, has_rows, looks_like_json, read_file, suffix_of
+from .readers import READERS, file_state, has_rows, looks_like_json, read_file, read_text, suffix_of
 from .remote import find, is_remote, name_of
 
 # files in a folder are read if they have one of these suffixes; a single file or a glob may have any suffix
@@ -91,12 +91,16 @@ def local_corpus(spec, column, lines, split_by="auto"):
 
     def read_one(path, bad):
         try:
-            yield from read_file(spec, path, column, lines, bad)
+            yield from read_text(spec, path) if is_single else read_file(spec, path, column, lines, bad)
         except OSError as error:  # for example, because the file is truncated or was deleted in the meantime
             problem = f"{location(spec, path)}: {error.strerror or error}"
             if is_single:
                 raise ValueError(f"{problem}; restore the file, or set `corpus` to another path") from None
             bad(problem)
+        except MemoryError:
+            raise ValueError(
+                f"{location(spec, path)}: is larger than the memory; split it into smaller files"
+            ) from None
 
     def read(split, bad):
         return itertools.chain.from_iterable(read_one(path, bad) for path, _, _ in files if path in splits[split])
