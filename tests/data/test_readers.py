@@ -281,8 +281,11 @@ def test_a_text_for_which_the_memory_is_too_small(capsys, monkeypatch):
     Path("x.txt.gz").write_bytes(packed("x.txt.gz", b"abc" * 99))
 
     def fail(*args):
-        raise pa.ArrowMemoryError("malloc of size 99 failed")
+        if next(heads, None) is None:
+            raise pa.ArrowMemoryError("malloc of size 99 failed")
+        return real(*args)
 
+    heads, real = iter(range(1)), pa.CompressedInputStream  # looks_like_json reads the start of the file
     monkeypatch.setattr(pa, "CompressedInputStream", fail)
     line = error_line(capsys, "corpus=x.txt.gz")
     expect(line, "corpus=x.txt.gz: is larger than the memory", "split it")
