@@ -276,6 +276,18 @@ def test_the_first_invalid_byte_is_named(monkeypatch, refused, chunk, raw):
     assert list(readers.read_file("x.txt", "x.txt", "text", False, problems.append)) == [] and len(problems) == 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="names on Windows are Unicode")
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl.zst", ".parquet"])
+def test_files_whose_names_are_not_utf8_are_read(suffix):
+    Path("corpus").mkdir()
+    pq.write_table(pa.table({"text": ["é"]}), "x.parquet")
+    raw = b'{"text": "\xc3\xa9"}' if "json" in suffix else "é".encode()
+    raw = Path("x.parquet").read_bytes() if suffix == ".parquet" else packed(f"x{suffix}", raw)
+    Path("corpus", os.fsdecode(b"\xff") + suffix).write_bytes(raw)
+    Path("corpus/a.txt").write_text("a")
+    assert texts("corpus") == ["a", "é"]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_text_that_is_larger_than_the_memory(monkeypatch, refused, count):
     """Arrow reports this as an exception of its own, which is not a damaged file."""

@@ -3,9 +3,11 @@
 import errno
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -280,6 +282,88 @@ def test_exit_status_and_message_of_each_kind_of_error(monkeypatch, capsys):
     assert capsys.readouterr().err == "rank 3: error: first\nrank 3: error: second\n"
 
 
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), ["not enough memory (MemoryError)", "smaller batch_size"]),
+        (MemoryError("Unable to allocate 8 TiB"), ["not enough memory (Unable to allocate 8 TiB)"]),
+        (RuntimeError(NO_MEMORY), ["not enough memory (", "you tried"]),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), ["memory (CUDA out of memory)"]),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), ["Cannot allocate memory"]),
+        (RuntimeError("can't start new thread"), ["can't start new thread", "ulimit -u"]),
+    ],
+)
+def test_too_little_memory_or_too_few_threads_is_one_line(monkeypatch, capsys, error, words):
+    def fail(argv):
+        exec(compile("raise error", "a library", "exec"), {"error": error})
+
+    assert cli.run(fail, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words)
+    monkeypatch.setenv("NANOGPT_ACCEL_DEBUG", "1")
+    with pytest.raises(type(error)):
+        cli.run(fail, [])
+
+
+def test_commands_report_that_they_cannot_start_a_thread(monkeypatch, capsys):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    Path("notes").mkdir()
+    for i in range(3):
+        Path(f"notes/{i}.txt").write_text("so it goes. " * 9)
+    Path("a.yaml").write_text("data: {corpus: notes, tokenizer: char, val_fraction: 0.3, data_dir: data}")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert main(["prepare", "a.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: can't start new thread; ") and not Path("data").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names on Windows are Unicode")
+@pytest.mark.parametrize("name", [b"a\xff", b"\xc3", b"\xed\xa0\x80"])
+def test_arguments_that_are_not_utf8_are_refused(capsys, name):
+    """Libraries in Rust and C++ cannot open such paths, and the model card cannot be written."""
+    name = os.fsdecode(name)
+    Path("a.yaml").write_text("data: {corpus: python}")
+    Path(name).mkdir()
+    for words in (
+        ["train", "a.yaml", f"out_dir={name}"],
+        ["prepare", "a.yaml", "--data_dir", name],
+        ["train", name],
+        ["sample", name],
+        ["sample", ".", f"prompt={name}"],
+        ["report", name],
+        ["export", ".", f"to={name}"],
+        ["data", name],
+    ):
+        assert main(words) == 2
+        line = capsys.readouterr().err.splitlines()[0]
+        assert line.isprintable() and line.endswith(": must be UTF-8; use another name")
+
+
+@pytest.mark.parametrize("key", ["out_dir", "corpus", "data_dir", "tokenizer", "init_from"])
+def test_names_in_recipes_that_are_not_utf8_are_refused(capsys, key):
+    Path("a.yaml").write_text(
+        f'{key}: "runs/\\uDCFF"' if key == "out_dir" else f'{SECTION_OF[key]}: {{{key}: "\\uDCFF"}}'
+    )
+    assert main(["train", "a.yaml"]) == 2
+    assert r"\udcff: must be UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux without a UTF-8 locale")
+@pytest.mark.parametrize("words", [["train", "a.yaml", "out_dir=ü"], ["train", "b.yaml"]])
+def test_c_locale_refuses_names_that_it_cannot_encode(words):
+    """Python uses UTF-8 in a C locale, unless PYTHONUTF8=0."""
+    Path("a.yaml").write_text("data: {corpus: python}", encoding="utf-8")
+    Path("b.yaml").write_text("data: {corpus: python}\nout_dir: ü", encoding="utf-8")
+    env = package_env(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = run_python("-m", "nanogpt_accel", *words, status=2, env=env)
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("cannot be used with the encoding ascii of this locale; set PYTHONUTF8=1")
+
+
 def test_messages_have_no_control_characters_and_a_limited_length(monkeypatch, capsys):
     for error, status in ((ValueError, 2), (FloatingPointError, 1), (cli.Stopped, 75), (KeyboardInterrupt, 130)):
         assert ends(monkeypatch, error("a\x1b[31m\x9b2J\x07\rb" + 9_000 * "x" + "\nuse y\r")) == status
@@ -367,8 +451,9 @@ def test_garbage_collection_threshold_is_restored(monkeypatch):
 def test_errors_that_are_not_the_users_keep_their_traceback(monkeypatch):
     with pytest.raises(ValueError):  # raised in another library
         cli.run(lambda argv: json.loads("{"), [])
-    with pytest.raises(KeyError):
-        ends(monkeypatch, KeyError("x"))
+    for error in (KeyError("x"), RuntimeError("x"), RecursionError("x"), NotImplementedError()):
+        with pytest.raises(type(error)):
+            ends(monkeypatch, error)
     with pytest.raises(AssertionError):
         ends(monkeypatch, AssertionError("ours"))
     monkeypatch.setenv("NANOGPT_ACCEL_DEBUG", "1")
