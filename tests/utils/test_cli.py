@@ -16,6 +16,7 @@ import pytest
 from launching import package_env, run_python
 
 import nanogpt_accel
+from nanogpt_accel import train
 from nanogpt_accel.__main__ import COMMANDS, main
 from nanogpt_accel.commands import bench, configs, data, doctor, evaluate, export, plan, push, recipes, report, sample
 from nanogpt_accel.recipe import FIELDS, SECTION_OF, SECTIONS, Recipe, load_recipe
@@ -323,8 +324,9 @@ def test_commands_report_that_they_cannot_start_a_thread(monkeypatch, capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="names on Windows are Unicode")
 @pytest.mark.parametrize("name", [b"a\xff", b"\xc3", b"\xed\xa0\x80"])
-def test_arguments_that_are_not_utf8_are_refused(capsys, name):
+def test_arguments_that_are_not_utf8_are_refused(monkeypatch, capsys, name):
     """Libraries in Rust and C++ cannot open such paths, and the model card cannot be written."""
+    monkeypatch.setattr(train, "run_training", pytest.fail)
     name = os.fsdecode(name)
     Path("a.yaml").write_text("data: {corpus: python}")
     Path(name).mkdir()
@@ -344,7 +346,8 @@ def test_arguments_that_are_not_utf8_are_refused(capsys, name):
 
 
 @pytest.mark.parametrize("key", ["out_dir", "corpus", "data_dir", "tokenizer", "init_from"])
-def test_names_in_recipes_that_are_not_utf8_are_refused(capsys, key):
+def test_names_in_recipes_that_are_not_utf8_are_refused(monkeypatch, capsys, key):
+    monkeypatch.setattr(train, "run_training", pytest.fail)
     Path("a.yaml").write_text(
         f'{key}: "runs/\\uDCFF"' if key == "out_dir" else f'{SECTION_OF[key]}: {{{key}: "\\uDCFF"}}'
     )
