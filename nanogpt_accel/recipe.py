@@ -16,7 +16,19 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from .optim import OPTIMIZERS, SCHEDULES
-from .utils.fields import Device, Float, Int, Section, Words, nearest, raise_problems, show_value, validate
+from .utils.fields import (
+    Device,
+    Float,
+    Int,
+    Name,
+    Section,
+    Words,
+    nearest,
+    raise_problems,
+    show_value,
+    unknown_key,
+    validate,
+)
 from .utils.files import sha256
 from .utils.packaged import list_packaged, packaged
 from .utils.text import quoted
@@ -70,10 +82,11 @@ def _read_numbers(value):
 IntOrNone = Annotated[Int | None, BeforeValidator(_read_none)]
 FloatOrNone = Annotated[Float | None, BeforeValidator(_read_none)]
 TextOrNone = Annotated[str | None, BeforeValidator(_read_none)]
+NameOrNone = Annotated[Name | None, BeforeValidator(_read_none)]
 
 
 class Data(Section):
-    corpus: str = Field(
+    corpus: Name = Field(
         "openwebtext",
         description="training text: python, shakespeare, openwebtext, bookcorpus, wikitext2, fineweb_edu, tinystories, "
         "hub:USER/SET, or a file, folder or glob of plain text, .jsonl, .csv or .parquet (also .gz and .zst), also at "
@@ -102,7 +115,7 @@ class Data(Section):
         None, ge=1, description="stop tokenizing after about this many tokens; default: all"
     )
     shard_tokens: Int = Field(100_000_000, ge=1000, description="maximum number of tokens per token file")
-    tokenizer: str = Field(
+    tokenizer: Name = Field(
         "gpt2",
         description="gpt2, char, bpe (byte-level BPE trained on the corpus), a folder with a tokenizer.json, or the "
         "tokenizer of a Hub model: hub:USER/NAME or hub:USER/NAME@REVISION",
@@ -120,7 +133,7 @@ class Data(Section):
         description="special tokens, such as <|endoftext|>, in the text of the corpus. text: encode them as ordinary "
         "text, as in nanoGPT; tokens: encode them as their ids. If there are any, prompts are encoded in the same way",
     )
-    data_dir: TextOrNone = Field(
+    data_dir: NameOrNone = Field(
         None,
         description="folder of token files: of this package, nanoGPT, llm.c, modded-nanogpt, Megatron-LM, datatrove or "
         "numpy; default: a folder in data/ named after the corpus and the tokenizer. On the command line, prepared "
@@ -142,7 +155,7 @@ class Data(Section):
 
 
 class Model(Section):
-    init_from: str = Field(
+    init_from: Name = Field(
         "scratch",
         description="scratch, resume (continue the run in out_dir), or weights to start from: a run or checkpoint "
         "folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or Hub id of a GPT-2, Llama, Qwen3 or NanoChat "
@@ -358,7 +371,7 @@ class Recipe(Section):
     """A complete run. Key names are unique across sections, so `n_layer=6` and `model.n_layer=6` both work."""
 
     seed: Int = Field(1337, ge=0, lt=2**63, description="random seed for the batches, the initial weights and dropout")
-    out_dir: str = Field("", description="run folder; default: runs/ plus the name of the recipe")
+    out_dir: Name = Field("", description="run folder; default: runs/ plus the name of the recipe")
     overwrite: bool = Field(False, description="replace an existing run in out_dir")
     data: Data = Data()
     model: Model = Model()
@@ -489,62 +502,6 @@ LOSS_TRAIN_KEYS += ("eval_interval", "eval_iters", "eval_first", "eval_only")
 # the settings of the data section that apply to data that are already prepared
 DATA_USE_KEYS = ("data_dir", "sampling", "document_mask")
 
-# nanoGPT's name of a setting -> what to use here instead
-NANOGPT_KEYS = {
-    "dataset": "corpus=NAME, or data_dir=FOLDER for a folder with .bin files",
-    "dtype": "mixed_precision=bf16, mixed_precision=fp16 or mixed_precision=no",
-    "decay_lr": "schedule=constant warmup_iters=0 to disable the decay",
-    "wandb_log": "trackers=wandb",
-    "wandb_project": "project=NAME",
-    "wandb_run_name": "run_name=NAME",
-    "always_save_checkpoint": "save_interval and keep_last; the best and the last checkpoint are always saved",
-    "backend": "`accelerate config`, because the launcher sets the backend",
-}
-
-# names of settings in other programs -> what to use here
-ALIASES = {
-    "lr": "learning_rate",
-    "wd": "weight_decay",
-    "warmup": "warmup_iters",
-    "warmup_steps": "warmup_iters",
-    "lr_scheduler_type": "schedule",
-    "optim": "algorithm",
-    "bs": "batch_size",
-    "per_device_train_batch_size": "batch_size",
-    "grad_accum": "gradient_accumulation_steps",
-    "epochs": "max_iters, the number of training steps",
-    "num_epochs": "max_iters, the number of training steps",
-    "num_train_epochs": "max_iters, the number of training steps",
-    "max_steps": "max_iters",
-    "depth": "n_layer",
-    "num_layers": "n_layer",
-    "num_hidden_layers": "n_layer",
-    "num_heads": "n_head",
-    "num_attention_heads": "n_head",
-    "num_key_value_heads": "n_kv_head",
-    "hidden_size": "n_embd",
-    "d_model": "n_embd",
-    "intermediate_size": "n_inner",
-    "seq_len": "block_size",
-    "max_seq_len": "block_size",
-    "context_length": "block_size",
-    "output_dir": "out_dir",
-    "eval_steps": "eval_interval",
-    "save_steps": "save_interval",
-    "logging_steps": "log_interval",
-    "save_total_limit": "keep_last",
-    "fp16": "mixed_precision=fp16",
-    "bf16": "mixed_precision=bf16",
-    "precision": "mixed_precision",
-    "gradient_checkpointing": "activation_checkpointing",
-    "report_to": "trackers",
-    "wandb": "trackers=wandb",
-    "model": "init_from, or n_layer, n_head and n_embd",
-    "model_name_or_path": "init_from",
-    "resume_from_checkpoint": "resume=auto, or nanogpt-accel train runs/NAME",
-    "dataset_name": "corpus=hub:USER/NAME",
-}
-
 
 # SHA-256 of the built-in corpora that are a single text
 TEXT_SHA256 = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
@@ -646,7 +603,7 @@ def load_recipe(path, overrides=None, check=None):
         section, dot, leaf = key.rpartition(".")
         home = SECTION_OF.get(leaf)
         if home is None or (dot and section != home):
-            problems.append(_unknown(key))
+            problems.append(unknown_key(key, SECTION_OF))
         elif home == "expect":
             hint = "; for the number of training steps, use max_iters" * (leaf == "steps")
             problems.append(f"{key}: expected results can only be set in a recipe file, not on the command line{hint}")
@@ -755,18 +712,9 @@ def _misplaced(section, leaf):
     """Return the error message for a key that does not belong to the section that it is in."""
     key = f"{section}.{leaf}" if section else leaf
     if leaf not in SECTION_OF:
-        return _unknown(key)
+        return unknown_key(key, SECTION_OF)
     home = SECTION_OF[leaf]
     return f"{key} is in the wrong place; move {leaf} to " + (f"the section {home}" if home else "the top level")
-
-
-def _unknown(key):
-    leaf = key.rpartition(".")[2]
-    if leaf in NANOGPT_KEYS:
-        return f"unknown key {key}; instead of nanoGPT's {leaf}, use {NANOGPT_KEYS[leaf]}"
-    if leaf in ALIASES:
-        return f"unknown key {key}; use {ALIASES[leaf]}"
-    return f"unknown key {key}{nearest(leaf, SECTION_OF)}"
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

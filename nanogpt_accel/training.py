@@ -30,6 +30,7 @@ from .planning.hardware import device_name, peak_flops
 from .recipe import SECTIONS, load_recipe
 from .tracking.trackers import check_trackers
 from .utils.fields import raise_problems, show_value, validate
+from .utils.files import write_atomically
 from .utils.nested import pack
 from .utils.packaged import packaged
 from .utils.text import duration, first_line, quoted
@@ -49,7 +50,7 @@ def load_target(target, options):
         if "out_dir" in options:
             raise ValueError(
                 f"out_dir={options['out_dir']}: a resumed run stays in {target}; to write to another folder, start a "
-                f"new run with init_from={target}"
+                f"new run with init_from={quoted(target)}"
             )
         # fail if there is no checkpoint; with the recipe's resume=auto, the run would start over
         options = {"init_from": "resume", "resume": "no", **options, "out_dir": str(target)}
@@ -161,7 +162,8 @@ def check_out_dir(recipe):
             if before != recipe.optimizer.algorithm:
                 problems.append(
                     f"optimizer.algorithm={recipe.optimizer.algorithm}: the state of the optimizer in {latest} is that "
-                    f"of {before}; leave out algorithm, or start a new run with init_from={latest} and another out_dir"
+                    f"of {before}; leave out algorithm, or start a new run with init_from={quoted(latest)} and another "
+                    "out_dir"
                 )
     elif saved and is_new and latest is None:
         problems.append(
@@ -171,7 +173,7 @@ def check_out_dir(recipe):
     elif saved and is_new:
         problems.append(
             f"out_dir={out_dir}: already contains a run ({saved[-1].name}); continue it with `nanogpt-accel train "
-            f"{out_dir}`, overwrite it with overwrite=true, or set out_dir to another folder"
+            f"{quoted(out_dir)}`, overwrite it with overwrite=true, or set out_dir to another folder"
         )
     if not recipe.train.eval_only and (not saved or (out_dir / "run.yaml").is_file()):
         problems += check_run_folder(out_dir)
@@ -269,7 +271,7 @@ def find_checkpoint(recipe, data, console):
     if read_trainer(source)["data"] != data.identity:
         raise ValueError(
             f"{source}: trained on different data than the current contents of {data.folder}; set data_dir to the "
-            f"folder of its training data, or start a new run with init_from={source} and another out_dir"
+            f"folder of its training data, or start a new run with init_from={quoted(source)} and another out_dir"
         )
     return source
 
@@ -555,7 +557,7 @@ class NonFinite:
         sequences = [
             {"start": start, "text": self.tokenizer.decode(row)} for start, row in zip(starts, rows, strict=True)
         ]
-        path.write_text(json.dumps({"step": step, "sequences": sequences}, indent=1), encoding="utf-8")
+        write_atomically(path, json.dumps({"step": step, "sequences": sequences}, indent=1))
 
 
 def write_sample(recipe, tokenizer, model, on_text=None):

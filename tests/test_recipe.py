@@ -10,18 +10,9 @@ import pytest
 import yaml
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
-from nanogpt_accel.recipe import (
-    ALIASES,
-    FIELDS,
-    NANOGPT_KEYS,
-    SECTION_OF,
-    SECTIONS,
-    Recipe,
-    find_recipe,
-    load_recipe,
-    schema,
-)
+from nanogpt_accel.recipe import FIELDS, SECTION_OF, SECTIONS, Recipe, find_recipe, load_recipe, schema
 from nanogpt_accel.utils import cli
+from nanogpt_accel.utils.aliases import ALIASES, NANOGPT_KEYS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

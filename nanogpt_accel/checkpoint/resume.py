@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from ..utils.nested import unpack
+from ..utils.text import quoted
 from .layout import SHARD_PATH
 from .verify import read_index
 
@@ -56,7 +57,7 @@ def _open_shards(path, shapes):
     """
     from safetensors import SafetensorError, safe_open
 
-    tensors, layout, fix = {}, {}, f"to load only the weights, set init_from={path}"
+    tensors, layout, fix = {}, {}, f"to load only the weights, set init_from={quoted(path)}"
     for file in (path / name for name in sorted(read_index(path)) if SHARD_PATH.match(name)):
         try:
             shard = safe_open(file, framework="pt")

@@ -28,6 +28,7 @@ from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..training import Setup, accelerator_for
 from ..utils import cli
 from ..utils.fields import Int, Section, Words, nearest, raise_problems
+from ..utils.text import printable
 
 # axis -> [(name of the variant, settings changed in the recipe or in Variant)]; variants_of adds those of batch_size
 AXES = {
@@ -69,7 +70,8 @@ def main(argv):
     recipe = load_recipe(target, overrides, check=check)
     figures = bench(recipe, options)
     if is_main():
-        print(json.dumps({"recipe": target, **figures}) if options.json_output else "\n".join(report(target, figures)))
+        text = json.dumps({"recipe": target, **figures}) if options.json_output else "\n".join(report(target, figures))
+        print(printable(text))
 
 
 def check(recipe):

@@ -13,7 +13,7 @@ from ..data.manifest import describe_split
 from ..recipe import SECTIONS
 from ..utils import cli
 from ..utils.fields import Int, Section, raise_problems
-from ..utils.text import counted
+from ..utils.text import counted, printable
 
 WIDTH = 100  # characters per line when text is shown
 COUNTED = 50_000_000  # the most common tokens are determined from this many tokens per split
@@ -51,10 +51,8 @@ def main(argv):
     facts = [f"{key} {corpus[key]}" for key in ("id", "config", "revision", "commit") if corpus.get(key)]
     facts += [counted(corpus["files"], "file")] if corpus.get("files") else []
     eot = "no end-of-text token" if data.tokenizer.eot_id is None else f"end-of-text id {data.tokenizer.eot_id}"
-    print(
-        f"{target}: {', '.join([corpus['name'], *facts])}; tokenizer {data.tokenizer.kind}, "
-        f"vocabulary size {data.tokenizer.vocab_size:,}, {eot}; {data.manifest['dtype']}"
-    )
+    about = f"{target}: {', '.join([corpus['name'], *facts])}; tokenizer {data.tokenizer.kind}"
+    print(printable(f"{about}, vocabulary size {data.tokenizer.vocab_size:,}, {eot}; {data.manifest['dtype']}"))
     for split, facts in splits.items():
         counts = data.manifest["splits"][split]
         print(f"\n{split}: {describe_split(data.manifest, split)}, {counted(len(counts['files']), 'file')}")

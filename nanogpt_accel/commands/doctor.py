@@ -34,7 +34,7 @@ from ..utils import cli
 from ..utils.fields import Section, raise_problems
 from ..utils.files import cache_folder
 from ..utils.packaged import packaged
-from ..utils.text import first_line, quoted
+from ..utils.text import first_line, printable, quoted
 
 GIB = 2**30
 COMPILE_LIMIT_S = 300  # the test of torch.compile takes 20 s on 2 idle CPU cores, and took 98 s on busy ones
@@ -77,7 +77,7 @@ def main(argv):
     elif is_main():
         for finding in findings:
             text = ": ".join(filter(None, (finding["found"], finding["fix"])))
-            print(f"{finding['state']:<8} {finding['what']:<16} {text}")
+            print(printable(f"{finding['state']:<8} {finding['what']:<16} {text}"))
     if is_broken(findings):
         raise SystemExit(1)
 

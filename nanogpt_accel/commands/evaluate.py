@@ -31,7 +31,7 @@ from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..tracking.console import Console, Progress
 from ..utils import cli
 from ..utils.fields import Int, Section, Words, raise_problems
-from ..utils.text import one_line
+from ..utils.text import one_line, printable
 
 LM_EVAL = "0.4.12"  # the oldest version whose TaskManager has load()
 # the keys of a recipe's train section that `evaluate` uses, for the help page
@@ -151,7 +151,7 @@ def evaluate(target, recipe, options, block_size=None):
     if accelerator.is_main_process and options.json_output:
         print(json.dumps({"model": str(folder), "data": text.name, "split": split, **results, "tokens": n_tokens}))
     elif accelerator.is_main_process:
-        print(f"{folder} on {text.name}, {n_tokens:,} tokens: {describe(results)}")
+        print(printable(f"{folder} on {text.name}, {n_tokens:,} tokens: {describe(results)}"))
     accelerator.end_training()
 
 
@@ -260,7 +260,7 @@ def evaluate_tasks(target, recipe, options):
         print(json.dumps({"model": str(folder), "tasks": scores}))
     else:
         for task, values in scores.items():
-            print(f"{folder} on {task}: {describe_task(values)}")
+            print(printable(f"{folder} on {task}: {describe_task(values)}"))
 
 
 def check_tasks(options):

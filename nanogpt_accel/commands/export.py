@@ -18,6 +18,7 @@ from ..models.find import check_model, find_model
 from ..tracking.console import Console
 from ..utils import cli
 from ..utils.fields import Section, raise_problems
+from ..utils.text import printable
 
 FILE_FORMS = {".pt": "nanogpt", ".gguf": "gguf"}  # file name extension -> form
 
@@ -65,9 +66,8 @@ def main(argv):
         name, difference, tokens, notes = export_gguf(source, to, keep_padding, options.dtype, report)
     else:
         name, difference, tokens = export(source, to, form, keep_padding, options.dtype, report)
-    print(f"{to}: {name}, largest logit difference from {source} over {tokens:,} tokens: {difference:.1e}")
-    for note in notes:
-        print(note)
+    notes = [f"{to}: {name}, largest logit difference from {source} over {tokens:,} tokens: {difference:.1e}", *notes]
+    print(printable("\n".join(notes)))
 
 
 def check_output(to, options):

@@ -20,6 +20,7 @@ from ..models.nanogpt import read_nanogpt
 from ..tracking.console import Console
 from ..utils import cli
 from ..utils.fields import Section, raise_problems
+from ..utils.text import printable
 
 
 class ImportOptions(Section):
@@ -76,7 +77,7 @@ def main(argv):
     )
     difference, tokens = write_model(model, to, "custom", tokenizer=tokenizer, card=card, report=Console(stderr=True))
     check = f"largest logit difference over {tokens:,} tokens: {difference:.1e}"
-    print(f"{to}: {model.num_parameters():,} parameters, {tokenizer.kind} tokenizer, {summary}; {check}")
+    print(printable(f"{to}: {model.num_parameters():,} parameters, {tokenizer.kind} tokenizer, {summary}; {check}"))
 
 
 def find_tokenizer(setting, checkpoint_file, dataset, vocab_size):

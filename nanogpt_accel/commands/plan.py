@@ -21,7 +21,7 @@ from ..recipe import FIELDS, SETTINGS, load_recipe
 from ..utils import cli
 from ..utils.fields import Float, Int, Section, nearest, raise_problems
 from ..utils.packaged import packaged
-from ..utils.text import duration, quoted
+from ..utils.text import duration, printable, quoted
 
 GIB = 2**30
 RESERVE = 0.1  # share of GPU memory reserved for the CUDA context, kernel workspaces and fragmentation
@@ -65,7 +65,8 @@ def main(argv):
     raise_problems(problems)
     recipe = load_recipe(target, overrides, check=lambda recipe: check(recipe, options))
     figures = plan(recipe, options)
-    print(json.dumps({"recipe": target, **figures}) if options.json_output else "\n".join(report(target, figures)))
+    text = json.dumps({"recipe": target, **figures}) if options.json_output else "\n".join(report(target, figures))
+    print(printable(text))
 
 
 def check(recipe, options):

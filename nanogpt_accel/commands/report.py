@@ -9,7 +9,6 @@ each chart as a PNG file to the folder of the page. The run folders may be of ru
 
 import json
 import math
-import re
 import statistics
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from pydantic import Field
 from ..checkpoint.run_folder import find_trainer
 from ..recipe import SECTION_OF, Recipe, load_recipe
 from ..tracking.console import Console
-from ..tracking.metrics_log import new_figure, read_metrics
+from ..tracking.metrics_log import new_figure, read_metrics, save_figure
 from ..utils import cli
 from ..utils.fields import Section, raise_problems, show_value
-from ..utils.text import counted, duration, first_line
+from ..utils.files import write_atomically
+from ..utils.text import counted, duration, first_line, printable
 
 MAX_RUNS, MAX_POINTS, MAX_SAMPLES = 8, 800, 30
 COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#0891b2", "#db2777", "#ca8a04", "#64748b")
@@ -63,7 +63,7 @@ def main(argv):
     runs = [read_run(Path(target), name) for target, name in zip(targets, unique_names(targets), strict=True)]
     text = page(runs)
     try:
-        out.write_text(text, encoding="utf-8")
+        write_atomically(out, text)
     except OSError as error:
         raise OSError(f"out={out}: cannot be written ({error.strerror or error})") from None
     console, images = Console(), []
@@ -276,7 +276,7 @@ def write_images(runs, out):
         axes.grid(alpha=0.3)
         axes.legend()
         paths.append(out.with_name(f"{out.stem}-{key}.png"))
-        figure.savefig(paths[-1], dpi=120)
+        save_figure(figure, paths[-1])
     return paths
 
 
@@ -301,8 +301,3 @@ def page(runs):
         data=[{"name": run["name"], "tokens": run["tokens_per_step"], "series": run["series"]} for run in runs],
         colors=COLORS,
     )
-
-
-def printable(text):
-    """Replace control characters, which HTML does not allow."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)

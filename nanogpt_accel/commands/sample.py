@@ -7,8 +7,8 @@ nanogpt-accel sample runs/gpt2 prompts=questions.txt batch_size=16 num_samples=1
 
 import json
 import re
+import sys
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from ..models.load import check_tokenizer, load_model, read_config
 from ..tracking.console import Console
 from ..utils import cli
 from ..utils.fields import Device, Float, Int, Section, raise_problems, validate
-from ..utils.text import quoted
+from ..utils.text import printable, quoted
 
 
 class SampleOptions(Section):
@@ -176,21 +176,26 @@ def write_texts(folder, tokenizer, prompts, options):
     stop = stop_texts(options.stop)
     settings |= {"stop": stop, "eos_id": None if options.stop_at_eos is False else tokenizer.eot_id}
     prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
+    is_terminal = sys.stdout.isatty()
+
+    def write(text):
+        print(printable(text) if is_terminal else text, end="", flush=True)
+
     for i in range(0, len(prompts), options.batch_size):
         batch = prompts[i : i + options.batch_size]
         prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in batch]
         seeds = range(options.seed + i, options.seed + i + len(batch))
         is_streamed = len(batch) == 1 and not options.json_output
-        on_text = partial(print, end="", flush=True) if is_streamed else None
+        on_text = write if is_streamed else None
         if is_streamed:
             on_text(batch[0])
         new_ids = generate(model, prompt_ids, seeds=seeds, on_text=on_text, **settings)
         if is_streamed:
-            print("\n---------------", flush=True)
+            write("\n---------------\n")
             continue
         for prompt, seed, before, ids in zip(batch, seeds, prompt_ids, new_ids, strict=True):
             text = text_after(tokenizer.decode, before, ids, stop)
             if options.json_output:
                 print(json.dumps({"prompt": prompt, "text": text, "seed": seed}), flush=True)
             else:
-                print(f"{prompt}{text}\n---------------", flush=True)
+                write(f"{prompt}{text}\n---------------\n")

@@ -12,7 +12,7 @@ class Corpus:
     name: str  # short, for file names
     source: dict  # JSON values that identify the content, for the manifest
     is_single: bool  # whether it is one text or one sequence of ids, which is cut into train and val
-    read: Callable | None  # (split, bad) -> iterator over the documents; None for token ids
+    read: Callable | None  # (split, bad) -> iterator over the documents, see documents(); None for token ids
     splits: tuple | Callable = ("train",)  # the corpus's own splits, or a function that returns them
     bytes: int | None = None  # approximate size of the text, if known
     sizes: list | None = None  # if each training file is a document: its bytes, in the order of the documents
@@ -32,7 +32,8 @@ class Corpus:
             pass
 
     def documents(self, split="train", bad=None):
-        """Yield each non-empty document as a str. Can be called more than once.
+        """Yield each non-empty document as a str. Can be called more than once. A single text is yielded in chunks that
+        end at the end of a word, see readers.read_text.
 
         bad: called with a one-line message for each document that cannot be read; the document is then skipped. If
             `bad` is None, such a document raises ValueError.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..utils.fields import raise_problems
-from ..utils.text import file_name
+from ..utils.text import file_name, quoted
 from .find_tokenizer import TOKENIZERS, hub_id, load_tokenizer
 from .foreign_tokens import is_token_file
 from .manifest import check_content, is_data_folder, read_manifest
@@ -138,7 +138,7 @@ def check_fits(data, corpus):
     if corpus.ids and data.tokenizer in ("char", "bpe"):
         fix = "set tokenizer to gpt2, or to the folder of the tokenizer.json that the ids were made with"
         if os.path.isfile(os.path.join(data.corpus, "meta.pkl")):
-            fix = f"set data_dir={data.corpus} instead of corpus, to use its meta.pkl"
+            fix = f"set data_dir={quoted(data.corpus)} instead of corpus, to use its meta.pkl"
         raise ValueError(
             f"tokenizer={data.tokenizer}: requires text, but corpus={data.corpus} contains token ids; {fix}"
         )

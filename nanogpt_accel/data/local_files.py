@@ -10,7 +10,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from ..utils.text import counted, data_size, file_name
+from ..utils.text import counted, data_size, file_name, quoted
 from .corpus import Corpus, location
 from .file_splits import CODE_SUFFIXES, is_about, no_splits, splits_by_name
 from .foreign_tokens import (
@@ -22,7 +22,7 @@ from .foreign_tokens import (
     open_splits,
     without_companions,
 )
-from .readers import READERS, file_state, has_rows, looks_like_json, read_file, suffix_of
+from .readers import READERS, file_state, has_rows, looks_like_json, read_file, read_text, suffix_of
 from .remote import find, is_remote, name_of
 
 # files in a folder are read if they have one of these suffixes; a single file or a glob may have any suffix
@@ -91,12 +91,16 @@ def local_corpus(spec, column, lines, split_by="auto"):
 
     def read_one(path, bad):
         try:
-            yield from read_file(spec, path, column, lines, bad)
+            yield from read_text(spec, path) if is_single else read_file(spec, path, column, lines, bad)
         except OSError as error:  # for example, because the file is truncated or was deleted in the meantime
             problem = f"{location(spec, path)}: {error.strerror or error}"
             if is_single:
                 raise ValueError(f"{problem}; restore the file, or set `corpus` to another path") from None
             bad(problem)
+        except MemoryError:
+            raise ValueError(
+                f"{location(spec, path)}: is larger than the memory; split it into smaller files"
+            ) from None
 
     def read(split, bad):
         return itertools.chain.from_iterable(read_one(path, bad) for path, _, _ in files if path in splits[split])
@@ -234,10 +238,10 @@ def _find_text_files(spec, paths, folder=None):
     suffixes = TEXT_SUFFIXES + TABLE_SUFFIXES
     files = [file for file in paths if suffix_of(file) in suffixes and _is_file(file)]
     if files and folder and (token_file := find_unexpected(folder)):
-        globs = " or ".join(f"'{os.path.join(spec, '*' + suffix_of(str(path)))}'" for path in (token_file, files[0]))
+        globs = " or ".join(quoted(os.path.join(spec, "*" + suffix_of(str(path)))) for path in (token_file, files[0]))
         raise ValueError(f"corpus={spec}: contains both text and token files ({token_file.name}); set corpus={globs}")
     if not files and folder and _is_prepared(os.listdir(folder)):
-        raise ValueError(f"corpus={spec}: contains prepared data, not text; set data_dir={spec} instead")
+        raise ValueError(f"corpus={spec}: contains prepared data, not text; set data_dir={quoted(spec)} instead")
     if not files and folder and (token_files := find_token_files(folder)):
         return [str(path) for path in token_files], {}
     if all(map(is_about, files)):  # in other folders, .json files are rather settings than data
@@ -245,7 +249,7 @@ def _find_text_files(spec, paths, folder=None):
     if not files:
         raise ValueError(
             f"corpus={spec}: contains no text file ({' '.join(suffixes)}); for other suffixes use a glob such as "
-            f"'{os.path.join(spec, '*.log')}'"
+            + quoted(os.path.join(spec, "*.log"))
         )
     skipped = Counter(map(suffix_of, paths)) - Counter(map(suffix_of, files))
     return files, {suffix or "without a suffix": count for suffix, count in skipped.items()}

@@ -8,7 +8,6 @@ If a folder has a manifest, its data are complete, because manifest.json is move
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,7 @@ from ..utils.text import counted, one_line
 from .find_tokenizer import TOKENIZERS, load_tokenizer
 from .foreign_tokens import OTHER_TOKENIZER, file_entries, find_splits, find_token_files, open_splits
 from .meta import read_meta, vocabulary_facts
-from .token_files import AGAIN, SPLITS, VERSION, sha256_of_split, token_file
+from .token_files import AGAIN, SPLITS, VERSION, is_split_file, sha256_of_split, token_file
 from .tokenizer import EOT, Tokenizer
 
 SAMPLED_ABOVE = 2**30  # bytes; for larger foreign files, only the first MiB, the last MiB and the size are hashed
@@ -184,7 +183,7 @@ def _validate(manifest):
         for name in names:
             if has_foreign_files and os.path.isabs(name):
                 continue
-            if not re.fullmatch(rf"{split}(-\d{{5,}})?\.bin", name) or names.count(name) > 1:
+            if not is_split_file(name, split) or names.count(name) > 1:
                 raise ValueError(f"splits.{split}.files: {name!r} is listed twice, or is not a file name of this split")
         total = sum(file["tokens"] for file in counts["files"])
         if counts["tokens"] != total:

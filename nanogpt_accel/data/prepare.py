@@ -46,7 +46,7 @@ from .tokenizer import EOT, EncodingError, Tokenizer
 COUNTED_BELOW = 2**27  # bytes; the documents of a smaller corpus are measured first, to avoid writing them twice
 MANY = 20  # documents; fewer ones are not drawn at random, because their sizes can be very different
 FOLDER_CACHE_S = 60  # seconds for which NFS may not show new files to another machine
-LARGE_TEXT = 2**30  # bytes; for a larger single text, the memory use (4 to 11 times its size) is reported
+LARGE_TEXT = 2**30  # bytes; for a larger single text, the memory use (4 to 11 times its size) may be reported
 
 
 def prepare(data, report=print, workers=None):
@@ -184,8 +184,8 @@ def _pin(corpus, folder):
     """Return the corpus. Pin a Hub data set to its latest commit, or to that of an interrupted preparation."""
     if corpus.pin is None:
         return corpus
-    earlier = earlier_attempt(folder)[0].get("corpus", {})
-    commit = earlier.pop("commit", None)
+    earlier = earlier_attempt(folder)[0].get("corpus")
+    commit = earlier.pop("commit", None) if isinstance(earlier, dict) else None
     return corpus.pin(commit if earlier == corpus.source else None)
 
 
@@ -232,10 +232,10 @@ def _check_resources(folder, corpus, data, report):
             f"data_dir={folder}: the token files need about {need / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB "
             "are free; set data_dir to another disk" + ("" if corpus.is_single else ", or set limit_tokens")
         )
-    if corpus.is_single and corpus.bytes > LARGE_TEXT:
+    if corpus.is_single and corpus.bytes > LARGE_TEXT and data.tokenizer not in ("gpt2", "char", "bpe"):
         report(
-            f"corpus={data.corpus}: a single text of {corpus.bytes / 1e9:,.1f} GB is tokenized in memory and needs "
-            f"at least {4 * corpus.bytes / 1e9:,.0f} GB; to stream it, set lines=true or split it into several files"
+            f"tokenizer={data.tokenizer}: a single text of {corpus.bytes / 1e9:,.1f} GB may be tokenized in memory and "
+            f"need {4 * corpus.bytes / 1e9:,.0f} GB or more; to stream it, set lines=true or split it into files"
         )
 
 
@@ -499,19 +499,32 @@ class _Attempt:
 
     def write_text(self):
         """Write a corpus that is a single text. With special_tokens=tokens, special tokens do not count as text."""
-        text = next(self.corpus.documents())
-        cut = self.tokenizer.move_cut(text, _cut_text(self.corpus, self.data, len(text)))
-        for split, part in (("train", text[:cut]), ("val", text[cut:])):
-            ids, n_bytes = self.tokenizer.encode_document(part), len(part.encode())
-            if not len(ids):
-                problem = f"has no token for the text of the {split} split of corpus={self.data.corpus}"
-                raise ValueError(f"tokenizer={self.data.tokenizer}: {problem}; set tokenizer to gpt2, char or bpe")
-            n_special, special_bytes = self.tokenizer.count_special(part)
-            if self.data.special_tokens == "tokens":
-                n_bytes -= special_bytes
-            documents = 1 + np.count_nonzero(ids[:-1] == self.tokenizer.eot_id)
-            self.writer.write(split, ids, n_bytes, int(documents))
-            self.count_special(split, n_special)
+        tokenizer, writer, data, chunks = self.tokenizer, self.writer, self.data, self.corpus.documents
+        # other tokenizers may have tokens of several words, so that the chunks have other ids than the whole text
+        if not tokenizer.is_lossless or any(map(str.isspace, "".join(tokenizer.special))):
+            chunks = lambda: ["".join(self.corpus.documents())]  # noqa: E731
+        cut = _cut_text(self.corpus, data, sum(map(len, chunks())))  # relative to the start of the chunk
+        ends_in_eot = {}
+        with TextProgress("text", self.corpus.bytes, self.report) as progress:
+            for text in chunks():
+                here = tokenizer.move_cut(text, cut) if 0 < cut < len(text) else max(cut, 0)
+                cut -= len(text)
+                for split, part in (("train", text[:here]), ("val", text[here:])):
+                    ids, n_bytes = tokenizer.encode_document(part), len(part.encode())
+                    n_special, special_bytes = tokenizer.count_special(part)
+                    if data.special_tokens == "tokens":
+                        n_bytes -= special_bytes
+                    if len(ids):
+                        n_documents = int(np.count_nonzero(ids == tokenizer.eot_id)) + (split not in ends_in_eot)
+                        writer.write(split, ids, n_bytes, n_documents)
+                        ends_in_eot[split] = ids[-1] == tokenizer.eot_id
+                        self.count_special(split, n_special)
+                self.show(progress)
+        for split in SPLITS:
+            if split not in writer.counts:
+                problem = f"has no token for the text of the {split} split of corpus={data.corpus}"
+                raise ValueError(f"tokenizer={data.tokenizer}: {problem}; set tokenizer to gpt2, char or bpe")
+            writer.counts[split]["documents"] -= int(ends_in_eot[split])  # no document after the last token
 
     def count_special(self, split, count):
         """Add a number of special tokens to the counts of a split."""

@@ -4,6 +4,7 @@ In all functions, `spec` is the corpus setting, for messages, and `bad` is calle
 cannot be read. To add a format with many documents per file, write a reader and add it to READERS.
 """
 
+import codecs
 import csv
 import functools
 import io
@@ -18,6 +19,9 @@ from .corpus import location, refuse
 from .remote import is_remote, name_of, open_remote, remote_state
 
 HEAD = 2**16  # bytes at the start of a file from which its format is recognized
+CHUNK = 2**20  # bytes of plain text that are read at a time
+# The end of the last word before white space. No word of a tokenizer continues after it.
+WORD_END = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # first bytes -> compression
 DELIMITERS = ",;\t|"
 # first bytes of files that are not text -> what they contain
@@ -60,14 +64,36 @@ def read_file(spec, path, column, lines, bad):
         for _, text in _numbered_lines(spec, path, bad):
             yield text.rstrip("\r\n")
     else:
-        with open_file(path) as file:
-            raw = file.read()
         try:
-            yield decode(spec, raw, path).removeprefix("\ufeff")  # a byte order mark
+            yield "".join(read_text(spec, path))
         except ValueError as error:
-            if bad is refuse:  # the message of decode() already contains a fix
+            if bad is refuse:  # the message already contains a fix
                 raise
             bad(str(error))
+
+
+def read_text(spec, path):
+    """Yield a plain text in chunks, so that it may be larger than the memory. A chunk ends at the end of a word.
+
+    Raises OSError if the file cannot be read or decompressed, and ValueError if it is not UTF-8.
+    """
+    decoder, n_bytes, parts, is_last = codecs.getincrementaldecoder("utf-8")(), 0, [], False
+    with open_file(path) as file:
+        while not is_last:
+            block = file.read(CHUNK)
+            raw, is_last = decoder.getstate()[0] + block, len(block) < CHUNK
+            try:
+                text = decoder.decode(block, final=is_last)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(spec, path, raw, n_bytes + len(block) - len(raw) + error.start) from None
+            if n_bytes == 0:
+                text = text.removeprefix("\ufeff")  # a byte order mark
+            n_bytes += len(block)
+            if not is_last and (end := WORD_END.match(text)):
+                yield "".join([*parts, text[: end.end()]])
+                parts, text = [], text[end.end() :]
+            parts.append(text)
+    yield "".join(parts)
 
 
 def has_rows(path):
@@ -93,9 +119,14 @@ def decode(spec, raw, path=None):
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        problem = f"{location(spec, path or spec)}: not UTF-8 text at byte {error.start}"
-        fix = f"{how_to_convert(raw, path)}, or remove the file from the corpus" if path else "set `corpus` to a path"
-        raise ValueError(f"{problem}; {fix}") from None
+        raise _not_utf8(spec, path, raw, error.start) from None
+
+
+def _not_utf8(spec, path, raw, position):
+    """Return the error for a text that is not UTF-8. raw: bytes that include the first invalid byte, which is at this
+    position in the text. path: None if the text is not in a file."""
+    fix = f"{how_to_convert(raw, path)}, or remove the file from the corpus" if path else "set `corpus` to a path"
+    return ValueError(f"{location(spec, path or spec)}: not UTF-8 text at byte {position}; {fix}")
 
 
 def how_to_convert(raw, path):
@@ -392,6 +423,8 @@ def open_file(path):
         try:
             with pa.CompressedInputStream(_arrow_file(file, path), compression) as stream:
                 yield io.BufferedReader(stream)
+        except pa.ArrowMemoryError as error:
+            raise MemoryError(str(error)) from None
         except (pa.ArrowException, OSError) as error:
             raise OSError(f"not a complete {compression} file ({one_line(error)})") from None
 
@@ -405,4 +438,4 @@ def _arrow_file(file, path):
     """Return an Arrow file for an open file. If it is local, Arrow opens the path again, to read it without Python."""
     import pyarrow as pa
 
-    return pa.PythonFile(file, "r") if is_remote(path) else pa.OSFile(path)
+    return pa.PythonFile(file, "r") if is_remote(path) else pa.OSFile(os.fsencode(path))

@@ -14,17 +14,21 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
+import stat
 import time
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..utils import locking
-from ..utils.files import flush_file, sha256, write_atomically
+from ..utils.files import delete, flush_file, sha256, write_atomically
 
 VERSION = 2  # of manifest.json; version 1 had one file per split and no list of files
 SPLITS = ("train", "val")
@@ -114,7 +118,7 @@ class Writer:
             completes the folder.
 
     Raises:
-        ValueError: the folder already contains token files.
+        ValueError: the folder already contains token files, or .partial is a link.
         BlockingIOError: another process is preparing the folder.
     """
 
@@ -123,6 +127,8 @@ class Writer:
         self.partial = self.folder / ".partial"
         self._facts = json.loads(json.dumps([facts or {}, self.dtype.name, shard_tokens]))
         refuse_to_overwrite(folder)
+        if self.partial.is_symlink():  # _resume deletes files in it
+            raise ValueError(f"{self.partial}: is a link; delete the link, or set data_dir to another folder")
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = locking.acquire(*(self.partial / name for name in LOCK_FILES))
@@ -145,14 +151,14 @@ class Writer:
         """Resume from the last commit of an earlier attempt, or start over."""
         itemsize = self.dtype.itemsize
         try:
-            progress = json.loads((self.partial / "progress.json").read_text(encoding="utf-8"))
+            progress = _read_progress(self.folder)
             self.position, self.counts, self.files = (progress[key] for key in ("position", "counts", "files"))
             sizes = {file["name"]: file["tokens"] * itemsize for files in self.files.values() for file in files}
             is_usable = progress["facts"] == self._facts
             self.is_finished = is_usable and (self.partial / "manifest.json").exists()
             if is_usable and not self.is_finished:
-                is_usable = all((self.partial / name).stat().st_size >= size for name, size in sizes.items())
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+                is_usable = all(_own_size(self.partial / name) >= size for name, size in sizes.items())
+        except (FileNotFoundError, ValueError):
             is_usable = self.is_finished = False
         self._has_committed = is_usable
         if self.is_finished:
@@ -164,7 +170,7 @@ class Writer:
             if path.name in sizes:
                 os.truncate(path, sizes[path.name])  # to the size at the last commit
             elif path.name not in LOCK_FILES and not (is_usable and path.name == "progress.json"):
-                path.unlink()
+                delete(path)
 
     def __enter__(self):
         return self
@@ -267,7 +273,53 @@ class Writer:
     def _final_name(self, name):
         """Return the final name of a file in .partial. If a split has one file, this is SPLIT.bin, as in nanoGPT."""
         split = name.partition("-")[0]
-        return f"{split}.bin" if name.endswith("-00000.bin") and len(self.files[split]) == 1 else name
+        return f"{split}.bin" if name.endswith("-00000.bin") and len(self.files.get(split, ())) == 1 else name
+
+
+def is_split_file(name, split):
+    """Return whether a name, which was read from a file, is that of a token file of a split in its data folder."""
+    return re.fullmatch(rf"{re.escape(split)}(-\d{{5,}})?\.bin", name) is not None
+
+
+class _Base(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _File(_Base):
+    name: str
+    tokens: int = Field(ge=0)
+
+
+class _Counts(_Base):
+    tokens: int = Field(ge=0)
+    bytes: int | None = Field(ge=0)
+    documents: int = Field(ge=0)
+
+
+class _Progress(_Base):
+    facts: tuple[dict, str, int]
+    position: Any
+    counts: dict[Literal["train", "val", "test"], _Counts]
+    files: dict[Literal["train", "val", "test"], list[_File]]
+
+
+def _read_progress(folder):
+    """Return the content of progress.json in the folder .partial of a data folder.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or has an invalid value.
+    """
+    text = (Path(folder) / ".partial" / "progress.json").read_text(encoding="utf-8")
+    files = _Progress.model_validate_json(text).files
+    if not all(is_split_file(file.name, split) for split in files for file in files[split]):
+        raise ValueError("files: contains a name that is not a token file of its split")
+    return json.loads(text)
+
+
+def _own_size(file):
+    """Return the size of a file, or -1 if it is a link or has a hard link, so that writing would change other files."""
+    status = os.lstat(file)
+    return status.st_size if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1 else -1
 
 
 def refuse_to_overwrite(folder, accept_moved=True):
@@ -297,9 +349,9 @@ def _disk_errors(folder):
 def earlier_attempt(folder):
     """Return (`facts` of the Writer, number of written documents) of an interrupted attempt, or ({}, 0)."""
     try:
-        progress = json.loads((Path(folder) / ".partial" / "progress.json").read_text(encoding="utf-8"))
+        progress = _read_progress(folder)
         return progress["facts"][0], sum(counts["documents"] for counts in progress["counts"].values())
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (OSError, ValueError):
         return {}, 0
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 
-from ..utils.text import counted, data_size, duration, one_line
+from ..utils.text import counted, data_size, duration, one_line, printable
 
 LINES_INTERVAL_S = 0.1  # printing above a live line takes a millisecond, so fast steps are printed together
 
@@ -175,7 +175,7 @@ class Console:
     def _print(self, text, end="\n"):
         """Print text. Ignore errors such as a full disk, so that the run continues, but raise a BrokenPipeError."""
         with self._lock:
-            text = (self._waiting + text).encode(self._encoding, "replace").decode(self._encoding)
+            text = printable(self._waiting + text).encode(self._encoding, "replace").decode(self._encoding)
             self._waiting = ""
             try:
                 if self.is_terminal and end:

@@ -4,6 +4,8 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from ..utils.files import write_atomically
+
 
 def report_expectation(recipe, last, best, console):
     """Print whether the run reproduced the expected validation loss, and write the result to expect.json, also with the
@@ -33,4 +35,4 @@ def report_expectation(recipe, last, best, console):
     result = {"expected": expect.val_loss, "tolerance": expect.tolerance, "evaluation": expect.evaluation, "got": got}
     result |= {"step": max_iters, "verdict": outcome, "changed": expect.changed, "source": expect.source}
     with suppress(OSError):
-        (Path(recipe.out_dir) / "expect.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_atomically(Path(recipe.out_dir) / "expect.json", json.dumps(result, indent=1) + "\n")

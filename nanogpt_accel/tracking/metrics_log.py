@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..utils.files import atomic_path, write_atomically
 from ..utils.text import counted
 
 
@@ -35,12 +36,7 @@ class MetricsLog:
         lines = read_metrics(self.path)
         last = [line for line in lines if line["step"] == step and "val_loss" in line] if keep_evaluation else []
         lines = [line for line in lines if line["step"] < step] + last
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())  # the data must be on disk before the file replaces the log
-        os.replace(temporary, self.path)
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write(self, **values):
         """Append a line. If that fails, print a warning, and write the line in a later call."""
@@ -162,11 +158,17 @@ def new_figure():
     return figure, figure.subplots()
 
 
+def save_figure(figure, path):
+    """Write a figure to a PNG file."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
 def plot_losses(metrics_path, image_path):
     """Plot the training and validation losses over steps to a PNG file."""
     figure, axes = new_figure()
     draw_losses(read_metrics(metrics_path), axes)
-    figure.savefig(image_path, dpi=120)
+    save_figure(figure, image_path)
 
 
 def draw_losses(lines, axes):

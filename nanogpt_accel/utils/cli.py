@@ -11,18 +11,21 @@ import traceback
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from .fields import nearest, raise_problems, show_value, type_name, validate
+from .fields import raise_problems, show_value, type_name, unknown_key, validate
 from .files import permission_denied
-from .text import counted
+from .text import counted, encoding_problem, one_line, printable
 
 _GC_THRESHOLD = gc.get_threshold()  # Python's default
 _RARELY = 100_000  # number of new objects between garbage collections during imports
 # errors of the system, not of the code; their message names the file
-_SYSTEM_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM ENAMETOOLONG ELOOP EMFILE ENFILE ESTALE ENOTCONN"
+_SYSTEM_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM ENAMETOOLONG ELOOP EMFILE ENFILE ESTALE ENOTCONN ENOMEM"
 _SYSTEM_ERRORS = {getattr(errno, name) for name in _SYSTEM_ERRORS.split()}
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # in a RuntimeError of torch
+_THREADS_FIX = "raise the limit on processes and threads (ulimit -u, or the limit of the container), or end others"
 _INVALID_NAME = 123  # Windows' ERROR_INVALID_NAME, for a colon or a question mark in a file name
 # `key=value` is an option; a path such as runs/a=b or ./a=b is not, because a key has no slash
 _ASSIGNMENT = re.compile(r"^(?:--)?([A-Za-z][\w.-]*)=(.*)$", re.DOTALL)
+_LONGEST_ERROR, _MOST_ERRORS = 1000, 50  # characters per line, and lines, in messages for the user
 _BOOLEANS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 
 
@@ -48,10 +51,12 @@ def parse(argv, fields, n_targets=1):
     A boolean option without a value means true, and --no_KEY means false.
 
     Raises:
-        ValueError: too many positional arguments, or an option without a value. The message also names unknown options,
-            because they may be the cause. If there is no other problem, `validate` reports unknown options.
+        ValueError: too many positional arguments, an option without a value, or an argument that is not UTF-8. The
+            message also names unknown options, because they may be the cause. If there is no other problem, `validate`
+            reports unknown options.
     """
-    targets, options, problems, words = [], {}, [], list(argv)
+    targets, options, words = [], {}, list(argv)
+    problems = [f"{word}: {problem}" for word in words if (problem := encoding_problem(word))]
     while words:
         word = words.pop(0)
         if match := _ASSIGNMENT.match(word):
@@ -75,8 +80,7 @@ def parse(argv, fields, n_targets=1):
         most, typed = counted(n_targets, "target"), " ".join(targets)
         problems.append(f"expected at most {most}, got {len(targets)}: {typed}; quote arguments that contain spaces")
     if problems:
-        unknown = [key for key in options if key not in fields]
-        problems[:0] = [f"unknown option {key}{nearest(key, fields)}" for key in unknown]
+        problems[:0] = [unknown_key(key, fields) for key in options if key not in fields]
     raise_problems(problems)
     return (targets if n_targets > 1 else next(iter(targets), None)), options
 
@@ -134,11 +138,12 @@ def show_help(usage, text, sections):
 def run(command, argv):
     """Run `command(argv)` and return the exit status of the process.
 
-    A ValueError or OSError raised by this package, or a system error such as a full disk, is a message for the user:
-    print it without a traceback, one line per problem, and return 2. Other errors are bugs and keep their traceback.
-    NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
+    A ValueError or OSError raised by this package, or an error of the system such as a full disk or too little memory,
+    is a message for the user: print it without a traceback, one line per problem, and return 2. Other errors are bugs
+    and keep their traceback. NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
     """
     limit_openmp_spinning()
+    _open_missing_streams()
     # The garbage collector runs after every 700 new objects. While torch and transformers are imported, that takes
     # 0.6 s in total, and the collection at exit another 0.9 s. So run it rarely, and not at exit.
     gc.set_threshold(_RARELY)
@@ -153,34 +158,50 @@ def run(command, argv):
         return 0
     except BrokenPipeError:  # `nanogpt-accel sample ... | head` is not an error
         return 1
-    except (ValueError, OSError) as error:
-        is_message = (
-            _raised_here(error)
-            or getattr(error, "errno", None) in _SYSTEM_ERRORS
-            or getattr(error, "winerror", None) == _INVALID_NAME
-        )
-        if os.environ.get("NANOGPT_ACCEL_DEBUG") == "1" or not is_message:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = _message(error)
+        if os.environ.get("NANOGPT_ACCEL_DEBUG") == "1" or message is None:
             raise
         if not is_main:
             time.sleep(3)  # if rank 0 reports the same error, the launcher ends this process before it prints it again
-        is_denied = getattr(error, "errno", None) == errno.EACCES and error.filename is not None
-        message = permission_denied(error.filename) if is_denied else str(error)
-        for line in message.splitlines() or [type(error).__name__]:
-            print(f"{'' if is_main else f'rank {rank}: '}error: {line}", file=sys.stderr)
+        _print_lines(message, f"{'' if is_main else f'rank {rank}: '}error: ")
         return 2
     except (Stopped, FloatingPointError) as error:  # raised on all ranks, so only rank 0 reports it
         is_stopped = isinstance(error, Stopped)
         if is_main:
-            print(error if is_stopped else f"error: {error}", file=sys.stderr)
+            _print_lines(str(error), "" if is_stopped else "error: ")
         else:
             time.sleep(1)  # a launcher ends all processes when the first one exits, and rank 0 has something to print
         return 75 if is_stopped else 1
     except KeyboardInterrupt as interrupt:
         if is_main:
-            print("\n" + ": ".join(filter(None, ("interrupted", str(interrupt)))), file=sys.stderr)
+            print(file=sys.stderr)
+            _print_lines(": ".join(filter(None, ("interrupted", str(interrupt)))))
         return 130
     finally:
         restore_gc()
+
+
+def _open_missing_streams():
+    """Open the null device for each standard stream that is closed, for example by `>&-` or by pythonw.
+
+    Open them in the order of their descriptors. Otherwise, a file that is opened later, such as a checkpoint, would get
+    the descriptor of a closed stream, and a C library that prints would write to this file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open until the end)
+
+
+def _print_lines(message, prefix=""):
+    """Print the lines of a message to stderr. Shorten what a long argument or file makes too long to read."""
+    lines = message.rstrip().split("\n")
+    if len(lines) > _MOST_ERRORS:
+        lines = [*lines[:_MOST_ERRORS], f"... and {len(lines) - _MOST_ERRORS:,} more"]
+    for line in lines:
+        if len(line) > _LONGEST_ERROR:  # the problem is at the start, the fix at the end
+            line = f"{line[: _LONGEST_ERROR // 2]} [...] {line[-_LONGEST_ERROR // 2 :]}"
+        print(prefix + printable(line).replace("\r", "\\r"), file=sys.stderr)
 
 
 def limit_openmp_spinning():
@@ -198,6 +219,20 @@ def restore_gc():
     """Restore the default frequency of garbage collection if `run` lowered it for the imports."""
     if gc.get_threshold()[0] == _RARELY:
         gc.set_threshold(*_GC_THRESHOLD)
+
+
+def _message(error):
+    """Return the message for the user about an error, or None if the error is a bug."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
+        reason = one_line(error).removesuffix(".")
+        return f"not enough memory ({reason}); free memory, or set a smaller batch_size, block_size or model"
+    if isinstance(error, RuntimeError):
+        return f"{error}; {_THREADS_FIX}" if str(error) == "can't start new thread" else None
+    number = getattr(error, "errno", None)
+    if number == errno.EACCES and error.filename is not None:
+        return permission_denied(error.filename)
+    is_of_system = number in _SYSTEM_ERRORS or getattr(error, "winerror", None) == _INVALID_NAME
+    return (str(error) or type(error).__name__) if is_of_system or _raised_here(error) else None
 
 
 def _raised_here(error):

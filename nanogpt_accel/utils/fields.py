@@ -7,6 +7,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from .aliases import ALIASES, NANOGPT_KEYS
+from .text import encoding_problem
+
 
 def _integer(value):
     """Check an integer setting. Accept "1e3" and "1_000", because YAML reads 6e5 as a string. Reject true and false."""
@@ -33,6 +36,12 @@ def _device_name(value):
     return value
 
 
+def _usable_name(value):
+    if problem := encoding_problem(value):
+        raise ValueError(problem)
+    return value
+
+
 def _split_words(value):
     """Read `wandb,tensorboard` or `[wandb, tensorboard]` as a list, and `none` or an empty text as an empty list."""
     if isinstance(value, str):
@@ -52,6 +61,7 @@ class Section(BaseModel):
 
 Device = Annotated[str, AfterValidator(_device_name)]
 Int = Annotated[int, BeforeValidator(_integer)]
+Name = Annotated[str, AfterValidator(_usable_name)]  # a path or the name of a file
 Float = Annotated[float, BeforeValidator(_number)]
 Words = Annotated[list[str], BeforeValidator(_split_words)]
 
@@ -85,7 +95,7 @@ def validate(section, values, where=""):
             message = "" if item["type"] == "extra_forbidden" else message.split(", unable to parse")[0]
             messages.setdefault(str(item["loc"][0]), []).append(message)
     problems = [
-        f"unknown key {where}{key}{nearest(key, section.model_fields)}"
+        unknown_key(f"{where}{key}", section.model_fields)
         if "" in texts
         else f"{where}{key}={show_value(values[key])}: {' or '.join(dict.fromkeys(texts))}"
         for key, texts in messages.items()
@@ -122,6 +132,16 @@ def nearest(name, names):
     """Return a hint ` (did you mean X?)` with the most similar of `names`, or "" if none is similar."""
     match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f" (did you mean {match[0]}?)" if match else ""
+
+
+def unknown_key(key, names):
+    """Return the message about a key that is not in `names`, with the key to use instead if it is in `names`."""
+    leaf = key.rpartition(".")[2]
+    hint = NANOGPT_KEYS.get(leaf) or ALIASES.get(leaf, "")
+    if hint and re.match(r"\w*", hint)[0] in ("", *names):
+        instead = f"instead of nanoGPT's {leaf}, " * (leaf in NANOGPT_KEYS)
+        return f"unknown key {key}; {instead}use {hint}"
+    return f"unknown key {key}{nearest(leaf, names)}"
 
 
 def raise_problems(problems):

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from .text import quoted
+
 
 def cache_folder():
     """Return the folder for files that this package downloads. huggingface_hub and tiktoken have their own folders."""
@@ -37,9 +39,14 @@ def write_atomically(path, content):
 
 @contextmanager
 def atomic_path(path):
-    """Yield a temporary path to write a file to. Then flush the file to disk and rename it, or delete it on error."""
+    """Yield a temporary path to write a file to. Then flush the file to disk and rename it, or delete it on error.
+
+    If `path` or the temporary path is a link, for example in a downloaded folder, the link is replaced, not followed.
+    """
     temporary = Path(f"{path}.tmp-{os.getpid()}")  # other processes may write the same file at the same time
     try:
+        temporary.unlink(missing_ok=True)
+        open(temporary, "xb").close()
         yield temporary
         with open(temporary, "r+b") as file:
             flush_file(file)
@@ -74,11 +81,13 @@ def permission_denied(path):
     may = partial(os.access, effective_ids=os.access in os.supports_effective_ids)
     closed = next((parent for parent in reversed(Path(path).parents) if not may(parent, os.X_OK)), None)
     if closed is not None:
-        fix = f"to open the folder, its owner can run chmod a+rx {closed}"
+        fix = f"to open the folder, its owner can run chmod a+rx {quoted(closed)}"
     elif os.path.exists(path) and not may(path, os.R_OK):
-        fix = f"to make it readable, its owner can run chmod {'a+rx' if os.path.isdir(path) else 'a+r'} {path}"
+        mode = "a+rx" if os.path.isdir(path) else "a+r"
+        fix = f"to make it readable, its owner can run chmod {mode} {quoted(path)}"
     else:
-        fix = f"to make it writable, its owner can run chmod u+w {path if os.path.exists(path) else Path(path).parent}"
+        place = path if os.path.exists(path) else Path(path).parent
+        fix = f"to make it writable, its owner can run chmod u+w {quoted(place)}"
     return f"{path}: permission denied; {fix}"
 
 
@@ -91,7 +100,7 @@ def nearest_existing(folder):
 def remove_checkpoint(folder):
     """Rename a checkpoint to a hidden name and delete it, so that a partly deleted checkpoint is never visible."""
     hidden = folder.with_name(f".{folder.name}.old")
-    if hidden.exists():
+    if os.path.lexists(hidden):
         delete(hidden)
     rename_folder(folder, hidden)
     delete(hidden)

@@ -28,7 +28,9 @@ def acquire(lock_file, holder_file):
     lock = _lock(lock_file, holder_file)
     with suppress(OSError):  # only used in messages of other processes
         holder = {"host": platform.node(), "pid": os.getpid()}
-        Path(holder_file).write_text(json.dumps(holder), encoding="utf-8")
+        Path(holder_file).unlink(missing_ok=True)  # if it is a link, do not write to its target
+        with open(holder_file, "x", encoding="utf-8") as file:
+            file.write(json.dumps(holder))
     return lock
 
 

@@ -4,6 +4,10 @@ import os
 import re
 import shlex
 import subprocess
+import sys
+
+# all control characters except tab, line feed and carriage return, and what UTF-8 cannot encode
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def counted(number, noun):
@@ -38,6 +42,27 @@ def one_line(error, limit=200):
 def quoted(word):
     """Return a path or another word as it must be written in a command line, with quotes if it needs them."""
     return subprocess.list2cmdline([str(word)]) if os.name == "nt" else shlex.quote(str(word))
+
+
+def printable(text):
+    r"""Return a text with visible control characters, such as \x1b, so that a terminal does not execute them."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def encoding_problem(name):
+    """Return why a path or another argument cannot be used, or None.
+
+    Its bytes must be the same on this system and in UTF-8, which libraries in Rust and C++ use for paths.
+    """
+    encoding = sys.getfilesystemencoding()
+    try:
+        if os.fsencode(name) == name.encode():
+            return None
+    except UnicodeEncodeError:  # lone surrogates, which stand for bytes that are not UTF-8; or not ASCII in a C locale
+        pass
+    if encoding != "utf-8":
+        return f"cannot be used with the encoding {encoding} of this locale; set PYTHONUTF8=1"
+    return "must be UTF-8; use another name"
 
 
 def file_name(text):

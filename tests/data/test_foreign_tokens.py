@@ -20,6 +20,7 @@ from nanogpt_accel.data.dataset import open_dataset
 from nanogpt_accel.data.prepare import prepare
 from nanogpt_accel.data.tokenizer import Tokenizer
 from nanogpt_accel.recipe import SECTIONS
+from nanogpt_accel.utils.text import quoted
 
 SIZE = 401  # of the tokenizer in the folder tok: 400 characters and end-of-text
 EOT = SIZE - 1
@@ -418,7 +419,7 @@ def test_ids_outside_of_the_vocabulary(capsys, write, words):
 
 
 def test_a_readme_next_to_token_files_is_not_the_corpus(capsys):
-    for name, write in (("a", write_fineweb), ("b", write_two_megatron), ("c", write_npy("<u2"))):
+    for name, write in (("it's a", write_fineweb), ("b", write_two_megatron), ("c", write_npy("<u2"))):
         Path(name).mkdir()
         write(name)
         Path(name, "README.md").write_text("# Data\n")
@@ -427,7 +428,7 @@ def test_a_readme_next_to_token_files_is_not_the_corpus(capsys):
         expect(
             line,
             f"corpus={name}: contains both text and token files",
-            f"set corpus='{name}/*{suffix}' or '{name}/*.md'",
+            f"set corpus={quoted(f'{name}/*{suffix}')} or {quoted(f'{name}/*.md')}",
         )
         assert len(ids_of(corpus=f"{name}/*{suffix}", data_dir=f"out {name}")[0]) == 2
 

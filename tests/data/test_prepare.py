@@ -1,5 +1,6 @@
 """prepare.py: nanoGPT's ids, splits of documents, limits, and interruptions at any time."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import namedtuple
 from pathlib import Path
 
@@ -31,11 +33,13 @@ from data_files import (
     prepared,
     refusal,
     section,
+    text_with_spaces,
 )
+from tokenizer_kinds import tokenizer_json
 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.commands import prepare as command
-from nanogpt_accel.data import dataset, encoding, foreign_tokens, prepare, token_files
+from nanogpt_accel.data import dataset, encoding, foreign_tokens, prepare, readers, token_files
 from nanogpt_accel.data.corpus import Corpus
 from nanogpt_accel.data.dataset import data_folder
 from nanogpt_accel.data.manifest import is_data_folder
@@ -95,6 +99,42 @@ def test_any_single_text(work, text):
         splits = ours.manifest["splits"]
         assert [splits[s]["bytes"] for s in splits] == [len(text[:cut].encode()), len(text[cut:].encode())]
         assert ours.tokenizer.eot_id not in ids(ours.train)
+
+
+@pytest.mark.parametrize("special_tokens", ["text", "tokens"])
+@pytest.mark.parametrize("tokenizer", ["char", "bpe", "words", "byte fallback"])
+def test_text_that_is_read_in_chunks_has_the_ids_of_the_whole_text(monkeypatch, tokenizer, special_tokens):
+    """Also if the cut is inside a special token, and with tokenizers that cannot encode chunks."""
+    text = text_with_spaces(600)
+    val_fraction = next(f / 1000 for f in range(300, 400) if "<|" in text[: int(len(text) * (1 - f / 1000))][-5:])
+    Path("x.txt").write_bytes(text.encode())
+    if tokenizer in ("words", "byte fallback"):
+        Path(tokenizer).mkdir()
+        Path(tokenizer, "tokenizer.json").write_text(tokenizer_json(tokenizer, "<|endoftext|>"))
+    given = {"corpus": "x.txt", "tokenizer": tokenizer, "val_fraction": val_fraction, "vocab_size": 300}
+    results = []
+    for chunk in (2**20, 5, 300):
+        monkeypatch.setattr(readers, "CHUNK", chunk)
+        data, _ = prepared(**given, special_tokens=special_tokens)
+        results.append((ids(data.train), ids(data.val), data.manifest))
+        shutil.rmtree("out")
+    assert results == results[:1] * 3
+    train, val, _ = results[0]
+    cut = data.tokenizer.move_cut(text, int(len(text) * (1 - val_fraction)))
+    assert train == data.tokenizer.encode_document(text[:cut]).tolist()
+    assert val == data.tokenizer.encode_document(text[cut:]).tolist()
+
+
+def test_a_large_text_needs_little_memory(monkeypatch):
+    """Less than its size, not more than ten times its size."""
+    monkeypatch.setattr(readers, "CHUNK", 2**16)
+    text = b"so it goes. 123\n" * 2**19
+    Path("x.txt.gz").write_bytes(gzip.compress(text))
+    tracemalloc.start()
+    data, _ = prepared(corpus="x.txt.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(data.train) + len(data.val) == len(text) and peak < len(text)
 
 
 @pytest.mark.parametrize(("text", "val_fraction", "split"), [("abc", 0.9, "train"), ("a", 0.5, "train")])
@@ -749,11 +789,16 @@ def test_resuming_needs_disk_space_for_the_rest_only(monkeypatch):
 
 def test_a_large_single_text_is_announced(monkeypatch):
     Path("x.txt").write_text("so it goes. " * 1000)
-    assert not any("memory" in line for line in prepared(corpus="x.txt")[1])
+    Path("words").mkdir()
+    Path("words/tokenizer.json").write_text(tokenizer_json("words"))
+    words = {"corpus": "x.txt", "tokenizer": "words"}
+    assert not any("memory" in line for line in prepared(**words)[1])
     shutil.rmtree("out")
     monkeypatch.setattr(prepare, "LARGE_TEXT", 10_000)
-    (line,) = [line for line in prepared(corpus="x.txt")[1] if "memory" in line]
-    assert "corpus=x.txt" in line and "lines=true" in line
+    (line,) = [line for line in prepared(**words)[1] if "memory" in line]
+    assert "tokenizer=words" in line and "lines=true" in line
+    shutil.rmtree("out")
+    assert not any("memory" in line for line in prepared(corpus="x.txt")[1])  # it is streamed
     shutil.rmtree("out")
     lines("x.txt", DOCS * 10)
     assert os.path.getsize("x.txt") > 10_000

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import itertools
 import json
 import os
 import shutil
@@ -24,11 +25,12 @@ from data_files import (
     refusal,
     section,
     small_corpus_and_recipe,
+    text_with_spaces,
     texts,
 )
 
 from nanogpt_accel.__main__ import main
-from nanogpt_accel.data import dataset, foreign_tokens, prepare, sources
+from nanogpt_accel.data import dataset, foreign_tokens, prepare, readers, sources
 
 
 @pytest.fixture(autouse=True)
@@ -241,6 +243,64 @@ def test_the_command_that_converts_a_file_works(capsys, name, encoding):
     command = line.split("convert it with `")[1].split("`")[0]
     subprocess.run(command, shell=True, check=True)
     assert texts(name) == [text]
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.txt.gz"])
+@pytest.mark.parametrize("chunk", [4, 5, 64, 1000, 2**20])
+def test_plain_text_is_read_in_chunks_that_end_at_the_end_of_a_word(monkeypatch, name, chunk):
+    monkeypatch.setattr(readers, "CHUNK", chunk)
+    for text in (text_with_spaces(300), "ж€𝄞" * 100, "\ufeff \n", "\ufeffa b", "", "a" * 64, "é" * 32, " " * 64):
+        Path(name).write_bytes(packed(name, text.encode()))
+        parts = list(readers.read_text(name, name))
+        assert "".join(parts) == text.removeprefix("\ufeff")
+        assert all(part[-1:].strip() and after[:1] in " \t\r\n" for part, after in itertools.pairwise(parts) if after)
+        if " " in text.strip() and len(text) > 300:
+            assert (len(parts) > 1) == (chunk < len(text.encode()))
+            assert max(map(len, parts)) < chunk + 199  # with white space at which a text is not cut
+        assert list(readers.read_file(name, name, "text", False, pytest.fail)) == [text.removeprefix("\ufeff")]
+
+
+@pytest.mark.parametrize("chunk", [4, 7, 2**20])
+@pytest.mark.parametrize(
+    "raw",
+    [b"\xff", b"abc \xe4\xf6", b"ab c\xe2\x82", "aé ".encode() * 99 + b"\xe2", b"a " * 99 + b"\xc3 b", b"abc\xe2"],
+)
+def test_the_first_invalid_byte_is_named(monkeypatch, refused, chunk, raw):
+    monkeypatch.setattr(readers, "CHUNK", chunk)
+    Path("x.txt").write_bytes(raw)
+    with pytest.raises(UnicodeDecodeError) as whole:
+        raw.decode()
+    with refused(ValueError, f"corpus=x.txt: not UTF-8 text at byte {whole.value.start}; ", "iconv"):
+        list(readers.read_text("x.txt", "x.txt"))
+    problems = []
+    assert list(readers.read_file("x.txt", "x.txt", "text", False, problems.append)) == [] and len(problems) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names on Windows are Unicode")
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl.zst", ".parquet"])
+def test_files_whose_names_are_not_utf8_are_read(suffix):
+    Path("corpus").mkdir()
+    pq.write_table(pa.table({"text": ["é"]}), "x.parquet")
+    raw = b'{"text": "\xc3\xa9"}' if "json" in suffix else "é".encode()
+    raw = Path("x.parquet").read_bytes() if suffix == ".parquet" else packed(f"x{suffix}", raw)
+    Path("corpus", os.fsdecode(b"\xff") + suffix).write_bytes(raw)
+    Path("corpus/a.txt").write_text("a")
+    assert texts("corpus") == ["a", "é"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_text_that_is_larger_than_the_memory(monkeypatch, refused, count):
+    """Arrow reports this as an exception of its own, which is not a damaged file."""
+    for number in range(count):
+        Path(f"{number}.txt.gz").write_bytes(packed("x.txt.gz", b"abc" * 99))
+    corpus = sources.find_corpus("*.txt.gz")
+
+    def fail(*args):
+        raise pa.ArrowMemoryError("malloc of size 99 failed")
+
+    monkeypatch.setattr(pa, "CompressedInputStream", fail)
+    with refused(ValueError, "corpus=*.txt.gz: 0.txt.gz: is larger than the memory", "split it"):
+        list(corpus.documents())
 
 
 def test_an_encoding_that_is_not_known(capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import os
 import platform
 import subprocess
@@ -262,6 +263,111 @@ def test_damaged_progress_starts_over(monkeypatch, tmp_path, damage):
     with Writer(tmp_path, np.uint16) as writer:
         assert (writer.position, writer.files) == (0, {})
     assert names(tmp_path) == []
+
+
+def interrupted(folder):
+    """Write the first part of a data folder, with progress.json; return its folder .partial."""
+    with pytest.raises(KeyboardInterrupt), Writer(folder, np.uint16) as writer:
+        writer.write("train", np.arange(10), 9)
+        writer.commit(1)
+        raise KeyboardInterrupt
+    return folder / ".partial"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[
+            ("files", {"train": [{"name": name, "tokens": 2}]})
+            for name in (
+                "../../victim",
+                "../victim-00000.bin",
+                "train-00000.bin/../../../victim",
+                "VICTIM",
+                "..\\..\\victim",
+                "val-00000.bin",
+                "lock",
+                "progress.json",
+                "..",
+                "",
+                "train-0.bin",
+                "train-00000.bin\n",
+                None,
+                5,
+                ["train-00000.bin"],
+            )
+        ],
+        ("files", {"../../victim": [{"name": "../../victim-00000.bin", "tokens": 2}]}),
+        ("files", {"train": [{"name": "train-00000.bin", "tokens": -1}]}),
+        ("files", {"train": [{"name": "train-00000.bin", "tokens": "2"}]}),
+        ("files", {"train": {}}),
+        ("files", []),
+        ("counts", {"../../victim": {"tokens": 1, "bytes": 1, "documents": 1}}),
+        ("counts", {"train": {"tokens": "x", "bytes": 1, "documents": 1}}),
+        ("counts", {"train": 5}),
+        ("counts", None),
+        ("facts", [5, "uint16", 5]),
+        ("facts", 5),
+    ],
+)
+def test_progress_of_another_program_starts_over(tmp_path, key, value):
+    """A data folder from elsewhere may contain any names. Nothing outside of the folder is written."""
+    victims = [tmp_path / "victim", tmp_path / "victim-00000.bin", tmp_path / "data" / "victim-00000.bin"]
+    partial = interrupted(tmp_path / "data")
+    for victim in victims:
+        victim.write_text("important")
+    progress = json.loads((partial / "progress.json").read_text()) | {key: value}
+    (partial / "progress.json").write_text(json.dumps(progress).replace("VICTIM", str(victims[0])))
+    assert token_files.earlier_attempt(tmp_path / "data") == ({}, 0)
+    with Writer(tmp_path / "data", np.uint16) as writer:
+        assert (writer.position, writer.counts, writer.files) == (0, {}, {})
+        writer.write("train", np.arange(3), 9)
+        writer.write("val", np.arange(3), 9)
+        writer.finish(FACTS, save_tokenizer)
+    assert all(victim.read_text() == "important" for victim in victims)
+    assert read_manifest(tmp_path / "data")["splits"]["train"]["tokens"] == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links require a privilege")
+@pytest.mark.parametrize("name", ["train-00000.bin", "val-00000.bin", "holder.json", "progress.json", "tokenizer.json"])
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_links_in_an_interrupted_folder_are_not_written_through(tmp_path, name, link):
+    partial, victim = interrupted(tmp_path / "data"), tmp_path / "victim"
+    content = (partial / "progress.json").read_bytes() if name == "progress.json" else b"important" * 99
+    victim.write_bytes(content)
+    (partial / name).unlink(missing_ok=True)
+    link(victim, partial / name)
+    os.symlink(victim, partial / f"progress.json.tmp-{os.getpid()}")
+    os.symlink(victim, partial / f"manifest.json.tmp-{os.getpid()}")
+    write(tmp_path / "data", facts={})
+    assert victim.read_bytes() == content and not any(path.is_symlink() for path in (tmp_path / "data").iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links require a privilege")
+def test_partial_folder_that_is_a_link_is_refused(refused, tmp_path):
+    """The Writer deletes unknown files in it."""
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "file").write_text("important")
+    (tmp_path / "data").mkdir()
+    os.symlink(tmp_path / "victim", tmp_path / "data" / ".partial")
+    with refused(ValueError, tmp_path / "data" / ".partial", "is a link", "delete the link"):
+        write(tmp_path / "data")
+    assert names(tmp_path / "victim") == ["file"]
+    os.remove(tmp_path / "data" / ".partial")
+    os.symlink(tmp_path / "gone", tmp_path / "data" / ".partial")
+    with refused(ValueError, "is a link"):
+        write(tmp_path / "data")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links require a privilege")
+def test_lock_file_that_is_a_link_is_refused(refused, tmp_path):
+    partial = interrupted(tmp_path / "data")
+    (tmp_path / "victim").write_text("important")
+    (partial / "lock").unlink()
+    os.symlink(tmp_path / "victim", partial / "lock")
+    with refused(OSError, f"data_dir={tmp_path / 'data'}", "symbolic links"):
+        write(tmp_path / "data", facts={})
+    assert (tmp_path / "victim").read_text() == "important"
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "train.bin", "val.bin", "tokenizer.json"])

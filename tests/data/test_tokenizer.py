@@ -8,7 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+from data_files import text_with_spaces
 
+from nanogpt_accel.data import readers
 from nanogpt_accel.data.tokenizer import EOT, PAD, Tokenizer
 
 STRANGE = [
@@ -56,6 +58,19 @@ def bpe():
 
 
 SAMPLE = [open(random.__file__, encoding="utf-8").read(), open(json.__file__, encoding="utf-8").read()]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+@pytest.mark.parametrize("chunk", [4, 64, 2**12])
+def test_the_chunks_of_a_text_have_the_ids_of_the_text(request, monkeypatch, tmp_path, kind, chunk):
+    """readers.read_text only cuts where the regular expression of GPT-2 always ends a word."""
+    monkeypatch.setattr(readers, "CHUNK", chunk)
+    tokenizer = request.getfixturevalue(kind)
+    text = text_with_spaces(2000) + " ".join(STRANGE) + " ".join(random_texts(300, seed=4)) + SAMPLE[1]
+    (tmp_path / "x.txt").write_bytes(text.encode())
+    chunks = list(readers.read_text("x.txt", str(tmp_path / "x.txt")))
+    assert len(chunks) > 10
+    assert np.array_equal(np.concatenate([tokenizer.encode(chunk) for chunk in chunks]), tokenizer.encode(text))
 
 
 # ---- characters

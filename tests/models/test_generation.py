@@ -1,6 +1,8 @@
 """generation.py and `sample`: a text depends on its seed and its prompt only."""
 
 import json
+import shutil
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -154,6 +156,24 @@ def test_streamed_batched_and_json_texts_are_equal(llama, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["seed"] for line in lines] == [3, 4, 5, 6]
     assert "".join(f"{line['prompt']}{line['text']}\n---------------\n" for line in lines) == streamed
+
+
+def test_control_characters_are_shown_in_a_terminal_only(llama, capsys, monkeypatch):
+    """A file gets the text as it is."""
+    tokenizer = Tokenizer.char(["a\x1b[2J\x07\n"])
+    shutil.rmtree("llama")
+    gpt(vocab_size=tokenizer.vocab_size).save_pretrained("llama")
+    tokenizer.save("llama")
+    capsys.readouterr()
+    words = ["sample", "llama", "prompt=\x1b[2J", "num_samples=2", "max_new_tokens=40", "temperature=2"]
+    for batch_size in ("batch_size=1", "batch_size=2"):
+        assert main([*words, batch_size]) == 0
+        raw = capsys.readouterr().out
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+            assert main([*words, batch_size]) == 0
+        shown = capsys.readouterr().out
+        assert raw.count("\x1b") > 4 and shown == raw.replace("\x1b", r"\x1b").replace("\x07", r"\x07")
 
 
 def test_text_after_a_prompt_keeps_its_space():

@@ -15,6 +15,7 @@ from runs import make_text, write_recipe
 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.data import sources
+from nanogpt_accel.utils.text import quoted
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +194,22 @@ def test_each_mistake_gets_one_line(capsys, argv, expected):
     assert len(lines) == len(expected), lines
     for words in expected:
         assert any(has_all(line, words) for line in lines), (words, lines)
+
+
+def test_paths_in_hints_can_be_pasted(capsys, workplace, tmp_path):
+    run, folder, data = (tmp_path / f"it's {name}" for name in ("a run", "a folder", "tokens"))
+    shutil.copytree(workplace / "runs" / "tiny", run, symlinks=True)
+    shutil.copytree(next((workplace / "data").iterdir()), data)
+    folder.mkdir()
+    for words, hint in (
+        (["train", "tiny.yaml", f"out_dir={run}"], f"nanogpt-accel train {quoted(run)}"),
+        (["train", run, "out_dir=new"], f"init_from={quoted(run)}"),
+        (["prepare", "tiny.yaml", f"corpus={folder}"], quoted(folder / "*.log")),
+        (["prepare", "tiny.yaml", f"corpus={data}"], f"data_dir={quoted(data)}"),
+        (["sample", "runs/tiny", f"out_dir={run}"], f"nanogpt-accel sample {quoted(run)}"),
+    ):
+        (line,) = refusal(capsys, *words)
+        assert hint in line
 
 
 def test_mistakes_are_found_before_anything_slow_is_imported():

@@ -31,6 +31,7 @@ from nanogpt_accel.checkpoint.layout import INDEX, list_checkpoints
 from nanogpt_accel.checkpoint.run_folder import check_lock
 from nanogpt_accel.checkpoint.save import Saver
 from nanogpt_accel.checkpoint.verify import _hash_once, latest_valid
+from nanogpt_accel.commands import report
 from nanogpt_accel.tracking.console import Console
 from nanogpt_accel.tracking.metrics_log import read_metrics
 
@@ -332,6 +333,34 @@ def test_any_changed_byte_of_a_checkpoint_is_found_and_named(copy):
 
 
 # ---- malicious files
+
+
+OUTPUTS = ["run.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "expect.json", "report.html", "report-loss.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links require a privilege")
+def test_links_in_a_run_folder_from_elsewhere_are_not_written_through(copy, tmp_path, monkeypatch):
+    """The files that they link to stay, whether the links have the names of outputs or of temporary files."""
+    victims, pid = tmp_path / "victims", os.getpid()
+    victims.mkdir()
+    names = [".lock.json", *OUTPUTS, *(f"{name}.tmp-{pid}" for name in OUTPUTS), "metrics.jsonl.tmp", "README.md"]
+    names += [".README.md.link", ".model.safetensors.link"]
+    for name in names:
+        victim, link = victims / name.strip("."), copy / name
+        victim.write_bytes(link.read_bytes() if link.is_file() else b"important")
+        link.unlink(missing_ok=True)
+        link.symlink_to(victim)
+    for name in (".checkpoint-000009.tmp", ".checkpoint-000008.old", ".checkpoint-000004.tmp", ".push-1"):
+        (victims / name.strip(".")).mkdir()
+        (victims / name.strip(".") / "file").write_text("important")
+        (copy / name).symlink_to(victims / name.strip("."))
+    before = {path: path.read_bytes() for path in victims.rglob("*") if path.is_file()}
+    assert main(["train", str(copy), "max_iters=9", "sample_interval=1", "sample_tokens=2", "keep_last=1"]) == 0
+    monkeypatch.setattr(report, "CHARTS", {"loss": report.CHARTS["loss"]})
+    assert main(["report", str(copy)]) == 0
+    assert {path: path.read_bytes() for path in victims.rglob("*") if path.is_file()} == before
+    assert list(losses(copy)) == list(range(9))
+    assert not any((copy / name).is_symlink() for name in OUTPUTS if name != "expect.json")
 
 
 class Evil:

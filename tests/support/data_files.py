@@ -57,6 +57,15 @@ def documents(count, seed=5):
 
 
 DOCS = documents(200)
+WORDS = ["so", "it's", "don't", "'ll", "12", "x1", "naïve", "你好，世界", "🙂", "<|endoftext|>", "...", "'", "—"]
+# the last five are white space for Python or for Unicode, but not a good place to cut a text
+SPACES = [" ", "  ", "\n", "\n\n", "\r\n", "\t", " \n ", "\u3000", "\xa0", "\x1c", "\x0b", "\x85", " \u2028 "]
+
+
+def text_with_spaces(n_words, seed=7):
+    """Return a text of words and white space of many kinds."""
+    rng = random.Random(seed)
+    return "".join(rng.choice(WORDS) + rng.choice(SPACES) * (rng.random() < 0.7) for _ in range(n_words))
 
 
 def section(**given):

@@ -70,6 +70,30 @@ def test_output_to_a_file_is_plain_lines(capsys, clock):
     ]
 
 
+@pytest.mark.parametrize("is_live", [False, True])
+def test_control_characters_are_shown(terminals, is_live):
+    """A generated text or the name of a file may contain escape sequences, such as one that clears the screen."""
+    out, _ = terminals()
+    console = Console()
+    if is_live:
+        console.open_line("step", 9)
+    out.truncate(0)
+    console.say("a sample: \x1b[2J\x1b]0;title\x07 \x9b2J \x08")
+    console.write("\x1b[2J")
+    console.stop()
+    assert r"a sample: \x1b[2J\x1b]0;title\x07 \x9b2J \x08" in out.getvalue()
+    assert "\x1b[2J" not in out.getvalue() and "\x1b]" not in out.getvalue() and "\x9b" not in out.getvalue()
+
+
+def test_closed_stream_is_not_a_terminal(monkeypatch):
+    """Under pythonw, sys.stdout and sys.stderr are None."""
+    for stderr in (False, True):
+        monkeypatch.setattr(sys, "stderr" if stderr else "stdout", None)
+        console = Console(stderr=stderr)
+        assert console.open_line("step", 9) is None
+        console.say("a line")
+
+
 @pytest.mark.parametrize("interval", [7, 10, 30, 1000])
 def test_time_left_is_exact_if_steps_and_evaluations_keep_their_durations(capsys, clock, interval):
     """Steps take 3 s and evaluations 40 s; the first ones are slower."""

@@ -3,7 +3,11 @@
 import errno
 import gc
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +16,7 @@ import pytest
 from launching import package_env, run_python
 
 import nanogpt_accel
+from nanogpt_accel import train
 from nanogpt_accel.__main__ import COMMANDS, main
 from nanogpt_accel.commands import bench, configs, data, doctor, evaluate, export, plan, push, recipes, report, sample
 from nanogpt_accel.recipe import FIELDS, SECTION_OF, SECTIONS, Recipe, load_recipe
@@ -73,12 +78,16 @@ def test_parse_targets_and_options(words, target, options):
         (["a.yaml", "--n_layer"], ["--n_layer: the value is missing"]),
         (["a", "b", "c", "--device"], ["--device: the value is missing", "expected at most 1 target, got 3"]),
         # an unknown option may be the cause
-        (["a.yaml", "--verbose", "b.yaml", "c"], ["unknown option verbose", "expected at most 1 target, got 2"]),
-        (["a.yaml", "-v", "b", "c"], ["unknown option v", "expected at most 1 target"]),
+        (["a.yaml", "--verbose", "b.yaml", "c"], ["unknown key verbose", "expected at most 1 target, got 2"]),
+        (["a.yaml", "-v", "b", "c"], ["unknown key v", "expected at most 1 target"]),
         (
             ["a.yaml", "--n_layr", "3", "b.yaml"],
-            ["option n_layr (did you mean n_layer?)", "at most 1"],
+            ["unknown key n_layr (did you mean n_layer?)", "at most 1"],
         ),
+        # names of other programs
+        (["a.yaml", "b.yaml", "lr=3", "--bs", "4"], ["lr; use learning_rate", "bs; use batch_size", "at most 1"]),
+        (["a.yaml", "--model.depth", "3", "--seed"], ["model.depth; use n_layer", "--seed: the value is missing"]),
+        (["a", "b", "dtype=bf16"], ["dtype; instead of nanoGPT's dtype, use mixed_precision=bf16", "at most 1"]),
     ],
 )
 def test_parse_refuses_bad_command_lines(words, messages):
@@ -86,6 +95,27 @@ def test_parse_refuses_bad_command_lines(words, messages):
         cli.parse(words, FIELDS)
     lines = str(caught.value).splitlines()
     assert len(lines) == len(messages) and all(m in line for m, line in zip(messages, lines, strict=True))
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "plan", "bench", "evaluate"])
+def test_every_command_with_a_recipe_knows_the_names_of_other_programs(capsys, command):
+    Path("a.yaml").touch()
+    recipe = ["recipe=a.yaml"] if command == "evaluate" else []
+    for words in ([], ["b.yaml"]):
+        assert main([command, "a.yaml", *words, *recipe, "lr=3", "--epochs", "2"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[:2] == [
+            "error: unknown key lr; use learning_rate",
+            "error: unknown key epochs; use max_iters, the number of training steps",
+        ]
+
+
+def test_hints_name_only_keys_of_the_command(capsys):
+    for words in (["sample", "x", "lr=3", "bs=2"], ["sample", "x", "y", "lr=3", "bs=2"]):
+        assert main(words) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[:2] == ["error: unknown key lr", "error: unknown key bs; use batch_size"]
+    assert main(["doctor", "lr=3"]) == 2 and capsys.readouterr().err == "error: unknown key lr\n"
 
 
 def test_parse_takes_any_pydantic_fields():
@@ -253,6 +283,155 @@ def test_exit_status_and_message_of_each_kind_of_error(monkeypatch, capsys):
     assert capsys.readouterr().err == "rank 3: error: first\nrank 3: error: second\n"
 
 
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), ["not enough memory (MemoryError)", "smaller batch_size"]),
+        (MemoryError("Unable to allocate 8 TiB"), ["not enough memory (Unable to allocate 8 TiB)"]),
+        (RuntimeError(NO_MEMORY), ["not enough memory (", "you tried"]),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), ["memory (CUDA out of memory)"]),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), ["Cannot allocate memory"]),
+        (RuntimeError("can't start new thread"), ["can't start new thread", "ulimit -u"]),
+    ],
+)
+def test_too_little_memory_or_too_few_threads_is_one_line(monkeypatch, capsys, error, words):
+    def fail(argv):
+        exec(compile("raise error", "a library", "exec"), {"error": error})
+
+    assert cli.run(fail, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words)
+    monkeypatch.setenv("NANOGPT_ACCEL_DEBUG", "1")
+    with pytest.raises(type(error)):
+        cli.run(fail, [])
+
+
+def test_commands_report_that_they_cannot_start_a_thread(monkeypatch, capsys):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    Path("notes").mkdir()
+    for i in range(3):
+        Path(f"notes/{i}.txt").write_text("so it goes. " * 9)
+    Path("a.yaml").write_text("data: {corpus: notes, tokenizer: char, val_fraction: 0.3, data_dir: data}")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert main(["prepare", "a.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: can't start new thread; ") and not Path("data").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names on Windows are Unicode")
+@pytest.mark.parametrize("name", [b"a\xff", b"\xc3", b"\xed\xa0\x80"])
+def test_arguments_that_are_not_utf8_are_refused(monkeypatch, capsys, name):
+    """Libraries in Rust and C++ cannot open such paths, and the model card cannot be written."""
+    monkeypatch.setattr(train, "run_training", pytest.fail)
+    name = os.fsdecode(name)
+    Path("a.yaml").write_text("data: {corpus: python}")
+    Path(name).mkdir()
+    for words in (
+        ["train", "a.yaml", f"out_dir={name}"],
+        ["prepare", "a.yaml", "--data_dir", name],
+        ["train", name],
+        ["sample", name],
+        ["sample", ".", f"prompt={name}"],
+        ["report", name],
+        ["export", ".", f"to={name}"],
+        ["data", name],
+    ):
+        assert main(words) == 2
+        line = capsys.readouterr().err.splitlines()[0]
+        assert line.isprintable() and line.endswith(": must be UTF-8; use another name")
+
+
+@pytest.mark.parametrize("key", ["out_dir", "corpus", "data_dir", "tokenizer", "init_from"])
+def test_names_in_recipes_that_are_not_utf8_are_refused(monkeypatch, capsys, key):
+    monkeypatch.setattr(train, "run_training", pytest.fail)
+    Path("a.yaml").write_text(
+        f'{key}: "runs/\\uDCFF"' if key == "out_dir" else f'{SECTION_OF[key]}: {{{key}: "\\uDCFF"}}'
+    )
+    assert main(["train", "a.yaml"]) == 2
+    assert r"\udcff: must be UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux without a UTF-8 locale")
+@pytest.mark.parametrize("words", [["train", "a.yaml", "out_dir=ü"], ["train", "b.yaml"]])
+def test_c_locale_refuses_names_that_it_cannot_encode(words):
+    """Python uses UTF-8 in a C locale, unless PYTHONUTF8=0."""
+    Path("a.yaml").write_text("data: {corpus: python}", encoding="utf-8")
+    Path("b.yaml").write_text("data: {corpus: python}\nout_dir: ü", encoding="utf-8")
+    env = package_env(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = run_python("-m", "nanogpt_accel", *words, status=2, env=env)
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("cannot be used with the encoding ascii of this locale; set PYTHONUTF8=1")
+
+
+def test_messages_have_no_control_characters_and_a_limited_length(monkeypatch, capsys):
+    for error, status in ((ValueError, 2), (FloatingPointError, 1), (cli.Stopped, 75), (KeyboardInterrupt, 130)):
+        assert ends(monkeypatch, error("a\x1b[31m\x9b2J\x07\rb" + 9_000 * "x" + "\nuse y\r")) == status
+        first, second = [line for line in capsys.readouterr().err.split("\n") if line][:2]
+        assert r"a\x1b[31m\x9b2J\x07\rbxxx" in first and first.endswith("xxx") and len(first) < 1100
+        assert second.endswith("use y")
+    assert ends(monkeypatch, ValueError("\n".join(map(str, range(3_000))))) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 51 and lines[49:] == ["error: 49", "error: ... and 2,950 more"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "\x1b]0;owned\x07" + 5_000 * "x"],
+        ["train", "a.yaml", "\x1b[2Jn_layer=3"],
+        ["train", "a.yaml", f"n_layer=\x1b[2J{5_000 * 'x'}"],
+        ["train", "a.yaml", f"--{5_000 * 'x'}"],
+        ["train", "a.yaml", f"out_dir=a\x1b/{5_000 * 'x'}"],
+        ["prepare", "a.yaml", "corpus=\x1b[2J"],
+        ["prepare", "a.yaml", "tokenizer=\x1b[2J"],
+        ["sample", "\x1b[2J"],
+        ["sample", "x", 9_000 * "x"],
+        ["\x1b[2J" + 5_000 * "x"],
+        ["report", "\x9b2J"],
+        ["plan", "a.yaml", "gpu=\x1b[2J"],
+    ],
+)
+def test_arguments_reach_the_terminal_without_control_characters(capsys, words):
+    Path("a.yaml").touch()
+    assert main(words) == 2
+    lines = capsys.readouterr().err.split("\n")[:-1]
+    assert lines and all(line.isprintable() and len(line) < 1100 for line in lines)
+
+
+@pytest.mark.parametrize("closed", [["stdout"], ["stderr"], ["stdin"], ["stdin", "stdout", "stderr"]])
+def test_closed_streams_are_opened_again(monkeypatch, closed):
+    """For example, `>&-` closes stdout. Under pythonw all streams are closed."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None if name in closed else getattr(sys, name))
+    streams = []
+    for words in (["--help"], ["train", "nowhere.yaml"]):
+        assert main(words) == (0 if words == ["--help"] else 2)
+        streams += [getattr(sys, name) for name in closed]
+    assert all(not stream.isatty() for stream in streams)
+    for stream in streams[: len(closed)]:
+        stream.close()
+
+
+def test_open_missing_streams_fills_the_descriptors():
+    """So that no file of ours gets a descriptor that C libraries print to."""
+    script = """
+import os, sys
+from nanogpt_accel.utils import cli
+cli.run(lambda argv: None, [])
+descriptors = [stream.fileno() for stream in (sys.stdin, sys.stdout, sys.stderr)]
+with open(sys.argv[1], "w") as file:
+    os.write(1, b"printed by C")
+    file.write(f"{descriptors} {file.fileno()}")
+"""
+    bare = f"{sys.executable} -c '{script}' out.txt <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", bare], env=package_env()).returncode == 0
+    assert Path("out.txt").read_text() == "[0, 1, 2] 3"
+
+
 def test_openmp_threads_spin_less_unless_the_user_set_it(monkeypatch):
     """In a new process that imports torch later, whose OpenMP prints its settings."""
     script = "from nanogpt_accel.utils import cli; cli.run(lambda argv: __import__('torch').ones(9).sum(), [])"
@@ -275,8 +454,9 @@ def test_garbage_collection_threshold_is_restored(monkeypatch):
 def test_errors_that_are_not_the_users_keep_their_traceback(monkeypatch):
     with pytest.raises(ValueError):  # raised in another library
         cli.run(lambda argv: json.loads("{"), [])
-    with pytest.raises(KeyError):
-        ends(monkeypatch, KeyError("x"))
+    for error in (KeyError("x"), RuntimeError("x"), RecursionError("x"), NotImplementedError()):
+        with pytest.raises(type(error)):
+            ends(monkeypatch, error)
     with pytest.raises(AssertionError):
         ends(monkeypatch, AssertionError("ours"))
     monkeypatch.setenv("NANOGPT_ACCEL_DEBUG", "1")

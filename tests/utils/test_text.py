@@ -2,11 +2,12 @@
 
 import re
 import shlex
+import unicodedata
 from datetime import timedelta
 
 import pytest
 
-from nanogpt_accel.utils.text import duration, quoted
+from nanogpt_accel.utils.text import duration, printable, quoted
 
 
 @pytest.mark.parametrize("seconds", [0, 1, 59, 60, 61, 125, 3599, 3600, 3725, 86399, 86400, 90061, 263125, 8640000])
@@ -36,3 +37,13 @@ def test_duration_examples():
 def test_quoted_words_can_be_pasted(word):
     assert shlex.split(f"nanogpt-accel train {quoted(word)} max_iters=2")[2] == word
     assert quoted("runs/a") == "runs/a"
+
+
+def test_printable_text_has_no_control_characters():
+    """Those of C0 and C1, except white space, and lone surrogates, which stand for bytes of undecodable names."""
+    controls = {chr(i) for i in range(0xFFFF) if unicodedata.category(chr(i)) in ("Cc", "Cs")} - set("\t\n\r")
+    assert len(controls) == 62 + 2048
+    text = "".join(map(chr, range(0xFFFF)))
+    assert set(printable(text)) == set(text) - controls
+    assert printable("\x1b[31mred\x07 \x9b2J \udcff") == r"\x1b[31mred\x07 \x9b2J \udcff"
+    assert printable("ü 漢 🙂 a\tb\r\nc") == "ü 漢 🙂 a\tb\r\nc"
