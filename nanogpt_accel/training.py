@@ -382,9 +382,8 @@ class Setup:
         self.micro_steps = accelerator.gradient_accumulation_steps = micro_batches // accelerator.num_processes
         self.tokens_per_step = micro_batches * batch_size * block_size
         order = block_size, batch_size, micro_batches, recipe.seed, recipe.data.sampling
-        self.batches = Mixture(tokens, recipe.stages, *order)
-        if len(tokens) == 1:
-            self.batches = Batches(*tokens.values(), *order)
+        is_mix = len(tokens) > 1
+        self.batches = Mixture(tokens, recipe.stages, *order) if is_mix else Batches(*tokens.values(), *order)
         eot_id = eot_id if recipe.data.document_mask else None
         self.to_inputs = partial(model_inputs, device=accelerator.device, eot_id=eot_id)
         self.model, self.optimizer = sharding.prepare(

@@ -20,9 +20,10 @@ def main(argv):
     if target is None:
         raise ValueError("RECIPE is missing; usage: nanogpt-accel prepare shakespeare_char")
     recipe = load_recipe(target, options, check=lambda recipe: run_data.check(recipe.data))
-    for section in run_data.sections(recipe.data).values():
+    for name, section in run_data.sections(recipe.data).items():
         was_prepared = dataset.is_prepared(section)
-        _, found = ready(section, Console(is_main()), recipe.model.block_size)
+        block_size = recipe.model.block_size if run_data.uses_val(recipe.data, name) else 0
+        _, found = ready(section, Console(is_main()), block_size)
         manifest = found.manifest
         if was_prepared:
             print(f"{found.folder}: already prepared")

@@ -134,6 +134,11 @@ def where(data, name):
     return f"data.mix: {name}: " if len(data.sources) > 1 else ""
 
 
+def uses_val(data, name):
+    """Return whether the run evaluates on the split val of a source or validation set."""
+    return name not in data.validation or data.validation[name].split == "val"
+
+
 def has_tokenizer(data, section):
     """Return whether the tokenizer of a section exists, or will be trained on its own corpus."""
     return section.tokenizer == data.tokenizer or is_data_folder(section.tokenizer)
@@ -167,10 +172,8 @@ def open_run_data(recipe, block_size, report=print):
     """
     data, opened, used, problems = recipe.data, {}, {}, []
     for name, section in sections(data).items():
-        uses_val = name not in data.validation or data.validation[name].split == "val"
-        used[name], opened[name] = ready(
-            section, report, block_size if uses_val else 0, recipe.train.collective_timeout
-        )
+        needed = block_size if uses_val(data, name) else 0
+        used[name], opened[name] = ready(section, report, needed, recipe.train.collective_timeout)
     first = next(iter(opened))
     for name, found in opened.items():
         if not found.tokenizer.is_same(opened[first].tokenizer):
