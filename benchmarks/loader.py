@@ -3,8 +3,9 @@
     python benchmarks/loader.py [folder]
 
 The script writes 4 GB of random ids to the folder (by default a temporary one), first as one file and then as 20, and
-reads 10,000 batches of 12 x 65 tokens from them. Then it reads the first batch from a sparse file of 9 billion tokens.
-It prints the growth of resident memory and the time per batch, also as a percentage of the 24 ms that a step of
+reads 10,000 batches of 12 x 65 tokens from them: as one corpus, and as a mix of three sources in two stages, in turns.
+Then it reads the first batch from a sparse file of 9 billion tokens. It prints the growth of resident memory, the time
+per batch, and the processor time that the mix takes in addition, also as a percentage of the 24 ms that a step of
 nanoGPT's CPU setting takes on two cores. At the end, it removes the files.
 """
 
@@ -12,12 +13,13 @@ import statistics
 import sys
 import tempfile
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from nanogpt_accel.batches import Batches
+from nanogpt_accel.batches import Batches, Mixture
 from nanogpt_accel.data.token_files import TokenFile
 
 TOKENS = 2**31
@@ -41,18 +43,38 @@ def resident():
 
 
 def measure(paths):
-    batches = Batches(TokenFile(paths, "uint16"), block_size=64, batch_size=12, micro_batches=1, seed=1337)
-    for step in range(100):
-        batches(step, 0)
-    before, seconds = resident(), []
-    for step in range(100, 100 + BATCHES):
-        start = time.perf_counter()
-        batches(step, 0)
-        seconds.append(time.perf_counter() - start)
-    mean, median = statistics.mean(seconds), statistics.median(seconds)
+    """Read BATCHES batches as one corpus and as a mix, in turns of 100 batches, and print the times."""
+    tokens, order = TokenFile(paths, "uint16"), {"block_size": 64, "batch_size": 12, "micro_batches": 1, "seed": 1337}
+    shares = {"web": Fraction(7, 10), "code": Fraction(2, 10), "wiki": Fraction(1, 10)}
+    stages = ((0, shares), (BATCHES // 2, {"code": Fraction(1, 3), "wiki": Fraction(2, 3)}))
+    readers = {
+        "one corpus": Batches(tokens, **order),
+        "mix of 3": Mixture(dict.fromkeys(shares, tokens), stages, **order),
+    }
+    for batches in readers.values():
+        for step in range(100):
+            batches(step, 0)
+    before, seconds, processor = resident(), {name: [] for name in readers}, {name: [] for name in readers}
+    for first in range(100, 100 + BATCHES, 100):
+        for name, batches in readers.items():
+            turn = time.process_time()
+            for step in range(first, first + 100):
+                start = time.perf_counter()
+                batches(step, 0)
+                seconds[name].append(time.perf_counter() - start)
+            processor[name].append((time.process_time() - turn) / 100)
+    for name, times in seconds.items():
+        mean, median = statistics.mean(times), statistics.median(times)
+        print(
+            f"{len(paths)} file{'s' * (len(paths) > 1)}, {name}: {mean * 1e3:.3f} ms per batch, median "
+            f"{median * 1e3:.3f} ms ({median / STEP_SECONDS:.2%} of a step)",
+            flush=True,
+        )
+    one, mix = processor.values()
+    cost = statistics.median(b - a for a, b in zip(one, mix, strict=True))
     print(
-        f"{len(paths)} file{'s' * (len(paths) > 1)}: {mean * 1e3:.3f} ms per batch, median {median * 1e3:.3f} ms "
-        f"({median / STEP_SECONDS:.2%} of a step); {resident() - before:+.1f} MB after {BATCHES:,} batches",
+        f"  the mix takes {cost * 1e3:.3f} ms of processor time more per batch ({cost / STEP_SECONDS:.2%} of a step, "
+        f"median over turns); {resident() - before:+.1f} MB after {2 * BATCHES:,} batches",
         flush=True,
     )
 

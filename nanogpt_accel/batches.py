@@ -5,6 +5,8 @@ of processes. A sample is a sequence of block_size + 1 tokens. Samples are numbe
 batch_size * gradient_accumulation_steps, step s uses samples s*G to (s+1)*G - 1.
 """
 
+import itertools
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -46,19 +48,31 @@ class Batches:
         )
         return starts[first % WINDOW :][: self.batch_size]
 
+    def describe(self, step, micro_batch):
+        """Return a description of each sequence of a micro-batch, as a list of dictionaries."""
+        return [{"start": start} for start in self.starts(step, micro_batch).tolist()]
+
+    def shares(self, step):
+        """Return {source: share of the sequences of a step}; {} for a single source."""
+        return {}
+
 
 # for WINDOW samples together, because numpy takes as long for one batch as for hundreds of samples
 @lru_cache(maxsize=4)
-def _window_starts(number, n_tokens, block_size, seed, sampling):
-    """Return the start positions of WINDOW samples in the token file, as an int64 array (WINDOW,). The first of these
-    samples is the sample number * WINDOW."""
-    samples = np.arange(number * WINDOW, (number + 1) * WINDOW, dtype=np.uint64)
+def _window_starts(number, *arguments):
+    """Return the start positions of samples number * WINDOW to (number + 1) * WINDOW - 1, as an int64 array."""
+    return _sample_starts(range(number * WINDOW, (number + 1) * WINDOW), *arguments)
+
+
+def _sample_starts(samples, n_tokens, block_size, seed, sampling):
+    """Return the start positions in the token file of a range of samples, as an int64 array (len(samples),)."""
+    samples = np.arange(samples.start, samples.stop, dtype=np.uint64)
     if sampling == "random":
         return _random_starts(samples, n_tokens, block_size, seed_of(seed, 1))
     n_blocks, max_shift = epoch_shape(n_tokens, block_size)
-    starts = np.empty(WINDOW, dtype=np.int64)
+    starts = np.empty(len(samples), dtype=np.int64)
     epochs, places = samples // np.uint64(n_blocks), samples % np.uint64(n_blocks)
-    for epoch in np.unique(epochs):  # a window may include the end of an epoch
+    for epoch in np.unique(epochs):  # the samples may include the end of an epoch
         is_in_epoch = epochs == epoch
         key = seed_of(seed, 2, int(epoch))
         shift = key % (max_shift + 1)  # so that every epoch has different block boundaries
@@ -68,6 +82,98 @@ def _window_starts(number, n_tokens, block_size, seed, sampling):
 
 def _random_starts(samples, n_tokens, block_size, key):
     return (mix(samples, key) % np.uint64(n_tokens - block_size)).astype(np.int64)
+
+
+class Mixture:
+    """The batches of a training run on several sources, with the interface of Batches.
+
+    The source of a sample depends only on (seed, number of the sample). Every BLOCK samples of a stage, each source has
+    its share of the samples, rounded up or down, and evenly spread. The k-th sample of a source is sample k of Batches
+    on this source alone, so each block of its tokens is used once per epoch of the source, over all stages.
+
+    Args:
+        tokens: {source: its tokens}; see Batches.
+        stages: ((first step, {source: share as a Fraction}), ...). The first stage starts at step 0; the shares of a
+            stage sum to 1; a source that is not listed is not used.
+        block_size, batch_size, micro_batches, seed, sampling: see Batches.
+    """
+
+    BLOCK = 1000  # samples
+    CYCLE = 1024  # blocks; over a cycle, rounding up and down cancel out
+
+    def __init__(self, tokens, stages, block_size, batch_size, micro_batches, seed, sampling="shuffle"):
+        self.names, self.block_size = list(tokens), block_size
+        self.batch_size, self.micro_batches = batch_size, micro_batches
+        self.tokens = list(tokens.values())
+        self.order = block_size, seed, sampling
+        self.phases = mix(np.arange(len(tokens), dtype=np.uint64), seed_of(seed, 4)) / 2.0**64  # in [0, 1)
+        self.first_samples = [step * batch_size * micro_batches for step, _ in stages]  # of each stage
+        # where the part of each source ends in a block, in units of 1 / CYCLE samples
+        self.ends = []
+        for _, shares in stages:
+            ends = itertools.accumulate(shares.get(name, 0) * self.BLOCK * self.CYCLE for name in tokens)
+            self.ends.append(np.array([int(end) for end in ends]))
+        self.counts = [np.zeros(len(tokens), np.int64)]  # samples from each source before each stage
+        for stage, (first, end) in enumerate(itertools.pairwise(self.first_samples)):
+            block, rest = divmod(end - first, self.BLOCK)
+            sources, _ = self._block(stage, block)
+            used = self._blocks(stage, block) + np.bincount(sources[:rest], minlength=len(tokens))
+            self.counts.append(self.counts[stage] + used)
+        self._block = lru_cache(maxsize=2)(self._block)
+
+    def _blocks(self, stage, n):
+        """Return the number of samples from each source in the first n blocks of a stage.
+
+        The sources divide the samples of a block like this: with an offset below one sample, a source has as many
+        samples as there are integers in its part (systematic sampling, Madow 1949). So it has its share, rounded up or
+        down. The offset takes each of CYCLE values once per cycle, in steps of about the golden ratio.
+        """
+        cycles, rest = divmod(n, self.CYCLE)
+        offsets = np.arange(rest) * 633 % self.CYCLE
+        ends = self.ends[stage]
+        return np.diff(cycles * ends + ((ends[:, None] + offsets) // self.CYCLE).sum(1), prepend=0)
+
+    def _block(self, stage, n):
+        """Return (source, start position) of the samples in block n of a stage: two arrays (BLOCK,)."""
+        done = self._blocks(stage, n)
+        counts = self._blocks(stage, n + 1) - done
+        firsts = (self.counts[stage] + done).tolist()
+        starts = [
+            _sample_starts(range(first, first + count), len(tokens), *self.order)
+            for tokens, first, count in zip(self.tokens, firsts, counts.tolist(), strict=True)
+        ]
+        sources = np.repeat(np.arange(len(counts)), counts)
+        # spread the samples of each source evenly over the block
+        places = np.concatenate([np.arange(count) for count in counts])
+        order = np.argsort((places + self.phases[sources]) / counts[sources], kind="stable")
+        return sources[order], np.concatenate(starts)[order]
+
+    def samples(self, first, count):
+        """Return (source, start position) of `count` samples, from sample number `first` on: two arrays (count,)."""
+        stage = bisect_right(self.first_samples, first) - 1
+        offset = first - self.first_samples[stage]
+        numbers = range(offset // self.BLOCK, -(-(offset + count) // self.BLOCK))
+        blocks = zip(*(self._block(stage, n) for n in numbers), strict=True)
+        return tuple(np.concatenate(parts)[offset % self.BLOCK :][:count] for parts in blocks)
+
+    def __call__(self, step, micro_batch):
+        """Return the tokens of a micro-batch, inputs and targets, as an int64 array (batch_size, block_size + 1)."""
+        sources, starts = self.samples((step * self.micro_batches + micro_batch) * self.batch_size, self.batch_size)
+        rows = np.empty((self.batch_size, self.block_size + 1), np.int64)
+        for source in np.unique(sources):
+            rows[sources == source] = self.tokens[source].rows(starts[sources == source], self.block_size + 1)
+        return rows
+
+    def describe(self, step, micro_batch):
+        """Return the source and the start position of each sequence of a micro-batch, as a list of dictionaries."""
+        sources, starts = self.samples((step * self.micro_batches + micro_batch) * self.batch_size, self.batch_size)
+        return [{"source": self.names[i], "start": start} for i, start in zip(sources, starts.tolist(), strict=True)]
+
+    def shares(self, step):
+        """Return {source: share of the sequences of a step}."""
+        size = self.batch_size * self.micro_batches
+        counts = np.bincount(self.samples(step * size, size)[0], minlength=len(self.names))
+        return dict(zip(self.names, (counts / size).tolist(), strict=True))
 
 
 def model_inputs(rows, device="cpu", eot_id=None):

@@ -9,11 +9,12 @@ import math
 import os
 import re
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_serializer
 
 from .optim import OPTIMIZERS, SCHEDULES
 from .utils.fields import (
@@ -79,13 +80,42 @@ def _read_numbers(value):
     return value
 
 
+def _yaml_or(empty):
+    """Return a validator that reads a list or mapping from the command line: mix='[{corpus: python, weight: 1}]'."""
+
+    def read(value):
+        if not isinstance(value, str):
+            return empty if value is None else value
+        try:
+            return empty if _read_none(value) is None else yaml.load(value, _UniqueKeyLoader)
+        except (yaml.YAMLError, ValueError):
+            raise ValueError("must be valid YAML") from None
+
+    return BeforeValidator(read)
+
+
+def _check_label(value):
+    if value is not None and not re.fullmatch(r"[\w.-]+", value):
+        raise ValueError("must consist of letters, digits, and the characters _ . -")
+    return value
+
+
+def _check_start(value):
+    if value >= 1 and not value.is_integer():
+        raise ValueError("must be a step, or a share of the run between 0 and 1")
+    return value
+
+
 IntOrNone = Annotated[Int | None, BeforeValidator(_read_none)]
 FloatOrNone = Annotated[Float | None, BeforeValidator(_read_none)]
 TextOrNone = Annotated[str | None, BeforeValidator(_read_none)]
 NameOrNone = Annotated[Name | None, BeforeValidator(_read_none)]
+Label = Annotated[str, AfterValidator(_check_label)]
 
 
-class Data(Section):
+class Corpus(Section):
+    """The keys of a corpus, in the data section, in a source of a mix, and in a validation set."""
+
     corpus: Name = Field(
         "openwebtext",
         description="training text: python, shakespeare, openwebtext, bookcorpus, wikitext2, fineweb_edu, tinystories, "
@@ -114,6 +144,83 @@ class Data(Section):
     limit_tokens: IntOrNone = Field(
         None, ge=1, description="stop tokenizing after about this many tokens; default: all"
     )
+    data_dir: NameOrNone = Field(
+        None,
+        description="folder of token files: of this package, nanoGPT, llm.c, modded-nanogpt, Megatron-LM, datatrove or "
+        "numpy; default: a folder in data/ named after the corpus and the tokenizer. On the command line, prepared "
+        "data replace the corpus of the recipe",
+    )
+    val_fraction: Float = Field(
+        0.0005,
+        gt=0,
+        lt=1,
+        description="fraction of the corpus for validation: documents drawn at random, or the end of the text "
+        "if the corpus is a single document. The default is increased if val would be shorter than a sample",
+    )
+
+
+class _Member(Corpus):
+    """A corpus in a list. Keys that are left out have the values of the data section."""
+
+    @model_serializer(mode="wrap")
+    def _given_keys(self, serialize):
+        return {key: value for key, value in serialize(self).items() if key in self.model_fields_set}
+
+    @property
+    def given(self):
+        """The given keys of a corpus, as a dictionary; {} if this is only a reference to another source."""
+        keys = {key: getattr(self, key) for key in Corpus.model_fields if key in self.model_fields_set}
+        return keys if keys.keys() & {"corpus", "data_dir"} else {}
+
+    def section(self, data):
+        """Return the data section of this corpus alone. data: the data section of the recipe."""
+        defaults = {key: Corpus.model_fields[key].default for key in ("corpus", "data_dir")}
+        others = {"mix": [], "stages": [], "validation": {}}
+        section = data.model_copy(update=others | defaults | self.given)
+        section.model_fields_set.difference_update((others | defaults).keys() - self.given.keys())
+        return section
+
+
+class Source(_Member):
+    name: Label = Field(
+        "", description="name of the source in logs; default: the file or folder name of corpus or data_dir"
+    )
+    weight: Float = Field(gt=0, description="share of the training tokens; the weights of a mix need not sum to 1")
+
+    @property
+    def label(self):
+        path = (self.given.get("corpus") or self.data_dir or "").removeprefix("hub:").rstrip("/\\")
+        return self.name or re.sub(r"[^\w-]+", "_", os.path.basename(path).split(".")[0])
+
+
+class ValidationSet(_Member):
+    split: Literal["val", "test", "train", "all"] = Field(
+        "val", description="split to evaluate on; all: all tokens of the corpus, if it is used only for validation"
+    )
+
+
+class Stage(Section):
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    start: Annotated[Float, AfterValidator(_check_start)] = Field(
+        alias="from", gt=0, description="first step of the stage, or a share of max_iters if it is below 1"
+    )
+    mix: list[Source] = Field(
+        min_length=1, description="sources from this step on; a name and a weight refer to an earlier source"
+    )
+
+
+class Data(Corpus):
+    mix: Annotated[list[Source], _yaml_or([])] = Field(
+        [],
+        description="train on several corpora instead of one: a list of sources with the keys of a corpus and a weight",
+    )
+    stages: Annotated[list[Stage], _yaml_or([])] = Field(
+        [], description="later mixes: a list of {from: STEP or SHARE, mix: [...]}, in the order of the steps"
+    )
+    validation: Annotated[dict[Label, ValidationSet], _yaml_or({})] = Field(
+        {}, description="more validation sets by name, with the keys of a corpus and split; logged as val_loss/NAME"
+    )
     shard_tokens: Int = Field(100_000_000, ge=1000, description="maximum number of tokens per token file")
     tokenizer: Name = Field(
         "gpt2",
@@ -133,25 +240,28 @@ class Data(Section):
         description="special tokens, such as <|endoftext|>, in the text of the corpus. text: encode them as ordinary "
         "text, as in nanoGPT; tokens: encode them as their ids. If there are any, prompts are encoded in the same way",
     )
-    data_dir: NameOrNone = Field(
-        None,
-        description="folder of token files: of this package, nanoGPT, llm.c, modded-nanogpt, Megatron-LM, datatrove or "
-        "numpy; default: a folder in data/ named after the corpus and the tokenizer. On the command line, prepared "
-        "data replace the corpus of the recipe",
-    )
-    val_fraction: Float = Field(
-        0.0005,
-        gt=0,
-        lt=1,
-        description="fraction of the corpus for validation: documents drawn at random, or the end of the text "
-        "if the corpus is a single document. The default is increased if val would be shorter than a sample",
-    )
     sampling: Literal["shuffle", "random"] = Field(
         "shuffle",
         description="shuffle: use each block once per epoch, in a new order every epoch; random: random crops with "
         "replacement, as in nanoGPT",
     )
     document_mask: bool = Field(False, description="mask attention to earlier documents in the same sequence; slower")
+
+    @property
+    def mixes(self):
+        """The lists of sources of all stages. Without `mix`, the first one is the corpus alone, named "corpus"."""
+        keys = {key: getattr(self, key) for key in Corpus.model_fields if key in self.model_fields_set}
+        keys = keys if keys.keys() & {"corpus", "data_dir"} else keys | {"corpus": self.corpus}
+        first = self.mix or [Source(**keys, name="corpus", weight=1)]
+        return [first, *(stage.mix for stage in self.stages)]
+
+    @property
+    def sources(self):
+        """{name: Source} of all stages, in the order in which they first occur."""
+        found = {}
+        for source in (source for mix in self.mixes for source in mix if source.given):
+            found.setdefault(source.label, source)
+        return found
 
 
 class Model(Section):
@@ -296,6 +406,16 @@ class Train(Section):
         None, gt=0, description="save a checkpoint and stop after this many hours; default: no limit"
     )
     collective_timeout: Float = Field(600.0, ge=1, description="timeout of collective operations in seconds")
+    tasks: Words = Field(
+        [], description="lm-eval tasks to evaluate during training, such as hellaswag,arc_easy; or core"
+    )
+    tasks_interval: IntOrNone = Field(
+        None,
+        ge=1,
+        description="steps between evaluations on tasks, a multiple of eval_interval; default: eval_interval",
+    )
+    tasks_limit: IntOrNone = Field(None, ge=1, description="use at most this many questions per task; default: all")
+    tasks_dir: TextOrNone = Field(None, description="folder with your own lm-eval task files")
     sample_tokens: Int = Field(0, ge=0, description="tokens per sample; a sample is printed at the end; 0: no samples")
     sample_prompt: str = Field(
         "\n", description="prompt of the samples; default: a line end or, if the data have none, the first token"
@@ -312,6 +432,12 @@ class Checkpoint(Section):
         description="steps between checkpoints; default: eval_interval. Best and last checkpoints are always saved",
     )
     keep_last: Int = Field(2, ge=1, description="number of recent checkpoints to keep, in addition to the best one")
+    best: TextOrNone = Field(
+        None, description="validation set that selects the best checkpoint; default: that of the corpus, or of the mix"
+    )
+    mix_change: bool = Field(
+        False, description="resume although the data differ from those of the checkpoint; the change is recorded in it"
+    )
     async_save: bool = Field(False, description="write checkpoints in the background, after copying the state")
     resume: Annotated[Literal["no", "auto"], BeforeValidator(_read_no)] = Field(
         "no", description="auto: continue from the latest valid checkpoint in out_dir, if any (for requeued jobs)"
@@ -426,6 +552,33 @@ class Recipe(Section):
         derived = {"warmup_iters": self.warmup_iters, "lr_decay_iters": self.lr_decay_iters, "min_lr": self.min_lr}
         return settings | derived
 
+    @property
+    def stages(self):
+        """The mixes of the run, as batches.Mixture needs them: ((first step, {source: share}), ...)."""
+        starts = [
+            stage.start if stage.start >= 1 else round(stage.start * self.train.max_iters) for stage in self.data.stages
+        ]
+        stages = []
+        for start, mix in zip((0, *starts), self.data.mixes, strict=True):
+            weights = {source.label: Fraction(str(source.weight)) for source in mix}
+            stages.append((int(start), {name: weight / sum(weights.values()) for name, weight in weights.items()}))
+        return tuple(stages)
+
+    def source_tokens(self):
+        """Return the number of tokens that the run trains on from each source: {name: tokens}."""
+        train, used = self.train, dict.fromkeys(self.data.sources, 0)
+        tokens_per_step = train.batch_size * train.gradient_accumulation_steps * self.model.block_size
+        ends = [min(step, train.max_iters) for step, _ in self.stages[1:]] + [train.max_iters]
+        for (start, shares), end in zip(self.stages, ends, strict=True):
+            for name, share in shares.items():
+                used[name] += round(max(end - start, 0) * tokens_per_step * share)
+        return used
+
+    @property
+    def best_loss(self):
+        """The name, in metrics.jsonl, of the loss that selects the best checkpoint."""
+        return f"val_loss/{self.checkpoint.best}" if self.checkpoint.best else "val_loss"
+
     def padded_vocab_size(self, vocab_size):
         """Return the model's vocabulary size, computed from that of the tokenizer. Padding adds at least one entry, for
         the padding token."""
@@ -435,6 +588,11 @@ class Recipe(Section):
     def should_evaluate(self, step):
         """Return whether to evaluate the model before this training step."""
         return step % self.train.eval_interval == 0 and (step > 0 or self.train.eval_first)
+
+    def should_run_tasks(self, step):
+        """Return whether the evaluation before this training step includes the tasks."""
+        interval = self.train.tasks_interval or self.train.eval_interval
+        return bool(self.train.tasks) and (step % interval == 0 or step >= self.train.max_iters)
 
     def should_save(self, step):
         """Return whether to save a checkpoint before this training step, regardless of the validation loss."""
@@ -477,8 +635,15 @@ class Recipe(Section):
         if not brief:
             return yaml.safe_dump(self.model_dump(), sort_keys=False)
         values = self.model_dump(exclude_defaults=True, exclude=LOCAL)
-        if "corpus" in values.get("data", {}):
-            values["data"]["corpus"] = os.path.basename(values["data"]["corpus"]) or values["data"]["corpus"]
+        data = values.get("data", {})
+        members = [*data.get("mix", []), *data.get("validation", {}).values()]
+        members += [source for stage in data.get("stages", []) for source in stage["mix"]]
+        for corpus in (data, *members):
+            if "corpus" in corpus:
+                corpus.pop("data_dir", None)
+            for key in {"corpus", "data_dir"} & corpus.keys():
+                if not str(corpus[key]).startswith("hub:"):
+                    corpus[key] = os.path.basename(corpus[key]) or corpus[key]
         return yaml.safe_dump(values, sort_keys=False)
 
 
@@ -500,7 +665,7 @@ LOSS_TRAIN_KEYS = ("batch_size", "gradient_accumulation_steps", "max_iters")
 LOSS_TRAIN_KEYS += ("eval_interval", "eval_iters", "eval_first", "eval_only")
 
 # the settings of the data section that apply to data that are already prepared
-DATA_USE_KEYS = ("data_dir", "sampling", "document_mask")
+DATA_USE_KEYS = ("data_dir", "validation", "sampling", "document_mask")
 
 
 # SHA-256 of the built-in corpora that are a single text
@@ -554,6 +719,12 @@ def _conflicts(recipe, overridden):
             f"optimizer.min_lr={recipe.min_lr} is greater than optimizer.learning_rate={optimizer.learning_rate}; "
             "lower min_lr or raise learning_rate",
         )
+    yield from _mix_conflicts(recipe)
+    if train.tasks_interval and train.tasks_interval % train.eval_interval:
+        yield (
+            {"tasks_interval", "eval_interval"},
+            f"train.tasks_interval={train.tasks_interval}: must be a multiple of eval_interval={train.eval_interval}",
+        )
     if "warmup_iters" in overridden and optimizer.warmup_iters > recipe.max_warmup_iters:
         decay = f"lr_decay_iters={recipe.lr_decay_iters}"
         if optimizer.schedule == "warmup_stable_decay":
@@ -563,6 +734,43 @@ def _conflicts(recipe, overridden):
             f"optimizer.warmup_iters={optimizer.warmup_iters} is too long for schedule={optimizer.schedule} with "
             f"{decay}; set warmup_iters to {recipe.max_warmup_iters} or less, or leave it out",
         )
+
+
+def _mix_conflicts(recipe):
+    """Yield (keys, problem) for the sources, stages and validation sets."""
+    data, keys = recipe.data, {"mix", "stages", "max_iters"}
+    default = Corpus.model_fields["corpus"].default
+    for key in ("corpus", "data_dir") if data.mix else ():
+        value = getattr(data, key)
+        if value not in (None, default):
+            yield {key, "mix"}, f"data.{key}={value}: not used with data.mix; add it to the mix, or remove one of them"
+    defined = {}  # name -> its definition
+    for mix in data.mixes:
+        names = [source.label for source in mix]
+        for source in mix:
+            name = source.label
+            if not name or not (source.given or name in defined):
+                missing = f"no source is named {name}{nearest(name, defined)}" if name else "a source has no corpus"
+                yield keys, f"data.mix: {missing}; set its corpus or data_dir"
+            elif source.given != defined.setdefault(name, source.given) and source.given:
+                yield keys, f"data.mix: two different sources are named {name}; set name of one of them"
+            elif names.count(name) > 1 and source is not mix[names.index(name)]:
+                yield keys, f"data.mix: {name} is twice in the same mix; add up the weights"
+    starts = [start for start, _ in recipe.stages]
+    if sorted(set(starts)) != starts:
+        yield (
+            keys,
+            f"data.stages: must start after step 0 and in increasing order, but start at {show_value(starts[1:])}",
+        )
+    for name, corpus in data.validation.items():
+        if not corpus.given:
+            yield {"validation"}, f"data.validation.{name}: set its corpus or data_dir"
+    for name in set(data.validation) & set(data.sources):
+        yield {"validation", "mix"}, f"data.validation.{name}: a source has the same name; choose another name"
+    names, best = [*(data.sources if len(data.sources) > 1 else ()), *data.validation], recipe.checkpoint.best
+    if best is not None and best not in names:
+        problem = f"checkpoint.best={best}: no such validation set{nearest(best, names)}"
+        yield {"best", "validation", "mix", "stages"}, f"{problem}; choose one of these: {show_value(names)}"
 
 
 def load_recipe(path, overrides=None, check=None):
@@ -610,6 +818,8 @@ def load_recipe(path, overrides=None, check=None):
         else:
             values[home][leaf] = value
     given = {key.rpartition(".")[2] for key in overrides or {}}
+    if given & {"corpus", "data_dir"}:  # they replace the mix of the recipe
+        values["data"] = {key: value for key, value in values["data"].items() if key not in {"mix", "stages"} - given}
     if "data_dir" in given and "corpus" not in given and _has_token_files(values["data"]["data_dir"]):
         kept = given.union(DATA_USE_KEYS, _foreign_keys(values["data"]))
         values["data"] = {key: value for key, value in values["data"].items() if key in kept}

@@ -15,11 +15,11 @@ import math
 import sys
 import threading
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .checkpoint.layout import read_trainer
-from .checkpoint.resume import load_optimizer
+from .checkpoint.resume import load_optimizer, load_scaler
 from .checkpoint.run import Run, create_repository, how_to_resume
 from .distributed.launcher import is_main
 from .distributed.rendezvous import share_failures
@@ -34,6 +34,7 @@ from .training import (
     NonFinite,
     check_out_dir,
     check_recipe,
+    data_changes,
     describe_run,
     evaluate,
     find_checkpoint,
@@ -64,18 +65,21 @@ class TrainState:
     learning_rate: float | None = None  # of the last step
     skips: int = 0  # steps skipped because their gradient was not finite
     skips_in_a_row: int = 0
+    named_scores: dict = field(default_factory=dict)  # of the last evaluation: validation sets by name, tasks
+    data_changes: list = field(default_factory=list)  # of resumed runs with mix_change=true
 
     @classmethod
     def load(cls, checkpoint):
-        trainer = read_trainer(checkpoint)
-        return cls(**{field.name: trainer[field.name] for field in fields(cls)})
+        trainer = read_trainer(checkpoint)  # the last fields are missing in old checkpoints
+        return cls(**{field.name: trainer[field.name] for field in fields(cls) if field.name in trainer})
 
-    def record(self, val_loss):
-        """Record the validation loss of this step; return whether it is the best so far."""
-        self.evaluated, self.val_loss = True, val_loss
-        is_best = self.best_val_loss is None or val_loss < self.best_val_loss
+    def record(self, scores, deciding):
+        """Record the scores of this step; return whether the validation loss named `deciding` is the best so far."""
+        self.evaluated, self.val_loss = True, scores["val_loss"]
+        self.named_scores = {name: score for name, score in scores.items() if "/" in name}
+        is_best = self.best_val_loss is None or scores[deciding] < self.best_val_loss
         if is_best:
-            self.best_step, self.best_val_loss = self.step, val_loss
+            self.best_step, self.best_val_loss = self.step, scores[deciding]
         return is_best
 
     def advance(self, lr):
@@ -102,11 +106,11 @@ def training_loop(setup, data, run, state, stopper, console):
         # evaluate, unless the resumed checkpoint was saved after the evaluation of this step
         is_best = False
         if (is_last or recipe.should_evaluate(step)) and not (state.evaluated or is_stopping):
-            scores = evaluate(setup, data, console)
+            scores = evaluate(setup, data, console, step)
             console.say(f"step {step}: {describe(scores)}", always=is_last)
-            nonfinite.check_val_loss(step, scores["val_loss"])
+            nonfinite.check_val_loss(step, scores)
             run.log_evaluation(step, scores)
-            is_best = state.record(scores["val_loss"])
+            is_best = state.record(scores, recipe.best_loss)
 
         # save: at save_interval unless steps are being skipped, at the end, and at a new best validation loss
         is_due = (recipe.should_save(step) and not state.skips_in_a_row) or is_last or is_stopping
@@ -192,6 +196,7 @@ def run_training(recipe, signals):
         recipe, state = setup.recipe, TrainState()
         if is_resumed:
             state = TrainState.load(source)
+            state.data_changes += data_changes(source, data)
             load_optimizer(source, setup.accelerator, setup.raw_model, setup.optimizer)
             load_scaler(source, setup.accelerator)
             warn_if_schedule_changed(recipe, state, console)
@@ -225,7 +230,7 @@ def evaluate_only(recipe, console):
     setup = set_up(recipe, data, source, console)
     step = TrainState.load(source).step if recipe.model.init_from == "resume" else 0
     describe_run(setup, data, step, console)
-    scores = evaluate(setup, data, console)
+    scores = evaluate(setup, data, console, recipe.train.max_iters)
     console.say(f"step {step}: {describe(scores)}", always=True)
     if is_main():
         report_expectation(recipe, scores["val_loss"], scores["val_loss"], console)
@@ -233,13 +238,6 @@ def evaluate_only(recipe, console):
     setup.release()
     setup.accelerator.end_training()
     return model
-
-
-def load_scaler(source, accelerator):
-    """Restore the state of fp16's gradient scaler from a checkpoint."""
-    saved = read_trainer(source)["scaler"]
-    if accelerator.scaler is not None and saved is not None:
-        accelerator.scaler.load_state_dict(saved)
 
 
 def warn_if_schedule_changed(recipe, state, console):

@@ -3,6 +3,7 @@
 torch and transformers are not imported at the top, so that `check_recipe` reports mistakes in a recipe quickly.
 """
 
+import functools
 import inspect
 import json
 import math
@@ -10,13 +11,12 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from .batches import Batches, evaluation_batches, model_inputs, seed_of
+from .batches import Batches, Mixture, evaluation_batches, model_inputs, seed_of
 from .checkpoint.layout import list_checkpoints, read_trainer
 from .checkpoint.mirror import check_mirror
 from .checkpoint.run_folder import check_lock, check_run_folder, check_writable
 from .checkpoint.verify import find_corruption, latest_valid, shape_differences
-from .data import dataset
-from .data.prepare import ready
+from .data import dataset, run_data
 from .distributed.accelerator import environment, make_accelerator
 from .distributed.launcher import check_launch, is_main, launcher_requests, world_size
 from .distributed.rendezvous import assert_ranks_agree, connect
@@ -24,6 +24,7 @@ from .evaluation import mean_loss, scores
 from .hub.transfer import check_push
 from .models.find import find_model, may_be_model, nanogpt_hint
 from .models.load import check_tokenizer, fit_to_tokenizer, load_model, read_config
+from .models.tasks import check_tasks, load_tasks, task_scores
 from .optim import OPTIMIZERS, make_optimizer, optimizer_class
 from .planning import sizing
 from .planning.hardware import device_name, peak_flops
@@ -69,13 +70,17 @@ def check_recipe(recipe):
     """Check everything that can be checked before anything slow starts. Return a list of problems."""
     recipe = resolve_resume(recipe)
     out_dir, train = Path(recipe.out_dir), recipe.train
-    problems = dataset.check(recipe.data, recipe.model.block_size)
+    problems = run_data.check(recipe.data, recipe.model.block_size)
     problems += check_launch(train.gradient_accumulation_steps) + check_trackers(recipe.tracking.trackers)
-    if train.sample_interval and (launcher_requests("FSDP") or launcher_requests("DEEPSPEED")):
-        problems.append(
-            f"train.sample_interval={train.sample_interval}: sampling during training is not supported for sharded "
-            "models; remove sample_interval, or launch without FSDP2 and DeepSpeed"
-        )
+    problems += check_tasks(train.tasks, train.tasks_dir, "train.") if train.tasks else []
+    if launcher_requests("FSDP") or launcher_requests("DEEPSPEED"):
+        unsupported = {"sample_interval": "sampling during training", "tasks": "evaluation on tasks during training"}
+        problems += [
+            f"train.{key}={show_value(getattr(train, key))}: {what} is not supported for sharded models; remove {key}, "
+            "or launch without FSDP2 and DeepSpeed"
+            for key, what in unsupported.items()
+            if getattr(train, key)
+        ]
     if train.on_nonfinite == "skip" and launcher_requests("DEEPSPEED"):
         problems.append(
             "train.on_nonfinite=skip: not supported with DeepSpeed, which updates the weights in the backward pass; "
@@ -216,25 +221,27 @@ def open_data(recipe, console):
     """Open the data of a recipe, after preparing it if necessary, and find the model to start from.
 
     Returns:
-        (recipe, data, source): the recipe, with other values of val_fraction and sample_prompt if they do not fit the
-        data and were not set for them; the Dataset; and the folder of the initial weights. source is None for a new
-        model. It is also None for a resumed run: find_checkpoint selects its checkpoint after the run folder is locked.
+        (recipe, data, source): the recipe, with another sample_prompt if it does not fit the data and was not set for
+        them; the RunData; and the folder of the initial weights. source is None for a new model. It is also None for a
+        resumed run: find_checkpoint selects its checkpoint after the run folder is locked.
 
     Raises:
         ValueError: too few tokens, a sample prompt that cannot be encoded, or a model that does not fit the data.
     """
     check_ranks(recipe)
     block_size, init_from, source = recipe.model.block_size, recipe.model.init_from, None
-    section, data = ready(recipe.data, console, block_size, recipe.train.collective_timeout)
-    recipe = recipe.model_copy(update={"data": section})
-    problems = dataset.require_block(section, data.manifest, block_size)
+    if recipe.train.tasks:  # before the data are prepared, because the dataset of a task may be unavailable
+        console.say(f"loading lm-eval and its tasks {', '.join(recipe.train.tasks)}")
+        run_tasks(tuple(recipe.train.tasks), recipe.train.tasks_dir)
+    data = run_data.open_run_data(recipe, block_size, console)
+    problems = run_data.require_blocks(recipe.data, data, block_size)
     if recipe.train.sample_tokens:
         recipe, prompt_problems = find_sample_prompt(recipe, data.tokenizer, console)
         problems += prompt_problems
     if init_from not in ("scratch", "resume"):
         source = find_model(init_from, console, bars=console.is_verbose)
         config = read_config(source)
-        problems += dataset.require_tokenizer(data, source, key=f"model.init_from={init_from}") or check_tokenizer(
+        problems += dataset.require_tokenizer(data.main, source, key=f"model.init_from={init_from}") or check_tokenizer(
             data.tokenizer, config, source
         )
         longest = config["block_size"]
@@ -259,6 +266,12 @@ def find_sample_prompt(recipe, tokenizer, console):
     return recipe.replace(sample_prompt=default), tokenizer.check_prompt(default, block_size, "train.sample_prompt")
 
 
+@functools.cache  # a run uses the same tasks in every evaluation
+def run_tasks(names, tasks_dir):
+    """Return the lm-eval tasks of a run. names: tuple of the setting train.tasks."""
+    return load_tasks(names, tasks_dir, section="train.")
+
+
 def find_checkpoint(recipe, data, console):
     """Return the latest valid checkpoint of a run.
 
@@ -268,12 +281,31 @@ def find_checkpoint(recipe, data, console):
     source = latest_valid(recipe.out_dir, console)
     if source is None:  # check_out_dir compares only file sizes, this check also hashes
         raise ValueError(f"out_dir={recipe.out_dir}: all checkpoints are corrupted; to start over, set overwrite=true")
-    if read_trainer(source)["data"] != data.identity:
+    before, now = read_trainer(source)["data"], data.identity
+    if before == now:
+        return source
+    if before["tokenizer"] == now["tokenizer"] and recipe.checkpoint.mix_change:
+        console.say(f"mix_change=true: the data differ from those of {source}: {run_data.differences(before, now)}")
+        return source
+    fix = f"start a new run with init_from={quoted(source)} and another out_dir"
+    if before["tokenizer"] == now["tokenizer"]:
+        fix += ", or set mix_change=true to continue with the changed data"
+    if "sources" in now:
         raise ValueError(
-            f"{source}: trained on different data than the current contents of {data.folder}; set data_dir to the "
-            f"folder of its training data, or start a new run with init_from={quoted(source)} and another out_dir"
+            f"{source}: trained on different data: {run_data.differences(before, now)}; {fix}. To keep the order of "
+            "the tokens, do not change the earlier mixes, but add a stage that starts at a later step"
         )
-    return source
+    raise ValueError(
+        f"{source}: trained on different data than the current contents of {data.main.folder}; set data_dir to the "
+        f"folder of its training data, or {fix}"
+    )
+
+
+def data_changes(source, data):
+    """Return a list for TrainState.data_changes: the step and the data of a checkpoint if the run continues on other
+    data, otherwise nothing. source: the checkpoint. data: the RunData."""
+    trainer = read_trainer(source)
+    return [] if trainer["data"] == data.identity else [{"step": trainer["step"], "data_before": trainer["data"]}]
 
 
 def make_model(recipe, tokenizer, source, on_meta=False):
@@ -329,7 +361,7 @@ class Setup:
 
     Args:
         model: a GPT on the CPU.
-        tokens: the training tokens, such as a TokenFile. eot_id: id of the end-of-text token, or None.
+        tokens: the training tokens of each source: {name: TokenFile}. eot_id: id of the end-of-text token, or None.
 
     Attributes:
         model: the prepared model, which the loop calls. raw_model: the GPT inside it.
@@ -351,7 +383,9 @@ class Setup:
         batch_size, block_size = train.batch_size, recipe.model.block_size
         self.micro_steps = accelerator.gradient_accumulation_steps = micro_batches // accelerator.num_processes
         self.tokens_per_step = micro_batches * batch_size * block_size
-        self.batches = Batches(tokens, block_size, batch_size, micro_batches, recipe.seed, recipe.data.sampling)
+        order = block_size, batch_size, micro_batches, recipe.seed, recipe.data.sampling
+        is_mix = len(tokens) > 1
+        self.batches = Mixture(tokens, recipe.stages, *order) if is_mix else Batches(*tokens.values(), *order)
         eot_id = eot_id if recipe.data.document_mask else None
         self.to_inputs = partial(model_inputs, device=accelerator.device, eot_id=eot_id)
         self.model, self.optimizer = sharding.prepare(
@@ -425,7 +459,11 @@ def set_up(recipe, data, source, console):
 
     transformers_logging.disable_progress_bar()
     # before Accelerate connects the ranks, which takes until collective_timeout if one of them has failed
-    facts = {"recipe": recipe.flat(), "data": data.identity, "init_from": {"source": str(source)}}
+    facts = {
+        "recipe": recipe.flat(),
+        "data": {key: str(value) for key, value in data.identity.items()},
+        "init_from": {"source": str(source)},
+    }
     assert_ranks_agree(recipe.train.collective_timeout, **facts)
     accelerator = accelerator_for(recipe)
     torch.manual_seed(recipe.seed)
@@ -448,20 +486,33 @@ def set_up(recipe, data, source, console):
 # ---- called by the loop
 
 
-def evaluate(setup, data, console):
-    """Evaluate the model on validation data and, with eval_train, on training data. Return {name: score}."""
-    recipe, train_loss = setup.recipe, None
-    block_size, batch_size = recipe.model.block_size, recipe.train.batch_size
-    val_batches = evaluation_batches(len(data.val), block_size, batch_size, recipe.train.eval_iters)
-    train_batches = []
-    if recipe.train.eval_train:
-        train_batches = evaluation_batches(len(data.train), block_size, batch_size, len(val_batches))
+def evaluate(setup, data, console, step=0):
+    """Evaluate the model on all validation sets, with eval_train on training data, and on tasks if they are due at this
+    step. Return {name: score}.
+
+    With several sources, the losses are means over the sources, weighted by their shares of the first mix.
+    """
+    recipe = setup.recipe
+    sizes = recipe.model.block_size, recipe.train.batch_size
+    val = {
+        name: (tokens, evaluation_batches(len(tokens), *sizes, recipe.train.eval_iters))
+        for name, tokens in data.val_sets.items()
+    }
+    train = {}
+    for name in data.stages[0][1] if recipe.train.eval_train else ():
+        train[name] = data.train[name], evaluation_batches(len(data.train[name]), *sizes, len(val[name][1]))
     model, to_inputs, accelerator = setup.model, setup.to_inputs, setup.accelerator
-    with console.evaluating(len(val_batches) + len(train_batches)) as progress:
-        if train_batches:
-            train_loss = mean_loss(model, data.train, train_batches, to_inputs, accelerator, progress)
-        val_loss = mean_loss(model, data.val, val_batches, to_inputs, accelerator, progress)
-    return scores(val_loss, len(data.val), data.text_bytes("val"), train_loss)
+    with console.evaluating(sum(len(batches) for _, batches in [*train.values(), *val.values()])) as progress:
+        train, val = (
+            {name: mean_loss(model, *item, to_inputs, accelerator, progress) for name, item in sets.items()}
+            for sets in (train, val)
+        )
+    results = scores(data.mean(val), *data.val_size(), data.mean(train) if train else None)
+    results |= {f"val_loss/{name}": loss for name, loss in val.items()} if len(val) > 1 else {}
+    if recipe.should_run_tasks(step):
+        tasks = run_tasks(tuple(recipe.train.tasks), recipe.train.tasks_dir)
+        results |= task_scores(setup, data, tasks, recipe.train.tasks_limit)
+    return results
 
 
 def is_finite(grad_norm):
@@ -525,10 +576,12 @@ class NonFinite:
             raise self.error(f"gradient norm of step {step} is {grad_norm}", step)
         return losses, grad_norm
 
-    def check_val_loss(self, step, loss):
+    def check_val_loss(self, step, scores):
         """Raise FloatingPointError if a validation loss is not finite."""
-        if not math.isfinite(loss):
-            raise self.error(f"validation loss after {step} steps is {loss}")
+        for name, loss in scores.items():
+            if name.startswith("val_loss") and not math.isfinite(loss):
+                where = name.replace("val_loss", "").replace("/", " on ")
+                raise self.error(f"validation loss{where} after {step} steps is {loss}")
 
     def error(self, what, step=None):
         """Return the error that ends the run. what: the problem. step: the step whose batch is saved, or None."""
@@ -552,11 +605,9 @@ class NonFinite:
     def write_batch(self, path, step):
         """Write the global batch of a step as JSON: for each sequence, its start in the training data and its text."""
         batches, numbers = self.setup.batches, range(self.setup.recipe.train.gradient_accumulation_steps)
-        starts = [start for number in numbers for start in batches.starts(step, number).tolist()]
+        places = [place for number in numbers for place in batches.describe(step, number)]
         rows = [row for number in numbers for row in batches(step, number).tolist()]
-        sequences = [
-            {"start": start, "text": self.tokenizer.decode(row)} for start, row in zip(starts, rows, strict=True)
-        ]
+        sequences = [{**place, "text": self.tokenizer.decode(row)} for place, row in zip(places, rows, strict=True)]
         write_atomically(path, json.dumps({"step": step, "sequences": sequences}, indent=1))
 
 
@@ -619,17 +670,26 @@ def describe_run(setup, data, first_step, console):
     recipe, accelerator = setup.recipe, setup.accelerator
     train, tokens_per_step, device = recipe.train, setup.tokens_per_step, accelerator.device
     console.say(f"model: {setup.summary}")
-    console.say(
-        f"data: {data.folder}, {len(data.train):,} training and {len(data.val):,} validation tokens, "
-        f"vocabulary size {data.tokenizer.vocab_size:,}"
-    )
+    vocabulary, sizes = f"vocabulary size {data.tokenizer.vocab_size:,}", {n: len(t) for n, t in data.train.items()}
+    if len(data.sources) > 1:
+        console.say(f"data: a mix of {len(data.sources)} sources, {vocabulary}")
+        for line in run_data.describe_mix([step for step, _ in recipe.stages], run_data.mix_table(recipe, sizes)):
+            console.say(line)
+    else:
+        console.say(
+            f"data: {data.main.folder}, {len(data.main.train):,} training and {len(data.main.val):,} validation "
+            f"tokens, {vocabulary}"
+        )
+    for name, tokens in data.validation.items():
+        console.say(f"validation set {name}: {tokens.folder}, {len(tokens):,} tokens")
     if not train.eval_only:
         n_tokens, micro_batches = train.max_iters * tokens_per_step, train.gradient_accumulation_steps
         console.say(
             f"batch: {train.batch_size} sequences of {recipe.model.block_size} tokens x {micro_batches} "
             f"micro-batch{'es' * (micro_batches != 1)} ({accelerator.num_processes} "
             f"process{'es' * (accelerator.num_processes != 1)} x {setup.micro_steps}) = {tokens_per_step:,} tokens per "
-            f"step; {train.max_iters:,} steps are {n_tokens:,} tokens, {n_tokens / len(data.train):.2f} epochs"
+            f"step; {train.max_iters:,} steps are {n_tokens:,} tokens"
+            + (f", {n_tokens / sizes.popitem()[1]:.2f} epochs" if len(sizes) == 1 else "")
         )
         if recipe.warmup_iters < recipe.optimizer.warmup_iters:
             console.say(

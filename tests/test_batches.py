@@ -4,12 +4,13 @@ import itertools
 import math
 import time
 import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from launching import run_python
 
-from nanogpt_accel.batches import Batches, epoch_shape, evaluation_batches, mix, seed_of, shuffled
+from nanogpt_accel.batches import Batches, Mixture, epoch_shape, evaluation_batches, mix, seed_of, shuffled
 from nanogpt_accel.data.token_files import TokenFile
 
 
@@ -309,6 +310,107 @@ def test_random_sampling_is_uniform(n_tokens):
         pairs = np.zeros((places, places))
         np.add.at(pairs, (starts[:-1], starts[1:]), 1)
         assert chi_square_excess(pairs, 19_999 / places**2) < 5
+
+
+# ---- mixtures
+
+
+def shares(*weights):
+    """Return weights as shares of the sources "0", "1", ..., as a recipe does."""
+    weights = [Fraction(str(weight)) for weight in weights]
+    return {str(i): weight / sum(weights) for i, weight in enumerate(weights) if weight}
+
+
+def mixture(sizes, stages, block_size=8, batch_size=5, micro_batches=4, seed=1337, **options):
+    tokens = {str(i): Counting(size) for i, size in enumerate(sizes)}
+    return Mixture(tokens, stages, block_size, batch_size, micro_batches, seed, **options)
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "random"])
+def test_a_mixture_of_one_source_has_the_batches_of_this_source(sampling):
+    alone = Batches(Counting(901), 8, 7, 3, seed=5, sampling=sampling)
+    mixed = Mixture({"a": Counting(901)}, ((0, {"a": Fraction(1)}),), 8, 7, 3, seed=5, sampling=sampling)
+    for step in (*range(60), 10**6):  # more than a block of the mixture and several epochs
+        assert all((alone(step, m) == mixed(step, m)).all() for m in range(3))
+        assert mixed.describe(step, 1) == [{"source": "a", **place} for place in alone.describe(step, 1)]
+
+
+def test_shares_of_a_mixture_are_exact_in_every_thousand_samples():
+    rng = np.random.default_rng(0)
+    many = [(7, 3), (0.7, 0.2, 0.1), (1, 1, 1), (0.9999, 0.0001), (0.3331, 0.3333, 0.3336)]
+    many += [tuple(rng.dirichlet(np.full(n, 0.4)).round(7) + 1e-7) for n in (2, 3, 4, 5, 8, 8)]
+    for weights in many:
+        shared = shares(*weights)
+        wanted = np.array([float(share) for share in shared.values()])
+        mixed = mixture([10**9] * len(weights), ((0, shared),), seed=len(weights))
+        for first in (0, 10**9):
+            sources, _ = mixed.samples(first, 20_000)
+            used = np.cumsum(sources[:, None] == np.arange(len(weights)), axis=0)
+            thousands = np.diff(used[999::1000], axis=0, prepend=0)
+            assert np.abs(thousands - 1000 * wanted).max() < 1.001, weights  # one sample
+            # and evenly spread: no source is ahead or behind by more than a few samples at any time
+            assert np.abs(used - wanted * np.arange(1, 20_001)[:, None]).max() < 3, weights
+    for weights in ((0.7, 0.2, 0.1), (0.123, 0.877)):  # thousandths are exact
+        used = np.bincount(mixture([999] * len(weights), ((0, shares(*weights)),)).samples(5000, 1000)[0])
+        assert used.tolist() == [round(1000 * weight) for weight in weights]
+
+
+STAGES = ((0, shares(6, 3, 1)), (97, shares(1, 0, 1)), (230, shares(2, 2, 1)))  # steps, not multiples of a block
+
+
+def test_each_source_of_a_mixture_has_its_own_epochs_over_all_stages():
+    """The samples of a source are those of Batches on this source alone, in order, without gaps."""
+    sizes = (1201, 650, 3001)
+    mixed = mixture(sizes, STAGES)
+    places = [place for step in range(500) for m in range(4) for place in mixed.describe(step, m)]
+    rows = np.concatenate([mixed(step, m) for step in range(500) for m in range(4)])
+    assert rows[:, 0].tolist() == [place["start"] for place in places] and (np.diff(rows) == 1).all()
+    for name, size in zip("012", sizes, strict=True):
+        starts = [place["start"] for place in places if place["source"] == name]
+        assert starts == Batches(Counting(size), 8, len(starts), 1, seed=1337).starts(0, 0).tolist()
+        blocks = epoch_shape(size, 8)[0]
+        assert len(starts) > 3 * blocks
+        for epoch in range(3):
+            assert len(set(starts[epoch * blocks : (epoch + 1) * blocks])) == blocks
+    by_step = [mixed.shares(step) for step in range(500)]
+    for (start, shared), end in zip(STAGES, (97, 230, 500), strict=True):
+        for name in "012":
+            mean = np.mean([by_step[step][name] for step in range(start, end)])
+            assert abs(mean - shared.get(name, 0)) * (end - start) * 20 < 3  # samples
+    assert max(shared["1"] for shared in by_step[97:230]) == 0
+
+
+def test_order_within_a_source_of_a_mixture_is_random():
+    """By chi-square: every tenth of the blocks of a source is equally often in every tenth of its epoch."""
+    size, blocks, epochs = 10_001, epoch_shape(10_001, 8)[0], 20
+    mixed = mixture((size, 5003), ((0, shares(0.3, 0.7)),))
+    sources, starts = mixed.samples(0, round(blocks * epochs / 0.3) + 1000)
+    starts = starts[sources == 0][: blocks * epochs].reshape(epochs, blocks)
+    order = (starts - starts.min(1, keepdims=True)) // 8
+    tenths, seen = np.arange(blocks) * 10 // blocks, np.zeros((10, 10))
+    np.add.at(seen, (np.broadcast_to(tenths, order.shape), tenths[order]), 1)
+    expected = epochs * np.outer(np.bincount(tenths), np.bincount(tenths)) / blocks
+    assert chi_square_excess(seen, expected.ravel()) < 5
+
+
+def test_mixture_is_a_pure_function_of_the_step_for_any_number_of_processes():
+    def samples(step, world):
+        mixed = mixture((901, 500, 700), STAGES)  # a new object: a resumed run
+        return sorted(mixed(step, m * world + rank).tolist() for rank in range(world) for m in range(4 // world))
+
+    forward = mixture((901, 500, 700), STAGES)
+    batches = {step: sorted(forward(step, m).tolist() for m in range(4)) for step in range(240)}
+    for step in (239, 0, 96, 97, 98, 229, 230, 17):
+        assert samples(step, 1) == samples(step, 2) == samples(step, 4) == batches[step]
+    assert batches[0] != sorted(mixture((901, 500, 700), STAGES, seed=2)(0, m).tolist() for m in range(4))
+
+
+def test_a_new_stage_changes_no_earlier_batch():
+    """So a run can be resumed with another mix, which may have new sources, and keeps the order of its tokens."""
+    before = mixture((901, 500), ((0, shares(2, 1)),))
+    after = mixture((901, 500, 700), ((0, shares(2, 1)), (60, shares(0, 1, 1))))
+    assert all((before(step, m) == after(step, m)).all() for step in range(60) for m in range(4))
+    assert before.describe(60, 0) != after.describe(60, 0)
 
 
 # ---- evaluation

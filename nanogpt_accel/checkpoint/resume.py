@@ -1,4 +1,4 @@
-"""Restore the optimizer state of a checkpoint that was saved by any number of processes."""
+"""Restore the optimizer state of a checkpoint that was saved by any number of processes, and the gradient scaler."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..utils.nested import unpack
 from ..utils.text import quoted
-from .layout import SHARD_PATH
+from .layout import SHARD_PATH, read_trainer
 from .verify import read_index
 
 
@@ -44,6 +44,13 @@ def read_optimizer(path, shapes):
         name, _, field = key.rpartition("/")
         state.setdefault(name, {})[field] = _read_rows(tensors, layout["other_shape"], name, field, 0, shapes[name][0])
     return state
+
+
+def load_scaler(source, accelerator):
+    """Restore the state of fp16's gradient scaler from a checkpoint."""
+    saved = read_trainer(source)["scaler"]
+    if accelerator.scaler is not None and saved is not None:
+        accelerator.scaler.load_state_dict(saved)
 
 
 def _open_shards(path, shapes):

@@ -59,7 +59,7 @@ class Run:
         A new run first deletes the files that an earlier run wrote to the folder. A resumed run deletes all log lines
         that were written after the checkpoint from which it resumes.
 
-        setup: the Setup. data: the Dataset. state: the TrainState. stopper: the Stopper.
+        setup: the Setup. data: the RunData. state: the TrainState. stopper: the Stopper.
         """
         from ..tracking.metrics_log import MetricsLog, Spikes, read_metrics
 
@@ -126,6 +126,7 @@ class Run:
         setup = self.setup
         speed = setup.tokens_per_step / seconds
         values = {**metrics, "tokens_per_second": speed, "peak_memory": peak_memory(setup.accelerator.device)}
+        values |= {f"share/{source}": share for source, share in setup.batches.shares(step).items()}
         if self._spikes.is_spike(metrics["loss"]):
             values["spike"] = True
         if skips:
@@ -260,14 +261,15 @@ def create_repository(recipe):
 def recipe_to_save(recipe, data):
     """Return the recipe for run.yaml and the model cards.
 
-    data_dir is set, so that a resumed run reads the same tokens even if the text of the corpus changes. If the run is
-    resumed, init_from is copied from the existing run.yaml. overwrite is false.
+    The folders of the data and the first steps of the stages are set; see RunData.pin. If the run is resumed, init_from
+    is copied from the existing run.yaml. overwrite and mix_change are false.
     """
     init_from = recipe.model.init_from
     if init_from == "resume":
         with suppress(ValueError, OSError):  # a broken run.yaml
             init_from = load_recipe(Path(recipe.out_dir) / "run.yaml", {}).model.init_from
-    return recipe.replace(data_dir=data.folder.as_posix(), init_from=init_from, overwrite=False)
+    recipe = recipe.model_copy(update={"data": data.pin(recipe.data)})
+    return recipe.replace(init_from=init_from, overwrite=False, mix_change=False)
 
 
 def loss_text(trainer):

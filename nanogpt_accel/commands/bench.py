@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ..data import dataset
+from ..data import dataset, run_data
 from ..distributed.launcher import check_launch, is_main
 from ..models.shape import model_shape
 from ..optim import learning_rate
@@ -77,8 +77,8 @@ def main(argv):
 def check(recipe):
     """Check a recipe. Return a list of problems. Missing data is not a problem: `bench` then uses random tokens."""
     problems = check_launch(recipe.train.gradient_accumulation_steps)
-    if dataset.is_prepared(recipe.data):
-        problems += dataset.check(recipe.data, recipe.model.block_size)
+    if run_data.is_prepared(recipe.data):
+        problems += run_data.check(recipe.data, recipe.model.block_size)
     return problems
 
 
@@ -94,14 +94,17 @@ def variants_of(recipe, axes):
 
 
 def find_data(recipe):
-    """Return (training tokens, vocabulary size, id of the end-of-text token, description of the data)."""
+    """Return (training tokens by source, vocabulary size, id of the end-of-text token, description of the data)."""
     data = recipe.data
-    if dataset.is_prepared(data):
-        prepared = dataset.open_dataset(data)
-        return prepared.train, prepared.tokenizer.vocab_size, prepared.tokenizer.eot_id, str(prepared.folder)
-    vocab_size = dataset.guess_vocab_size(data, [])
-    source = f"random tokens, vocabulary size {vocab_size:,} ({dataset.data_folder(data)} is not prepared)"
-    return RandomTokens(vocab_size), vocab_size, vocab_size - 1, source
+    if run_data.is_prepared(data):
+        prepared = run_data.open_run_data(recipe, recipe.model.block_size)
+        tokenizer, folders = prepared.tokenizer, [str(source.folder) for source in prepared.sources.values()]
+        return prepared.train, tokenizer.vocab_size, tokenizer.eot_id, ", ".join(folders)
+    first, *others = run_data.sections(data).values()
+    vocab_size = dataset.guess_vocab_size(first, [])
+    missing = f"{dataset.data_folder(first)} is" if not others else "some of the sources are"
+    source = f"random tokens, vocabulary size {vocab_size:,} ({missing} not prepared)"
+    return dict.fromkeys(data.sources, RandomTokens(vocab_size)), vocab_size, vocab_size - 1, source
 
 
 class RandomTokens:

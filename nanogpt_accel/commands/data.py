@@ -1,6 +1,7 @@
-"""Show the contents of a data folder.
+"""Show the contents of a data folder, or the sources of a recipe.
 
 nanogpt-accel data data/shakespeare_char-1234abcd
+nanogpt-accel data recipes/mixture.yaml
 """
 
 import json
@@ -8,9 +9,9 @@ import json
 import numpy as np
 from pydantic import Field
 
-from ..data import dataset
+from ..data import dataset, run_data
 from ..data.manifest import describe_split
-from ..recipe import SECTIONS
+from ..recipe import SECTIONS, load_recipe
 from ..utils import cli
 from ..utils.fields import Int, Section, raise_problems
 from ..utils.text import counted, printable
@@ -33,15 +34,18 @@ class DataOptions(Section):
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
-            "nanogpt-accel data FOLDER [key=value ...]",
+            "nanogpt-accel data FOLDER | RECIPE.yaml [key=value ...]",
             "Show the contents of a data folder, of this package or another project: counts, bytes per token, the ten "
-            "most common tokens, and the start of the text. If the folder has a manifest, its hashes are verified.",
+            "most common tokens, and the start of the text. If the folder has a manifest, its hashes are verified.\n"
+            "For a recipe, show its sources: tokens, shares of the mix, and epochs over the run.",
             {"options": DataOptions},
         )
     target, options, problems = cli.parse_options(argv, DataOptions)
     if target is None:
         problems.append("FOLDER is missing; usage: nanogpt-accel data data/NAME")
     raise_problems(problems)
+    if target.endswith((".yaml", ".yml")):
+        return show_sources(target, options)
     data = dataset.open_dataset(SECTIONS["data"](data_dir=target, tokenizer=options.tokenizer), verify=True)
     splits = {split: describe(data, split, options.peek) for split in data.splits}
     if options.json_output:
@@ -61,6 +65,25 @@ def main(argv):
             text = repr(facts["begins"])
             lines = [text[start : start + WIDTH] for start in range(0, len(text), WIDTH)]
             print("  text: " + "\n        ".join(lines))
+
+
+def show_sources(target, options):
+    """Print the sources of a recipe and their use over the run. target: the path of the recipe."""
+    recipe = load_recipe(target, check=lambda recipe: run_data.check(recipe.data))
+    folders, train_tokens = {}, {}
+    for name, section in run_data.sections(recipe.data).items():
+        is_prepared = run_data.has_tokenizer(recipe.data, section) and dataset.is_prepared(section)
+        folders[name] = str(dataset.data_folder(section)) if is_prepared else None
+        if name in recipe.data.sources:
+            manifest = dataset.manifest_of(section, folders[name]) if is_prepared else None
+            train_tokens[name] = manifest and manifest["splits"]["train"]["tokens"]
+    rows, starts = run_data.mix_table(recipe, train_tokens), [step for step, _ in recipe.stages]
+    if options.json_output:
+        print(json.dumps({"recipe": target, "starts": starts, "sources": rows, "folders": folders}))
+        return
+    print("\n".join(run_data.describe_mix(starts, rows)))
+    for name, folder in folders.items():
+        print(f"{name}: {folder or 'not prepared'}")
 
 
 def describe(data, split, peek):

@@ -8,17 +8,13 @@ nanogpt-accel evaluate gpt2 tasks=hellaswag,lambada_openai
 
 import json
 from functools import partial
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from packaging.version import Version
 from pydantic import Field
 
-from ..data import dataset
-from ..data.prepare import ready
+from ..data import dataset, run_data
 from ..data.readers import how_to_convert
 from ..data.sources import joined_text
 from ..data.token_files import TokenArray
@@ -27,13 +23,13 @@ from ..distributed.accelerator import make_accelerator, pick_device
 from ..distributed.launcher import check_launcher, is_main
 from ..models.find import check_model, find_model
 from ..models.load import check_tokenizer, load_model, read_config
+from ..models.tasks import check_tasks, core_average, load_tasks, score_tasks
 from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..tracking.console import Console, Progress
 from ..utils import cli
 from ..utils.fields import Int, Section, Words, raise_problems
-from ..utils.text import one_line, printable
+from ..utils.text import printable
 
-LM_EVAL = "0.4.12"  # the oldest version whose TaskManager has load()
 # the keys of a recipe's train section that `evaluate` uses, for the help page
 _TRAIN_KEYS = ("batch_size", "eval_iters", "device", "mixed_precision", "compile")
 TRAIN = SimpleNamespace(model_fields={key: SECTIONS["train"].model_fields[key] for key in _TRAIN_KEYS})
@@ -54,7 +50,9 @@ class EvaluateOptions(Section):
         description="text file to evaluate on, or wikitext2: WikiText-2 as in the perplexity guide of transformers",
     )
     tasks: Words = Field(
-        [], description="lm-eval tasks, such as hellaswag,lambada_openai; requires the package lm-eval"
+        [],
+        description="lm-eval tasks, such as hellaswag,lambada_openai, or core (DCLM's CORE set); requires the package "
+        "lm-eval",
     )
     tasks_dir: str | None = Field(None, description="folder with your own lm-eval task files")
     num_fewshot: Int | None = Field(None, ge=0, description="few-shot examples per prompt; default: set by the task")
@@ -91,7 +89,7 @@ class Text(NamedTuple):
     """The tokens to evaluate on."""
 
     name: str
-    tokens: object  # supports len() and rows(starts, length); None if the split does not exist
+    tokens: object  # supports len() and rows(starts, length)
     n_bytes: int | None  # None if unknown
     eot_id: int | None
 
@@ -113,7 +111,7 @@ def load_data_recipe(target, path, given):
     elif path is None:
         path = run_recipe(target)
     given = {"eval_iters": "all", **given}
-    return load_recipe(path, given, check=lambda recipe: dataset.check(recipe.data, 1) + check_launcher())
+    return load_recipe(path, given, check=lambda recipe: run_data.check(recipe.data, 1) + check_launcher())
 
 
 def run_recipe(target):
@@ -135,39 +133,49 @@ def evaluate(target, recipe, options, block_size=None):
     config = read_config(folder)
     block_size = block_size or config["block_size"]
     if options.text:
-        text, problems = open_text(options, folder)
+        texts, problems = open_text(options, folder)
     else:
-        text, problems = open_split(recipe, options, folder, block_size, config, target, console)
-    raise_problems(problems + check_windows(text, block_size, recipe, options, config, folder))
+        texts, problems = open_splits(recipe, options, folder, block_size, config, target, console)
+    for text in texts:
+        problems += check_windows(text, block_size, recipe, options, config, folder)
+    raise_problems(problems)
 
     from ..evaluation import describe, mean_and_error, scores
 
     accelerator = make_accelerator(recipe.train.device, recipe.train.mixed_precision, recipe.train.compile)
-    sums, counts = compute_losses(folder, text, block_size, options.stride, recipe, accelerator, console)
-    loss, error = mean_and_error(sums, counts)
+    model, found = load_for_evaluation(folder, accelerator), []
     split = "text" if options.text and Path(options.text).is_file() else options.split
-    results = scores(loss, len(text.tokens), text.n_bytes, split=split, error=error)
-    n_tokens = int(counts.sum())
+    for text in texts:
+        sums, counts = compute_losses(model, text, block_size, options.stride, recipe, accelerator, console)
+        loss, error = mean_and_error(sums, counts)
+        results = scores(loss, len(text.tokens), text.n_bytes, split=split, error=error)
+        found.append({"data": text.name, "split": split, **results, "tokens": int(counts.sum())})
+        if accelerator.is_main_process and not options.json_output:
+            print(printable(f"{folder} on {text.name}, {int(counts.sum()):,} tokens: {describe(results)}"))
     if accelerator.is_main_process and options.json_output:
-        print(json.dumps({"model": str(folder), "data": text.name, "split": split, **results, "tokens": n_tokens}))
-    elif accelerator.is_main_process:
-        print(printable(f"{folder} on {text.name}, {n_tokens:,} tokens: {describe(results)}"))
+        print(json.dumps({"model": str(folder), **(found[0] if len(found) == 1 else {"sets": found})}))
     accelerator.end_training()
 
 
-def open_split(recipe, options, folder, block_size, config, target, console):
-    """Return (Text, list of problems) for options.split of the recipe's data. Prepare the data if needed."""
-    _, data = ready(recipe.data, console, block_size, recipe.train.collective_timeout)
-    problems = dataset.require_tokenizer(data, folder, key=target) or check_tokenizer(data.tokenizer, config, folder)
-    name, split = str(data.folder), options.split
-    if split not in data.splits:
-        problems.append(f"split={split}: not in {data.folder}, which only has {', '.join(data.splits)}")
-        return Text(name, None, None, None), problems
-    return Text(name, data.splits[split], data.text_bytes(split), data.tokenizer.eot_id), problems
+def open_splits(recipe, options, folder, block_size, config, target, console):
+    """Return (list of Text, list of problems) for options.split of each source of the recipe's data, and for its
+    validation sets if the split is val. Prepare the data if needed."""
+    data, split = run_data.open_run_data(recipe, block_size, console), options.split
+    problems = dataset.require_tokenizer(data.main, folder, key=target)
+    problems = problems or check_tokenizer(data.tokenizer, config, folder)
+    texts, eot_id = [], data.tokenizer.eot_id
+    for source in data.sources.values():
+        if split in source.splits:
+            texts.append(Text(str(source.folder), source.splits[split], source.text_bytes(split), eot_id))
+        else:
+            problems.append(f"split={split}: not in {source.folder}, which only has {', '.join(source.splits)}")
+    for name, tokens in data.validation.items() if split == "val" else ():
+        texts.append(Text(name, tokens, None, eot_id))
+    return texts, problems
 
 
 def open_text(options, folder):
-    """Return (Text, list of problems) for options.text, encoded with the tokenizer of the model in `folder`."""
+    """Return ([Text], list of problems) for options.text, encoded with the tokenizer of the model in `folder`."""
     path = Path(options.text)
     try:
         # utf-8-sig: without a byte order mark
@@ -182,14 +190,14 @@ def open_text(options, folder):
         fix = "remove it from the text, or evaluate a model that was trained with it"
         raise ValueError(f"text={path}: for {folder}, {error}; {fix}") from None
     problems = [] if len(tokens) > 1 else [f"text={path}: must have at least 2 tokens, but has {len(tokens)}"]
-    return Text(options.text, tokens, len(text.encode()), tokenizer.eot_id), problems
+    return [Text(options.text, tokens, len(text.encode()), tokenizer.eot_id)], problems
 
 
 def check_windows(text, block_size, recipe, options, config, folder):
     """Check block_size and stride against the model and the text. Return a list of problems."""
     stride, eval_iters, context, problems = options.stride, recipe.train.eval_iters, config["block_size"], []
     has_windows = options.text and stride  # sliding windows may be shorter than block_size
-    if text.tokens is not None and len(text.tokens) <= block_size and not has_windows:
+    if len(text.tokens) <= block_size and not has_windows:
         size = f"{text.name} has {len(text.tokens):,} tokens, but a sample needs {block_size + 1:,}"
         problems.append(f"block_size={block_size}: {size}; set a smaller block_size")
     if config["position"] == "learned" and block_size > context:
@@ -203,16 +211,20 @@ def check_windows(text, block_size, recipe, options, config, folder):
     return problems
 
 
-def compute_losses(folder, text, block_size, stride, recipe, accelerator, console):
-    """Load and evaluate a model. Return (sums, counts): per window, the sum of the losses and the number of tokens."""
-    from ..batches import evaluation_batches, model_inputs, sliding_windows
+def load_for_evaluation(folder, accelerator):
     from ..distributed import cpu
+
+    model = load_model(folder).to(accelerator.device)
+    cpu.tune(model, accelerator)
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def compute_losses(model, text, block_size, stride, recipe, accelerator, console):
+    """Evaluate a model. Return (sums, counts): per window, the sum of the losses and the number of tokens."""
+    from ..batches import evaluation_batches, model_inputs, sliding_windows
     from ..evaluation import window_losses
 
     train = recipe.train
-    model = load_model(folder).to(accelerator.device)
-    cpu.tune(model, accelerator)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
     if stride:
         windows = sliding_windows(len(text.tokens), block_size, stride, train.batch_size)
     else:
@@ -228,86 +240,29 @@ def compute_losses(folder, text, block_size, stride, recipe, accelerator, consol
 
 def evaluate_tasks(target, recipe, options):
     """Print the scores of a model on tasks of lm-eval (EleutherAI's evaluation harness)."""
-    raise_problems(check_tasks(options) + check_model(target))
+    raise_problems(check_tasks(options.tasks, options.tasks_dir) + check_model(target))
     device = pick_device(recipe.train.device)
     console = Console(is_main(), stderr=True)
     console.say(f"loading lm-eval and its tasks {', '.join(options.tasks)}")
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    tasks = load_tasks(options.tasks, options.tasks_dir, options.num_fewshot)  # before a large download, the model
+    from lm_eval.models.huggingface import HFLM
 
     from .. import model  # noqa: F401 (registers GPT with AutoModelForCausalLM)
 
-    manager = TaskManager(include_path=options.tasks_dir)
-    tasks = load_tasks(options.tasks, manager)  # before the model, because it may be a large download
     folder = find_model(target, console, bars=console.is_verbose)
-    results = simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(folder), "dtype": "float32" if device.type == "cpu" else "auto"},
-        tasks=tasks,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        batch_size=recipe.train.batch_size,
-        device=str(device),
-        task_manager=manager,
-    )
-    if results is None:  # not the main process
+    dtype = "float32" if device.type == "cpu" else "auto"
+    lm = HFLM(pretrained=str(folder), dtype=dtype, batch_size=recipe.train.batch_size, device=str(device))
+    scores = score_tasks(lm, tasks, options.limit)
+    if scores is None:  # not the main process
         return
-    scores = {
-        task: {key: value for key, value in values.items() if isinstance(value, (int, float))}
-        for task, values in results["results"].items()
-    }
+    core = core_average(scores)
     if options.json_output:
-        print(json.dumps({"model": str(folder), "tasks": scores}))
-    else:
-        for task, values in scores.items():
-            print(printable(f"{folder} on {task}: {describe_task(values)}"))
-
-
-def check_tasks(options):
-    """Check the installed lm-eval and the folder of task files. Return a list of problems."""
-    try:
-        is_missing = Version(metadata.version("lm_eval")) < Version(LM_EVAL)
-    except metadata.PackageNotFoundError:  # not installed, or a clone on PYTHONPATH
-        is_missing = find_spec("lm_eval") is None
-    problems = []
-    if is_missing:
-        fix = f'run pip install "lm-eval>={LM_EVAL}"'  # in a clone and with a wheel
-        problems.append(f"tasks={','.join(options.tasks)}: requires lm-eval {LM_EVAL} or newer; {fix}")
-    if options.tasks_dir and not Path(options.tasks_dir).is_dir():
-        problems.append(f"tasks_dir={options.tasks_dir}: no such folder; set it to the folder of your task files")
-    return problems
-
-
-def load_tasks(names, manager):
-    """Load tasks of lm-eval and their datasets. names: of tasks, groups or tags, or patterns such as mmlu_*.
-
-    Returns:
-        Task and Group objects for simple_evaluate.
-
-    Raises:
-        ValueError: lm-eval has no such task, or a dataset cannot be loaded.
-    """
-    from huggingface_hub.utils import logging
-
-    if unknown := [name for name in names if not manager.match_tasks([name])]:
-        raise ValueError(
-            f"tasks={','.join(unknown)}: unknown to lm-eval; `lm-eval ls tasks` lists all tasks; to use your "
-            "own task files, set tasks_dir to their folder"
-        )
-    logging.set_verbosity_error()  # no warning per retry; the error below has the reason
-    tasks = []
-    for name in manager.match_tasks(names):
-        try:
-            loaded = manager.load(name)
-            group = loaded["groups"].get(name)
-            tasks += [group] if group else loaded["tasks"].values()
-            manager.load(tasks)  # fails if two groups contain the same task
-        except Exception as error:  # from datasets, the libraries that it uses, or the code of a task
-            raise ValueError(
-                f"tasks={name}: lm-eval cannot load this task or its dataset ({type(error).__name__}: "
-                f"{one_line(error)}); check the network, HF_HUB_OFFLINE and HF_ENDPOINT, or your own task files"
-            ) from error
-    return tasks
+        print(json.dumps({"model": str(folder), "tasks": scores} | ({} if core is None else {"core": core})))
+        return
+    for task, values in scores.items():
+        print(printable(f"{folder} on {task}: {describe_task(values)}"))
+    if core is not None:
+        print(f"{folder} on core: centered accuracy {core:.4f}")
 
 
 def describe_task(values):

@@ -12,7 +12,7 @@ from functools import partial
 
 from pydantic import Field
 
-from ..data import dataset
+from ..data import dataset, run_data
 from ..distributed.accelerator import auto_precision
 from ..models.shape import model_shape
 from ..planning import sizing
@@ -71,7 +71,7 @@ def main(argv):
 
 def check(recipe, options):
     """Return a list of problems that would prevent the launch."""
-    problems = dataset.check(recipe.data, recipe.model.block_size)
+    problems = run_data.check(recipe.data, recipe.model.block_size)
     micro_batches, gpus, per_node = recipe.train.gradient_accumulation_steps, options.gpus, options.gpus_per_node
     if micro_batches % gpus:
         low = micro_batches // gpus * gpus
@@ -146,6 +146,7 @@ def plan(recipe, options):
         "mixed_precision": precision,
         "usable_memory": limit,
         "assumed": assumed,
+        "starts": [step for step, _ in recipe.stages],
         **size,
         **run_time(size, chosen["exchange_seconds"], chosen["muon_seconds"], gpu, options),
         "memory": memory,
@@ -157,20 +158,27 @@ def plan(recipe, options):
 
 
 def find_data(recipe):
-    """Return (vocabulary size, number of training tokens, list of assumptions).
+    """Return (vocabulary size, numbers of training tokens, list of assumptions).
 
-    The vocabulary size is None if a pretrained model defines it. The number of tokens is None if it is unknown.
+    The vocabulary size is None if a pretrained model defines it. The numbers of tokens are {source: number}, None if
+    unknown.
     """
-    data, assumed = recipe.data, []
-    if dataset.is_prepared(data):
-        manifest = dataset.manifest_of(data, dataset.data_folder(data))
-        return manifest["tokenizer"]["vocab_size"], manifest["splits"]["train"]["tokens"], assumed
-    train_tokens = None if data.limit_documents else TRAIN_TOKENS.get((data.corpus, data.tokenizer))
-    if train_tokens:
-        assumed.append(f"{data.corpus} has {train_tokens:,} training tokens, as counted by nanoGPT")
-        train_tokens = min(train_tokens, data.limit_tokens or train_tokens)
-    is_new = recipe.model.init_from in ("scratch", "resume")  # pretrained weights define the vocabulary size
-    return dataset.guess_vocab_size(data, assumed) if is_new else None, train_tokens, assumed
+    assumed, vocab_size, train_tokens, sections = [], None, {}, run_data.sections(recipe.data)
+    for name in recipe.data.sources:
+        data = sections[name]
+        if run_data.has_tokenizer(recipe.data, data) and dataset.is_prepared(data):
+            manifest = dataset.manifest_of(data, dataset.data_folder(data))
+            train_tokens[name] = manifest["splits"]["train"]["tokens"]
+            vocab_size = vocab_size or manifest["tokenizer"]["vocab_size"]
+            continue
+        known = None if data.limit_documents else TRAIN_TOKENS.get((data.corpus, data.tokenizer))
+        if known:
+            assumed.append(f"{data.corpus} has {known:,} training tokens, as counted by nanoGPT")
+        train_tokens[name] = known and min(known, data.limit_tokens or known)
+    # pretrained weights define the vocabulary size
+    if vocab_size is None and recipe.model.init_from in ("scratch", "resume"):
+        vocab_size = dataset.guess_vocab_size(next(iter(sections.values())), assumed)
+    return vocab_size, train_tokens, assumed
 
 
 def assumptions(recipe, options, gpu, precision, n_params):
@@ -198,6 +206,7 @@ def run_size(recipe, shape, train_tokens):
     tokens_per_step = train.gradient_accumulation_steps * train.batch_size * shape["block_size"]
     steps = 0 if train.eval_only else train.max_iters
     tokens = steps * tokens_per_step
+    total_tokens = sum(train_tokens.values()) if all(train_tokens.values()) else None
     optimal_params, optimal_tokens = sizing.optimal_size(tokens * flops_per_token) if tokens else (0, 0)
     return {
         "vocab_size": shape["vocab_size"],
@@ -211,8 +220,9 @@ def run_size(recipe, shape, train_tokens):
         "tokens_per_step": tokens_per_step,
         "steps": steps,
         "tokens": tokens,
-        "train_tokens": train_tokens,
-        "epochs": tokens / train_tokens if train_tokens else None,
+        "train_tokens": total_tokens,
+        "epochs": tokens / total_tokens if total_tokens else None,
+        "sources": run_data.mix_table(recipe, train_tokens) if len(train_tokens) > 1 else [],
         "checkpoint_bytes": sizing.checkpoint_bytes(shape, recipe.optimizer.algorithm),
         "checkpoints": recipe.checkpoint.keep_last + 1,
         "tokens_per_parameter": tokens / n_params,
@@ -333,8 +343,13 @@ def run_lines(figures, n_params):
     if not figures["tokens"]:
         yield "run          no training steps (eval_only=true or max_iters=0)"
         return
-    epochs = f", {figures['epochs']:.2f} epochs" if figures["epochs"] else ""
+    epochs = f", {figures['epochs']:.2f} epochs" if figures["epochs"] and not figures["sources"] else ""
     yield f"run          {figures['steps']:,} steps, {figures['tokens']:,} tokens{epochs}, {figures['flops']:.3g} FLOPs"
+    if figures["sources"]:
+        title = "mix"
+        for line in run_data.describe_mix(figures["starts"], figures["sources"]):
+            yield f"{title:<12} {line}"
+            title = ""
     yield (
         f"Chinchilla   {figures['tokens_per_parameter']:,.4g} tokens per parameter; optimal is about 20, or "
         f"{short(20 * n_params)} tokens (approach 2: {short(figures['optimal_tokens'])})"

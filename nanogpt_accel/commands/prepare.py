@@ -4,7 +4,7 @@ The data folder contains train.bin and val.bin in nanoGPT's format, the tokenize
 the folder depends on every setting that affects the tokens.
 """
 
-from ..data import dataset
+from ..data import dataset, run_data
 from ..data.manifest import describe_split
 from ..data.prepare import ready
 from ..distributed.launcher import is_main
@@ -19,12 +19,14 @@ def main(argv):
     target, options = cli.parse(argv, FIELDS)
     if target is None:
         raise ValueError("RECIPE is missing; usage: nanogpt-accel prepare shakespeare_char")
-    recipe = load_recipe(target, options, check=lambda recipe: dataset.check(recipe.data))
-    was_prepared = dataset.is_prepared(recipe.data)
-    _, found = ready(recipe.data, Console(is_main()), recipe.model.block_size)
-    manifest = found.manifest
-    if was_prepared:
-        print(f"{found.folder}: already prepared")
-        for split in manifest["splits"]:
-            print(f"{split}: {describe_split(manifest, split)}")
-    print(f"tokenizer: {manifest['tokenizer']['kind']}, vocabulary size {manifest['tokenizer']['vocab_size']:,}")
+    recipe = load_recipe(target, options, check=lambda recipe: run_data.check(recipe.data))
+    for name, section in run_data.sections(recipe.data).items():
+        was_prepared = dataset.is_prepared(section)
+        block_size = recipe.model.block_size if run_data.uses_val(recipe.data, name) else 0
+        _, found = ready(section, Console(is_main()), block_size)
+        manifest = found.manifest
+        if was_prepared:
+            print(f"{found.folder}: already prepared")
+            for split in manifest["splits"]:
+                print(f"{split}: {describe_split(manifest, split)}")
+        print(f"tokenizer: {manifest['tokenizer']['kind']}, vocabulary size {manifest['tokenizer']['vocab_size']:,}")

@@ -21,7 +21,7 @@ from ..tracking.metrics_log import new_figure, read_metrics, save_figure
 from ..utils import cli
 from ..utils.fields import Section, raise_problems, show_value
 from ..utils.files import write_atomically
-from ..utils.text import counted, duration, first_line, printable
+from ..utils.text import counted, duration, file_name, first_line, printable
 
 MAX_RUNS, MAX_POINTS, MAX_SAMPLES = 8, 800, 30
 COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#0891b2", "#db2777", "#ca8a04", "#64748b")
@@ -32,6 +32,10 @@ CHARTS = {  # name in metrics.jsonl: (title, unit, divisor)
     "tokens_per_second": ("Throughput", "tokens/s", 1),
     "peak_memory": ("Peak memory", "GiB", 2**30),
     "mfu": ("Model FLOPs utilization", "share of the peak FLOP/s", 1),
+}
+GROUPS = {  # first part of names such as val_loss/wiki, which are in the same chart: (title, unit)
+    "val_loss": ("Validation loss by set", "nats per token"),
+    "share": ("Sources", "share of the sequences of a step"),
 }
 
 
@@ -97,7 +101,7 @@ def read_run(folder, name):
     notes += check_metrics(folder / "metrics.jsonl", lines)
     clock = training_seconds(lines, tokens_per_step)
     series = {}
-    for key in (*CHARTS, "val_loss"):
+    for key in (*CHARTS, "val_loss", *other_metrics(lines)):
         scale = CHARTS[key][2] if key in CHARTS else 1
         values = [(line["step"], seconds, number(line, key)) for line, seconds in zip(lines, clock, strict=True)]
         if points := [(step, seconds, value / scale) for step, seconds, value in values if value is not None]:
@@ -125,6 +129,13 @@ def read_recipe(folder):
         return None, None, [f"{reason}; the page shows no tokens, times or settings"]
     train = recipe.train
     return recipe, train.batch_size * train.gradient_accumulation_steps * recipe.model.block_size, []
+
+
+def other_metrics(lines):
+    """Return the names of all other metrics of training steps, and of the scores with a name such as val_loss/wiki."""
+    known = {*CHARTS, "val_loss", "step", "skipped_steps"}
+    names = [key for line in lines for key in line if key not in known and ("loss" in line or "/" in key)]
+    return list(dict.fromkeys(names))
 
 
 def check_metrics(path, lines):
@@ -260,24 +271,47 @@ def table(runs):
 def write_images(runs, out):
     """Write one PNG per chart to the folder of the page `out`, with steps on the x axis. Return the paths."""
     paths = []
-    for key, (title, unit, _) in CHARTS.items():
-        if not any(key in run["series"] for run in runs):
-            continue
+    for key, title, unit, names in charts_of(runs):
         figure, axes = new_figure()
-        style, suffix = ({"linewidth": 0.8, "alpha": 0.6}, " train") if key == "loss" else ({"linewidth": 1.2}, "")
         for i, run in enumerate(runs):
-            if columns := run["series"].get(key):
-                axes.plot(columns["step"], columns["value"], color=COLORS[i], label=run["name"] + suffix, **style)
-            if key == "loss" and (columns := run["series"].get("val_loss")):
-                color = COLORS[i if len(runs) > 1 else 1]
-                label = f"{run['name']} validation, last {columns['value'][-1]:.4f}"
-                axes.plot(columns["step"], columns["value"], color=color, marker="o", markersize=3, label=label)
+            for j, name in enumerate(names):
+                if columns := run["series"].get(name):
+                    style = style_of(run, key, name, len(names))
+                    color = COLORS[(i if len(runs) > 1 else j) % len(COLORS)]
+                    line = ("-", "--", ":", "-.")[j % 4 if len(runs) > 1 and key != "loss" else 0]
+                    axes.plot(columns["step"], columns["value"], color=color, linestyle=line, **style)
         axes.set(title=title, xlabel="step", ylabel=unit)
         axes.grid(alpha=0.3)
         axes.legend()
-        paths.append(out.with_name(f"{out.stem}-{key}.png"))
+        paths.append(out.with_name(f"{out.stem}-{file_name(key)}.png"))
         save_figure(figure, paths[-1])
     return paths
+
+
+def style_of(run, key, name, n_names):
+    """Return the label and the line style of a metric in a chart, as arguments of matplotlib's plot."""
+    if name == "loss":
+        return {"label": f"{run['name']} train", "linewidth": 0.8, "alpha": 0.6}
+    if name == "val_loss":
+        last = run["series"][name]["value"][-1]
+        return {"label": f"{run['name']} validation, last {last:.4f}", "marker": "o", "markersize": 3}
+    part = f" {name.removeprefix(key + '/')}" if n_names > 1 else ""
+    return {"label": run["name"] + part, "linewidth": 1.2}
+
+
+def charts_of(runs):
+    """Return a list of (key, title, unit, [metric, ...]) for the charts that have data, in their order on the page."""
+    names = list(dict.fromkeys(name for run in runs for name in run["series"]))
+    charts = {key: [key] for key in CHARTS} | {"loss": ["loss", "val_loss"]}
+    for name in names:
+        if name not in CHARTS and name != "val_loss":
+            charts.setdefault(name.partition("/")[0], []).append(name)
+    found = []
+    for key, metrics in charts.items():
+        title, unit, *_ = CHARTS.get(key) or GROUPS.get(key) or (key.replace("_", " "), "")
+        if metrics := [name for name in metrics if name in names]:
+            found.append((key, title, unit, metrics))
+    return found
 
 
 # ---- the page
@@ -295,7 +329,7 @@ def page(runs):
         title=" and ".join(run["name"] for run in runs),
         runs=runs,
         titles=list(dict.fromkeys(title for run in runs for title in run["summary"])),
-        charts=[(key, chart) for key, chart in CHARTS.items() if any(key in run["series"] for run in runs)],
+        charts=charts_of(runs),
         recipes=recipes,
         differences=rows,
         data=[{"name": run["name"], "tokens": run["tokens_per_step"], "series": run["series"]} for run in runs],

@@ -24,39 +24,54 @@ _LOADING_CODE = re.compile(r"^path = .*\nmodel = .*\ntokenizer = .*$", re.MULTIL
 
 
 def checkpoint_card(recipe, data, trainer, num_parameters):
-    """Return the text of a checkpoint's README.md. data: the Dataset. trainer: the content of its trainer.json."""
+    """Return the text of a checkpoint's README.md. data: the RunData. trainer: the content of its trainer.json."""
     tokenizer, init_from, block_size = data.tokenizer, recipe.model.init_from, recipe.model.block_size
-    corpus, steps = data.manifest["corpus"], f"after {trainer['step']:,} steps"
+    corpora, steps = {n: s.manifest["corpus"] for n, s in data.sources.items()}, f"after {trainer['step']:,} steps"
     loss = trainer["val_loss"] if trainer["evaluated"] else None  # otherwise, it is the loss of an earlier step
     is_hub_id = init_from not in ("scratch", "resume") and not Path(init_from).exists() and is_model_id(init_from)
     base_model = init_from.partition("@")[0] if is_hub_id else None
     start = f", starting from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
-    corpus_name = f"`{corpus.get('name', 'unknown')}`"
-    if corpus.get("id"):
-        corpus_name = f"[{corpus['id']}](https://huggingface.co/datasets/{corpus['id']})"
+    names = {name: _corpus_link(corpus) for name, corpus in corpora.items()}
+    corpus_names = f"{'corpora' if len(names) > 1 else 'corpus'} {', '.join(names.values())}"
     text = (
         f"A GPT language model with {num_parameters:,} parameters and a context length of {block_size:,} tokens. It "
-        f"was trained with nanogpt_accel on the corpus {corpus_name}{start}. Its tokenizer is `{tokenizer.kind}`, "
+        f"was trained with nanogpt_accel on the {corpus_names}{start}. Its tokenizer is `{tokenizer.kind}`, "
         f"with {tokenizer.vocab_size:,} tokens."
     )
     evaluation = f"This checkpoint was saved {steps} and has not been evaluated."
     if loss is not None:
         evaluation = f"Validation loss {steps}: {loss:.4f} nats per token."
+        lines = [f"- {name.removeprefix('val_loss/')}: {score:.4f}" for name, score in trainer["named_scores"].items()]
+        evaluation += "\n\nBy validation set and task:\n\n" * bool(lines) + "\n".join(lines)
+    training_data = [
+        f"{names[name]}: {len(source.train):,} tokens for training, {len(source.val):,} for validation."
+        for name, source in data.sources.items()
+    ]
+    if len(names) > 1:
+        training_data = [f"- {line}" for line in training_data]
     versions = {"nanogpt_accel": __version__, "python": platform.python_version()}
     packages = ("torch", "transformers", "accelerate")
     versions |= {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
     sections = {
-        "Training data": f"{corpus_name}: {len(data.train):,} tokens for training, {len(data.val):,} for validation.",
+        "Training data": "\n".join(training_data),
         "Evaluation": evaluation,
         "Training recipe": f"Settings with default values are omitted.\n\n```yaml\n{recipe.to_yaml(brief=True)}```",
         "Framework versions": "\n".join(f"- {name} {version}" for name, version in versions.items()),
     }
     name, more = " ".join(Path(recipe.out_dir).resolve().name.split()), {"base_model": base_model, "sections": sections}
-    return model_card(name, text, tokenizer, block_size, needs_code=True, corpus=corpus, val_loss=loss, **more)
+    corpora = list(corpora.values())
+    return model_card(name, text, tokenizer, block_size, needs_code=True, corpora=corpora, val_loss=loss, **more)
+
+
+def _corpus_link(corpus):
+    """Return the name of a corpus in Markdown."""
+    if corpus.get("id"):
+        return f"[{corpus['id']}](https://huggingface.co/datasets/{corpus['id']})"
+    return f"`{corpus.get('name', 'unknown')}`"
 
 
 def model_card(
-    name, text, tokenizer, block_size, *, needs_code, corpus=None, val_loss=None, base_model=None, sections=None
+    name, text, tokenizer, block_size, *, needs_code, corpora=(), val_loss=None, base_model=None, sections=None
 ):
     """Return the text of a model card: metadata for the Hub, a description, and code that generates text.
 
@@ -65,15 +80,15 @@ def model_card(
         tokenizer, block_size: tokenizer and context length of the model. The prompt in the code depends on the
             tokenizer, and the number of tokens to generate depends on block_size.
         needs_code: whether loading the model requires the model.py in its folder.
-        corpus: dictionary that describes the training corpus: "kind", "name", "id", "config". All keys are optional.
-        val_loss: validation loss on the corpus in nats per token; omitted if it is None, NaN or Inf.
+        corpora: dictionaries that describe the training corpora: "kind", "name", "id", "config". All are optional.
+        val_loss: validation loss on the corpora in nats per token; omitted if it is None, NaN or Inf.
         base_model: Hub id of the model that training started from.
         sections: {title: Markdown} of sections after the code.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    corpus, metadata = corpus or {}, {}
-    corpus_name = corpus.get("name") or "unknown"
+    corpus, metadata = (corpora[0] if len(corpora) == 1 else {}), {}  # the license of a mix is unknown
+    corpus_name = ", ".join(corpus.get("name") or "unknown" for corpus in corpora or [{}])
     if corpus.get("kind") in ("hub", "url", "python"):  # a local file may have the same name as a built-in corpus
         metadata |= CORPUS_METADATA.get(corpus_name, {})
     if val_loss is not None and math.isfinite(val_loss):
@@ -87,8 +102,8 @@ def model_card(
             metric_value=val_loss,
         )
         metadata |= {"model_name": name, "eval_results": [result]}
-    if corpus.get("id"):
-        metadata["datasets"] = [corpus["id"]]
+    if ids := [corpus["id"] for corpus in corpora if corpus.get("id")]:
+        metadata["datasets"] = ids
     metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["nanogpt_accel", "gpt"]}
     data = ModelCardData(base_model=base_model, **metadata)
     sections = {"Usage": f"```python\n{_usage_code(tokenizer, block_size, needs_code)}```", **(sections or {})}

@@ -112,7 +112,8 @@ def write_nanogpt(path, model, config, tokenizer, source):
     recipe = load_recipe(source.parent) if has_recipe else Recipe()
     trainer = read_trainer(source) if is_checkpoint else {"step": 0, "best_val_loss": None}
     optimizer = _adamw_state(model, recipe.optimizer, source if is_checkpoint else None, rows)
-    dataset = file_name(Path(recipe.data.corpus if has_recipe else source.resolve()).stem)
+    corpus = "+".join(recipe.data.sources) if recipe.data.mix else recipe.data.corpus
+    dataset = file_name(Path(corpus if has_recipe else source.resolve()).stem)
     dataset += "_char" * (tokenizer.kind == "char")
     content = {
         "model": weights,

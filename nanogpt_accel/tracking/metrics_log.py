@@ -180,6 +180,12 @@ def draw_losses(lines, axes):
     if val:
         label = f"validation, last {val[-1][1]:.4f}"
         axes.plot(*zip(*val, strict=True), label=label, marker="o", markersize=3, color="tab:orange")
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith("val_loss/"))
+    for i, name in enumerate(names, 2):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if points:
+            label = f"{name.removeprefix('val_loss/')}, last {points[-1][1]:.4f}"
+            axes.plot(*zip(*points, strict=True), label=label, marker="o", markersize=2, linewidth=0.8, color=f"C{i}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)

@@ -1,6 +1,7 @@
 """Types of settings: how a value on a command line or in YAML is parsed, checked and shown."""
 
 import difflib
+import json
 import re
 from contextlib import suppress
 from typing import Annotated
@@ -89,18 +90,51 @@ def validate(section, values, where=""):
     try:
         return section(**values), [], set()
     except ValidationError as error:
-        messages = {}  # key -> [message, ...]; a union type has one message per member
+        messages = {}  # path of a value -> [message, ...]; a union type has one message per member
         for item in error.errors():
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             message = "" if item["type"] == "extra_forbidden" else message.split(", unable to parse")[0]
-            messages.setdefault(str(item["loc"][0]), []).append(message)
-    problems = [
-        unknown_key(f"{where}{key}", section.model_fields)
-        if "" in texts
-        else f"{where}{key}={show_value(values[key])}: {' or '.join(dict.fromkeys(texts))}"
-        for key, texts in messages.items()
-    ]
-    return section(**{k: v for k, v in values.items() if k not in messages}), problems, set(messages)
+            message = "missing" if item["type"] == "missing" else message
+            messages.setdefault(_path_in(values, item["loc"]), []).append(message)
+    problems, invalid = [], {str(path[0]) for path in messages}
+    for path, texts in messages.items():
+        key = where + ".".join(map(str, path))
+        value = values
+        for part in path if texts != ["missing"] else ():
+            value = value[part]
+        if "" in texts:
+            problems.append(unknown_key(key, _fields_at(section, path[:-1])))
+        elif texts == ["missing"]:
+            problems.append(f"{key} is missing")
+        else:
+            problems.append(f"{key}={show_value(value)}: {' or '.join(dict.fromkeys(texts))}")
+    return section(**{key: value for key, value in values.items() if key not in invalid}), problems, invalid
+
+
+def _path_in(values, location):
+    """Return the path of a value from the location in a pydantic error, which can end with names of types."""
+    path = ()
+    for part in location:
+        if isinstance(values, dict) and part != "[key]":
+            path, values = (*path, part), values.get(part)
+        elif isinstance(values, list) and isinstance(part, int):
+            path, values = (*path, part), values[part]
+    return path
+
+
+def _fields_at(section, path):
+    """Return the names of the fields of the Section at a path, such as ("mix", 0), in a Section."""
+    for part in path:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation) or section
+    return section.model_fields
+
+
+def _section_in(annotation):
+    """Return the Section class in a type such as list[Source], or None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, getattr(annotation, "__args__", ()))), None)
 
 
 def type_name(annotation):
@@ -109,6 +143,8 @@ def type_name(annotation):
     if arguments is None:
         names = {type(None): "none", str: "TEXT", bool: "true|false", dict: "{KEY: VALUE}"}
         return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    if _section_in(annotation):
+        return "YAML"
     if getattr(annotation, "__origin__", None) in (list, tuple):
         return "A,B,..."
     parts = [a if isinstance(a, str) else type_name(a) for a in arguments if a is not Ellipsis]
@@ -121,6 +157,9 @@ def show_value(value):
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if any(isinstance(item, dict) for item in items):
+        return json.dumps(value)  # is YAML too
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value)) or "none"
     if isinstance(value, dict):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from runs import write_lm_eval_task
 from shared import DATA, REPOSITORY
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
@@ -220,7 +221,7 @@ def test_tasks_without_a_recent_lm_eval_are_refused(call, gpt2, monkeypatch, ver
         return version
 
     monkeypatch.setattr(importlib.metadata, "version", installed)
-    monkeypatch.setattr("nanogpt_accel.commands.evaluate.find_spec", lambda name: None)
+    monkeypatch.setattr("nanogpt_accel.models.tasks.find_spec", lambda name: None)
     (line,) = call("evaluate", gpt2, "tasks=hellaswag", status=2).splitlines()
     # in a clone, a wheel or a copy of the package: with the version that setup.cfg requires
     (requirement,) = re.findall(r"tasks=hellaswag: .*; run pip install \"(lm-eval>=[\d.]+)\"$", line)
@@ -264,20 +265,6 @@ def test_wrong_tasks_are_reported_before_the_model_is_loaded(call, lm_eval, monk
     assert "./gone: no such folder" in call("evaluate", "./gone", "tasks=arc", status=2).splitlines()[-1]
 
 
-TASK = """
-task: TASK
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: multiple_choice
-target_delimiter: ""
-doc_to_text: "{{question}}"
-doc_to_choice: choices
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
-
-
 @pytest.mark.slow
 def test_accuracy_on_an_lm_eval_task_is_that_of_the_likelihoods(capsys, gpt2, tmp_path, monkeypatch):
     """A local task of two choices: the choice with the higher log-likelihood counts, computed by hand."""
@@ -285,10 +272,7 @@ def test_accuracy_on_an_lm_eval_task_is_that_of_the_likelihoods(capsys, gpt2, tm
         pytest.skip("lm-eval is not installed")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     rows = [{"question": f"the {n} of", "choices": [" may", " see"], "answer": n % 2} for n in range(20)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("parity", "parity_too"):
-        text = TASK.replace("TASK", name).replace("FILE", str(tmp_path / "rows.jsonl"))
-        (tmp_path / f"{name}.yaml").write_text(text)
+    write_lm_eval_task(tmp_path, rows, "parity", "parity_too")
     (tmp_path / "both.yaml").write_text("group: both\ntask: [parity, parity_too]\n")
     folder = [f"tasks_dir={tmp_path}", "device=cpu"]
     for name, reason in (("hellaswag", "ConnectionError: "), ("both,parity", "Duplicate task")):

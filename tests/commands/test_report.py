@@ -138,6 +138,29 @@ def test_the_curves_match_the_log(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1] == "wrote runs/a/report.html and 5 PNGs: report-*.png"
 
 
+def with_sets(lines):
+    """Add the losses of two validation sets, a task, the shares of two sources and a metric of a researcher."""
+    named = {"val_loss/wiki": 2.0, "val_loss/code": 3.0, "arc_easy/acc": 0.25}
+    steps = {"share/web": 0.75, "share/code": 0.25, "weight_norm": 7.0, "skipped_steps": 1, "spike": True}
+    return [line | (named if "val_loss" in line else steps) for line in lines]
+
+
+def test_every_metric_is_in_a_chart(monkeypatch):
+    monkeypatch.setattr(report, "write_images", WRITE_IMAGES)
+    run = make_run(Path("runs/a"), with_sets(curve()))
+    page = read(run)
+    known = ["loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory"]
+    assert page.figures() == [*known, "val_loss", "arc_easy", "share", "weight_norm"]
+    series = page.data[0]["series"]
+    assert series["val_loss/code"]["value"] == [3.0, 3.0] and series["share/web"]["value"] == [0.75] * (STEPS // 2)
+    assert not {"perplexity", "skipped_steps", "spike", "step"} & series.keys()
+    for title in ("Validation loss by set", "Sources", "weight norm"):
+        assert title in page.source
+    assert (run / "report-share.png").stat().st_size > 5000
+    metrics = re.search(r"const metrics = (\{.*\})", page.source)[1]
+    assert '"val_loss": ["val_loss/wiki", "val_loss/code"]' in metrics and '"loss": ["loss", "val_loss"]' in metrics
+
+
 def test_the_page_makes_no_requests():
     page = read(make_run(Path("runs/a"), samples=[{"step": 1, "text": "x"}]))
     request_attributes = {"src", "href", "srcset", "data", "action", "poster", "background"}
@@ -405,7 +428,7 @@ def test_nothing_is_cut_off_and_no_name_is_broken_on_a_phone(tmp_path):
 def test_curves_and_controls_work_in_a_browser(tmp_path):
     draw = random.Random(0)
     noisy = [{**line, "loss": line["loss"] + draw.random()} if "loss" in line else line for line in curve()]
-    make_run(Path("runs/a"), samples=[{"step": 10, "text": NAUGHTY}])
+    make_run(Path("runs/a"), with_sets(curve()), samples=[{"step": 10, "text": NAUGHTY}])
     make_run(Path("runs/b"), noisy, learning_rate=2e-3)
     read("runs/a", "runs/b", "out=both.html")
     source = Path("both.html").read_text()
@@ -417,7 +440,8 @@ def test_curves_and_controls_work_in_a_browser(tmp_path):
     *seen, hidden = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', shown.stdout, re.DOTALL)[1])
     assert len(seen) == 6 and hidden == 2  # training and validation of the other run
     for state in seen:
-        assert state["curves"] == [4, 2, 2, 2, 2]  # training and validation of two runs, then one curve per run
+        # training and validation of two runs, then one curve per run, then the other metrics of run a
+        assert state["curves"] == [4, 2, 2, 2, 2, 2, 1, 2, 1]
         assert all(re.search(rf"^{name} (training|validation) [\d.]+$", state["tip"], re.MULTILINE) for name in "ab")
         for x, y in (map(float, end.split(",")) for end in state["ends"]):
             assert 52 <= x <= state["box"][0] and 0 <= y <= state["box"][1]

@@ -29,10 +29,15 @@ def card_of(needs_code=False, tokenizer=TOKENIZER, **options):
 
 
 def checkpoint_card_of(corpus, val_loss=3.25, evaluated=True, **settings):
-    """The card of a checkpoint of a run in runs/tiny, trained on this corpus."""
-    data = SimpleNamespace(tokenizer=TOKENIZER, manifest={"corpus": corpus}, train=range(9000), val=range(1000))
+    """The card of a checkpoint of a run in runs/tiny, trained on this corpus, or on a list of corpora."""
+    corpora = corpus if isinstance(corpus, list) else [corpus]
+    sources = [SimpleNamespace(manifest={"corpus": each}, train=range(9000), val=range(1000)) for each in corpora]
+    data = SimpleNamespace(tokenizer=TOKENIZER, sources=dict(enumerate(sources)))
     recipe = load_recipe(None, {"out_dir": "runs/tiny", "n_layer": 3, "tokenizer": "char", **settings})
-    return checkpoint_card(recipe, data, {"step": 2000, "val_loss": val_loss, "evaluated": evaluated}, 1_234_567)
+    trainer = {"step": 2000, "val_loss": val_loss, "evaluated": evaluated, "named_scores": {}}
+    if len(corpora) > 1:
+        trainer["named_scores"] = {"val_loss/wiki": 3.5, "arc_easy/acc": 0.25}
+    return checkpoint_card(recipe, data, trainer, 1_234_567)
 
 
 def metadata(card):
@@ -94,6 +99,16 @@ def test_a_checkpoint_card_describes_the_training():
     ):
         assert words in card, words
     assert "base_model" not in found and "runs/" not in card
+
+
+def test_a_card_of_a_mix_lists_its_corpora_and_scores():
+    card = checkpoint_card_of([{"kind": "hub", "name": "wikitext2", "id": "Salesforce/wikitext"}, {"name": "mine.txt"}])
+    found = metadata(card)
+    assert found["datasets"] == ["Salesforce/wikitext"] and "license" not in found
+    assert found["model-index"][0]["results"][0]["dataset"]["name"] == "wikitext2, mine.txt"
+    link = "[Salesforce/wikitext](https://huggingface.co/datasets/Salesforce/wikitext)"
+    assert f"on the corpora {link}, `mine.txt`." in card and "- wiki: 3.5000\n- arc_easy/acc: 0.2500" in card
+    assert f"- {link}: 9,000 tokens for training, 1,000 for validation.\n- `mine.txt`: 9,000" in card
 
 
 @pytest.mark.parametrize("name", CORPUS_METADATA)

@@ -79,6 +79,7 @@ RUN = {
     "nanogpt-accel plan RECIPE gpus=8 gpu=h100": ("", "H100"),
     "nanogpt-accel prepare RECIPE": (TEXT, "train: "),
     "nanogpt-accel data FOLDER": ("", "most common"),
+    "nanogpt-accel data recipes/mixture.yaml": ("", "share 0.9, then 0.5"),
     "nanogpt-accel train RECIPE": (f"{TINY} {TEXT} {ONE_MICRO_BATCH}", "The run is in runs/RECIPE"),
     "nanogpt-accel sample MODEL": (f"{CPU} num_samples=1 max_new_tokens=4 start=ROMEO:", "ROMEO:"),
     "nanogpt-accel evaluate MODEL": (CPU, "perplexity"),

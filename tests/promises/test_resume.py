@@ -10,7 +10,7 @@ import time
 
 import pytest
 from launching import Ranks, Torchrun
-from runs import SMALL, copy_without, largest_difference, ordered_numbers, trainer, weights, write_recipe
+from runs import SMALL, copy_without, largest_difference, make_text, ordered_numbers, trainer, weights, write_recipe
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and fork are POSIX's")
 STEPS, SAVE = 40, 8
@@ -142,6 +142,51 @@ def test_raising_max_iters_of_a_finished_run_equals_one_long_run(start, recipe, 
     start(run, [recipe, f"out_dir={run}", f"max_iters={SAVE}", f"lr_decay_iters={STEPS}"]).finish()
     start(run, [run, f"max_iters={STEPS}"]).finish()
     assert ordered_numbers(run) == ordered_numbers(one)
+
+
+# ---- a mix of sources
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory):
+    """A recipe with three sources, two stages and a validation set. The second stage starts between two checkpoints."""
+    folder = tmp_path_factory.mktemp("mix")
+    for seed, name in enumerate("abc"):
+        (folder / f"{name}.txt").write_text(make_text(2000, seed=seed))
+    sources = [
+        {"corpus": str(folder / f"{name}.txt"), "weight": weight} for name, weight in zip("abc", (6, 3, 1), strict=True)
+    ]
+    settings = SMALL | {"max_iters": 24, "eval_interval": SAVE, "tokenizer": "bpe", "vocab_size": 260}
+    stages = [{"from": 12, "mix": [{"name": "b", "weight": 1}, {"name": "c", "weight": 2}]}]
+    validation = {"held": sources[0] | {"split": "all"}}
+    del validation["held"]["weight"]
+    return write_recipe(folder, corpus=None, mix=sources, stages=stages, validation=validation, **settings)
+
+
+@pytest.fixture(scope="module")
+def mix_run(mix):
+    run = mix.parent / "never_killed"
+    Ranks(run, [mix, f"out_dir={run}"]).finish()
+    return run
+
+
+def test_resume_after_sigkill_in_the_middle_of_a_stage_is_bitwise_equal(start, mix, mix_run, tmp_path):
+    run = tmp_path / "run"
+    job = start(run, [mix, f"out_dir={run}"])
+    for step in (10, 14, 19):  # in the first stage, and twice in the second
+        job.wait_for_step(step)
+        job.kill()
+        job = start(run, [run])
+    job.finish()
+    assert ordered_numbers(run) == ordered_numbers(mix_run) and weights(run, 24) == weights(mix_run, 24)
+    assert {"val_loss/held", "val_loss/c"} < ordered_numbers(run)[-1].keys()
+
+
+def test_a_mix_on_two_processes_and_resumed_on_one_equals_one_process(start, mix, mix_run, tmp_path):
+    run = tmp_path / "run"
+    start(run, [mix, f"out_dir={run}", "max_iters=16", "lr_decay_iters=24"], 2).finish()
+    start(run, [run, "max_iters=24"]).finish()
+    assert largest_difference(run, mix_run) < 1e-5
 
 
 # ---- many kills

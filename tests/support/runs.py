@@ -76,6 +76,29 @@ def write_recipe(folder, name="tiny.yaml", **settings):
     return folder / name
 
 
+# a task of lm-eval: choose one of two continuations
+LM_EVAL_TASK = """
+task: NAME
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+target_delimiter: ""
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def write_lm_eval_task(folder, rows, *names):
+    """Write tasks with the same questions to a folder. rows: a list of {"question", "choices", "answer"}."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in names:
+        text = LM_EVAL_TASK.replace("NAME", name).replace("FILE", str(folder / "rows.jsonl"))
+        (folder / f"{name}.yaml").write_text(text)
+
+
 # ---- after a run
 
 

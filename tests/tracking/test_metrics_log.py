@@ -114,6 +114,7 @@ def png_size(path):
         [{"step": 0, "loss": 2.0}],
         [{"step": 0, "loss": None}, {"step": 1, "val_loss": None}],  # NaN
         [],
+        [{"step": s, "val_loss": 4.0, "val_loss/wiki": 3.0, "val_loss/code": None} for s in (0, 9)],
     ],
 )
 def test_plot_losses_writes_a_png(path, tmp_path, lines):
