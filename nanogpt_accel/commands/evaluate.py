@@ -262,7 +262,7 @@ def evaluate_tasks(target, recipe, options):
     for task, values in scores.items():
         print(printable(f"{folder} on {task}: {describe_task(values)}"))
     if core is not None:
-        print(f"{folder} on core: centered accuracy {core:.4f}")
+        print(printable(f"{folder} on core: centered accuracy {core:.4f}"))
 
 
 def describe_task(values):
