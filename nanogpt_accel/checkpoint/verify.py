@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -81,7 +82,7 @@ def is_corrupted(path):
 
 
 def find_file_corruption(path, name):
-    """Return a message if a JSON or safetensors file is missing or cannot be parsed, else None.
+    """Return a message if a JSON file or a file with weights is missing or cannot be parsed, else None.
 
     Raises:
         OSError: the file cannot be read.
@@ -93,6 +94,9 @@ def find_file_corruption(path, name):
     try:
         if name.endswith(".json"):
             is_valid = isinstance(json.loads((path / name).read_text(encoding="utf-8")), dict)
+        elif name.endswith(".bin"):  # torch.save writes a zip file, whose end is its directory; before 1.6, a pickle
+            with open(path / name, "rb") as file:
+                is_valid = zipfile.is_zipfile(file) or (file.seek(0) == 0 and file.read(1) == b"\x80")
         else:
             with safe_open(path / name, framework="np"):
                 is_valid = True

@@ -6,7 +6,6 @@ nanogpt-accel evaluate gpt2-large text=wikitext2 split=test stride=512      # as
 nanogpt-accel evaluate gpt2 tasks=hellaswag,lambada_openai
 """
 
-import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from pydantic import Field
 
 from ..data import dataset, run_data
+from ..data.losses import describe_losses
 from ..data.readers import how_to_convert
 from ..data.sources import joined_text
 from ..data.token_files import TokenArray
@@ -22,13 +22,13 @@ from ..data.tokenizer import EncodingError, Tokenizer
 from ..distributed.accelerator import make_accelerator, pick_device
 from ..distributed.launcher import check_launcher, is_main
 from ..models.find import check_model, find_model
-from ..models.load import check_tokenizer, load_model, read_config
+from ..models.load import check_tokenizer, check_weights, load_model, read_config
 from ..models.tasks import check_tasks, core_average, load_tasks, score_tasks
 from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..tracking.console import Console, Progress
 from ..utils import cli
 from ..utils.fields import Int, Section, Words, raise_problems
-from ..utils.text import printable
+from ..utils.text import printable, to_json
 
 # the keys of a recipe's train section that `evaluate` uses, for the help page
 _TRAIN_KEYS = ("batch_size", "eval_iters", "device", "mixed_precision", "compile")
@@ -133,7 +133,7 @@ def evaluate(target, recipe, options, block_size=None):
     config = read_config(folder)
     block_size = block_size or config["block_size"]
     if options.text:
-        texts, problems = open_text(options, folder)
+        texts, problems = open_text(options, folder, config, console)
     else:
         texts, problems = open_splits(recipe, options, folder, block_size, config, target, console)
     for text in texts:
@@ -153,7 +153,7 @@ def evaluate(target, recipe, options, block_size=None):
         if accelerator.is_main_process and not options.json_output:
             print(printable(f"{folder} on {text.name}, {int(counts.sum()):,} tokens: {describe(results)}"))
     if accelerator.is_main_process and options.json_output:
-        print(json.dumps({"model": str(folder), **(found[0] if len(found) == 1 else {"sets": found})}))
+        print(to_json({"model": str(folder), **(found[0] if len(found) == 1 else {"sets": found})}))
     accelerator.end_training()
 
 
@@ -174,7 +174,7 @@ def open_splits(recipe, options, folder, block_size, config, target, console):
     return texts, problems
 
 
-def open_text(options, folder):
+def open_text(options, folder, config, console):
     """Return ([Text], list of problems) for options.text, encoded with the tokenizer of the model in `folder`."""
     path = Path(options.text)
     try:
@@ -189,7 +189,11 @@ def open_text(options, folder):
     except EncodingError as error:
         fix = "remove it from the text, or evaluate a model that was trained with it"
         raise ValueError(f"text={path}: for {folder}, {error}; {fix}") from None
-    problems = [] if len(tokens) > 1 else [f"text={path}: must have at least 2 tokens, but has {len(tokens)}"]
+    if lost := describe_losses(text, tokenizer):
+        problem = f"{lost}; bits per byte includes them, so it is too low"
+        console.say(f"warning: text={path}: with the tokenizer of {folder}, {problem}")
+    problems = check_tokenizer(tokenizer, config, folder)
+    problems += [] if len(tokens) > 1 else [f"text={path}: must have at least 2 tokens, but has {len(tokens)}"]
     return [Text(options.text, tokens, len(text.encode()), tokenizer.eot_id)], problems
 
 
@@ -247,9 +251,11 @@ def evaluate_tasks(target, recipe, options):
     tasks = load_tasks(options.tasks, options.tasks_dir, options.num_fewshot)  # before a large download, the model
     from lm_eval.models.huggingface import HFLM
 
-    from .. import model  # noqa: F401 (registers GPT with AutoModelForCausalLM)
-
     folder = find_model(target, console, bars=console.is_verbose)
+    # lm-eval would initialize missing weights at random. This also registers GPT with AutoModelForCausalLM
+    if check_weights(folder)[-1]:
+        problem = "the names of the weights start with module. or _orig_mod., which lm-eval does not support"
+        raise ValueError(f"{folder}: {problem}; export the model first")
     dtype = "float32" if device.type == "cpu" else "auto"
     lm = HFLM(pretrained=str(folder), dtype=dtype, batch_size=recipe.train.batch_size, device=str(device))
     scores = score_tasks(lm, tasks, options.limit)
@@ -257,7 +263,7 @@ def evaluate_tasks(target, recipe, options):
         return
     core = core_average(scores)
     if options.json_output:
-        print(json.dumps({"model": str(folder), "tasks": scores} | ({} if core is None else {"core": core})))
+        print(to_json({"model": str(folder), "tasks": scores} | ({} if core is None else {"core": core})))
         return
     for task, values in scores.items():
         print(printable(f"{folder} on {task}: {describe_task(values)}"))

@@ -6,7 +6,6 @@
 The command only does arithmetic (planning/sizing.py), so it needs no torch, data or GPU.
 """
 
-import json
 import re
 from functools import partial
 
@@ -19,9 +18,9 @@ from ..planning import sizing
 from ..planning.hardware import GPUS
 from ..recipe import FIELDS, SETTINGS, load_recipe
 from ..utils import cli
-from ..utils.fields import Float, Int, Section, nearest, raise_problems
+from ..utils.fields import Float, Int, Section, nearest, raise_problems, show_value
 from ..utils.packaged import packaged
-from ..utils.text import duration, printable, quoted
+from ..utils.text import duration, printable, quoted, to_json
 
 GIB = 2**30
 RESERVE = 0.1  # share of GPU memory reserved for the CUDA context, kernel workspaces and fragmentation
@@ -65,7 +64,7 @@ def main(argv):
     raise_problems(problems)
     recipe = load_recipe(target, overrides, check=lambda recipe: check(recipe, options))
     figures = plan(recipe, options)
-    text = json.dumps({"recipe": target, **figures}) if options.json_output else "\n".join(report(target, figures))
+    text = to_json({"recipe": target, **figures}) if options.json_output else "\n".join(report(target, figures))
     print(printable(text))
 
 
@@ -110,6 +109,11 @@ def plan(recipe, options):
     half = precision != "no"
     size = run_size(recipe, shape, train_tokens)
     assumed += assumptions(recipe, options, gpu, precision, size["parameters"]["total"])
+    assumed += [
+        f"{key}={show_value(value)} adds nothing: plan does not know this setting, and does not count it"
+        for key, value in shape.items()
+        if value and key not in sizing.COUNTED
+    ]
 
     memory_of = partial(  # (layout, shards, batch, checkpointing) -> bytes by part
         sizing.memory,

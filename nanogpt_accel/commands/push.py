@@ -57,4 +57,4 @@ def main(argv):
         report(f"{name}, largest logit difference from {source}: {difference:.1e}")
         local = Path(targets[0])
         title = f"{local.resolve().name}, {source.name}" if local.is_dir() else f"copy of {targets[0]}"
-        print(upload(to, repo, title, options.branch, report, bars=True))
+        print(upload(to, repo, title, options.branch, warn=report, report=report, bars=True))

@@ -231,8 +231,9 @@ def read_expectation(folder):
         content = json.loads((folder / "expect.json").read_text(encoding="utf-8"))
         tolerance = f" +- {content['tolerance']:g}" if content["tolerance"] is not None else ""
         outcome = content["verdict"] or ("settings changed" if content["changed"] else "no verdict")
-        return f"{content['expected']:.3f}{tolerance}, got {content['got']:.3f}: {outcome}"
-    except (OSError, ValueError, KeyError, TypeError):
+        got = math.nan if content["got"] is None else content["got"]  # JSON has no NaN
+        return f"{content['expected']:.3f}{tolerance}, got {got:.3f}: {outcome}"
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return ""
 
 

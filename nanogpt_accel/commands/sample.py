@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field
 
+from ..data.losses import describe_losses
 from ..data.readers import how_to_convert
 from ..data.tokenizer import Tokenizer
 from ..models.find import check_model, find_model
@@ -91,12 +92,16 @@ def main(argv):
     except ValueError as error:
         problems.append(str(error))
     raise_problems(problems)
-    folder = find_model(target, warn=Console(stderr=True))
+    console = Console(stderr=True)
+    folder = find_model(target, warn=console)
     tokenizer = Tokenizer.load(folder)
     tokenizer.special_tokens = options.special_tokens or tokenizer.special_tokens
     if {"prompt", "start", "prompts"}.isdisjoint(given):
         prompts = [tokenizer.default_prompt()]
     raise_problems(check_prompts(folder, tokenizer, prompts, options))
+    for prompt in prompts:
+        if lost := describe_losses(prompt, tokenizer):
+            console.say(f"warning: prompt={prompt[:40]!r}: with the tokenizer of {folder}, {lost}")
     write_texts(folder, tokenizer, prompts, options)
 
 
@@ -189,7 +194,10 @@ def write_texts(folder, tokenizer, prompts, options):
         on_text = write if is_streamed else None
         if is_streamed:
             on_text(batch[0])
-        new_ids = generate(model, prompt_ids, seeds=seeds, on_text=on_text, **settings)
+        try:
+            new_ids = generate(model, prompt_ids, seeds=seeds, on_text=on_text, **settings)
+        except FloatingPointError as error:
+            raise ValueError(f"{folder}: {error}") from None
         if is_streamed:
             write("\n---------------\n")
             continue

@@ -22,15 +22,13 @@ def report_losses(corpus, data, tokenizer, report, bad=None):
     lost, example, is_any_kept = Counter(), None, False
     for text in itertools.islice(corpus.documents(bad=bad), SAMPLED_DOCUMENTS):
         text = text[: SAMPLED_CHARACTERS - n_characters]
-        ids = tokenizer.encode_document(text)
         tokenizer.check_fast(text)
-        known = ids if tokenizer.unk_id is None else ids[ids != tokenizer.unk_id]
-        decoded = tokenizer.decode(known)
+        decoded, lost_here = _decode_again(text, tokenizer)
         n_documents, n_characters = n_documents + 1, n_characters + len(text)
         is_any_kept = is_any_kept or decoded == text or bool(decoded.strip())  # some tokenizers add spaces
         if decoded != text:
             n_changed += 1
-            lost += Counter(text) - Counter(decoded)
+            lost += lost_here
             example = example or _first_difference(text, decoded)
         if n_characters >= SAMPLED_CHARACTERS:
             break
@@ -42,12 +40,27 @@ def report_losses(corpus, data, tokenizer, report, bad=None):
     documents = f"decoding does not give back {n_changed:,} of the first {counted(n_documents, 'document')}"
     report(f"warning: tokenizer={data.tokenizer}: {documents}, for example {example[1]!r} instead of {example[0]!r}")
     if lost:
-        shown = ", ".join(f"{character!r} ({count:,})" for character, count in lost.most_common(8))
-        more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
-        report(
-            f"warning: tokenizer={data.tokenizer}: {lost.total():,} of {counted(n_characters, 'character')} are lost: "
-            f"{shown}{more}; bits per byte includes them, so it is too low"
-        )
+        problem = f"{_describe(lost, n_characters)}; bits per byte includes them, so it is too low"
+        report(f"warning: tokenizer={data.tokenizer}: {problem}")
+
+
+def describe_losses(text, tokenizer):
+    """Return the characters of a text that are lost if it is encoded, for a warning, or "" if none are lost."""
+    lost = Counter() if tokenizer.is_lossless else _decode_again(text, tokenizer)[1]
+    return _describe(lost, len(text)) if lost else ""
+
+
+def _decode_again(text, tokenizer):
+    """Encode and decode a text. Return (decoded text without unknown tokens, Counter of the lost characters)."""
+    ids = tokenizer.encode_document(text)
+    decoded = tokenizer.decode(ids if tokenizer.unk_id is None else ids[ids != tokenizer.unk_id])
+    return decoded, Counter(text) - Counter(decoded)
+
+
+def _describe(lost, n_characters):
+    shown = ", ".join(f"{character!r} ({count:,})" for character, count in lost.most_common(8))
+    more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
+    return f"{lost.total():,} of {counted(n_characters, 'character')} are lost: {shown}{more}"
 
 
 def _first_difference(text, decoded, length=20):

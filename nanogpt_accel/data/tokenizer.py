@@ -17,7 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..utils.text import one_line
+from ..utils.text import data_size, one_line
 from .fast_bpe import FastBPE, is_safe
 
 EOT = "<|endoftext|>"  # between documents
@@ -37,6 +37,7 @@ GPT2_VOCAB_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a651
 GPT2_WORDS = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
 LONGEST_WORD = 1000  # maximum bytes per word when a BPE is trained
 BPE_TEXT_LIMIT = 200_000_000  # maximum characters to train a BPE on; more would need memory and change few merges
+MAX_VOCAB_SIZE = 2**24  # more than any tokenizer has; arrays of this length still fit into memory
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of tokenizers with byte fallback, such as Llama 2's
 FIRST_BYTE_POINT = 0x10FF00  # stands for byte 0 in Tokenizer.decode; private use, with the bytes above 0x7F at the end
 BYTES = re.compile(f"[{chr(FIRST_BYTE_POINT + 0x80)}-{chr(FIRST_BYTE_POINT + 0xFF)}]+")
@@ -77,7 +78,11 @@ class Tokenizer:
             self._backend = _read_json(self.text)
         self._backend.encode_special_tokens = True  # special tokens in a corpus are plain text
         self.vocab = self._backend.get_vocab(with_added_tokens=True)
+        if not self.vocab:
+            raise ValueError("the vocabulary is empty")
         self.vocab_size = max(self.vocab.values()) + 1
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ValueError(f"the largest id is {self.vocab_size - 1:,}, but the limit is {MAX_VOCAB_SIZE - 1:,}")
         self.eot = names["eos_token"] or _token_of(config.get("eos_token_id"), self.vocab) or EOT
         if self.eot not in self.vocab:
             self.eot = None
@@ -265,6 +270,11 @@ class Tokenizer:
             if _is_gpt2_model(folder):
                 return cls.gpt2()
             raise FileNotFoundError(f"{path}: no such file; copy the model's tokenizer to {folder}")
+        vocab_size, size = _read_model_config(folder).get("vocab_size"), os.path.getsize(path)
+        # large tokenizers have about 130 bytes per token; parsing two million tokens takes 10 seconds
+        if isinstance(vocab_size, int) and size > 10_000_000 + 1000 * vocab_size:
+            problem = f"{data_size(size)} are too much for the vocab_size={vocab_size:,} of config.json"
+            raise ValueError(f"{path}: {problem}; use the tokenizer that the model was trained with")
         config = _read_config(folder, "tokenizer_config.json")
         if eos_token or not config.get("eos_token"):
             config |= {"eos_token": eos_token} if eos_token else _find_eos(folder)
@@ -419,8 +429,9 @@ class Tokenizer:
         return [f"{key}={text[:40]!r}: {length} tokens, must be {limit}; {fix}"]
 
     def default_prompt(self):
-        """Return a line end as in nanoGPT or, if the vocabulary has none, its first token."""
-        return self.decode([0]) if self.check_prompt("\n", None, "prompt") else "\n"
+        """Return a line end as in nanoGPT or, if the vocabulary has none, its first token that can be encoded."""
+        texts = ["\n", *(self.decode([token_id]) for token_id in range(min(self.vocab_size, 100)))]
+        return next((text for text in texts if not self.check_prompt(text, None, "prompt")), texts[1])
 
     def token_bytes(self):
         """Return the number of UTF-8 bytes per id, shape (vocab_size,), 0 for special tokens. None if unknown."""
@@ -551,14 +562,20 @@ def _token_of(token_id, vocab):
     return next((token for token, i in vocab.items() if i == token_id), None) if token_id is not None else None
 
 
-def _is_gpt2_model(folder):
-    """Return whether a folder has a GPT-2 model with 50,257 tokens, which is assumed to use GPT-2's tokenizer."""
+def _read_model_config(folder):
+    """Return the config.json of a model folder, or {} if it is missing or corrupted."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == "gpt2" and config.get("vocab_size") == 50257
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _is_gpt2_model(folder):
+    """Return whether a folder has a GPT-2 model with 50,257 tokens, which is assumed to use GPT-2's tokenizer."""
+    config = _read_model_config(folder)
+    return config.get("model_type") == "gpt2" and config.get("vocab_size") == 50257
 
 
 def _truncate(documents, limit):

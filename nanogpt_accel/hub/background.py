@@ -23,7 +23,7 @@ class BackgroundPush:
         """repo: Hub repository, created if missing. folder: the run folder. warn: function that prints a line."""
         self.repo, self.private, self.branch, self.warn = repo, private, branch, warn
         self.pushed = None  # last checkpoint that was pushed
-        self._folder, self._has_warned = Path(folder), False
+        self._folder, self._has_warned, self._has_warned_of_card = Path(folder), False, False
         self._lock = threading.Lock()
         self._waiting = None  # (folder of links, checkpoint, message)
         self._worker = None
@@ -93,7 +93,12 @@ class BackgroundPush:
         if (readme := links / "README.md").is_file():  # a link, so write a new file instead of changing it
             card = readme.read_text(encoding="utf-8", errors="replace")
             write_atomically(readme, adapt_usage(card, True, self.repo, self.branch))
-        upload(links, self.repo, message, self.branch)
+        upload(links, self.repo, message, self.branch, self._report_card)
+
+    def _report_card(self, warning):
+        if not self._has_warned_of_card:
+            self._has_warned_of_card = True
+            self.warn(warning)
 
     def _report_failure(self, message, error):
         if not self._has_warned:

@@ -2,17 +2,21 @@
 
 import re
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..utils.files import write_atomically
 from ..utils.text import first_line
+from .merge_card import merge_card
 
 _LOGIN = "run `hf auth login` or set HF_TOKEN"
 _MODEL_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 REPORT_AFTER_S = 2  # faster transfers are not reported
+UPLOAD_ATTEMPTS = 3  # if other commits are made at the same time
 # the files of a model that nanogpt_accel reads, excluding weights for other frameworks
 _ALLOW_PATTERNS = ["*.json", "*.safetensors", "model.py", "merges.txt", "chat_template.jinja", "README.md"]
 
@@ -97,20 +101,52 @@ def create(model_id, private=False, branch=None):
         return repo
 
 
-def upload(folder, repo, message, branch=None, report=lambda line: None, bars=False):
+def upload(folder, repo, message, branch=None, warn=print, report=lambda line: None, bars=False):
     """Upload a model folder as one commit and return the URL of the commit. Unchanged files are not uploaded again.
 
-    report, bars: see download.
+    README.md of the folder is replaced by a card that keeps what users wrote on the Hub, see merge_card.
+
+    Args:
+        warn: function that prints a line. It is called if the text of the card on the Hub is not updated.
+        report, bars: see download.
 
     Raises:
         PermissionError, ConnectionError: see create.
     """
     from huggingface_hub import HfApi
 
-    size = sum(file.stat().st_size for file in Path(folder).iterdir())
+    api, readme, size = HfApi(), Path(folder) / "README.md", sum(file.stat().st_size for file in Path(folder).iterdir())
+    card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+    options = {"repo_id": repo, "folder_path": folder, "revision": branch, "commit_message": message}
     with _hub_errors(repo), _progress(f"uploading {size / 1e6:,.1f} MB to {repo}", report, bars):
-        commit = HfApi().upload_folder(repo_id=repo, folder_path=folder, revision=branch, commit_message=message)
-        return commit.commit_url
+        for attempts_left in reversed(range(UPLOAD_ATTEMPTS)):
+            parent, note = api.model_info(repo, revision=branch).sha, ""
+            if card is not None:
+                merged, note = merge_card(_read_card(api, repo, parent), card)
+                write_atomically(readme, merged.encode("utf-8", "surrogateescape"))
+            try:
+                # with parent_commit, the Hub rejects the upload if someone edited the card in the meantime
+                url = api.upload_folder(**options, parent_commit=parent).commit_url
+            except Exception as error:
+                if not attempts_left or _status(error) != 412:
+                    raise
+                continue
+            if note:
+                fix = "delete the file on the Hub to get a new one with the next push"
+                warn(f"warning: {repo}: README.md on the Hub keeps its text, because {note}; {fix}")
+            return url
+
+
+def _read_card(api, repo, revision):
+    """Return the README.md of a repository, or "" if there is none."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with tempfile.TemporaryDirectory() as folder:  # not in the cache, which may be read-only
+        try:
+            path = api.hf_hub_download(repo, "README.md", revision=revision, local_dir=folder)
+        except EntryNotFoundError:
+            return ""
+        return Path(path).read_bytes().decode("utf-8", "surrogateescape")
 
 
 @contextmanager

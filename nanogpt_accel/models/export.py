@@ -13,9 +13,25 @@ from ..utils.fields import raise_problems
 from ..utils.files import atomic_path, copy_mode
 from ..utils.text import first_line
 from .gguf import gguf_architecture, read_gguf, write_gguf
-from .load import build_model, check_tokenizer, fit_to_tokenizer, load_model, load_strict, read_config
+from .load import (
+    build_model,
+    check_tokenizer,
+    fit_to_tokenizer,
+    gpt_config,
+    load_model,
+    load_strict,
+    read_config,
+    stock_config,
+)
 from .nanogpt import nanogpt_obstacles, read_nanogpt, write_meta, write_nanogpt
-from .stock import ARCHITECTURES, from_stock_weights, nearest_architecture, to_stock_config, to_stock_weights
+from .stock import (
+    ARCHITECTURES,
+    from_stock_weights,
+    nearest_architecture,
+    to_stock_weights,
+    unknown_settings,
+    unknown_weights,
+)
 
 # sample text for the comparison of the logits
 _TEXT = """A language model reads the start of a text and predicts which token comes next. If it is trained on enough
@@ -41,22 +57,29 @@ def export(source, to, form, keep_padding=False, dtype="float32", report=print, 
         ValueError: no stock architecture supports the model. The message names the unsupported settings.
     """
     config, tokenizer = _read_source(source)
-    name = "GPT"
-    if form == "stock":
+    name, is_stock = "GPT", form == "stock"
+    if is_stock:
         form, obstacles = nearest_architecture(config)
         name = ARCHITECTURES[form].model_class
-        if obstacles:
-            raise ValueError(
-                f"{source}: no stock architecture supports this model. The closest is {name}, but it does not support "
-                f"{', '.join(obstacles)}. Set form=custom to export the model with its model.py; loading that "
-                "export requires trust_remote_code=True"
-            )
+        _raise_no_stock(source, name, obstacles or unknown_settings(config))
     report(f"exporting {source} as {name}")
+    model = load_model(source)
+    if is_stock:
+        _raise_no_stock(source, name, unknown_weights(form, dict(model.named_parameters())))
     place = {"needs_code": form == "custom", "repo": repo, "branch": branch}
     card = converted_card(source, Path(to).name, tokenizer, config["block_size"], **place)
     vocab_size = None if keep_padding else stock_vocab_size(tokenizer)
     options = {"tokenizer": tokenizer, "card": card, "vocab_size": vocab_size, "dtype": dtype, "report": report}
-    return name, *write_model(load_model(source), to, form, **options)
+    return name, *write_model(model, to, form, **options)
+
+
+def _raise_no_stock(source, name, obstacles):
+    if obstacles:
+        raise ValueError(
+            f"{source}: no stock architecture supports this model. The closest is {name}, but it does not support "
+            f"{', '.join(obstacles)}. Set form=custom to export the model with its model.py; loading that export "
+            "requires trust_remote_code=True"
+        )
 
 
 def stock_vocab_size(tokenizer):
@@ -94,8 +117,9 @@ def export_nanogpt(source, to, keep_padding=False, dtype="float32", report=print
     import torch
 
     config, tokenizer = _read_source(source)
-    _raise_obstacles(source, "nanoGPT", nanogpt_obstacles(config, tokenizer))
+    _raise_obstacles(source, "nanoGPT", nanogpt_obstacles(config, tokenizer) or unknown_settings(config))
     model, config = _load_for_file(source, config, tokenizer, keep_padding, report)
+    _raise_obstacles(source, "nanoGPT", unknown_weights("gpt2", dict(model.named_parameters())))
     meta, notes = Path(to).with_name("meta.pkl"), []
     with _new_file(to) as temporary:
         model.to(getattr(torch, dtype))
@@ -115,12 +139,12 @@ def export_nanogpt(source, to, keep_padding=False, dtype="float32", report=print
 
 def export_gguf(source, to, keep_padding=False, dtype="float32", report=print):
     """Convert a model to a GGUF file for llama.cpp. dtype may also be "q8_0"; otherwise, see `export_nanogpt`."""
-    from ..model import GPTConfig
-
     config, tokenizer = _read_source(source)
     form, obstacles = gguf_architecture(config, tokenizer)
-    _raise_obstacles(source, f"llama.cpp (closest architecture: {form})", obstacles)
+    program = f"llama.cpp (closest architecture: {form})"
+    _raise_obstacles(source, program, obstacles or unknown_settings(config))
     model, config = _load_for_file(source, config, tokenizer, keep_padding, report)
+    _raise_obstacles(source, program, unknown_weights(form, dict(model.named_parameters())))
     config["pad_token_id"] = None  # the file has no padding token
     weights, notes = _stock_model(model, form, config["vocab_size"])[1], []
     as_in_llama_cpp = {"norm_weight": True}  # weights of one if the model has none
@@ -133,7 +157,7 @@ def export_gguf(source, to, keep_padding=False, dtype="float32", report=print):
         write_gguf(temporary, form, config, weights, tokenizer, dtype)
         report("loading the written model to compare the logits")
         weights = from_stock_weights(form, config, read_gguf(temporary, form, config, weights))
-        written = build_model(GPTConfig(**config | as_in_llama_cpp), weights)
+        written = build_model(gpt_config(config, **as_in_llama_cpp), weights)
         # q8_0 changes the logits by about 1 % of the largest, a wrong weight by far more
         results = _compare_logits(model, written, to, tokenizer, config["vocab_size"], tolerance=0.1)
     return f"llama.cpp's {form}", *results, notes
@@ -189,11 +213,10 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
         (largest absolute difference of the logits, number of tokens compared)
 
     Raises:
-        RuntimeError: the logits differ, so the written files were removed. OSError: the folder cannot be written.
+        ValueError: the logits differ, so the written files were removed. OSError: the folder cannot be written.
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -218,7 +241,7 @@ def write_model(model, to, form, *, tokenizer, card, vocab_size=None, dtype="flo
         copy_mode(temporary / "README.md", temporary)
 
         report("loading the written model to compare the logits")
-        written = load_strict(AutoModelForCausalLM, temporary)
+        written = load_strict(temporary)
         difference, tokens = _compare_logits(model.float(), written, to, tokenizer, vocab_size)
         # config.json last, because a folder without config.json is not recognized as a model
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
@@ -253,14 +276,15 @@ def _compare_logits(model, written, to, tokenizer, vocab_size, tolerance=1e-5):
         raise ValueError(f"{to}: nothing was written, because weights are too large for this dtype; use dtype=float32")
     difference = (ours - theirs).abs().max().item()
     if not difference <= tolerance * max(1.0, ours.abs().max().item()):
-        raise RuntimeError(f"{to}: removed, because its logits differ from those of the source model by {difference}")
+        problem = f"its logits differ from those of the source model by {difference:.2g}"
+        raise ValueError(f"{to}: removed, because {problem}; if model.py was changed, only form=custom exports it")
     return difference, ids.numel()
 
 
 def _stock_model(model, form, vocab_size):
     """Convert a GPT to a stock model with this vocabulary size. Return (model on the meta device, {name: weight})."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     config = model.config.resolved() | {"vocab_size": vocab_size}
     if config["pad_token_id"] is not None and config["pad_token_id"] >= vocab_size:
@@ -270,7 +294,7 @@ def _stock_model(model, form, vocab_size):
         weights[name] = weights[name][:vocab_size]
     weights = to_stock_weights(form, config, weights)
     with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(form, **to_stock_config(form, config)))
+        stock = AutoModelForCausalLM.from_config(stock_config(form, config))
     stock.to(model.dtype)
     for name, parameter in stock.named_parameters():
         if name not in weights:  # a bias or norm weight that GPT does not have: set it to zeros or ones

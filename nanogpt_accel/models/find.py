@@ -8,6 +8,7 @@ from ..checkpoint.run_folder import is_published
 from ..checkpoint.verify import find_corruption, find_file_corruption, has_matching_trainer, latest_valid
 from ..hub.transfer import download, is_model_id
 from ..utils.text import quoted
+from .weight_files import weight_files
 
 
 def may_be_model(target):
@@ -68,21 +69,16 @@ def _best_valid(run, target, warn):
     best = latest
     if has_matching_trainer(latest) and (best_step := read_trainer(latest)["best_step"]) is not None:
         best = checkpoint_path(run, best_step)
-    elif (latest / "trainer_state.json").is_file():  # of transformers' Trainer
+    elif find_file_corruption(latest, "trainer_state.json") is None:  # of transformers' Trainer
         state = json.loads((latest / "trainer_state.json").read_text(encoding="utf-8"))
-        best = run / Path(state.get("best_model_checkpoint") or latest).name
+        best = run / Path(str(state.get("best_model_checkpoint") or latest)).name
     return best if find_corruption(best, resumable=False) is None else latest
 
 
 def _find_model_corruption(path):
     """Return a description of the first missing or corrupted file of a model folder, or None."""
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights and list(path.glob("pytorch_model*.bin")):
-        return find_file_corruption(path, "config.json")
-    names = ["config.json"] + [file.name for file in weights or [path / "model.safetensors"]]
-    if (path / "model.safetensors.index.json").is_file():
-        names.append("model.safetensors.index.json")
-        if find_file_corruption(path, names[-1]) is None:
-            index = json.loads((path / names[-1]).read_text(encoding="utf-8"))
-            names += sorted(set(index.get("weight_map", {}).values()) - set(names))
+    try:
+        names = ["config.json", *weight_files(path)]
+    except ValueError as error:
+        return str(error)
     return next(filter(None, (find_file_corruption(path, name) for name in names)), None)

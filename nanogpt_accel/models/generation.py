@@ -115,6 +115,9 @@ class _Sampler(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         logits, candidates = scores[:, : self.vocab_size].topk(1 if self.temperature == 0 else self.k)  # (B, k)
+        if not logits[:, 0].isfinite().all():  # topk treats NaN as the largest number
+            problem = "the logits contain NaN or Inf, because training diverged or the weights are damaged"
+            raise FloatingPointError(f"{problem}; use an earlier checkpoint")
         chosen = torch.zeros(len(scores), 1, dtype=torch.long)
         if self.temperature > 0:
             logits = logits.cpu().double()  # topk returns them in descending order
@@ -161,6 +164,9 @@ def generate(
 
     Returns:
         One list of new ids per prompt. Up to rounding, a text does not depend on the other prompts.
+
+    Raises:
+        FloatingPointError: the logits contain NaN or Inf.
     """
     assert overflow != "extend" or model.config.position == "rotary"
     block_size = model.config.block_size

@@ -11,8 +11,9 @@ from ..checkpoint.verify import find_corruption
 from ..optim import parameter_groups
 from ..recipe import Recipe, load_recipe
 from ..utils.text import file_name, first_line
-from .load import build_model, loading_error
+from .load import build_model
 from .stock import find_obstacles
+from .weight_files import WRAPPER_PREFIX, loading_error
 
 # GPTConfig has nanoGPT's names for them
 _MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
@@ -56,7 +57,7 @@ def read_nanogpt(path, activation="gelu"):
         if len(layers) != content["model_args"]["n_layer"]:
             raise ValueError(f"n_layer={content['model_args']['n_layer']}, but the file contains {len(layers)} layers")
         config = GPTConfig(**{"bias": True, **content["model_args"]}, activation=activation)
-        weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", k): tensor.float() for k, tensor in content["model"].items()}
+        weights = {re.sub(WRAPPER_PREFIX, "", k): tensor.float() for k, tensor in content["model"].items()}
         for name in [name for name in weights if name.endswith(".attn.bias")] + ["lm_head.weight"]:
             weights.pop(name, None)  # the causal mask in older versions, and the tied output head
         model = build_model(config, weights)

@@ -9,11 +9,19 @@ from typing import NamedTuple
 
 from ..recipe import Model
 
-# the architecture of nanoGPT's GPT-2; recipes and GPTConfig have the same defaults
+# the architecture of nanoGPT's GPT-2, without sizes; recipes and GPTConfig have the same defaults
 DEFAULTS = Model().model_dump(
-    include={"n_kv_head", "head_dim", "n_inner", "bias", "norm", "norm_weight", "norm_eps", "embd_norm", "qk_norm"}
-    | {"position", "rope_theta", "activation", "logit_softcap", "tie_word_embeddings"}
+    exclude={"n_layer", "n_head", "n_embd", "block_size"}
+    | {"init_from", "dropout", "pad_vocab_to_multiple_of", "initializer_range", "zero_init"}
 )
+# The fields of GPTConfig that the conversions below handle, and fields that do not change the logits. `export` refuses
+# a model that uses any other field. If you handle a new field, add it here, and its values to `supported` below
+_CONVERTED = {
+    *("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner", "bias"),
+    *("norm", "norm_weight", "norm_eps", "embd_norm", "qk_norm", "position", "rope_theta", "activation"),
+    *("logit_softcap", "tie_word_embeddings", "dropout", "initializer_range", "zero_init", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
 # name of an activation in transformers -> name in GPTConfig
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "relu2": "relu2"}
 _UNGATED = ["gelu", "gelu_new", "relu2"]
@@ -263,7 +271,34 @@ def nearest_architecture(config, model_types=tuple(ARCHITECTURES)):
     return nearest, obstacles[nearest]
 
 
+def unknown_settings(config):
+    """Return the settings that no conversion handles, as key=value: fields that were added to GPTConfig.
+
+    A setting that is off (false, none or 0) is left out. The import takes seconds, so call find_obstacles first.
+
+    config: the fields of GPTConfig. Missing fields have their defaults.
+    """
+    from ..model import GPTConfig
+
+    fields = GPTConfig.__annotations__.keys() | DEFAULTS.keys()
+    values = {key: value for key, value in (GPTConfig().to_dict() | config).items() if key in fields}
+    return [f"{key}={values[key]} (unknown to export)" for key in values if key not in _CONVERTED and values[key]]
+
+
 # ---- weights
+
+
+def unknown_weights(model_type, names):
+    """Return the names of GPT's weights that have no equivalent in the stock architecture, such as those of modules
+    that were added to model.py."""
+    modules = ARCHITECTURES[model_type].weight_names
+    known = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+    return [name for name in names if _pattern(name) not in known]
+
+
+def _pattern(name):
+    """Return the name of a module or weight with {} instead of the layer, as in weight_names."""
+    return re.sub(r"\.\d+\.", ".{}.", name)
 
 
 def to_stock_weights(model_type, config, weights):
@@ -273,7 +308,7 @@ def to_stock_weights(model_type, config, weights):
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")
         layer = re.search(r"\d+|$", module)[0]
-        modules = architecture.weight_names[re.sub(r"\.\d+\.", ".{}.", module)]
+        modules = architecture.weight_names[_pattern(module)]
         sizes = len(tensor) // len(modules)
         if len(modules) == 3:  # query, key and value projections
             sizes = [config[key] * config["head_dim"] for key in ("n_head", "n_kv_head", "n_kv_head")]

@@ -17,6 +17,14 @@ FLOAT, HALF = 4, 2  # bytes of float32, and of bfloat16 or float16
 # model.py chunks the loss above this many logits; it must not import the package, so it has a copy of these numbers
 LARGEST_LOGITS_CPU, LARGEST_LOGITS = 2**24, 2**27
 
+# The settings of an architecture that the functions below count, or that need no parameters, memory or FLOPs. `plan`
+# says that it does not count any other setting. If you count a new switch of GPTConfig, add it here
+COUNTED = {
+    *("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner", "bias"),
+    *("norm", "norm_weight", "norm_eps", "embd_norm", "qk_norm", "position", "rope_theta", "activation"),
+    *("logit_softcap", "tie_word_embeddings"),
+}
+
 # OpenAI's GPT-2 models
 _GPT2_OPTIONS = Recipe().replace(bias=True, activation="gelu_new").shape | {"vocab_size": 50257}
 

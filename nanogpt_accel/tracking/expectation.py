@@ -1,10 +1,10 @@
 """Compare the result of a run with the `expect` section of its recipe."""
 
-import json
 from contextlib import suppress
 from pathlib import Path
 
 from ..utils.files import write_atomically
+from ..utils.text import to_json
 
 
 def report_expectation(recipe, last, best, console):
@@ -35,4 +35,4 @@ def report_expectation(recipe, last, best, console):
     result = {"expected": expect.val_loss, "tolerance": expect.tolerance, "evaluation": expect.evaluation, "got": got}
     result |= {"step": max_iters, "verdict": outcome, "changed": expect.changed, "source": expect.source}
     with suppress(OSError):
-        write_atomically(Path(recipe.out_dir) / "expect.json", json.dumps(result, indent=1) + "\n")
+        write_atomically(Path(recipe.out_dir) / "expect.json", to_json(result, indent=1) + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..utils.files import atomic_path, write_atomically
-from ..utils.text import counted
+from ..utils.text import counted, to_json
 
 
 class MetricsLog:
@@ -36,14 +36,11 @@ class MetricsLog:
         lines = read_metrics(self.path)
         last = [line for line in lines if line["step"] == step and "val_loss" in line] if keep_evaluation else []
         lines = [line for line in lines if line["step"] < step] + last
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_atomically(self.path, "".join(to_json(line) + "\n" for line in lines))
 
     def write(self, **values):
         """Append a line. If that fails, print a warning, and write the line in a later call."""
-        for key, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                values[key] = None  # JSON has no NaN
-        is_new_error, self._pending = not self._pending, self._pending + json.dumps(values).encode() + b"\n"
+        is_new_error, self._pending = not self._pending, self._pending + to_json(values).encode() + b"\n"
         error = self._append()
         if error and is_new_error:
             self.warn(f"warning: {self.path} cannot be written ({error}); training continues and retries later")
@@ -78,13 +75,23 @@ def read_metrics(path):
     if os.path.exists(path):
         for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
+                line = json.loads(text, parse_int=_parse_int)
+            except (ValueError, RecursionError):
                 break  # only the last line can be incomplete
             if not isinstance(line, dict) or not isinstance(line.get("step"), int):
                 break
             lines.append(line)
     return lines
+
+
+def _points(lines, key):
+    """Return [(step, value), ...] for the lines in which the value of `key` is a number."""
+    return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
+
+
+def _parse_int(digits):
+    """Convert an integer of JSON. One with 19 digits or more becomes a float, because it fits into no array."""
+    return int(digits) if len(digits) < 19 else float(digits)
 
 
 class Spikes:
@@ -94,7 +101,7 @@ class Spikes:
     MIN_LOSSES, MAX_LOSSES = 100, 1000
 
     def __init__(self, metrics_path):
-        losses = [line["loss"] for line in read_metrics(metrics_path) if line.get("loss") is not None]
+        losses = [loss for _, loss in _points(read_metrics(metrics_path), "loss")]
         self._losses = np.array(losses[-self.MAX_LOSSES :])
 
     def is_spike(self, loss):
@@ -173,8 +180,7 @@ def plot_losses(metrics_path, image_path):
 
 def draw_losses(lines, axes):
     """Draw the losses in lines of metrics.jsonl into matplotlib axes, and return the axes."""
-    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    val = [(line["step"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
+    train, val = _points(lines, "loss"), _points(lines, "val_loss")
     if train:
         axes.plot(*zip(*train, strict=True), label="train", linewidth=0.8, color="tab:blue", alpha=0.7)
     if val:
@@ -182,8 +188,7 @@ def draw_losses(lines, axes):
         axes.plot(*zip(*val, strict=True), label=label, marker="o", markersize=3, color="tab:orange")
     names = dict.fromkeys(name for line in lines for name in line if name.startswith("val_loss/"))
     for i, name in enumerate(names, 2):
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        if points:
+        if points := _points(lines, name):
             label = f"{name.removeprefix('val_loss/')}, last {points[-1][1]:.4f}"
             axes.plot(*zip(*points, strict=True), label=label, marker="o", markersize=2, linewidth=0.8, color=f"C{i}")
     axes.set_xlabel("step")

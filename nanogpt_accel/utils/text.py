@@ -1,5 +1,7 @@
-"""Format numbers and errors for messages."""
+"""Format numbers and errors for messages and for JSON."""
 
+import json
+import math
 import os
 import re
 import shlex
@@ -37,6 +39,19 @@ def first_line(error):
 def one_line(error, limit=200):
     """Return an error's message as one line of at most `limit` characters, or its type if it has no message."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def to_json(value, indent=None):
+    """Return a value as JSON. NaN and infinite numbers become null, because JSON has no such numbers."""
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), indent=indent)
 
 
 def quoted(word):

@@ -17,6 +17,9 @@ import pytest
 import torch
 from runs import write_lm_eval_task
 from shared import DATA, REPOSITORY
+from stock_models import gpt, save_model
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from nanogpt_accel.__main__ import main
@@ -211,6 +214,60 @@ def lm_eval(monkeypatch):
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.12" if name == "lm_eval" else version(name))
     return SimpleNamespace(known=known, calls=calls)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A model of characters in the folder `tiny`, and a text. Return the model."""
+    monkeypatch.chdir(tmp_path)
+    model = gpt()
+    save_model(model, "tiny")
+    (tmp_path / "text.txt").write_text("To be, or not to be\n" * 20)
+    return model
+
+
+@pytest.mark.parametrize(("weight", "loss"), [(math.nan, None), (math.inf, None), (1e30, "finite"), (1e4, "finite")])
+def test_json_has_null_instead_of_nan_and_infinity(tiny, capsys, weight, loss):
+    """A finite loss of 700 nats or more also has an infinite perplexity."""
+    with torch.no_grad():
+        tiny.transformer.ln_f.weight[:] = weight
+    tiny.save_pretrained("tiny")
+    assert main(["evaluate", "tiny", "text=text.txt", "device=cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["perplexity"] is None and (found["text_loss"] is None) == (loss is None)
+    assert loss is None or found["text_loss"] > 700
+
+
+def test_scores_of_tasks_have_null_instead_of_nan(tiny, capsys, monkeypatch):
+    """lm-eval's standard error of a single question is NaN."""
+    scores = {"parity": {"acc,none": 0.5, "acc_stderr,none": math.nan}}
+    for name, result in (("check_tasks", []), ("load_tasks", None), ("score_tasks", scores)):
+        monkeypatch.setattr(f"nanogpt_accel.commands.evaluate.{name}", lambda *args, result=result: result)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=dict))
+    assert main(["evaluate", "tiny", "tasks=parity", "device=cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["tasks"] == {"parity": {"acc,none": 0.5, "acc_stderr,none": None}}
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny, capsys):
+    Tokenizer.char([*map(chr, range(1, 200))]).save("tiny")
+    assert main(["evaluate", "tiny", "text=text.txt", "device=cpu"]) == 2
+    assert "the tokenizer has 200 tokens, but the model has only 80 embeddings" in capsys.readouterr().err
+
+
+def test_characters_that_the_tokenizer_loses_are_reported(tiny, capsys, tmp_path):
+    """A BPE without an unknown token drops other characters silently, and bits per byte is too low."""
+    backend = Backend(models.BPE({c: i for i, c in enumerate("To be,\nrnt")}, []))
+    backend.decoder = decoders.Fuse()
+    backend.save("tiny/tokenizer.json")
+    for text, lost in (
+        ("To be\n" * 20, ""),
+        ("To bé, 世\n" * 20, "40 of 180 characters are lost: 'é' (20), '世' (20)"),
+    ):
+        (tmp_path / "text.txt").write_text(text)
+        assert main(["evaluate", "tiny", "text=text.txt", "device=cpu"]) == 0
+        warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert len(warnings) == bool(lost) and lost in "".join(warnings)
 
 
 @pytest.mark.parametrize("version", [None, "0.4.9", "0.4.11"])

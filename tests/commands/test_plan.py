@@ -14,7 +14,7 @@ from nanogpt_accel.__main__ import main
 from nanogpt_accel.commands import plan
 from nanogpt_accel.model import GPT, GPTConfig
 from nanogpt_accel.planning.sizing import flops_per_token
-from nanogpt_accel.recipe import load_recipe
+from nanogpt_accel.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -31,6 +31,18 @@ def planned(*words, capsys):
     printed = capsys.readouterr()
     assert printed.err == ""
     return json.loads(printed.out)
+
+
+def test_a_setting_that_plan_does_not_know_is_named(monkeypatch, capsys):
+    """A switch that was added for an experiment to the recipe and to GPTConfig."""
+    shape = Recipe.shape.fget
+    words = [ROOT / "recipes" / "gpt2.yaml"]
+    known = planned(*words, capsys=capsys)
+    monkeypatch.setattr(Recipe, "shape", property(lambda recipe: shape(recipe) | {"value_residual": True, "gate": 0}))
+    found = planned(*words, capsys=capsys)
+    (line,) = [line for line in found.pop("assumed") if line not in known["assumed"]]
+    assert "value_residual=true" in line and "does not count it" in line
+    assert found == {key: value for key, value in known.items() if key != "assumed"}
 
 
 # ---- parameters

@@ -265,11 +265,11 @@ def test_missing_or_damaged_files_are_noted(capsys, spoil, note, figures):
 def test_values_that_are_not_numbers_are_ignored():
     lines = [
         {"step": 0, "loss": None, "tokens_per_second": 96},
-        {"step": 1, "loss": "3", "grad_norm": True},
+        {"step": 1, "loss": "3", "grad_norm": True, "mfu": 10**400},
         {"step": 3, "loss": 2.5, "tokens_per_second": 96},
     ]
     series = read(make_run(Path("runs/a"), lines)).data[0]["series"]
-    assert series["loss"]["step"] == [3] and "grad_norm" not in series
+    assert series["loss"]["step"] == [3] and not {"grad_norm", "mfu"} & series.keys()
     assert series["loss"]["seconds"] == [None]  # the speed of one step is unknown
 
 
@@ -334,8 +334,11 @@ def test_the_result_of_expect_is_shown():
     found = {"expected": 1.2, "tolerance": 0.1, "got": 1.25, "verdict": "reproduced", "changed": []}
     (run / "expect.json").write_text(json.dumps(found))
     assert "1.200 +- 0.1, got 1.250: reproduced" in read(run).text
-    (run / "expect.json").write_text("{")
-    assert "reproduced" not in read(run).text
+    (run / "expect.json").write_text(json.dumps(found | {"got": None, "verdict": "not reproduced"}))
+    assert "1.200 +- 0.1, got nan: not reproduced" in read(run).text
+    for content in ("{", "[" * 100_000, json.dumps(found).replace("1.25", "9" * 400), json.dumps(found | {"got": "x"})):
+        (run / "expect.json").write_text(content)
+        assert "reproduced" not in read(run).text
 
 
 def test_wrong_arguments_are_refused(refused, tmp_path):

@@ -517,6 +517,30 @@ def test_a_folder_without_a_tokenizer(refused, tmp_path):
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(("vocab", "words"), [({}, "empty"), ({"a": 2**24}, "limit"), ({"a": 2**32 - 1}, "limit")])
+def test_a_vocabulary_that_is_empty_or_too_large_is_refused(refused, bpe, vocab, words):
+    spec = json.loads(bpe.text) | {"added_tokens": []}
+    for model in (
+        {"type": "WordLevel", "vocab": vocab, "unk_token": "a"},
+        {"type": "BPE", "vocab": vocab, "merges": []},
+    ):
+        with refused(ValueError, words):
+            Tokenizer(json.dumps(spec | {"model": model}))
+
+
+def test_a_tokenizer_that_is_much_larger_than_its_model_is_refused_before_it_is_parsed(refused, tmp_path, bpe):
+    bpe.save(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "config.json").write_text('{"vocab_size": 64}')
+    assert Tokenizer.load(tmp_path).vocab == bpe.vocab
+    (tmp_path / "tokenizer.json").write_text(text + " " * 11_000_000)
+    with refused(ValueError, tmp_path / "tokenizer.json", "vocab_size=64", "trained with"):
+        Tokenizer.load(tmp_path)
+    for config in ('{"vocab_size": 2000}', "[" * 100_000):
+        (tmp_path / "config.json").write_text(config)
+        assert Tokenizer.load(tmp_path).vocab == bpe.vocab
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[1]", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
 def test_a_file_that_is_not_a_tokenizer(refused, tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)

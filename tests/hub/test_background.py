@@ -24,7 +24,7 @@ class Uploads:
         self.created.append((repo, private, branch))
         return f"me/{repo}"
 
-    def upload(self, folder, repo, message, branch):
+    def upload(self, folder, repo, message, branch, warn):
         self.started.set()
         assert self.go.wait(10)
         if self.fails:

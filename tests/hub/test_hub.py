@@ -22,6 +22,7 @@ from hub_server import HubServer, card_errors
 
 import nanogpt_accel
 from nanogpt_accel.hub.card import adapt_usage
+from nanogpt_accel.hub.merge_card import merge_card
 from nanogpt_accel.tracking.metrics_log import read_metrics
 
 PACKAGE = str(Path(nanogpt_accel.__file__).parents[1])
@@ -319,6 +320,49 @@ def test_a_failed_push_resumes_without_sending_weights_again(child, hub):
     assert commits(hub, "me/broken") == ["tiny, checkpoint-000008"]
 
 
+OWN_TEXT = "Trained by me, for poems."
+
+
+def edit_card(hub, repo, **more):
+    """Commit a card with another license and own text, as a user would on the Hub. A second call does nothing."""
+    card = hub.files(repo, **more)["README.md"].decode()
+    edited = card.replace("---\n\n<!--", f"license: mit\n---\n\n# Poems\n\n{OWN_TEXT}\n\n<!--", 1)
+    return edited == card or hub.add(repo, {"README.md": edited.encode()}, **more)
+
+
+def is_kept(card):
+    return OWN_TEXT in card and "\nlicense: mit\n" in card and card_errors(card) == []
+
+
+def test_a_push_keeps_a_card_that_was_edited_on_the_hub(child, hub, place):
+    child.ok("push", "runs/tiny", "me/poems")
+    edit_card(hub, "me/poems")
+    child.ok("train", "tiny.yaml", "out_dir=runs/poems", "max_iters=2")
+    child.ok("push", "runs/poems", "me/poems")
+    card = hub.files("me/poems")["README.md"].decode()
+    assert is_kept(card) and "after 2 steps" in card and "after 8 steps" not in card
+    before = hub.commits("me/poems")
+    child.ok("push", "runs/poems", "me/poems")
+    assert hub.commits("me/poems") == before
+
+
+def test_a_card_that_is_edited_during_a_push_is_kept(child, hub):
+    child.ok("push", "runs/tiny", "me/race")
+    hub.delayed_path, hub.until = "/me/race/commit/", lambda: edit_card(hub, "me/race")
+    child.ok("push", "runs/tiny", "me/race", "dtype=bfloat16")
+    assert hub.waited and is_kept(hub.files("me/race")["README.md"].decode())
+    assert commits(hub, "me/race")[-1] == "tiny, checkpoint-000008"
+
+
+def test_an_edited_section_of_a_card_is_kept_and_reported(child, hub):
+    child.ok("push", "runs/tiny", "me/changed")
+    card = hub.files("me/changed")["README.md"].decode().replace("# tiny", "# My own title")
+    hub.add("me/changed", {"README.md": card.encode()})
+    status, _, err = child("push", "runs/tiny", "me/changed", "dtype=bfloat16")
+    assert status == 0 and "warning: me/changed: README.md on the Hub keeps its text" in err
+    assert hub.files("me/changed")["README.md"].decode() == card
+
+
 # ---- pull
 
 
@@ -452,6 +496,24 @@ def test_the_loop_does_not_wait_for_a_push(child, hub, place, run):
     assert "after 2 steps" in files["README.md"].decode()
 
 
+def test_the_pushes_of_a_run_keep_an_edited_card(child, hub, place):
+    """The repository has a card of its own, which is edited again during the run."""
+    own = "---\nlicense: mit\n---\n# Poems\n\nTrained by me.\n"
+    hub.add("me/verses", {"README.md": own.encode()})
+
+    def edit():
+        card = hub.files("me/verses")["README.md"].decode()
+        return hub.add("me/verses", {"README.md": card.replace("Trained by me.", OWN_TEXT).encode()})
+
+    hub.delayed_path, hub.until = "/me/verses/commit/", edit
+    out = child.ok(*pushing("verses"))
+    assert hub.waited and closing(out) == "pushed to the Hub: me/verses" and "warning" not in out
+    card = hub.files("me/verses")["README.md"].decode()
+    assert is_kept(card) and "after 8 steps" in card and card.count("## Evaluation") == 1
+    local = (place / "runs" / "verses" / "checkpoint-000008" / "README.md").read_text()
+    assert OWN_TEXT not in local and "nanogpt_accel: section" not in local
+
+
 def test_every_checkpoint_is_a_commit_in_its_order(child, hub, place):
     """The run waits for each push."""
     slow_mean_loss = """
@@ -481,7 +543,7 @@ def test_the_best_checkpoint_is_pushed_last(child, hub, place):
     files = hub.files("me/best")
     del files[".gitattributes"]
     card, local_card = files.pop("README.md").decode(), (best / "README.md").read_text()
-    assert 'path = "me/best"\n' in card and card == adapt_usage(local_card, True, "me/best")
+    assert 'path = "me/best"\n' in card and card == merge_card("", adapt_usage(local_card, True, "me/best"))[0]
     assert 'path = "."  # this folder\n' in local_card
     assert files == {path.name: path.read_bytes() for path in best.iterdir() if path.is_file() and path.suffix != ".md"}
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.data.tokenizer import Tokenizer
-from nanogpt_accel.model import GPT
+from nanogpt_accel.model import GPT, GPTConfig
+from nanogpt_accel.models import stock
 from nanogpt_accel.models.export import export
 
 
@@ -88,7 +89,7 @@ def test_export_stock_to_custom_to_stock_is_bitwise_equal(ids):
 
 @pytest.mark.parametrize("form", ["stock", "custom"])
 @pytest.mark.parametrize("existed", [True, False])
-def test_a_folder_with_other_logits_is_not_kept(monkeypatch, form, existed):
+def test_a_folder_with_other_logits_is_not_kept(refused, monkeypatch, form, existed):
     save_model(gpt(), "ours")
     if existed:
         Path("theirs").mkdir()
@@ -101,7 +102,9 @@ def test_a_folder_with_other_logits_is_not_kept(monkeypatch, form, existed):
         save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
 
     monkeypatch.setattr(Tokenizer, "save", save_and_spoil)
-    with pytest.raises(RuntimeError, match="theirs: removed, because its logits differ from those of the source model"):
+    with refused(
+        ValueError, "theirs: removed, because its logits differ from those of the source model", "form=custom"
+    ):
         export("ours", "theirs", form)
     assert sorted(os.listdir()) == ["ours", "theirs"][: 1 + existed]
     assert not existed or os.listdir("theirs") == []
@@ -113,6 +116,44 @@ def test_export_into_the_current_folder(monkeypatch, tmp_path):
     monkeypatch.chdir("here")
     assert main(["export", "../ours", "--to", "."]) == 0
     assert (tmp_path / "here" / "model.safetensors").is_file()
+
+
+FORMS = ["theirs", "theirs.gguf", "theirs.pt"]
+
+
+@pytest.mark.parametrize("to", FORMS)
+def test_a_setting_that_export_does_not_know_is_named(call, monkeypatch, to):
+    """A field of GPTConfig and of recipes that was added for an experiment. If it is off, the model is exported."""
+    monkeypatch.setitem(stock.DEFAULTS, "value_residual", False)
+    save_model(gpt(), "ours")
+    config = json.loads(Path("ours/config.json").read_text())
+    Path("ours/config.json").write_text(json.dumps(config | {"value_residual": 0.5}))
+    error = call("export", "ours", f"to={to}", status=2).splitlines()[-1]
+    assert "does not support value_residual=0.5 (unknown to export)" in error and os.listdir() == ["ours"]
+    assert to != "theirs" or "form=custom" in error
+    Path("ours/config.json").write_text(json.dumps(config | {"value_residual": False}))
+    call("export", "ours", f"to={to}")
+    # a field that is on by default, in a checkpoint of before it was added
+    monkeypatch.setattr(GPTConfig, "__annotations__", GPTConfig.__annotations__ | {"scaled": bool})
+    monkeypatch.setattr(GPTConfig, "to_dict", lambda config: {"scaled": True})
+    assert stock.unknown_settings(config) == ["scaled=True (unknown to export)"]
+
+
+@pytest.mark.parametrize("to", FORMS)
+@pytest.mark.parametrize("name", ["attn.gate.weight", "ln_1.shift", "scale"])
+def test_a_weight_that_export_does_not_know_is_named(call, monkeypatch, to, name):
+    """A module or a parameter that was added to model.py, also if it does not change the logits yet."""
+    model = gpt()
+    save_model(model, "ours")
+    module, _, parameter = name.rpartition(".")
+    layer = model.transformer.h[1]
+    if module == "attn.gate":
+        layer.attn.gate = torch.nn.Linear(2, 2, bias=False)
+    else:
+        layer.get_submodule(module).register_parameter(parameter, torch.nn.Parameter(torch.zeros(3)))
+    monkeypatch.setattr("nanogpt_accel.models.export.load_model", lambda source: model)
+    error = call("export", "ours", f"to={to}", status=2).splitlines()[-1]
+    assert f"does not support transformer.h.1.{name}" in error and os.listdir() == ["ours"]
 
 
 def test_a_model_with_nan_logits_is_not_exported(refused):

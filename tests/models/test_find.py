@@ -143,5 +143,7 @@ def test_the_best_checkpoint_of_trainer_is_taken(tmp_path):
         (folder / "tokenizer.json").write_text("{}")
         (folder / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": "elsewhere/checkpoint-10"}))
     assert find_model(tmp_path).name == "checkpoint-10"
-    (tmp_path / "checkpoint-20/trainer_state.json").write_text(json.dumps({"best_model_checkpoint": None}))
-    assert find_model(tmp_path).name == "checkpoint-20"
+    hostile = ['{"best_model_checkpoint": null}', '{"best_model_checkpoint": 5}', "[]", "{", "[" * 100_000, ""]
+    for content in (*hostile, '{"global_step": ' + "9" * 5000 + "}"):
+        (tmp_path / "checkpoint-20/trainer_state.json").write_text(content)
+        assert find_model(tmp_path).name == "checkpoint-20"

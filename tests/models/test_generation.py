@@ -182,6 +182,39 @@ def test_text_after_a_prompt_keeps_its_space():
     assert text_after(tokenizer.decode, prompt, new) == " c d"
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("options", [[], ["temperature=0"], ["batch_size=2", "--json"]], ids=["", "greedy", "batch"])
+def test_weights_with_nan_or_inf_are_reported(llama, call, value, options):
+    model = LlamaForCausalLM.from_pretrained("llama")
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    model.save_pretrained("llama")
+    (line,) = call("sample", "llama", "prompt=a", "num_samples=2", *options, status=2).splitlines()
+    assert line.startswith("error: llama: the logits contain NaN or Inf") and "earlier checkpoint" in line
+
+
+def test_a_prompt_with_characters_that_the_tokenizer_loses_is_reported(llama, capsys):
+    """A BPE without an unknown token drops other characters silently."""
+    spec = json.loads(metaspace())
+    spec["model"]["unk_token"] = None
+    Tokenizer(json.dumps(spec)).save("llama")
+    assert main(["sample", "llama", "prompt=a é", "num_samples=1", "max_new_tokens=2"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: prompt='a é': ") and "1 of 3 characters are lost: 'é' (1)" in line
+    assert main(["sample", "llama", "prompt=ab", "num_samples=1", "max_new_tokens=2"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_default_prompt_is_the_first_token_that_can_be_encoded(llama, capsys):
+    spec = json.loads(metaspace())
+    spec["pre_tokenizer"] = {"type": "Whitespace"}  # loses a space, which is the text of the second token
+    spec["model"]["vocab"] = {"<s>": 10, "▁": 0, **{c: i + 1 for i, c in enumerate("abcdefg")}, "▁ab": 8, "▁cd": 9}
+    spec["model"]["unk_token"] = None
+    Tokenizer(json.dumps(spec)).save("llama")
+    assert main(["sample", "llama", "num_samples=1", "max_new_tokens=2"]) == 0
+    assert capsys.readouterr().out[0] == "a"
+
+
 def test_prompts_from_a_file(llama, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("a\n\nb c\n")
     assert main(["sample", "llama", "prompts=prompts.txt", "num_samples=2", "max_new_tokens=5", "batch_size=3"]) == 0

@@ -1,6 +1,7 @@
 """metrics_log.py: metrics.jsonl, its repair after a kill, and its plot."""
 
 import json
+import math
 import os
 import struct
 import subprocess
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 
-from nanogpt_accel.tracking.metrics_log import MetricsLog, plot_losses, read_metrics
+from nanogpt_accel.tracking.metrics_log import MetricsLog, Spikes, plot_losses, read_metrics
 
 # ---- metrics.jsonl
 
@@ -94,6 +95,42 @@ def test_resume_without_a_log_starts_one(path):
     log.write(step=5, loss=1.0)
     log.close()
     assert read_metrics(path) == [{"step": 5, "loss": 1.0}]
+
+
+DIGITS = "9" * 5000
+HOSTILE = [
+    f'{{"step": {DIGITS}, "loss": 1.0}}',
+    f'{{"step": {DIGITS[:400]}, "loss": 1.0}}',
+    '{"step": 3, "loss": ' + "[" * 100_000,
+    '{"step": 3, "loss": ' + '{"a":' * 100_000,
+    '{"step": 3.0}',
+    "[]",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_lines_after_an_invalid_line_are_ignored(path, text):
+    path.write_text(f'{{"step": 2, "loss": 1.0}}\n{text}\n{{"step": 4, "loss": 1.0}}\n')
+    assert read_metrics(path) == [{"step": 2, "loss": 1.0}]
+    Spikes(path).is_spike(2.0)
+    MetricsLog(path, resume_step=9).close()
+    assert path.read_text() == '{"step": 2, "loss": 1.0}\n'
+
+
+def test_losses_that_are_not_numbers_are_ignored(path, tmp_path):
+    lines = [{"step": s, "loss": loss, "val_loss": loss} for s, loss in enumerate(["1.0", [1.0], None, {}, 2.0])]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_metrics(path) == lines
+    assert not Spikes(path).is_spike(2.0)
+    plot_losses(path, tmp_path / "loss.png")
+
+
+def test_large_integers_of_other_metrics_become_floats(path):
+    path.write_text(f'{{"step": 2, "loss": {DIGITS}, "peak_memory": {DIGITS[:19]}, "mine": {DIGITS[:18]}}}\n')
+    (line,) = read_metrics(path)
+    assert line == {"step": 2, "loss": math.inf, "peak_memory": 1e19, "mine": int(DIGITS[:18])}
+    MetricsLog(path, resume_step=9).close()
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["loss"] is None  # valid JSON
 
 
 # ---- the plot
