@@ -232,15 +232,16 @@ def report(results):
                 line for line in found if (line["variant"], line["rate"]) == (variant, rate) and line["seed"] in base
             ]
             for name in dict.fromkeys(name for line in these for name in line["losses"]):
-                pairs = [(line["losses"][name], base[line["seed"]]["losses"]["final"]) for line in these]
+                of_name = [line for line in these if name in line["losses"]]
+                pairs = [(line["losses"][name], base[line["seed"]]["losses"]["final"]) for line in of_name]
                 gains = [theirs - ours for ours, theirs in pairs]
-                cost = [line["optimizer_seconds"] / base[line["seed"]]["optimizer_seconds"] for line in these]
+                cost = [line["optimizer_seconds"] / base[line["seed"]]["optimizer_seconds"] for line in of_name]
                 rows.append(
                     {
                         "variant": variant,
                         "rate": rate,
                         "weights": name,
-                        "seeds": len(these),
+                        "seeds": len(of_name),
                         "val loss": statistics.mean(ours for ours, _ in pairs),
                         "gain": statistics.mean(gains),
                         "standard error": statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else math.nan,
