@@ -149,16 +149,17 @@ def run(recipe, options, variant, rate, seed, tune, folder):
         return made[-1]
 
     def opened(recipe, console):
-        data, source = open_data(recipe, console)
+        recipe, data, source = open_data(recipe, console)
         if tune:
-            n = len(data.train) * 9 // 10
-            splits = {"train": Part(data.train, 0, n), "val": Part(data.train, n, len(data.train))}
-            data = dataclasses.replace(data, splits=splits)
-        return data, source
+            (name, dataset), tokens = next(iter(data.sources.items())), data.main.train
+            n = len(tokens) * 9 // 10
+            splits = {"train": Part(tokens, 0, n), "val": Part(tokens, n, len(tokens))}
+            data = dataclasses.replace(data, sources={name: dataclasses.replace(dataset, splits=splits)})
+        return recipe, data, source
 
-    def evaluated(setup, data, console):
-        setups.append((setup, setup.raw_model, data))
-        return evaluate(setup, data, console)
+    def evaluated(setup, data, *arguments):
+        setups.append((setup, setup.raw_model, data.main.val))
+        return evaluate(setup, data, *arguments)
 
     plain, open_data, evaluate = nanogpt_accel.optim.OPTIMIZERS["muon"], train.open_data, train.evaluate
     max_iters = load_recipe(RECIPES / f"{recipe}.yaml", options).train.max_iters
@@ -180,18 +181,16 @@ def run(recipe, options, variant, rate, seed, tune, folder):
             )
     finally:
         nanogpt_accel.optim.OPTIMIZERS["muon"], train.open_data, train.evaluate = plain, open_data, evaluate
-    (optimizer,), (setup, model, data) = made, setups[-1]
+    (optimizer,), (setup, model, val) = made, setups[-1]
     lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     losses = {"final": [line["val_loss"] for line in lines if "val_loss" in line][-1]}
     weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
     if not math.isfinite(losses["final"]) or tune:
         return losses, optimizer.seconds / optimizer.n_steps
-    batches = training.evaluation_batches(
-        len(data.val), setup.recipe.model.block_size, setup.recipe.train.batch_size, "all"
-    )
+    batches = training.evaluation_batches(len(val), setup.recipe.model.block_size, setup.recipe.train.batch_size, "all")
     for name, average in optimizer.averages.items():
         torch._foreach_copy_(weights, average)
-        losses[name] = evaluation.mean_loss(model, data.val, batches, setup.to_inputs, setup.accelerator)
+        losses[name] = evaluation.mean_loss(model, val, batches, setup.to_inputs, setup.accelerator)
     return losses, optimizer.seconds / optimizer.n_steps
 
 
@@ -232,15 +231,16 @@ def report(results):
                 line for line in found if (line["variant"], line["rate"]) == (variant, rate) and line["seed"] in base
             ]
             for name in dict.fromkeys(name for line in these for name in line["losses"]):
-                pairs = [(line["losses"][name], base[line["seed"]]["losses"]["final"]) for line in these]
+                of_name = [line for line in these if name in line["losses"]]
+                pairs = [(line["losses"][name], base[line["seed"]]["losses"]["final"]) for line in of_name]
                 gains = [theirs - ours for ours, theirs in pairs]
-                cost = [line["optimizer_seconds"] / base[line["seed"]]["optimizer_seconds"] for line in these]
+                cost = [line["optimizer_seconds"] / base[line["seed"]]["optimizer_seconds"] for line in of_name]
                 rows.append(
                     {
                         "variant": variant,
                         "rate": rate,
                         "weights": name,
-                        "seeds": len(these),
+                        "seeds": len(of_name),
                         "val loss": statistics.mean(ours for ours, _ in pairs),
                         "gain": statistics.mean(gains),
                         "standard error": statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else math.nan,

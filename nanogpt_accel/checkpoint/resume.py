@@ -59,8 +59,8 @@ def _open_shards(path, shapes):
     Returns:
         (tensors, layout). tensors: {"PARAMETER/FIELD": [(first row, open file), ...]}; an example of a FIELD is
         exp_avg. Each file contains some rows of the tensor; `first row` is the index of the first of these rows in the
-        full tensor. layout: see sharding.optimizer_shard, of which "first_rows" is not complete. shapes: {PARAMETER:
-        shape} of the model.
+        full tensor. layout: see sharding.optimizer_shard; its "first_rows" are those of the first file. shapes:
+        {PARAMETER: shape} of the model.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -68,17 +68,15 @@ def _open_shards(path, shapes):
     for file in (path / name for name in sorted(read_index(path)) if SHARD_PATH.match(name)):
         try:
             shard = safe_open(file, framework="pt")
-            metadata = {key: json.loads(text) for key, text in (shard.metadata() or {}).items()}
-            first_rows = metadata["first_rows"]
+            metadata, of_shard = shard.metadata(), {"other_shape": [], "nested": [], "values": {}, "groups": []}
+            if "layout" in metadata:
+                of_shard = json.loads(metadata["layout"])
+            else:  # earlier versions stored nothing else
+                of_shard["first_rows"] = json.loads(metadata["first_rows"])
+            first_rows = of_shard["first_rows"]
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{file}: not an optimizer state of nanogpt_accel ({error}); {fix}") from None
-        layout = layout or {
-            "other_shape": [],
-            "nested": [],
-            "values": {},
-            "groups": [],
-            **metadata,
-        }  # of the first shard
+        layout = layout or of_shard  # only the first shard has other entries than "first_rows"
         for key in shard.keys():  # noqa: SIM118 (not a dict)
             name, shape = key.rpartition("/")[0], tuple(shard.get_slice(key).get_shape())
             dims = slice(1 if key in first_rows else 0, None)  # a shard has only some rows

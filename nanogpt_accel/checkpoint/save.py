@@ -221,7 +221,8 @@ def _write_shard(temporary, snapshot):
 
     file = temporary / shard_path(snapshot.shard, snapshot.num_shards)
     try:
-        save_file(snapshot.tensors, file, {key: json.dumps(value) for key, value in snapshot.layout.items()})
+        # one key, because safetensors writes several in a random order
+        save_file(snapshot.tensors, file, {"layout": json.dumps(snapshot.layout)})
         entry = _index_entry(file)
     except Exception as error:
         entry = {"error": f"{file.name}: {error}"}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_run import ACCELERATOR, CARD, TinyRun, is_equal, make_adamw, make_model, weights
 
 from nanogpt_accel.checkpoint.layout import checkpoint_path
@@ -51,6 +52,16 @@ def test_the_optimizer_state_of_another_model_is_refused(run, refused, tmp_path)
     optimizer = make_adamw(other)
     with refused(ValueError, path / "state" / "optimizer.safetensors", "another run", f"init_from={path}"):
         load_optimizer(path, ACCELERATOR, other, optimizer)
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(run, tmp_path):
+    """Its optimizer state has the key first_rows instead of layout."""
+    path = run.save(1)
+    tensors = load_file(path / "state" / "optimizer.safetensors")
+    save_file(tensors, path / "state" / "optimizer.safetensors", {"first_rows": "{}"})
+    other = TinyRun(tmp_path / "other", seed=1)
+    load_optimizer(path, ACCELERATOR, other.model, other.optimizer)
+    assert is_same(other.optimizer.state_dict()["state"], run.optimizer.state_dict()["state"])
 
 
 # ---- optimizers by name
