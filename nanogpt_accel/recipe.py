@@ -146,8 +146,8 @@ class Corpus(Section):
     )
     data_dir: NameOrNone = Field(
         None,
-        description="folder of token files: of this package, nanoGPT, llm.c, modded-nanogpt, Megatron-LM, datatrove or "
-        "numpy; default: a folder in data/ named after the corpus and the tokenizer. On the command line, prepared "
+        description="folder of token files in the format of this package, nanoGPT, llm.c, modded-nanogpt, Megatron-LM, "
+        "datatrove or numpy; default: a folder in data/ named after the corpus and the tokenizer. On the command line, prepared "
         "data replace the corpus of the recipe",
     )
     val_fraction: Float = Field(
@@ -206,7 +206,8 @@ class Stage(Section):
         alias="from", gt=0, description="first step of the stage, or a share of max_iters if it is below 1"
     )
     mix: list[Source] = Field(
-        min_length=1, description="sources from this step on; a name and a weight refer to an earlier source"
+        min_length=1,
+        description="the sources from this step on; to use an earlier source again, give only its name and a weight",
     )
 
 

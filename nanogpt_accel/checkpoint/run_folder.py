@@ -180,7 +180,7 @@ def is_published(path):
 
 
 def _published_from(path):
-    """Return the checkpoint folder that a file of the run folder is linked to or copied from, or None."""
+    """Return the checkpoint folder that a file in the run folder comes from, by a link or as a copy, or None."""
     if path.is_symlink():
         name = os.path.dirname(os.readlink(path))
         return path.parent / name if CHECKPOINT_NAME.match(name) else None

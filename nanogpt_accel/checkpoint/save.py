@@ -260,7 +260,7 @@ def _wait_for_shards(temporary, num_shards, deadline):
         receipt = (temporary / name).with_suffix(".receipt")
         while not receipt.is_file():
             if time.monotonic() > deadline:
-                raise OSError(f"{name} was not written within {SHARD_SHARE:.0%} of collective_timeout")
+                raise OSError(f"{name} was not written in time: the limit is {SHARD_SHARE:.0%} of collective_timeout")
             time.sleep(0.05)
         entry = json.loads(receipt.read_text(encoding="utf-8"))
         receipt.unlink()

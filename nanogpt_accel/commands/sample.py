@@ -54,8 +54,8 @@ class SampleOptions(Section):
     )
     stop: str | None = Field(
         None,
-        description=r"end a sample before this text, such as stop='\n\n' (\n is a line end, \t a tab), or one of "
-        r"""several texts: a JSON list such as stop='["\n\n", "User:"]'""",
+        description=r"end a sample before this text, such as stop='\n\n' (\n is a line end, \t a tab). For several "
+        r"""texts, give a JSON list, such as stop='["\n\n", "User:"]'""",
     )
     special_tokens: Literal["text", "tokens"] | None = Field(
         None,

@@ -317,7 +317,7 @@ def _read_progress(folder):
 
 
 def _own_size(file):
-    """Return the size of a file, or -1 if it is a link or has a hard link, so that writing would change other files."""
+    """Return the size of a file, or -1 if it is a link or has hard links, because writing would change other files."""
     status = os.lstat(file)
     return status.st_size if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1 else -1
 

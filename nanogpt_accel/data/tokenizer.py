@@ -358,7 +358,8 @@ class Tokenizer:
         return self._join(parts, [self.encode(part) for part in parts[::2]])
 
     def _join(self, parts, encoded):
-        """Return the ids of a text. parts: the result of _split_special. encoded: ids of its parts that are text."""
+        """Return the ids of a text. parts: the result of _split_special. encoded: the ids of each part that is not a
+        special token."""
         ids = [np.array([], self.dtype)] * len(parts)
         ids[::2], ids[1::2] = encoded, [[self.vocab[token]] for token in parts[1::2]]
         return np.concatenate(ids).astype(self.dtype)

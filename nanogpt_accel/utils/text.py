@@ -67,7 +67,8 @@ def printable(text):
 def encoding_problem(name):
     """Return why a path or another argument cannot be used, or None.
 
-    Its bytes must be the same on this system and in UTF-8, which libraries in Rust and C++ use for paths.
+    It must have the same bytes in the encoding of the system and in UTF-8, because libraries in Rust and C++ use UTF-8
+    for paths.
     """
     encoding = sys.getfilesystemencoding()
     try:
