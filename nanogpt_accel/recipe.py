@@ -147,8 +147,8 @@ class Corpus(Section):
     data_dir: NameOrNone = Field(
         None,
         description="folder of token files in the format of this package, nanoGPT, llm.c, modded-nanogpt, Megatron-LM, "
-        "datatrove or numpy; default: a folder in data/ named after the corpus and the tokenizer. On the command line, prepared "
-        "data replace the corpus of the recipe",
+        "datatrove or numpy; default: a folder in data/ named after the corpus and the tokenizer. On the command line, "
+        "prepared data replace the corpus of the recipe",
     )
     val_fraction: Float = Field(
         0.0005,
