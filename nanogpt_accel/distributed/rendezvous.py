@@ -213,7 +213,7 @@ def share_failures(function):
             return function(*arguments)
         except Exception as error:
             with suppress(Exception):  # the other ranks may have ended
-                if world_size() > 1 and not process_group() and not isinstance(error, OtherRankFailed):
+                if world_size() > 1 and not process_group():
                     _share(error)
             raise
         finally:
@@ -223,11 +223,18 @@ def share_failures(function):
 
 
 def _share(error):
-    store = _connected.store if _connected is not None else _open_store(NOTE_S)
-    what = first_line(error) if isinstance(error, (ValueError, OSError)) else repr(error)
-    store.compare_set("failure", "", f"rank {rank()} on {platform.node()} failed: {what}")
-    if is_main():
-        time.sleep(5 * POLL_S)  # the store ends with the main process
+    is_other, is_connected = isinstance(error, OtherRankFailed), _connected is not None
+    if is_other and not is_connected:  # the main process does not respond
+        return
+    store = _connected.store if is_connected else _open_store(NOTE_S)
+    if not is_other:
+        what = first_line(error) if isinstance(error, (ValueError, OSError)) else repr(error)
+        store.compare_set("failure", "", f"rank {rank()} on {platform.node()} failed: {what}")
+    if not is_main():
+        store.add("ended", 1)
+    deadline = time.monotonic() + SEEN_S  # the store can end with the main process, so the others read it first
+    while is_main() and store.add("ended", 0) < world_size() - 1 and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 def assert_ranks_agree(timeout=600, **facts):

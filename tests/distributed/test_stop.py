@@ -12,7 +12,7 @@ from runs import SMALL, checkpoint, losses, numbers, trainer, weights, write_rec
 
 from nanogpt_accel.checkpoint.layout import list_checkpoints
 from nanogpt_accel.checkpoint.verify import find_corruption
-from nanogpt_accel.distributed.stop import lost_process
+from nanogpt_accel.distributed.stop import StopSignals, lost_process
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and fork are POSIX's")
 STEPS = 80  # enough for a signal to arrive before the end
@@ -158,6 +158,16 @@ def test_first_ctrl_c_is_noted_and_a_later_one_ends_the_process(armed, pauses, s
     done = run_python("-c", CTRL_C.format(armed=armed, pauses=pauses), status=None)
     assert done.returncode in (status, -signal.SIGINT) if status == 1 else done.returncode == status, done.stderr
     assert done.stdout == out and ("KeyboardInterrupt" in done.stderr) == (not armed)
+
+
+def test_usr1_before_the_loop_ends_the_process_with_status_75():
+    signals = StopSignals()
+    with pytest.raises(SystemExit) as caught:
+        signals._handle(signal.SIGUSR1, None)
+    assert caught.value.code == 75
+    signals.armed = True
+    signals._handle(signal.SIGUSR1, None)
+    assert signals.received == "SIGUSR1"
 
 
 # ---- a process that is killed or hangs

@@ -393,7 +393,12 @@ def test_world_size_without_a_launcher_is_refused(capsys, monkeypatch, argv):
 def test_launched_process_that_accelerate_runs_alone_is_refused(capsys, monkeypatch):
     """A launcher started two, but each would train alone."""
     from accelerate.state import AcceleratorState, PartialState
+    from torch.distributed import HashStore
 
+    from nanogpt_accel.distributed import rendezvous
+
+    monkeypatch.setattr(rendezvous, "_open_store", lambda timeout: HashStore())
+    monkeypatch.setattr(rendezvous.Rendezvous, "exchange", lambda self, value, purpose: [value, value])  # two ranks
     assert PartialState().num_processes == 1  # from the training in the fixture
     monkeypatch.setattr(AcceleratorState, "_reset_state", lambda **options: None)
     for key, value in torchrun_variables(0, 2).items():

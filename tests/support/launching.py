@@ -154,11 +154,12 @@ def train_in_rank(argv, variables, output, before):
     if variables.get("ACCELERATE_USE_FSDP") == "true":
         import sharded_on_cpu  # noqa: F401
     from nanogpt_accel import train
+    from nanogpt_accel.distributed.rendezvous import share_failures
     from nanogpt_accel.utils import cli
 
     if before is not None:
         before()
-    sys.exit(cli.run(train.main, argv))
+    sys.exit(cli.run(share_failures(train.main), argv))
 
 
 class Ranks(Job):
