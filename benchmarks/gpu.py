@@ -171,7 +171,7 @@ def write_nanochat_tokenizer(folder):
 
 
 def run_steps(command, folder, limit, skip, seconds, **variables):
-    """Run a training program until it has logged its steps for some seconds, and return what it printed.
+    """Run a training program until it has logged its steps for some seconds, and return the results.
 
     Args:
         limit: seconds after which it is ended in any case.
@@ -337,7 +337,7 @@ def _readable(row):
     }
 
 
-# ---- part 2: where the time goes
+# ---- part 2: the parts of a step
 
 
 def breakdown(settings, data, results, trace):

@@ -1,6 +1,6 @@
 """Devices and dtypes on CUDA without a GPU: a CUDA build of torch runs the forward pass on fake tensors.
 
-The backward pass needs a device. These tests run by default, where torch is a CUDA build.
+The backward pass needs a device. These tests run by default, if torch is a CUDA build.
 """
 
 import pytest

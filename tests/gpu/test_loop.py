@@ -49,7 +49,7 @@ def transformers_model(recipe, weights):
     )
     model = GPT2LMHeadModel(config)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # nanoGPT's GPT-2 has none
+        if name.endswith("bias"):  # nanoGPT's GPT-2 does not have them
             parameter.requires_grad_(False).zero_()
         else:  # OpenAI's Conv1D stores (in, out)
             is_conv1d = ".h." in name and parameter.dim() == 2
