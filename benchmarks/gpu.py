@@ -16,7 +16,8 @@ Every result is appended to gpu.jsonl, in $OUT or in the current folder, as soon
 4. recipes/gpt2.yaml and recipes/gpt2_fast.yaml for the same number of tokens, in the time that is left.
 
 A program that does not reach a result in its time is ended, and the script continues. MFU counts FLOPs as nanoGPT does;
-for nanochat, it is the MFU that nanochat prints. Without its flash attention 3, nanochat is slower than it can be.
+for nanochat, it is the MFU that nanochat prints. With the same layers, nanochat has more parameters (value embeddings).
+Without its flash attention 3, it is slower than it can be.
 """
 
 import argparse
@@ -103,7 +104,7 @@ def source_texts(megabytes):
     """Return the Python files of this machine as a list of texts."""
     texts, n_left = [], megabytes * 1e6
     for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
-        for path in sorted(Path(root).rglob("*.py")):
+        for path in Path(root).rglob("*.py"):
             text = path.read_text(encoding="utf-8", errors="ignore")
             texts.append(text)
             n_left -= len(text)
@@ -144,7 +145,9 @@ def write_data(folder, megabytes):
     parquet = write_parquet(folder / "nanochat_base" / "base_data_climbmix", source_texts(megabytes))
     words = [f"corpus={parquet}", f"data_dir={folder / 'tokens'}", "val_fraction=0.02"]
     command = [sys.executable, "-m", "nanogpt_accel", "prepare", str(RECIPES / "gpt2.yaml"), *words]
-    subprocess.run(command, env=environment(), check=True)
+    if subprocess.run(command, env=environment()).returncode:
+        print("training on random tokens, without nanochat")
+        return write_random_tokens(folder / "random_tokens"), None
     return folder / "tokens", parquet
 
 
@@ -455,7 +458,11 @@ def main():
         (copy_nanogpt(given["nanogpt"], folder) / "data" / "given").symlink_to(data)
         nanochat = "nanochat" in given and parquet is not None
         if nanochat:
-            copy_nanochat(given["nanochat"], folder)
+            try:
+                copy_nanochat(given["nanochat"], folder)
+            except (ImportError, OSError, AttributeError) as error:
+                results.add("124M", program="nanochat", error=str(error))
+                nanochat = False
         sizes, reserve = settings["sizes"], settings["reserve"]
         speed = speeds("124M", sizes["124M"], settings, nanochat, data, results, reserve)
         if results.seconds_left() > reserve + 60:
