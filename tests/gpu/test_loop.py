@@ -72,7 +72,7 @@ def nanogpt_model(recipe, weights):
     """The same with the model and the optimizer of nanoGPT's model.py."""
     if not NANOGPT:
         pytest.skip("set NANOGPT to a checkout of nanoGPT")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(NANOGPT) / "model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(NANOGPT).resolve() / "model.py")
     nanogpt = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nanogpt)
     shape = {key: getattr(recipe.model, key) for key in ("block_size", "n_layer", "n_head", "n_embd")}

@@ -84,7 +84,7 @@ def test_muon_equals_torchs_up_to_bfloat16():
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in first] for _ in range(2))
     settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
     optimizers = [
-        Muon([{"params": ours, "use_muon": True, "lr_scale": 1.0, **settings}], {}),
+        Muon([{"params": ours, "use_muon": True, "rows": [[len(p)] for p in ours], "lr_scale": 1.0, **settings}]),
         torch.optim.Muon(theirs, **settings),
     ]
     for _ in range(5):
