@@ -446,6 +446,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # end the program that is being measured, too
     settings = DRY if options.dry else FULL
     out = Path(os.environ.get("OUT") or ".").resolve()
     results = Results(out, options.seconds)
