@@ -19,7 +19,7 @@ def assert_planned(recipe, config):
     """Train some steps, and compare the peak memory with the plan."""
     train = recipe.train
     gc.collect()  # an earlier test may have left a model in reference cycles
-    variant = Variant(recipe, config, [RandomTokens(config.vocab_size)], None, "", {})
+    variant = Variant(recipe, config, {"random": RandomTokens(config.vocab_size)}, None, "", {})
     variant.step()
     planned = sizing.memory(
         config.resolved(),

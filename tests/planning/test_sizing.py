@@ -213,7 +213,7 @@ def test_memory_of_the_chunked_loss_matches_bench(family, precision):
             "mixed_precision": precision,
         },
     )
-    variant = bench.Variant(recipe, config, bench.RandomTokens(8192), 8191, "", {})
+    variant = bench.Variant(recipe, config, {"random": bench.RandomTokens(8192)}, 8191, "", {})
     variant.step()
     needed = sizing.memory(
         config.resolved(), "ddp", 1, 1, batch=9, half=precision == "bf16", checkpointing=False, device="cpu"
