@@ -1,7 +1,9 @@
-"""Run a Python program, and print its peak memory every second: what torch allocated on the GPU, else the resident set.
+"""Run a Python program, and print its peak memory every second.
 
-python benchmarks/with_peak_memory.py SCRIPT [ARGUMENT ...]
-python benchmarks/with_peak_memory.py -m MODULE [ARGUMENT ...]
+    python benchmarks/with_peak_memory.py SCRIPT [ARGUMENT ...]
+    python benchmarks/with_peak_memory.py -m MODULE [ARGUMENT ...]
+
+This is the memory that torch allocated on the GPU, or the resident memory of the process if it does not use CUDA.
 """
 
 import os
