@@ -19,9 +19,10 @@ def _is_fast_file(path):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """With `-m fast`, do not import the other test files."""
-    if config.option.markexpr == "fast" and collection_path.name.startswith("test_"):
-        return None if _is_fast_file(collection_path) else True
+    """With `-m fast` and with `-m gpu`, do not import the other test files."""
+    if collection_path.name.startswith("test_"):
+        is_selected = {"fast": _is_fast_file, "gpu": lambda path: path.parent.name == "gpu"}
+        return None if is_selected.get(config.option.markexpr, lambda path: True)(collection_path) else True
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker

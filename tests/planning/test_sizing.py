@@ -213,7 +213,7 @@ def test_memory_of_the_chunked_loss_matches_bench(family, precision):
             "mixed_precision": precision,
         },
     )
-    variant = bench.Variant(recipe, config, bench.RandomTokens(8192), 8191, "", {})
+    variant = bench.Variant(recipe, config, {"random": bench.RandomTokens(8192)}, 8191, "", {})
     variant.step()
     needed = sizing.memory(
         config.resolved(), "ddp", 1, 1, batch=9, half=precision == "bf16", checkpointing=False, device="cpu"
@@ -246,30 +246,6 @@ def test_chunks_of_the_loss_match_the_model(monkeypatch, device):
         expected = sizing.rows_per_chunk(n_tokens, vocab_size, "cpu" if device == "cpu" else "mps")
         assert chunks == ([] if expected == n_tokens else [expected]), (n_tokens, vocab_size)
         assert (expected == n_tokens) == (n_tokens * vocab_size <= limit)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["full", "checkpointing"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "nanochat"])
-def test_memory_matches_the_peak_on_a_gpu(family, checkpointing):
-    config = config_of(family, vocab_size=4096, block_size=512, n_layer=6, n_embd=512)
-    before = torch.cuda.memory_allocated()
-    model = GPT(config).train().cuda()
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(model, Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95))
-    ids = torch.randint(0, 4096, (16, 513), device="cuda")
-    for step in range(2):
-        if step == 1:
-            torch.cuda.reset_peak_memory_stats()
-        for _ in range(2):
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:], return_logits=False).loss
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    needed = sizing.memory(config.resolved(), "ddp", 1, 1, batch=16, half=True, checkpointing=checkpointing)
-    assert sum(needed.values()) == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "muon"])
