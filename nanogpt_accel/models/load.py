@@ -78,7 +78,7 @@ def load_model(folder, **changes):
     if kind == GPT_TYPE:
         return model.eval()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    # zero biases: the model was exported without biases, which a stock model may require
+    # a stock model may require biases; if the model had none, `export` wrote zeros
     config["bias"] = any(tensor.any() for name, tensor in weights.items() if name.endswith(".bias"))
     with _config_errors(folder):
         model_config = gpt_config(config, **changes)
