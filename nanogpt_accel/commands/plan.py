@@ -357,7 +357,7 @@ def run_lines(figures, n_params):
             yield f"{title:<12} {line}"
             title = ""
     yield (
-        f"Chinchilla   {figures['tokens_per_parameter']:,.4g} tokens per parameter; optimal is about 20, or "
+        f"Chinchilla   {figures['tokens_per_parameter']:,.4g} tokens per parameter; optimal is about 20: "
         f"{short(20 * n_params)} tokens (approach 2: {short(figures['optimal_tokens'])})"
     )
     yield (
