@@ -4,7 +4,7 @@
     nanogpt-accel bench recipes/gpt2.yaml --compare compile,loss
     accelerate launch --config_file configs/multi_gpu.yaml -m nanogpt_accel bench recipes/gpt2.yaml --profile trace.json
 
-The measured steps are those of train.py, with the same model, optimizer, precision, batches and Accelerator. The
+The steps are the same as in train.py, with the same model, optimizer, precision, batches and Accelerator. The
 command does not download data or weights, and it does not evaluate or save the model.
 """
 
@@ -30,7 +30,7 @@ from ..utils import cli
 from ..utils.fields import Int, Section, Words, nearest, raise_problems
 from ..utils.text import printable
 
-# axis -> [(name of the variant, settings changed in the recipe or in Variant)]; variants_of adds those of batch_size
+# axis -> [(name of the variant, changed settings)]; variants_of computes the variants of batch_size
 AXES = {
     "compile": [("eager", {"compile": False}), ("compiled", {"compile": True})],
     "attention": [("sdpa", {"attention": "sdpa"}), ("eager attention", {"attention": "eager"})],
@@ -44,7 +44,7 @@ PARTS = ("data", "forward", "backward", "optimizer")
 class BenchOptions(Section):
     """The options of `bench`, in addition to the keys of a recipe."""
 
-    steps: Int = Field(10, ge=1, description="number of measured steps; reported times are their medians")
+    steps: Int = Field(10, ge=1, description="number of measured steps; the reported times are medians over them")
     warmup: Int = Field(3, ge=1, description="number of warm-up steps before the measured steps")
     compare: Words = Field([], description=f"settings to vary: {', '.join(AXES)}; all combinations are measured")
     profile: str | None = Field(None, description="write a trace of two steps to this file; open it in ui.perfetto.dev")
@@ -83,7 +83,7 @@ def check(recipe):
 
 
 def variants_of(recipe, axes):
-    """Return [(name, changed settings), ...] for all combinations of variants. axes: keys of AXES; []: no changes."""
+    """Return [(name, changed settings), ...] for all combinations of variants. axes: keys of AXES; []: one variant."""
     size = recipe.train.batch_size
     sizes = [(f"batch_size={n}", {"batch_size": n}) for n in (size // 2, size, 2 * size) if n]
     variants = []
@@ -147,7 +147,7 @@ def bench(recipe, options):
         for _ in range(options.warmup):
             variant.step()
     times = {variant: [] for variant in variants}
-    for _ in range(options.steps):  # alternate between variants, so that other load affects all of them
+    for _ in range(options.steps):  # alternate, so that the load of other programs affects all variants
         for variant in variants:
             times[variant].append(variant.step())
     figures = [figures_of(variant, times[variant]) for variant in variants]

@@ -15,7 +15,7 @@ from ..utils.text import quoted
 class ConfigsOptions(Section):
     """The options of `configs`."""
 
-    path: str | None = Field(None, description="name of a config: print only the path of its file")
+    path: str | None = Field(None, description="name of a config; print the path of its file instead of the list")
 
 
 def main(argv):
@@ -35,4 +35,4 @@ def main(argv):
     for path in list_packaged("configs"):
         print(list_entry(path.stem, summary(path)))
     print('\nLaunch with a config:  accelerate launch --config_file "$(nanogpt-accel configs --path multi_gpu)" ...')
-    print(f"Copy all of them and the SLURM scripts, to change them:  cp -r {quoted(packaged('configs').absolute())} .")
+    print(f"To edit them, copy all configs and SLURM scripts:  cp -r {quoted(packaged('configs').absolute())} .")

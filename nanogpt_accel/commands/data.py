@@ -26,7 +26,7 @@ class DataOptions(Section):
     peek: Int = Field(60, ge=0, description="number of tokens to show from the start of each split")
     tokenizer: str = Field(
         "gpt2",
-        description="gpt2 or a folder with a tokenizer.json, for token files of another project that come without one",
+        description="gpt2, or a folder with a tokenizer.json; only for token files of another project without one",
     )
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
@@ -35,8 +35,8 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel data FOLDER | RECIPE.yaml [key=value ...]",
-            "Show the contents of a data folder, of this package or another project: counts, bytes per token, the ten "
-            "most common tokens, and the start of the text. If the folder has a manifest, its hashes are verified.\n"
+            "Show the contents of a data folder that this package or another project wrote: counts, bytes per token, "
+            "the ten most common tokens, and the start of the text. If there is a manifest, its hashes are verified.\n"
             "For a recipe, show its sources: tokens, shares of the mix, and epochs over the run.",
             {"options": DataOptions},
         )

@@ -214,7 +214,7 @@ def attention(device):
 
 
 def compiling(device, full):
-    """Check torch.compile. full: compile a model, in a subprocess, because that may hang or crash."""
+    """Check torch.compile. full: compile a model in a subprocess, because the compilation may hang or crash."""
     is_default = should_compile("auto", device.type)
     failure = partial(broken if is_default else warning, "torch.compile")
     compiler = "cl of Visual Studio" if sys.platform == "win32" else "g++ or clang++"

@@ -36,7 +36,7 @@ TRAIN = SimpleNamespace(model_fields={key: SECTIONS["train"].model_fields[key] f
 
 
 class EvaluateOptions(Section):
-    """The options of `evaluate`; it also accepts every key of a recipe."""
+    """The options of `evaluate`, in addition to the keys of a recipe."""
 
     recipe: str | None = Field(None, description="recipe that defines the data; default: run.yaml of the model's run")
     split: str = Field("val", description="split to evaluate on: val or train; some corpora also have test")
@@ -64,9 +64,9 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel evaluate MODEL [--recipe RECIPE] [--json] [key=value ...]",
-            "Compute the loss in nats per token, perplexity and bits per byte of a model on the full validation split, "
-            "or on eval_iters batches.\nMODEL is a run folder (its best checkpoint), a checkpoint folder, gpt2 to "
-            "gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or NanoChat model.\nblock_size=N "
+            "Compute the loss in nats per token, perplexity and bits per byte of a model on the full validation split. "
+            "With eval_iters=N, use only N batches.\nMODEL is a run folder (its best checkpoint), a checkpoint folder, "
+            "gpt2 to gpt2-xl, or another folder or Hub id of a GPT-2, Llama, Qwen3 or NanoChat model.\nblock_size=N "
             "evaluates samples of N tokens; the default is the model's context length.",
             {"options": EvaluateOptions, "data": SECTIONS["data"], "train": TRAIN},
         )
@@ -97,9 +97,9 @@ class Text(NamedTuple):
 def load_data_recipe(target, path, given):
     """Load the recipe that defines the data to evaluate on.
 
-    path: the recipe; None: run.yaml of the run of the model `target`. given: recipe keys from the command line.
-    If `path` is None and `given` contains corpus or data_dir, no file is loaded, and the default tokenizer is the
-    tokenizer of the model.
+    path: file of the recipe. None: load run.yaml from the run of the model `target`. But if `given` contains corpus
+        or data_dir, load no file, and for a corpus, use the tokenizer of the model by default.
+    given: recipe keys from the command line.
     """
     keys = {key.removeprefix("data.") for key in given} & {"corpus", "data_dir", "tokenizer"}
     if path is None and keys & {"corpus", "data_dir"}:
@@ -115,7 +115,7 @@ def load_data_recipe(target, path, given):
 
 
 def run_recipe(target):
-    """Return the path of run.yaml in a run folder. target: the run folder, or a checkpoint in it."""
+    """Return the path of a run's run.yaml. target: the run folder, or a checkpoint folder in the run folder."""
     for folder in (Path(target), Path(target).parent):
         if (folder / "run.yaml").is_file():
             return folder / "run.yaml"
@@ -158,8 +158,8 @@ def evaluate(target, recipe, options, block_size=None):
 
 
 def open_splits(recipe, options, folder, block_size, config, target, console):
-    """Return (list of Text, list of problems) for options.split of each source of the recipe's data, and for its
-    validation sets if the split is val. Prepare the data if needed."""
+    """Open options.split of each source of the recipe's data. For split=val, also open the recipe's validation sets.
+    Prepare the data if needed. Return (list of Text, list of problems)."""
     data, split = run_data.open_run_data(recipe, block_size, console), options.split
     problems = dataset.require_tokenizer(data.main, folder, key=target)
     problems = problems or check_tokenizer(data.tokenizer, config, folder)
@@ -248,11 +248,11 @@ def evaluate_tasks(target, recipe, options):
     device = pick_device(recipe.train.device)
     console = Console(is_main(), stderr=True)
     console.say(f"loading lm-eval and its tasks {', '.join(options.tasks)}")
-    tasks = load_tasks(options.tasks, options.tasks_dir, options.num_fewshot)  # before a large download, the model
+    tasks = load_tasks(options.tasks, options.tasks_dir, options.num_fewshot)  # before the model is downloaded
     from lm_eval.models.huggingface import HFLM
 
     folder = find_model(target, console, bars=console.is_verbose)
-    # lm-eval would initialize missing weights at random. This also registers GPT with AutoModelForCausalLM
+    # lm-eval would initialize missing weights at random. The check also registers GPT with AutoModelForCausalLM
     if check_weights(folder)[-1]:
         problem = "the names of the weights start with module. or _orig_mod., which lm-eval does not support"
         raise ValueError(f"{folder}: {problem}; export the model first")

@@ -38,7 +38,7 @@ class ExportOptions(Section):
     vocab: Literal["cut", "keep"] = Field(
         "cut",
         description="cut: remove the entries that pad the vocabulary, because most tools expect the vocabulary size of "
-        "the tokenizer (stock models may keep one entry for a padding token); keep: export all entries",
+        "the tokenizer; a stock model may keep one of them as the padding token. keep: export all entries",
     )
 
 
@@ -46,8 +46,8 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel export MODEL --to FOLDER|NAME.gguf|ckpt.pt [key=value ...]",
-            "Write a model in a format that vLLM, PEFT, TRL, lm-eval and `transformers serve` load, or a file for "
-            "llama.cpp (*.gguf) or nanoGPT (*.pt), and check that the exported model computes the same logits.\n"
+            "Write a model as a folder for vLLM, PEFT, TRL, lm-eval and `transformers serve`, or as a file for "
+            "llama.cpp (*.gguf) or nanoGPT (*.pt). Then check that the exported model computes the same logits.\n"
             "MODEL is a run folder (its best checkpoint), a checkpoint folder, or any model that `sample` accepts.",
             {"options": ExportOptions},
         )

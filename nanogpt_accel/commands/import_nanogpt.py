@@ -34,7 +34,7 @@ class ImportOptions(Section):
         "the model has GPT-2's vocabulary size)",
     )
     activation: Literal["gelu", "gelu_new"] = Field(
-        "gelu", description="gelu_new: for checkpoints from before May 2023"
+        "gelu", description="activation function; use gelu_new for checkpoints from before May 2023"
     )
 
 
@@ -107,7 +107,8 @@ def find_tokenizer(setting, checkpoint_file, dataset, vocab_size):
             raise ValueError(f"tokenizer={setting}: no such file")
         tokenizer = tokenizer_from_meta(read_meta(setting))
     elif setting in TOKENIZERS:
-        raise ValueError(f"tokenizer={setting}: unknown without the text; set tokenizer to a meta.pkl or a folder")
+        fix = "set tokenizer to a meta.pkl or a folder"
+        raise ValueError(f"tokenizer={setting}: cannot be built without the training text; {fix}")
     else:
         tokenizer = load_tokenizer(setting)
     if tokenizer.vocab_size > vocab_size:

@@ -55,7 +55,8 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel plan RECIPE [gpus=8] [gpu=h100] [mfu=0.4] [--json] [key=value ...]",
-            "Print parameters, FLOPs, memory, time and checkpoint size of a run, and the configs/ files that fit.",
+            "Print parameters, FLOPs, memory, time and checkpoint size of a run, and the files in configs/ with which "
+            "the run fits into memory.",
             {"options": PlanOptions, **SETTINGS},
         )
     target, options, overrides, problems = cli.parse_with_recipe(argv, PlanOptions, FIELDS)
@@ -110,7 +111,7 @@ def plan(recipe, options):
     size = run_size(recipe, shape, train_tokens)
     assumed += assumptions(recipe, options, gpu, precision, size["parameters"]["total"])
     assumed += [
-        f"{key}={show_value(value)} adds nothing: plan does not know this setting, and does not count it"
+        f"{key}={show_value(value)} adds nothing: plan does not know this setting, so all estimates ignore it"
         for key, value in shape.items()
         if value and key not in sizing.COUNTED
     ]
@@ -164,8 +165,8 @@ def plan(recipe, options):
 def find_data(recipe):
     """Return (vocabulary size, numbers of training tokens, list of assumptions).
 
-    The vocabulary size is None if a pretrained model defines it. The numbers of tokens are {source: number}, None if
-    unknown.
+    The vocabulary size is None if a pretrained model defines it. The numbers of tokens are {source: number}; a
+    number is None if it is unknown.
     """
     assumed, vocab_size, train_tokens, sections = [], None, {}, run_data.sections(recipe.data)
     for name in recipe.data.sources:
@@ -189,11 +190,12 @@ def assumptions(recipe, options, gpu, precision, n_params):
     """Return a list of assumptions about hardware and speed, as text."""
     train, assumed = recipe.train, []
     if gpu and precision == "no":
-        assumed.append("the GPU computes in half precision; training with mixed_precision=no is much slower")
+        assumed.append("half-precision speed; training with mixed_precision=no is much slower")
     if gpu is None and train.mixed_precision == "auto" and train.device != "mps":
         assumed.append("the CPU has no AMX and trains in float32; with AMX, it would use bf16, which needs less memory")
     if train.activation_checkpointing:
-        assumed.append("the times exclude recomputed activations (about a third more FLOPs); set a lower mfu")
+        fix = "to include them, set a lower mfu"
+        assumed.append(f"the times exclude recomputed activations (about a third more FLOPs); {fix}")
     if gpu and n_params < SMALL:
         assumed.append(
             f"mfu={options.mfu:g}, which is too high for a model this small: nanoGPT's shakespeare_char reaches "
@@ -254,7 +256,7 @@ def run_time(size, exchange, muon, gpu, options):
 
 
 def find_layouts(gpus, gpus_per_node, algorithm, gpu, device):
-    """Return {"ddp", "fsdp2", "zero2" or "zero3": (file in configs/, number of shards)}, the simplest first."""
+    """Return {layout: (file in configs/, number of shards)}, the simplest first. Layouts: ddp, fsdp2, zero2, zero3."""
     if gpu is None:
         return {"ddp": ("mps.yaml" if device == "mps" else "cpu.yaml" if gpus == 1 else "cpu_2proc.yaml", 1)}
     if gpus == 1:
@@ -355,7 +357,7 @@ def run_lines(figures, n_params):
             yield f"{title:<12} {line}"
             title = ""
     yield (
-        f"Chinchilla   {figures['tokens_per_parameter']:,.4g} tokens per parameter; optimal is about 20, or "
+        f"Chinchilla   {figures['tokens_per_parameter']:,.4g} tokens per parameter; optimal is about 20: "
         f"{short(20 * n_params)} tokens (approach 2: {short(figures['optimal_tokens'])})"
     )
     yield (

@@ -50,7 +50,7 @@ def main(argv):
     source = find_model(targets[0], warn=report)
     with tempfile.TemporaryDirectory() as folder:
         to = Path(folder) / targets[1].rpartition("/")[2]
-        # before the export, which takes long for a large model, in case the Hub refuses
+        # before the export, which is slow for a large model: the Hub may refuse the request
         repo = create(targets[1], options.private, options.branch)
         place = {"repo": repo, "branch": options.branch}
         name, difference, _ = export(source, to, options.form, dtype=options.dtype, report=report, **place)

@@ -26,8 +26,8 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel recipes [--copy NAME] [--to FILE]",
-            "List the recipes that come with the package: what they train, hardware, time and expected loss. Other "
-            "commands accept their names: nanogpt-accel train quickstart.",
+            "List the recipes that come with the package, with the task, hardware, time and expected loss of each. "
+            "Other commands accept the names of recipes, for example: nanogpt-accel train quickstart.",
             {"options": RecipesOptions},
         )
     target, options, problems = cli.parse_options(argv, RecipesOptions)
@@ -43,7 +43,7 @@ def main(argv):
 
 
 def print_list():
-    """Print each recipe with what it trains, hardware, time and expected loss."""
+    """Print the name, task, hardware, time and expected loss of each recipe."""
     for path in list_packaged("recipes"):
         try:
             lines = [summary(path), expectation(load_recipe(path).expect)]
@@ -64,7 +64,9 @@ def expectation(expect):
 
 
 def copy(recipe, to):
-    """Copy a packaged recipe to the file `to`, with the path of the copy in its command and of the schema for editors.
+    """Copy a packaged recipe to the file `to`.
+
+    In the copy, the train command names `to`, and the path of the schema for editors is absolute.
 
     Raises:
         FileExistsError: `to` exists. FileNotFoundError: the folder of `to` does not exist.
@@ -77,7 +79,7 @@ def copy(recipe, to):
         with open(to, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise FileExistsError(f"to={to}: already exists; set to=FILE to another file") from None
+        raise FileExistsError(f"to={to}: already exists; set `to` to another file") from None
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"to={to}: the folder {to.parent} does not exist; create it") from None
     print(f"wrote {to}; to train it: nanogpt-accel train {quoted(to)}")

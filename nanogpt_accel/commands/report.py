@@ -4,7 +4,7 @@
     nanogpt-accel report runs/gpt2 runs/llama out=compare.html
 
 The page is self-contained, makes no network requests and supports light and dark mode. The command also writes
-each chart as a PNG file to the folder of the page. The run folders may be of runs that are still training.
+each chart as a PNG file to the folder of the page. Runs that are still training are supported.
 """
 
 import json
@@ -33,7 +33,7 @@ CHARTS = {  # name in metrics.jsonl: (title, unit, divisor)
     "peak_memory": ("Peak memory", "GiB", 2**30),
     "mfu": ("Model FLOPs utilization", "share of the peak FLOP/s", 1),
 }
-GROUPS = {  # first part of names such as val_loss/wiki, which are in the same chart: (title, unit)
+GROUPS = {  # prefix of names such as val_loss/wiki: (title, unit); one chart per prefix
     "val_loss": ("Validation loss by set", "nats per token"),
     "share": ("Sources", "share of the sequences of a step"),
 }
@@ -42,7 +42,7 @@ GROUPS = {  # first part of names such as val_loss/wiki, which are in the same c
 class ReportOptions(Section):
     """The options of `report`."""
 
-    out: str = Field("", description="path of the page; default: report.html, in the run folder of a single RUN")
+    out: str = Field("", description="path of the page; default: report.html (in the run folder if there is one RUN)")
 
 
 def main(argv):
@@ -94,7 +94,8 @@ def read_run(folder, name):
     """Read a run folder. Return a dictionary of plain values for the page.
 
     "series" is {metric: result of `downsample`}. "notes" is a list of problems, as text. Because metrics.jsonl
-    has no timestamps, training time is computed from the throughput. It excludes evaluations and checkpoints.
+    has no timestamps, the training time is computed from the throughput. It excludes the time for evaluations and
+    checkpoints.
     """
     recipe, tokens_per_step, notes = read_recipe(folder)
     lines = read_metrics(folder / "metrics.jsonl")
@@ -132,7 +133,7 @@ def read_recipe(folder):
 
 
 def other_metrics(lines):
-    """Return the names of all other metrics of training steps, and of the scores with a name such as val_loss/wiki."""
+    """Return the names of training metrics that are not in CHARTS, and of scores such as val_loss/wiki."""
     known = {*CHARTS, "val_loss", "step", "skipped_steps"}
     names = [key for line in lines for key in line if key not in known and ("loss" in line or "/" in key)]
     return list(dict.fromkeys(names))
@@ -158,7 +159,7 @@ def number(line, key):
 
 
 def training_seconds(lines, tokens_per_step):
-    """Return a list: for each line of metrics.jsonl, the seconds of training so far, or None if unknown.
+    """Return a list with the seconds of training up to each line of metrics.jsonl, or None where they are unknown.
 
     The throughput in a line is the mean since the previous line with a training loss.
     """
@@ -238,8 +239,10 @@ def read_expectation(folder):
 
 
 def differences(runs):
-    """Return (names, [(key, values), ...]) for the settings that differ between the recipes of the runs, except
-    out_dir, overwrite and the section `expect`. A single recipe is compared with the defaults."""
+    """Compare the recipes of the runs. Return (names of the runs, [(key, values), ...]) for the settings that differ.
+
+    out_dir, overwrite and the section `expect` are not compared. A single recipe is compared with the defaults.
+    """
     recipes = [(run["name"], run["recipe"]) for run in runs if run["recipe"]]
     if len(recipes) == 1:
         recipes.insert(0, ("default", Recipe()))

@@ -32,7 +32,7 @@ class SampleOptions(Section):
         "\n",
         validation_alias=AliasChoices("prompt", "start"),
         description="text to continue, or FILE:path to read the text from a file; alias: start, as in nanoGPT. The "
-        "default is a line end, or the first token of the vocabulary if it has no line end",
+        "default is a line end, or the first token of a vocabulary without a line end",
     )
     prompts: str | None = Field(None, description="text file with one prompt per line, instead of prompt=...")
     num_samples: Int = Field(10, ge=1, description="number of samples per prompt")
@@ -59,8 +59,8 @@ class SampleOptions(Section):
     )
     special_tokens: Literal["text", "tokens"] | None = Field(
         None,
-        description="special tokens, such as <|endoftext|>, in the prompt. text: ordinary text; tokens: their ids; "
-        "default: as in the corpus of the model, or tokens if that is unknown",
+        description="how to encode special tokens, such as <|endoftext|>, in the prompt. text: as ordinary text; "
+        "tokens: as their ids; default: as in the model's training data, or tokens if that is unknown",
     )
     seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="random seed; sample i uses seed + i")
     device: Device = Field("auto", description="device to use: auto, cpu, cuda, cuda:N or mps")
@@ -132,7 +132,7 @@ def stop_texts(stop):
     """Return the texts of the option `stop`, as a list. stop: one text, a JSON list of texts, or None.
 
     Raises:
-        ValueError: it looks like a JSON list, but is none.
+        ValueError: `stop` looks like a JSON list of texts, but is not a valid one.
     """
     if not stop:
         return []

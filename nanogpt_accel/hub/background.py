@@ -27,7 +27,7 @@ class BackgroundPush:
         self._lock = threading.Lock()
         self._waiting = None  # (folder of links, checkpoint, message)
         self._worker = None
-        self._can_retry = threading.Event()  # a newer checkpoint waits
+        self._can_retry = threading.Event()  # set when a newer checkpoint waits
 
     def push(self, checkpoint, message):
         """Schedule the push of a checkpoint folder, and return immediately. message: the commit message."""
@@ -90,7 +90,7 @@ class BackgroundPush:
     def _send(self, links, checkpoint, message):
         """Push the files in the folder `links`. Raise OSError if that fails."""
         self.repo = create(self.repo, self.private, self.branch)
-        if (readme := links / "README.md").is_file():  # a link, so write a new file instead of changing it
+        if (readme := links / "README.md").is_file():  # replace the hard link; a change would alter the checkpoint
             card = readme.read_text(encoding="utf-8", errors="replace")
             write_atomically(readme, adapt_usage(card, True, self.repo, self.branch))
         upload(links, self.repo, message, self.branch, self._report_card)

@@ -24,10 +24,10 @@ _LOADING_CODE = re.compile(r"^path = .*\nmodel = .*\ntokenizer = .*$", re.MULTIL
 
 
 def checkpoint_card(recipe, data, trainer, num_parameters):
-    """Return the text of a checkpoint's README.md. data: the RunData. trainer: the content of its trainer.json."""
+    """Return the text of a checkpoint's README.md. data: the RunData. trainer: the content of trainer.json."""
     tokenizer, init_from, block_size = data.tokenizer, recipe.model.init_from, recipe.model.block_size
     corpora, steps = {n: s.manifest["corpus"] for n, s in data.sources.items()}, f"after {trainer['step']:,} steps"
-    loss = trainer["val_loss"] if trainer["evaluated"] else None  # otherwise, it is the loss of an earlier step
+    loss = trainer["val_loss"] if trainer["evaluated"] else None  # otherwise, val_loss is from an earlier step
     is_hub_id = init_from not in ("scratch", "resume") and not Path(init_from).exists() and is_model_id(init_from)
     base_model = init_from.partition("@")[0] if is_hub_id else None
     start = f", starting from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
@@ -138,7 +138,7 @@ tokenizer = AutoTokenizer.from_pretrained(path{options})"""
 
 
 def adapt_usage(card, needs_code, repo=None, branch=None):
-    """Return a card with code that loads the model from the Hub repository `repo`; None: from the current folder."""
+    """Return a card whose code loads the model from the Hub repository `repo`. None: the current folder."""
     return _LOADING_CODE.sub(lambda match: _loading_code(needs_code, repo, branch), card, count=1)
 
 

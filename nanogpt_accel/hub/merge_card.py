@@ -5,7 +5,7 @@ The text that nanogpt_accel writes is a section between two comments:
     <!-- nanogpt_accel: section 0f1e2d3c4b5a card 5a4b3c2d1e0f; a push replaces this section and keeps other text -->
     <!-- nanogpt_accel: end of section -->
 
-The first comment contains hashes of the section and of the whole card, which show whether they were edited.
+The first comment contains hashes of the section and of the whole card. They show whether either was edited.
 """
 
 import hashlib
@@ -28,19 +28,19 @@ _INDEX = re.compile(r"^model-index:.*?(?=^[\w\"']|\Z)", re.DOTALL | re.MULTILINE
 class _Card(NamedTuple):
     """The parts of a model card. Without a section, `hash` is "", and all text is in `before`."""
 
-    metadata: str  # with its lines of three dashes
+    metadata: str  # including the lines of three dashes
     before: str
-    body: str  # of the section
+    body: str  # text of the section
     after: str
     hash: str
     card_hash: str | None
 
 
 def merge_card(current, new):
-    """Return (card, note): the model card for a push, and the reason why its text is not updated, or "".
+    """Return (card, note): the model card for a push. note is the reason why the text is not updated, or "".
 
     - If nobody edited the card on the Hub, the new card replaces it.
-    - Otherwise, only the section of nanogpt_accel and its evaluation results are replaced.
+    - Otherwise, only the section of nanogpt_accel and the evaluation results in the metadata are replaced.
     - If the section itself was edited, or if its comments were deleted, the text is not changed.
     - A card of another origin keeps its text and metadata. The section and missing metadata are added.
 
@@ -107,11 +107,11 @@ def _load(metadata):
 
 
 def _merge_metadata(theirs, ours, is_first):
-    """Return the metadata `theirs` of a card with the evaluation results of `ours`.
+    """Return the metadata `theirs`, updated with the evaluation results in `ours`.
 
     The lines are edited as text, because loading and dumping them would lose comments and quotes.
 
-    is_first: whether to add missing keys of `ours`, too. Later, users may have deleted them.
+    is_first: whether to add missing keys of `ours`, too. In later pushes, users may have deleted these keys.
     """
     if not theirs.strip():
         return ours if is_first else theirs
@@ -132,8 +132,8 @@ def _merge_metadata(theirs, ours, is_first):
 
 
 def _merge_results(theirs, ours):
-    """Return the model-index `theirs`, in which the results of `ours` replace those for the same task, dataset and
-    metric. If `theirs` is not valid, return it unchanged."""
+    """Return the model-index `theirs` with the results of `ours` added. They replace results for the same task, dataset
+    and metric. If `theirs` is not valid, return it unchanged."""
     if theirs is None:
         return ours
     topic = lambda result: str([result["task"], result["dataset"], [m["type"] for m in result["metrics"]]])  # noqa: E731

@@ -33,7 +33,7 @@ def download(model_id, report=print, bars=True):
 
     Args:
         report: called with one line if the download is slow.
-        bars: in a terminal, show huggingface_hub's progress bars instead.
+        bars: in a terminal, show huggingface_hub's progress bars instead of this line.
 
     Raises:
         ValueError: the model cannot be downloaded; the message gives the reason and the fix.
@@ -45,7 +45,7 @@ def download(model_id, report=print, bars=True):
 
 
 def download_tokenizer(model_id):
-    """Download the tokenizer of a Hub model, and return its folder. Raises the same as download()."""
+    """Download the tokenizer of a Hub model, and return its folder. For the errors, see download."""
     return _download(model_id, _TOKENIZER_PATTERNS, report=lambda line: None, bars=False)
 
 
@@ -104,10 +104,10 @@ def create(model_id, private=False, branch=None):
 def upload(folder, repo, message, branch=None, warn=print, report=lambda line: None, bars=False):
     """Upload a model folder as one commit and return the URL of the commit. Unchanged files are not uploaded again.
 
-    README.md of the folder is replaced by a card that keeps what users wrote on the Hub, see merge_card.
+    The folder's README.md is merged with the card on the Hub, which keeps what users wrote there. See merge_card.
 
     Args:
-        warn: function that prints a line. It is called if the text of the card on the Hub is not updated.
+        warn: called with a line of text if the text of the card on the Hub is not updated.
         report, bars: see download.
 
     Raises:
@@ -175,7 +175,7 @@ def _progress(what, report, bars):
 
 @contextmanager
 def _hub_errors(model_id):
-    """Raise any error as a PermissionError if the Hub refused the request, otherwise as a ConnectionError."""
+    """Convert an error to a PermissionError if the Hub refused the request, otherwise to a ConnectionError."""
     try:
         yield
     except Exception as error:

@@ -132,7 +132,7 @@ def export_nanogpt(source, to, keep_padding=False, dtype="float32", report=print
             notes.append(f"{meta}: copy it to nanoGPT's data/{dataset}/meta.pkl, where sample.py looks for it")
     if not is_resumable:
         notes.append(
-            "if nanoGPT's train.py resumes from this file, it uses a new optimizer: the model has no AdamW state"
+            "nanoGPT's train.py resumes from this file with a new optimizer, because the model has no AdamW state"
         )
     return "nanoGPT checkpoint", *results, notes
 
@@ -147,7 +147,7 @@ def export_gguf(source, to, keep_padding=False, dtype="float32", report=print):
     _raise_obstacles(source, program, unknown_weights(form, dict(model.named_parameters())))
     config["pad_token_id"] = None  # the file has no padding token
     weights, notes = _stock_model(model, form, config["vocab_size"])[1], []
-    as_in_llama_cpp = {"norm_weight": True}  # weights of one if the model has none
+    as_in_llama_cpp = {"norm_weight": True}  # if the model has no norm weights, the file has ones
     if form == "gpt2" and config["activation"] == "gelu":
         as_in_llama_cpp["activation"] = "gelu_new"
         notes.append(
@@ -180,8 +180,8 @@ def _load_for_file(source, config, tokenizer, keep_padding, report):
 
 @contextmanager
 def _new_file(to):
-    """Yield a temporary path to write a new file to, and create its folder. After an error, delete the temporary file,
-    and the folder if it was created here."""
+    """Yield a temporary path for the new file `to`, and create the folder of `to`. After an error, delete the temporary
+    file. Also delete the folder if this function created it."""
     folder = Path(to).parent
     existed = folder.exists()
     try:
@@ -277,7 +277,7 @@ def _compare_logits(model, written, to, tokenizer, vocab_size, tolerance=1e-5):
     difference = (ours - theirs).abs().max().item()
     if not difference <= tolerance * max(1.0, ours.abs().max().item()):
         problem = f"its logits differ from those of the source model by {difference:.2g}"
-        raise ValueError(f"{to}: removed, because {problem}; if model.py was changed, only form=custom exports it")
+        raise ValueError(f"{to}: removed, because {problem}; if you changed model.py, set form=custom")
     return difference, ids.numel()
 
 
@@ -309,7 +309,8 @@ def _save_stock(model, folder, form, vocab_size, n_tokens):
 
     stock, weights = _stock_model(model, form, vocab_size)
     if form != "gpt2":
-        stock.config.rope_theta = float(model.config.rope_theta)  # for transformers 4, whose default is 10,000
+        # transformers 4 reads this key; its default is 10,000
+        stock.config.rope_theta = float(model.config.rope_theta)
     stock.generation_config = GenerationConfig(
         bos_token_id=stock.config.bos_token_id,
         eos_token_id=stock.config.eos_token_id,

@@ -55,8 +55,8 @@ def find_model(target, warn=print, bars=True):
 
 
 def _has_own_model(path):
-    """Return whether a folder with checkpoints also contains a separate model, not a link to a checkpoint. For
-    example, transformers' Trainer saves the final or the best model there."""
+    """Return whether a folder with checkpoints also contains a model that is not a link to a checkpoint. For example,
+    transformers' Trainer saves the final or the best model in the folder of its checkpoints."""
     config = path / "config.json"
     return config.is_file() and not is_published(config) and not (path / "run.yaml").is_file()
 
@@ -69,7 +69,7 @@ def _best_valid(run, target, warn):
     best = latest
     if has_matching_trainer(latest) and (best_step := read_trainer(latest)["best_step"]) is not None:
         best = checkpoint_path(run, best_step)
-    elif find_file_corruption(latest, "trainer_state.json") is None:  # of transformers' Trainer
+    elif find_file_corruption(latest, "trainer_state.json") is None:  # written by transformers' Trainer
         state = json.loads((latest / "trainer_state.json").read_text(encoding="utf-8"))
         best = run / Path(str(state.get("best_model_checkpoint") or latest)).name
     return best if find_corruption(best, resumable=False) is None else latest

@@ -28,8 +28,8 @@ def _find_first(text, stop):
 class TextStream:
     """Decode ids incrementally. All parts together equal text_after(decode, prompt_ids, new_ids).
 
-    tokenizers' DecodeStream is not used, because it never returns the end of a text whose last character is incomplete,
-    and fails if a byte-fallback token starts a character that the next token does not continue.
+    tokenizers' DecodeStream is not used, for two reasons. It never returns the end of a text whose last character is
+    incomplete. It raises an error if the next token does not continue a character that a byte-fallback token starts.
     """
 
     def __init__(self, decode, prompt_ids):
@@ -46,7 +46,7 @@ class TextStream:
         return self._complete(text_after(self.decode, self.context, self.waiting))
 
     def _complete(self, text):
-        if text:  # otherwise the context could become ids without text, after which a leading space is dropped
+        if text:  # ids without text must not become the context: decoding would drop a leading space after them
             self.context, self.waiting = (self.context + self.waiting)[-CONTEXT:], []
         return text
 
@@ -61,7 +61,7 @@ class _Sample:
     def __init__(self, prompt_ids, eos_id, stop, decode, on_text):
         self.ids, self.is_done, self.eos_id, self.stop, self.on_text = [], False, eos_id, stop, on_text
         self.stream = TextStream(decode, prompt_ids) if stop or on_text else None
-        self.pending = ""  # text that is not shown yet, because it may be the start of a stop
+        self.pending = ""  # text that is not shown yet, because it may be the start of a stop text
 
     def add(self, new_id):
         if new_id == self.eos_id:
@@ -157,9 +157,9 @@ def generate(
         overflow: what to do if a text reaches block_size. "slide": keep only the last half as context; nanoGPT drops
             one token per step, which is much slower. "stop": end the text. "extend": continue beyond the trained
             positions (for rotary positions only).
-        eos_id: end a text at this id, which is not returned. stop: end a text at one of these strings; text_after
-            removes it.
-        on_text: called with each new part of the text, for a single prompt, without the stop.
+        eos_id: end a text at this id, which is not returned.
+        stop: end a text at one of these strings. The returned ids include the string; text_after removes it.
+        on_text: called with each new part of the text, without the stop string; for a single prompt only.
         decode: converts a list of ids to text; required for stop and on_text.
 
     Returns:
@@ -171,7 +171,7 @@ def generate(
     assert overflow != "extend" or model.config.position == "rotary"
     block_size = model.config.block_size
     # transformers fills unset fields, such as eos_token_id, from the model's generation_config. Therefore, use an empty
-    # generation_config, in a shallow copy of the model, because a background save may be reading the original
+    # generation_config. Set it in a shallow copy of the model, because a background save may be reading the original
     model = copy.copy(model)
     model.generation_config = GenerationConfig()
     settings = GenerationConfig(use_cache=True, do_sample=False, pad_token_id=0)

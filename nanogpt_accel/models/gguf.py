@@ -6,7 +6,7 @@ import numpy as np
 
 from .stock import nearest_architecture
 
-# model_type in config.json; llama.cpp has the same names, and no nanochat
+# model_type in config.json; llama.cpp uses the same names, and does not support nanochat
 FORMS = ("gpt2", "llama", "qwen3")
 # our dtype -> names in gguf.GGMLQuantizationType and gguf.LlamaFileType
 _TYPES = {
@@ -29,7 +29,7 @@ def gguf_architecture(config, tokenizer):
         obstacles.append("activation=relu2")
     if tokenizer.kind == "char":
         # llama.cpp's tokenizer for such a vocabulary never returns if a prompt has an unknown character whose first
-        # byte is also that of a known character
+        # byte is also the first byte of a known character
         if any(not token.isascii() for token in tokenizer.vocab):
             obstacles.append("a character tokenizer with characters other than ASCII")
     elif not tokenizer.splits_like_gpt2 or tokenizer.eot_id is None:
@@ -60,7 +60,7 @@ def write_gguf(path, form, config, weights, tokenizer, dtype):
         qtype = types.F32 if is_vector else types[kind]
         if qtype == types.Q8_0 and data.shape[1] % 32 != 0:
             qtype = types.F16
-        with np.errstate(over="ignore"):  # the comparison of the logits finds it
+        with np.errstate(over="ignore"):  # the comparison of the logits finds an overflow
             data = gguf.quantize(np.ascontiguousarray(data), qtype)
         writer.add_tensor(name, data, raw_dtype=qtype)
     try:
@@ -99,8 +99,8 @@ def _add_tokenizer(writer, kinds, tokenizer, vocab_size):
         tokens[i] = token.replace("\\", r"\\") if tokenizer.kind == "char" else token
         types[i] = added.get(token, kinds.NORMAL)
     if tokenizer.kind == "char":
-        # RWKV's tokenizer finds the longest entry of the vocabulary, here a character. It is the only tokenizer of
-        # llama.cpp that does not require an end-of-text token
+        # RWKV's tokenizer looks for the longest matching vocabulary entry; here, each entry is a character. No other
+        # tokenizer of llama.cpp works without an end-of-text token
         writer.add_tokenizer_model("rwkv")
     else:
         writer.add_tokenizer_model("gpt2")
@@ -137,7 +137,7 @@ def _convert(form, config, name, tensor, back=False):
 
 
 def read_gguf(path, form, config, names):
-    """Read a file that `write_gguf` wrote. Return the stock model's weights in float32. names: the names of these
+    """Read a file that `write_gguf` wrote. Return the stock model's weights in float32. names: the names of the
     weights in the stock model."""
     import gguf
     import torch

@@ -11,7 +11,7 @@ from .stock import ARCHITECTURES, DEFAULTS, from_stock_config, from_stock_weight
 from .weight_files import WRAPPER_PREFIX, loading_error, read_shapes, weight_files
 
 GPT_TYPE = "nanogpt_accel"  # GPTConfig.model_type
-MAX_LAYERS = 1000  # if the weight files have fewer tensors than this; building 1,000 empty layers takes 2 seconds
+MAX_LAYERS = 1000  # unless the weight files contain more tensors; building 1,000 empty layers takes 2 seconds
 
 
 def read_config(folder):
@@ -78,7 +78,7 @@ def load_model(folder, **changes):
     if kind == GPT_TYPE:
         return model.eval()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    # `export` writes zero biases if the model has no biases
+    # a stock model may require biases; if the model had none, `export` wrote zeros
     config["bias"] = any(tensor.any() for name, tensor in weights.items() if name.endswith(".bias"))
     with _config_errors(folder):
         model_config = gpt_config(config, **changes)
@@ -86,8 +86,8 @@ def load_model(folder, **changes):
 
 
 def _generation_config(folder, config):
-    """Return the GenerationConfig of a folder. If it is missing or not valid, so that save_pretrained would fail,
-    return a new one. config: the config of the model."""
+    """Return the GenerationConfig of a folder. If it is missing or not valid, return a new one, because save_pretrained
+    refuses a GenerationConfig that is not valid. config: the config of the model."""
     from transformers import GenerationConfig
 
     with suppress(Exception), _quiet_transformers():  # the values may have any type
@@ -126,7 +126,7 @@ def gpt_config(config, **changes):
     file cannot change the behavior of transformers.
 
     Raises:
-        ValueError: GPTConfig does not have a setting of the config, so the model would compute something else.
+        ValueError: the config has a setting that GPTConfig does not have. Without it, the logits would be different.
     """
     from ..model import GPTConfig
 
@@ -148,7 +148,7 @@ def stock_config(kind, config):
 
 @contextmanager
 def _config_errors(folder):
-    """Raise an error in a block that builds a config or a model as a ValueError that names config.json."""
+    """Convert an error in the block, which builds a config or a model, to a ValueError that names config.json."""
     try:
         with _quiet_transformers():
             yield
@@ -158,8 +158,8 @@ def _config_errors(folder):
 
 @contextmanager
 def _quiet_transformers():
-    """Print no progress bars, which would interfere with our output, and no warnings, because our errors name the
-    missing weights."""
+    """Disable transformers' progress bars and warnings. The bars would interfere with our output, and our own errors
+    name the missing weights."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -200,10 +200,10 @@ def _check_shapes(folder, config, shapes):
 def load_strict(folder, **options):
     """Load a folder with from_pretrained in float32, and raise an error if the weights do not match the model.
 
-    from_pretrained alone initializes missing weights at random and ignores unexpected ones. It also reads sharded files
-    and older formats.
+    from_pretrained reads sharded files and older formats, but it initializes missing weights at random and ignores
+    unexpected ones.
 
-    options: for from_pretrained. By default, it reads config.json and generation_config.json in the folder.
+    options: arguments of from_pretrained, which by default reads config.json and generation_config.json in the folder.
     """
     import torch
     from transformers import AutoModelForCausalLM

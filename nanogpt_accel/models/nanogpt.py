@@ -15,7 +15,7 @@ from .load import build_model
 from .stock import find_obstacles
 from .weight_files import WRAPPER_PREFIX, loading_error
 
-# GPTConfig has nanoGPT's names for them
+# the keys of nanoGPT's model_args; GPTConfig uses the same names
 _MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 
 
@@ -36,7 +36,7 @@ def read_nanogpt(path, activation="gelu"):
     from ..model import GPTConfig
 
     try:
-        # Windows cannot rename a file that is mapped to memory, as `export` does
+        # no mmap on Windows, which cannot rename a memory-mapped file: `export` reads a file and then renames it
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
     except pickle.UnpicklingError as error:
         reason = f"refused, because it contains objects other than tensors and plain values ({loading_error(error)})"
@@ -92,8 +92,8 @@ def write_nanogpt(path, model, config, tokenizer, source):
     """Write a ckpt.pt for nanoGPT's sample.py and train.py.
 
     If `source` is a checkpoint of a run, the file contains the checkpoint's step and best validation loss, and its
-    optimizer state if the run used AdamW. Without such a state, the file contains a new AdamW optimizer, because
-    nanoGPT's train.py cannot resume without an optimizer.
+    optimizer state if the run used AdamW. Otherwise, the file contains a new AdamW optimizer, because nanoGPT's
+    train.py cannot resume without an optimizer.
 
     Args:
         config: the fields of GPTConfig. Vocabulary entries of the model above config["vocab_size"] are removed.

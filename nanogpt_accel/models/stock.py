@@ -15,7 +15,7 @@ DEFAULTS = Model().model_dump(
     | {"init_from", "dropout", "pad_vocab_to_multiple_of", "initializer_range", "zero_init"}
 )
 # The fields of GPTConfig that the conversions below handle, and fields that do not change the logits. `export` refuses
-# a model that uses any other field. If you handle a new field, add it here, and its values to `supported` below
+# a model that uses any other field. If you handle a new field, add it here, and its values to each `supported` below
 _CONVERTED = {
     *("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner", "bias"),
     *("norm", "norm_weight", "norm_eps", "embd_norm", "qk_norm", "position", "rope_theta", "activation"),
@@ -34,7 +34,7 @@ class Architecture(NamedTuple):
     read_config: Callable  # config.json -> fields of GPTConfig that differ from DEFAULTS
     write_config: Callable  # config -> arguments of the config class
     supported: Callable  # config -> {field: values that the class supports}
-    weight_names: dict  # module of GPT -> modules of the class with the same weights; GPT concatenates several
+    weight_names: dict  # module of GPT -> modules of the class, whose weights GPT stores concatenated
     # (name in the class, tensor, config) -> converted tensor; this function is its own inverse
     convert_weight: Callable = lambda name, tensor, config: tensor
 
@@ -274,7 +274,7 @@ def nearest_architecture(config, model_types=tuple(ARCHITECTURES)):
 def unknown_settings(config):
     """Return the settings that no conversion handles, as key=value: fields that were added to GPTConfig.
 
-    A setting that is off (false, none or 0) is left out. The import takes seconds, so call find_obstacles first.
+    A setting that is off (false, none or 0) is left out. Importing GPT takes seconds: call find_obstacles first.
 
     config: the fields of GPTConfig. Missing fields have their defaults.
     """
@@ -289,15 +289,15 @@ def unknown_settings(config):
 
 
 def unknown_weights(model_type, names):
-    """Return the names of GPT's weights that have no equivalent in the stock architecture, such as those of modules
-    that were added to model.py."""
+    """Return the names of GPT's weights that have no equivalent in the stock architecture. For example, a user may have
+    added a module with weights to model.py."""
     modules = ARCHITECTURES[model_type].weight_names
     known = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
     return [name for name in names if _pattern(name) not in known]
 
 
 def _pattern(name):
-    """Return the name of a module or weight with {} instead of the layer, as in weight_names."""
+    """Return the name of a module or weight with {} instead of the layer's index, as in weight_names."""
     return re.sub(r"\.\d+\.", ".{}.", name)
 
 

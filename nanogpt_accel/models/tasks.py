@@ -1,4 +1,4 @@
-"""Score models on tasks of lm-eval (EleutherAI's evaluation harness), after training or during it."""
+"""Score models on tasks of lm-eval (EleutherAI's evaluation harness), during or after training."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ CORE = {
     "winograd": ("wsc273", 0, 0.5),
     "winogrande": ("winogrande", 0, 0.5),
 }
-CORE_METRICS = ("acc_norm", "acc", "exact_match", "em", "contains")  # the first that a task has
+CORE_METRICS = ("acc_norm", "acc", "exact_match", "em", "contains")  # use the first that a task reports
 FEWSHOT_SEED = 1234  # lm-eval's default
 
 
@@ -54,7 +54,7 @@ def check_tasks(tasks, tasks_dir=None, section=""):
         is_missing = find_spec("lm_eval") is None
     problems = []
     if is_missing:
-        fix = f'run pip install "lm-eval>={LM_EVAL}"'  # in a clone and with a wheel
+        fix = f'run pip install "lm-eval>={LM_EVAL}"'  # works in a clone and with a wheel
         problems.append(f"{section}tasks={','.join(tasks)}: requires lm-eval {LM_EVAL} or newer; {fix}")
     if tasks_dir and not Path(tasks_dir).is_dir():
         problems.append(f"{section}tasks_dir={tasks_dir}: no such folder; set it to the folder of your task files")
@@ -132,14 +132,14 @@ def score_tasks(lm, tasks, limit=None, with_errors=True):
     """Return the scores of a model: {task: {metric: number}}, or None on ranks other than 0.
 
     lm: an lm-eval model. tasks: from load_tasks. limit: maximum number of questions per task. with_errors: whether to
-    compute standard errors. The random number generators are left as they were.
+    compute standard errors. The states of the random number generators are restored.
     """
     import numpy as np
     import torch
     from lm_eval.evaluator import evaluate
 
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(0)  # these are the seeds of lm-eval's own command
+    random.seed(0)  # the seeds of lm-eval's own command
     np.random.seed(FEWSHOT_SEED)
     torch.manual_seed(FEWSHOT_SEED)
     try:
@@ -187,7 +187,7 @@ def name_of(key):
 
 
 def core_average(results):
-    """Return the mean of the centred accuracies of CORE: 0 for random answers, 1 for perfect ones. Return None if the
+    """Return the mean of the centered accuracies of CORE: 0 for random answers, 1 for perfect ones. Return None if the
     results do not contain CORE. results: {task: {metric: number}}."""
     centered = []
     for name, (_, _, baseline) in CORE.items():

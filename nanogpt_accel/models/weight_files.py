@@ -13,7 +13,7 @@ WRAPPER_PREFIX = r"^(?:_orig_mod\.|module\.)+"
 
 
 def weight_files(folder):
-    """Return the names of the files that from_pretrained loads weights from. They may be missing or corrupted.
+    """Return the names of the files that from_pretrained loads weights from. These files may be missing or corrupted.
 
     Other files with weights are ignored, for example an index that was left next to a complete model.safetensors.
 

@@ -57,7 +57,7 @@ def device_name(device):
 
 
 def peak_memory(device):
-    """Return the peak bytes allocated on a CUDA device, or the peak resident memory of the process elsewhere."""
+    """Return the peak bytes allocated on a CUDA device. For other devices, return the peak resident memory."""
     if device.type == "cuda":
         import torch
 

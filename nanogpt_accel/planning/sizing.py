@@ -14,11 +14,11 @@ from ..distributed.muon_exchange import deal, orthogonalization_flops
 from ..recipe import Recipe
 
 FLOAT, HALF = 4, 2  # bytes of float32, and of bfloat16 or float16
-# model.py chunks the loss above this many logits; it must not import the package, so it has a copy of these numbers
+# above this many logits, the loss is chunked. model.py must not import the package, so it has a copy of these numbers
 LARGEST_LOGITS_CPU, LARGEST_LOGITS = 2**24, 2**27
 
-# The settings of an architecture that the functions below count, or that need no parameters, memory or FLOPs. `plan`
-# says that it does not count any other setting. If you count a new switch of GPTConfig, add it here
+# The settings of an architecture that the functions below count, or that need no parameters, memory or FLOPs. For any
+# other setting, `plan` says that its estimates ignore it. If you count a new setting of GPTConfig, add it here
 COUNTED = {
     *("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner", "bias"),
     *("norm", "norm_weight", "norm_eps", "embd_norm", "qk_norm", "position", "rope_theta", "activation"),
@@ -90,7 +90,8 @@ def num_matmul_params(shape):
 
 
 def muon_buckets(shape):
-    """Return the matrices that Muon orthogonalizes: [(rows, columns, number of matrices of this or transposed shape)].
+    """Return the matrices that Muon orthogonalizes: [(rows, columns, number of matrices)]. A matrix of
+    the transposed shape counts as one of this shape.
     The projections that a weight combines (queries, keys and values; SwiGLU's gate and input) are separate matrices."""
     width, n_gates = shape["n_embd"], 1 + (shape["activation"] == "swiglu")
     queries, keys = shape["n_head"] * shape["head_dim"], shape["n_kv_head"] * shape["head_dim"]
@@ -148,7 +149,7 @@ def muon_cost(shape, layout, n_ranks, device="cuda"):
     """Return the cost of a step of Muon on the busiest rank, as a dictionary.
 
     Args:
-        layout: see memory. n_ranks: number of processes that divide the work: all of them, or the shards of FSDP2.
+        layout: see memory. n_ranks: number of processes that divide the work: all of them or, under FSDP2, `shards`.
 
     Returns:
         dict with "flops"; "exchanged", the bytes that a rank receives (and sends) per step; and "memory", the peak
@@ -241,8 +242,8 @@ def logits_bytes(shape, batch, half=False, device="cuda", trains=True):
     """Return the peak bytes of the loss and its backward pass. For the arguments, see `memory`.
 
     The full loss needs the log-probabilities, their gradient and the gradient of the logits, in float32 for every
-    precision; a soft-cap also saves its tanh. The chunked loss (GPT.chunked_loss) needs the gradients of the head and
-    of its input, and one chunk of logits with its temporaries.
+    precision. A soft-cap also saves its tanh. The chunked loss (GPT.chunked_loss) needs the gradients of the head and
+    of the head's input, and the logits and temporary tensors of one chunk.
     """
     M, V, softcap = batch * shape["block_size"], shape["vocab_size"], bool(shape["logit_softcap"])
     n_rows = rows_per_chunk(M, V, device)
@@ -252,7 +253,7 @@ def logits_bytes(shape, batch, half=False, device="cuda", trains=True):
     if not trains:
         return work
     low = HALF if half else FLOAT
-    if half:  # a chunk's logits and its gradient of the head, both in half precision
+    if half:  # the logits of a chunk and the chunk's gradient of the head, in half precision
         work = max(work, n_rows * V * HALF + HALF * V * shape["n_embd"])
     return round(FLOAT * V * shape["n_embd"] + low * M * shape["n_embd"] + work)
 
@@ -273,8 +274,8 @@ def memory(
 ):
     """Return the peak memory per GPU as {part: bytes}.
 
-    The peak is in the backward pass of the second or a later micro-batch, because gradients exist by then. Weights are
-    float32; autocast copies the matrices to half precision for the duration of a micro-batch.
+    The peak is in the backward pass of the second or a later micro-batch, because gradients already exist then. Weights
+    are float32; autocast copies the matrices to half precision for the duration of a micro-batch.
 
     Args:
         layout: "ddp" (also for a single process), "fsdp2", "zero2" or "zero3".
@@ -286,9 +287,9 @@ def memory(
     Returns:
         dict with the parts "weights", "gradients", "optimizer", "copies", "activations" and "logits". "copies" are
         additional copies of weights or gradients: half-precision weights, DDP's buckets, gathered blocks, DeepSpeed's
-        float32 master weights. "logits" is the memory of the loss or, with checkpointing, of one recomputed block if
-        that is larger, because the two are never needed at the same time. It is also increased if Muon's temporary
-        tensors need more than activations and logits.
+        float32 master weights. "logits" is the memory of the loss. With checkpointing, it is the memory of one
+        recomputed block if that is larger, because the two are never needed at the same time. If Muon's temporary
+        tensors need more than activations and logits, the difference is added to "logits".
     """
     parts = parameters(shape)
     n_params, state = sum(parts.values()), optimizer_bytes(shape, algorithm)

@@ -309,7 +309,7 @@ def test_find_tokenizer_takes_meta_pkl_next_to_the_checkpoint_or_the_given_one(r
     assert find_tokenizer("elsewhere", ckpt, "shakespeare_char", 3).encode("cab").tolist() == [2, 0, 1]
     monkeypatch.setattr("nanogpt_accel.data.find_tokenizer._download", {"me/tok@v1": "elsewhere"}.get)
     assert find_tokenizer("hub:me/tok@v1", ckpt, "shakespeare_char", 3).encode("cab").tolist() == [2, 0, 1]
-    with refused(ValueError, "tokenizer=char: unknown without the text", "meta.pkl"):
+    with refused(ValueError, "tokenizer=char: cannot be built without the training text", "meta.pkl"):
         find_tokenizer("char", ckpt, "", 64)
     for asked in (str(other), "elsewhere"):
         with refused(
