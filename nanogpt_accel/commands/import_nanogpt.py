@@ -72,7 +72,7 @@ def main(argv):
         tokenizer,
         model.config.block_size,
         needs_code=True,
-        corpus={"kind": "nanogpt", "name": dataset},
+        corpora=[{"kind": "nanogpt", "name": dataset}],
         val_loss=loss,
     )
     difference, tokens = write_model(model, to, "custom", tokenizer=tokenizer, card=card, report=Console(stderr=True))
