@@ -1,5 +1,5 @@
 """Convert a corpus to token files: sources -> documents -> token ids -> token files.
 
-In: a recipe's data section. Out: a folder with train.bin, val.bin, tokenizer.json, manifest.json; opened as a Dataset.
-To add a corpus, add an entry to a table at the top of sources.py; to add a file format, add a reader to readers.py.
+The input is the data section of a recipe. The output is a data folder with train.bin, val.bin, tokenizer.json and
+manifest.json, which is opened as a Dataset. To add a corpus or a file format, see README.md.
 """

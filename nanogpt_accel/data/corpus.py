@@ -11,13 +11,13 @@ class Corpus:
 
     name: str  # short, for file names
     source: dict  # JSON values that identify the content, for the manifest
-    is_single: bool  # whether it is one text or one sequence of ids, which is cut into train and val
+    is_single: bool  # whether the corpus is one text or one sequence of ids, to cut into train and val
     read: Callable | None  # (split, bad) -> iterator over the documents, see documents(); None for token ids
     splits: tuple | Callable = ("train",)  # the corpus's own splits, or a function that returns them
     bytes: int | None = None  # approximate size of the text, if known
-    sizes: list | None = None  # if each training file is a document: its bytes, in the order of the documents
+    sizes: list | None = None  # bytes of each training file, in order, if every file is one document
     pin: Callable | None = None  # for a Hub data set: commit (None: the latest) -> the Corpus at this commit
-    first: Callable | None = None  # for files: bad -> iterator over some first documents, for check_files
+    first: Callable | None = None  # for files: bad -> iterator over the first documents of some files
     skipped: dict = field(default_factory=dict)  # for a folder: {suffix: number of files that are not read}
     notes: tuple = ()  # lines about the choice of files, reported when the corpus is prepared
     ids: Callable | None = None  # for token ids: (vocab_size, val_fraction) -> {"train", "val", ...: TokenFile}
@@ -32,8 +32,9 @@ class Corpus:
             pass
 
     def documents(self, split="train", bad=None):
-        """Yield each non-empty document as a str. Can be called more than once. A single text is yielded in chunks that
-        end at the end of a word, see readers.read_text.
+        """Yield each non-empty document as a str. Can be called more than once.
+
+        A single text is yielded in chunks, each of which ends at the end of a word; see readers.read_text.
 
         bad: called with a one-line message for each document that cannot be read; the document is then skipped. If
             `bad` is None, such a document raises ValueError.

@@ -94,7 +94,7 @@ def check(data, block_size=None):
         return [f"data_dir={folder}: not a folder; set data_dir to a data folder or a new folder"]
     try:
         refuse_to_overwrite(folder)
-    except ValueError as error:  # checked first, because another process may be completing this folder
+    except ValueError as error:  # not returned yet: another process may complete the folder before the next line
         problems = [str(error)]
     if not is_data_folder(folder):
         return problems
@@ -109,7 +109,7 @@ def check(data, block_size=None):
 
 
 def _is_set(data, key):
-    """Return whether the user set a setting, for these data (see load_recipe)."""
+    """Return whether the user chose a setting, and chose it for these data (see load_recipe)."""
     return key in getattr(data, "model_fields_set", vars(data))
 
 
@@ -151,8 +151,9 @@ def check_fits(data, corpus):
 
 
 def facts_of(data, corpus):
-    """Return all settings that determine the tokens, as JSON values. For a single text or token ids, split_seed is
-    None, because the first part is train and the rest is val.
+    """Return all settings that determine the tokens, as JSON values.
+
+    For a single text or token ids, split_seed is None, because val is the last part and not drawn at random.
     """
     optional = ("limit_documents", "limit_tokens", "skip_bad_documents", "eos_token")
     hub = {"hub": data.tokenizer} if hub_id(data.tokenizer) else {}
@@ -167,7 +168,7 @@ def facts_of(data, corpus):
 
 
 def _tokenizer_identity(data):
-    """Return a string that identifies the tokenizer. For a folder or a Hub id, it contains a hash, not the name."""
+    """Return a string that identifies the tokenizer: a built-in name, or the hash of the tokenizer.json."""
     if data.tokenizer in TOKENIZERS:
         return f"bpe vocab_size={data.vocab_size}" if data.tokenizer == "bpe" else data.tokenizer
     return f"tokenizer.json-{load_tokenizer(data.tokenizer, data.eos_token).fingerprint[:16]}"
@@ -196,7 +197,7 @@ def _differences(data, manifest):
         "special_tokens": manifest.get("special_tokens", "text"),
         "eos_token": manifest.get("eos_token"),
     }
-    if manifest["tokenizer"].get("hub") == data.tokenizer:  # no download, and the same tokens if the Hub has changed
+    if manifest["tokenizer"].get("hub") == data.tokenizer:  # compare only the Hub ids, without a download
         prepared["tokenizer"] = data.tokenizer
     identities = {"corpus": lambda: source_name(data.corpus), "tokenizer": lambda: _tokenizer_identity(data)}
     fields = getattr(type(data), "model_fields", {})  # a plain object has no defaults, so everything is compared
@@ -218,12 +219,13 @@ def _differences(data, manifest):
 def open_dataset(data, verify=False):
     """Open a prepared data folder as a Dataset.
 
-    If data_dir is set, the corpus itself is not needed. A folder prepared by nanoGPT is opened with its own tokenizer.
+    If data_dir is set, the corpus itself is not needed. A folder of another project is opened with the tokenizer in its
+    meta.pkl or tokenizer.json, if it has one of them.
 
     Args:
-        verify: whether to compare the SHA-256 of the token files with the manifest, as `nanogpt-accel data FOLDER`
-            does. If False, the SHA-256 is only compared if the token files have less than 64 MiB in total. A sample
-            of the ids is always compared with the vocabulary size.
+        verify: whether to compare the SHA-256 of large token files with the manifest, as `nanogpt-accel data FOLDER`
+            does. The SHA-256 of token files of less than 64 MiB in total is always compared. A sample of the ids is
+            always compared with the vocabulary size.
 
     Raises:
         FileNotFoundError: the data folder does not exist.
@@ -241,7 +243,7 @@ def open_dataset(data, verify=False):
 
 
 def manifest_of(data, folder):
-    """Return the manifest of the data folder. folder: data_folder(data). Raises the same as read_manifest."""
+    """Return the manifest of the data folder. folder: data_folder(data). Raises the errors of read_manifest."""
     return read_manifest(folder, data.tokenizer, data.eos_token, data.val_fraction, data.split_by)
 
 
@@ -299,9 +301,10 @@ def require_tokenizer(dataset, folder, key):
 
 
 def larger_val_fractions(data, manifest, block_size):
-    """Return the larger values of val_fraction with which val should have the block_size + 1 tokens of a sample.
+    """Return larger values of val_fraction that should give val at least the block_size + 1 tokens of a sample.
 
-    The list is empty if val has enough tokens, if val is not taken from the training text, or if this is unknown.
+    The list is empty if val already has enough tokens. It is also empty if val is not taken from the training text, or
+    if the manifest does not say where val is from.
     """
     train, val = (manifest["splits"][split]["tokens"] for split in SPLITS)
     if val > block_size or manifest.get("has_own_val", True):
@@ -310,7 +313,7 @@ def larger_val_fractions(data, manifest, block_size):
 
 
 def may_increase_val(data, manifest):
-    """Return whether val_fraction may be increased: it was not set, and the files of data_dir need not be rewritten."""
+    """Return whether val_fraction may be increased: the user did not set it, and no files in data_dir depend on it."""
     return not _is_set(data, "val_fraction") and (not data.data_dir or manifest.get("nanogpt", False))
 
 

@@ -13,7 +13,7 @@ AHEAD = 16  # chunks in the queue, so that two threads have work while the calle
 
 
 def tokenize(documents, number, split_of, tokenizer, workers=None):
-    """Encode documents in threads. Yield [(split, ids, sizes), ...] (see _encode) per chunk of documents, in order.
+    """Encode documents in threads. Yield the result of _encode for each chunk of documents, in order.
 
     documents: iterator over texts; only a few chunks are in memory at a time. number: the number of the first document.
     split_of: function that returns the split for a document's number. workers: threads, by default one per processor.
@@ -51,14 +51,14 @@ def _chunks(documents, number, split_of):
 def _encode(tokenizer, chunk):
     """Encode a chunk. Return [(split, ids, sizes), ...], one entry per group of consecutive documents of one split.
 
-    Each document in `ids` ends with the end-of-text token. sizes: tokens, bytes and special tokens in the text per
-    document, shape (documents, 3).
+    ids: the ids of all documents of the group, each of which ends with the end-of-text token. sizes: shape
+    (documents, 3), the tokens of each document, the bytes of its text and the special tokens in its text.
     """
     runs, eot, has_ids = [], np.array([tokenizer.eot_id], tokenizer.dtype), tokenizer.special_tokens == "tokens"
     for split, group in itertools.groupby(chunk, key=lambda document: document[0]):
         texts = [text for _, text in group]
         encoded = tokenizer.encode_batch(texts)
-        if has_ids:  # a document that ends with a typed end-of-text token does not get another one
+        if has_ids:  # a text that ends with the end-of-text token does not get a second one
             encoded = [ids[:-1] if ids.size and ids[-1] == tokenizer.eot_id else ids for ids in encoded]
         sizes = []
         for ids, text in zip(encoded, texts, strict=True):

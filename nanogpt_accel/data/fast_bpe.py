@@ -1,7 +1,7 @@
 """Encode texts with gigatoken, a BPE that caches the ids of words, and is many times as fast as tiktoken.
 
-gigatoken (github.com/marcelroed/gigatoken) returns the same ids as tiktoken and the tokenizers library, with two
-exceptions, for which `is_safe` returns False. It refuses the tokenizers that it does not support.
+gigatoken (github.com/marcelroed/gigatoken) returns the same ids as tiktoken and the tokenizers library, except for the
+texts for which `is_safe` returns False. FastBPE raises ValueError for tokenizers that gigatoken does not support.
 """
 
 import copy
@@ -17,13 +17,13 @@ NEW_CHARACTERS = re.compile(
     "\U00011db0-\U00011de9\U00016ea0-\U00016ed3\U00016ff2-\U00016ff6\U000187f8-\U000187ff\U00018d09-\U00018d1e"
     "\U00018d80-\U00018df2\U0001e6c0-\U0001e6ff\U0002b73a-\U0002b73f\U0002cea2-\U0002cead\U000323b0-\U00033479]"
 )
-LONGEST = 4_000_000  # characters of a text; the time for a single word grows faster than its length
-CACHE_BYTES = 2**28  # by which the memory of the process may grow before a cache is emptied
-CACHE_LEAST = 10_000_000  # characters that a cache is kept for, even if other parts of the process use the memory
+LONGEST = 4_000_000  # maximum characters per text; the time for a word grows faster than the length of the word
+CACHE_BYTES = 2**28  # if the memory of the process has grown by more than this, the cache is emptied
+CACHE_LEAST = 10_000_000  # but not before this many characters were encoded, because the growth may have other causes
 
 
 class FastBPE:
-    """The encoder of a tokenizer.json. Special tokens in a text are ordinary text.
+    """The encoder of a tokenizer.json. Special tokens in a text are encoded as ordinary text.
 
     Use one FastBPE per thread (see for_thread), because each has a cache.
 
@@ -36,7 +36,7 @@ class FastBPE:
         import psutil
 
         if any(not token["special"] for token in spec.get("added_tokens") or []):
-            raise ValueError("gigatoken handles added tokens in another way than the tokenizers library")
+            raise ValueError("gigatoken handles added tokens differently from the tokenizers library")
         if re.search('"(Precompiled|NFK?[CD])"', json.dumps(spec.get("normalizer"))):
             raise ValueError("gigatoken uses another version of Unicode to normalize texts")
         self._json = json.dumps(spec | {"added_tokens": [], "post_processor": None})
@@ -75,7 +75,7 @@ class FastBPE:
 
 
 def is_safe(text):
-    """Return whether gigatoken encodes this text to the same ids as the tokenizers library, and in linear time."""
+    """Return whether gigatoken encodes this text in linear time and to the same ids as the tokenizers library."""
     if len(text) > LONGEST:
         return False
     if text.isascii():

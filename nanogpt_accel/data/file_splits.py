@@ -14,7 +14,7 @@ WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
-PART_OF_WORD = re.compile("train|val|dev|test", re.IGNORECASE)  # in every word; most names of a large folder have none
+PART_OF_WORD = re.compile("train|val|dev|test", re.IGNORECASE)  # a fast first test: each split word has one of these
 # train.py and docs/test.md belong to a program; only a folder name makes such a file part of a split
 CODE_SUFFIXES = tuple(".md .rst .tex .html .py .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .sh .sql .r .jl".split())
 ABOUT = re.compile(r"(readme|licen[sc]e|changelog|citation|notice|authors)\b", re.IGNORECASE)  # files about the data
@@ -23,19 +23,19 @@ ABOUT = re.compile(r"(readme|licen[sc]e|changelog|citation|notice|authors)\b", r
 def splits_by_name(sizes, is_asked=False):
     """Assign files to splits by the words in their names. A folder name has priority over the name of the file.
 
-    The names define splits only if there are a training file and a file of another split. If some files, except those
-    such as README.md, have no split word, there are two more conditions: a training file and a validation or test file
-    have the same name except for the split word, and the files with a split word contain more than half of the bytes.
-    Otherwise, a text such as training_day.txt in a folder of texts could define a split.
+    The names define splits only if there are a training file and a file of another split. If a file has no split word,
+    and is not about the data (README.md), two more conditions apply: a training file and a validation or test file have
+    the same name except for the split word, and the files with a split word contain more than half of the bytes.
+    Without these conditions, a text such as training_day.txt in a folder of texts could define a split.
 
     Args:
         sizes: {path relative to the corpus folder, with slashes: bytes}.
-        is_asked: whether the user set split_by=name, so that the two conditions do not apply.
+        is_asked: whether the user set split_by=name. If so, the two conditions do not apply.
 
     Returns:
         {split: [path, ...]}, "train" first, or {} if the names do not define splits.
     """
-    for use_folders in (True, False):  # False for a folder test/ that contains train.txt and val.txt
+    for use_folders in (True, False):  # the second attempt, for test/train.txt and test/val.txt, ignores folders
         found = {name: word for name in sizes if (word := _find_word(name, use_folders))}
         splits = {split: [name for name in sizes if name in found and found[name][0] == split] for split in WORDS}
         splits = {split: names for split, names in splits.items() if names}
@@ -45,7 +45,7 @@ def splits_by_name(sizes, is_asked=False):
 
 
 def no_splits(place):
-    """Return the message for split_by=name if the names do not define splits. place: the setting with the files."""
+    """Return the message for split_by=name if the names do not define splits. place: the setting and its value."""
     fix = "use names such as train.txt and valid.txt, or set split_by=auto"
     return f"split_by=name: the names of the files in {place} do not define splits; {fix}"
 
@@ -67,7 +67,7 @@ def _are_splits(sizes, found):
 
 
 def _find_word(name, use_folders):
-    """Return (split, other words) of the first folder or file name in a path that contains a split word, else None."""
+    """Return (split, other words) of the first name in a path that contains a split word, or None if none does."""
     if not PART_OF_WORD.search(name):
         return None
     *folders, file = PurePosixPath(name).parts
@@ -77,7 +77,7 @@ def _find_word(name, use_folders):
 
 
 def _split_of(part):
-    """Return (split, other words) of a folder name or of a file name without its suffix, else None."""
+    """Return (split, other words) of a name without suffix, or None if its words do not name exactly one split."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"-\d+-of-\d+", "", part.lower()))
     splits = {SPLIT_OF[word] for word in words if word in SPLIT_OF}
     if len(splits) != 1:  # no split, or several as in train_test.txt

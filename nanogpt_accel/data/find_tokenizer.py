@@ -16,7 +16,7 @@ SLOW_FILES = ("*.model", "vocab.txt", "vocab.json")  # of tokenizers without a t
 
 
 def hub_id(spec):
-    """Return the Hub id of a setting `tokenizer`, or None if it is built in or a folder."""
+    """Return the Hub id in the setting `tokenizer`, or None if the setting is a built-in name or a folder."""
     if spec.startswith("hub:"):
         return spec.removeprefix("hub:")
     is_folder = spec in TOKENIZERS or os.path.isdir(os.path.expanduser(spec))
@@ -28,7 +28,7 @@ def load_tokenizer(spec, eos_token=None):
 
     Args:
         spec: a folder, hub:USER/NAME or USER/NAME, optionally with @REVISION.
-        eos_token: the end-of-text token; None: as in the files of the tokenizer.
+        eos_token: the end-of-text token. By default, it is read from the files of the tokenizer.
 
     Raises:
         FileNotFoundError: there is no such tokenizer. ValueError: its files cannot be downloaded or read.
@@ -57,9 +57,9 @@ def _download(name):
         raise ValueError(f"tokenizer={error}") from None
 
 
-@functools.lru_cache(maxsize=2)  # a command needs it about ten times, and a large tokenizer.json takes seconds
+@functools.lru_cache(maxsize=2)  # a command loads a tokenizer about ten times, and a large tokenizer.json takes seconds
 def _load(folder, eos_token, files):
-    """Load a tokenizer. files: names, sizes and modification times, so that a changed folder is loaded again."""
+    """Load a tokenizer. files: names, sizes and modification times; if they change, the cached result is not used."""
     try:
         tokenizer = Tokenizer.load(folder, eos_token)
     except FileNotFoundError:

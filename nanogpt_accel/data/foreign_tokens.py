@@ -3,8 +3,9 @@
 The layouts, with their sources (all numbers are little-endian):
 
 - .bin of nanoGPT (karpathy/nanoGPT, data/openwebtext/prepare.py): only ids.
-- .bin of llm.c and modded-nanogpt (karpathy/llm.c, dev/data/data_common.py): 256 int32, which are magic, version,
-  number of ids and zeros, then the ids: uint16 with magic 20240520 and version 1, uint32 with 20240801 and 7.
+- .bin of llm.c and modded-nanogpt (karpathy/llm.c, dev/data/data_common.py): a header of 256 int32 (magic number,
+  version, number of ids, zeros), then the ids. Magic number 20240520 and version 1 mean uint16 ids, and magic number
+  20240801 and version 7 mean uint32 ids.
 - .bin and .idx of Megatron-LM (NVIDIA/Megatron-LM, megatron/core/datasets/indexed_dataset.py): the .bin file has only
   ids. The .idx file has "MMIDIDX" and two zero bytes, version 1 (uint64), the code of the dtype (uint8), the numbers of
   sequences S and of document ends D (uint64 each), S lengths (int32), S offsets in bytes (int64), D document ends
@@ -38,7 +39,7 @@ COMPANIONS = (".idx", ".ds.index", ".ds.metadata", ".ds.loss")  # files next to 
 LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # magic number -> version and dtype
 LLMC_EVALUATION = 20240522  # multiple-choice questions, which are not one sequence of ids
 MEGATRON = b"MMIDIDX\0\0"
-MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}  # the others are floats
+MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}  # other codes: floats
 OTHER_TOKENIZER = "set tokenizer to the folder of the tokenizer.json that the ids were made with"
 RESTORE = "restore the file, or use another one"
 IDS_AT_ONCE = 2**22  # token ids per read
@@ -69,25 +70,25 @@ def natural_order(name):
 
 
 def find_token_files(folder):
-    """Return the token files of a folder, in order, or [] if it is not certain that they are token files.
+    """Return the token files of a folder, in order, or [] if they may be other files.
 
-    It is certain if one of them has a header or an index, or if the file names contain train and validation splits.
+    They are token files if one of them has a header or an index, or if their names define train and validation splits.
     """
     try:
         names = sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=natural_order)
     except OSError:
         return []
     paths = [Path(folder) / name for name in names if is_token_file(name) and (Path(folder) / name).is_file()]
-    # .bin files next to a tokenizer.json are ours, before Writer.finish() has moved the manifest
+    # .bin files next to a tokenizer.json are from Writer.finish(), which has not moved manifest.json yet
     is_certain = "tokenizer.json" not in names and _are_named(paths)
     return paths if is_certain or any(map(_has_known_content, paths)) else []
 
 
 def find_unexpected(folder):
-    """Return a token file that cannot be in a folder of text by accident, or None.
+    """Return a token file that does not belong in a folder of text, or None.
 
-    nanoGPT writes train.bin and val.bin next to the text, so a folder of text may contain .bin files without a header.
-    It may also contain a .npy file, but not .npy files that are named as train and validation splits.
+    nanoGPT writes train.bin and val.bin next to the text, so .bin files without a header are accepted. .npy files are
+    also accepted, unless their names define train and validation splits.
     """
     paths = find_token_files(folder)
     arrays = [path for path in paths if path.suffix.lower() == ".npy"]
@@ -104,7 +105,7 @@ def _has_known_content(path):
 
 
 def find_layout(path, spec=None):
-    """Return the Layout of a file from its content, or None if it has no header and no index.
+    """Return the Layout of a file from its header or index, or None if the file has neither.
 
     spec: the corpus setting, for messages. Raises ValueError if the file cannot be read, if its header or index is
     damaged, or if the file does not have the size that the header or index requires.
@@ -148,8 +149,8 @@ def _read_layout(path, place):
 def _refuse_other_header(head, size, place):
     """Raise ValueError if a file of `size` bytes starts with a header like llm.c's, but with another magic number.
 
-    Such a header has 256 int32, most of them 0. The magic number is a date such as 20240326 (of a model), or the third
-    number is the number of ids in the file.
+    Such a header has 256 int32, most of them 0. In addition, the first one looks like a date, such as 20240326 in a
+    model file, or the third one is the number of ids in the file.
     """
     numbers = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
     if len(numbers) < 256 or numbers[32:].any():
@@ -158,7 +159,7 @@ def _refuse_other_header(head, size, place):
     if 20240000 <= magic < 20300000 or (count and size in (1024 + 2 * count, 1024 + 4 * count)):
         known = " or ".join(map(str, LLMC))
         raise ValueError(
-            f"{place}: starts like a file of llm.c, but with the magic number {magic}, and not that of token files "
+            f"{place}: starts like a file of llm.c, but its magic number {magic} is not that of token files "
             f"({known}); use another file, or remove the header"
         )
 
@@ -200,7 +201,7 @@ def _read_megatron(index, place):
 
 
 def _read_datatrove(path, place):
-    """Return the Layout of a .ds file, or None if there is no file that gives the number of bytes per id."""
+    """Return the Layout of a .ds file, or None if no index or metadata file gives the number of bytes per id."""
     size = path.stat().st_size
     index, metadata = (path.with_name(f"{path.name}.{end}") for end in ("index", "metadata"))
     if index.is_file():
@@ -362,8 +363,8 @@ def read_ids(spec, tokens, vocab_size):
 
 
 def file_entries(tokens, folder=None):
-    """Return the list "files" that the manifest stores for a split. It has absolute paths if `folder` is None, and
-    otherwise file names, because the files are in `folder`."""
+    """Return the list "files" that the manifest stores for a split. The names are absolute paths if `folder` is None.
+    Otherwise, `folder` contains the files, and the list has only their file names."""
     names = [path.name if folder else os.path.abspath(path) for path in tokens.paths]
     return [
         {"name": name, "tokens": count} | ({"offset": offset} if offset else {})

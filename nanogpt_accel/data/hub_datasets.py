@@ -26,7 +26,7 @@ class HubSet:
 def hub_corpus(spec, hub_set):
     """Return the Corpus of a HubSet. Nothing is requested from the Hub until the text or the splits are needed.
 
-    spec: the corpus setting: the name of a built-in data set, or hub:USER/SET. For hub:USER/SET, the Hub is asked which
+    spec: the corpus setting, which is a built-in name or hub:USER/SET. For hub:USER/SET, the Hub is asked which
     validation and test splits the data set has.
     """
     is_builtin = not spec.startswith("hub:")
@@ -81,7 +81,7 @@ def _read(spec, hub_set, split, bad):
     with _hub_errors(spec, hub_set):
         rows = load_dataset(hub_set.id, hub_set.config, split=split, revision=hub_set.revision, streaming=True)
         columns, column = rows.column_names or list(next(iter(rows), {})), hub_set.column
-        name = column if column in columns else column.partition(".")[0]  # content for content.text
+        name = column if column in columns else column.partition(".")[0]  # the outer column, if nested
         check_column(spec, hub_set.id, name if name in columns else column, columns)
         rows = rows.select_columns([name]).with_format("arrow")
         number = 0

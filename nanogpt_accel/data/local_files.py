@@ -28,7 +28,7 @@ from .remote import find, is_remote, name_of
 # files in a folder are read if they have one of these suffixes; a single file or a glob may have any suffix
 TEXT_SUFFIXES = (".txt", ".text", *CODE_SUFFIXES)
 TABLE_SUFFIXES = tuple(READERS)  # each can be followed by .gz or .zst
-# not supported; an error that names the suffix is clearer than one about the first byte that is not UTF-8
+# not supported; without this list, the error would be about the first byte that is not UTF-8
 OTHER_SUFFIXES = tuple(
     ".zip .tar .tgz .bz2 .xz .7z .rar .lz4 .arrow .feather .orc .avro .pkl .pt "
     ".pdf .doc .docx .odt .epub .xls .xlsx".split()
@@ -42,7 +42,7 @@ def path_exists(spec):
 
 
 def base_name(spec):
-    """Return the last part of the absolute path, or of the URL, of a corpus setting."""
+    """Return the last part of a corpus setting, which is a URL or a path. A relative path is made absolute first."""
     return os.path.basename(os.path.abspath(os.path.expanduser(name_of(spec))))
 
 
@@ -177,7 +177,7 @@ def _some(names, limit=3):
 
 
 def _search_root(spec):
-    """Return the folder that contains all files of a corpus setting. For a glob, this is the path before a wildcard."""
+    """Return the folder that contains all files of a corpus setting: for a glob, the path before the first wildcard."""
     path = os.path.expanduser(spec)
     if os.path.isfile(path):
         return os.path.dirname(path) or "."
@@ -187,7 +187,7 @@ def _search_root(spec):
 
 
 def _open_ids(spec, files, splits, tokenizer_size, val_fraction):
-    """Return the splits of a corpus of token ids; see foreign_tokens.open_splits. files: see local_corpus."""
+    """Return the splits of a corpus of token ids; see open_splits. files: [(path, bytes, modification time), ...]."""
     for path, *state in files:
         if file_state(path) != tuple(state):
             problem = "was changed or removed while the command was running"
@@ -196,8 +196,11 @@ def _open_ids(spec, files, splits, tokenizer_size, val_fraction):
 
 
 def _find_files(spec):
-    """Return (folder that file names are relative to, paths of the files, {suffix: number of skipped files}, skipped
-    folders and files that this package wrote)."""
+    """Return (root, paths, skipped, outputs) for a corpus setting.
+
+    root: the folder that file names are relative to. paths: the files to read. skipped: {suffix: number of other
+    files}. outputs: folders and files that this package wrote, and that are also skipped.
+    """
     path = os.path.expanduser(spec)
     if is_remote(spec):
         paths, is_folder = find(spec)
@@ -244,7 +247,7 @@ def _find_text_files(spec, paths, folder=None):
         raise ValueError(f"corpus={spec}: contains prepared data, not text; set data_dir={quoted(spec)} instead")
     if not files and folder and (token_files := find_token_files(folder)):
         return [str(path) for path in token_files], {}
-    if all(map(is_about, files)):  # in other folders, .json files are rather settings than data
+    if all(map(is_about, files)):  # if there is other text, .json files are probably settings
         files = [file for file in paths if suffix_of(file) == ".json" and _is_file(file) and has_rows(file)] or files
     if not files:
         raise ValueError(
@@ -288,12 +291,12 @@ def _is_output(names):
 
 
 def _is_prepared(names):
-    """Return whether the names of the files in a folder are those of prepared data."""
+    """Return whether a folder with these files contains prepared data."""
     return "manifest.json" in names and any(name == "tokenizer.json" or name.endswith(".bin") for name in names)
 
 
 def _describe_outputs(spec, outputs):
-    """Return a list with one note about the skipped folders, or an empty list."""
+    """Return a list with one note about the skipped output of this package, or an empty list."""
     if not outputs:
         return []
     kinds = "such as runs, checkpoints, prepared data or reports"
@@ -324,8 +327,8 @@ def _check_formats(spec, files, lines):
         )
     if other := [file for file in files if suffix_of(file) in OTHER_SUFFIXES]:
         raise ValueError(
-            f"{location(spec, other[0])}: {suffix_of(other[0])} is not supported; unpack it, or convert it to plain "
-            f"text or {', '.join(TABLE_SUFFIXES)}, optionally compressed (.gz, .zst)"
+            f"{location(spec, other[0])}: {suffix_of(other[0])} is not supported; unpack the file, or convert it to "
+            f"plain text or {', '.join(TABLE_SUFFIXES)}, optionally compressed (.gz, .zst)"
         )
 
 
@@ -343,7 +346,7 @@ def _sort(root, paths):
 
 
 def _is_file(path):
-    """Return whether a path is a URL, a regular file or a broken link, which causes an error when it is read."""
+    """Return whether a path is a URL, a regular file or a broken link. Reading a broken link raises an error later."""
     return is_remote(path) or os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 

@@ -1,4 +1,4 @@
-"""Check whether a tokenizer gives the text of a corpus back."""
+"""Check whether encoding and decoding returns the same text."""
 
 import itertools
 from collections import Counter
@@ -10,8 +10,9 @@ SAMPLED_CHARACTERS = 1_000_000  # in total
 
 
 def report_losses(corpus, data, tokenizer, report, bad=None):
-    """Encode and decode the first documents of a corpus, and report the characters that are lost. Compare gigatoken's
-    ids for these documents, too.
+    """Encode and decode the first documents of a corpus, and report the characters that are lost.
+
+    Also compare gigatoken's ids for these documents with those of the regular encoder; see Tokenizer.check_fast.
 
     Raises:
         ValueError: none of the characters are in the vocabulary.
@@ -40,12 +41,12 @@ def report_losses(corpus, data, tokenizer, report, bad=None):
     documents = f"decoding does not give back {n_changed:,} of the first {counted(n_documents, 'document')}"
     report(f"warning: tokenizer={data.tokenizer}: {documents}, for example {example[1]!r} instead of {example[0]!r}")
     if lost:
-        problem = f"{_describe(lost, n_characters)}; bits per byte includes them, so it is too low"
+        problem = f"{_describe(lost, n_characters)}; bits per byte counts their bytes, so the value is too low"
         report(f"warning: tokenizer={data.tokenizer}: {problem}")
 
 
 def describe_losses(text, tokenizer):
-    """Return the characters of a text that are lost if it is encoded, for a warning, or "" if none are lost."""
+    """Return a message that lists the characters of a text that the tokenizer loses, or "" if it loses none."""
     lost = Counter() if tokenizer.is_lossless else _decode_again(text, tokenizer)[1]
     return _describe(lost, len(text)) if lost else ""
 

@@ -19,9 +19,9 @@ from .find_tokenizer import TOKENIZERS, load_tokenizer
 from .foreign_tokens import OTHER_TOKENIZER, file_entries, find_splits, find_token_files, open_splits
 from .meta import read_meta, vocabulary_facts
 from .token_files import AGAIN, SPLITS, VERSION, is_split_file, sha256_of_split, token_file
-from .tokenizer import EOT, Tokenizer
+from .tokenizer import Tokenizer
 
-SAMPLED_ABOVE = 2**30  # bytes; for larger foreign files, only the first MiB, the last MiB and the size are hashed
+SAMPLED_ABOVE = 2**30  # bytes; of files in larger foreign splits, only the first and last MiB and the size are hashed
 VERIFIED_BELOW = 2**26  # bytes; smaller data are hashed each time they are opened, which takes 0.2 seconds
 CHECKED_PLACES, CHECKED_TOKENS = 64, 2**18  # number of places per split where ids are checked, and tokens per place
 
@@ -38,21 +38,21 @@ def describe_split(manifest, split):
 
 
 def is_data_folder(folder):
-    """Return whether a folder contains a manifest, as this package writes it, or token files of another project."""
+    """Return whether a folder contains a manifest.json of this package, or token files of another project."""
     return (Path(folder) / "manifest.json").is_file() or bool(find_token_files(folder))
 
 
 def read_manifest(folder, tokenizer="gpt2", eos_token=None, val_fraction=0.0005, split_by="auto"):
-    """Return the manifest of a data folder. Check its values and the file sizes first.
+    """Return the manifest of a data folder, after checking the values in it and the sizes of the token files.
 
     For a folder of nanoGPT or another project, create a manifest in memory: `nanogpt` is true, the tokenizer has `stoi`
     if there is a meta.pkl, and "bytes" and "documents" are None. If a split has more than SAMPLED_ABOVE bytes, its
-    "sha256" is "sampled:" and a hash of the first MiB, the last MiB and the size of its files, so that a run does not
-    have to read 17 GB when it starts.
+    "sha256" is "sampled:" and a hash of the first MiB, the last MiB and the size of each file. So a run does not have
+    to read 17 GB when it starts.
 
     Args:
-        tokenizer, eos_token, val_fraction, split_by: settings of the data section for a folder of another project; see
-            recipe.Data. They are not used for a folder of this package.
+        tokenizer, eos_token, val_fraction, split_by: settings of the data section; see recipe.Data. They are only used
+            for a folder of another project.
 
     Returns:
         {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "has_own_val", "dtype", "splits"}. has_own_val
@@ -88,7 +88,7 @@ def read_manifest(folder, tokenizer="gpt2", eos_token=None, val_fraction=0.0005,
     for entry in [entry for counts in splits.values() for entry in counts["files"]]:
         file, expected = folder / entry["name"], entry.get("offset", 0) + entry["tokens"] * itemsize
         size = file.stat().st_size if file.is_file() else 0
-        is_foreign = os.path.isabs(entry["name"])  # it may contain more than these tokens
+        is_foreign = os.path.isabs(entry["name"])  # a split may use only a part of such a file
         if size < expected or (size > expected and not is_foreign):
             raise ValueError(
                 f"{file}: {size:,} bytes, but {path if is_foreign else 'the manifest'} requires {expected:,} "
@@ -100,7 +100,7 @@ def read_manifest(folder, tokenizer="gpt2", eos_token=None, val_fraction=0.0005,
 
 
 def _describe(folder):
-    """Return a message: why the folder is not a data folder, and which folder to use instead."""
+    """Return a message that says why the folder is not a data folder, and how to fix this."""
     if (folder / "run.yaml").is_file():
         import yaml
 
@@ -160,7 +160,7 @@ class _Manifest(_Base):
 
 
 def _validate(manifest):
-    """Raise ValueError if a value is invalid. First add the list of files that version 1 does not have."""
+    """Raise ValueError if a value is invalid. To a manifest of version 1, first add the missing list of files."""
     splits = manifest.get("splits")
     if manifest["version"] == 1 and isinstance(splits, dict):
         for split, counts in splits.items():
@@ -255,28 +255,28 @@ def _foreign_manifest(folder, tokenizer, eos_token, val_fraction, split_by):
 def _find_vocabulary(folder, tokenizer, eos_token):
     """Return the "tokenizer" entry for the manifest of a folder of another project.
 
-    It describes the tokenizer in meta.pkl, in tokenizer.json or of the setting `tokenizer`.
+    The tokenizer is read from meta.pkl or tokenizer.json, if the folder has one. Otherwise, `tokenizer` defines it.
     """
     is_named = tokenizer not in TOKENIZERS  # a folder or a Hub id
     meta, own = folder / "meta.pkl", folder / "tokenizer.json"
     if eos_token and not is_named and (meta.is_file() or not own.is_file()):
         used = "its meta.pkl" if meta.is_file() else "the tokenizer of GPT-2"
         fix = "leave eos_token out, or set tokenizer to a folder or a Hub id"
-        raise ValueError(f"eos_token={eos_token}: data_dir={folder} uses {used}, where it is {EOT}; {fix}")
+        raise ValueError(f"eos_token={eos_token}: data_dir={folder} uses {used}, so eos_token cannot be changed; {fix}")
     if meta.is_file():
         if is_named:
-            fix = "remove it, or set tokenizer=gpt2"
+            fix = "remove meta.pkl, or set tokenizer=gpt2"
             raise ValueError(f"tokenizer={tokenizer}: data_dir={folder} has a meta.pkl; {fix}")
         return vocabulary_facts(read_meta(meta))
     if own.is_file():
         if is_named and not load_tokenizer(tokenizer).is_same(Tokenizer.load(folder)):
             problem = f"data_dir={folder} has a different tokenizer.json"
-            raise ValueError(f"tokenizer={tokenizer}: {problem}; remove it, or leave tokenizer out")
+            raise ValueError(f"tokenizer={tokenizer}: {problem}; remove that file, or leave tokenizer out")
         tokenizer = str(folder.absolute())
     elif not is_named:
         if tokenizer != "gpt2":
             problem = f"data_dir={folder} contains token ids, but no meta.pkl and no tokenizer.json"
-            raise ValueError(f"tokenizer={tokenizer}: {problem}; copy one of them to it, or set tokenizer to gpt2")
+            raise ValueError(f"tokenizer={tokenizer}: {problem}; copy one of these to data_dir, or set tokenizer=gpt2")
         return {"kind": "gpt2", "vocab_size": 50257, "eot_id": 50256}
     loaded = load_tokenizer(tokenizer, eos_token)
     facts = {key: getattr(loaded, key) for key in ("kind", "vocab_size", "eot_id")}

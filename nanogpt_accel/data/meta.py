@@ -1,7 +1,7 @@
-"""Read the vocabulary of a nanoGPT meta.pkl: characters, words, or only its size.
+"""Read the vocabulary of a nanoGPT meta.pkl: characters, words, or only the number of ids.
 
-nanoGPT trains on any ids below vocab_size, which may stand for music, chess moves or DNA. For these ids, decoded text
-consists of the tokens in meta.pkl, or of the ids as numbers.
+nanoGPT trains on any ids below vocab_size. They may stand for music, chess moves or DNA instead of text. Such ids are
+decoded to the tokens in meta.pkl or, if it has no tokens, to numbers.
 """
 
 import pickle
@@ -13,7 +13,7 @@ from ..utils.text import one_line
 from .tokenizer import Tokenizer
 
 AGAIN = "prepare it again with nanoGPT's prepare.py"
-LARGEST = 1_000_000  # vocabulary size; a damaged file could ask for any amount of memory
+LARGEST = 1_000_000  # maximum vocabulary size; without it, a damaged file could use any amount of memory
 
 
 class _NumpyType:
@@ -49,8 +49,8 @@ def read_meta(path):
 
     Returns:
         {token: id}, from `stoi` or the inverse of `itos`. Tokens that are not strings, such as (pitch, duration),
-        become strings. If vocab_size is larger, the ids without a token are named <0>, <1> and so on. If meta.pkl has
-        only a vocab_size, this number is returned instead.
+        become strings. If vocab_size is larger than the number of tokens, an id without a token gets a token such as
+        <65>. If meta.pkl has only a vocab_size, this number is returned instead.
 
     Raises:
         ValueError: the pickle has no vocabulary, contains classes or functions, or the ids are not 0 to n - 1.
@@ -74,7 +74,7 @@ def read_meta(path):
     else:
         pairs = [(token, i) for i, token in enumerate(itos)] if isinstance(itos, (list, tuple)) else []
     if not pairs:
-        problem = f"has no stoi, the map from tokens to ids, no itos and no vocab_size from 1 to {LARGEST:,}"
+        problem = f"has no stoi (the map from tokens to ids), no itos and no vocab_size from 1 to {LARGEST:,}"
         raise ValueError(f"{path}: {problem}; {AGAIN}")
     vocab = {str(token): i for token, i in pairs}
     if type(size) is int and len(pairs) < size <= LARGEST:
@@ -99,8 +99,8 @@ def vocabulary_facts(meta):
 def tokenizer_from_meta(meta):
     """Return the Tokenizer of a meta.pkl. meta: the result of read_meta, {token: id} or the vocabulary size.
 
-    Tokens are separated by one space in encoded and decoded texts. But there is no space between tokens if some tokens
-    contain a space (" the"), or if most tokens are single characters (C, N, Cl and Br in SMILES).
+    In a text, tokens are separated by one space. They are not separated if a token contains a space (" the"), or if
+    most tokens are single characters (C, N, Cl and Br in SMILES).
     """
     vocab = meta if isinstance(meta, dict) else {str(i): i for i in range(meta)}
     if isinstance(meta, dict) and _has_characters(vocab):
@@ -116,7 +116,7 @@ def tokenizer_from_meta(meta):
         backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
         backend.decoder = decoders.Fuse()
     else:
-        # in a Sequence, so that Tokenizer does not take a vocabulary of the ids 0 to 9 for characters
+        # in a Sequence, because Tokenizer would otherwise treat a vocabulary of the ids 0 to 9 as characters
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed")])
     return Tokenizer(backend.to_str())
 

@@ -57,7 +57,7 @@ def prepare(data, report=print, workers=None):
     Args:
         data: the data section of a recipe.
         report: called with each line of progress output.
-        workers: tokenizer threads, by default one per processor. The result does not depend on it.
+        workers: tokenizer threads, by default one per processor. The token files do not depend on their number.
 
     Returns:
         The path of the data folder. If the folder is already complete, it is not changed.
@@ -83,10 +83,10 @@ def prepare(data, report=print, workers=None):
 def ready(data, report=print, block_size=0, timeout=600):
     """Open the data folder. If needed, prepare it first; see _ready.
 
-    If val_fraction was not set, and val has fewer than the block_size + 1 tokens of a sample, it is increased.
+    If val_fraction was not set, and val has fewer tokens than a sample (block_size + 1), val_fraction is increased.
 
     Returns:
-        (the data section, with the val_fraction that was used; the Dataset).
+        (the data section with the val_fraction that was used, the Dataset).
     """
     found = _ready(data, report, timeout)
     fractions = larger_val_fractions(data, found.manifest, block_size) if may_increase_val(data, found.manifest) else []
@@ -102,13 +102,13 @@ def ready(data, report=print, block_size=0, timeout=600):
 def _ready(data, report, timeout):
     """Open the data folder as a Dataset. If needed, prepare it first.
 
-    One rank prepares it, while the others wait: the main process, and on each machine that does not share its disk, the
-    first rank of this machine. timeout: collective_timeout, seconds to wait for a rank that does not respond.
+    The main process prepares it. On a machine that does not share the disk of the main process, the first rank prepares
+    it again. The other ranks wait. timeout: collective_timeout, seconds to wait for a rank that does not respond.
     """
     ranks = connect(timeout)
     is_found = ranks.exchange(is_prepared(data), "looking for the token files")
     blind = [] if all(is_found) else ranks.find_blind(data_folder(data))
-    machine = ranks.machines[ranks.rank]  # the number of its first rank
+    machine = ranks.machines[ranks.rank]  # the first rank on this machine
     preparer = machine if machine in blind else 0
     if ranks.rank == preparer:
         host = ranks.hosts[ranks.rank]
@@ -138,7 +138,7 @@ def _prepare(folder, data, report, workers):
             f"tokenizer={data.tokenizer}: has no end-of-text token to separate the documents of "
             f"corpus={data.corpus}; set eos_token to one of its tokens, or tokenizer to gpt2, char or bpe"
         )
-    if not corpus.ids:  # how special tokens in their text were encoded is unknown
+    if not corpus.ids:  # for token ids, it is unknown how special tokens in the text were encoded
         tokenizer.special_tokens = data.special_tokens
     with _unknown_characters(data):
         report_losses(corpus, data, tokenizer, report, bad=_bad_handler(data))
@@ -181,7 +181,7 @@ def _report_splits(manifest, report):
 
 
 def _pin(corpus, folder):
-    """Return the corpus. Pin a Hub data set to its latest commit, or to that of an interrupted preparation."""
+    """Return the corpus. Pin a Hub data set to the commit of an interrupted preparation, or to the latest commit."""
     if corpus.pin is None:
         return corpus
     earlier = earlier_attempt(folder)[0].get("corpus")
@@ -360,14 +360,14 @@ def _plan_cut(corpus, data):
 
 
 def _find_cut(corpus, data, limit, is_needed=False):
-    """Return the cut, the position in the first `limit` documents where val starts, or None to draw val at random.
+    """Return the position in the first `limit` documents where val starts (the cut), or None to draw val at random.
 
-    The documents after the cut are val. The cut is between two documents if this changes the size of the smaller split
-    by at most a quarter, and otherwise inside a document. is_needed: whether to return a cut in any case.
+    The cut is between two documents if this changes the size of the smaller split by at most a quarter. Otherwise, the
+    cut is inside a document. is_needed: whether to return a cut even if val can be drawn at random.
 
     Returns:
-        [number of complete documents before the cut, characters of the next document before the cut, number of
-        documents if limit_tokens is set, else None].
+        [number of complete documents before the cut, number of characters before the cut in the next document, number
+        of documents if limit_tokens is set, else None].
     """
     documents = corpus.documents(bad=_bad_handler(data))
     sizes = [len(text) for text in itertools.islice(documents, limit)]
@@ -436,7 +436,7 @@ def _report_special_tokens(data, tokenizer, writer, report):
     elif count:
         fix = f"to encode {tokens} as ids, set special_tokens=tokens"
         if tokenizer.special and EOT not in tokenizer.special:
-            fix += f" (the tokenizer has no {EOT}; replace it by one of these)"
+            fix += f" (the tokenizer has no {EOT}; in the corpus, replace {EOT} by one of these tokens)"
         report(f"corpus={data.corpus}: {counted(count, 'special token')} in the text, encoded as ordinary text; {fix}")
     else:
         tokenizer.special_tokens = None
@@ -447,7 +447,7 @@ def _warn_about_sizes(folder, report):
 
     Earlier versions could write such a folder, because they drew val at random even from a few documents.
     """
-    if not (folder / "manifest.json").is_file():  # for nanoGPT's files, read_manifest computes a hash
+    if not (folder / "manifest.json").is_file():  # nanoGPT's files, which read_manifest would hash
         return
     manifest = read_manifest(folder)
     corpus, splits = manifest["corpus"], manifest["splits"]
@@ -488,7 +488,10 @@ class _Attempt:
     workers: int | None
 
     def write(self, cut):
-        """Write all splits. Return None, or the cut if all documents must be written again. cut: see _find_cut."""
+        """Write all splits. Return None, or another cut, with which all splits must be written again.
+
+        cut: the result of _find_cut.
+        """
         if self.writer.position == "all":  # the earlier attempt stopped in finish()
             return None
         if not self.corpus.is_single:
@@ -498,9 +501,9 @@ class _Attempt:
         return None
 
     def write_text(self):
-        """Write a corpus that is a single text. With special_tokens=tokens, special tokens do not count as text."""
+        """Write a single text. With special_tokens=tokens, special tokens do not count as bytes of the text."""
         tokenizer, writer, data, chunks = self.tokenizer, self.writer, self.data, self.corpus.documents
-        # other tokenizers may have tokens of several words, so that the chunks have other ids than the whole text
+        # other tokenizers may have tokens of several words, so they must encode the whole text, not each chunk
         if not tokenizer.is_lossless or any(map(str.isspace, "".join(tokenizer.special))):
             chunks = lambda: ["".join(self.corpus.documents())]  # noqa: E731
         cut = _cut_text(self.corpus, data, sum(map(len, chunks())))  # relative to the start of the chunk
@@ -524,7 +527,7 @@ class _Attempt:
             if split not in writer.counts:
                 problem = f"has no token for the text of the {split} split of corpus={data.corpus}"
                 raise ValueError(f"tokenizer={data.tokenizer}: {problem}; set tokenizer to gpt2, char or bpe")
-            writer.counts[split]["documents"] -= int(ends_in_eot[split])  # no document after the last token
+            writer.counts[split]["documents"] -= int(ends_in_eot[split])  # no document after the last EOT
 
     def count_special(self, split, count):
         """Add a number of special tokens to the counts of a split."""
@@ -536,7 +539,7 @@ class _Attempt:
         """Write the documents of all splits. Arguments and return value: see write()."""
         splits, writer = self.corpus.own_splits(), self.writer
         position = writer.position or {"split": 0, "documents": 0, "bad": 0, "cut": cut}
-        cut = position.get("cut")  # an older version did not cut
+        cut = position.get("cut")  # missing if an older version wrote the position
         bad = _BadDocuments(position["bad"], self.report)
         has_val = "val" in splits
         for index in range(position["split"], len(splits)):
@@ -565,7 +568,7 @@ class _Attempt:
         """
         split = self.corpus.own_splits()[index]
         targets = SPLITS if is_shared else (split,)
-        has_limit = not (is_shared and cut)  # the cut is for a given number of documents
+        has_limit = not (is_shared and cut)  # with a cut, the number of documents is already limited
         if done and has_limit and self.remaining_tokens(targets) <= 0:
             return done
         bad_before = bad.count  # a resumed attempt counts the bad documents of this split again
@@ -587,7 +590,7 @@ class _Attempt:
                     # include the document that reaches the limit; sizes: tokens, bytes, special tokens per document
                     sizes = sizes[: int(np.searchsorted(sizes[:, 0].cumsum(), remaining)) + 1]
                     ids = ids[: sizes[:, 0].sum()]
-                    n_documents = int(np.count_nonzero(ids == self.tokenizer.eot_id))  # a text may contain several
+                    n_documents = int(np.count_nonzero(ids == self.tokenizer.eot_id))  # a text may contain EOT
                     self.writer.write(target, ids, int(sizes[:, 1].sum()), n_documents)
                     self.count_special(target, int(sizes[:, 2].sum()))
                     done += len(sizes)

@@ -20,19 +20,19 @@ from .remote import is_remote, name_of, open_remote, remote_state
 
 HEAD = 2**16  # bytes at the start of a file from which its format is recognized
 CHUNK = 2**20  # bytes of plain text that are read at a time
-# The end of the last word before white space. No word of a tokenizer continues after it.
+# Matches up to the last word that is followed by white space. No word of a tokenizer continues after this position.
 WORD_END = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # first bytes -> compression
 DELIMITERS = ",;\t|"
-# first bytes of files that are not text -> what they contain
+# first bytes of files that are not text -> what they contain, and the fix
 OTHER_FORMATS = {
-    b"PK\x03\x04": "a zip archive",
-    b"\x1f\x8b": "gzip data inside a compressed file",
-    b"BZh": "bzip2 data",
-    b"\xfd7zXZ": "xz data",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"PAR1": "parquet data, so rename it to .parquet,",
-    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a zip archive, so unpack it",
+    b"\x1f\x8b": "gzip data inside a compressed file, so decompress it",
+    b"BZh": "bzip2 data, so decompress it",
+    b"\xfd7zXZ": "xz data, so decompress it",
+    b"7z\xbc\xaf": "a 7z archive, so unpack it",
+    b"PAR1": "parquet data, so give it the suffix .parquet",
+    b"%PDF": "a PDF document, so convert it to text",
 }
 
 
@@ -42,7 +42,7 @@ def suffix_of(path):
 
 
 def file_state(path):
-    """Return (bytes, modification time in ns) of a file, or (0, 0) if it is missing. read_file reports the error."""
+    """Return (bytes, modification time in ns) of a file, or (0, 0) if it is missing. read_file raises the error."""
     if is_remote(path):
         return remote_state(path)
     try:
@@ -123,17 +123,17 @@ def decode(spec, raw, path=None):
 
 
 def _not_utf8(spec, path, raw, position):
-    """Return the error for a text that is not UTF-8. raw: bytes that include the first invalid byte, which is at this
-    position in the text. path: None if the text is not in a file."""
+    """Return the error for a text that is not UTF-8. raw: bytes that include the first invalid byte. position: the
+    index of this byte in the text. path: the file, or None if the text is not from a file."""
     fix = f"{how_to_convert(raw, path)}, or remove the file from the corpus" if path else "set `corpus` to a path"
     return ValueError(f"{location(spec, path or spec)}: not UTF-8 text at byte {position}; {fix}")
 
 
 def how_to_convert(raw, path):
     """Return a message that says how to convert a file to UTF-8. raw: bytes that include the first invalid byte."""
-    for magic, name in OTHER_FORMATS.items():
+    for magic, problem in OTHER_FORMATS.items():
         if raw.startswith(magic):
-            return f"it contains {name}, so unpack or convert it"
+            return f"it contains {problem}"
     encoding, condition = "WINDOWS-1252", "if its encoding is WINDOWS-1252"
     try:
         raw.decode(encoding)
@@ -283,13 +283,13 @@ def _read_csv(spec, path, column, bad):
 
 
 def _delimiter(header, column, usual):
-    """Return the usual delimiter if it splits the header into columns that include this one. Otherwise, return the
-    delimiter that splits it into the most columns, including this one if possible."""
+    """Return the delimiter `usual` if it gives a header that contains `column`. Otherwise, return the delimiter that
+    gives the most columns. Delimiters that give a header with `column` have priority."""
     columns = {}
     for delimiter in (usual, *DELIMITERS):
         with suppress(csv.Error, StopIteration):
             columns[delimiter] = next(csv.reader([header], delimiter=delimiter, strict=True))
-    if usual not in columns or column in columns[usual]:  # not in columns: a name with a line end in quotes
+    if usual not in columns or column in columns[usual]:  # `usual` is missing if a quoted name has a line end
         return usual
     return max(columns, key=lambda delimiter: (column in columns[delimiter], len(columns[delimiter])))
 
@@ -298,7 +298,7 @@ def _csv_rows(spec, path, column, bad):
     """Yield (location, values) for each row of a .csv or .tsv file. The values of an invalid row are []."""
     csv.field_size_limit(2**31 - 1)
     with open_file(path) as raw:
-        # files from Excel start with a byte order mark; _read_csv reports bytes that are not UTF-8 row by row
+        # files from Excel start with a byte order mark; with surrogateescape, _read_csv can report an invalid row
         text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
         header = text.readline()
         # strict, because otherwise a missing quote would turn the rest of the file into one text
@@ -339,7 +339,7 @@ def _read_parquet(spec, path, column, bad):
 
 
 def _check_text_column(spec, path, column, schema):
-    """Raise ValueError if a column of an Arrow schema is not text. For a field of a struct, column is content.text."""
+    """Raise ValueError if a column of an Arrow schema is not text. A field of a struct has a name like content.text."""
     import pyarrow as pa
 
     fields = [column] if column in schema.names else column.split(".")
@@ -435,7 +435,7 @@ def _open(path):
 
 
 def _arrow_file(file, path):
-    """Return an Arrow file for an open file. If it is local, Arrow opens the path again, to read it without Python."""
+    """Return an Arrow file for an open file. Arrow opens a local file again, because it then reads without Python."""
     import pyarrow as pa
 
     return pa.PythonFile(file, "r") if is_remote(path) else pa.OSFile(os.fsencode(path))

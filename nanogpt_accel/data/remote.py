@@ -79,7 +79,7 @@ def open_remote(url):
 
 
 class _Reader(io.RawIOBase):
-    """A remote file that raises ValueError instead of OSError, because skip_bad_documents would skip it on OSError."""
+    """A remote file that raises ValueError instead of OSError. On OSError, skip_bad_documents would skip the file."""
 
     def __init__(self, url, file):
         self.url, self.file = url, file
@@ -132,7 +132,7 @@ def _errors(url):
         if str(error).startswith("corpus="):
             raise
         raise ValueError(f"corpus={url}: {one_line(error)}; check the URL") from None
-    except Exception as error:  # each library has its own types
+    except Exception as error:  # each library has its own exception types
         reason = f"{type(error).__name__}: {one_line(error)}"
         fix = FIXES.get(_protocol(url), "check the URL and the network")
         raise ValueError(f"corpus={url}: cannot be read ({reason}); {fix}") from error

@@ -1,4 +1,4 @@
-"""The data of a run: one or several sources in mixes that can change during the run, and validation sets by name.
+"""The data of a run: one or several sources, and named validation sets. The mix of sources can change during the run.
 
 Each source and each validation set has a separate data folder; see dataset.py. A recipe without `mix`, `stages` and
 `validation` has one source, its corpus.
@@ -21,7 +21,7 @@ class RunData:
     """The opened data of a run.
 
     Attributes:
-        sources: {name: Dataset}. validation: {name: its tokens}.
+        sources: {name: Dataset}. validation: {name: ValidationTokens}.
         stages: ((first step, {source: share}), ...); see Recipe.stages.
         sections: {name: data section} of the sources and validation sets, with the val_fraction that was used.
     """
@@ -38,7 +38,7 @@ class RunData:
 
     @property
     def tokenizer(self):
-        """The tokenizer of the sources. If some of them contain special tokens, it encodes prompts like these."""
+        """The tokenizer of the run. It encodes prompts like the first source that contains special tokens."""
         tokenizers = [source.tokenizer for source in self.sources.values()]
         return next((tokenizer for tokenizer in tokenizers if tokenizer.special_tokens), tokenizers[0])
 
@@ -68,7 +68,8 @@ class RunData:
         return sum(float(share) * values[name] for name, share in self.stages[0][1].items())
 
     def val_size(self):
-        """Return (tokens, bytes of text) of the validation data in proportion; bytes is None if unknown."""
+        """Return (tokens, bytes of text) of the validation data. For a mix, return (1, mean bytes per token). The
+        bytes are None if unknown."""
         if len(self.sources) == 1:
             return len(self.main.val), self.main.text_bytes("val")
         sizes = {name: source.text_bytes("val") for name, source in self.sources.items()}
@@ -77,8 +78,9 @@ class RunData:
         return 1, self.mean({name: size / len(self.sources[name].val) for name, size in sizes.items()})
 
     def pin(self, section):
-        """Return the data section of a recipe with the folders of these data, so that a resumed run reads the same
-        tokens even if the text of a corpus changes. The stages start at steps, so that max_iters can be raised."""
+        """Return the data section of a recipe with data_dir set to the folders of these data. A resumed run then reads
+        the same tokens even if the text of a corpus changes. Stages start at step numbers, which stay the same if
+        max_iters is raised."""
         folders = {name: found.folder.as_posix() for name, found in (self.sources | self.validation).items()}
 
         def changes(name):
@@ -116,7 +118,7 @@ class ValidationTokens(TokenFile):
 def sections(data):
     """Return {name: data section} for each source and validation set of a data section.
 
-    A tokenizer that is trained (char, bpe) is trained on the first source, and the others use it.
+    If the tokenizer is char or bpe, it is made from the first source. The other sources and validation sets use it.
     """
     members = {**data.sources, **data.validation}
     found = {name: member.section(data) for name, member in members.items()}
@@ -128,7 +130,7 @@ def sections(data):
 
 
 def where(data, name):
-    """Return the setting that a message about a source or validation set starts with; "" for a single corpus."""
+    """Return the start of a message about a source or validation set: its setting, or "" for a single corpus."""
     if name in data.validation:
         return f"data.validation.{name}: "
     return f"data.mix: {name}: " if len(data.sources) > 1 else ""
@@ -140,7 +142,7 @@ def uses_val(data, name):
 
 
 def has_tokenizer(data, section):
-    """Return whether the tokenizer of a section exists, or will be trained on its own corpus."""
+    """Return whether the tokenizer of a section exists, or will be made from the corpus of this section."""
     return section.tokenizer == data.tokenizer or is_data_folder(section.tokenizer)
 
 
@@ -157,7 +159,7 @@ def check(data, block_size=None):
         return [str(error)]
     problems = []
     for name, section in found.items():
-        if not has_tokenizer(data, section):  # check only the corpus
+        if not has_tokenizer(data, section):  # check only the corpus, with a tokenizer that exists
             section = section.model_copy(update={"tokenizer": "gpt2"})
         size = None if name in data.validation else block_size
         problems += [where(data, name) + problem for problem in dataset.check(section, size)]
@@ -224,7 +226,7 @@ def differences(before, now):
 
 
 def describe_stages(identity):
-    """Return the stages of an identity as text: web 0.7, code 0.3 from step 0 and web 0.5, code 0.5 from step 800."""
+    """Return the stages of an identity as text: `web 0.7, code 0.3 from step 0 and web 0.5, code 0.5 from step 800`."""
     texts = []
     for stage in identity["stages"]:
         mix = ", ".join(f"{name} {float(Fraction(share)):.4g}" for name, share in stage["mix"].items())
@@ -233,7 +235,7 @@ def describe_stages(identity):
 
 
 def mix_table(recipe, train_tokens):
-    """Return a list of dictionaries, one per source: its size and its use over the run.
+    """Return a list of dictionaries, one per source: the tokens in the source, and the tokens that the run uses.
 
     train_tokens: {source: number of training tokens, or None if unknown}.
     """

@@ -143,8 +143,8 @@ def _python():
     return Corpus(f"python-{version}", {"kind": "python", "name": "python", "revision": version}, False, read)
 
 
-# Why not pooch (one more dependency), torch.hub (takes seconds to import), tiktoken or datasets? Their downloads have
-# no timeout or do not verify the hash at each read, and their errors would still have to be reworded.
+# No library does this as well: pooch is one more dependency, and torch.hub takes seconds to import. The downloads of
+# tiktoken and datasets have no timeout or do not verify the hash at each read. All errors would have to be reworded.
 def _fetch(name, url, sha256):
     """Return the content of a URL. Use the copy in the cache folder if its hash is correct."""
     cache = cache_folder()

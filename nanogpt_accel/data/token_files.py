@@ -34,7 +34,7 @@ VERSION = 2  # of manifest.json; version 1 had one file per split and no list of
 SPLITS = ("train", "val")
 FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
 SHARD_TOKENS = 100_000_000  # tokens per file: 200 MB
-COMMIT_SECONDS = 20  # between commits, so a crash loses at most this much work; the first is after a tenth of it
+COMMIT_SECONDS = 20  # between commits, so a crash loses at most this much work; the first commit is after 2 seconds
 LOCK_FILES = ("lock", "holder.json")  # in .partial
 AGAIN = "delete the folder and prepare it again"
 
@@ -103,8 +103,8 @@ class Writer:
 
     The files are written to FOLDER/.partial. finish() moves them to FOLDER, the manifest last. commit() records a
     position, and every COMMIT_SECONDS it also flushes the files and the position to disk. On Ctrl-C or sys.exit(), the
-    last recorded position is flushed too. The next attempt resumes at the position that was last flushed. If nothing
-    was flushed, .partial is deleted when the `with` block ends without finish().
+    last recorded position is flushed too. The next attempt resumes at the position that was last flushed. If the
+    `with` block ends without finish(), and nothing was flushed, .partial is deleted.
 
     Args:
         folder: the data folder.
@@ -195,7 +195,7 @@ class Writer:
         self._has_committed, self._progress = False, None
 
     def write(self, split, ids, n_bytes, documents=1):
-        """Append the ids of documents, shape (n,), to a split. n_bytes: bytes of their UTF-8 text, None if unknown."""
+        """Append the ids of documents, shape (n,), to a split. n_bytes: size of the text in UTF-8, None if unknown."""
         files = self.files.setdefault(split, [])
         with _disk_errors(self.folder):
             if not files or files[-1]["tokens"] >= self.shard_tokens:
@@ -277,7 +277,7 @@ class Writer:
 
 
 def is_split_file(name, split):
-    """Return whether a name, which was read from a file, is that of a token file of a split in its data folder."""
+    """Return whether a name from manifest.json or progress.json is SPLIT.bin or SPLIT-NUMBER.bin, without a folder."""
     return re.fullmatch(rf"{re.escape(split)}(-\d{{5,}})?\.bin", name) is not None
 
 
@@ -317,14 +317,14 @@ def _read_progress(folder):
 
 
 def _own_size(file):
-    """Return the size of a file, or -1 if it is a link or has hard links, because writing would change other files."""
+    """Return the size of a file, or -1 if writing to it would change a file elsewhere (symbolic or hard links)."""
     status = os.lstat(file)
     return status.st_size if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1 else -1
 
 
 def refuse_to_overwrite(folder, accept_moved=True):
-    """Raise ValueError if a Writer would overwrite files. accept_moved: whether to accept files that
-    an interrupted finish() has already moved."""
+    """Raise ValueError if a Writer would overwrite files. accept_moved: accept files that an interrupted finish() has
+    already moved to the folder."""
     folder = Path(folder)
     if accept_moved and (folder / ".partial" / "manifest.json").exists():
         return
@@ -359,7 +359,7 @@ def find_active_process(folder):
     """Return the process that is preparing this folder, as `process N on HOST`, or None."""
     try:
         return locking.find_holder(*(Path(folder) / ".partial" / name for name in LOCK_FILES))
-    except OSError:  # .partial was removed in the meantime, or is not writable, which the Writer reports
+    except OSError:  # .partial was removed in the meantime, or is not writable (the Writer reports this)
         return None
 
 
@@ -371,7 +371,7 @@ def token_file(folder, manifest, split):
 
 
 def sha256_of_split(tokens, sampled=False):
-    """Return the SHA-256 of a TokenFile; for several files, that of their concatenated hexadecimal hashes.
+    """Return the SHA-256 of a TokenFile. If it has several files, this is the hash of their concatenated hex digests.
 
     sampled: hash only the size, the first MiB and the last MiB of each file. The result starts with "sampled:".
     """

@@ -22,8 +22,8 @@ from .fast_bpe import FastBPE, is_safe
 
 EOT = "<|endoftext|>"  # between documents
 # Added to the tokenizer in a model folder if the model has an unused embedding. It is not part of the vocabulary here:
-# no text is encoded to it, and it is never sampled. It is not the end-of-text token, because collators exclude the
-# padding token from the loss, and a fine-tuned model would not learn to end its texts.
+# no text is encoded to it, and it is never sampled. The end-of-text token is not used for padding: collators exclude
+# the padding token from the loss, so a fine-tuned model would not learn to end its texts.
 PAD = "<|pad|>"
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_SHA256 = {
@@ -39,7 +39,7 @@ LONGEST_WORD = 1000  # maximum bytes per word when a BPE is trained
 BPE_TEXT_LIMIT = 200_000_000  # maximum characters to train a BPE on; more would need memory and change few merges
 MAX_VOCAB_SIZE = 2**24  # more than any tokenizer has; arrays of this length still fit into memory
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of tokenizers with byte fallback, such as Llama 2's
-FIRST_BYTE_POINT = 0x10FF00  # stands for byte 0 in Tokenizer.decode; private use, with the bytes above 0x7F at the end
+FIRST_BYTE_POINT = 0x10FF00  # Tokenizer.decode adds this to a byte above 0x7F to get a private-use code point
 BYTES = re.compile(f"[{chr(FIRST_BYTE_POINT + 0x80)}-{chr(FIRST_BYTE_POINT + 0xFF)}]+")
 
 
@@ -52,18 +52,18 @@ class Tokenizer:
 
     Args:
         text: the content of a tokenizer.json.
-        config: the content of the tokenizer_config.json in the same folder. Without eos_token, eos_token_id is used.
+        config: the content of the tokenizer_config.json in the same folder. eos_token has priority over eos_token_id.
 
     Attributes:
         kind: "gpt2", "char", "bpe" (another byte-level BPE), or the model type in tokenizer.json, lowercase.
-        vocab: {token: id}, including special tokens, but not a last token that is only used for padding.
+        vocab: {token: id}, including special tokens. If the last token is only used for padding, it is left out.
         eot, eot_id: the token that ends a document, or None if the vocabulary has none.
         pad, pad_id: the padding token. If it is not in the vocabulary, pad_id is vocab_size, the first unused id. But
             if ids below vocab_size are unused, pad_id is None, because the tokenizers library would give the padding
             token one of these ids.
         special: the special tokens. If they occur in a text, encode() treats them as plain text.
         special_tokens: how to encode special tokens in a text. "text": as ordinary text; "tokens": as their ids; None:
-            as text in a corpus, and as ids in a prompt. It is split_special_tokens in tokenizer_config.json.
+            as text in a corpus, and as ids in a prompt. tokenizer_config.json stores this as split_special_tokens.
         dtype: np.uint16, or np.uint32 if the vocabulary is larger than 2**16.
     """
 
@@ -94,7 +94,7 @@ class Tokenizer:
         added = self._spec.get("added_tokens") or []
         self.special = {token["content"] for token in added if token["special"]} | {self.eot} - {None}
         self._added = [token for token in added if not token["special"] and token["content"] != self.eot]
-        # saved again; transformers would otherwise not know them
+        # save() writes them to tokenizer_config.json, because transformers does not read them from tokenizer.json
         self._settings = {key: name for key, name in names.items() if key != "eos_token" and name in self.vocab}
         if config.get("chat_template"):
             self._settings["chat_template"] = config["chat_template"]
@@ -128,7 +128,7 @@ class Tokenizer:
 
     @cached_property
     def _bpe(self):
-        """For a byte-level BPE: a tiktoken Encoding that returns the same ids, or None if tiktoken would not."""
+        """For a byte-level BPE: a tiktoken Encoding, or None if tiktoken would return other ids than this tokenizer."""
         if self.kind not in ("gpt2", "bpe"):
             return None
         # tiktoken merges any pair that is a token, the tokenizers library only the pairs in its merges. The results are
@@ -174,8 +174,8 @@ class Tokenizer:
     def for_thread(self):
         """Return a copy for use in one thread.
 
-        Threads that shared a tokenizer took 1.3 times as long: only the first thread that uses a Rust regular
-        expression does not need a lock (regex-automata, util::pool).
+        If threads share a tokenizer, encoding takes 1.3 times as long. The reason is a lock in regex-automata
+        (util::pool): every thread needs it, except the first one that uses the regular expression.
         """
         own = copy.copy(self)
         if self._bpe is not None:
@@ -253,7 +253,7 @@ class Tokenizer:
     def load(cls, folder, eos_token=None):
         """Load the tokenizer of a folder with a tokenizer.json, with vocab.json and merges.txt, or with a GPT-2 model.
 
-        eos_token: the end-of-text token; None: as in the files of the folder.
+        eos_token: the end-of-text token. By default, it is read from the files of the folder.
 
         Raises FileNotFoundError if the folder has none of these, and ValueError if a file is damaged.
         """
@@ -273,7 +273,7 @@ class Tokenizer:
         vocab_size, size = _read_model_config(folder).get("vocab_size"), os.path.getsize(path)
         # large tokenizers have about 130 bytes per token; parsing two million tokens takes 10 seconds
         if isinstance(vocab_size, int) and size > 10_000_000 + 1000 * vocab_size:
-            problem = f"{data_size(size)} are too much for the vocab_size={vocab_size:,} of config.json"
+            problem = f"{data_size(size)} is too large for the vocab_size={vocab_size:,} of config.json"
             raise ValueError(f"{path}: {problem}; use the tokenizer that the model was trained with")
         config = _read_config(folder, "tokenizer_config.json")
         if eos_token or not config.get("eos_token"):
@@ -348,7 +348,7 @@ class Tokenizer:
         return f"the tokenizer has no {', '.join(unknown[:8])}{more}" if unknown else ""
 
     def _split_special(self, text):
-        """Split a text into a list, in which every second part is a special token."""
+        """Split a text at its special tokens. In the returned list, every second part is a special token."""
         special = sorted(map(re.escape, self.special), key=len, reverse=True)
         return re.split(f"({'|'.join(special)})", text) if special else [text]
 
@@ -386,7 +386,7 @@ class Tokenizer:
         return cut
 
     def encode_batch(self, texts):
-        """Encode a list of documents. This releases the GIL. With several threads, use for_thread() in each of them."""
+        """Encode a list of documents. This releases the GIL. With several threads, use one for_thread() per thread."""
         if self.special_tokens != "tokens":
             return self._encode_texts(texts)
         split = [self._split_special(text) for text in texts]
@@ -451,8 +451,8 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if not self._has_byte_fallback:
             return self._backend.decode(ids, skip_special_tokens=False)
-        # if one character is incomplete, the tokenizers library replaces all consecutive bytes by U+FFFD; therefore,
-        # pass bytes of other characters than ASCII through its decoder as code points that no vocabulary uses
+        # If one character is incomplete, the tokenizers library replaces all consecutive bytes by U+FFFD. Therefore,
+        # its decoder gets a private-use code point for each byte above 0x7F, and BYTES.sub decodes these bytes.
         tokens = [token for i in ids if (token := self._backend.id_to_token(i)) is not None]
         tokens = [_byte_character(t) if BYTE_TOKEN.fullmatch(t) else t for t in tokens]
         return BYTES.sub(_decode_bytes, self._backend.decoder.decode(tokens))
@@ -471,7 +471,7 @@ class Tokenizer:
         if self.eot:
             config |= {"bos_token": self.eot, "eos_token": self.eot}
         if self.eot and self.kind in ("gpt2", "bpe"):
-            # end-of-text as in OpenAI's tokenizer, where it is never needed, but ctranslate2 requires it
+            # as in OpenAI's tokenizer; a byte-level BPE has no unknown tokens, but ctranslate2 requires this key
             config["unk_token"] = self._spec["model"].get("unk_token") or self.eot
         config |= self._settings
         if self.special_tokens:
@@ -503,7 +503,7 @@ def _read_json(text):
 
 
 def _clean(text, pad):
-    """Return a tokenizer.json without truncation and padding settings, and without the last token if this is `pad`."""
+    """Return a tokenizer.json without truncation and padding settings. If the last token is `pad`, it is left out."""
     spec = json.loads(text)
     added, vocab = spec.get("added_tokens") or [], spec["model"]["vocab"]
     used = vocab.values() if isinstance(vocab, dict) else range(len(vocab))  # a Unigram model has a list
@@ -526,7 +526,7 @@ def _token_name(value):
 
 
 def _byte_character(token):
-    """Return the ASCII character of a byte token such as <0x41>, or a placeholder for another byte; see decode."""
+    """Return the ASCII character of a byte token such as <0x41>, or a private-use character for a byte above 0x7F."""
     byte = int(token[3:5], 16)
     return chr(byte if byte < 0x80 else FIRST_BYTE_POINT + byte)
 

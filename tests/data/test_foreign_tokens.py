@@ -248,10 +248,10 @@ def test_eos_token_is_not_ignored(capsys, gpt2_files):
     Path("there").mkdir()
     write_llmc("there/a.bin", draw(1000))
     line = error_line(capsys, "data_dir=there", "tokenizer=gpt2", "eos_token=<s>", command="train")
-    expect(line, "eos_token=<s>: data_dir=there uses the tokenizer of GPT-2, where it is <|endoftext|>")
+    expect(line, "eos_token=<s>: data_dir=there uses the tokenizer of GPT-2, so eos_token cannot be changed")
     Path("there/meta.pkl").write_bytes(pickle.dumps({"vocab_size": SIZE}))
     line = error_line(capsys, "data_dir=there", "tokenizer=gpt2", "eos_token=7", command="train")
-    expect(line, "eos_token=7: data_dir=there uses its meta.pkl, where it is <|endoftext|>")
+    expect(line, "eos_token=7: data_dir=there uses its meta.pkl, so eos_token cannot be changed")
     line = error_line(capsys, "data_dir=there", "tokenizer=tok", command="train")
     expect(line, "tokenizer=tok: data_dir=there has a meta.pkl", "set tokenizer=gpt2")
 
@@ -343,7 +343,7 @@ def damaged():
     yield "magic only", lambda: Path("x.bin").write_bytes(struct.pack("<i", 20240520)), ["llm.c header", "4 bytes"]
     yield "evaluation", lambda: write_llmc("x.bin", ids, 20240522), ["multiple-choice"]
     yield "model", lambda: write_llmc("x.bin", ids, 20240326, 3, 1024), ["file of llm.c", "20240326", "20240520 or"]
-    yield "other magic", lambda: write_llmc("x.bin", ids, 7, 1), ["starts like a file of llm.c", "magic number 7,"]
+    yield "other magic", lambda: write_llmc("x.bin", ids, 7, 1), ["starts like a file of llm.c", "magic number 7 "]
     docs = [ids[:60], ids[60:]]
     yield "no MMIDIDX", lambda: (write_megatron("x", docs), Path("x.idx").write_bytes(b"TNTIDX" * 9)), ["MMIDIDX"]
     yield "empty idx", lambda: (write_megatron("x", docs), Path("x.idx").write_bytes(b"")), ["MMIDIDX"]

@@ -310,14 +310,19 @@ def test_an_encoding_that_is_not_known(capsys):
 
 
 @pytest.mark.parametrize(
-    ("raw", "kind"),
-    [(b"PK\x03\x04\xff", "zip"), (b"BZh9\xff", "bzip2"), (b"PAR1\xff", "parquet"), (b"%PDF\xff", "PDF")],
+    ("raw", "fix"),
+    [
+        (b"PK\x03\x04\xff", "zip archive, so unpack it"),
+        (b"BZh9\xff", "bzip2 data, so decompress it"),
+        (b"PAR1\xff", "parquet data, so give it the suffix .parquet"),
+        (b"%PDF\xff", "PDF document, so convert it to text"),
+    ],
 )
-def test_another_format_under_the_name_of_a_text(capsys, raw, kind):
+def test_another_format_under_the_name_of_a_text(capsys, raw, fix):
     for name in ("x.txt", "x.jsonl"):
         Path(name).write_bytes(raw)
         line = error_line(capsys, f"corpus={name}")
-        assert kind in line and "unpack or convert it" in line and "iconv" not in line
+        assert fix in line and "iconv" not in line
 
 
 def test_a_character_that_the_tokenizer_of_another_run_lacks(capsys):

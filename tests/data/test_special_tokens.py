@@ -117,7 +117,7 @@ def test_a_marker_that_the_tokenizer_does_not_have():
     Path("mine/tokenizer.json").write_text(tokenizer_json("byte-level", eos="</s>"))
     Path("mine/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     _, lines = prepared(corpus="stories.txt", tokenizer="mine", val_fraction=0.21)
-    assert FOUND in found(lines)[0] and f"the tokenizer has no {EOT}; replace it" in found(lines)[0]
+    assert FOUND in found(lines)[0] and f"the tokenizer has no {EOT}; in the corpus, replace" in found(lines)[0]
 
 
 @pytest.mark.parametrize("where", range(1, len(EOT)))
