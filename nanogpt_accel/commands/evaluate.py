@@ -190,7 +190,7 @@ def open_text(options, folder, config, console):
         fix = "remove it from the text, or evaluate a model that was trained with it"
         raise ValueError(f"text={path}: for {folder}, {error}; {fix}") from None
     if lost := describe_losses(text, tokenizer):
-        problem = f"{lost}; bits per byte includes them, so it is too low"
+        problem = f"{lost}; bits per byte counts their bytes, so the value is too low"
         console.say(f"warning: text={path}: with the tokenizer of {folder}, {problem}")
     problems = check_tokenizer(tokenizer, config, folder)
     problems += [] if len(tokens) > 1 else [f"text={path}: must have at least 2 tokens, but has {len(tokens)}"]

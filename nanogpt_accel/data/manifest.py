@@ -261,7 +261,7 @@ def _find_vocabulary(folder, tokenizer, eos_token):
     meta, own = folder / "meta.pkl", folder / "tokenizer.json"
     if eos_token and not is_named and (meta.is_file() or not own.is_file()):
         used = "its meta.pkl" if meta.is_file() else "the tokenizer of GPT-2"
-        fix = "leave eos_token out, or set tokenizer to a folder or a Hub id"
+        fix = "leave eos_token out" + ", or set tokenizer to a folder or a Hub id" * (not meta.is_file())
         raise ValueError(f"eos_token={eos_token}: data_dir={folder} uses {used}, so eos_token cannot be changed; {fix}")
     if meta.is_file():
         if is_named:
