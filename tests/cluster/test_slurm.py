@@ -90,14 +90,14 @@ def test_two_jobs_on_one_machine_do_not_disturb_each_other(slurm, recipe, tmp_pa
 SLOW_START = """
 import sys, time
 if "nanogpt_accel.train" in sys.orig_argv[:4]:  # not the launcher
-    time.sleep(50)
+    time.sleep(90)
 """
 
 
 def test_a_job_without_progress_is_not_requeued_for_ever(slurm, recipe, tmp_path):
     """The signal comes before the first step. The first attempt counts the data that were prepared before the job."""
     (tmp_path / "sitecustomize.py").write_text(SLOW_START)
-    argv, options = [recipe, f"out_dir={tmp_path}/run"], words(minutes=2, seconds=110)
+    argv, options = [recipe, f"out_dir={tmp_path}/run"], words(minutes=3, seconds=170)
     job = slurm.submit(SINGLE, *argv, sbatch=options, config="configs/cpu.yaml", before=tmp_path)
     assert slurm.wait(job) == ("FAILED", 3), slurm.log(job)
     assert slurm.log(job).count("error: not requeued: 3 attempts in a row without a new checkpoint") == 1
