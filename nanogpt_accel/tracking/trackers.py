@@ -1,13 +1,33 @@
 """Log to the experiment trackers of Accelerate (wandb, tensorboard, ...). If a tracker fails, the run continues."""
 
+import os
+import re
 import secrets
+from contextlib import suppress
 from importlib.util import find_spec
+from operator import attrgetter
 
-from ..utils.text import first_line
+from ..utils.files import write_atomically
+from ..utils.text import file_name, first_line, quoted
 
 # Accelerate's names of the trackers, which are also their module names
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 TEXT_TRACKERS = ("comet_ml", "tensorboard", "wandb")
+ID_OF = {"aim": "hash", "clearml": "id", "mlflow": "info.run_id"}  # where a tracker has the id that it gave to a run
+# what a tracker cannot do
+LIMITS = {
+    "clearml": "its files are in ClearML's cache folder, not in the run folder",
+    "dvclive": "in a DVC repository, each resume is saved as another experiment, with all steps",
+    "mlflow": "if a resumed run changes settings, MLflow still shows the first ones",
+}
+_MLFLOW_URIS = set()  # that earlier runs of this process have set
+# setting with which a tracker needs neither a network nor an account
+OFFLINE = {
+    "clearml": "CLEARML_OFFLINE_MODE=1",
+    "comet_ml": "COMET_START_ONLINE=false",
+    "swanlab": "SWANLAB_MODE=offline",
+    "wandb": "WANDB_MODE=offline",
+}
 
 
 def check_trackers(names):
@@ -24,10 +44,13 @@ def check_trackers(names):
 class Trackers:
     """Log to the trackers of an Accelerator. If logging fails, print a warning.
 
+    Each tracker logs to one run, also after the training was resumed. Its name is `name`, and its files are in `folder`
+    if the tracker supports that.
+
     Args:
         project: name of the project in the trackers. config: flat dictionary of the settings.
         first_step: 0 for a new run. If a run is resumed, trackers continue their record of this run at first_step.
-        folder: run folder, for trackers that write files. name: name of the run in wandb.
+        folder: run folder, for trackers that write files. name: name of the run in the trackers.
         warn: function that prints a line.
 
     Raises:
@@ -36,21 +59,30 @@ class Trackers:
 
     def __init__(self, accelerator, project, config, first_step, folder, name, warn=print):
         self.accelerator, self.warn, self._has_warned = accelerator, warn, False
-        # tensorboard removes values of earlier runs in this folder that were logged at this step or later: after the
-        # checkpoint from which the run resumes, or, in a new run with overwrite=true, all values
-        options = {"wandb": {"name": name, "dir": str(folder)}, "tensorboard": {"purge_step": first_step}}
-        if accelerator.is_main_process and any(str(tracker) == "wandb" for tracker in accelerator.log_with):
-            id_file = folder / ".wandb_id"
-            if first_step == 0 or not id_file.is_file():
-                id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-            options["wandb"] |= {"id": id_file.read_text(encoding="utf-8").strip(), "resume": "allow"}
+        names, is_main = [str(tracker) for tracker in accelerator.log_with], accelerator.is_main_process
+        for tracker in names if is_main else ():
+            if tracker in LIMITS:
+                warn(f"trackers={tracker}: {LIMITS[tracker]}")
+        ids = {tracker: _read_id(folder, tracker) for tracker in names if first_step}
         try:
-            accelerator.init_trackers(project, config=config, init_kwargs=options)
+            options = {
+                tracker: _options(tracker, ids.get(tracker), project, first_step, folder.absolute(), name)
+                for tracker in (names if is_main else ())
+            }
+            accelerator.init_trackers(project, init_kwargs=options)
+            for tracker in accelerator.trackers:
+                if is_main and tracker.name == "aim":
+                    tracker.tracker.name = name
+                if is_main and tracker.name in ID_OF:
+                    _save_id(folder, tracker.name, attrgetter(ID_OF[tracker.name])(tracker.tracker))
+                if not (tracker.name == "mlflow" and ids.get("mlflow")):  # its parameters cannot be changed
+                    tracker.store_init_configuration(config)
         except Exception as error:  # trackers raise different exceptions
-            raise ValueError(
-                f"tracking.trackers: cannot start a tracker: {first_line(error)}; if you have no network or no "
-                "account, set WANDB_MODE=offline or trackers=tensorboard"
-            ) from None
+            offline = [OFFLINE[tracker] for tracker in names if tracker in OFFLINE]
+            fix = f"if you have no network or no account, set {' or '.join([*offline, 'trackers=tensorboard'])}"
+            if saved := [quoted(folder / f".{tracker}_id") for tracker in ids if ids[tracker]]:
+                fix += f"; if the tracker does not have the run any more, delete {', '.join(saved)}"
+            raise ValueError(f"tracking.trackers: cannot start a tracker: {first_line(error)}; {fix}") from None
 
     def log(self, values, step):
         """Log a dictionary {name: number}."""
@@ -70,3 +102,65 @@ class Trackers:
                 reason = first_line(error)
                 self.warn(f"warning: a tracker failed ({reason}); training continues, and metrics.jsonl has all values")
             self._has_warned = True
+
+
+def _read_id(folder, tracker):
+    """Return the id of the run in a tracker, which an earlier process saved in the run folder, or None."""
+    with suppress(OSError, ValueError):
+        text = (folder / f".{tracker}_id").read_text(encoding="utf-8").strip()
+        return text if re.fullmatch(r"[\w-]{1,100}", text) else None
+
+
+def _save_id(folder, tracker, run_id):
+    write_atomically(folder / f".{tracker}_id", run_id)
+    return run_id
+
+
+def _options(tracker, run_id, project, first_step, folder, name):
+    """Return the arguments of a tracker. run_id: the id of the run to continue, or None to start a new run.
+
+    The arguments of a tracker are those of its start function, such as wandb.init, or of its class in Accelerate.
+    """
+    is_resumed = first_step > 0
+    if tracker in ("comet_ml", "swanlab", "wandb"):  # they accept an id for a new run
+        run_id = run_id or _save_id(folder, tracker, secrets.token_hex(16))
+    match tracker:
+        case "tensorboard":
+            # remove values of earlier runs in this folder that were logged at this step or later: after the checkpoint
+            # from which the run resumes, or, in a new run with overwrite=true, all values
+            return {"purge_step": first_step}
+        case "wandb":
+            is_disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")  # as in Trainer
+            options = {"name": name, "dir": str(folder), "id": run_id, "resume": "allow"}
+            return options | ({"mode": "disabled"} if is_disabled else {})
+        case "swanlab":
+            return {"name": name, "log_dir": str(folder / "swanlog"), "id": run_id, "resume": "allow"}
+        case "comet_ml":
+            from comet_ml import ExperimentConfig
+
+            config = ExperimentConfig(name=name, offline_directory=str(folder / "comet_ml"))
+            return {"experiment_key": run_id, "experiment_config": config}
+        case "trackio":  # it continues the last run of this name, and reads TRACKIO_DIR when it is first imported
+            os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
+            return {"name": name, "resume": "allow" if is_resumed else "never"}
+        case "aim":  # Accelerate sets its repository to the run folder
+            return {"experiment": project} | ({"run_hash": run_id, "force_resume": True} if run_id else {})
+        case "mlflow":
+            return _mlflow_options(run_id, folder, name)
+        case "clearml":  # continue_last_task=0: continue, and do not add the last step to the following ones
+            task = {"reuse_last_task_id": run_id, "continue_last_task": 0} if run_id else {"reuse_last_task_id": False}
+            return {"task_name": os.environ.get("CLEARML_TASK", name)} | task
+        case "dvclive":  # the name of an experiment is that of a git reference
+            options = {"dir": str(folder / "dvclive"), "dvcyaml": str(folder / "dvc.yaml"), "exp_name": file_name(name)}
+            return options | {"resume": is_resumed}
+
+
+def _mlflow_options(run_id, folder, name):
+    """Return the arguments of MLflow. Let it write to a database in the run folder, unless the user has set a URI."""
+    import mlflow
+
+    has_own_uri = not mlflow.is_tracking_uri_set() or mlflow.get_tracking_uri() in _MLFLOW_URIS
+    if "MLFLOW_TRACKING_URI" not in os.environ and has_own_uri:
+        _MLFLOW_URIS.add(uri := f"sqlite:///{folder / 'mlflow.db'}")
+        mlflow.set_tracking_uri(uri)
+    return {"run_id": run_id} if run_id else {"run_name": name}
