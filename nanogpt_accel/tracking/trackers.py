@@ -13,11 +13,8 @@ from ..utils.text import file_name, first_line, quoted
 # Accelerate's names of the trackers, which are also their module names
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 TEXT_TRACKERS = ("comet_ml", "tensorboard", "wandb")
-ID_OF = {
-    "aim": "hash",
-    "clearml": "id",
-    "mlflow": "info.run_id",
-}  # attribute with the id of a run, if the tracker chooses it
+# trackers that choose the id of a run themselves -> the attribute that contains the id
+ID_OF = {"aim": "hash", "clearml": "id", "mlflow": "info.run_id"}
 # what a tracker cannot do
 LIMITS = {
     "clearml": "its files are in ClearML's cache folder, not in the run folder",
