@@ -57,7 +57,7 @@ class Batches:
         return {}
 
 
-# for WINDOW samples together, because numpy takes as long for one batch as for hundreds of samples
+# compute WINDOW samples together, because numpy takes as long for one batch as for hundreds of samples
 @lru_cache(maxsize=4)
 def _window_starts(number, *arguments):
     """Return the start positions of samples number * WINDOW to (number + 1) * WINDOW - 1, as an int64 array."""
@@ -87,9 +87,10 @@ def _random_starts(samples, n_tokens, block_size, key):
 class Mixture:
     """The batches of a training run on several sources, with the interface of Batches.
 
-    The source of a sample depends only on (seed, number of the sample). Every BLOCK samples of a stage, each source has
-    its share of the samples, rounded up or down, and evenly spread. The k-th sample of a source is sample k of Batches
-    on this source alone, so each block of its tokens is used once per epoch of the source, over all stages.
+    The source of a sample depends only on the seed and the number of the sample. Each stage is divided into blocks of
+    BLOCK samples. In every block, each source has its share of the samples, rounded up or down, and these samples are
+    spread evenly. The k-th sample from a source, counted over all stages, is sample k of Batches on this source alone.
+    So with sampling="shuffle", an epoch of a source uses each of its sequences once.
 
     Args:
         tokens: {source: its tokens}; see Batches.
@@ -124,9 +125,11 @@ class Mixture:
     def _blocks(self, stage, n):
         """Return the number of samples from each source in the first n blocks of a stage.
 
-        The sources divide the samples of a block like this: with an offset below one sample, a source has as many
-        samples as there are integers in its part (systematic sampling, Madow 1949). So it has its share, rounded up or
-        down. The offset takes each of CYCLE values once per cycle, in steps of about the golden ratio.
+        A block is divided by systematic sampling (Madow 1949). Every source has a part of the interval from 0 to BLOCK;
+        the length of this part is the source's share of BLOCK samples. The block has an offset below 1, which shifts
+        all parts. A source has as many samples as there are integers in its shifted part: its share, rounded up or
+        down. From block to block, the offset increases by about the golden ratio, modulo 1. It takes each of CYCLE
+        values once per cycle.
         """
         cycles, rest = divmod(n, self.CYCLE)
         offsets = np.arange(rest) * 633 % self.CYCLE
@@ -149,7 +152,7 @@ class Mixture:
         return sources[order], np.concatenate(starts)[order]
 
     def samples(self, first, count):
-        """Return (source, start position) of `count` samples, from sample number `first` on: two arrays (count,)."""
+        """Return the sources and the start positions of `count` samples from number `first` on: two arrays (count,)."""
         stage = bisect_right(self.first_samples, first) - 1
         offset = first - self.first_samples[stage]
         numbers = range(offset // self.BLOCK, -(-(offset + count) // self.BLOCK))
@@ -233,8 +236,8 @@ def sliding_windows(n_tokens, block_size, stride, batch_size):
     block_size, windows do not overlap, and the first token of each window is not scored.
 
     Returns:
-        list of (starts, length, counted), one per batch: the start positions of the batch's windows, the number of
-        targets per window, and the number of scored targets, which are the last ones of each window.
+        A list with one (starts, length, counted) per batch. starts: the start positions of the windows. length: the
+        number of targets per window. counted: the number of scored targets per window, which are the last ones.
     """
     batches, end = [], 0
     for start in range(0, n_tokens, stride):
@@ -257,7 +260,7 @@ def seed_of(*numbers):
 
 
 def shuffled(places, n, key):
-    """Return the elements at `places` of a pseudorandom permutation of 0..n-1, without computing all of it.
+    """Return the elements at `places` of a pseudorandom permutation of 0..n-1, without computing the others.
 
     A Feistel network permutes the numbers below the smallest power of 4 that is at least n. Results of n or more are
     permuted again (cycle walking). Therefore, the cost per element does not depend on n.
@@ -272,7 +275,7 @@ def shuffled(places, n, key):
     while outside.any():
         left, right = result[outside] >> half, result[outside] & mask
         for i in range(_ROUNDS):
-            # not key + i, because mix only uses the sum of value and key: the rounds would be shifted copies of each
+            # mix only uses the sum of value and key. With key + i, the rounds would therefore be shifted copies of each
             # other, and permutations of fewer than 100 elements would be far from uniform
             left, right = right, left ^ (mix(right, key + (i << 40)) & mask)
         result[outside] = left << half | right

@@ -102,9 +102,9 @@ class GPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        if self.__dict__["n_kv_head"] is not None:  # to_dict has both names
+        if self.__dict__["n_kv_head"] is not None:  # to_dict has both names; ignore the other one
             kwargs.pop("num_key_value_heads", None)
-        # save_pretrained adds only the class that is saved; with all of them, AutoModel finds the body of a saved GPT
+        # save_pretrained adds only the class of the saved model; with all classes, AutoModel can load the body of a GPT
         kwargs.setdefault("auto_map", {auto.__name__: f"model.{ours.__name__}" for auto, ours in AUTO_CLASSES.items()})
         super().__post_init__(**kwargs)
 
@@ -366,7 +366,7 @@ class GPTPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "wte"
 
     def __init__(self, config):
-        config.validate_architecture()  # again, because its fields may have been changed
+        config.validate_architecture()  # again, because fields may have changed since the config was made
         super().__init__(config)
 
     def _init_weights(self, module):
@@ -427,8 +427,8 @@ class GPTModel(GPTPreTrainedModel):
             (B, T, C)) and attentions (n_layer tensors (B, nh, T, T_past + T)).
 
         Raises:
-            ValueError: the sequence is longer than block_size, and the model has learned positions; or not exactly one
-                of input_ids and inputs_embeds is given.
+            ValueError: not exactly one of input_ids and inputs_embeds is given. Or the model has learned positions, and
+                the sequence is longer than block_size.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is required")
@@ -440,7 +440,7 @@ class GPTModel(GPTPreTrainedModel):
 
         tok_emb = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         T, length = tok_emb.shape[1], None
-        # without padding and a cache, SDPA's is_causal replaces the mask
+        # without padding, position_ids and a cache, SDPA's is_causal replaces the mask
         is_plain = attention_mask is None and position_ids is None and cache is None
         if not (is_plain and self.config._attn_implementation == "sdpa"):
             attention_mask = create_causal_mask(self.config, tok_emb, attention_mask, cache, position_ids)
@@ -448,7 +448,7 @@ class GPTModel(GPTPreTrainedModel):
             T_past = cache.get_seq_length() if cache is not None else 0  # a static cache returns a tensor
             length = T_past + T
             position_ids = torch.arange(T, device=tok_emb.device).unsqueeze(0) + T_past  # (1, T)
-        elif position_ids.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
+        elif position_ids.device.type == "cpu" and not torch.compiler.is_compiling():  # item() would wait for a GPU
             length = position_ids.max().item() + 1
         is_learned = self.config.position == "learned"
         if is_learned and isinstance(length, int) and length > self.config.block_size:
@@ -482,7 +482,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = GPTModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.loss_type = "ForCausalLM"  # Trainer counts B * (T - 1) labels, because forward shifts them
+        self.loss_type = "ForCausalLM"  # tells Trainer to count B * (T - 1) labels, because forward shifts the labels
         self.post_init()  # also ties lm_head to wte
 
     def set_block_size(self, block_size):
@@ -521,8 +521,8 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
             return_logits: if False, only the loss is returned, and at most largest_logits logits are in memory at a
                 time. The loss is the same up to rounding.
             kwargs: shift_labels (B, T) are labels that are already shifted: shift_labels[:, t] follows input_ids[:, t].
-                It is not in the signature, because Trainer expects a column for every parameter with "label" in its
-                name. Other keyword arguments: see GPTModel.forward.
+                It is not in the signature, because Trainer expects a data column for each parameter whose name contains
+                "label". Other keyword arguments: see GPTModel.forward.
 
         Returns:
             CausalLMOutputWithPast: loss (nats per token, float32 scalar), logits (B, T, V), and the other outputs of
@@ -594,11 +594,11 @@ AUTO_CLASSES = {
     AutoModelForSequenceClassification: GPTForSequenceClassification,
     AutoModelForTokenClassification: GPTForTokenClassification,
 }
-if not __name__.startswith("transformers_modules."):  # a copy of this file must not replace that of another model
+if not __name__.startswith("transformers_modules."):  # a checkpoint's copy must not replace the class of another one
     AutoConfig.register(GPTConfig.model_type, GPTConfig, exist_ok=True)
 for auto_class, model_class in AUTO_CLASSES.items():
     if auto_class is not AutoConfig:
         auto_class.register(GPTConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)
-# Trainer's label smoothing shifts the labels of the classes in this table, which `register` does not change
+# Trainer's label smoothing shifts the labels only for classes in this table, and `register` does not add GPT to it
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GPTConfig.model_type] = GPT.__name__

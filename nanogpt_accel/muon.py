@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), with AdamW for parameters that are not matrices.
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), with AdamW for all other parameters.
 
 With several processes, distributed/muon_exchange.py divides the work: each process orthogonalizes some of the matrices.
 """
@@ -19,7 +19,7 @@ def fused_row_counts(model):
 
 
 class Matrix(NamedTuple):
-    """A matrix to update: a weight, or a part of a fused weight. This process has some of its rows, usually all."""
+    """A matrix to update: a weight, or one of the matrices in a fused weight. FSDP2 shards its rows over processes."""
 
     weight: torch.Tensor  # the rows on this process, a view of the parameter
     update: torch.Tensor  # Muon's momentum for the same rows
@@ -34,8 +34,8 @@ class Muon(torch.optim.Optimizer):
     directions with large gradients do not dominate. The updates are the same as in torch.optim.Muon, but matrices of
     the same shape (or transposed shape) are processed in one batch instead of one after another.
 
-    groups: parameter groups. A group with use_muon=True has `rows`: for each parameter, the number of rows of each of
-    its matrices, which are orthogonalized separately.
+    groups: parameter groups. A group with use_muon=True also has `rows`: for each parameter, a list of the row counts
+    of the matrices in it. The matrices of a parameter are orthogonalized separately.
     """
 
     def __init__(self, groups):
@@ -99,7 +99,7 @@ def local(tensor):
 
 
 def split_matrices(p, update, rows):
-    """Return the Matrix objects of a parameter. update: its momentum on this process. rows: see Muon."""
+    """Return the Matrix objects of a parameter. update: the parameter's momentum on this process. rows: see Muon."""
     n_shards, shard = 1, 0
     if isinstance(p, DTensor):  # FSDP2 shards rows over the last dimension of the mesh
         n_shards, shard = p.device_mesh.size(-1), p.device_mesh.get_local_rank(p.device_mesh.ndim - 1)
@@ -113,7 +113,7 @@ def split_matrices(p, update, rows):
 
 
 def orthogonalize_here(buckets):
-    """Orthogonalize all matrices on this process. For the result, see Muon._start_muon."""
+    """Orthogonalize all matrices on this process. Return a function, see Muon._start_muon."""
     bucket_results = [zip(bucket, orthogonalize_all([m.update for m in bucket]), strict=True) for bucket in buckets]
     return lambda: (pair for pairs in bucket_results for pair in pairs)
 

@@ -1,7 +1,7 @@
 """Learning rate schedules and optimizers.
 
 To add a schedule, write a function like `cosine` and add it to SCHEDULES. To add an optimizer, write a function like
-`adamw` and add it to OPTIMIZERS. Recipes can then select it. They can also name any class of optimizers. torch is
+`adamw` and add it to OPTIMIZERS. Recipes can then select it. Recipes can also name any optimizer class. torch is
 imported only when an optimizer is created, because recipe.py imports this file and must load quickly.
 """
 
@@ -128,7 +128,7 @@ def by_name(model, settings):
     """Return an optimizer of any class, with nanoGPT's parameter groups and the options of the recipe."""
     groups = parameter_groups(model, settings.weight_decay)
     optimizer = optimizer_class(settings.algorithm)(groups, lr=settings.learning_rate, **settings.options)
-    # for checkpoints, which store what the optimizer changes in its groups
+    # checkpoints store only the values that the optimizer has changed since, see sharding.changed_values
     optimizer.initial_groups = [
         {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]

@@ -114,20 +114,21 @@ Label = Annotated[str, AfterValidator(_check_label)]
 
 
 class Corpus(Section):
-    """The keys of a corpus, in the data section, in a source of a mix, and in a validation set."""
+    """The keys that define a corpus. The data section, every source of a mix and every validation set have them."""
 
     corpus: Name = Field(
         "openwebtext",
         description="training text: python, shakespeare, openwebtext, bookcorpus, wikitext2, fineweb_edu, tinystories, "
-        "hub:USER/SET, or a file, folder or glob of plain text, .jsonl, .csv or .parquet (also .gz and .zst), also at "
-        "a URL (s3://, gs://, https://, hf://), or of token files on this machine (.bin, .npy, .ds)",
+        "hub:USER/SET, or a path or URL (s3://, gs://, https://, hf://) of a file, a folder or a glob. Files are plain "
+        "text, .jsonl, .csv or .parquet (also .gz and .zst). Token files (.bin, .npy, .ds) must be on this machine",
     )
     text_column: str = Field("text", description="text column of .jsonl, .csv and .parquet files and of Hub datasets")
-    lines: bool = Field(False, description="in plain text files, treat each line as a document, not each file")
+    lines: bool = Field(False, description="treat each line of a plain text file as a document, not the whole file")
     split_by: Literal["auto", "name", "val_fraction"] = Field(
         "auto",
-        description="validation data of a corpus of files. name: files or folders named train, val, valid, validation, "
-        "dev or test; val_fraction: a part of the text; auto: name if there are such files, otherwise val_fraction",
+        description="how to split a corpus of files. name: by file or folder names (train, val, valid, validation, dev "
+        "or test); val_fraction: use a part of the text for validation; auto: name if there are files with such names, "
+        "otherwise val_fraction",
     )
     dataset_config: TextOrNone = Field(None, description="configuration of hub:USER/SET, if it is not the default one")
     dataset_split: str = Field(
@@ -147,15 +148,15 @@ class Corpus(Section):
     data_dir: NameOrNone = Field(
         None,
         description="folder of token files in the format of this package, nanoGPT, llm.c, modded-nanogpt, Megatron-LM, "
-        "datatrove or numpy; default: a folder in data/ named after the corpus and the tokenizer. On the command line, "
-        "prepared data replace the corpus of the recipe",
+        "datatrove or numpy; default: a folder in data/ named after the corpus and the tokenizer. If data_dir is "
+        "set on the command line, its token files replace the corpus of the recipe",
     )
     val_fraction: Float = Field(
         0.0005,
         gt=0,
         lt=1,
         description="fraction of the corpus for validation: documents drawn at random, or the end of the text "
-        "if the corpus is a single document. The default is increased if val would be shorter than a sample",
+        "if the corpus is a single document. The default is increased if val would have at most block_size tokens",
     )
 
 
@@ -173,7 +174,7 @@ class _Member(Corpus):
         return keys if keys.keys() & {"corpus", "data_dir"} else {}
 
     def section(self, data):
-        """Return the data section of this corpus alone. data: the data section of the recipe."""
+        """Return a data section that has only this corpus. data: the data section of the recipe."""
         defaults = {key: Corpus.model_fields[key].default for key in ("corpus", "data_dir")}
         others = {"mix": [], "stages": [], "validation": {}}
         section = data.model_copy(update=others | defaults | self.given)
@@ -195,7 +196,7 @@ class Source(_Member):
 
 class ValidationSet(_Member):
     split: Literal["val", "test", "train", "all"] = Field(
-        "val", description="split to evaluate on; all: all tokens of the corpus, if it is used only for validation"
+        "val", description="split to evaluate on; all: all splits, for a corpus that is used only for validation"
     )
 
 
@@ -203,7 +204,7 @@ class Stage(Section):
     model_config = ConfigDict(serialize_by_alias=True)
 
     start: Annotated[Float, AfterValidator(_check_start)] = Field(
-        alias="from", gt=0, description="first step of the stage, or a share of max_iters if it is below 1"
+        alias="from", gt=0, description="first step of the stage; a number below 1 is a share of max_iters"
     )
     mix: list[Source] = Field(
         min_length=1,
@@ -214,13 +215,13 @@ class Stage(Section):
 class Data(Corpus):
     mix: Annotated[list[Source], _yaml_or([])] = Field(
         [],
-        description="train on several corpora instead of one: a list of sources with the keys of a corpus and a weight",
+        description="train on several corpora: a list of sources, each of which has the keys of a corpus and a weight",
     )
     stages: Annotated[list[Stage], _yaml_or([])] = Field(
         [], description="later mixes: a list of {from: STEP or SHARE, mix: [...]}, in the order of the steps"
     )
     validation: Annotated[dict[Label, ValidationSet], _yaml_or({})] = Field(
-        {}, description="more validation sets by name, with the keys of a corpus and split; logged as val_loss/NAME"
+        {}, description="more validation sets: {NAME: {corpus: ..., split: ...}, ...}; their losses are val_loss/NAME"
     )
     shard_tokens: Int = Field(100_000_000, ge=1000, description="maximum number of tokens per token file")
     tokenizer: Name = Field(
@@ -230,16 +231,16 @@ class Data(Corpus):
     )
     eos_token: TextOrNone = Field(
         None,
-        description="end-of-text token of a tokenizer from a folder or the Hub; default: eos_token of its "
-        "tokenizer_config.json or special_tokens_map.json, eos_token_id of generation_config.json, or <|endoftext|>",
+        description="end-of-text token of a tokenizer from a folder or the Hub. Default: the token that is named in "
+        "tokenizer_config.json, special_tokens_map.json or generation_config.json, otherwise <|endoftext|>",
     )
     vocab_size: Int = Field(
         4096, ge=257, le=1_000_000, description="vocabulary size of tokenizer=bpe; other tokenizers ignore it"
     )
     special_tokens: Literal["text", "tokens"] = Field(
         "text",
-        description="special tokens, such as <|endoftext|>, in the text of the corpus. text: encode them as ordinary "
-        "text, as in nanoGPT; tokens: encode them as their ids. If there are any, prompts are encoded in the same way",
+        description="how to encode special tokens, such as <|endoftext|>, that occur in the text of the corpus. text: "
+        "as ordinary text, like nanoGPT; tokens: as their ids. If any occur, prompts are encoded in the same way",
     )
     sampling: Literal["shuffle", "random"] = Field(
         "shuffle",
@@ -318,8 +319,8 @@ class Model(Section):
     pad_vocab_to_multiple_of: Int = Field(
         64,
         ge=1,
-        description="add a padding token, which batched generation and fine-tuning need, and pad the vocabulary size "
-        "to a multiple of this number, for faster kernels (50,257 becomes 50,304). 1: neither",
+        description="pad the vocabulary size to a multiple of this number, for faster kernels (50,257 becomes 50,304). "
+        "One of the new entries is a padding token, for batched generation and fine-tuning. 1: no padding",
     )
     initializer_range: Float = Field(0.02, gt=0, description="standard deviation of the initial weights")
     zero_init: bool = Field(
@@ -331,16 +332,16 @@ class Optimizer(Section):
     algorithm: Literal[tuple(OPTIMIZERS)] | Annotated[str, AfterValidator(_class_name)] = Field(
         "adamw",
         description="adamw: AdamW for all parameters; muon: Muon for the matrices in the blocks and AdamW for all "
-        "other parameters; or the name of a class of optimizers in an installed package, such as torch.optim.Adafactor",
+        "other parameters; or the name of an optimizer class in an installed package, such as torch.optim.Adafactor",
     )
     options: Annotated[dict, BeforeValidator(_read_options)] = Field(
-        {}, description="if algorithm is a class: its arguments, in addition to learning_rate and weight_decay"
+        {}, description="arguments of an optimizer class, in addition to learning_rate and weight_decay"
     )
-    learning_rate: Float = Field(6e-4, gt=0, description="maximum learning rate of AdamW, or of another optimizer")
+    learning_rate: Float = Field(6e-4, gt=0, description="maximum learning rate of AdamW or of an optimizer class")
     weight_decay: Float = Field(
         0.1,
         ge=0,
-        description="weight decay of AdamW, or of another optimizer, for parameters of two or more dimensions",
+        description="weight decay of AdamW or of an optimizer class, for parameters with two or more dimensions",
     )
     beta1: Float = Field(0.9, ge=0, lt=1, description="decay rate of AdamW's first moment")
     beta2: Float = Field(0.95, ge=0, lt=1, description="decay rate of AdamW's second moment")
@@ -368,7 +369,7 @@ class Train(Section):
     gradient_accumulation_steps: Int = Field(
         40,
         ge=1,
-        description="micro-batches per step over ALL processes, so more GPUs do not change the tokens per step",
+        description="micro-batches per step over ALL processes; the number of GPUs does not change the tokens per step",
     )
     max_iters: Int = Field(600_000, ge=0, description="number of optimizer steps")
     eval_interval: Int = Field(2000, ge=1, description="steps between evaluations")
@@ -408,7 +409,7 @@ class Train(Section):
     )
     collective_timeout: Float = Field(600.0, ge=1, description="timeout of collective operations in seconds")
     tasks: Words = Field(
-        [], description="lm-eval tasks to evaluate during training, such as hellaswag,arc_easy; or core"
+        [], description="lm-eval tasks to evaluate during training, such as hellaswag,arc_easy; core: the tasks of CORE"
     )
     tasks_interval: IntOrNone = Field(
         None,
@@ -417,12 +418,12 @@ class Train(Section):
     )
     tasks_limit: IntOrNone = Field(None, ge=1, description="use at most this many questions per task; default: all")
     tasks_dir: TextOrNone = Field(None, description="folder with your own lm-eval task files")
-    sample_tokens: Int = Field(0, ge=0, description="tokens per sample; a sample is printed at the end; 0: no samples")
+    sample_tokens: Int = Field(0, ge=0, description="tokens per sample (one is printed at the end); 0: no samples")
     sample_prompt: str = Field(
-        "\n", description="prompt of the samples; default: a line end or, if the data have none, the first token"
+        "\n", description="prompt of the samples; default: a newline, or the first token if no token contains a newline"
     )
     sample_interval: IntOrNone = Field(
-        None, ge=1, description="steps between the samples written to samples.jsonl; default: one sample, at the end"
+        None, ge=1, description="steps between samples in samples.jsonl; default: only the sample at the end"
     )
 
 
@@ -434,10 +435,12 @@ class Checkpoint(Section):
     )
     keep_last: Int = Field(2, ge=1, description="number of recent checkpoints to keep, in addition to the best one")
     best: TextOrNone = Field(
-        None, description="validation set that selects the best checkpoint; default: that of the corpus, or of the mix"
+        None,
+        description="validation set or source whose loss selects the best checkpoint; default: all sources together",
     )
     mix_change: bool = Field(
-        False, description="resume although the data differ from those of the checkpoint; the change is recorded in it"
+        False,
+        description="resume although the data differ from those of the checkpoint; later checkpoints record the change",
     )
     async_save: bool = Field(False, description="write checkpoints in the background, after copying the state")
     resume: Annotated[Literal["no", "auto"], BeforeValidator(_read_no)] = Field(
@@ -446,7 +449,7 @@ class Checkpoint(Section):
     mirror: TextOrNone = Field(
         None,
         description="copy every checkpoint in the background to this folder or URL, such as s3://bucket/run; if "
-        "out_dir has no checkpoint, resume=auto continues from there (for spot instances)",
+        "out_dir has no checkpoint, resume=auto continues from the copy (for spot instances)",
     )
 
 
@@ -610,7 +613,7 @@ class Recipe(Section):
         return step % self.train.log_interval == 0 or is_before_save or step + 1 == self.train.max_iters
 
     def replace(self, **values):
-        """Return a copy with some settings changed, without naming sections: recipe.replace(batch_size=6)."""
+        """Return a copy with changed settings, which are named without sections: recipe.replace(batch_size=6)."""
         changes = {}
         for key, value in values.items():
             changes.setdefault(SECTION_OF[key], {})[key] = value
@@ -660,12 +663,12 @@ SECTION_OF |= {key: name for name, section in SECTIONS.items() for key in sectio
 FIELDS = {key: (SECTIONS[name] if name else Recipe).model_fields[key] for key, name in SECTION_OF.items()}
 FIELDS |= {f"{name}.{key}": FIELDS[key] for key, name in SECTION_OF.items() if name}
 
-# the settings that affect the expected loss, except the seed, because the tolerance covers its effect
+# the settings that affect the expected loss; the seed is not one of them, because the tolerance covers its effect
 LOSS_SECTIONS = ("data", "model", "optimizer")
 LOSS_TRAIN_KEYS = ("batch_size", "gradient_accumulation_steps", "max_iters")
 LOSS_TRAIN_KEYS += ("eval_interval", "eval_iters", "eval_first", "eval_only")
 
-# the settings of the data section that apply to data that are already prepared
+# the keys of the data section that still have an effect after the data are prepared
 DATA_USE_KEYS = ("data_dir", "validation", "sampling", "document_mask")
 
 
@@ -711,7 +714,7 @@ def _conflicts(recipe, overridden):
     if optimizer.options and optimizer.algorithm in OPTIMIZERS:
         yield (
             {"options", "algorithm"},
-            f"optimizer.options={show_value(optimizer.options)}: only for an algorithm that is a class, such as "
+            f"optimizer.options={show_value(optimizer.options)}: only for an optimizer class, such as algorithm="
             f"torch.optim.Adafactor; for {optimizer.algorithm}, use the other keys of the section optimizer",
         )
     if recipe.min_lr > optimizer.learning_rate:
@@ -854,7 +857,7 @@ def find_recipe(target):
     Args:
         target: a file, a run folder (its run.yaml is the recipe), or the name of a recipe. A path that exists takes
             precedence over a name. The recipe NAME is the file NAME.yaml, if it exists, otherwise a packaged recipe.
-            The names NAME.yaml and recipes/NAME.yaml also work, so that the README's commands do in any folder.
+            The names NAME.yaml and recipes/NAME.yaml also work, so the README's commands can be used in any folder.
 
     Raises:
         FileNotFoundError: there is no such recipe; the message has the nearest name.
@@ -882,7 +885,7 @@ def find_recipe(target):
 def _has_token_files(data_dir):
     """Return whether data_dir seems to contain prepared data, which replace the corpus and the tokenizer of the recipe.
 
-    dataset.check reports files that only have the name of a token file.
+    Only file names are compared. dataset.check then reports files that are not token files.
     """
     folder = Path(os.path.expanduser(str(data_dir)))
     return folder.is_file() or any(any(folder.glob(name)) for name in ("manifest.json", "*.bin", "*.npy", "*.ds"))
@@ -913,14 +916,14 @@ def _changed_keys(file_values, recipe):
 def _is_copy(path, corpus):
     """Return whether a file contains the text of a built-in corpus."""
     path = os.path.expanduser(path)
-    try:  # built-in texts have less than 16 MiB, so do not read all of a large file
+    try:  # built-in texts are smaller than 16 MiB, so reading 16 MiB of a file is enough
         return corpus in TEXT_SHA256 and os.path.isfile(path) and sha256(path, size=2**24) == TEXT_SHA256[corpus]
     except OSError:
         return False
 
 
 def _misplaced(section, leaf):
-    """Return the error message for a key that does not belong to the section that it is in."""
+    """Return the error message for a key in the wrong section."""
     key = f"{section}.{leaf}" if section else leaf
     if leaf not in SECTION_OF:
         return unknown_key(key, SECTION_OF)

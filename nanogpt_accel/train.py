@@ -65,8 +65,8 @@ class TrainState:
     learning_rate: float | None = None  # of the last step
     skips: int = 0  # steps skipped because their gradient was not finite
     skips_in_a_row: int = 0
-    named_scores: dict = field(default_factory=dict)  # of the last evaluation: validation sets by name, tasks
-    data_changes: list = field(default_factory=list)  # of resumed runs with mix_change=true
+    named_scores: dict = field(default_factory=dict)  # {name: score}, last evaluation on validation sets and tasks
+    data_changes: list = field(default_factory=list)  # one entry per resume with changed data (mix_change=true)
 
     @classmethod
     def load(cls, checkpoint):
@@ -88,14 +88,14 @@ class TrainState:
 
 
 def training_loop(setup, data, run, state, stopper, console):
-    """Train until max_iters, or until a signal or max_hours stops the run. Return whether it was stopped early."""
+    """Train until max_iters, or until a signal or max_hours stops the run. Return whether the run was stopped early."""
     import torch
 
     recipe, accelerator, model, optimizer = setup.recipe, setup.accelerator, setup.model, setup.optimizer
     first_step = state.step  # 0, or the step of the checkpoint that the run resumes from
     last_step = max(first_step, recipe.train.max_iters)
     nonfinite = NonFinite(setup, run, data.tokenizer)
-    losses, grad_norm = [], None  # on the device: losses of the steps that are not logged yet, last gradient norm
+    losses, grad_norm = [], None  # on the device: losses since the last logged step; last gradient norm
 
     model.train()
     inputs = setup.fetch(first_step, 0)
@@ -112,7 +112,7 @@ def training_loop(setup, data, run, state, stopper, console):
             run.log_evaluation(step, scores)
             is_best = state.record(scores, recipe.best_loss)
 
-        # save: at save_interval unless steps are being skipped, at the end, and at a new best validation loss
+        # save at a new best validation loss, at the end, and every save_interval steps except while steps are skipped
         is_due = (recipe.should_save(step) and not state.skips_in_a_row) or is_last or is_stopping
         if (is_due and step > first_step) or (is_best and step > 0):  # first_step is 0 or already saved
             if losses:  # the losses since the last logged step are not checked yet
@@ -133,7 +133,7 @@ def training_loop(setup, data, run, state, stopper, console):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-        # forward and backward over the micro-batches; gradients are all-reduced in the last one
+        # forward and backward over the micro-batches; DDP all-reduces the gradients in the last micro-batch
         if not losses:
             since = time.perf_counter()
         loss = torch.zeros((), device=accelerator.device)
@@ -141,7 +141,7 @@ def training_loop(setup, data, run, state, stopper, console):
             with accelerator.accumulate(model):
                 setup.seed_dropout(step, micro_step)
                 micro_loss = model(**inputs, return_logits=False).loss
-                # fetch the next inputs while the device works; after the last micro-batch, those of the next step
+                # fetch the inputs of the next micro-batch, or of the next step, while the device works
                 inputs = setup.fetch(step, micro_step + 1)
                 accelerator.backward(micro_loss)  # divides the loss by the number of micro-steps
                 loss += micro_loss.detach() / setup.micro_steps
@@ -204,7 +204,7 @@ def run_training(recipe, signals):
         run.start(setup, data, state, stopper, is_resumed)
         describe_run(setup, data, state.step, console)
         console.start(state.step, recipe.train.max_iters, recipe.train.eval_interval, setup.is_compiled)
-        cli.restore_gc()  # collect garbage normally again, because saving leaves models in reference cycles
+        cli.restore_gc()  # collect garbage as usual from now on, because saving leaves models in reference cycles
         is_stopped = training_loop(setup, data, run, state, stopper, console)
         console.stop()
         run.saver.wait()
@@ -243,7 +243,8 @@ def evaluate_only(recipe, console):
 def warn_if_schedule_changed(recipe, state, console):
     """Warn if a changed schedule makes the learning rate jump at the first step of a resumed run."""
     before, now = state.learning_rate, learning_rate(state.step, **recipe.lr_schedule)
-    # schedules change the learning rate by less than 20% per step, except where it is small (warm-up, end of decay)
+    # an unchanged schedule changes the learning rate by less than 20% per step, except when the rate is small (during
+    # the warm-up and at the end of the decay)
     if state.step < recipe.train.max_iters and not math.isclose(
         now, before, rel_tol=0.2, abs_tol=0.05 * recipe.optimizer.learning_rate
     ):
@@ -312,11 +313,12 @@ def train(recipe, **overrides):
         overrides: settings that replace those of the recipe, as on the command line.
 
     Returns:
-        (model, history): the trained GPT, and a History, the list of all logged lines. history.steps and
-        history.evaluations are parts of it; history.plot() plots the losses.
+        (model, history): the trained GPT, and a History with all logged lines. history.steps has the lines of training
+        steps, and history.evaluations has the lines of evaluations. history.plot() plots the losses.
 
     Raises:
-        ValueError: the recipe has problems; one line per problem. Also the exceptions of `run_training`.
+        ValueError: the recipe has problems; the message has one line per problem.
+        Other exceptions: see `run_training`.
     """
     cli.limit_openmp_spinning()
     if not isinstance(recipe, Recipe):

@@ -1,4 +1,4 @@
-"""Build what the training loop needs from a recipe: data, model, optimizer. Shared by `train` and `bench`.
+"""Build the data, the model and the optimizer of a recipe, for the commands `train` and `bench`.
 
 torch and transformers are not imported at the top, so that `check_recipe` reports mistakes in a recipe quickly.
 """
@@ -40,12 +40,14 @@ from .utils.text import duration, first_line, quoted
 
 
 def load_target(target, options):
-    """Return the Recipe for the target of `train`: a path or name of a recipe, or a run folder, to continue its run.
+    """Return the Recipe for the target of the `train` command.
 
-    options: {key: value or text}, which replace settings of the file.
+    target: the path or name of a recipe, or the folder of a run to resume. options: {key: value or text} that replace
+    settings of the file.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: there are problems; one line per problem.
+        FileNotFoundError: there is no such file.
+        ValueError: there are problems; the message has one line per problem.
     """
     if (Path(target) / "run.yaml").is_file():
         if "out_dir" in options:
@@ -53,7 +55,7 @@ def load_target(target, options):
                 f"out_dir={options['out_dir']}: a resumed run stays in {target}; to write to another folder, start a "
                 f"new run with init_from={quoted(target)}"
             )
-        # fail if there is no checkpoint; with the recipe's resume=auto, the run would start over
+        # this fails if there is no checkpoint; with the recipe's resume=auto, the run would start over
         options = {"init_from": "resume", "resume": "no", **options, "out_dir": str(target)}
         target = Path(target) / "run.yaml"
     return load_recipe(target, options, check=check_recipe)
@@ -99,8 +101,8 @@ def check_recipe(recipe):
 
 
 def check_optimizer(settings):
-    """Check that the optimizer works with the launcher, and try an optimizer class with its options on a small model.
-    Return all problems. settings: the optimizer section of a recipe."""
+    """Check that the launcher supports the optimizer. If `algorithm` is an optimizer class, also try it with its
+    options on a small model. Return all problems. settings: the optimizer section of a recipe."""
     algorithm = f"optimizer.algorithm={settings.algorithm}"
     if settings.algorithm != "adamw" and launcher_requests("DEEPSPEED"):
         fix = f"set algorithm=adamw, or launch with {packaged('configs/fsdp2.yaml')}"
@@ -120,9 +122,9 @@ def check_optimizer(settings):
         return [f"{options}: remove {' and '.join(given)}; use the keys learning_rate and weight_decay instead"]
     closure = inspect.signature(found.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        return [f"{algorithm}: its step needs a closure, which is not supported; choose another optimizer"]
+        return [f"{algorithm}: step() needs a closure, which is not supported; choose another optimizer"]
     if hasattr(found, "eval"):  # schedule-free optimizers
-        return [f"{algorithm}: it needs calls of train() and eval(), which is not supported; choose another optimizer"]
+        return [f"{algorithm}: needs calls to train() and eval(), which are not supported; choose another optimizer"]
     model, states = torch.nn.Linear(3, 2), []
     try:
         optimizer = make_optimizer(model, settings)
@@ -141,7 +143,7 @@ def check_optimizer(settings):
             pack(fields, "its state", states[-1][1])
         sharding.changed_values(optimizer)
     except Exception as error:
-        return [f"{algorithm}: a step with {options} fails, or cannot be saved: {first_line(error)}"]
+        return [f"{algorithm}: with {options}, a step fails, or its state cannot be saved: {first_line(error)}"]
     is_like = all(x.shape in ((), shape) for shape, tensors in states for x in tensors.values())
     if launcher_requests("FSDP") and not is_like:
         problem = "not supported with FSDP2, because its state does not have the shape of the parameters"
@@ -166,8 +168,8 @@ def check_out_dir(recipe):
             before = load_recipe(out_dir / "run.yaml").optimizer.algorithm
             if before != recipe.optimizer.algorithm:
                 problems.append(
-                    f"optimizer.algorithm={recipe.optimizer.algorithm}: the state of the optimizer in {latest} is that "
-                    f"of {before}; leave out algorithm, or start a new run with init_from={quoted(latest)} and another "
+                    f"optimizer.algorithm={recipe.optimizer.algorithm}: {latest} contains the optimizer state of "
+                    f"{before}; leave out algorithm, or start a new run with init_from={quoted(latest)} and another "
                     "out_dir"
                 )
     elif saved and is_new and latest is None:
@@ -199,7 +201,7 @@ def check_out_dir(recipe):
 
 
 def check_ranks(recipe):
-    """Connect to the other ranks. Raise ValueError if their machines do not share out_dir, or if they have different
+    """Connect to the other ranks. Raise ValueError if the machines do not share out_dir, or if the ranks have different
     recipes, devices or software."""
     if world_size() == 1:
         return
@@ -218,12 +220,12 @@ def check_ranks(recipe):
 
 
 def open_data(recipe, console):
-    """Open the data of a recipe, after preparing it if necessary, and find the model to start from.
+    """Prepare the data of a recipe if necessary, open them, and find the model to start from.
 
     Returns:
-        (recipe, data, source): the recipe, with another sample_prompt if it does not fit the data and was not set for
-        them; the RunData; and the folder of the initial weights. source is None for a new model. It is also None for a
-        resumed run: find_checkpoint selects its checkpoint after the run folder is locked.
+        (recipe, data, source). recipe: the recipe, in which find_sample_prompt may have replaced sample_prompt. data: a
+        RunData. source: the folder of the initial weights, or None for a new model. For a resumed run, source is also
+        None, because find_checkpoint selects the checkpoint after the run folder is locked.
 
     Raises:
         ValueError: too few tokens, a sample prompt that cannot be encoded, or a model that does not fit the data.
@@ -255,8 +257,8 @@ def open_data(recipe, console):
 
 
 def find_sample_prompt(recipe, tokenizer, console):
-    """Return (recipe, list of problems). If the tokenizer cannot encode sample_prompt, and it was not set for these
-    data, the recipe has the default prompt of `sample` instead."""
+    """Return (recipe, list of problems). If the tokenizer cannot encode sample_prompt, and the prompt was not set for
+    these data, replace it with the default prompt of the `sample` command."""
     prompt, block_size = recipe.train.sample_prompt, recipe.model.block_size
     problems = tokenizer.check_prompt(prompt, block_size, "train.sample_prompt")
     default = tokenizer.default_prompt()
@@ -302,16 +304,16 @@ def find_checkpoint(recipe, data, console):
 
 
 def data_changes(source, data):
-    """Return a list for TrainState.data_changes: the step and the data of a checkpoint if the run continues on other
-    data, otherwise nothing. source: the checkpoint. data: the RunData."""
+    """Return new entries for TrainState.data_changes. If `data`, a RunData, differ from the data of the checkpoint
+    `source`, this is one entry with the step and the data of the checkpoint; otherwise, the list is empty."""
     trainer = read_trainer(source)
     return [] if trainer["data"] == data.identity else [{"step": trainer["step"], "data_before": trainer["data"]}]
 
 
 def make_model(recipe, tokenizer, source, on_meta=False):
-    """Create a GPT in float32 on the CPU, or load one from the folder `source`, if it is not None.
+    """Return a GPT in float32 on the CPU: loaded from the folder `source`, or a new one if `source` is None.
 
-    on_meta: create a new model on the meta device, for a rank that receives the weights of the main process.
+    on_meta: do not initialize the weights of a new model, because this rank receives those of the main process.
     """
     from .distributed.sharding import init_empty
     from .model import GPT, GPTConfig
@@ -450,7 +452,7 @@ def accelerator_for(recipe):
 
 
 def set_up(recipe, data, source, console):
-    """Return the Setup of a run. The model has the weights of the folder `source`, or random weights if it is None."""
+    """Return the Setup of a run. The model has the weights in the folder `source`; if that is None, random weights."""
     # imported only after all checks, because torch and transformers take seconds to import
     import torch
     from transformers.utils import logging as transformers_logging
@@ -458,7 +460,7 @@ def set_up(recipe, data, source, console):
     from .distributed import sharding
 
     transformers_logging.disable_progress_bar()
-    # before Accelerate connects the ranks, which takes until collective_timeout if one of them has failed
+    # compare before Accelerate connects the ranks: if a rank has failed, connecting takes until collective_timeout
     facts = {
         "recipe": recipe.flat(),
         "data": {key: str(value) for key, value in data.identity.items()},
@@ -487,10 +489,10 @@ def set_up(recipe, data, source, console):
 
 
 def evaluate(setup, data, console, step=0):
-    """Evaluate the model on all validation sets, with eval_train on training data, and on tasks if they are due at this
-    step. Return {name: score}.
+    """Evaluate the model on all validation sets, and return {name: score}.
 
-    With several sources, the losses are means over the sources, weighted by their shares of the first mix.
+    With eval_train=true, also evaluate on training data. If tasks are due at this step, also evaluate on the tasks.
+    With several sources, val_loss and train_loss are means over the sources, weighted by their shares of the first mix.
     """
     recipe = setup.recipe
     sizes = recipe.model.block_size, recipe.train.batch_size
@@ -571,7 +573,7 @@ class NonFinite:
             if not math.isfinite(loss):
                 raise self.error(f"loss of step {i} is {loss}", i)
         scaler = self.accelerator.scaler
-        is_scaling = scaler is not None and scaler.get_scale() >= 1  # if it falls below 1, no scale works
+        is_scaling = scaler is not None and scaler.get_scale() >= 1  # if the scale falls below 1, no scale works
         if not (math.isfinite(grad_norm) or is_scaling or self.accelerator.optimizer_step_was_skipped):
             raise self.error(f"gradient norm of step {step} is {grad_norm}", step)
         return losses, grad_norm
@@ -639,8 +641,8 @@ def write_sample(recipe, tokenizer, model, on_text=None):
 
 
 def finished_model(setup, recipe, console):
-    """Return the trained GPT. If it is sharded, only the main process returns it, loaded from the last checkpoint; if
-    that fails, for example because the model does not fit on one device, return None."""
+    """Return the trained GPT. If it is sharded, the main process loads it from the last checkpoint, and the other
+    processes return None. If loading fails, for example because the device has too little memory, return None."""
     if not is_sharded(setup.accelerator):
         return setup.raw_model
     saved = latest_valid(recipe.out_dir) if is_main() else None

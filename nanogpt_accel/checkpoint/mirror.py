@@ -1,7 +1,8 @@
 """Copy the checkpoints of a run to another place, such as s3://bucket/run, and restore them from there.
 
 The mirror has the files of the run folder: checkpoint-N/, run.yaml and the logs. A checkpoint in the mirror is complete
-if it has a state/index.json, which is written last. fsspec copies the files; data/remote.py lists its packages.
+if it has a state/index.json, which is written last. fsspec copies the files. data/remote.py lists the packages that
+fsspec needs.
 """
 
 import shutil
@@ -23,8 +24,8 @@ FIX = "check the URL, the credentials and the network"
 class Mirror:
     """A mirror of a run folder. url: any path of fsspec, such as s3://bucket/run or /mnt/backup/run.
 
-    All methods raise ConnectionError if the store does not respond or refuses the request, and ValueError if the
-    package for its protocol is not installed.
+    All methods raise ConnectionError if the store does not respond or refuses the request. They raise ValueError if the
+    package for the protocol of the URL is not installed.
     """
 
     def __init__(self, url):
@@ -51,7 +52,7 @@ class Mirror:
         return dict(sorted(found.items()))
 
     def upload(self, folder, name, run):
-        """Copy a folder with the files of a checkpoint to the mirror as `name`, and the logs of the run folder."""
+        """Copy the checkpoint files in `folder` to `name` in the mirror. Also copy the logs of the run folder `run`."""
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         pairs = [(file, f"{name}/{file.relative_to(folder).as_posix()}") for file in files]
         pairs += [(Path(run) / log, log) for log in LOGS if (Path(run) / log).is_file()]
@@ -63,13 +64,13 @@ class Mirror:
                 self.fs.put_file(str(file), target)
 
     def delete(self, path):
-        """Delete a checkpoint from the mirror; the index first, so that an incomplete one is never used."""
+        """Delete a checkpoint from the mirror. Delete the index first, so that no partly deleted checkpoint is used."""
         with self._errors():
             self.fs.rm(f"{path}/{INDEX}")
             self.fs.rm(path, recursive=True)
 
     def download(self, run, step, path):
-        """Copy a checkpoint from the mirror to a run folder. Return its folder, or None if it is corrupted."""
+        """Copy a checkpoint from the mirror to a run folder. Return the new folder, or None if it is corrupted."""
         final = checkpoint_path(run, step)
         with tempfile.TemporaryDirectory(dir=run, prefix=".mirror-") as temporary:
             folder = Path(temporary) / final.name
@@ -84,7 +85,7 @@ class Mirror:
         return final
 
     def restore(self, run, say):
-        """Copy the latest valid checkpoint and the best one, with the logs, from the mirror to a run folder."""
+        """Copy the latest valid checkpoint, the best checkpoint and the logs from the mirror to a run folder."""
         found = self.checkpoints()
         for step in reversed(found):
             latest = self.download(run, step, found[step])
@@ -103,7 +104,7 @@ class Mirror:
 
     @contextmanager
     def _errors(self):
-        """Convert any error of fsspec and the libraries that it uses; each library has its own types."""
+        """Convert errors of fsspec and its libraries, which have many types, to ConnectionError or ValueError."""
         protocol = self.url.partition("://")[0] if "://" in self.url else "file"
         try:
             yield
@@ -120,10 +121,10 @@ class Mirror:
 
 
 class BackgroundMirror(BackgroundPush):
-    """Copies checkpoints to a mirror in a thread, one at a time, and deletes older ones there, as in the run folder.
+    """Copies checkpoints to a mirror in a thread, one at a time. The mirror keeps the checkpoints that the run keeps.
 
-    A failed copy is repeated, or replaced by that of a newer checkpoint. The first of several failures causes a
-    warning.
+    A failed copy is repeated until a newer checkpoint is waiting, which is then copied instead. If several copies fail
+    in a row, only the first failure causes a warning.
     """
 
     retry_s = 15
@@ -157,8 +158,7 @@ class BackgroundMirror(BackgroundPush):
 
 
 def check_mirror(recipe):
-    """Check before a run that its mirror can be read, and that it does not contain another run. Return a list of
-    problems."""
+    """Check before a run that the mirror can be read and does not contain another run. Return a list of problems."""
     url = recipe.checkpoint.mirror
     if url is None or recipe.model.init_from == "resume":
         return []
@@ -175,7 +175,7 @@ def check_mirror(recipe):
 
 
 def prepare_mirror(recipe, say):
-    """Restore a run from its mirror if it has resume=auto and out_dir has no valid checkpoint."""
+    """Restore a run from its mirror if the recipe has resume=auto and out_dir has no valid checkpoint."""
     url, run = recipe.checkpoint.mirror, recipe.out_dir
     if url is None or recipe.checkpoint.resume == "no" or latest_valid(run, lambda line: None, thorough=False):
         return

@@ -1,4 +1,4 @@
-"""Restore the optimizer state of a checkpoint that was saved by any number of processes, and the gradient scaler."""
+"""Restore the optimizer and the gradient scaler from a checkpoint, which any number of processes may have saved."""
 
 import json
 import os
@@ -54,13 +54,12 @@ def load_scaler(source, accelerator):
 
 
 def _open_shards(path, shapes):
-    """Open the optimizer state of a checkpoint.
+    """Open the optimizer state of a checkpoint. shapes: {PARAMETER: shape} of the model.
 
     Returns:
         (tensors, layout). tensors: {"PARAMETER/FIELD": [(first row, open file), ...]}; an example of a FIELD is
         exp_avg. Each file contains some rows of the tensor; `first row` is the index of the first of these rows in the
-        full tensor. layout: see sharding.optimizer_shard; its "first_rows" are those of the first file. shapes:
-        {PARAMETER: shape} of the model.
+        full tensor. layout: the layout of the first file, see sharding.optimizer_shard.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -71,7 +70,7 @@ def _open_shards(path, shapes):
             metadata, of_shard = shard.metadata(), {"other_shape": [], "nested": [], "values": {}, "groups": []}
             if "layout" in metadata:
                 of_shard = json.loads(metadata["layout"])
-            else:  # earlier versions stored nothing else
+            else:  # earlier versions stored only the first rows
                 of_shard["first_rows"] = json.loads(metadata["first_rows"])
             first_rows = of_shard["first_rows"]
         except (SafetensorError, TypeError, KeyError, ValueError) as error:

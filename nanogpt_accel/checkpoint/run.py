@@ -24,8 +24,8 @@ class Run:
     """Writes the results of a run: run.yaml, metrics.jsonl, samples.jsonl, trackers, checkpoints, pushes to the Hub.
 
     `with Run(recipe, console) as run:` locks the run folder, so that no other process can train in it. All ranks must
-    call `start`, which opens the logs and trackers, and `save`. The other methods do nothing on ranks other than 0. The
-    end of the `with` block closes the logs and trackers and releases the lock.
+    call `start` and `save`; `start` opens the logs and trackers. The other methods do nothing on ranks other than 0.
+    The end of the `with` block closes the logs and trackers and releases the lock.
 
     Raises:
         ValueError: another process is training in this folder, or the folder cannot be locked.
@@ -232,8 +232,8 @@ class Run:
                 with suppress(Exception):
                     tracker.finish()
             return
-        # DDP's reducer must not be the last owner of the process group: it joins gloo's threads while it has the GIL,
-        # and a thread that is still freeing the last barrier waits for the GIL (a deadlock in 2 of 100 runs)
+        # DDP's reducer must not be the last owner of the process group. It would join gloo's threads without releasing
+        # the GIL, and a thread that is still freeing the last barrier needs the GIL (a deadlock in 2 of 100 runs)
         traceback.clear_frames(trace)
         self.setup.release()
         self.stopper.close()

@@ -144,8 +144,8 @@ def prepare_run_folder(run, recipe, is_resumed):
 def best_checkpoint(run, best_step, latest=None):
     """Return the checkpoint of a run with the best validation loss.
 
-    If there is no checkpoint of this step, for example because the disk was full, return the checkpoint to which
-    `publish` linked before. If there is none, or if the run was not evaluated, return the latest checkpoint.
+    If the checkpoint of best_step does not exist, for example because the disk was full, return the previous best one,
+    to which `publish` linked. If that does not exist, or if the run was not evaluated, return the latest checkpoint.
 
     Args:
         best_step: step of the best validation loss; None if the run was not evaluated.
@@ -180,7 +180,7 @@ def is_published(path):
 
 
 def _published_from(path):
-    """Return the checkpoint folder that a file in the run folder comes from, by a link or as a copy, or None."""
+    """Return the checkpoint folder that contains the original of a link or copy in the run folder, otherwise None."""
     if path.is_symlink():
         name = os.path.dirname(os.readlink(path))
         return path.parent / name if CHECKPOINT_NAME.match(name) else None
@@ -197,8 +197,8 @@ def prune(run, best_step, latest, keep_last):
     checkpoints = list_checkpoints(run)
     until_latest = checkpoints[: checkpoints.index(latest) + 1]
     kept = {best_checkpoint(run, best_step, latest), *until_latest[-keep_last:]}
-    # Delete later checkpoints only if they are corrupted, which is why the run resumed from an earlier one. A valid
-    # later checkpoint belongs to another run.
+    # Delete later checkpoints only if they are corrupted. The run skipped these when it resumed. A valid later
+    # checkpoint belongs to another run.
     corrupted = filter(is_corrupted, checkpoints[len(until_latest) :])
     for path in filter(is_checkpoint, [*until_latest, *corrupted]):
         if path not in kept:

@@ -29,7 +29,7 @@ from .run_folder import prune, publish
 from .verify import find_corruption, is_corrupted
 
 LARGE = 5e8  # bytes; saving is announced from this size on, because it takes some seconds
-SHARD_SHARE = 0.8  # of collective_timeout: how long to wait for the shards, before waiting processes time out
+SHARD_SHARE = 0.8  # of collective_timeout: maximum time to wait for the shards, so that other processes do not time out
 _LEFTOVER = re.compile(r"\.checkpoint-[0-9]{1,12}\.(tmp|old)$")
 
 
@@ -95,7 +95,7 @@ class Saver:
                 self.error = str(error)
             if n_bytes > LARGE and not self.in_background:
                 self.say(f"saving {snapshot.final}, {n_bytes / 1e6:,.0f} MB")
-        if self.accelerator.distributed_type != "NO":  # the main process first prepares the temporary folder
+        if self.accelerator.distributed_type != "NO":  # wait until the temporary folder is prepared
             self.error, snapshot.is_saved = broadcast_object_list([self.error, snapshot.is_saved])
         if self.in_background:
             self._thread = threading.Thread(target=self._write_in_background, args=(snapshot,))
@@ -128,7 +128,7 @@ class Saver:
         config, generation_config = copy.deepcopy((model.config, model.generation_config))
         final = checkpoint_path(self.run, trainer["step"])
         temporary = final.with_name(f".{final.name}.tmp")
-        # a resumed run evaluates first, and may then save the step again at which it resumed
+        # a resumed run may start with an evaluation, and then save the same step again
         is_saved = self.accelerator.is_main_process and final.exists() and not is_corrupted(final)
         return _Snapshot(
             final, temporary, is_saved, dict(trainer), card, config, generation_config, weights, *shard, *state
@@ -148,7 +148,7 @@ class Saver:
                     _commit(temporary, snapshot.final, snapshot.num_shards, deadline)
         except (OSError, SafetensorError) as error:
             self.error = str(error)
-            if not is_main:  # the main process reports its own errors, and those in the receipts that it can read
+            if not is_main:  # the main process also reports this error, but only if it can read the receipt
                 where = f"process {self.accelerator.process_index} on {platform.node()}"
                 print(f"warning: {where} cannot write to {temporary}: {error}", file=sys.stderr, flush=True)
         if is_main:
@@ -157,7 +157,7 @@ class Saver:
     def _write_in_background(self, snapshot):
         if sys.platform == "linux":  # only Linux supports priorities per thread
             with suppress(OSError):  # not permitted
-                # with equal priorities on 2 cores, a background save delayed the next step as much as waiting for it
+                # with equal priorities on 2 cores, a background save delayed the next step as much as a normal save
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             self._write(snapshot)
@@ -221,7 +221,7 @@ def _write_shard(temporary, snapshot):
 
     file = temporary / shard_path(snapshot.shard, snapshot.num_shards)
     try:
-        # one key, because safetensors writes several in a random order
+        # a single metadata key, because safetensors writes several keys in a random order
         save_file(snapshot.tensors, file, {"layout": json.dumps(snapshot.layout)})
         entry = _index_entry(file)
     except Exception as error:

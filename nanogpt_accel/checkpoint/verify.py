@@ -46,7 +46,7 @@ def find_corruption(path, resumable=True, thorough=True):
 
     Args:
         resumable: whether the checkpoint must contain a valid state/, which is needed to resume a run.
-        thorough: whether to compare sizes and hashes. If False, only sizes are compared, which is fast.
+        thorough: whether to compare the hashes too. If False, only the sizes are compared, which is fast.
 
     Raises:
         OSError: a file cannot be read.
@@ -94,7 +94,7 @@ def find_file_corruption(path, name):
     try:
         if name.endswith(".json"):
             is_valid = isinstance(json.loads((path / name).read_text(encoding="utf-8")), dict)
-        elif name.endswith(".bin"):  # torch.save writes a zip file, whose end is its directory; before 1.6, a pickle
+        elif name.endswith(".bin"):  # a zip file, which ends with its directory; before torch 1.6, a pickle
             with open(path / name, "rb") as file:
                 is_valid = zipfile.is_zipfile(file) or (file.seek(0) == 0 and file.read(1) == b"\x80")
         else:
@@ -106,7 +106,7 @@ def find_file_corruption(path, name):
 
 
 def read_index(path):
-    """Return {file: {"size": bytes, "sha256": hash}} from state/index.json, or None if this is missing or corrupted.
+    """Return {file: {"size": bytes, "sha256": hash}} from state/index.json. If the index is invalid, return None.
 
     Raises:
         OSError: the index cannot be read.
@@ -162,7 +162,7 @@ def _hash_once(file, size, mtime_ns, inode):
 
 
 def shape_differences(path, config, shape):
-    """Return a list of problems: architecture settings in `shape` that differ from the `config` of a checkpoint."""
+    """Return a problem for each architecture setting in `shape` that differs from the `config` of a checkpoint."""
     differing = [key for key in shape if shape[key] != config[key]]
     # these are derived from n_head and n_embd by default, so do not report them in addition to n_head and n_embd
     independent = [key for key in differing if key not in ("n_kv_head", "head_dim", "n_inner")]

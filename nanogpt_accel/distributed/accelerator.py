@@ -61,8 +61,8 @@ def make_accelerator(
     from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin
 
     processes = world_size()
-    # A second Accelerator in a notebook would inherit device, precision and compilation of the first. Processes that
-    # the notebook forks would inherit that they are one process.
+    # Accelerate keeps global state. Without a reset, a second Accelerator in a notebook would use the device,
+    # precision and compilation of the first. Processes that the notebook forks would assume a world size of 1.
     is_stale = processes == 1 or PartialState._shared_state.get("num_processes") != processes
     AcceleratorState._reset_state(reset_partial_state=is_stale)
     os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
@@ -92,7 +92,7 @@ def make_accelerator(
             project_dir=logging_dir,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout))],
         )
-    except (ValueError, KeyError, ImportError) as error:  # of a launcher's setting that check_launcher does not know
+    except (ValueError, KeyError, ImportError) as error:  # due to a launcher setting that check_launcher does not check
         names = [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"))]
         fix = f"check the config file of `accelerate launch` and {', '.join(sorted(names))}"
         raise ValueError(f"Accelerate cannot use the launcher's settings: {one_line(error)}; {fix}") from error
@@ -113,7 +113,7 @@ def make_accelerator(
 
 
 def environment(device, mixed_precision):
-    """Return what must be the same on all ranks, next to the recipe: {name: device, precision or version}."""
+    """Return {name: text} of the device, the precision and the software versions, which all ranks must share."""
     chosen = pick_device(device).type
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))))
     return {

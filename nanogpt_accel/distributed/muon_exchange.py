@@ -1,13 +1,14 @@
-"""Divide Muon's work over processes: each process orthogonalizes some of the matrices, and sends them to the others.
+"""Divide Muon's work over processes: each process orthogonalizes some of the matrices and sends the results.
 
-Under DDP, every process updates the momentum of all matrices, so each has the complete optimizer state, as a checkpoint
-needs it, and only the results are exchanged (an all-gather). If this takes too much memory, use FSDP2. Under FSDP2, the
-momentum is sharded by rows: the rows of a matrix are sent to the process that orthogonalizes it, and then the results
-are sent back (two all-to-alls). With hybrid sharding, each copy of the model does this separately, so the machines do
-not exchange anything.
+Under DDP, every process updates the momentum of all matrices. So every process has the complete optimizer state, which
+checkpoints need, and only the results are exchanged (an all-gather). If the state takes too much memory, use FSDP2.
 
-The matrices of one shape form a bucket. Its collective operation runs while the next bucket is orthogonalized and AdamW
-updates the other parameters. nanochat and Dion (github.com/microsoft/dion) do the same.
+Under FSDP2, the momentum is sharded by rows. The rows of a matrix are sent to the process that orthogonalizes it, and
+the results are sent back (two all-to-alls). With hybrid sharding, each copy of the model does this separately, and the
+copies exchange nothing.
+
+The matrices of one shape form a bucket. The collective operation of a bucket runs while the next bucket is
+orthogonalized and AdamW updates the other parameters. nanochat and Dion (github.com/microsoft/dion) do the same.
 """
 
 from functools import partial
@@ -16,14 +17,14 @@ from functools import partial
 def deal(buckets, n_ranks):
     """Assign matrices to ranks. The result is the same on all ranks.
 
-    Each shape is dealt evenly, which limits the padding of the all-gather. The remainder goes to the ranks with the
-    least work, the most expensive matrices first.
+    The matrices of each shape are divided evenly, which limits the padding of the all-gather. If some remain, the ranks
+    with the least work get them. The most expensive shapes are assigned first.
 
     Args:
         buckets: a list of (rows, columns, number of matrices).
 
     Returns:
-        For each bucket, the list of the ranks of its matrices.
+        A list per bucket, with the rank of each matrix.
     """
     work, owners = [0] * n_ranks, [[] for _ in buckets]
     costs = [orthogonalization_flops(rows, columns) for rows, columns, _ in buckets]
@@ -67,7 +68,7 @@ def _deal(buckets, group):
 
 
 def orthogonalize_replicated(buckets, group):
-    """Orthogonalize matrices whose momentum is on all processes of a group. For the result, see Muon._start_muon."""
+    """Orthogonalize matrices whose momentum is on all processes of a group. Return a function, see Muon._start_muon."""
     from torch import distributed
 
     from ..muon import is_tall, orthogonalize_all, work_dtype
@@ -98,7 +99,7 @@ def orthogonalize_replicated(buckets, group):
 
 
 def orthogonalize_sharded(buckets, group):
-    """Orthogonalize matrices whose rows are sharded over a group. For the result, see Muon._start_muon."""
+    """Orthogonalize matrices whose rows are sharded over a group. Return a function, see Muon._start_muon."""
     import torch
 
     from ..muon import orthogonalize_all, work_dtype

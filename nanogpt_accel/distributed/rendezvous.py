@@ -1,8 +1,8 @@
 """Connect the ranks before Accelerate creates the process group, through torch's key-value store.
 
-Until the process group exists, a waiting rank cannot know that another one has failed, still prepares the data or never
-started. So the ranks first exchange their settings and failures here. The store is the one that the launcher or rank 0
-opens for the process group anyway, so no other port is needed.
+Until the process group exists, a waiting rank cannot know whether another rank has failed, is still preparing the data,
+or never started. So the ranks first exchange their settings and failures here. The launcher or rank 0 opens the store
+on the port of the process group, so no other port is needed.
 """
 
 import functools
@@ -24,10 +24,10 @@ from ..utils.files import nearest_existing
 from ..utils.text import first_line
 from .launcher import is_main, process_group, rank, world_size
 
-POLL_S = 0.2  # between two looks into the store
+POLL_S = 0.2  # between two checks of the store
 NOTE_S = 10  # seconds after which a rank reports what it is waiting for
 SEEN_S = 5  # seconds until a new file must be visible on all machines; network file systems may cache folders
-ALIVE_S = 5  # between two signs that a rank is alive
+ALIVE_S = 5  # between two updates by which a working rank shows that it is alive
 LAUNCHER_S = 30  # seconds to connect to the store of a launcher, which opens it before the ranks start
 
 
@@ -36,12 +36,12 @@ class OtherRankFailed(ConnectionError):
 
 
 class Rendezvous:
-    """All ranks of a run, before the process group exists. `connect` returns it.
+    """The connection of all ranks of a run, before the process group exists. Create it with `connect`.
 
     timeout: collective_timeout, seconds to wait for a rank that does not respond.
 
     Attributes:
-        hosts: host name of each rank. machines: the machine of each rank, as the number of its first rank.
+        hosts: host name of each rank. machines: for each rank, the first rank on the same machine.
     """
 
     def __init__(self, timeout):
@@ -58,7 +58,7 @@ class Rendezvous:
             _choose_interface(others[0])
 
     def exchange(self, value, purpose):
-        """Return the values of all ranks, in order. value: JSON values. purpose: what the ranks do, for messages.
+        """Return the values of all ranks, in order. value: any JSON value. purpose: what the ranks do, for messages.
 
         Raises:
             ConnectionError: a rank failed, or did not respond within `timeout`.
@@ -112,7 +112,7 @@ class Rendezvous:
             self.store.set(name, "")
 
     def wait_for(self, name, by, purpose):
-        """Wait until rank `by` has done its work, see working(). purpose: what that rank does, for messages.
+        """Wait until rank `by` leaves its block `with working(name)`. purpose: what that rank does, for messages.
 
         Raises:
             ConnectionError: a rank has failed, or rank `by` has not responded for `timeout`.
@@ -126,7 +126,7 @@ class Rendezvous:
                 self._wait(lambda: self.store.check([name]), lambda: self.describe([by]), purpose, self.timeout, alive)
 
     def find_blind(self, folder):
-        """Return the first ranks of the machines that do not see files that the main process writes to a folder."""
+        """Return the first rank of each machine that does not see files that the main process writes to a folder."""
         if len(set(self.machines)) == 1:
             return []
         folder, token, name = Path(folder), None, f".nanogpt_accel-{uuid.uuid4().hex}"
@@ -140,7 +140,7 @@ class Rendezvous:
             token = self.exchange(token, "comparing disks")[0]
             deadline, is_seen = time.monotonic() + SEEN_S, False
             while token and not is_seen and time.monotonic() < deadline:
-                # a name that no machine has looked up before, so no negative result is cached
+                # the name is new, so no machine has cached that there is no such file
                 is_seen = places[token[0]].joinpath(token[1]).exists()
                 if not is_seen:
                     time.sleep(POLL_S)
@@ -159,7 +159,7 @@ class Rendezvous:
     def _wait(self, is_done, who, purpose, timeout, alive=lambda: None):
         """Wait until is_done(), or until a rank has failed.
 
-        who: function that returns the names of the ranks to wait for. timeout: seconds without a change of alive().
+        who: function that returns the names of the ranks to wait for. timeout: seconds since alive() last changed.
         """
         start = last_sign = time.monotonic()
         is_noted, sign = False, alive()
@@ -232,7 +232,7 @@ def _share(error):
         store.compare_set("failure", "", f"rank {rank()} on {platform.node()} failed: {what}")
     if not is_main():
         store.add("ended", 1)
-    deadline = time.monotonic() + SEEN_S  # the store can end with the main process, so the others read it first
+    deadline = time.monotonic() + SEEN_S  # the others must read the failure before the store ends with this process
     while is_main() and store.add("ended", 0) < world_size() - 1 and time.monotonic() < deadline:
         time.sleep(POLL_S)
 
@@ -258,7 +258,7 @@ def assert_ranks_agree(timeout=600, **facts):
 
 
 def _open_store(timeout):
-    """Connect to the store of the launcher or of rank 0; if there is no launcher's store, rank 0 opens it.
+    """Connect to the launcher's store. If the launcher has none, rank 0 opens one, and the others connect to it.
 
     Raises:
         ConnectionError: the store is not reachable.
@@ -300,7 +300,7 @@ def _open_store(timeout):
 
 @contextmanager
 def _lost_store():
-    """Convert an error of the store to a ConnectionError: the main process or its launcher has ended."""
+    """Convert errors of the store to a ConnectionError. They mean that the main process or its launcher has ended."""
     try:
         yield
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """Everything that depends on how weights and optimizer state are sharded: FSDP2 (fully_shard) and DeepSpeed ZeRO.
 
 Checkpoints do not depend on the sharding. The weights are a full state dict, and the optimizer state is stored by
-parameter, field and row, so a run can resume with another number of processes, sharded or not.
+parameter, field and row. So a run can resume with another number of processes, and with or without sharding.
 """
 
 import torch
@@ -135,7 +135,7 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
         "first_rows": {"PARAMETER/FIELD": index of the tensor's first row in the full tensor}, for sharded tensors only.
         "other_shape": names of tensors that do not have the shape of their parameter. "values": {PARAMETER: [[FIELD,
         value], ...]} for fields that are not tensors, see utils/nested.py. "groups": see changed_values. "nested":
-        names of the tensors in "values" and "groups". All are empty if another process saves this shard.
+        names of the tensors in "values" and "groups". If another process saves this shard, everything is empty.
     """
     index, _ = shard_index(accelerator, model)
     tensors, first_rows, other_shape, nested, values = {}, {}, [], [], {}
@@ -174,9 +174,9 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
 
 
 def changed_values(optimizer):
-    """Return (changed, tensors): for each parameter group, {key: JSON value} for what the optimizer has changed in the
-    group since optim.by_name created it, such as a count of its steps; and the tensors in these values by their names
-    (see utils/nested.py). The recipe sets the other values."""
+    """Return (changed, tensors). changed: for each parameter group, {key: JSON value} of the entries that the optimizer
+    has changed since optim.by_name created it, such as a step count. tensors: {name: tensor} of the tensors in these
+    entries, see utils/nested.py. The recipe sets the other entries."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     changed, tensors = [], {}
     for i, (group, initial) in enumerate(
@@ -228,8 +228,8 @@ def restore_optimizer(accelerator, model, optimizer, fields, read, values, group
 
 
 def _place(parameter, group, field, local):
-    """Return `local`, the rows of a tensor on this process, where an optimizer expects it: on the device of its
-    parameter, and as a DTensor if the parameter is one."""
+    """Return `local`, this process's rows of a state tensor, as the optimizer expects them: on the device of the
+    parameter, and as a DTensor if the parameter is a DTensor."""
     if field == "step" and not (group.get("fused") or group.get("capturable")):
         return local  # torch's optimizers count steps on the CPU
     local = local.to(parameter.device)

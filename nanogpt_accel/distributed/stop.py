@@ -29,7 +29,7 @@ class StopSignals:
     """Records SIGTERM, SIGINT, SIGUSR1 and Windows' SIGBREAK. A second Ctrl-C ends the process immediately.
 
     Use it as a context manager. Set `armed` to True when a loop starts to check `received`. Before that, SIGUSR1 ends
-    the process with status 75 (stopped; the same command continues), and the other signals end it as usual.
+    the process with status 75 (the same command resumes the run), and the other signals end it as usual.
     """
 
     def __init__(self):

@@ -29,10 +29,10 @@ class Console:
         stream = sys.stderr if stderr else sys.stdout
         self.is_notebook = is_notebook()
         self.is_terminal = not self.is_notebook and is_terminal(stream)
-        # on Windows, the encoding of a log file does not include all characters; they are printed as question marks
+        # on Windows, the encoding of a log file lacks some characters, which are printed as question marks
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self.live = None  # rich's progress display, if there are live lines
-        self._waiting, self._lines_printed = "", 0.0  # text that the next print includes, time of the last step's line
+        self._waiting, self._lines_printed = "", 0.0  # text to print before the next text; when steps were last printed
         self._lock = threading.RLock()  # checkpoints are saved and pushed by threads, which also print
 
     def say(self, text="", always=False):

@@ -8,7 +8,7 @@ from ..utils.text import to_json
 
 
 def report_expectation(recipe, last, best, console):
-    """Print whether the run reproduced the expected validation loss, and write the result to expect.json, also with the
+    """Print whether the run reproduced the expected validation loss. Write the result to expect.json, together with the
     changed settings and the source of the expected loss.
 
     last, best: validation losses of the run in nats per token, None if there was no evaluation.

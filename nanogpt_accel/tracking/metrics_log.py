@@ -15,9 +15,9 @@ from ..utils.text import counted, to_json
 
 
 class MetricsLog:
-    """Write metrics.jsonl: one JSON object per line with a `step`, and a `val_loss` if the line is an evaluation.
+    """Write metrics.jsonl. Each line is a JSON object with a `step`. Lines of evaluations also have a `val_loss`.
 
-    Training step s is logged after the step. The evaluation at step s is done and logged before the step.
+    Training step s is logged after it is done. The evaluation at step s is done and logged before training step s.
 
     resume_step: step of the checkpoint that the run resumes from, or None. Lines that were logged after saving this
         checkpoint are removed, so that each step is logged once.
@@ -58,7 +58,7 @@ class MetricsLog:
             return error
 
     def flush(self):
-        """Flush to disk. This is done before each checkpoint, so that a power failure loses no earlier line."""
+        """Flush to disk. Called before each checkpoint, so that all lines before it survive a power failure."""
         with suppress(OSError):
             os.fsync(self.file.fileno())
 
@@ -90,7 +90,7 @@ def _points(lines, key):
 
 
 def _parse_int(digits):
-    """Convert an integer of JSON. One with 19 digits or more becomes a float, because it fits into no array."""
+    """Convert a JSON integer. If it has 19 or more digits, return a float, because it may not fit into an int64."""
     return int(digits) if len(digits) < 19 else float(digits)
 
 

@@ -13,12 +13,13 @@ from ..utils.text import file_name, first_line, quoted
 # Accelerate's names of the trackers, which are also their module names
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 TEXT_TRACKERS = ("comet_ml", "tensorboard", "wandb")
-ID_OF = {"aim": "hash", "clearml": "id", "mlflow": "info.run_id"}  # where a tracker has the id that it gave to a run
+# trackers that choose the id of a run themselves -> the attribute that contains the id
+ID_OF = {"aim": "hash", "clearml": "id", "mlflow": "info.run_id"}
 # what a tracker cannot do
 LIMITS = {
     "clearml": "its files are in ClearML's cache folder, not in the run folder",
     "dvclive": "in a DVC repository, each resume is saved as another experiment, with all steps",
-    "mlflow": "if a resumed run changes settings, MLflow still shows the first ones",
+    "mlflow": "if a resumed run changes settings, MLflow still shows the original settings",
 }
 _MLFLOW_URIS = set()  # that earlier runs of this process have set
 # setting with which a tracker needs neither a network nor an account
@@ -44,8 +45,8 @@ def check_trackers(names):
 class Trackers:
     """Log to the trackers of an Accelerator. If logging fails, print a warning.
 
-    Each tracker logs to one run, also after the training was resumed. Its name is `name`, and its files are in `folder`
-    if the tracker supports that.
+    A resumed training continues its run in each tracker. The run is named `name`. Trackers write their files to
+    `folder` if they support that.
 
     Args:
         project: name of the project in the trackers. config: flat dictionary of the settings.
@@ -75,7 +76,7 @@ class Trackers:
                     tracker.tracker.name = name
                 if is_main and tracker.name in ID_OF:
                     _save_id(folder, tracker.name, attrgetter(ID_OF[tracker.name])(tracker.tracker))
-                if not (tracker.name == "mlflow" and ids.get("mlflow")):  # its parameters cannot be changed
+                if not (tracker.name == "mlflow" and ids.get("mlflow")):  # MLflow rejects changed parameters
                     tracker.store_init_configuration(config)
         except Exception as error:  # trackers raise different exceptions
             offline = [OFFLINE[tracker] for tracker in names if tracker in OFFLINE]
@@ -126,8 +127,8 @@ def _options(tracker, run_id, project, first_step, folder, name):
         run_id = run_id or _save_id(folder, tracker, secrets.token_hex(16))
     match tracker:
         case "tensorboard":
-            # remove values of earlier runs in this folder that were logged at this step or later: after the checkpoint
-            # from which the run resumes, or, in a new run with overwrite=true, all values
+            # remove the existing values of this step and later steps. In a resumed run, these are the values after its
+            # checkpoint; in a new run with overwrite=true, all values of the previous run
             return {"purge_step": first_step}
         case "wandb":
             is_disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")  # as in Trainer
@@ -140,23 +141,23 @@ def _options(tracker, run_id, project, first_step, folder, name):
 
             config = ExperimentConfig(name=name, offline_directory=str(folder / "comet_ml"))
             return {"experiment_key": run_id, "experiment_config": config}
-        case "trackio":  # it continues the last run of this name, and reads TRACKIO_DIR when it is first imported
+        case "trackio":  # continues the last run of this name, and reads TRACKIO_DIR when trackio is first imported
             os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
             return {"name": name, "resume": "allow" if is_resumed else "never"}
         case "aim":  # Accelerate sets its repository to the run folder
             return {"experiment": project} | ({"run_hash": run_id, "force_resume": True} if run_id else {})
         case "mlflow":
             return _mlflow_options(run_id, folder, name)
-        case "clearml":  # continue_last_task=0: continue, and do not add the last step to the following ones
+        case "clearml":  # continue_last_task=0: continue, without an offset for the step numbers
             task = {"reuse_last_task_id": run_id, "continue_last_task": 0} if run_id else {"reuse_last_task_id": False}
             return {"task_name": os.environ.get("CLEARML_TASK", name)} | task
-        case "dvclive":  # the name of an experiment is that of a git reference
+        case "dvclive":  # DVC uses the name of the experiment as a git reference
             options = {"dir": str(folder / "dvclive"), "dvcyaml": str(folder / "dvc.yaml"), "exp_name": file_name(name)}
             return options | {"resume": is_resumed}
 
 
 def _mlflow_options(run_id, folder, name):
-    """Return the arguments of MLflow. Let it write to a database in the run folder, unless the user has set a URI."""
+    """Return the arguments of MLflow. MLflow writes to a database in the run folder, unless the user has set a URI."""
     import mlflow
 
     has_own_uri = not mlflow.is_tracking_uri_set() or mlflow.get_tracking_uri() in _MLFLOW_URIS

@@ -21,7 +21,7 @@ _RARELY = 100_000  # number of new objects between garbage collections during im
 _SYSTEM_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM ENAMETOOLONG ELOOP EMFILE ENFILE ESTALE ENOTCONN ENOMEM"
 _SYSTEM_ERRORS = {getattr(errno, name) for name in _SYSTEM_ERRORS.split()}
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # in a RuntimeError of torch
-_THREADS_FIX = "raise the limit on processes and threads (ulimit -u, or the limit of the container), or end others"
+_THREADS_FIX = "raise the limit on processes and threads (ulimit -u, or that of the container), or end other processes"
 _INVALID_NAME = 123  # Windows' ERROR_INVALID_NAME, for a colon or a question mark in a file name
 # `key=value` is an option; a path such as runs/a=b or ./a=b is not, because a key has no slash
 _ASSIGNMENT = re.compile(r"^(?:--)?([A-Za-z][\w.-]*)=(.*)$", re.DOTALL)
@@ -41,7 +41,7 @@ def parse(argv, fields, n_targets=1):
 
     Args:
         argv: the arguments after the command name.
-        fields: {key: pydantic FieldInfo} of the known options. A key is dotted (model.n_layer) or a leaf (n_layer).
+        fields: {key: pydantic FieldInfo} of the known options, with keys such as n_layer or model.n_layer.
         n_targets: the maximum number of positional arguments.
 
     Returns:
@@ -52,8 +52,8 @@ def parse(argv, fields, n_targets=1):
 
     Raises:
         ValueError: too many positional arguments, an option without a value, or an argument that is not UTF-8. The
-            message also names unknown options, because they may be the cause. If there is no other problem, `validate`
-            reports unknown options.
+            message also names unknown options, because they may be the cause. Unknown options alone are no error here:
+            `validate` reports them.
     """
     targets, options, words = [], {}, list(argv)
     problems = [f"{word}: {problem}" for word in words if (problem := encoding_problem(word))]
@@ -138,9 +138,9 @@ def show_help(usage, text, sections):
 def run(command, argv):
     """Run `command(argv)` and return the exit status of the process.
 
-    A ValueError or OSError raised by this package, or an error of the system such as a full disk or too little memory,
-    is a message for the user: print it without a traceback, one line per problem, and return 2. Other errors are bugs
-    and keep their traceback. NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
+    A ValueError or OSError that this package raises is a message for the user. So is an error of the system, such as a
+    full disk or too little memory. Such a message is printed without a traceback, one line per problem, and the exit
+    status is 2. Other errors are bugs and keep their traceback. NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
     """
     limit_openmp_spinning()
     _open_missing_streams()
@@ -163,7 +163,7 @@ def run(command, argv):
         if os.environ.get("NANOGPT_ACCEL_DEBUG") == "1" or message is None:
             raise
         if not is_main:
-            time.sleep(3)  # if rank 0 reports the same error, the launcher ends this process before it prints it again
+            time.sleep(3)  # if rank 0 prints the same error, the launcher ends this process before this rank prints it
         _print_lines(message, f"{'' if is_main else f'rank {rank}: '}error: ")
         return 2
     except (Stopped, FloatingPointError) as error:  # raised on all ranks, so only rank 0 reports it
@@ -171,7 +171,7 @@ def run(command, argv):
         if is_main:
             _print_lines(str(error), "" if is_stopped else "error: ")
         else:
-            time.sleep(1)  # a launcher ends all processes when the first one exits, and rank 0 has something to print
+            time.sleep(1)  # a launcher ends all processes when the first one exits, so let rank 0 print first
         return 75 if is_stopped else 1
     except KeyboardInterrupt as interrupt:
         if is_main:
@@ -194,7 +194,7 @@ def _open_missing_streams():
 
 
 def _print_lines(message, prefix=""):
-    """Print the lines of a message to stderr. Shorten what a long argument or file makes too long to read."""
+    """Print the lines of a message to stderr. Shorten the message if it quotes a very long argument or file."""
     lines = message.rstrip().split("\n")
     if len(lines) > _MOST_ERRORS:
         lines = [*lines[:_MOST_ERRORS], f"... and {len(lines) - _MOST_ERRORS:,} more"]

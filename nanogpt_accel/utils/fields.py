@@ -84,8 +84,8 @@ def validate(section, values, where=""):
         where: prefix of the keys in messages, such as "model.".
 
     Returns:
-        (object, problems, invalid): an instance of the class, with defaults instead of invalid values; one line per
-        problem; and the set of invalid keys.
+        (object, problems, invalid). object: an instance of the class, with defaults instead of invalid values.
+        problems: a list with one line per problem. invalid: the set of invalid keys.
     """
     try:
         return section(**values), [], set()
@@ -123,7 +123,7 @@ def _path_in(values, location):
 
 
 def _fields_at(section, path):
-    """Return the names of the fields of the Section at a path, such as ("mix", 0), in a Section."""
+    """Return the fields of the Section at a path in another Section. An example of a path is ("mix", 0)."""
     for part in path:
         if isinstance(part, str) and part in section.model_fields:
             section = _section_in(section.model_fields[part].annotation) or section
@@ -174,7 +174,7 @@ def nearest(name, names):
 
 
 def unknown_key(key, names):
-    """Return the message about a key that is not in `names`, with the key to use instead if it is in `names`."""
+    """Return the message about a key that is not in `names`. If possible, suggest a key that is in `names`."""
     leaf = key.rpartition(".")[2]
     hint = NANOGPT_KEYS.get(leaf) or ALIASES.get(leaf, "")
     if hint and re.match(r"\w*", hint)[0] in ("", *names):

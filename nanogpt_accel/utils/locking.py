@@ -9,17 +9,17 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLease, Timeout
 
-LEASE_S = 30  # without flock: seconds after which a lock that its process does not renew is free
+LEASE_S = 30  # without flock: seconds until a lock is free if the process that has it does not renew it
 _NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def acquire(lock_file, holder_file):
     """Lock a file, write the process id and host to `holder_file`, and return the lock.
 
-    The lock is released when the process ends or by its release(), which may be called more than once. If the file
-    system does not support flock, a lease is used: LOCK_FILE.lease contains the host, process id, start time and boot
-    id, and a thread renews it. A lease of a dead process on this host is free immediately. On another host, it is free
-    after LEASE_S seconds without renewal, so this function then waits for up to LEASE_S seconds.
+    The lock is released when the process ends, or by a call of lock.release(), which may be repeated. If the file
+    system does not support flock, a lease is used instead. LOCK_FILE.lease contains the host, process id, start time
+    and boot id, and a thread renews the lease. The lease of a dead process on this host is free immediately. The lease
+    of a process on another host is free after LEASE_S seconds without renewal, so this function may wait that long.
 
     Raises:
         BlockingIOError: another process has the lock. The message names this process: `process N on HOST`.

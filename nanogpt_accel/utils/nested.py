@@ -4,9 +4,10 @@ _SEQUENCES = {"list": list, "tuple": tuple, "set": set}
 
 
 def pack(value, name, tensors):
-    """Return `value` as JSON, with its tensors replaced by their names, and add these to the dictionary `tensors`.
+    """Return `value` as JSON values, with names instead of tensors. Add {name: tensor} to the dictionary `tensors`.
 
-    value: None, a number, a text, a tensor, or a list, tuple, set or dictionary of such values. name: of the value.
+    value: None, a number, a text, a tensor, or a list, tuple, set or dictionary of such values. name: name of `value`.
+    The names of the tensors start with this name.
 
     Raises:
         TypeError: a value of another type.

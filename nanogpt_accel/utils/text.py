@@ -67,14 +67,14 @@ def printable(text):
 def encoding_problem(name):
     """Return why a path or another argument cannot be used, or None.
 
-    It must have the same bytes in the encoding of the system and in UTF-8, because libraries in Rust and C++ use UTF-8
-    for paths.
+    The argument must have the same bytes in the encoding of the system as in UTF-8, because libraries in Rust and C++
+    use UTF-8 for paths.
     """
     encoding = sys.getfilesystemencoding()
     try:
         if os.fsencode(name) == name.encode():
             return None
-    except UnicodeEncodeError:  # lone surrogates, which stand for bytes that are not UTF-8; or not ASCII in a C locale
+    except UnicodeEncodeError:  # bytes that are not UTF-8 or, in a C locale, characters that are not ASCII
         pass
     if encoding != "utf-8":
         return f"cannot be used with the encoding {encoding} of this locale; set PYTHONUTF8=1"
