@@ -100,7 +100,7 @@ def test_peak_memory_matches_mem_tracker():
 
     recipe = load_recipe("tiny.yaml", {"n_embd": 128, "batch_size": 32, "dropout": 0, "mixed_precision": "no"})
     config = bench.find_config(recipe, 512)
-    variant = bench.Variant(recipe, config, bench.RandomTokens(512), 511, "", {})
+    variant = bench.Variant(recipe, config, {"random": bench.RandomTokens(512)}, 511, "", {})
     variant.step()
     model = GPT(config).train()
     optimizer = make_optimizer(model, Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95))

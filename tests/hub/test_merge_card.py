@@ -14,7 +14,7 @@ CORPUS = {"kind": "hub", "name": "wikitext2", "id": "Salesforce/wikitext", "conf
 
 
 def card(loss=3.25, text="A small GPT.", **options):
-    options = {"needs_code": False, "corpus": CORPUS, "val_loss": loss} | options
+    options = {"needs_code": False, "corpora": [CORPUS], "val_loss": loss} | options
     return model_card("tiny", text, Tokenizer.char(["The abc"]), 16, **options)
 
 
@@ -39,7 +39,7 @@ def test_a_card_that_nobody_edited_is_replaced(tmp_path):
     assert card_errors(first) == [] and data(first, tmp_path) == ModelCard(card()).data.to_dict()
     visible = re.sub(r"<!--.*?-->\n", "", first)
     assert visible.split() == card().split(), "only comments are added"
-    local = card(2.5, "Another GPT.", corpus={"name": "mine"})
+    local = card(2.5, "Another GPT.", corpora=[{"name": "mine"}])
     second = push(first, local)
     assert second == push("", local) and "license" not in data(second, tmp_path)
     assert push(first.replace("\n", "\r\n"), local) == second  # as a git client on Windows commits it

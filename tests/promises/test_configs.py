@@ -4,7 +4,6 @@ CPU processes replace the GPUs, at most two per file. The SLURM scripts run in b
 scontrol.
 """
 
-import json
 import math
 import os
 import re
@@ -34,6 +33,7 @@ from launching import (
 from runs import SMALL, losses, numbers, relative_difference, trainer, write_recipe
 
 from nanogpt_accel.commands.plan import find_layouts
+from nanogpt_accel.data.token_files import Writer
 from nanogpt_accel.utils import cli
 
 # file -> (type, processes, machines)
@@ -356,9 +356,10 @@ def test_slurm_job_is_requeued_while_it_makes_progress(tmp_path, monkeypatch, ca
             return False
 
     assert [is_requeued() for _ in range(2)] == [True, True]
-    (tmp_path / "tokens" / ".partial").mkdir(parents=True)
-    progress = {"facts": [{}], "counts": {"train": {"documents": 5}}}
-    (tmp_path / "tokens" / ".partial" / "progress.json").write_text(json.dumps(progress))
+    with pytest.raises(SystemExit), Writer(tmp_path / "tokens", "uint16") as writer:  # interrupted after 5 documents
+        writer.write("train", [1, 2, 3], n_bytes=3, documents=5)
+        writer.commit(5)
+        sys.exit(75)
     assert [is_requeued() for _ in range(3)] == [True, True, True]
     (run / "checkpoint-000010").mkdir(parents=True)
     assert [is_requeued() for _ in range(3)] == [True, True, True]

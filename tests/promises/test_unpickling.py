@@ -7,8 +7,9 @@ import nanogpt_accel
 
 
 def test_nothing_is_unpickled():
-    """Only two files name pickle: meta.py, to refuse everything but plain values, and nanogpt.py, which reads
-    nanoGPT's ckpt.pt with weights_only, for the name of the error that torch raises."""
+    """Only two files name pickle: meta.py, to refuse everything but plain values, and nanogpt.py, for the name of the
+    error that torch raises. nanogpt.py reads nanoGPT's ckpt.pt, and weight_files.py reads a model's .bin files, both
+    with weights_only."""
     loaders = {"torch", "pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "np", "numpy"}
     uses = []
     for file in sorted(Path(nanogpt_accel.__file__).parent.rglob("*.py")):
@@ -47,4 +48,5 @@ def test_nothing_is_unpickled():
         ("meta.py", "pickle.Unpickler"),
         ("nanogpt.py", "import pickle"),
         ("nanogpt.py", "torch.load"),
+        ("weight_files.py", "torch.load"),
     ]
