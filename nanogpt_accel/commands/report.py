@@ -159,7 +159,7 @@ def number(line, key):
 
 
 def training_seconds(lines, tokens_per_step):
-    """Return a list with the seconds of training up to each line of metrics.jsonl, or None where they are unknown.
+    """Return a list: the training time in seconds up to each line of metrics.jsonl. Unknown times are None.
 
     The throughput in a line is the mean since the previous line with a training loss.
     """

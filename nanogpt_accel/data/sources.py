@@ -1,4 +1,4 @@
-"""The built-in corpora, and find_corpus for any corpus: built-in, on the Hub, or local files.
+"""Define the built-in corpora. find_corpus returns any corpus: a built-in one, one on the Hub, or local files.
 
     corpus = find_corpus("shakespeare")   # downloads nothing
     for text in corpus.documents():       # one str per file, line or row, read lazily

@@ -198,7 +198,7 @@ def connect(timeout):
 
 
 def close():
-    """Disconnect. Call it when the process group exists."""
+    """Disconnect, after the process group has been created."""
     global _connected
     _connected = None
 

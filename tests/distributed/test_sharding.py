@@ -25,7 +25,6 @@ from runs import (
 )
 
 from nanogpt_accel.commands import evaluate
-from nanogpt_accel.distributed import launcher
 from nanogpt_accel.model import GPT
 from nanogpt_accel.recipe import load_recipe
 from nanogpt_accel.training import check_recipe
@@ -293,6 +292,6 @@ def test_compiled_run_computes_and_saves_the_same(recipe, trained, tmp_path, kin
 
 def test_muon_with_deepspeed_is_refused(recipes, refused, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr(launcher, "find_spec", lambda package: "installed")
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: "installed")
     with refused(ValueError, "optimizer.algorithm=muon", "DeepSpeed", "configs/fsdp2.yaml"):
         load_recipe(recipes["muon"], check=check_recipe)
