@@ -58,16 +58,12 @@ class Settings(dict):
 class FakeRun:
     """The run of any tracker; `options` are the arguments with which it was started."""
 
-    count = 0
+    settings_of = {}  # id -> settings; they stay when a run is continued
 
     def __init__(self, *, id=None, **options):
-        FakeRun.count += 1
-        self.options, self.settings, self.points, self.step = options, Settings(), [], None
-        self.id = self.hash = id or f"given-{FakeRun.count}"
+        self.id = self.hash = id or f"given-{len(self.settings_of)}"
+        self.options, self.settings = options, self.settings_of.setdefault(self.id, Settings())
         self.info = SimpleNamespace(run_id=self.id)
-
-    def log(self, values, step=None):
-        self.points.append((step, values))
 
     def connect_configuration(self, values):
         self.settings.update(values)
