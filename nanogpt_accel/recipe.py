@@ -456,7 +456,7 @@ class Checkpoint(Section):
 class Tracking(Section):
     trackers: Words = Field([], description="experiment trackers of Accelerate, such as wandb or tensorboard")
     project: str = Field("nanogpt_accel", description="name of the project in the trackers")
-    run_name: TextOrNone = Field(None, description="name of the run in wandb; default: the name of out_dir")
+    run_name: TextOrNone = Field(None, description="name of the run in the trackers; default: the name of out_dir")
     quiet: bool = Field(False, description="print only warnings and the final results")
 
 

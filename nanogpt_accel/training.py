@@ -73,7 +73,8 @@ def check_recipe(recipe):
     recipe = resolve_resume(recipe)
     out_dir, train = Path(recipe.out_dir), recipe.train
     problems = run_data.check(recipe.data, recipe.model.block_size)
-    problems += check_launch(train.gradient_accumulation_steps) + check_trackers(recipe.tracking.trackers)
+    problems += check_launch(train.gradient_accumulation_steps)
+    problems += check_trackers(recipe.tracking.trackers, recipe.tracking.project)
     problems += check_tasks(train.tasks, train.tasks_dir, "train.") if train.tasks else []
     if launcher_requests("FSDP") or launcher_requests("DEEPSPEED"):
         unsupported = {"sample_interval": "sampling during training", "tasks": "evaluation on tasks during training"}

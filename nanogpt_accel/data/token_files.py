@@ -35,7 +35,7 @@ SPLITS = ("train", "val")
 FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
 SHARD_TOKENS = 100_000_000  # tokens per file: 200 MB
 COMMIT_SECONDS = 20  # between commits, so a crash loses at most this much work; the first commit is after 2 seconds
-LOCK_FILES = ("lock", "holder.json")  # in .partial
+LOCK_FILES = ("lock", "holder.json")  # in .partial; without flock, also lock.lease
 AGAIN = "delete the folder and prepare it again"
 
 
@@ -169,7 +169,7 @@ class Writer:
         for path in self.partial.iterdir():
             if path.name in sizes:
                 os.truncate(path, sizes[path.name])  # to the size at the last commit
-            elif path.name not in LOCK_FILES and not (is_usable and path.name == "progress.json"):
+            elif not path.name.startswith(LOCK_FILES) and not (is_usable and path.name == "progress.json"):
                 delete(path)
 
     def __enter__(self):
@@ -263,7 +263,7 @@ class Writer:
 
     def _publish(self):
         """Move the finished files to the data folder. A repeated call moves the remaining files."""
-        names = sorted(f.name for f in self.partial.iterdir() if f.name not in (*LOCK_FILES, "progress.json"))
+        names = sorted(f.name for f in self.partial.iterdir() if not f.name.startswith((*LOCK_FILES, "progress.json")))
         # the tokenizer first: .bin files with neither a manifest nor tokenizer.json would count as a nanoGPT folder
         for name in sorted(names, key=lambda n: (n == "manifest.json", n.endswith(".bin"), n)):
             os.replace(self.partial / name, self.folder / self._final_name(name))

@@ -6,6 +6,7 @@ import secrets
 from contextlib import suppress
 from importlib.util import find_spec
 from operator import attrgetter
+from pathlib import Path
 
 from ..utils.files import write_atomically
 from ..utils.text import file_name, first_line, quoted
@@ -31,14 +32,16 @@ OFFLINE = {
 }
 
 
-def check_trackers(names):
-    """Check that Accelerate supports these trackers and that they are installed. Return a list of problems."""
+def check_trackers(names, project=""):
+    """Check that Accelerate supports these trackers, and that they are installed. Return a list of problems."""
     problems = []
     for name in names:
         if name not in TRACKERS:
             problems.append(f"tracking.trackers={name}: not supported; choose from {', '.join(TRACKERS)}")
         elif find_spec(name) is None:
             problems.append(f"tracking.trackers={name}: not installed; run pip install {name}")
+    if "tensorboard" in names and (".." in Path(project).parts or Path(project).is_absolute()):
+        problems.append(f"tracking.project={project}: tensorboard writes to this folder in out_dir; remove / and ..")
     return problems
 
 

@@ -1,6 +1,7 @@
 """token_files.py: nanoGPT's format, crashes at any time, and reading."""
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -16,6 +17,7 @@ from data_files import ENV, FACTS, names, save_tokenizer, sha256, write
 from nanogpt_accel.data import token_files
 from nanogpt_accel.data.manifest import is_data_folder, read_manifest
 from nanogpt_accel.data.token_files import TokenFile, Writer, token_file
+from nanogpt_accel.utils import locking
 
 # ---- writing
 
@@ -357,6 +359,26 @@ def test_partial_folder_that_is_a_link_is_refused(refused, tmp_path):
     os.symlink(tmp_path / "gone", tmp_path / "data" / ".partial")
     with refused(ValueError, "is a link"):
         write(tmp_path / "data")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
+def test_second_writer_is_refused_on_a_file_system_without_flock(monkeypatch, tmp_path):
+    """The lock is then a lease file in .partial, which the Writer must neither delete nor move."""
+    import fcntl
+
+    def flock(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    lease = locking.SoftFileLease
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(locking, "SoftFileLease", lambda file, **options: lease(file, **options | {"timeout": 0.1}))
+    with Writer(tmp_path / "data", np.uint16) as writer:
+        writer.write("train", np.arange(5), 5)
+        with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on .* is preparing this folder"):
+            Writer(tmp_path / "data", np.uint16)
+        writer.write("val", np.arange(5), 5)
+        writer.finish(FACTS, save_tokenizer)
+    assert names(tmp_path / "data") == ["manifest.json", "tokenizer.json", "train.bin", "val.bin"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links require a privilege")
