@@ -1,10 +1,11 @@
 """Show the contents of a data folder, or the sources of a recipe.
 
 nanogpt-accel data data/shakespeare_char-1234abcd
-nanogpt-accel data recipes/mixture.yaml
+nanogpt-accel data mixture
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 from pydantic import Field
@@ -14,6 +15,7 @@ from ..data.manifest import describe_split
 from ..recipe import SECTIONS, load_recipe
 from ..utils import cli
 from ..utils.fields import Int, Section, raise_problems
+from ..utils.packaged import list_packaged
 from ..utils.text import counted, printable
 
 WIDTH = 100  # characters per line when text is shown
@@ -34,7 +36,7 @@ class DataOptions(Section):
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
-            "nanogpt-accel data FOLDER | RECIPE.yaml [key=value ...]",
+            "nanogpt-accel data FOLDER | RECIPE [key=value ...]",
             "Show the contents of a data folder that this package or another project wrote: counts, bytes per token, "
             "the ten most common tokens, and the start of the text. If there is a manifest, its hashes are verified.\n"
             "For a recipe, show its sources: tokens, shares of the mix, and epochs over the run.",
@@ -44,7 +46,8 @@ def main(argv):
     if target is None:
         problems.append("FOLDER is missing; usage: nanogpt-accel data data/NAME")
     raise_problems(problems)
-    if target.endswith((".yaml", ".yml")):
+    is_name = not Path(target).exists() and target in {path.stem for path in list_packaged("recipes")}
+    if is_name or target.endswith((".yaml", ".yml")):
         return show_sources(target, options)
     data = dataset.open_dataset(SECTIONS["data"](data_dir=target, tokenizer=options.tokenizer), verify=True)
     splits = {split: describe(data, split, options.peek) for split in data.splits}

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 from ..utils.text import first_line
@@ -51,12 +52,23 @@ class StopSignals:
         is_second = number == signal.SIGINT and self.received and time.monotonic() - self._last > 2
         self._last = time.monotonic()
         if is_second:
+            _tell("exiting now, without saving a checkpoint")
             os._exit(130)
         if not self.armed and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.armed:
             sys.exit(75 if number == getattr(signal, "SIGUSR1", None) else 128 + number)
-        self.received = self.received or signal.Signals(number).name
+        if not self.received:
+            self.received = signal.Signals(number).name
+            _tell(f"{self.received}: saving a checkpoint and stopping after this step; Ctrl-C again exits immediately")
+
+
+def _tell(text):
+    """Print a line on the first rank of a machine, at once, because a step may take minutes. Signal handlers cannot use
+    print, which is not reentrant."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError):
+            os.write(2, f"\n{text}\n".encode())
 
 
 class Stopper:
