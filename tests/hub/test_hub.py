@@ -496,7 +496,7 @@ def test_the_loop_does_not_wait_for_a_push(child, hub, place, run):
 
 
 def test_the_pushes_of_a_run_keep_an_edited_card(child, hub, place):
-    """The repository has a card of its own, which is edited again during the run."""
+    """The repository has a card before the run, which is edited again during the run."""
     own = "---\nlicense: mit\n---\n# Poems\n\nTrained by me.\n"
     hub.add("me/verses", {"README.md": own.encode()})
 
