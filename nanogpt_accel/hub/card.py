@@ -117,8 +117,8 @@ def _usage_code(tokenizer, block_size, needs_code):
     if tokenizer.kind == "char":  # characters outside the vocabulary are an error
         characters = tokenizer.vocab.keys() - tokenizer.special
         prompt = "".join(c for c in prompt if c in characters) or min(characters, default="")
-    elif tokenizer.kind == "wordlevel":  # so are unknown words
-        prompt = tokenizer.decode([0])
+    elif tokenizer.check_prompt(prompt, None, "prompt"):  # so are unknown words
+        prompt = tokenizer.default_prompt()
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
 {_loading_code(needs_code)}

@@ -172,6 +172,7 @@ def _quiet_transformers():
 
 
 def _check_shapes(folder, config, shapes):
+    """Compare {name: shape} with the parameters of the model that the config object describes."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -13,7 +13,7 @@ from families import config_of, counted_by_part
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.commands import plan
 from nanogpt_accel.model import GPT, GPTConfig
-from nanogpt_accel.planning.sizing import flops_per_token
+from nanogpt_accel.planning.sizing import COUNTED, flops_per_token
 from nanogpt_accel.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,7 @@ def planned(*words, capsys):
 
 def test_a_setting_that_plan_does_not_know_is_named(monkeypatch, capsys):
     """A switch that was added for an experiment to the recipe and to GPTConfig."""
+    assert Recipe().shape.keys() <= COUNTED
     shape = Recipe.shape.fget
     words = [ROOT / "recipes" / "gpt2.yaml"]
     known = planned(*words, capsys=capsys)

@@ -334,15 +334,14 @@ def is_kept(card):
     return OWN_TEXT in card and "\nlicense: mit\n" in card and card_errors(card) == []
 
 
-def test_a_push_keeps_a_card_that_was_edited_on_the_hub(child, hub, place):
+def test_a_push_keeps_a_card_that_was_edited_on_the_hub(child, hub):
     child.ok("push", "runs/tiny", "me/poems")
     edit_card(hub, "me/poems")
-    child.ok("train", "tiny.yaml", "out_dir=runs/poems", "max_iters=2")
-    child.ok("push", "runs/poems", "me/poems")
+    child.ok("push", "runs/tiny", "me/poems", "form=custom")
     card = hub.files("me/poems")["README.md"].decode()
-    assert is_kept(card) and "after 2 steps" in card and "after 8 steps" not in card
+    assert is_kept(card) and card.count("trust_remote_code=True") == 2 and card.count("# tiny") == 1
     before = hub.commits("me/poems")
-    child.ok("push", "runs/poems", "me/poems")
+    child.ok("push", "runs/tiny", "me/poems", "form=custom")
     assert hub.commits("me/poems") == before
 
 
@@ -497,7 +496,7 @@ def test_the_loop_does_not_wait_for_a_push(child, hub, place, run):
 
 
 def test_the_pushes_of_a_run_keep_an_edited_card(child, hub, place):
-    """The repository has a card of its own, which is edited again during the run."""
+    """The repository has a card before the run, which is edited again during the run."""
     own = "---\nlicense: mit\n---\n# Poems\n\nTrained by me.\n"
     hub.add("me/verses", {"README.md": own.encode()})
 

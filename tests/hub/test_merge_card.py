@@ -34,7 +34,7 @@ def loss_of(text):
     return [result.metric_value for result in ModelCard(text).data.eval_results]
 
 
-def test_a_card_that_nobody_edited_is_replaced(tmp_path):
+def test_a_card_that_was_not_edited_is_replaced(tmp_path):
     first = push("", card())
     assert card_errors(first) == [] and data(first, tmp_path) == ModelCard(card()).data.to_dict()
     visible = re.sub(r"<!--.*?-->\n", "", first)

@@ -124,6 +124,7 @@ FORMS = ["theirs", "theirs.gguf", "theirs.pt"]
 @pytest.mark.parametrize("to", FORMS)
 def test_a_setting_that_export_does_not_know_is_named(call, monkeypatch, to):
     """A field of GPTConfig and of recipes that was added for an experiment. If it is off, the model is exported."""
+    assert stock.unknown_settings(dict.fromkeys(GPTConfig.__annotations__, True)) == []
     monkeypatch.setitem(stock.DEFAULTS, "value_residual", False)
     save_model(gpt(), "ours")
     config = json.loads(Path("ours/config.json").read_text())
