@@ -4,6 +4,7 @@ nanogpt-accel recipes
 nanogpt-accel recipes --copy quickstart --to mine.yaml
 """
 
+import re
 from pathlib import Path
 
 from pydantic import Field
@@ -66,7 +67,8 @@ def expectation(expect):
 def copy(recipe, to):
     """Copy a packaged recipe to the file `to`.
 
-    In the copy, the train command names `to`, and the path of the schema for editors is absolute.
+    In the copy, the train command names `to`, and the path of the schema for editors is absolute. The copy has no
+    expected loss, because the user will change its settings.
 
     Raises:
         FileExistsError: `to` exists. FileNotFoundError: the folder of `to` does not exist.
@@ -74,7 +76,8 @@ def copy(recipe, to):
     to = Path(to or recipe.name)
     schema = packaged("recipes/recipe.schema.json").absolute().as_uri()
     text = recipe.read_text(encoding="utf-8").replace("$schema=recipe.schema.json", f"$schema={schema}")
-    text = text.replace(f"recipes/{recipe.name}", quoted(to))
+    text = text.replace(f"recipes/{recipe.name}", quoted(to)).replace(f"runs/{recipe.stem}", f"runs/{to.stem}")
+    text = re.sub(r"\nexpect:\n(?:  .*\n)+", "", text)
     try:
         with open(to, "x", encoding="utf-8") as file:
             file.write(text)
