@@ -166,7 +166,7 @@ def _take_step(model, optimizer):
 
 
 def _attributes(optimizer):
-    """Return the numbers, tensors and containers of an optimizer besides what checkpoints store, as {name: text}."""
+    """Return the numbers, tensors and containers of an optimizer that checkpoints do not store, as {name: text}."""
     import torch
 
     values = {key: vars(optimizer)[key] for key in vars(optimizer).keys() - {"state", "param_groups", "defaults"}}
@@ -199,8 +199,9 @@ def check_saved_optimizer(checkpoint, settings):
         if key == "options" and not is_same:  # most options may change
             is_same = _state_names(settings) in (None, _state_names(settings.model_copy(update={key: value})))
         if not is_same:
-            fix = f"set {key}={show_value(value)}, or start a new run with init_from={quoted(checkpoint)} and another out_dir"
-            problem = f"{checkpoint} contains the optimizer state of {show_value(value)}; {fix}"
+            saved = show_value(value)
+            fix = f"set {key}={saved}, or start a new run with init_from={quoted(checkpoint)} and another out_dir"
+            problem = f"{checkpoint} contains the optimizer state of {saved}; {fix}"
             return [f"optimizer.{key}={show_value(now)}: {problem}"]
     return []
 
