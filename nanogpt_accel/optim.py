@@ -114,13 +114,19 @@ def optimizer_class(name):
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(import_module(module), attribute, None)
-    except Exception as error:  # a broken package may raise any error
-        raise ValueError(f"{name}: cannot import {module} ({first_line(error)}); install its package") from None
+    except (Exception, SystemExit) as error:  # a broken package may raise any error, and a script may exit
+        problem = f"cannot import {module} ({first_line(error)}); install its package"
+        raise ValueError(f"optimizer.algorithm={name}: {problem}") from None
     import torch
 
-    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        classes = [key for key, value in vars(import_module(module)).items() if isinstance(value, type)]
-        raise ValueError(f"{name}: {module} has no optimizer {attribute}{nearest(attribute, classes)}")
+    def is_optimizer(value):
+        return isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+
+    if not is_optimizer(found):
+        classes = [key for key, value in vars(import_module(module)).items() if is_optimizer(value)]
+        raise ValueError(
+            f"optimizer.algorithm={name}: {module} has no optimizer {attribute}{nearest(attribute, classes)}"
+        )
     return found
 
 

@@ -59,22 +59,14 @@ def _class_name(value):
     return value
 
 
-def _read_options(value):
-    """Read a mapping, which is text on a command line: `{betas: [0.9, 0.99]}`."""
-    if isinstance(value, str):
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError("must be a mapping such as {betas: [0.9, 0.99]}") from None
-    return {} if value is None else _read_numbers(value)
-
-
 def _read_numbers(value):
     """Convert texts such as 1e-3 in nested values, because YAML does not read them as numbers."""
     if isinstance(value, dict):
         return {str(key): _read_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_read_numbers(item) for item in value]
+    if not isinstance(value, (str, int, float, type(None))):  # YAML also has dates, sets and bytes
+        raise ValueError("must only contain numbers, texts, lists and mappings")
     with suppress(ValueError):
         return float(value) if isinstance(value, str) else value
     return value
@@ -204,7 +196,10 @@ class Stage(Section):
     model_config = ConfigDict(serialize_by_alias=True)
 
     start: Annotated[Float, AfterValidator(_check_start)] = Field(
-        alias="from", gt=0, description="first step of the stage; a number below 1 is a share of max_iters"
+        alias="from",
+        gt=0,
+        le=1_000_000_000,
+        description="first step of the stage; a number below 1 is a share of max_iters",
     )
     mix: list[Source] = Field(
         min_length=1,
@@ -334,7 +329,7 @@ class Optimizer(Section):
         description="adamw: AdamW for all parameters; muon: Muon for the matrices in the blocks and AdamW for all "
         "other parameters; or the name of an optimizer class in an installed package, such as torch.optim.Adafactor",
     )
-    options: Annotated[dict, BeforeValidator(_read_options)] = Field(
+    options: Annotated[dict, BeforeValidator(_read_numbers), _yaml_or({})] = Field(
         {}, description="arguments of an optimizer class, in addition to learning_rate and weight_decay"
     )
     learning_rate: Float = Field(6e-4, gt=0, description="maximum learning rate of AdamW or of an optimizer class")
@@ -749,22 +744,30 @@ def _mix_conflicts(recipe):
         if value not in (None, default):
             yield {key, "mix"}, f"data.{key}={value}: not used with data.mix; add it to the mix, or remove one of them"
     defined = {}  # name -> its definition
-    for mix in data.mixes:
+    for i, mix in enumerate(data.mixes):
+        where = "data.stages" if i else "data.mix"
         names = [source.label for source in mix]
         for source in mix:
-            name = source.label
-            if not name or not (source.given or name in defined):
+            name, extra = source.label, sorted(source.model_fields_set - {"name", "weight"})
+            if source.given and not name:
+                yield keys, f"{where}: corpus={source.corpus} gives no name to the source; set its name"
+            elif not name or not (source.given or name in defined):
                 missing = f"no source is named {name}{nearest(name, defined)}" if name else "a source has no corpus"
-                yield keys, f"data.mix: {missing}; set its corpus or data_dir"
+                yield keys, f"{where}: {missing}; set its corpus or data_dir"
+            elif extra and not source.given:
+                fix = "set them where it is defined, or use another name and set its corpus"
+                yield keys, f"{where}: {', '.join(extra)} of {name}, which is defined in an earlier mix; {fix}"
             elif source.given != defined.setdefault(name, source.given) and source.given:
-                yield keys, f"data.mix: two different sources are named {name}; set name of one of them"
+                yield keys, f"{where}: two different sources are named {name}; set name of one of them"
             elif names.count(name) > 1 and source is not mix[names.index(name)]:
-                yield keys, f"data.mix: {name} is twice in the same mix; add up the weights"
+                yield keys, f"{where}: {name} is twice in the same mix; add up the weights"
     starts = [start for start, _ in recipe.stages]
     if sorted(set(starts)) != starts:
+        is_short = any(stage.start < 1 for stage in data.stages)  # shares of a short run are rounded to the same step
         yield (
             keys,
-            f"data.stages: must start after step 0 and in increasing order, but start at {show_value(starts[1:])}",
+            f"data.stages: must start after step 0 and in increasing order, but start at {show_value(starts[1:])}"
+            + f" with max_iters={recipe.train.max_iters}; increase max_iters, or set stages=none" * is_short,
         )
     for name, corpus in data.validation.items():
         if not corpus.given:

@@ -113,7 +113,7 @@ def check_optimizer(settings):
     try:
         found = optimizer_class(settings.algorithm)
     except ValueError as error:
-        return [f"optimizer.algorithm={error}"]
+        return [str(error)]
     import torch
 
     from .distributed import sharding
@@ -130,15 +130,18 @@ def check_optimizer(settings):
     try:
         optimizer = make_optimizer(model, settings)
     except Exception as error:  # a class may check its options in any way
-        return [f"{options}: {settings.algorithm} does not accept them: {first_line(error)}"]
+        if settings.options:
+            return [f"{options}: {settings.algorithm} does not accept them: {first_line(error)}"]
+        return [f"{algorithm}: cannot be created with lr and parameter groups, without options: {first_line(error)}"]
     if settings.weight_decay and "weight_decay" not in optimizer.defaults:
         key = f"optimizer.weight_decay={settings.weight_decay:g}"
         return [f"{key}: {settings.algorithm} does not support it; set weight_decay=0"]
     try:
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        with torch.compiler.set_stance("force_eager"):
-            optimizer.step()
+        before = _attributes(optimizer)
+        _take_step(model, optimizer)
+        if changed := [key for key, value in _attributes(optimizer).items() if value != before.get(key)]:
+            problem = f"keeps {', '.join(changed)} outside of its state, so a run would not resume exactly"
+            return [f"{algorithm}: {problem}; choose another optimizer"]
         for p, fields in optimizer.state.items():
             states.append((p.shape, {}))
             pack(fields, "its state", states[-1][1])
@@ -149,6 +152,57 @@ def check_optimizer(settings):
     if launcher_requests("FSDP") and not is_like:
         problem = "not supported with FSDP2, because its state does not have the shape of the parameters"
         return [f"{algorithm}: {problem}; launch with {packaged('configs/multi_gpu.yaml')}"]
+    return []
+
+
+def _take_step(model, optimizer):
+    """Make a step with gradients of one."""
+    import torch
+
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
+
+
+def _attributes(optimizer):
+    """Return the numbers, tensors and containers of an optimizer that checkpoints do not store, as {name: text}."""
+    import torch
+
+    values = {key: vars(optimizer)[key] for key in vars(optimizer).keys() - {"state", "param_groups", "defaults"}}
+    kinds = int, float, list, dict, torch.Tensor
+    return {key: repr(value) for key, value in values.items() if isinstance(value, kinds)}
+
+
+def _state_names(settings):
+    """Return the names of the values that an optimizer class stores for a parameter, or None if it cannot be used."""
+    import torch
+
+    model = torch.nn.Linear(3, 2)
+    with suppress(Exception):  # check_optimizer reports it
+        optimizer = make_optimizer(model, settings)
+        _take_step(model, optimizer)
+        return {name for state in optimizer.state.values() for name in state}
+
+
+def check_saved_optimizer(checkpoint, settings):
+    """Check that an optimizer can continue with the state in a checkpoint. Return a list of problems.
+
+    settings: the optimizer section of the recipe.
+    """
+    before = read_trainer(checkpoint).get("optimizer")
+    with suppress(OSError, ValueError):  # earlier versions stored it only in run.yaml, which may have other keys
+        before = before or load_recipe(checkpoint.parent / "run.yaml").optimizer.model_dump()
+    for key in ("algorithm", "options") if before else ():
+        value, now = before[key], getattr(settings, key)
+        is_same = value == now
+        if key == "options" and not is_same:  # most options may change
+            is_same = _state_names(settings) in (None, _state_names(settings.model_copy(update={key: value})))
+        if not is_same:
+            saved = show_value(value)
+            fix = f"set {key}={saved}, or start a new run with init_from={quoted(checkpoint)} and another out_dir"
+            problem = f"{checkpoint} contains the optimizer state of {saved}; {fix}"
+            return [f"optimizer.{key}={show_value(now)}: {problem}"]
     return []
 
 
@@ -165,14 +219,7 @@ def check_out_dir(recipe):
         )
     elif init_from == "resume":
         problems += shape_differences(latest, read_config(latest), recipe.shape)
-        with suppress(OSError, ValueError):  # an old run.yaml may have other keys
-            before = load_recipe(out_dir / "run.yaml").optimizer.algorithm
-            if before != recipe.optimizer.algorithm:
-                problems.append(
-                    f"optimizer.algorithm={recipe.optimizer.algorithm}: {latest} contains the optimizer state of "
-                    f"{before}; leave out algorithm, or start a new run with init_from={quoted(latest)} and another "
-                    "out_dir"
-                )
+        problems += check_saved_optimizer(latest, recipe.optimizer)
     elif saved and is_new and latest is None:
         problems.append(
             f"out_dir={out_dir}: contains a run without a valid checkpoint ({saved[-1].name}: "

@@ -1,6 +1,7 @@
 """optim.py: learning rate and parameter groups as in nanoGPT, AdamW as in torch, and Muon compared with torch's."""
 
 import copy
+import json
 import math
 import os
 from fractions import Fraction
@@ -16,7 +17,7 @@ from nanogpt_accel.model import GPT, GPTConfig
 from nanogpt_accel.muon import orthogonalize
 from nanogpt_accel.optim import learning_rate, make_optimizer, parameter_groups
 from nanogpt_accel.recipe import Optimizer, load_recipe
-from nanogpt_accel.training import check_optimizer
+from nanogpt_accel.training import check_optimizer, check_saved_optimizer
 
 # ---- the learning rate
 
@@ -204,11 +205,26 @@ def test_an_optimizer_by_name_gets_the_groups_and_the_options(model):
     assert found == [[0.1, 0.3, 0.9, True, 1.0], [0.1, 0.0, 0.9, True, 1.0]]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("{eps: 1e-6, eps: 1e-5}", "must be valid YAML"),
+        ("[1]", "must have the form {KEY: VALUE}"),
+        ("{since: 2024-01-01}", "must only contain numbers, texts"),
+    ],
+)
+def test_options_that_are_no_mapping_of_plain_values_are_refused(refused, options, words):
+    with refused(ValueError, "optimizer.options=", words):
+        load_recipe(None, {"algorithm": "torch.optim.NAdam", "options": options})
+
+
 def test_options_on_a_command_line_are_yaml():
     recipe = load_recipe(
         None, {"algorithm": "torch.optim.NAdam", "options": "{eps: 1e-6, betas: [0.9, 1e-1], foreach: null}"}
     )
     assert recipe.optimizer.options == {"eps": 1e-6, "betas": [0.9, 0.1], "foreach": None}
+    in_python = load_recipe(None, {"algorithm": "torch.optim.NAdam", "options": {"betas": (0.9, 0.1)}})
+    assert in_python.optimizer.options == {"betas": [0.9, 0.1]}  # run.yaml has no tuples
 
 
 @pytest.mark.parametrize(
@@ -218,7 +234,12 @@ def test_options_on_a_command_line_are_yaml():
             {"algorithm": "torch.optim.Adafactr"},
             ["optimizer.algorithm=torch.optim.Adafactr", "did you mean Adafactor?"],
         ),
-        ({"algorithm": "torch.nn.Linear"}, ["optimizer.algorithm=torch.nn.Linear", "torch.nn has no optimizer Linear"]),
+        (
+            {"algorithm": "torch.nn.Linear"},
+            ["optimizer.algorithm=torch.nn.Linear", "torch.nn has no optimizer Linear"],
+        ),
+        ({"algorithm": "torch.optim.Optimizer", "weight_decay": 0.0}, ["algorithm=torch.optim.Optimizer: cannot be"]),
+        ({"algorithm": "tiny_run.Counting"}, ["algorithm=tiny_run.Counting: keeps n_steps outside of its state"]),
         ({"algorithm": "torch.optim.LBFGS"}, ["optimizer.algorithm=torch.optim.LBFGS", "closure"]),
         ({"algorithm": "tiny_run.Switched"}, ["optimizer.algorithm=tiny_run.Switched", "train() and eval()"]),
         ({"algorithm": "torch.optim.SparseAdam", "weight_decay": 0.0}, ["algorithm=torch.optim.SparseAdam", "a step"]),
@@ -233,6 +254,32 @@ def test_options_on_a_command_line_are_yaml():
 def test_a_mistake_in_an_optimizer_by_name_is_found_before_the_run(refused, settings, words):
     with refused(ValueError, *words):
         load_recipe(None, settings, check=lambda recipe: check_optimizer(recipe.optimizer))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ({"algorithm": "adamw"}, {"algorithm": "muon"}, "optimizer.algorithm=muon: checkpoint contains the optimizer"),
+        ({"algorithm": "muon"}, {"algorithm": "torch.optim.NAdam"}, "optimizer state of muon; set algorithm=muon"),
+        ({"options": {}}, {"options": {"amsgrad": True}}, "optimizer.options={amsgrad: True}: checkpoint contains"),
+        (
+            {"options": {"amsgrad": True}},
+            {"options": {"eps": 1e-6}},
+            "optimizer state of {amsgrad: True}; set options=",
+        ),
+        ({"options": {"eps": 1e-6}}, {"options": {"betas": [0.5, 0.9]}}, None),
+        ({"algorithm": "adamw"}, {"algorithm": "adamw"}, None),
+    ],
+)
+def test_a_checkpoint_only_continues_with_an_optimizer_of_the_same_state(tmp_path, monkeypatch, before, now, words):
+    """run.yaml does not count, because it may have been edited."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint" / "state").mkdir(parents=True)
+    (tmp_path / "run.yaml").write_text(f"optimizer: {now}")
+    saved = {"algorithm": "torch.optim.Adam", "options": {}} | before
+    (tmp_path / "checkpoint" / "state" / "trainer.json").write_text(json.dumps({"optimizer": saved}))
+    problems = check_saved_optimizer(Path("checkpoint"), Optimizer(**{"algorithm": "torch.optim.Adam", **now}))
+    assert problems == [] if words is None else len(problems) == 1 and words in problems[0]
 
 
 @pytest.mark.parametrize(("algorithm", "is_refused"), [("torch.optim.Adafactor", True), ("torch.optim.NAdam", False)])

@@ -15,6 +15,7 @@ from ..hub.background import BackgroundPush
 from ..utils.files import flush_tree, remove_checkpoint, rename_folder
 from ..utils.text import one_line
 from .layout import CHECKPOINT_NAME, INDEX, checkpoint_path, read_trainer
+from .run_folder import check_writable
 from .verify import find_corruption, latest_valid
 
 LOGS = ("run.yaml", "metrics.jsonl", "samples.jsonl")
@@ -31,10 +32,12 @@ class Mirror:
     def __init__(self, url):
         from fsspec.core import url_to_fs
 
-        self.url = url.rstrip("/")
+        self.url = url
         with self._errors():
-            self.fs, self.root = url_to_fs(self.url)
+            self.fs, self.root = url_to_fs(url)
             self.root = self.root.rstrip("/")
+            if not self.root:  # "/" or "s3://"
+                raise ValueError("no folder")
 
     def checkpoints(self):
         """Return {step: path} of the complete checkpoints, oldest first."""
@@ -108,11 +111,10 @@ class Mirror:
         protocol = self.url.partition("://")[0] if "://" in self.url else "file"
         try:
             yield
-        except ImportError:
-            package = PACKAGES.get(protocol, "the package for it")
-            raise ValueError(
-                f"checkpoint.mirror={self.url}: {protocol}:// is not installed; run `pip install {package}`"
-            ) from None
+        except ImportError as error:
+            package = PACKAGES.get(protocol)
+            fix = f"run `pip install {package}`" if package else one_line(error)
+            raise ValueError(f"checkpoint.mirror={self.url}: {protocol}:// is not installed; {fix}") from None
         except ValueError as error:  # an unknown protocol
             raise ValueError(f"checkpoint.mirror={self.url}: {one_line(error)}; check the URL") from None
         except Exception as error:
@@ -158,12 +160,19 @@ class BackgroundMirror(BackgroundPush):
 
 
 def check_mirror(recipe):
-    """Check before a run that the mirror can be read and does not contain another run. Return a list of problems."""
+    """Check before a run that the mirror can be read, is not in out_dir, and does not contain another run. For a folder
+    on this machine, also check that it can be written. Return a list of problems."""
     url = recipe.checkpoint.mirror
-    if url is None or recipe.model.init_from == "resume":
+    if url is None:
         return []
     try:
-        found = Mirror(url).checkpoints()
+        mirror = Mirror(url)
+        if "file" in mirror.fs.protocol:
+            if Path(mirror.root).resolve().is_relative_to(Path(recipe.out_dir).resolve()):
+                return [f"checkpoint.mirror={url}: in out_dir={recipe.out_dir}; set mirror to a folder on another disk"]
+            if problems := check_writable(mirror.root, "checkpoint.mirror"):
+                return problems
+        found = {} if recipe.model.init_from == "resume" else mirror.checkpoints()
     except (ValueError, ConnectionError) as error:
         return [str(error)]
     if not found or recipe.overwrite or recipe.checkpoint.resume == "auto":

@@ -153,6 +153,7 @@ class Run:
             "data": self.data.identity,
             "seed": self.recipe.seed,
             "processes": accelerator.num_processes,
+            "optimizer": self.recipe.optimizer.model_dump(include={"algorithm", "options"}),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         }
         card = checkpoint_card(self._recipe_to_save, self.data, trainer, self.setup.num_parameters) if is_main() else ""

@@ -25,7 +25,7 @@ from ..models.shape import model_shape
 from ..optim import learning_rate
 from ..planning.hardware import device_name
 from ..recipe import FIELDS, SECTIONS, load_recipe
-from ..training import Setup, accelerator_for
+from ..training import Setup, accelerator_for, check_optimizer
 from ..utils import cli
 from ..utils.fields import Int, Section, Words, nearest, raise_problems
 from ..utils.text import printable
@@ -76,7 +76,7 @@ def main(argv):
 
 def check(recipe):
     """Check a recipe. Return a list of problems. Missing data is not a problem: `bench` then uses random tokens."""
-    problems = check_launch(recipe.train.gradient_accumulation_steps)
+    problems = check_launch(recipe.train.gradient_accumulation_steps) + check_optimizer(recipe.optimizer)
     if run_data.is_prepared(recipe.data):
         problems += run_data.check(recipe.data, recipe.model.block_size)
     return problems

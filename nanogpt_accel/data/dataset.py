@@ -79,9 +79,15 @@ def check(data, block_size=None):
     """
     problems = []
     if not (data.data_dir and is_prepared(data)):  # prepared data can be used without the corpus
-        if data.data_dir and not _is_set(data, "corpus") and (file := _named_like_token_file(data.data_dir)):
-            fix = "set data_dir to a folder with token files, or set corpus too"
-            return [f"data_dir={data.data_dir}: {file} is not a complete set of token files; {fix}"]
+        if data.data_dir and not _is_set(data, "corpus"):  # otherwise, a wrong data_dir would prepare OpenWebText
+            if file := _named_like_token_file(data.data_dir):
+                fix = "set data_dir to a folder with token files, or set corpus too"
+                return [f"data_dir={data.data_dir}: {file} is not a complete set of token files; {fix}"]
+            if not (data_folder(data) / ".partial").is_dir():
+                try:
+                    manifest_of(data, data_folder(data))
+                except OSError as error:
+                    return [f"{error}, or set corpus too"]
         for function in (lambda: check_fits(data, corpus_of(data)), lambda: _tokenizer_identity(data)):
             try:
                 function()

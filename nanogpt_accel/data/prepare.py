@@ -136,7 +136,7 @@ def _prepare(folder, data, report, workers):
     if not corpus.is_single and tokenizer.eot_id is None:
         raise ValueError(
             f"tokenizer={data.tokenizer}: has no end-of-text token to separate the documents of "
-            f"corpus={data.corpus}; set eos_token to one of its tokens, or tokenizer to gpt2, char or bpe"
+            f"corpus={data.corpus}; set eos_token to one of its tokens, or tokenizer to gpt2 or bpe"
         )
     if not corpus.ids:  # for token ids, it is unknown how special tokens in the text were encoded
         tokenizer.special_tokens = data.special_tokens
@@ -196,8 +196,8 @@ def _unknown_characters(data):
         yield
     except EncodingError as error:
         raise ValueError(
-            f"tokenizer={data.tokenizer}: cannot encode corpus={data.corpus}: {error}; set tokenizer to gpt2, char or "
-            "bpe, or use another corpus"
+            f"tokenizer={data.tokenizer}: cannot encode corpus={data.corpus}: {error}; set tokenizer to gpt2 or bpe, "
+            "or use another corpus"
         ) from None
 
 

@@ -119,13 +119,17 @@ def sections(data):
     """Return {name: data section} for each source and validation set of a data section.
 
     If the tokenizer is char or bpe, it is made from the first source. The other sources and validation sets use it.
+    Prepared data have a tokenizer of their own, which open_run_data compares with that of the first source.
     """
     members = {**data.sources, **data.validation}
     found = {name: member.section(data) for name, member in members.items()}
     first, *others = found
     if others and data.tokenizer in ("char", "bpe"):
         folder = str(dataset.data_folder(found[first]))
-        found |= {name: found[name].model_copy(update={"tokenizer": folder}) for name in others}
+        for name in others:
+            has_own = found[name].data_dir and dataset.is_prepared(found[name])
+            # the default value accepts data with any tokenizer
+            found[name] = found[name].model_copy(update={"tokenizer": "gpt2" if has_own else folder})
     return found
 
 
@@ -143,7 +147,7 @@ def uses_val(data, name):
 
 def has_tokenizer(data, section):
     """Return whether the tokenizer of a section exists, or will be made from the corpus of this section."""
-    return section.tokenizer == data.tokenizer or is_data_folder(section.tokenizer)
+    return section.tokenizer in ("gpt2", data.tokenizer) or is_data_folder(section.tokenizer)
 
 
 def is_prepared(data):
@@ -205,9 +209,11 @@ def require_blocks(data, opened, block_size):
     ]
     for name, tokens in opened.validation.items():
         if len(tokens) <= block_size:
+            split = data.validation[name].split
             problems.append(
-                f"{where(data, name)}split={data.validation[name].split} has {len(tokens):,} tokens, but a sample has "
-                f"{block_size + 1:,}; set split to all, or use a larger corpus"
+                f"{where(data, name)}split={split} has {len(tokens):,} tokens, but a sample has {block_size + 1:,}; "
+                + ("" if split == "all" else "set split to all, or ")
+                + "use a larger corpus"
             )
     return problems
 

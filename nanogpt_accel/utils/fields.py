@@ -95,6 +95,8 @@ def validate(section, values, where=""):
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             message = "" if item["type"] == "extra_forbidden" else message.split(", unable to parse")[0]
             message = "missing" if item["type"] == "missing" else message
+            message = "must not be empty" if item["type"] == "too_short" else message
+            message = "must have the form {KEY: VALUE}" if item["type"] in ("dict_type", "model_type") else message
             messages.setdefault(_path_in(values, item["loc"]), []).append(message)
     problems, invalid = [], {str(path[0]) for path in messages}
     for path, texts in messages.items():
@@ -123,11 +125,11 @@ def _path_in(values, location):
 
 
 def _fields_at(section, path):
-    """Return the fields of the Section at a path in another Section. An example of a path is ("mix", 0)."""
+    """Return the keys of the Section at a path in another Section. An example of a path is ("mix", 0)."""
     for part in path:
         if isinstance(part, str) and part in section.model_fields:
             section = _section_in(section.model_fields[part].annotation) or section
-    return section.model_fields
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _section_in(annotation):

@@ -156,7 +156,8 @@ def test_a_local_checkpoint_comes_before_the_mirror(url, folder, tmp_path):
     [
         ("nosuch://bucket/run", "Protocol not known: nosuch"),
         ("gs://bucket/run", "gs:// is not installed; run `pip install gcsfs`"),
-        ("/proc/mirror", "check the URL"),
+        ("ssh://host/run", "ssh:// is not installed; "),
+        ("/tmp/mirror", "check the URL"),
     ],
 )
 def test_a_mirror_that_cannot_be_used_is_refused_in_one_line(url, words, monkeypatch, tmp_path):
@@ -165,6 +166,30 @@ def test_a_mirror_that_cannot_be_used_is_refused_in_one_line(url, words, monkeyp
         monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.ls", lambda *a, **k: [][0])
     (problem,) = check_mirror(recipe_for(url, tmp_path))
     assert problem.startswith(f"checkpoint.mirror={url}: ") and words in problem and "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("run", "in out_dir=run; set mirror to a folder on another disk"),
+        ("file://{}/run/mirror", "in out_dir=run"),
+        ("text.txt", "is a file; set `checkpoint.mirror` to another folder"),
+        ("/proc/mirror", "cannot write to /proc"),
+        ("/", "no folder"),
+        ("memory://", "no folder"),
+        ("../run", None),
+    ],
+)
+@pytest.mark.parametrize("init_from", ["scratch", "resume"])
+def test_a_mirror_that_would_protect_nothing_is_refused(url, words, init_from, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "text.txt").touch()
+    recipe = recipe_for(url.format(tmp_path / "here"), "run")
+    recipe.model.init_from = init_from
+    problems = check_mirror(recipe)
+    assert problems == [] if words is None else len(problems) == 1 and words in problems[0]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["here", "text.txt"]
 
 
 def test_the_mirror_is_not_published(tmp_path):

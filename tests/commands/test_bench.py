@@ -164,6 +164,8 @@ def test_the_shape_of_pretrained_weights_without_loading_them():
         (["steps=0"], ["steps=0"]),
         (["init_from=someone/model"], ["init_from=someone/model", "n_layer"]),
         (["n_layr=2"], ["n_layr"]),
+        (["algorithm=torch.optim.Adamm"], ["optimizer.algorithm=torch.optim.Adamm", "did you mean Adam?"]),
+        (["algorithm=torch.optim.SGD", "options={nope: 1}"], ["optimizer.options={nope: 1}", "'nope'"]),
     ],
 )
 def test_mistakes_get_one_line(words, parts, capsys):

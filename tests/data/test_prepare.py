@@ -1015,7 +1015,7 @@ def test_in_a_separate_process(recipe):
 
 
 def test_a_vocabulary_that_is_too_large(capsys):
-    expect(error_line(capsys, "tokenizer=bpe", "vocab_size=1e12"), "vocab_size", "1000000")
+    expect(error_line(capsys, "corpus=python", "tokenizer=bpe", "vocab_size=1e12"), "vocab_size", "1000000")
 
 
 # ---- a folder that exists

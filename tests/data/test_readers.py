@@ -331,7 +331,7 @@ def test_a_character_that_the_tokenizer_of_another_run_lacks(capsys):
     assert main(["prepare", "r.yaml", "corpus=a.txt", "lines=true", "tokenizer=char", "data_dir=first"]) == 0
     for words in ([], ["lines=true"]):
         line = error_line(capsys, "corpus=b.txt", *words, "tokenizer=first", "data_dir=second")
-        expect(line, "tokenizer=first", "corpus=b.txt", "'é' (U+00E9)", "set tokenizer to gpt2, char or bpe")
+        expect(line, "tokenizer=first", "corpus=b.txt", "'é' (U+00E9)", "set tokenizer to gpt2 or bpe")
     assert main(["prepare", "r.yaml", "corpus=b.txt", "tokenizer=char", "data_dir=second"]) == 0
 
 

@@ -199,6 +199,18 @@ def test_an_accepted_change_is_recorded_in_every_later_checkpoint(run, work):
         ({"mix": [MIX[0], {"corpus": "b.txt", "name": "a", "weight": 1}]}, ["two different sources are named a"]),
         ({"validation": {"b": {"corpus": "held.txt"}}}, ["data.validation.b: a source has the same name"]),
         ({"validation": {"wiki": {}}}, ["data.validation.wiki: set its corpus or data_dir"]),
+        ({"mix": [MIX[0], {"corpus": ".", "weight": 1}]}, ["data.mix: corpus=. gives no name to the source"]),
+        (
+            {"stages": [{"from": 2, "mix": [{"name": "b", "weight": 1, "lines": True}]}]},
+            ["data.stages: lines of b, which is defined in an earlier mix"],
+        ),
+        # otherwise, a typing error would download OpenWebText
+        (
+            {"mix": [MIX[0], {"data_dir": "typo", "weight": 1}]},
+            ["data.mix: typo: data_dir=typo: contains no train.bin"],
+        ),
+        ({"validation": {"v": {"data_dir": "typo"}}}, ["data.validation.v: data_dir=typo: contains no train.bin"]),
+        ({"stages": STAGES, "max_iters": 1}, ["data.stages: must start after", "max_iters=1", "stages=none"]),
         ({"best": "tial", "validation": VALIDATION}, ["checkpoint.best=tial", "did you mean tail?"]),
         ({"tasks_interval": 6}, ["train.tasks_interval=6: must be a multiple of eval_interval=4"]),
     ],
@@ -222,7 +234,13 @@ def test_problems_of_a_mix_are_one_line_each(settings, words, refused):
             "stages: [{from: 2.5, mix: [{corpus: a.txt, weight: 1}]}]",
             ["data.stages.0.from=2.5: must be a step, or a share"],
         ),
-        ("stages: [{from: 2, mix: []}]", ["data.stages.0.mix=none: List should have at least 1 item"]),
+        ("stages: [{from: 2, mix: []}]", ["data.stages.0.mix=none: must not be empty"]),
+        ("stages: [{from: 1e300, mix: [{corpus: a.txt, weight: 1}]}]", ["data.stages.0.from=1e300: must be less than"]),
+        (
+            "stages: [{start: 2, mix: [{corpus: a.txt, weight: 1}]}]",
+            ["data.stages.0.from is missing", "unknown key data.stages.0.start"],
+        ),
+        ("mix: [a.txt]", ["data.mix.0=a.txt: must have the form {KEY: VALUE}"]),
         ("validation: {v: {corpus: a.txt, split: tset}}", ["data.validation.v.split=tset: must be 'val', 'test'"]),
         (
             "validation: {a/b: {corpus: a.txt}}",
@@ -250,6 +268,18 @@ def test_sources_with_another_tokenizer_are_refused(work, refused, run):
     recipe = load_recipe(recipe_of(mix=mix, stages=None, tokenizer=None, vocab_size=None))
     with refused(ValueError, "data.mix: b_char", "has a char tokenizer", "same tokenizer"):
         run_data.open_run_data(recipe, 8)
+
+
+def test_prepared_sources_may_have_the_tokenizer_that_a_mix_trains(work):
+    """A char or bpe tokenizer is made from the first source, but not for data that are already prepared."""
+    alone = recipe_of(mix=None, stages=None, tokenizer="char", vocab_size=None, corpus="a.txt", data_dir="apart")
+    run_data.open_run_data(load_recipe(alone), 8, report=lambda line: None)
+    mix = [MIX[0], {"data_dir": "apart", "weight": 1}]
+    recipe = load_recipe(recipe_of(mix=mix, stages=None, tokenizer="char", vocab_size=None))
+    assert run_data.check(recipe.data, 8) == []
+    opened = run_data.open_run_data(recipe, 8, report=lambda line: None)
+    assert opened.sources["a"].train.rows([0], 99).tolist() == opened.sources["apart"].train.rows([0], 99).tolist()
+    assert run_data.check(opened.pin(recipe.data), 8) == [] and run_data.is_prepared(opened.pin(recipe.data))
 
 
 def test_all_splits_need_enough_tokens(run):

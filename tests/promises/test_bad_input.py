@@ -92,12 +92,15 @@ EARLY = [
     ([*TINY, "bias=perhaps"], ["model.bias=perhaps", "boolean"]),
     ([*TINY, "sampling=sorted"], ["data.sampling=sorted", "'shuffle' or 'random'"]),
     ([*TINY, "eval_iters=some"], ["train.eval_iters=some"]),
-    ([*TINY, "options=3"], ["optimizer.options=3", "dictionary"]),
-    ([*TINY, "options={betas: [0.9"], ["optimizer.options={betas: [0.9", "a mapping such as {betas: [0.9, 0.99]}"]),
+    ([*TINY, "options=3"], ["optimizer.options=3", "{KEY: VALUE}"]),
+    ([*TINY, "options={betas: [0.9"], ["optimizer.options={betas: [0.9", "valid YAML"]),
     # unknown optimizers, and options for one that has none
     ([*TINY, "algorithm=adam"], ["optimizer.algorithm=adam", "'adamw' or 'muon'", "torch.optim.Adafactor"]),
     ([*TINY, "algorithm=gone.Lion"], ["optimizer.algorithm=gone.Lion", "cannot import gone", "install its package"]),
-    ([*TINY, "options={betas: [0.9, 0.99]}"], ["optimizer.options={betas: [0.9, 0.99]}", "algorithm that is a class"]),
+    (
+        [*TINY, "options={betas: [0.9, 0.99]}"],
+        ["optimizer.options={betas: [0.9, 0.99]}", "only for an optimizer class"],
+    ),
     # out of range
     ([*TINY, "n_layer=0"], ["model.n_layer=0", "greater than or equal to 1"]),
     ([*TINY, "dropout=1.5"], ["model.dropout=1.5", "less than 1"]),
@@ -160,7 +163,10 @@ EARLY = [
     ),
     (["train", "runs/tiny", "block_size=8"], ["model.block_size=8", "block_size=16"]),
     # resume with another optimizer
-    (["train", "runs/tiny", "algorithm=muon"], ["algorithm=muon", "checkpoint-000006 is that of adamw", "init_from="]),
+    (
+        ["train", "runs/tiny", "algorithm=muon"],
+        ["algorithm=muon", "checkpoint-000006 contains the optimizer state of adamw", "init_from="],
+    ),
     # resume with other data
     (["train", "runs/tiny", "val_fraction=0.2"], ["val_fraction=0.2", "prepared with val_fraction=0.1", "data_dir"]),
     (["train", "runs/tiny", "tokenizer=bpe", "vocab_size=258"], ["vocab_size=258", "prepared with tokenizer=char"]),

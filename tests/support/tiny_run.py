@@ -84,6 +84,16 @@ class Switched(torch.optim.SGD):
         raise NotImplementedError
 
 
+class Counting(torch.optim.SGD):
+    """An optimizer that keeps a number where checkpoints do not store it."""
+
+    n_steps = 0
+
+    def step(self, closure=None):
+        self.n_steps += 1
+        super().step()
+
+
 class Odd(torch.optim.SGD):
     """An optimizer whose state has every kind of value. The update depends on all of them."""
 
