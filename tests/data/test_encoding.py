@@ -32,7 +32,10 @@ def test_the_same_documents_in_every_format_by_any_workers(monkeypatch, name):
         ]
 
 
-@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.zst", "x.log.gz"])
+SLOW_NAMES = [pytest.param(name, marks=pytest.mark.slow) for name in ("x.jsonl.zst", "x.log.gz")]
+
+
+@pytest.mark.parametrize("name", ["x.parquet", *SLOW_NAMES])
 def test_the_tokens_are_tiktokens(gpt2_files, monkeypatch, name):
     import tiktoken
 

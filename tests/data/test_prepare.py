@@ -512,6 +512,7 @@ def committed(folder):
     return {path.name: path.stat().st_ino for path in paths if path.exists()}
 
 
+@pytest.mark.slow
 def test_killed_at_random_times_it_resumes_and_ends_with_the_same_bytes():
     jsonl("x.jsonl", documents(3000))
     given = {"corpus": "x.jsonl", "shard_tokens": 5000}
@@ -544,7 +545,10 @@ def test_killed_at_random_times_it_resumes_and_ends_with_the_same_bytes():
         assert ids(one.splits[split]) == ids(other.splits[split])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+SLOW_SIGNALS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, *SLOW_SIGNALS])
 def test_an_interrupted_preparation_keeps_its_documents(number):
     jsonl("x.jsonl", documents(60_000))
     process = child(commit_seconds=10**9, corpus="x.jsonl")

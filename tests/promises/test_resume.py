@@ -182,6 +182,7 @@ def test_resume_after_sigkill_in_the_middle_of_a_stage_is_bitwise_equal(start, m
     assert {"val_loss/held", "val_loss/c"} < ordered_numbers(run)[-1].keys()
 
 
+@pytest.mark.slow
 def test_a_mix_on_two_processes_and_resumed_on_one_equals_one_process(start, mix, mix_run, tmp_path):
     run = tmp_path / "run"
     start(run, [mix, f"out_dir={run}", "max_iters=16", "lr_decay_iters=24"], 2).finish()
