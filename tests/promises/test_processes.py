@@ -74,7 +74,6 @@ def runs(launched):
     return found
 
 
-@pytest.mark.slow
 def test_all_entry_points_compute_the_same(runs):
     first = runs["command"][0]
     assert len(numbers(first)) == STEPS + 3
