@@ -201,7 +201,7 @@ def check_saved_optimizer(checkpoint, settings):
         if not is_same:
             saved = show_value(value)
             fix = f"set {key}={saved}, or start a new run with init_from={quoted(checkpoint)} and another out_dir"
-            problem = f"{checkpoint} contains the optimizer state of {saved}; {fix}"
+            problem = f"{checkpoint} contains the optimizer state of {key}={saved}; {fix}"
             return [f"optimizer.{key}={show_value(now)}: {problem}"]
     return []
 

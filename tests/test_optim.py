@@ -260,12 +260,12 @@ def test_a_mistake_in_an_optimizer_by_name_is_found_before_the_run(refused, sett
     ("before", "now", "words"),
     [
         ({"algorithm": "adamw"}, {"algorithm": "muon"}, "optimizer.algorithm=muon: checkpoint contains the optimizer"),
-        ({"algorithm": "muon"}, {"algorithm": "torch.optim.NAdam"}, "optimizer state of muon; set algorithm=muon"),
+        ({"algorithm": "muon"}, {"algorithm": "torch.optim.NAdam"}, "state of algorithm=muon; set algorithm=muon"),
         ({"options": {}}, {"options": {"amsgrad": True}}, "optimizer.options={amsgrad: True}: checkpoint contains"),
         (
             {"options": {"amsgrad": True}},
             {"options": {"eps": 1e-6}},
-            "optimizer state of {amsgrad: True}; set options=",
+            "optimizer state of options={amsgrad: True}; set options=",
         ),
         ({"options": {"eps": 1e-6}}, {"options": {"betas": [0.5, 0.9]}}, None),
         ({"algorithm": "adamw"}, {"algorithm": "adamw"}, None),

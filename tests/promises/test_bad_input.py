@@ -165,7 +165,7 @@ EARLY = [
     # resume with another optimizer
     (
         ["train", "runs/tiny", "algorithm=muon"],
-        ["algorithm=muon", "checkpoint-000006 contains the optimizer state of adamw", "init_from="],
+        ["algorithm=muon", "checkpoint-000006 contains the optimizer state of algorithm=adamw", "init_from="],
     ),
     # resume with other data
     (["train", "runs/tiny", "val_fraction=0.2"], ["val_fraction=0.2", "prepared with val_fraction=0.1", "data_dir"]),
