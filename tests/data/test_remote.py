@@ -40,6 +40,8 @@ def memory():
     import fsspec
 
     fs = fsspec.filesystem("memory")
+    if fs.exists("/bucket"):  # of another test in this process: `put` would copy to bucket/local
+        fs.rm("/bucket", recursive=True)
     fs.put("local", "memory://bucket", recursive=True)
     yield fs
     fs.rm("/", recursive=True)
