@@ -475,7 +475,8 @@ class Expect(Section):
     tolerance: FloatOrNone = Field(
         None,
         gt=0,
-        description="largest difference from val_loss that counts as reproduced; default: only print both losses",
+        description="the result is reproduced if its loss differs from val_loss by at most this "
+        "much; default: only print both losses",
     )
     evaluation: Literal["last", "best"] = Field("last", description="evaluation to compare: the last or the best")
     steps: IntOrNone = Field(None, ge=0, description="step at which val_loss was measured; default: max_iters")

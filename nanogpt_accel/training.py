@@ -156,7 +156,7 @@ def check_optimizer(settings):
 
 
 def _take_step(model, optimizer):
-    """Make a step with gradients of one."""
+    """Make one optimizer step in which every gradient is 1."""
     import torch
 
     for p in model.parameters():

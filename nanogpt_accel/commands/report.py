@@ -42,7 +42,9 @@ GROUPS = {  # prefix of names such as val_loss/wiki: (title, unit); one chart pe
 class ReportOptions(Section):
     """The options of `report`."""
 
-    out: str = Field("", description="path of the page; default: report.html (in the run folder if there is one RUN)")
+    out: str = Field(
+        "", description="path of the page; default: report.html, in the run folder if only one RUN is given"
+    )
 
 
 def main(argv):

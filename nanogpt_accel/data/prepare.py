@@ -136,7 +136,7 @@ def _prepare(folder, data, report, workers):
     if not corpus.is_single and tokenizer.eot_id is None:
         raise ValueError(
             f"tokenizer={data.tokenizer}: has no end-of-text token to separate the documents of "
-            f"corpus={data.corpus}; set eos_token to one of its tokens, or tokenizer to gpt2 or bpe"
+            f"corpus={data.corpus}; set eos_token to one of its tokens, or set tokenizer=gpt2 or tokenizer=bpe"
         )
     if not corpus.ids:  # for token ids, it is unknown how special tokens in the text were encoded
         tokenizer.special_tokens = data.special_tokens

@@ -42,7 +42,7 @@ def suffix_of(path):
 
 
 def file_state(path):
-    """Return (bytes, modification time in ns) of a file, or (0, 0) if it is missing. read_file raises the error."""
+    """Return (bytes, modification time in ns) of a file, or (0, 0) if it is missing, which read_file reports later."""
     if is_remote(path):
         return remote_state(path)
     try:

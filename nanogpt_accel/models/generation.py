@@ -29,7 +29,7 @@ class TextStream:
     """Decode ids incrementally. All parts together equal text_after(decode, prompt_ids, new_ids).
 
     tokenizers' DecodeStream is not used, for two reasons. It never returns the end of a text whose last character is
-    incomplete. It raises an error if the next token does not continue a character that a byte-fallback token starts.
+    incomplete. If a byte-fallback token starts a character, it raises an error unless the next token continues it.
     """
 
     def __init__(self, decode, prompt_ids):

@@ -41,7 +41,9 @@ def check_trackers(names, project=""):
         elif find_spec(name) is None:
             problems.append(f"tracking.trackers={name}: not installed; run pip install {name}")
     if "tensorboard" in names and (".." in Path(project).parts or Path(project).is_absolute()):
-        problems.append(f"tracking.project={project}: tensorboard writes to this folder in out_dir; remove / and ..")
+        problems.append(
+            f"tracking.project={project}: names tensorboard's folder in out_dir; use a name without / and .."
+        )
     return problems
 
 
