@@ -882,7 +882,7 @@ def test_val_fraction_that_was_set_is_not_changed():
             assert problems[0].endswith(words)
 
 
-def test_val_of_the_corpus_itself_is_not_changed():
+def test_val_of_the_corpus_itself_is_not_changed(gpt2_files):
     write_texts(200, 20_000)
     Path("d").mkdir()
     shutil.move("x.txt", "d/train.txt")
