@@ -5,6 +5,7 @@ nanogpt-accel data mixture
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,9 @@ from pydantic import Field
 
 from ..data import dataset, run_data
 from ..data.manifest import describe_split
-from ..recipe import SECTIONS, load_recipe
+from ..recipe import SECTIONS, find_recipe, load_recipe
 from ..utils import cli
 from ..utils.fields import Int, Section, raise_problems
-from ..utils.packaged import list_packaged
 from ..utils.text import counted, printable
 
 WIDTH = 100  # characters per line when text is shown
@@ -46,9 +46,12 @@ def main(argv):
     if target is None:
         problems.append("FOLDER is missing; usage: nanogpt-accel data data/NAME")
     raise_problems(problems)
-    is_name = not Path(target).exists() and target in {path.stem for path in list_packaged("recipes")}
-    if is_name or target.endswith((".yaml", ".yml")):
-        return show_sources(target, options)
+    recipe = target if target.endswith((".yaml", ".yml")) else None
+    if not (recipe or Path(target).exists()):
+        with suppress(FileNotFoundError):  # not a recipe either; open_dataset reports the folder
+            recipe = find_recipe(target)
+    if recipe:
+        return show_sources(recipe, options)
     data = dataset.open_dataset(SECTIONS["data"](data_dir=target, tokenizer=options.tokenizer), verify=True)
     splits = {split: describe(data, split, options.peek) for split in data.splits}
     if options.json_output:
@@ -82,7 +85,7 @@ def show_sources(target, options):
             train_tokens[name] = manifest and manifest["splits"]["train"]["tokens"]
     rows, starts = run_data.mix_table(recipe, train_tokens), [step for step, _ in recipe.stages]
     if options.json_output:
-        print(json.dumps({"recipe": target, "starts": starts, "sources": rows, "folders": folders}))
+        print(json.dumps({"recipe": str(target), "starts": starts, "sources": rows, "folders": folders}))
         return
     print("\n".join(run_data.describe_mix(starts, rows)))
     for name, folder in folders.items():

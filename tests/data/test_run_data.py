@@ -355,3 +355,9 @@ def test_prepare_prepares_all_sources(work, call, tmp_path, monkeypatch):
     call("prepare", recipe)
     assert run_data.is_prepared(load_recipe(recipe).data)
     assert asdict(run_data.open_run_data(load_recipe(recipe), 8))["stages"][1][0] == 4
+
+
+def test_data_shows_a_recipe_by_its_name(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("data", "quickstart").splitlines()[-1] == "corpus: not prepared"
+    assert "data_dir=gone" in call("data", "gone", status=2)
