@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_serializer
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PrivateAttr, model_serializer
 
 from .optim import OPTIMIZERS, SCHEDULES
+from .scaling import scale
 from .utils.fields import (
     Device,
     Float,
@@ -269,6 +270,13 @@ class Model(Section):
         "model. If weights are loaded, only block_size and dropout are read from the recipe; all other model settings "
         "are those of the loaded model",
     )
+    depth: IntOrNone = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="scale the recipe to this number of layers: derive width, heads, max_iters, batch size, learning "
+        "rates and weight decay from those of the recipe, except for settings on the command line",
+    )
     n_layer: Int = Field(12, ge=1, le=10_000, description="number of transformer blocks")
     n_head: Int = Field(12, ge=1, le=10_000, description="number of attention heads per block")
     n_embd: Int = Field(768, ge=1, le=1_000_000, description="hidden size: width of the residual stream")
@@ -422,6 +430,26 @@ class Train(Section):
     )
 
 
+class Scaling(Section):
+    """How `depth` and `tokens_per_parameter` scale a recipe: scaling.py."""
+
+    tokens_per_parameter: FloatOrNone = Field(
+        None,
+        gt=0,
+        description="training tokens per parameter of the matrices in the blocks and the head, which determines "
+        "max_iters; default: as in the recipe at its own size",
+    )
+    aspect_ratio: FloatOrNone = Field(
+        None, gt=0, description="n_embd per layer of a scaled recipe; default: n_embd / n_layer of the recipe"
+    )
+    batch_exponent: Float = Field(
+        0.383, ge=0, le=1, description="tokens per step grow as the number of training tokens to this power"
+    )
+    width_exponent: Float = Field(
+        -0.5, ge=-1, le=0, description="learning_rate scales as n_embd to this power; muon_learning_rate does not"
+    )
+
+
 class Checkpoint(Section):
     save_interval: IntOrNone = Field(
         None,
@@ -503,16 +531,23 @@ class Recipe(Section):
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
+    scaling: Scaling = Scaling()
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
     hub: Hub = Hub()
     expect: Expect = Expect()
+    _derived: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def derived(self):
+        """The settings that load_recipe derived from `depth` and `tokens_per_parameter`, as lines with their rules."""
+        return self._derived
 
     @property
     def shape(self):
         """The architecture as a dictionary of GPTConfig fields, with defaults filled in for None."""
         model = self.model
-        others = {"init_from", "dropout", "pad_vocab_to_multiple_of", "initializer_range", "zero_init"}
+        others = {"init_from", "dropout", "pad_vocab_to_multiple_of", "initializer_range", "zero_init", "depth"}
         return model.model_dump(exclude=others) | {
             "n_kv_head": model.n_kv_head or model.n_head,
             "head_dim": model.head_dim or model.n_embd // model.n_head,
@@ -542,6 +577,10 @@ class Recipe(Section):
         return min(self.max_warmup_iters, self.lr_decay_iters // 10)
 
     @property
+    def tokens_per_step(self):
+        return self.train.batch_size * self.train.gradient_accumulation_steps * self.model.block_size
+
+    @property
     def save_interval(self):
         return self.checkpoint.save_interval or self.train.eval_interval
 
@@ -567,11 +606,10 @@ class Recipe(Section):
     def source_tokens(self):
         """Return the number of tokens that the run trains on from each source: {name: tokens}."""
         train, used = self.train, dict.fromkeys(self.data.sources, 0)
-        tokens_per_step = train.batch_size * train.gradient_accumulation_steps * self.model.block_size
         ends = [min(step, train.max_iters) for step, _ in self.stages[1:]] + [train.max_iters]
         for (start, shares), end in zip(self.stages, ends, strict=True):
             for name, share in shares.items():
-                used[name] += round(max(end - start, 0) * tokens_per_step * share)
+                used[name] += round(max(end - start, 0) * self.tokens_per_step * share)
         return used
 
     @property
@@ -841,6 +879,8 @@ def load_recipe(path, overrides=None, check=None):
     recipe = sections.pop("")
     out_dir = recipe.out_dir or os.path.join("runs", path.stem if path else "default")
     recipe = recipe.model_copy(update=sections | {"out_dir": os.path.expanduser(out_dir)})
+    if (recipe.model.depth or recipe.scaling.tokens_per_parameter) and not invalid:
+        recipe = _scale(path, file_values, recipe, given, problems)
     if given & {"corpus", "tokenizer", "data_dir"}:  # the file chose these settings for other data
         for section, key in (("data", "val_fraction"), ("train", "sample_prompt")):
             if key not in given:
@@ -852,6 +892,26 @@ def load_recipe(path, overrides=None, check=None):
     if overrides and recipe.expect.val_loss is not None:
         changed = sorted({*recipe.expect.changed, *_changed_keys(file_values, recipe)})
         recipe = recipe.model_copy(update={"expect": recipe.expect.model_copy(update={"changed": changed})})
+    return recipe
+
+
+def _scale(path, file_values, recipe, given, problems):
+    """Return the recipe scaled to its depth and tokens_per_parameter, or append to `problems`.
+
+    file_values: {section: {key: value}} of the file, which is the reference. For the other arguments, see load_recipe.
+    """
+    reference = Recipe().model_copy(update={name: validate(SECTIONS[name], file_values[name])[0] for name in SECTIONS})
+    key = "model.depth" if recipe.model.depth else "scaling.tokens_per_parameter"
+    name = f"{key}={recipe.model.depth or recipe.scaling.tokens_per_parameter:g}"
+    if path and path.name == "run.yaml":
+        problems.append(f"{name}: only for a new run; to train this run for longer, set max_iters")
+    elif recipe.model.init_from not in ("scratch", "resume"):
+        problems.append(f"{name}: not possible with init_from={recipe.model.init_from}, whose size is fixed; remove it")
+    elif not reference.train.max_iters:
+        problems.append(f"{name}: the recipe does not train (max_iters=0), so there is nothing to scale; set max_iters")
+    else:
+        recipe, lines = scale(reference, recipe, given)
+        recipe._derived = tuple(lines)
     return recipe
 
 

@@ -719,6 +719,8 @@ def describe_run(setup, data, first_step, console):
     """Print the model, the data, the batch, the expected time and the device."""
     recipe, accelerator = setup.recipe, setup.accelerator
     train, tokens_per_step, device = recipe.train, setup.tokens_per_step, accelerator.device
+    for line in recipe.derived:
+        console.say(f"scaled: {line}")
     console.say(f"model: {setup.summary}")
     vocabulary, sizes = f"vocabulary size {data.tokenizer.vocab_size:,}", {n: len(t) for n, t in data.train.items()}
     if len(data.sources) > 1:

@@ -152,6 +152,7 @@ def plan(recipe, options):
         "usable_memory": limit,
         "assumed": assumed,
         "starts": [step for step, _ in recipe.stages],
+        "scaled": list(recipe.derived),
         **size,
         **run_time(size, chosen["exchange_seconds"], chosen["muon_seconds"], gpu, options),
         "memory": memory,
@@ -329,6 +330,7 @@ def report(target, figures):
     )
     yield f"{target} on {device}, mixed precision {figures['mixed_precision']}"
     yield ""
+    yield from (f"scaled       {line}" for line in figures["scaled"])
     yield f"parameters   {total:,}: {parts}"
     yield f"             vocabulary size {figures['vocab_size']:,}, context length {figures['block_size']:,}"
     yield f"FLOPs        {figures['flops_per_token']:.4g} per token, forward and backward; forward: {', '.join(shares)}"

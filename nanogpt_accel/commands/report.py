@@ -130,8 +130,7 @@ def read_recipe(folder):
     except (ValueError, OSError) as error:
         reason = first_line(error) if (folder / "run.yaml").is_file() else "run.yaml is missing"
         return None, None, [f"{reason}; the page shows no tokens, times or settings"]
-    train = recipe.train
-    return recipe, train.batch_size * train.gradient_accumulation_steps * recipe.model.block_size, []
+    return recipe, recipe.tokens_per_step, []
 
 
 def other_metrics(lines):

@@ -12,6 +12,7 @@ from collections import Counter
 
 from ..distributed.muon_exchange import deal, orthogonalization_flops
 from ..recipe import Recipe
+from ..scaling import block_matrices, widths
 
 FLOAT, HALF = 4, 2  # bytes of float32, and of bfloat16 or float16
 # above this many logits, the loss is chunked. model.py must not import the package, so it has a copy of these numbers
@@ -48,18 +49,6 @@ _CHINCHILLA_TOKENS = (7.7e9, 20.0e9, 219.5e9, 1.7e12, 4.3e12, 7.1e12, 13.4e12, 2
 # ---- parameters
 
 
-def _widths(shape):
-    """Return the output width of c_attn, the input width of the attention's c_proj and the output width of c_fc."""
-    queries, keys = shape["n_head"] * shape["head_dim"], shape["n_kv_head"] * shape["head_dim"]
-    return queries + 2 * keys, queries, (2 if shape["activation"] == "swiglu" else 1) * shape["n_inner"]
-
-
-def block_matrices(shape):
-    """Return the number of parameters in the matrices of a block: (attention, mlp)."""
-    qkv, queries, fc = _widths(shape)
-    return (qkv + queries) * shape["n_embd"], (fc + shape["n_inner"]) * shape["n_embd"]
-
-
 def _norm(shape):
     """Return the number of parameters of one norm on the residual stream."""
     return shape["norm_weight"] * shape["n_embd"] * (2 if shape["bias"] and shape["norm"] == "layernorm" else 1)
@@ -68,7 +57,7 @@ def _norm(shape):
 def parameters(shape):
     """Return {part: number of parameters}. A tied head is counted under embedding."""
     width, n_layer = shape["n_embd"], shape["n_layer"]
-    qkv, _, fc = _widths(shape)
+    qkv, _, fc = widths(shape)
     attention, mlp = block_matrices(shape)
     if shape["bias"]:
         attention, mlp = attention + qkv + width, mlp + fc + width
@@ -120,7 +109,7 @@ def forward_flops(shape):
     attention kernels skip.
     """
     T, n_layer = shape["block_size"], shape["n_layer"]
-    qkv, queries, fc = _widths(shape)
+    qkv, queries, fc = widths(shape)
     return {
         "attention/qkv": n_layer * 2 * T * shape["n_embd"] * qkv,
         "attention/scores": n_layer * 2 * T * T * queries,
@@ -202,7 +191,7 @@ def activation_bytes(shape, batch, half, checkpointing, device="cuda", dropout=0
     n_layer, width, fused = shape["n_layer"], shape["n_embd"], device == "cuda"
     M = batch * shape["block_size"]
     low = HALF if half else FLOAT  # dtype of linear layers and attention
-    qkv, queries, fc = _widths(shape)
+    qkv, queries, fc = widths(shape)
     keys = (qkv - queries) // 2
     rotary, inner = shape["position"] == "rotary", shape["n_inner"]
 

@@ -27,7 +27,6 @@ ALIASES = {
     "num_epochs": "max_iters, the number of training steps",
     "num_train_epochs": "max_iters, the number of training steps",
     "max_steps": "max_iters",
-    "depth": "n_layer",
     "num_layers": "n_layer",
     "num_hidden_layers": "n_layer",
     "num_heads": "n_head",

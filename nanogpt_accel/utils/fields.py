@@ -57,7 +57,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def __setattr__(self, key, value):
-        raise AttributeError(how_to_override({key: value}))
+        if not key.startswith("_"):  # a private attribute is not a setting
+            raise AttributeError(how_to_override({key: value}))
+        super().__setattr__(key, value)
 
 
 Device = Annotated[str, AfterValidator(_device_name)]

@@ -1,0 +1,135 @@
+"""The rules that scale a recipe to another depth."""
+
+from pathlib import Path
+
+import pytest
+
+from nanogpt_accel.model import GPT, GPTConfig
+from nanogpt_accel.planning import sizing
+from nanogpt_accel.recipe import load_recipe
+from nanogpt_accel.scaling import scaling_params
+
+# nanochat at commit 92d63d4, run outside of this project: the lines of scripts/base_train.py from build_model_meta to
+# weight_decay_scaled, with its defaults, vocab_size 50257 and window_pattern L.
+# depth: (n_embd, n_head, tokens per step, steps, factor of Muon's rate, factor of AdamW's rate, factor of weight decay)
+NANOCHAT = {
+    4: (256, 2, 262144, 733, 0.7071067811865476, 1.2247448713915892, 1.52683084206345 / 0.28),
+    12: (768, 6, 524288, 2828, 1.0, 1.0, 1.0),
+    20: (1280, 10, 1048576, 5236, 1.4142135623730951, 1.0954451150103324, 0.10692739855904043 / 0.28),
+    26: (1664, 13, 1048576, 10844, 1.4142135623730951, 0.9607689228305228, 0.05163621352864723 / 0.28),
+}
+TINY = """
+model: {n_layer: 2, n_head: 4, n_embd: 64, n_kv_head: 2, n_inner: 128, block_size: 32}
+data: {tokenizer: bpe, vocab_size: 300, corpus: python}
+optimizer: {learning_rate: 1e-3, weight_decay: 0.1, min_lr: 1e-4, warmup_iters: 10, lr_decay_iters: 80}
+train: {batch_size: 6, gradient_accumulation_steps: 2, max_iters: 100}
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(**overrides):
+        Path(tmp_path, "tiny.yaml").write_text(TINY)
+        return load_recipe(tmp_path / "tiny.yaml", overrides)
+
+    return load
+
+
+@pytest.mark.parametrize("depth", NANOCHAT)
+def test_gpt2_depth_scales_as_nanochat(depth):
+    reference, recipe = (load_recipe("gpt2_depth", {"depth": str(d)}) for d in (12, depth))
+    n_embd, n_head, batch, steps, muon, adamw, decay = NANOCHAT[depth]
+    model, optimizer, before = recipe.model, recipe.optimizer, reference.optimizer
+    assert (model.n_layer, model.n_embd, model.n_head, recipe.tokens_per_step) == (depth, n_embd, n_head, batch)
+    assert recipe.train.max_iters == pytest.approx(steps, abs=1)  # nanochat also counts the gates of value embeddings
+    assert optimizer.muon_learning_rate == pytest.approx(before.muon_learning_rate * muon, rel=1e-5)
+    assert optimizer.learning_rate == pytest.approx(before.learning_rate * adamw, rel=1e-5)
+    assert optimizer.muon_weight_decay == pytest.approx(before.muon_weight_decay * decay, rel=1e-3)
+
+
+def test_the_depth_of_the_recipe_changes_nothing(load):
+    for name in ("gpt2", "gpt2_depth", "python_depth", "quickstart", "llama"):
+        plain = load_recipe(name)
+        scaled = load_recipe(name, {"depth": str(plain.model.n_layer)})
+        assert scaled.model_dump() == plain.model_dump() | {"expect": scaled.expect.model_dump()}
+        assert scaled.derived == ()
+
+
+def test_every_setting_that_depends_on_the_size_is_scaled(load):
+    recipe = load(depth="4")
+    model, train, optimizer = recipe.model, recipe.train, recipe.optimizer
+    assert (model.n_layer, model.n_embd, model.n_head, model.n_kv_head, model.n_inner) == (4, 128, 8, 4, 256)
+    shapes = [load().shape | {"vocab_size": 320}, recipe.shape | {"vocab_size": 320}]
+    growth = scaling_params(shapes[1]) / scaling_params(shapes[0])  # of N and of D
+    assert growth**0.383 == pytest.approx(2, abs=0.1)  # so the tokens per step double
+    assert (train.batch_size, train.gradient_accumulation_steps) == (6, 4)
+    assert train.max_iters == int(100 * growth / 2)
+    assert optimizer.learning_rate == pytest.approx(1e-3 * 2**0.5 * 2**-0.5)
+    assert optimizer.min_lr == pytest.approx(1e-4)
+    assert optimizer.warmup_iters == round(0.1 * train.max_iters)
+    assert optimizer.lr_decay_iters == round(0.8 * train.max_iters)
+    # the time scale of the moving average, 1 / (learning rate * weight decay) steps, is the same share of the run
+    assert optimizer.learning_rate * optimizer.weight_decay * train.max_iters == pytest.approx(0.01, rel=1e-5)
+    names = [line.partition("=")[0] for line in recipe.derived]
+    assert {"n_layer", "n_embd", "max_iters", "weight_decay"} <= set(names) and "learning_rate" not in names
+    assert all(line.endswith(")") and "(" in line for line in recipe.derived)
+
+
+def test_a_smaller_batch_has_fewer_micro_batches_and_then_fewer_sequences(load):
+    train = load(depth="1", batch_exponent="1").train  # an eighth of the tokens, so an eighth of the batch if possible
+    assert (train.batch_size, train.gradient_accumulation_steps) == (3, 1)
+
+
+def test_settings_on_the_command_line_are_kept(load):
+    given = {"n_embd": "96", "learning_rate": "5e-4", "max_iters": "7", "gradient_accumulation_steps": "2"}
+    recipe = load(depth="4", **given)
+    assert (recipe.model.n_embd, recipe.model.n_head) == (96, 6)  # heads keep their size
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.min_lr) == (5e-4, pytest.approx(5e-5))
+    assert (recipe.train.max_iters, recipe.train.gradient_accumulation_steps) == (7, 2)
+    assert recipe.optimizer.warmup_iters == 1
+    assert not set(given) & {line.partition("=")[0] for line in recipe.derived}
+
+
+def test_tokens_per_parameter_sets_the_number_of_steps(load):
+    recipe = load(tokens_per_parameter="20")
+    tokens = recipe.train.max_iters * recipe.tokens_per_step
+    params = scaling_params(recipe.shape | {"vocab_size": 320})
+    assert 20 * params - recipe.tokens_per_step < tokens <= 20 * params
+    assert recipe.model.n_layer == 2 and recipe.scaling.tokens_per_parameter is None  # run.yaml has the results
+
+
+def test_scaling_params_are_the_matrices_and_the_head():
+    for tie in (True, False):
+        config = GPTConfig(vocab_size=96, n_layer=2, n_head=2, n_embd=32, n_inner=48, tie_word_embeddings=tie)
+        model = GPT(config)
+        matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2] + [model.lm_head.weight]
+        shape = config.resolved()
+        assert scaling_params(shape) == sum(p.numel() for p in matrices)
+        norms = sizing.parameters(shape)["norms"]
+        assert scaling_params(shape) == sizing.num_matmul_params(shape) - norms
+
+
+def test_run_yaml_has_the_derived_settings(load, tmp_path):
+    recipe = load(depth="3")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text(recipe.to_yaml())
+    again = load_recipe(tmp_path / "run")
+    assert again.model_dump() == recipe.model_dump() and again.derived == ()
+    with pytest.raises(ValueError, match=r"^model.depth=3: only for a new run; .* set max_iters$"):
+        load_recipe(tmp_path / "run", {"depth": "3"})
+
+
+def test_what_cannot_be_scaled_is_refused():
+    for name, depth, problem in (
+        ("eval_gpt2", {"depth": "4"}, "model.depth=4: not possible with init_from=gpt2, whose size is fixed"),
+        ("finetune_shakespeare", {"tokens_per_parameter": "2"}, "scaling.tokens_per_parameter=2: not possible with"),
+    ):
+        with pytest.raises(ValueError) as error:
+            load_recipe(name, depth)
+        assert str(error.value).startswith(problem)
+
+
+def test_a_recipe_without_training_has_nothing_to_scale(tmp_path):
+    Path(tmp_path, "none.yaml").write_text("train: {max_iters: 0}")
+    with pytest.raises(ValueError, match=r"^model.depth=4: the recipe does not train \(max_iters=0\)"):
+        load_recipe(tmp_path / "none.yaml", {"depth": "4"})
