@@ -910,7 +910,9 @@ def _scale(path, file_values, recipe, given, problems):
     elif not reference.train.max_iters:
         problems.append(f"{name}: the recipe does not train (max_iters=0), so there is nothing to scale; set max_iters")
     else:
-        recipe, lines = scale(reference, recipe, given)
+        data = reference.data if "data_dir" in given else recipe.data  # token files are assumed to have its vocabulary
+        scaled, lines = scale(reference, recipe.model_copy(update={"data": data}), given)
+        recipe = scaled.model_copy(update={"data": recipe.data})
         recipe._derived = tuple(lines)
     return recipe
 

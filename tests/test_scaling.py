@@ -119,6 +119,11 @@ def test_run_yaml_has_the_derived_settings(load, tmp_path):
         load_recipe(tmp_path / "run", {"depth": "3"})
 
 
+def test_prepared_data_do_not_change_the_number_of_parameters(load, tmp_path):
+    (tmp_path / "manifest.json").touch()  # with data_dir, the keys of the corpus have their default values
+    assert load(depth="4", data_dir=str(tmp_path)).train == load(depth="4").train
+
+
 def test_what_cannot_be_scaled_is_refused():
     for name, depth, problem in (
         ("eval_gpt2", {"depth": "4"}, "model.depth=4: not possible with init_from=gpt2, whose size is fixed"),
