@@ -1,0 +1,271 @@
+"""Fit a scaling law to the losses of finished runs, and predict the loss of a larger run with its uncertainty.
+
+    L(N, D) = E + A / N^a + B / D^b    N: parameters in matrix products, D: training tokens, L: nats per token
+    L(C)    = E + K / C^c              C: FLOPs, for runs whose N and D grow together, as with constant tokens per parameter
+
+E is the loss that no model can go below: the entropy of the text. The first form is from Hoffmann et al. 2022
+("Chinchilla", arXiv 2203.15556), fitted with a Huber loss on the difference of logarithms. Besiroglu et al. 2024 (arXiv
+2404.10102) found two errors in the published fit: the optimizer stopped too early, because the losses of the runs were
+averaged and not summed, and the intervals were too narrow. Here, many starting points are refined until they converge.
+
+The intervals are from a parametric bootstrap: new losses are drawn from the fitted law with noise, and the law is fitted
+to them again. The noise is estimated from the residuals with n - p degrees of freedom, for n runs and p constants, and
+its own uncertainty is drawn too, as in Student's t interval. Without that, an interval from 5 to 12 runs is too narrow.
+The interval of a prediction also contains the noise of the new run. benchmarks/README.md has the measured coverage.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+# approach 3 of Hoffmann et al. 2022, with the constants of Besiroglu et al. 2024
+CHINCHILLA = {"E": 1.8172, "A": 482.01, "a": 0.3478, "B": 2085.43, "b": 0.3658}
+FORMS = {"L(N, D)": (("A", "a", "n_params"), ("B", "b", "tokens")), "L(C)": (("K", "c", "flops"),)}
+DELTA = 1e-3  # of the Huber loss: larger differences of logarithms count linearly, so that one bad run weighs little
+EXPONENTS = 0.01, 2.0  # bounds
+N_DRAWS, INTERVAL = 1000, (5, 95)  # refits of the bootstrap; percentiles of a 90% interval
+ON_A_LINE = 0.1  # runs are on one line if their distance to it has this standard deviation, in natural logarithms
+
+
+class Run(NamedTuple):
+    """A finished run: a point of the fit."""
+
+    name: str
+    n_params: int  # in matrix products
+    tokens: int
+    flops: float
+    loss: float  # in nats per token
+
+
+@dataclass(frozen=True)
+class Law:
+    """A fitted law.
+
+    form: a key of FORMS. reason: why this form was fitted, as text.
+    constants: {name: value}. draws: {name: array of the values in the refits}. at_bound: names of constants that the
+    data do not determine, because the fit ends at a bound. noise: standard deviation of the logarithm of a loss.
+    noise_draws: noise of a new run in each of the refits.
+    """
+
+    runs: tuple
+    form: str
+    reason: str
+    constants: dict
+    draws: dict
+    at_bound: tuple
+    noise: float
+    noise_draws: np.ndarray
+
+    def interval(self, name):
+        """Return the 90% interval of a constant: (low, high)."""
+        return tuple(np.percentile(self.draws[name], INTERVAL))
+
+    def predict(self, n_params, tokens, flops):
+        """Return (loss, low, high) of new runs: the expected loss, and the 90% interval of the loss of one run. The
+        arguments are numbers or arrays."""
+        point = {"n_params": n_params, "tokens": tokens, "flops": flops}
+        draws = {name: values.reshape(-1, *[1] * np.ndim(flops)) for name, values in self.draws.items()}
+        noise = self.noise_draws.reshape(-1, *[1] * np.ndim(flops))
+        low, high = np.percentile(expected_loss(draws, point) * np.exp(noise), INTERVAL, axis=0)
+        return expected_loss(self.constants, point), low, high
+
+    def optimal_size(self, flops):
+        """Return the compute-optimal parameters and tokens as ((value, low, high), (value, low, high))."""
+        values, draws = optimal_size(flops, self.constants), optimal_size(flops, self.draws)
+        return tuple((value, *np.percentile(of, INTERVAL)) for value, of in zip(values, draws, strict=True))
+
+    def extrapolation(self, flops):
+        """Return how many times the largest compute of the runs this is."""
+        return flops / max(run.flops for run in self.runs)
+
+    def distance(self, n_params, tokens):
+        """Return the factor by which a point differs from the line of the runs; 1.0 if the form is L(N, D)."""
+        if self.form != "L(C)":
+            return 1.0
+        center, axes, _ = _line(self.runs)
+        return math.exp(abs((np.log([n_params, tokens]) - center) @ axes[1]))
+
+
+def expected_loss(constants, point):
+    """Return the loss of a law. constants: {name: number or array}. point: {"n_params", "tokens", "flops": number}."""
+    terms = FORMS["L(C)" if "K" in constants else "L(N, D)"]
+    return constants["E"] + sum(constants[A] / np.power(point[x], constants[a]) for A, a, x in terms)
+
+
+def optimal_size(flops, constants=CHINCHILLA):
+    """Return the (parameters, tokens) with the lowest loss for flops = 6 * parameters * tokens."""
+    A, a, B, b = (constants[name] for name in ("A", "a", "B", "b"))
+    n_params = (a * A / (b * B)) ** (1 / (a + b)) * (flops / 6) ** (b / (a + b))
+    return n_params, flops / 6 / n_params
+
+
+def optimal_tokens(n_params, constants=CHINCHILLA):
+    """Return the number of tokens for which a model of this size is compute-optimal, see optimal_size."""
+    A, a, B, b = (constants[name] for name in ("A", "a", "B", "b"))
+    return (b * B * n_params**a / (a * A)) ** (1 / b)
+
+
+# ---- the fit
+
+
+def fit(runs, form=None, delta=DELTA, n_draws=N_DRAWS, seed=0):
+    """Fit a law to a list of Run.
+
+    Args:
+        form: a key of FORMS; by default, `choose_form` decides.
+        delta: of the Huber loss. n_draws, seed: of the bootstrap.
+
+    Raises:
+        ValueError: there are too few different runs.
+    """
+    chosen, reason = choose_form(runs)
+    form = form or chosen
+    terms = FORMS[form]
+    losses = np.log([run.loss for run in runs])
+    X = np.log([[getattr(run, x) for _, _, x in terms] for run in runs])
+    center = X.mean(axis=0)  # centered inputs make the constants nearly independent of each other
+    X, lowest, highest = X - center, math.exp(losses.min()), math.exp(losses.max())
+    low = np.array([0.0] + [math.log(lowest * 1e-6), EXPONENTS[0]] * len(terms))
+    high = np.array([highest] + [math.log(highest * 2), EXPONENTS[1]] * len(terms))
+
+    size, exponents = ((0.1, 0.4), (0.15, 0.35, 0.7)) if len(terms) > 1 else ((0.1, 0.4, 1.0), (0.1, 0.3, 0.6, 1.0))
+    ranges = [[0, lowest / 2, 0.8 * lowest], *[np.log(lowest * np.array(size)), exponents] * len(terms)]
+    starts = np.array(list(itertools.product(*ranges)))
+    found, costs = _minimize(starts, X, losses[None].repeat(len(starts), axis=0), low, high, delta)
+    best = found[[costs.argmin()]]
+
+    n_free = len(runs) - best.shape[1]
+    rng, fitted = np.random.default_rng(seed), _predict(best, X)[0]
+    noise = math.sqrt(((losses - fitted) ** 2).sum() / n_free)
+    noises = noise * np.sqrt(n_free / rng.chisquare(n_free, n_draws))
+    samples = fitted + noises[:, None] * rng.standard_normal((n_draws, len(runs)))
+    draws, _ = _minimize(best.repeat(n_draws, axis=0), X, samples, low, high, delta, tolerance=1e-6)
+
+    names = ["E", *(name for A, a, _ in terms for name in (A, a))]
+    is_at_bound = (best[0] <= low) | (best[0] >= high)
+    return Law(
+        runs=tuple(runs),
+        form=form,
+        reason=reason if form == chosen else "requested",
+        constants={name: float(values[0]) for name, values in _constants(best, terms, center).items()},
+        draws=_constants(draws, terms, center),
+        at_bound=tuple(name for name, is_at in zip(names, is_at_bound, strict=True) if is_at),
+        noise=noise,
+        noise_draws=noises * rng.standard_normal(n_draws),
+    )
+
+
+def choose_form(runs):
+    """Return (form, reason). Raise ValueError if the runs are too few or too similar for every form.
+
+    a and b can only be told apart if some runs have more tokens per parameter than others.
+    """
+    n_sizes, n_horizons, n_budgets, n_points = (
+        len(set(values))
+        for values in (
+            [run.n_params for run in runs],
+            [run.tokens for run in runs],
+            [round(math.log(run.flops), 2) for run in runs],
+            [(run.n_params, run.tokens) for run in runs],
+        )
+    )
+    spread = _line(runs)[2]
+    if spread >= ON_A_LINE and n_points >= 7 and n_sizes >= 3 and n_horizons >= 3:
+        return "L(N, D)", f"parameters and tokens vary independently, by a factor of {math.exp(spread):.2f}"
+    if n_budgets < 4:
+        raise ValueError(
+            f"a scaling law needs runs with at least 4 different amounts of compute, but there are {n_budgets}; "
+            "train more sizes, for example with nanogpt-accel sweep RECIPE depth=2,3,4,5,6"
+        )
+    if spread < ON_A_LINE:
+        return "L(C)", "parameters and tokens of the runs are on one line, so a and b cannot be told apart"
+    return "L(C)", (
+        f"L(N, D) has 5 constants and needs at least 7 different runs with 3 numbers of parameters and 3 of tokens, but "
+        f"there are {n_points} with {n_sizes} and {n_horizons}. The runs are not on one line, so L(C) is inaccurate"
+    )
+
+
+def _line(runs):
+    """Return the line through the runs in (log N, log D): center, axes (along the line, across), and the standard
+    deviation of the runs across the line."""
+    points = np.log([[run.n_params, run.tokens] for run in runs])
+    center = points.mean(axis=0)
+    _, _, axes = np.linalg.svd(points - center)
+    return center, axes, float(((points - center) @ axes[1]).std())
+
+
+def _constants(theta, terms, center):
+    """Return {name: array}, for parameters of _predict in rows."""
+    constants = {"E": theta[:, 0]}
+    for i, (A, a, _) in enumerate(terms):
+        constants |= {A: np.exp(theta[:, 1 + 2 * i] + theta[:, 2 + 2 * i] * center[i]), a: theta[:, 2 + 2 * i]}
+    return constants
+
+
+def _predict(theta, X):
+    """Return the logarithms of the losses and their derivatives.
+
+    Args:
+        theta: (fits, 1 + 2 * terms): E, and per term the logarithm of its value at the center of X, and its exponent.
+        X: (runs, terms): centered logarithms of parameters and tokens, or of FLOPs.
+
+    Returns:
+        (fits, runs) and (fits, runs, 1 + 2 * terms)
+    """
+    terms = np.exp(theta[:, None, 1::2] - theta[:, None, 2::2] * X)
+    losses = theta[:, :1] + terms.sum(axis=-1)
+    derivatives = np.empty((*losses.shape, theta.shape[1]))
+    derivatives[..., 0] = 1 / losses
+    derivatives[..., 1::2] = terms / losses[..., None]
+    derivatives[..., 2::2] = -X * derivatives[..., 1::2]
+    return np.log(losses), derivatives
+
+
+def _minimize(theta, X, targets, low, high, delta, tolerance=1e-10, max_steps=200):
+    """Minimize the sum of Huber losses from many starting points, or for many targets, at the same time.
+
+    This is Levenberg and Marquardt's method with bounds. Runs with a difference above delta get a lower weight. A
+    library fits one law at a time: 1,000 refits with scipy take about a minute, and a second or less here.
+
+    Args:
+        theta: (fits, constants), the starting points. targets: (fits, runs), logarithms of losses.
+        tolerance: a fit is finished if a step changes its cost by less than this share.
+
+    Returns:
+        the constants (fits, constants), and the sums of the losses (fits,)
+    """
+
+    def evaluate(theta, targets):
+        fitted, J = _predict(theta, X)
+        size = np.abs(targets - fitted)
+        return np.where(size <= delta, size**2 / 2, delta * (size - delta / 2)).sum(axis=1), targets - fitted, J
+
+    results, costs, diagonal = np.clip(theta, low, high), np.empty(len(theta)), np.arange(theta.shape[1])
+    active, damping = np.arange(len(theta)), np.full(len(theta), 1e-2)  # fits that are not finished
+    theta, (cost, difference, J) = results.copy(), evaluate(results, targets)
+    for _ in range(max_steps):
+        weighted = J * (delta / np.maximum(np.abs(difference), delta))[..., None]
+        gradient = (weighted * difference[..., None]).sum(axis=1)
+        # a constant at a bound stays there if its gradient points outside
+        is_free = ~((theta <= low) & (gradient < 0) | (theta >= high) & (gradient > 0))
+        hessian = np.swapaxes(weighted, 1, 2) @ J * is_free[:, :, None] * is_free[:, None, :]
+        hessian[:, diagonal, diagonal] = hessian[:, diagonal, diagonal] * (1 + damping[:, None]) + ~is_free + 1e-14
+        step = np.linalg.solve(hessian, (gradient * is_free)[..., None])[..., 0]
+        proposed = np.clip(theta + step, low, high)
+        new_cost, new_difference, new_J = evaluate(proposed, targets[active])
+        is_better = new_cost < cost
+        is_done = (np.abs(cost - new_cost) <= tolerance * cost) | (damping >= 1e12)
+        damping = np.where(is_better, damping / 5, damping * 4)
+        theta, cost = np.where(is_better[:, None], proposed, theta), np.minimum(cost, new_cost)
+        difference = np.where(is_better[:, None], new_difference, difference)
+        J = np.where(is_better[:, None, None], new_J, J)
+        results[active], costs[active] = theta, cost
+        active, damping, theta, cost, difference, J = (
+            values[~is_done] for values in (active, damping, theta, cost, difference, J)
+        )
+        if not len(active):
+            break
+    return results, costs
