@@ -14,7 +14,7 @@ from pydantic import Field
 from ..data import dataset, run_data
 from ..distributed.accelerator import auto_precision
 from ..models.shape import model_shape
-from ..planning import sizing
+from ..planning import scaling_law, sizing
 from ..planning.hardware import GPUS
 from ..recipe import FIELDS, SETTINGS, load_recipe
 from ..utils import cli
@@ -214,7 +214,7 @@ def run_size(recipe, shape, train_tokens):
     steps = 0 if train.eval_only else train.max_iters
     tokens = steps * tokens_per_step
     total_tokens = sum(train_tokens.values()) if all(train_tokens.values()) else None
-    optimal_params, optimal_tokens = sizing.optimal_size(tokens * flops_per_token) if tokens else (0, 0)
+    optimal_params, optimal_tokens = scaling_law.optimal_size(tokens * flops_per_token) if tokens else (0, 0)
     return {
         "vocab_size": shape["vocab_size"],
         "block_size": shape["block_size"],
@@ -233,7 +233,7 @@ def run_size(recipe, shape, train_tokens):
         "checkpoint_bytes": sizing.checkpoint_bytes(shape, recipe.optimizer.algorithm),
         "checkpoints": recipe.checkpoint.keep_last + 1,
         "tokens_per_parameter": tokens / n_params,
-        "optimal_tokens": sizing.optimal_tokens(n_params),
+        "optimal_tokens": scaling_law.optimal_tokens(n_params),
         "optimal_parameters_for_flops": optimal_params,
         "optimal_tokens_for_flops": optimal_tokens,
     }
@@ -358,13 +358,14 @@ def run_lines(figures, n_params):
         for line in run_data.describe_mix(figures["starts"], figures["sources"]):
             yield f"{title:<12} {line}"
             title = ""
+    optimal = figures["optimal_tokens"]
     yield (
-        f"Chinchilla   {figures['tokens_per_parameter']:,.4g} tokens per parameter; optimal is about 20: "
-        f"{short(20 * n_params)} tokens (approach 2: {short(figures['optimal_tokens'])})"
+        f"Chinchilla   {figures['tokens_per_parameter']:,.4g} tokens per parameter; compute-optimal: "
+        f"{optimal / n_params:.3g} per parameter, {short(optimal)} tokens"
     )
     yield (
         f"             optimal for these FLOPs: {short(figures['optimal_parameters_for_flops'])} parameters and "
-        f"{short(figures['optimal_tokens_for_flops'])} tokens (approach 3)"
+        f"{short(figures['optimal_tokens_for_flops'])} tokens"
     )
     if figures["gpu"]:
         days, seconds = figures["days"], figures["seconds_per_step"]

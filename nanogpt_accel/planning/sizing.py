@@ -1,13 +1,12 @@
-"""Compute parameters, FLOPs, memory, communication time and compute-optimal sizes from the shape of a model.
+"""Compute parameters, FLOPs, memory and communication time from the shape of a model.
 
 A `shape` is a dictionary of GPTConfig fields with defaults filled in. This module does not import torch. It follows
-nanoGPT's transformer_sizing.ipynb and scaling_laws.ipynb, extended to all options of GPTConfig and to sharding.
+nanoGPT's transformer_sizing.ipynb, extended to all options of GPTConfig and to sharding.
 
 M = batch * block_size is the number of tokens in a micro-batch; V is the vocabulary size.
 """
 
 import math
-import statistics
 from collections import Counter
 
 from ..distributed.muon_exchange import deal, orthogonalization_flops
@@ -41,9 +40,6 @@ GPT2_SHAPES = {
     "gpt2-large": _gpt2(36, 20, 1280),
     "gpt2-xl": _gpt2(48, 25, 1600),
 }
-# compute-optimal models: table 3, approach 2, of Hoffmann et al. 2022 ("Chinchilla")
-_CHINCHILLA_PARAMS = (400e6, 1e9, 10e9, 67e9, 175e9, 280e9, 520e9, 1e12, 10e12)
-_CHINCHILLA_TOKENS = (7.7e9, 20.0e9, 219.5e9, 1.7e12, 4.3e12, 7.1e12, 13.4e12, 26.5e12, 292.0e12)
 
 
 # ---- parameters
@@ -345,22 +341,3 @@ def muon_seconds(shape, layout, shards, processes, *, flops_per_second, machine,
     cost = muon_cost(shape, layout, shards if layout == "fsdp2" else processes)
     around = near if layout == "fsdp2" or processes <= machine else min(near, machine * far)
     return cost["flops"] / flops_per_second + cost["exchanged"] / around
-
-
-# ---- scaling laws
-
-
-def optimal_tokens(n_params):
-    """Return the compute-optimal number of training tokens, by a log-log fit of Chinchilla's approach 2, as in
-    scaling_laws.ipynb."""
-    x, y = ([math.log10(n) for n in column] for column in (_CHINCHILLA_PARAMS, _CHINCHILLA_TOKENS))
-    slope, intercept = statistics.linear_regression(x, y)
-    return 10 ** (intercept + slope * math.log10(n_params))
-
-
-def optimal_size(flops):
-    """Return the compute-optimal (parameters, tokens) for flops = 6 * parameters * tokens, by Chinchilla's approach 3:
-    loss = 1.69 + 406.4 / parameters**0.34 + 410.7 / tokens**0.28."""
-    A, B, alpha, beta = 406.4, 410.7, 0.34, 0.28
-    n_params = (alpha * A / (beta * B)) ** (1 / (alpha + beta)) * (flops / 6) ** (beta / (alpha + beta))
-    return n_params, flops / 6 / n_params
