@@ -76,10 +76,31 @@ class Law:
         low, high = np.percentile(expected_loss(draws, point) * np.exp(noise), INTERVAL, axis=0)
         return expected_loss(self.constants, point), low, high
 
-    def optimal_size(self, flops):
-        """Return the compute-optimal parameters and tokens as ((value, low, high), (value, low, high))."""
-        values, draws = optimal_size(flops, self.constants), optimal_size(flops, self.draws)
-        return tuple((value, *np.percentile(of, INTERVAL)) for value, of in zip(values, draws, strict=True))
+    @property
+    def flops_per_token(self):
+        """The FLOPs per token of the runs as (k, s) in k * N^s. Without attention, they would be (6, 1)."""
+        sizes = np.log([run.n_params for run in self.runs])
+        if np.ptp(sizes) < 1e-9:
+            return 6.0, 1.0
+        s, log_k = np.polyfit(sizes, np.log([run.flops / run.tokens for run in self.runs]), 1)
+        return math.exp(log_k), float(s)
+
+    def size(self, flops):
+        """Return (parameters, tokens) for a budget. For L(N, D), they have the lowest loss; for L(C), they are on the
+        line of the runs."""
+        if self.form == "L(N, D)":
+            return optimal_size(flops, self.constants, *self.flops_per_token)
+        budgets = np.log([run.flops for run in self.runs])
+        sizes = [[run.n_params for run in self.runs], [run.tokens for run in self.runs]]
+        return tuple(np.exp(np.polyval(np.polyfit(budgets, np.log(of), 1), np.log(flops))) for of in sizes)
+
+    def size_interval(self, flops):
+        """Return the 90% intervals of the compute-optimal size: ((low, high) of the parameters, (low, high) of the
+        tokens). For L(C), return None, because runs on a line do not determine it."""
+        if self.form == "L(C)":
+            return None
+        sizes = optimal_size(flops, self.draws, *self.flops_per_token)
+        return tuple(tuple(np.percentile(values, INTERVAL)) for values in sizes)
 
     def extrapolation(self, flops):
         """Return how many times the largest compute of the runs this is."""
@@ -100,15 +121,16 @@ def expected_loss(constants, point):
     return constants["E"] + sum(constants[A] / np.power(point[x], constants[a]) for A, a, x in terms)
 
 
-def optimal_size(flops, constants=CHINCHILLA):
-    """Return the (parameters, tokens) with the lowest loss for flops = 6 * parameters * tokens."""
+def optimal_size(flops, constants=CHINCHILLA, k=6.0, s=1.0):
+    """Return the (parameters N, tokens) with the lowest loss for `flops`, if a token needs k * N^s FLOPs."""
     A, a, B, b = (constants[name] for name in ("A", "a", "B", "b"))
-    n_params = (a * A / (b * B)) ** (1 / (a + b)) * (flops / 6) ** (b / (a + b))
-    return n_params, flops / 6 / n_params
+    n_params = (a * A / (s * b * B) * (flops / k) ** b) ** (1 / (a + s * b))
+    return n_params, flops / (k * n_params**s)
 
 
 def optimal_tokens(n_params, constants=CHINCHILLA):
-    """Return the number of tokens for which a model of this size is compute-optimal, see optimal_size."""
+    """Return the number of tokens for which a model of this size is compute-optimal, with 6 FLOPs per
+    parameter and token."""
     A, a, B, b = (constants[name] for name in ("A", "a", "B", "b"))
     return (b * B * n_params**a / (a * A)) ** (1 / b)
 
@@ -222,7 +244,7 @@ def choose_form(runs):
         return "L(C)", "parameters and tokens of the runs are on one line, so a and b cannot be told apart"
     return "L(C)", (
         "L(N, D) has 5 constants and needs at least 7 different runs, with 3 numbers of parameters and 3 of tokens, "
-        f"but there are {n_points}, with {n_sizes} and {n_horizons}. The runs are not on one line, so L(C) is inaccurate"
+        f"but there are {n_points}, with {n_sizes} and {n_horizons}. They are not on one line, so L(C) is inaccurate"
     )
 
 

@@ -178,9 +178,25 @@ def test_compute_optimal_sizes():
     assert abs(math.log10(n / 316.23e6)) <= 2**-4 and abs(math.log10(tokens / 11.65e9)) <= 2**-4
 
 
+def test_attention_makes_the_optimal_model_smaller_or_larger_as_in_a_grid_search():
+    k, s, flops = 30.0, 0.9, 1e18
+    n, tokens = optimal_size(flops, CHINCHILLA, k, s)
+    sizes = 10 ** np.arange(6, 10, 1e-4)
+    losses = expected_loss(CHINCHILLA, {"n_params": sizes, "tokens": flops / (k * sizes**s)})
+    assert n == pytest.approx(sizes[np.argmin(losses)], rel=1e-3) and k * n**s * tokens == pytest.approx(flops)
+
+
 def test_the_optimal_size_of_a_fit_has_an_interval():
-    (n, low, high), (tokens, *_) = fit(grid(noise=0.004)).optimal_size(1e20)
-    assert low < optimal_size(1e20)[0] < high and low < n < high and 6 * n * tokens == pytest.approx(1e20)
+    found = fit(grid(noise=0.004))
+    (low, high), _ = found.size_interval(1e20)
+    n, tokens = found.size(1e20)
+    assert found.flops_per_token == pytest.approx((6, 1)) and 6 * n * tokens == pytest.approx(1e20)
+    assert low < optimal_size(1e20)[0] < high and low < n < high
+
+
+def test_on_a_line_the_size_for_a_budget_is_that_of_the_line():
+    found = fit(ladder(6), n_draws=2)
+    assert found.size(1.2e20) == pytest.approx((1e9, 20e9)) and found.size_interval(1.2e20) is None
 
 
 def test_isoflop_curves():

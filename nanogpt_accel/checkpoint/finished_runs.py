@@ -1,0 +1,148 @@
+"""Read the results of finished runs, as points for a scaling law."""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from ..planning import sizing
+from ..planning.scaling_law import Run
+from ..recipe import Recipe, load_recipe
+from ..utils.fields import show_value
+from ..utils.text import first_line, printable
+from .layout import list_checkpoints, read_trainer
+
+# The runs of a fit may differ in size, horizon, batch size, seed, and the numbers of the section optimizer, such as the
+# learning rate. They must not differ in other settings of the model, or in these, because each of them changes the law.
+SIZE_KEYS = {"n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "n_inner", "initializer_range"}
+OTHER_KEYS = {"init_from", "pad_vocab_to_multiple_of"}  # no difference in the model
+LAW_KEYS = {"optimizer": ("algorithm", "schedule"), "data": ("sampling", "document_mask"), "train": ("eval_iters",)}
+
+
+class Ladder(NamedTuple):
+    """Finished runs that can share a scaling law.
+
+    recipe, vocab_size, data: the recipe of the first run, its model's vocabulary size, and the hashes of its data.
+    notes: why other runs were not used, as text.
+    """
+
+    runs: list
+    recipe: Recipe
+    vocab_size: int
+    data: dict
+    notes: list
+
+
+def read_ladder(targets):
+    """Read finished runs.
+
+    If several runs have the same size and horizon, the settings with the lowest mean loss are used, with all seeds.
+
+    Args:
+        targets: run folders, or folders that contain runs, such as that of a sweep.
+
+    Returns:
+        Ladder
+
+    Raises:
+        ValueError: no run is finished, or the runs cannot share a law.
+    """
+    found, notes = [], []  # found: (Run, recipe, vocab_size, data)
+    folders = find_runs(targets)
+    for folder, name in zip(folders, _unique_names(folders), strict=True):
+        try:
+            found.append(_read_run(folder, name))
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            notes.append(f"{name}: not used: {first_line(error)}")
+    if not found:
+        raise ValueError("\n".join(notes))
+    _require_same(found)
+    groups = {}  # (size, horizon) -> settings without the seed -> runs
+    for run, recipe, *_ in found:
+        train = recipe.train
+        settings = f"{recipe.model} {recipe.optimizer} {train.batch_size} {train.gradient_accumulation_steps}"
+        groups.setdefault((run.n_params, run.tokens), {}).setdefault(settings, []).append(run)
+    runs = []
+    for by_settings in groups.values():
+        best = min(by_settings.values(), key=lambda group: sum(run.loss for run in group) / len(group))
+        runs += best
+        if others := [run.name for group in by_settings.values() if group is not best for run in group]:
+            names = ", ".join(run.name for run in best)
+            notes.append(f"not used, because {names} has the same size and a lower loss: {', '.join(others)}")
+    return Ladder(runs, *found[0][1:], notes)
+
+
+def find_runs(targets):
+    """Return the run folders among `targets` and directly in them, in alphabetical order.
+
+    Raises:
+        ValueError: a target is not a folder, or contains no runs.
+    """
+    folders, problems = [], []
+    for target in map(Path, targets):
+        found = [target / "run.yaml"] if (target / "run.yaml").is_file() else sorted(target.glob("*/run.yaml"))
+        folders += [file.parent for file in found]
+        if not found:
+            problems.append(
+                f"{target}: {'contains no runs' if target.is_dir() else 'no such folder'}; pass run folders"
+            )
+    if problems:
+        raise ValueError("\n".join(problems))
+    return list({folder.resolve(): folder for folder in folders}.values())
+
+
+def _unique_names(folders):
+    """Return a name for each run: its folder, with the parent if another run has the same name."""
+    paths = [folder.resolve() for folder in folders]
+    names = [path.name for path in paths]
+    return [
+        printable(path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}") for path in paths
+    ]
+
+
+def _read_run(folder, name):
+    """Return (Run, recipe, vocab_size, data) of a run. Raise ValueError if the run is not finished."""
+    recipe = load_recipe(folder / "run.yaml")
+    if recipe.model.init_from not in ("scratch", "resume"):
+        raise ValueError(f"it started from the weights of {recipe.model.init_from}")
+    checkpoints, steps = list_checkpoints(folder), recipe.train.max_iters
+    if not checkpoints:
+        raise ValueError("it has no checkpoint")
+    trainer = read_trainer(checkpoints[-1])
+    if trainer["step"] < steps or not steps:
+        raise ValueError(f"its last checkpoint is at step {trainer['step']:,} of {steps:,}")
+    if not isinstance(trainer["val_loss"], float) or not math.isfinite(trainer["val_loss"]):
+        raise ValueError(f"its last validation loss is {trainer['val_loss']}")
+    vocab_size = json.loads((checkpoints[-1] / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    shape = recipe.shape | {"vocab_size": vocab_size}
+    tokens = steps * recipe.train.batch_size * recipe.train.gradient_accumulation_steps * shape["block_size"]
+    flops = tokens * sizing.flops_per_token(shape)
+    run = Run(name, sizing.num_matmul_params(shape), tokens, flops, trainer["val_loss"])
+    return run, recipe, vocab_size, trainer["data"]
+
+
+def law_settings(recipe):
+    """Return {setting: value} for the settings that change the scaling law of a recipe, except for its data."""
+    keys = LAW_KEYS | {"model": sorted(type(recipe.model).model_fields.keys() - SIZE_KEYS - OTHER_KEYS)}
+    return {f"{name}.{key}": getattr(getattr(recipe, name), key) for name in keys for key in keys[name]}
+
+
+def _require_same(found):
+    """Raise ValueError if the settings or the data of runs differ. found: list of (Run, recipe, vocab_size, data)."""
+    problems, names = [], {}  # names: (setting, value as text) -> names of the runs
+    for run, recipe, vocab_size, data in found:
+        mixes = [stage["mix"] for stage in data.get("stages", [])]  # without steps, which depend on the horizon
+        facts = {"vocab_size": vocab_size, "data": str({**data, "stages": mixes}), **law_settings(recipe)}
+        for key, value in facts.items():
+            names.setdefault(key, {}).setdefault(show_value(value), []).append(run.name)
+    for key, by_value in names.items():
+        if len(by_value) > 1 and key == "data":
+            text = " / ".join(", ".join(runs) for runs in by_value.values())
+            problems.append(
+                f"the data, or their tokenizers or validation splits, differ: {text}; pass runs on one data set"
+            )
+        elif len(by_value) > 1:
+            text = "; ".join(f"{value} in {', '.join(runs)}" for value, runs in by_value.items())
+            problems.append(f"{key} differs: {text}; pass runs with one value")
+    if problems:
+        raise ValueError("\n".join(f"these runs cannot share a scaling law: {problem}" for problem in problems))
