@@ -1,13 +1,14 @@
 """Show a fitted scaling law: a figure for the PNG and the page of `report --fit`, and tables of numbers."""
 
 import math
+import re
 
 import numpy as np
 
 from ..tracking.metrics_log import new_figure
 from .scaling_law import FORMS, expected_loss, iso_flops
 
-LAW, BAND, OPTIMUM = "#ea580c", "#fdba74", "#16a34a"
+LAW, BAND = "#ea580c", "#fdba74"  # colors
 BUDGETS = (1, 4, 10, 100)  # times the largest compute of the runs
 
 
@@ -78,11 +79,9 @@ def runs_table(law):
 
 
 def draw(law):
-    """Return a matplotlib figure: loss against compute with the extrapolation, and isoFLOP curves or loss by size."""
-    figure, _ = new_figure()
-    figure.clear()
-    figure.set_size_inches(14, 6)
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    """Return a matplotlib figure with two plots: loss against compute, with the extrapolation; and isoFLOP curves, loss
+    against tokens, or differences from the law."""
+    figure, (left, right) = new_figure(columns=2, size=(13.5, 5.6))
     _draw_compute(law, left)
     curves = iso_flops(law.runs)
     if curves:
@@ -90,19 +89,23 @@ def draw(law):
     elif law.form == "L(N, D)":
         _draw_tokens(law, right)
     else:
-        _draw_sizes(law, right)
+        _draw_differences(law, right)
     for axes in (left, right):
         axes.grid(alpha=0.25, which="major")
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _colors(law):
-    """Return {number of parameters: color}, from light for the smallest to dark for the largest model."""
+def _shades(keys):
+    """Return {key: color}, from light for the smallest to dark for the largest key."""
     from matplotlib import colormaps
 
-    sizes = sorted({run.n_params for run in law.runs})
-    return {n: colormaps["viridis_r"](0.15 + 0.8 * i / max(1, len(sizes) - 1)) for i, n in enumerate(sizes)}
+    keys = sorted(set(keys))
+    return {key: colormaps["viridis_r"](0.15 + 0.8 * i / max(1, len(keys) - 1)) for i, key in enumerate(keys)}
+
+
+def _plot_runs(axes, x, y, color, **others):
+    axes.plot(x, y, "o", color=color, markersize=7, markeredgecolor="white", zorder=3, **others)
 
 
 def _scale_losses(axes, low, high):
@@ -112,19 +115,20 @@ def _scale_losses(axes, low, high):
     margin = (high / low) ** 0.06
     axes.set_yscale("log")
     axes.set_ylim(low / margin, high * margin)
-    ticks = [tick for tick in MaxNLocator(7).tick_values(low, high) if low / margin <= tick <= high * margin]
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in MaxNLocator(8).tick_values(low, high) if low <= tick <= high]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axes.set_ylabel("validation loss (nats per token)")
 
 
-def _scale_counts(axes, which="x"):
-    """Set a logarithmic axis whose ticks are written as 300K, 1M, 3M."""
+def _scale_counts(axes, low, high):
+    """Set a logarithmic x axis with ticks such as 300K, 1M, 3M."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")
-    low, high = axes.get_xlim()
+    axes.set_xlim(low, high)
     subs = (1.0, 2.0, 5.0) if high / low < 100 else (1.0, 3.0) if high / low < 3000 else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -132,130 +136,107 @@ def _scale_counts(axes, which="x"):
 
 
 def _draw_compute(law, axes):
-    flops = np.array([run.flops for run in law.runs])
-    smallest, largest = flops.min(), flops.max()
-    budgets = np.geomspace(smallest / 1.3, 13 * largest, 200)
+    flops, losses = np.array([run.flops for run in law.runs]), [run.loss for run in law.runs]
+    largest, is_optimal = flops.max(), law.form == "L(N, D)"
+    budgets = np.geomspace(flops.min() / 1.3, 16 * largest, 200)
     loss, low, high = law.predict(*law.size(budgets), budgets)
+    is_within = budgets <= largest
     axes.fill_between(budgets, low, high, color=BAND, alpha=0.45, linewidth=0, label="90% interval of a new run")
-    within = budgets <= largest
-    name = "compute-optimal" if law.form == "L(N, D)" else "law"
-    axes.plot(budgets[within], loss[within], color=LAW, linewidth=2, label=f"{name}: {formula(law)}")
-    axes.plot(budgets[~within], loss[~within], color=LAW, linewidth=2, linestyle=(0, (4, 2)), label="extrapolation")
-    colors = _colors(law)
+    axes.plot(budgets[is_within], loss[is_within], color=LAW, label="law, compute-optimal" if is_optimal else "law")
+    axes.plot(budgets[~is_within], loss[~is_within], color=LAW, linestyle=(0, (4, 2)), label="extrapolation")
+    colors = _shades(run.n_params for run in law.runs)
     for i, run in enumerate(law.runs):
-        label = "finished runs" if i == len(law.runs) - 1 else None
-        color = colors[run.n_params]
-        axes.plot(run.flops, run.loss, "o", color=color, markersize=7, markeredgecolor="white", zorder=3, label=label)
-    for factor in (4, 10):
+        label = "finished runs; darker: more parameters" if i == len(law.runs) - 1 else None
+        _plot_runs(axes, run.flops, run.loss, colors[run.n_params], label=label)
+    for factor, is_above in ((4, True), (10, False)):
         at = factor * largest
         value, lowest, highest = (float(number) for number in law.predict(*law.size(at), at))
-        axes.errorbar(
-            at, value, [[value - lowest], [highest - value]], color=LAW, fmt="D", markersize=5, capsize=4, zorder=3
-        )
-        axes.annotate(
-            f"{factor}x compute\n{value:.3f}\n[{lowest:.3f}, {highest:.3f}]",
-            (at, highest),
-            xytext=(0, 10),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=9,
-        )
-    axes.set_xscale("log")
+        bars = [[value - lowest], [highest - value]]
+        axes.errorbar(at, value, bars, color=LAW, fmt="D", markersize=5, capsize=4, zorder=3)
+        text = f"{factor}x compute: {value:.3f}\n{lowest:.3f} to {highest:.3f}"
+        place = {"xytext": (4, 6), "va": "bottom"} if is_above else {"xytext": (0, -8), "va": "top", "ha": "center"}
+        axes.annotate(text, (at, highest if is_above else lowest), textcoords="offset points", fontsize=9, **place)
     axes.axvline(largest, color="#9ca3af", linewidth=1, linestyle=":")
-    _scale_losses(axes, low.min(), max(high.max(), max(run.loss for run in law.runs)))
+    axes.set_xscale("log")
+    axes.set_xlim(budgets[0] / 1.3, 40 * largest)
+    top = max(high.max(), *losses)
+    _scale_losses(axes, low.min() / (top / low.min()) ** 0.12, top)
     axes.set_xlabel("compute C (FLOPs)")
     axes.set_title("Loss against compute", loc="left", fontweight="bold")
     axes.legend(loc="lower left", fontsize=9, frameon=False)
+    intervals = [f"{name} = {value} ({interval})" for name, value, interval, _ in constants_table(law)]
+    text = "\n".join([*intervals, f"noise of a run: {law.noise:.2%}"])
+    axes.text(0.98, 0.97, _mathtext(formula(law)), transform=axes.transAxes, ha="right", va="top", fontsize=13)
+    axes.text(0.98, 0.89, text, transform=axes.transAxes, ha="right", va="top", fontsize=9, color="#4b5563")
+
+
+def _mathtext(text):
+    return "$" + re.sub(r"\^([\d.]+)", r"^{\1}", text).replace(" / ", "/") + "$"
 
 
 def _draw_iso_flops(law, curves, axes):
-    from matplotlib import colormaps
-
-    sizes = [run.n_params for curve in curves for run in curve["runs"]]
-    losses = [run.loss for curve in curves for run in curve["runs"]]
-    grid = np.geomspace(min(sizes) / 1.3, max(sizes) * 1.3, 200)
-    optima = [(curve["n_params"], curve) for curve in curves if curve["n_params"]]
-    for i, curve in enumerate(curves):
-        color = colormaps["viridis_r"](0.15 + 0.8 * i / max(1, len(curves) - 1))
-        own = [run.n_params for run in curve["runs"]]
-        near = grid[(grid >= min(own) / 1.2) & (grid <= max(own) * 1.2)]
-        axes.plot(near, np.polyval(curve["parabola"], np.log(near)), color=color, linewidth=1.5)
-        axes.plot(own, [run.loss for run in curve["runs"]], "o", color=color, markeredgecolor="white", markersize=7)
-        right = max(curve["runs"], key=lambda run: run.n_params)
-        axes.annotate(
-            power(curve["flops"]),
-            (right.n_params, right.loss),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=color,
-        )
-    if optima:
-        points = [(n, float(np.polyval(curve["parabola"], math.log(n)))) for n, curve in optima]
-        axes.plot(
-            *zip(*points, strict=True), "v", color=LAW, markersize=8, zorder=4, label="lowest point of a parabola"
-        )
+    sizes, losses = ([value for curve in curves for value in of(curve)] for of in (_sizes_of, _losses_of))
+    colors = _shades(curve["flops"] for curve in curves)
+    lowest = []
+    for curve in curves:
+        color, own = colors[curve["flops"]], _sizes_of(curve)
+        near = np.geomspace(min(own) / 1.2, max(own) * 1.2, 100)
+        axes.plot(near, np.polyval(curve["parabola"], np.log(near)), color=color)
+        _plot_runs(axes, own, _losses_of(curve), color)
+        last = max(curve["runs"], key=lambda run: run.n_params)
+        place = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{power(curve['flops'])} FLOPs", (last.n_params, last.loss), color=color, fontsize=9, **place)
+        if curve["n_params"]:
+            lowest.append((curve["n_params"], np.polyval(curve["parabola"], math.log(curve["n_params"]))))
+    if lowest:
+        axes.plot(*zip(*lowest, strict=True), "v", color=LAW, markersize=8, zorder=4, label="lowest point of a curve")
     if law.form == "L(N, D)":
-        budgets = np.geomspace(curves[0]["flops"], curves[-1]["flops"], 50)
-        n_params, tokens = law.size(budgets)
-        axes.plot(
-            n_params,
-            expected_loss(law.constants, {"n_params": n_params, "tokens": tokens}),
-            color=LAW,
-            linestyle="--",
-            label="compute-optimal, by the law",
-        )
-    axes.set_xlim(grid[0], grid[-1] * 1.6)
+        n_params, tokens = law.size(np.geomspace(curves[0]["flops"], curves[-1]["flops"], 50))
+        loss = expected_loss(law.constants, {"n_params": n_params, "tokens": tokens})
+        axes.plot(n_params, loss, color=LAW, linestyle="--", label="law, compute-optimal")
+    _scale_counts(axes, min(sizes) / 1.4, max(sizes) * 3)
     _scale_losses(axes, min(losses), max(losses))
-    _scale_counts(axes)
     axes.set_xlabel("parameters N")
     axes.set_title("IsoFLOP curves: equal compute, different sizes", loc="left", fontweight="bold")
-    axes.legend(loc="upper right", fontsize=9, frameon=False)
+    axes.legend(loc="lower left", fontsize=9, frameon=False)
+
+
+def _sizes_of(curve):
+    return [run.n_params for run in curve["runs"]]
+
+
+def _losses_of(curve):
+    return [run.loss for run in curve["runs"]]
 
 
 def _draw_tokens(law, axes):
-    colors = _colors(law)
-    all_tokens = [run.tokens for run in law.runs]
-    grid = np.geomspace(min(all_tokens) / 1.3, max(all_tokens) * 1.3, 100)
-    for n_params, color in colors.items():
-        runs = [run for run in law.runs if run.n_params == n_params]
-        axes.plot(
-            grid, expected_loss(law.constants, {"n_params": n_params, "tokens": grid}), color=color, linewidth=1.5
-        )
-        label = f"{short(n_params)} parameters"
-        axes.plot(
-            [run.tokens for run in runs],
-            [run.loss for run in runs],
-            "o",
-            color=color,
-            markeredgecolor="white",
-            markersize=7,
-            label=label,
-        )
-    losses = [run.loss for run in law.runs]
-    axes.set_xlim(grid[0], grid[-1])
+    tokens, losses = [run.tokens for run in law.runs], [run.loss for run in law.runs]
+    grid = np.geomspace(min(tokens) / 1.3, max(tokens) * 1.3, 100)
+    for n_params, color in _shades(run.n_params for run in law.runs).items():
+        axes.plot(grid, expected_loss(law.constants, {"n_params": n_params, "tokens": grid}), color=color)
+        points = [(run.tokens, run.loss) for run in law.runs if run.n_params == n_params]
+        _plot_runs(axes, *zip(*points, strict=True), color, label=f"{short(n_params)} parameters")
+    _scale_counts(axes, grid[0], grid[-1])
     _scale_losses(axes, min(losses), max(losses))
-    _scale_counts(axes)
     axes.set_xlabel("training tokens D")
-    axes.set_title("Loss against tokens: runs, and the law for each size", loc="left", fontweight="bold")
+    axes.set_title("Loss against tokens: the runs, and the law for each size", loc="left", fontweight="bold")
     axes.legend(loc="upper right", fontsize=9, frameon=False)
 
 
-def _draw_sizes(law, axes):
-    budgets = np.geomspace(min(run.flops for run in law.runs) / 1.3, max(run.flops for run in law.runs) * 13, 200)
+def _draw_differences(law, axes):
+    """Draw the losses relative to the law, against the number of parameters, so that the interval is visible."""
+    flops = [run.flops for run in law.runs]
+    budgets = np.geomspace(min(flops) / 1.3, 16 * max(flops), 200)
     n_params, tokens = law.size(budgets)
     loss, low, high = law.predict(n_params, tokens, budgets)
-    axes.fill_between(n_params, low, high, color=BAND, alpha=0.45, linewidth=0)
-    axes.plot(n_params, loss, color=LAW, linewidth=2, linestyle="--")
-    colors = _colors(law)
+    axes.fill_between(n_params, 100 * (low / loss - 1), 100 * (high / loss - 1), color=BAND, alpha=0.45, linewidth=0)
+    axes.axhline(0, color=LAW, zorder=1)
+    colors = _shades(run.n_params for run in law.runs)
     for run in law.runs:
-        axes.plot(
-            run.n_params, run.loss, "o", color=colors[run.n_params], markeredgecolor="white", markersize=7, zorder=3
-        )
-    axes.set_xlim(n_params[0], n_params[-1])
-    _scale_losses(axes, low.min(), max(high.max(), max(run.loss for run in law.runs)))
-    _scale_counts(axes)
-    axes.set_xlabel("parameters N")
-    axes.set_title("Loss against size", loc="left", fontweight="bold")
+        fitted, _, _ = law.predict(run.n_params, run.tokens, run.flops)
+        _plot_runs(axes, run.n_params, 100 * (run.loss / fitted - 1), colors[run.n_params])
+    axes.axvline(max(run.n_params for run in law.runs), color="#9ca3af", linewidth=1, linestyle=":")
+    _scale_counts(axes, n_params[0], n_params[-1])
+    axes.set_xlabel("parameters N; tokens and compute grow with them")
+    axes.set_ylabel("difference from the law (%)")
+    axes.set_title("Difference from the law, and its 90% interval", loc="left", fontweight="bold")

@@ -147,8 +147,11 @@ class History(list):
         return f"<History: {counts}; see .steps, .evaluations and .plot()>"
 
 
-def new_figure():
-    """Return a matplotlib figure for an image file, and its axes."""
+def new_figure(columns=1, size=FIGURE["figsize"]):
+    """Return a matplotlib figure for an image file, and its axes.
+
+    columns: number of plots, next to each other. size: width and height in inches.
+    """
     # A notebook sets MPLBACKEND for its processes; matplotlib may refuse to be imported if that backend is not
     # installed here. The backend is restored, because the notebook itself needs it for its own plots.
     backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
@@ -161,8 +164,8 @@ def new_figure():
     if backend is not None:
         with suppress(ValueError):
             matplotlib.rcParams["backend"] = backend
-    figure = Figure(**FIGURE)
-    return figure, figure.subplots()
+    figure = Figure(**FIGURE | {"figsize": size})
+    return figure, figure.subplots(1, columns)
 
 
 def save_figure(figure, path):
