@@ -154,7 +154,7 @@ def _draw_compute(law, axes):
         bars = [[value - lowest], [highest - value]]
         axes.errorbar(at, value, bars, color=LAW, fmt="D", markersize=5, capsize=4, zorder=3)
         text = f"{factor}x compute: {value:.3f}\n{lowest:.3f} to {highest:.3f}"
-        place = {"xytext": (4, 6), "va": "bottom"} if is_above else {"xytext": (0, -8), "va": "top", "ha": "center"}
+        place = {"xytext": (4, 6), "va": "bottom"} if is_above else {"xytext": (12, -6), "va": "top", "ha": "right"}
         axes.annotate(text, (at, highest if is_above else lowest), textcoords="offset points", fontsize=9, **place)
     axes.axvline(largest, color="#9ca3af", linewidth=1, linestyle=":")
     axes.set_xscale("log")
