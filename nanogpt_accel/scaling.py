@@ -36,7 +36,7 @@ def scaling_params(shape):
     return shape["n_layer"] * sum(block_matrices(shape)) + shape.get("vocab_size", 0) * shape["n_embd"]
 
 
-def _shape(recipe):
+def known_shape(recipe):
     """Return the shape of a recipe's model, with the vocabulary size if it is known before the data are prepared."""
     known = {"gpt2": 50257, "bpe": recipe.data.vocab_size}.get(recipe.data.tokenizer)
     return recipe.shape | ({"vocab_size": recipe.padded_vocab_size(known)} if known else {})
@@ -44,7 +44,7 @@ def _shape(recipe):
 
 def tokens_per_param(reference, recipe):
     """Return the number of training tokens per parameter of the scaled recipe: by default, that of the reference."""
-    return recipe.scaling.tokens_per_parameter or _tokens(reference) / scaling_params(_shape(reference))
+    return recipe.scaling.tokens_per_parameter or _tokens(reference) / scaling_params(known_shape(reference))
 
 
 def _tokens(recipe):
@@ -86,7 +86,7 @@ def batch_size(reference, recipe, given):
     """Grow the tokens per step B with the tokens of the run D, as B ~ D^0.383 (Power Lines, Bergsma et al. 2025, arXiv
     2505.13738). As in nanochat, B is doubled or halved, so that it stays a multiple of the number of processes."""
     train, exponent = recipe.train, recipe.scaling.batch_exponent
-    tokens = tokens_per_param(reference, recipe) * scaling_params(_shape(recipe))
+    tokens = tokens_per_param(reference, recipe) * scaling_params(known_shape(recipe))
     wanted = reference.tokens_per_step * (tokens / _tokens(reference)) ** exponent
     doublings = round(math.log2(wanted / recipe.tokens_per_step))
     sequences, micro_batches = train.batch_size, train.gradient_accumulation_steps
@@ -107,7 +107,7 @@ def batch_size(reference, recipe, given):
 def horizon(reference, recipe, given):
     """Train on the same number of tokens per parameter (Hoffmann et al. 2022), with a schedule of the same shape."""
     per_param = tokens_per_param(reference, recipe)
-    params, per_step = scaling_params(_shape(recipe)), recipe.tokens_per_step
+    params, per_step = scaling_params(known_shape(recipe)), recipe.tokens_per_step
     steps = recipe.train.max_iters if "max_iters" in given else max(1, int(per_param * params / per_step))
     rule = f"{per_param:.4g} tokens per parameter * {params:,} parameters / {per_step:,} tokens per step"
     derived = {"max_iters": (steps, rule)}

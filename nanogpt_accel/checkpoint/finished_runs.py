@@ -5,9 +5,11 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from ..planning import sizing
+from ..data import dataset, run_data
 from ..planning.scaling_law import Run
+from ..planning.sizing import flops_per_token
 from ..recipe import Recipe, load_recipe
+from ..scaling import scaling_params
 from ..utils.fields import show_value
 from ..utils.text import first_line, printable
 from .layout import list_checkpoints, read_trainer
@@ -115,9 +117,10 @@ def _read_run(folder, name):
         raise ValueError(f"its last validation loss is {trainer['val_loss']}")
     vocab_size = json.loads((checkpoints[-1] / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     shape = recipe.shape | {"vocab_size": vocab_size}
-    tokens = steps * recipe.train.batch_size * recipe.train.gradient_accumulation_steps * shape["block_size"]
-    flops = tokens * sizing.flops_per_token(shape)
-    run = Run(name, sizing.num_matmul_params(shape), tokens, flops, trainer["val_loss"])
+    tokens = steps * recipe.tokens_per_step
+    run = Run(name, scaling_params(shape), tokens, tokens * flops_per_token(shape), trainer["val_loss"])
+    if not isinstance(trainer["data"], dict):
+        raise ValueError("its last checkpoint does not name its data")
     return run, recipe, vocab_size, trainer["data"]
 
 
@@ -125,6 +128,46 @@ def law_settings(recipe):
     """Return {setting: value} for the settings that change the scaling law of a recipe, except for its data."""
     keys = LAW_KEYS | {"model": sorted(type(recipe.model).model_fields.keys() - SIZE_KEYS - OTHER_KEYS)}
     return {f"{name}.{key}": getattr(getattr(recipe, name), key) for name in keys for key in keys[name]}
+
+
+def differences(ladder, recipe):
+    """Compare a recipe with the runs of a ladder.
+
+    Returns:
+        (problems, warnings): why their losses cannot be compared at all, and why the law may not hold, as text.
+    """
+    problems, warnings = [], []
+    ours, theirs = law_settings(recipe), law_settings(ladder.recipe)
+    changed = [
+        f"{key}={show_value(theirs[key])} and not {show_value(ours[key])}" for key in ours if ours[key] != theirs[key]
+    ]
+    if changed:
+        warnings.append(f"the law is for runs with {'; '.join(changed)}, so the loss may differ")
+    sources = ladder.data.get("sources", [ladder.data])
+    if run_data.is_prepared(recipe.data):
+        sections = [run_data.sections(recipe.data)[name] for name in recipe.data.sources]
+        splits = [dataset.manifest_of(data, dataset.data_folder(data))["splits"] for data in sections]
+        if [split["val"]["sha256"] for split in splits] != [source["val"] for source in sources]:
+            problems.append(
+                "the validation tokens of the recipe are not those of the runs, so losses cannot be compared"
+            )
+        elif [split["train"]["sha256"] for split in splits] != [source["train"] for source in sources]:
+            warnings.append("the training tokens of the recipe are not those of the runs, so the loss may differ")
+        return problems, warnings
+    keys = ["tokenizer"] + ["vocab_size"] * (recipe.data.tokenizer == "bpe")
+    for key, mine, other in [
+        (
+            "corpus",
+            *([source.corpus for source in data.sources.values()] for data in (recipe.data, ladder.recipe.data)),
+        ),
+        *((key, getattr(recipe.data, key), getattr(ladder.recipe.data, key)) for key in keys),
+    ]:
+        if mine != other:
+            values = f"{show_value(mine)}, but the runs have {show_value(other)}"
+            problems.append(
+                f"data.{key}={values}, so losses cannot be compared; use the data of the runs, or other runs"
+            )
+    return problems, warnings
 
 
 def _require_same(found):

@@ -2,25 +2,34 @@
 
     nanogpt-accel plan recipes/gpt2.yaml gpus=8 gpu=a100 mfu=0.37
     nanogpt-accel plan recipes/gpt2.yaml n_layer=48 n_head=25 n_embd=1600 gpus=64 --json
+    nanogpt-accel plan recipes/gpt2_depth.yaml flops=1e19 fit=runs/ladder --to large.yaml
 
-The command only does arithmetic (planning/sizing.py), so it needs no torch, data or GPU.
+The command only does arithmetic (planning/sizing.py, planning/scaling_law.py), so it needs no torch, data or GPU.
 """
 
+import glob
+import math
 import re
 from functools import partial
+from pathlib import Path
 
+import yaml
 from pydantic import Field
 
+from ..checkpoint.finished_runs import differences, read_ladder
 from ..data import dataset, run_data
 from ..distributed.accelerator import auto_precision
 from ..models.shape import model_shape
 from ..planning import scaling_law, sizing
 from ..planning.hardware import GPUS
-from ..recipe import FIELDS, SETTINGS, load_recipe
+from ..planning.law_figure import formula
+from ..recipe import FIELDS, SECTIONS, SETTINGS, FloatOrNone, load_recipe
+from ..scaling import known_shape, scaling_params
 from ..utils import cli
 from ..utils.fields import Float, Int, Section, nearest, raise_problems, show_value
+from ..utils.files import write_atomically
 from ..utils.packaged import packaged
-from ..utils.text import duration, printable, quoted, to_json
+from ..utils.text import duration, printable, quoted, short, to_json
 
 GIB = 2**30
 RESERVE = 0.1  # share of GPU memory reserved for the CUDA context, kernel workspaces and fragmentation
@@ -32,6 +41,8 @@ TRAIN_TOKENS = {
     ("shakespeare", "gpt2"): 301_966,
     ("shakespeare", "char"): 1_003_854,
 }
+# times the largest compute of the runs, the factor between tokens per parameter, and epochs above which plan warns
+FAR, OFF_THE_LINE, MANY_EPOCHS = 10, 1.5, 4
 TITLES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 
 
@@ -48,25 +59,47 @@ class PlanOptions(Section):
         le=1,
         description="expected model FLOPs utilization; nanoGPT reaches 0.37 on one A100, llm-foundry 0.43 on 8 A100s",
     )
+    dollars_per_hour: FloatOrNone = Field(None, gt=0, description="price of one GPU for one hour; default: no cost")
+    fit: str = Field(
+        "",
+        description="folder of finished runs, or a quoted pattern such as 'runs/ladder/*'; the scaling law of their "
+        "losses predicts the loss of the recipe",
+    )
+    flops: FloatOrNone = Field(
+        None, gt=0, description="budget in FLOPs; with fit, choose the compute-optimal depth and number of steps for it"
+    )
+    to: str = Field("", description="file for the recipe that flops and fit choose")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
-            "nanogpt-accel plan RECIPE [gpus=8] [gpu=h100] [mfu=0.4] [--json] [key=value ...]",
+            "nanogpt-accel plan RECIPE [gpus=8] [gpu=h100] [mfu=0.4] [fit=RUNS] [flops=1e19 --to FILE] [--json] "
+            "[key=value ...]",
             "Print parameters, FLOPs, memory, time and checkpoint size of a run, and the files in configs/ with which "
-            "the run fits into memory.",
+            "the run fits into memory. With fit=RUNS, also predict its validation loss.",
             {"options": PlanOptions, **SETTINGS},
         )
     target, options, overrides, problems = cli.parse_with_recipe(argv, PlanOptions, FIELDS)
     if target is None:
         problems.append("RECIPE is missing; usage: nanogpt-accel plan gpt2")
-    raise_problems(problems)
+    raise_problems(problems + check_fit(options, overrides))
+    ladder = read_ladder(sorted(glob.glob(options.fit)) or [options.fit]) if options.fit else None
+    law = scaling_law.fit(ladder.runs) if ladder else None
+    if options.flops:
+        overrides |= choose_size(target, overrides, options.flops, law)
     recipe = load_recipe(target, overrides, check=lambda recipe: check(recipe, options))
     figures = plan(recipe, options)
+    if law:
+        figures["prediction"] = predict(recipe, figures, ladder, law)
+    if options.to:
+        keeps_out_dir = "out_dir" in overrides
+        write_recipe(options.to, recipe, figures["prediction"], f"plan {target} flops={options.flops:g}", keeps_out_dir)
     text = to_json({"recipe": target, **figures}) if options.json_output else "\n".join(report(target, figures))
     print(printable(text))
+    if options.to and not options.json_output:
+        print(f"wrote {options.to}; to train it: nanogpt-accel train {quoted(options.to)}")
 
 
 def check(recipe, options):
@@ -82,7 +115,30 @@ def check(recipe, options):
         )
     if gpus > per_node and gpus % per_node:
         problems.append(f"gpus={gpus}: not a multiple of gpus_per_node={per_node}; change one of them")
-    return problems + find_gpu(recipe, options)[1]
+    gpu, unknown = find_gpu(recipe, options)
+    if options.dollars_per_hour and gpu is None and not unknown:
+        device, price = recipe.train.device, f"{options.dollars_per_hour:g}"
+        problems.append(f"dollars_per_hour={price}: the time on device={device} is unknown; set gpu, or remove it")
+    return problems + unknown
+
+
+def check_fit(options, overrides):
+    """Return a list of problems with the options fit, flops and to."""
+    problems, to = [], Path(options.to)
+    if options.flops and not options.fit:
+        problems.append(f"flops={options.flops:g}: needs a scaling law; set fit to a folder of finished runs")
+    if options.to and not options.flops:
+        problems.append(f"to={to}: set flops and fit too; they choose the recipe to write")
+    if options.to and to.exists():
+        problems.append(f"to={to}: already exists; set `to` to another file")
+    elif options.to and not to.parent.is_dir():
+        problems.append(f"to={to}: the folder {to.parent} does not exist; create it")
+    elif options.to and to.suffix != ".yaml":
+        problems.append(f"to={to}: must end with .yaml")
+    chosen = {"depth", "n_layer", "max_iters"}
+    if options.flops and (given := [key for key in overrides if key.rpartition(".")[2] in chosen]):
+        problems.append(f"flops={options.flops:g}: chooses depth and max_iters; remove {', '.join(given)}")
+    return problems
 
 
 def find_gpu(recipe, options):
@@ -246,14 +302,15 @@ def run_time(size, exchange, muon, gpu, options):
     so the time per step is the longer of the two times, plus the seconds of Muon's update.
     """
     keys = ("computing_seconds", "exchange_seconds", "muon_seconds")
-    keys += ("seconds_per_step", "tokens_per_second_per_gpu", "days")
+    keys += ("seconds_per_step", "tokens_per_second_per_gpu", "days", "dollars")
     if gpu is None:
         return dict.fromkeys(keys)
     flops_per_second = options.mfu * GPUS[gpu].peak_flops * options.gpus
     computing = size["tokens_per_step"] * size["flops_per_token"] / flops_per_second
     seconds = max(computing, exchange) + muon
     speed, days = size["tokens_per_step"] / options.gpus / seconds, size["steps"] * seconds / 86400
-    return dict(zip(keys, (computing, exchange, muon, seconds, speed, days), strict=True))
+    dollars = options.dollars_per_hour and days * 24 * options.gpus * options.dollars_per_hour
+    return dict(zip(keys, (computing, exchange, muon, seconds, speed, days, dollars), strict=True))
 
 
 def find_layouts(gpus, gpus_per_node, algorithm, gpu, device):
@@ -313,6 +370,106 @@ def find_fix(train, gpus, memory_of, layouts, limit):
             if sequences % (smaller * gpus) == 0 and fits(smaller, checkpointing):
                 return f"set batch_size={smaller} gradient_accumulation_steps={sequences // smaller}{switch}"
     return "use more GPUs with FSDP2, GPUs with more memory, a smaller model or a smaller block_size"
+
+
+# ---- scaling laws
+
+
+def choose_size(target, overrides, flops, law):
+    """Return overrides with the depth and the tokens per parameter that are best for a budget.
+
+    For the form L(N, D), these have the lowest loss. For L(C), or if tokens_per_parameter is given, choose the depth
+    for which the budget pays for about as many tokens per parameter as the recipe has at this depth.
+    """
+    has_ratio = law.form == "L(C)" or any(key.endswith("tokens_per_parameter") for key in overrides)
+    vocab_size, best = find_data(load_recipe(target, overrides))[0], None  # best: (score, depth, tokens per parameter)
+    for depth in range(1, 1001):
+        recipe = load_recipe(target, {**overrides, "depth": depth})
+        shape = model_shape(recipe, vocab_size)
+        tokens = flops / sizing.flops_per_token(shape)
+        if has_ratio:
+            score = abs(math.log(tokens / (recipe.train.max_iters * recipe.tokens_per_step)))
+        else:
+            point = {"n_params": scaling_params(shape), "tokens": tokens}
+            score = scaling_law.expected_loss(law.constants, point)
+        if best is None or score < best[0]:
+            best = score, depth, tokens / scaling_params(known_shape(recipe))
+        elif depth > best[1] + 3:  # the score has one minimum, except for the rounding of sizes
+            break
+    return {"depth": best[1], "tokens_per_parameter": best[2]}
+
+
+def predict(recipe, figures, ladder, law):
+    """Return the predicted loss of a recipe, its interval and warnings, as a dictionary.
+
+    Raises:
+        ValueError: the losses of the recipe and of the runs cannot be compared.
+    """
+    if recipe.model.init_from not in ("scratch", "resume"):
+        raise ValueError(f"fit: predicts runs from scratch, but model.init_from={recipe.model.init_from}; remove fit")
+    if not figures["tokens"]:
+        raise ValueError("fit: the recipe does not train (eval_only=true or max_iters=0); remove fit")
+    problems, warnings = differences(ladder, recipe)
+    raise_problems([f"fit: {problem}" for problem in problems])
+    n_params = scaling_params(recipe.shape | {"vocab_size": figures["vocab_size"]})
+    tokens, flops = figures["tokens"], figures["flops"]
+    loss, low, high = map(float, law.predict(n_params, tokens, flops))
+    times, ratio = law.extrapolation(flops), law.ratio_to_line(n_params, tokens)
+    if times > FAR:
+        warnings.append(
+            f"the run has {times:.3g} times the largest compute of the runs; above {FAR}, the law may not hold"
+        )
+    if ratio > OFF_THE_LINE:
+        warnings.append(
+            f"the tokens per parameter differ by a factor of {ratio:.2g} from those of the runs, which are on one "
+            "line, so the loss will be higher or lower; for a better prediction, vary tokens_per_parameter of the runs"
+        )
+    if (figures["epochs"] or 0) > MANY_EPOCHS:
+        warnings.append(
+            f"the run has {figures['epochs']:.1f} epochs; above {MANY_EPOCHS}, repeated tokens are worth less than new "
+            "ones (Muennighoff et al. 2023), so the loss may be higher"
+        )
+    if law.at_bound:
+        warnings.append(f"the runs do not determine {', '.join(law.at_bound)}; add larger or more runs")
+    return {
+        "loss": loss,
+        "low": low,
+        "high": high,
+        "n_params": n_params,
+        "law": formula(law),
+        "form": law.form,
+        "reason": law.reason,
+        "runs": len(law.runs),
+        "times_largest_compute": times,
+        "notes": ladder.notes,
+        "warnings": warnings,
+    }
+
+
+def write_recipe(path, recipe, prediction, command, keeps_out_dir):
+    """Write a recipe file with the prediction as its expected loss. The run then reports whether it was right."""
+    loss, low, high = (round(prediction[key], 4) for key in ("loss", "low", "high"))
+    values = recipe.model_dump(
+        exclude_unset=True, exclude={"expect": True} | ({} if keeps_out_dir else {"out_dir": True})
+    )
+    for name in values.keys() & SECTIONS.keys():
+        values[name] = {key: value for key, value in values[name].items() if value is not None}
+    source = f"{prediction['form']} of {prediction['runs']} runs, 90% interval {low} to {high}"
+    values["expect"] = {"val_loss": loss, "tolerance": round(max(high - loss, loss - low), 4), "source": source}
+    header = f"# Compute-optimal by a scaling law: {prediction['law']}\n# written by: nanogpt-accel {command}\n#\n"
+    header += f"#   nanogpt-accel train {quoted(path)}\n\n"
+    body = yaml.safe_dump({name: value for name, value in values.items() if value != {}}, sort_keys=False)
+    write_atomically(path, header + body)
+
+
+def prediction_lines(prediction):
+    """Yield lines of text: the predicted loss and its warnings."""
+    interval = f"90% interval of a run: {prediction['low']:.3f} to {prediction['high']:.3f}"
+    yield f"loss         {prediction['loss']:.3f} nats per token; {interval}"
+    times = f"{prediction['times_largest_compute']:.3g} times their largest compute"
+    yield f"             {prediction['law']}, from {prediction['runs']} runs; {times}"
+    yield from (f"note: {note}" for note in prediction["notes"])
+    yield from (f"warning: {warning}" for warning in prediction["warnings"])
 
 
 # ---- the figures as text
@@ -380,6 +537,10 @@ def run_lines(figures, n_params):
             + communication
             + muon
         )
+    if figures["dollars"]:
+        yield f"cost         {figures['dollars']:,.2f} dollars"
+    if "prediction" in figures:
+        yield from prediction_lines(figures["prediction"])
 
 
 def memory_lines(figures):
@@ -406,11 +567,3 @@ def memory_lines(figures):
         config += f" --num_processes {gpus}"
     start = f"fits into {limit}: " if limit else "launch with "
     yield start + config + (f"; also {', '.join(others)}" if others else "")
-
-
-def short(number):
-    """Return a number with a suffix: 12.3M for 12,345,678."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"

@@ -2,11 +2,14 @@
 
     nanogpt-accel report runs/gpt2
     nanogpt-accel report runs/gpt2 runs/llama out=compare.html
+    nanogpt-accel report --fit runs/ladder
 
 The page is self-contained, makes no network requests and supports light and dark mode. The command also writes
-each chart as a PNG file to the folder of the page. Runs that are still training are supported.
+each chart as a PNG file to the folder of the page. Runs that are still training are supported. With --fit, the page
+shows the scaling law of finished runs instead.
 """
 
+import base64
 import json
 import math
 import statistics
@@ -14,7 +17,9 @@ from pathlib import Path
 
 from pydantic import Field
 
+from ..checkpoint.finished_runs import read_ladder
 from ..checkpoint.run_folder import find_trainer
+from ..planning import law_figure, scaling_law
 from ..recipe import SECTION_OF, Recipe, load_recipe
 from ..tracking.console import Console
 from ..tracking.metrics_log import new_figure, read_metrics, save_figure
@@ -24,6 +29,7 @@ from ..utils.files import write_atomically
 from ..utils.text import counted, duration, file_name, first_line, printable
 
 MAX_RUNS, MAX_POINTS, MAX_SAMPLES = 8, 800, 30
+MAX_TARGETS = 10_000  # of --fit
 COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#0891b2", "#db2777", "#ca8a04", "#64748b")
 CHARTS = {  # name in metrics.jsonl: (title, unit, divisor)
     "loss": ("Loss", "nats per token", 1),
@@ -45,34 +51,43 @@ class ReportOptions(Section):
     out: str = Field(
         "", description="path of the page; default: report.html, in the run folder if only one RUN is given"
     )
+    fit: bool = Field(
+        False,
+        description="fit a scaling law to finished runs. RUN is a run folder, or a folder that contains runs",
+    )
 
 
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
-            "nanogpt-accel report RUN [RUN ...] [out=FILE.html]",
-            "Write an HTML page, and PNGs, with the curves of one or several runs.",
+            "nanogpt-accel report RUN [RUN ...] [--fit] [out=FILE.html]",
+            "Write an HTML page, and PNGs, with the curves of one or several runs. With --fit, write a page and a PNG "
+            "with the scaling law of finished runs.",
             {"options": ReportOptions},
         )
-    targets, options, problems = cli.parse_options(argv, ReportOptions, MAX_RUNS)
+    targets, options, problems = cli.parse_options(argv, ReportOptions, MAX_TARGETS)
     if not targets:
         problems.append("RUN is missing; usage: nanogpt-accel report runs/NAME")
-    for target in targets:
+    if len(targets) > MAX_RUNS and not options.fit:
+        problems.append(
+            f"{len(targets)} runs: at most {MAX_RUNS} fit on a page; for a scaling law of many runs, add --fit"
+        )
+    for target in targets if not options.fit else ():
         if not any((Path(target) / name).is_file() for name in ("metrics.jsonl", "run.yaml")):
             problems.append(f"{target}: contains neither metrics.jsonl nor run.yaml; pass a run folder")
-    out = Path(options.out or (Path(targets[0]) / "report.html" if len(targets) == 1 else "report.html"))
+    name = "law.html" if options.fit else "report.html"
+    out = Path(options.out or (Path(targets[0]) / name if len(targets) == 1 else name))
     if out.suffix.lower() not in (".html", ".htm"):
         problems.append(f"out={out}: must end with .html")
     elif options.out and not out.parent.is_dir():
         problems.append(f"out={out}: no such folder {out.parent}; create it, or set out to another path")
     raise_problems(problems)
+    console = Console()
+    if options.fit:
+        return report_law(read_ladder(targets), out, console)
     runs = [read_run(Path(target), name) for target, name in zip(targets, unique_names(targets), strict=True)]
-    text = page(runs)
-    try:
-        write_atomically(out, text)
-    except OSError as error:
-        raise OSError(f"out={out}: cannot be written ({error.strerror or error})") from None
-    console, images = Console(), []
+    write_page(out, page(runs))
+    images = []
     for line in table(runs):  # not wrapped, so that the columns stay aligned
         print(line)
     for run in runs:
@@ -81,6 +96,44 @@ def main(argv):
     with console.optional("the PNGs cannot be written"):
         images = write_images(runs, out)
     console.say(f"wrote {out}" + (f" and {counted(len(images), 'PNG')}: {out.stem}-*.png" if images else ""))
+
+
+def report_law(ladder, out, console):
+    """Fit a law to finished runs, print it, and write its page and PNG. ladder: the result of read_ladder."""
+    law = scaling_law.fit(ladder.runs)
+    image, encoded = out.with_suffix(".png"), ""
+    with console.optional("the PNG cannot be written"):
+        save_figure(law_figure.draw(law), image)
+        encoded = base64.b64encode(image.read_bytes()).decode()
+    tables = law_figure.tables(law)
+    write_page(
+        out,
+        render(
+            "law.html",
+            law=law,
+            formula=law_figure.formula(law),
+            symbols=law_figure.SYMBOLS[law.form],
+            tables=tables,
+            notes=ladder.notes,
+            image=encoded,
+        ),
+    )
+    print(f"{law_figure.formula(law)}\n{law.form}: {law.reason}")
+    for title, rows in tables.items():
+        print(f"\n{title}")
+        for line in aligned(rows):
+            print(f"  {line}")
+    print()
+    for note in ladder.notes:
+        console.say(f"note: {note}")
+    console.say(f"wrote {out}" + (f" and {image.name}" if encoded else ""))
+
+
+def write_page(out, text):
+    try:
+        write_atomically(out, text)
+    except OSError as error:
+        raise OSError(f"out={out}: cannot be written ({error.strerror or error})") from None
 
 
 def unique_names(targets):
@@ -266,6 +319,11 @@ def table(runs):
     titles = ("steps", "best validation loss", "last", "training time")
     rows = [("run", *titles)]
     rows += [(run["name"], *(run["summary"].get(title, "-") for title in titles)) for run in runs]
+    return aligned(rows)
+
+
+def aligned(rows):
+    """Return the rows of a table as lines of text in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
@@ -323,14 +381,10 @@ def charts_of(runs):
 
 
 def page(runs):
-    """Return the HTML page as text. runs: list of results of read_run."""
-    from jinja2 import Environment, FileSystemLoader
-
-    folder = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["printable"] = printable
+    """Return the HTML page of runs as text. runs: list of results of read_run."""
     recipes, rows = differences(runs)
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         title=" and ".join(run["name"] for run in runs),
         runs=runs,
         titles=list(dict.fromkeys(title for run in runs for title in run["summary"])),
@@ -340,3 +394,13 @@ def page(runs):
         data=[{"name": run["name"], "tokens": run["tokens_per_step"], "series": run["series"]} for run in runs],
         colors=COLORS,
     )
+
+
+def render(template, **values):
+    """Return an HTML page as text. template: a file in the folder of this module."""
+    from jinja2 import Environment, FileSystemLoader
+
+    folder = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["printable"] = printable
+    return environment.get_template(template).render(**values)

@@ -6,18 +6,15 @@ import re
 import numpy as np
 
 from ..tracking.metrics_log import new_figure
+from ..utils.text import short
 from .scaling_law import FORMS, expected_loss, iso_flops
 
 LAW, BAND = "#ea580c", "#fdba74"  # colors
+SYMBOLS = {
+    "L(N, D)": "N: parameters of the matrices in the blocks and of the head. D: training tokens.",
+    "L(C)": "C: FLOPs of the training.",
+}
 BUDGETS = (1, 4, 10, 100)  # times the largest compute of the runs
-
-
-def short(number):
-    """Return a number with a suffix: 12.3M for 12,345,678."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"
 
 
 def power(number):
@@ -32,47 +29,42 @@ def formula(law):
     return " + ".join([f"L = {law.constants['E']:.4g}", *terms])
 
 
-def constants_table(law):
-    """Return the rows (name, value, interval, note) of the constants, as text."""
-    rows = []
+def tables(law):
+    """Return {title: rows} of text, with column names in the first row: constants, budgets and runs."""
+    size = "compute-optimal " if law.form == "L(N, D)" else ""
+    titles = ("budget in FLOPs", f"{size}parameters", f"{size}tokens", "loss of a run (90% interval)")
+    return {
+        f"Constants, from {len(law.runs)} runs": [("constant", "value", "90% interval"), *_constants(law)],
+        "Budgets, also as multiples of the largest run": [titles, *_budgets(law)],
+        "Runs": [("run", "parameters", "tokens", "FLOPs", "loss", "difference from the law"), *_runs(law)],
+    }
+
+
+def _constants(law):
     for name, value in law.constants.items():
         low, high = law.interval(name)
-        note = "at its bound: the runs do not determine it" if name in law.at_bound else ""
-        rows.append((name, f"{value:.4g}", f"{low:.4g} to {high:.4g}", note))
-    return rows
+        note = "; at a bound: the runs do not determine it" if name in law.at_bound else ""
+        yield name, f"{value:.4g}", f"{low:.4g} to {high:.4g}{note}"
+    yield "noise of a run", f"{law.noise:.2%}", ""
 
 
-def budgets_table(law):
-    """Return the rows (budget, parameters, tokens, loss) for some budgets, as text. Intervals are in parentheses."""
-    rows, largest = [], max(run.flops for run in law.runs)
+def _budgets(law):
+    largest = max(run.flops for run in law.runs)
     for factor in BUDGETS:
         flops = factor * largest
-        (n_params, tokens), intervals = law.size(flops), law.size_interval(flops)
-        loss, low, high = law.predict(n_params, tokens, flops)
-        cells = [short(n_params), short(tokens)]
+        size, intervals = law.size(flops), law.size_interval(flops)
+        loss, low, high = law.predict(*size, flops)
+        cells = [short(value) for value in size]
         if intervals:
-            pairs = zip(cells, intervals, strict=True)
-            cells = [f"{cell} ({short(low_end)} to {short(high_end)})" for cell, (low_end, high_end) in pairs]
-        rows.append((f"{power(flops)} ({factor}x)", *cells, f"{loss:.3f} ({low:.3f} to {high:.3f})"))
-    return rows
+            cells = [f"{cell} ({short(a)} to {short(b)})" for cell, (a, b) in zip(cells, intervals, strict=True)]
+        yield f"{power(flops)} ({factor}x)", *cells, f"{loss:.3f} ({low:.3f} to {high:.3f})"
 
 
-def runs_table(law):
-    """Return the rows (run, parameters, tokens, FLOPs, loss, difference from the law) of the runs, as text."""
-    rows = []
+def _runs(law):
     for run in sorted(law.runs, key=lambda run: run.flops):
-        difference = run.loss / law.predict(*run[1:4])[0] - 1
-        rows.append(
-            (
-                run.name,
-                short(run.n_params),
-                short(run.tokens),
-                power(run.flops),
-                f"{run.loss:.4f}",
-                f"{difference:+.2%}",
-            )
-        )
-    return rows
+        difference = run.loss / law.predict(run.n_params, run.tokens, run.flops)[0] - 1
+        sizes = short(run.n_params), short(run.tokens), power(run.flops)
+        yield run.name, *sizes, f"{run.loss:.4f}", f"{difference:+.2%}"
 
 
 # ---- the figure
@@ -164,8 +156,9 @@ def _draw_compute(law, axes):
     axes.set_xlabel("compute C (FLOPs)")
     axes.set_title("Loss against compute", loc="left", fontweight="bold")
     axes.legend(loc="lower left", fontsize=9, frameon=False)
-    intervals = [f"{name} = {value} ({interval})" for name, value, interval, _ in constants_table(law)]
-    text = "\n".join([*intervals, f"noise of a run: {law.noise:.2%}"])
+    text = "\n".join(
+        f"{name} = {value}" + f" ({interval})" * bool(interval) for name, value, interval in _constants(law)
+    )
     axes.text(0.98, 0.97, _mathtext(formula(law)), transform=axes.transAxes, ha="right", va="top", fontsize=13)
     axes.text(0.98, 0.89, text, transform=axes.transAxes, ha="right", va="top", fontsize=9, color="#4b5563")
 

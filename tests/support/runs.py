@@ -8,7 +8,10 @@ from pathlib import Path
 import yaml
 from safetensors import safe_open
 
-from nanogpt_accel.recipe import SECTION_OF
+from nanogpt_accel.planning.scaling_law import expected_loss
+from nanogpt_accel.planning.sizing import flops_per_token
+from nanogpt_accel.recipe import SECTION_OF, load_recipe
+from nanogpt_accel.scaling import scaling_params
 from nanogpt_accel.tracking.metrics_log import read_metrics
 
 # one layer and 8 steps: a run takes about a second on a CPU
@@ -74,6 +77,31 @@ def write_recipe(folder, name="tiny.yaml", **settings):
             section[key] = value
     (folder / name).write_text(yaml.safe_dump(recipe))
     return folder / name
+
+
+# ---- finished runs for scaling laws
+
+HASHES = {"tokenizer": "t" * 64, "train": "a" * 64, "val": "b" * 64}  # of their data
+
+
+def write_finished_run(folder, law, error=0.0, recipe="python_depth", data=HASHES, vocab_size=512, trainer=(), **keys):
+    """Write the files of a finished run that a scaling law needs.
+
+    Args:
+        law: {constant: value}; the last validation loss is that of the law, times 1 + error.
+        recipe: the name of a recipe, and keys: its overrides. data, trainer: content of trainer.json.
+    """
+    recipe = load_recipe(recipe, {"out_dir": str(folder), "max_iters": 100, **keys})
+    folder, shape = Path(folder), recipe.shape | {"vocab_size": recipe.padded_vocab_size(vocab_size)}
+    tokens = recipe.train.max_iters * recipe.tokens_per_step
+    point = {"n_params": scaling_params(shape), "tokens": tokens, "flops": tokens * flops_per_token(shape)}
+    values = {"step": recipe.train.max_iters, "val_loss": expected_loss(law, point) * (1 + error), "data": data}
+    path = checkpoint(folder, recipe.train.max_iters)
+    (path / "state").mkdir(parents=True)
+    (folder / "run.yaml").write_text(recipe.to_yaml())
+    (path / "config.json").write_text(json.dumps({"vocab_size": shape["vocab_size"]}))
+    (path / "state" / "trainer.json").write_text(json.dumps(values | dict(trainer)))
+    return folder
 
 
 # a task of lm-eval: choose one of two continuations

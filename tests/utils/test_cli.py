@@ -86,7 +86,10 @@ def test_parse_targets_and_options(words, target, options):
         ),
         # names of other programs
         (["a.yaml", "b.yaml", "lr=3", "--bs", "4"], ["lr; use learning_rate", "bs; use batch_size", "at most 1"]),
-        (["a.yaml", "--model.num_layers", "3", "--seed"], ["model.num_layers; use n_layer", "--seed: the value is missing"]),
+        (
+            ["a.yaml", "--model.num_layers", "3", "--seed"],
+            ["model.num_layers; use n_layer", "--seed: the value is missing"],
+        ),
         (["a", "b", "dtype=bf16"], ["dtype; instead of nanoGPT's dtype, use mixed_precision=bf16", "at most 1"]),
     ],
 )
