@@ -142,32 +142,30 @@ def differences(ladder, recipe):
         f"{key}={show_value(theirs[key])} and not {show_value(ours[key])}" for key in ours if ours[key] != theirs[key]
     ]
     if changed:
-        warnings.append(f"the law is for runs with {'; '.join(changed)}, so the loss may differ")
+        warnings.append(f"the runs have {'; '.join(changed)}, so the loss may differ")
     sources = ladder.data.get("sources", [ladder.data])
     if run_data.is_prepared(recipe.data):
         sections = [run_data.sections(recipe.data)[name] for name in recipe.data.sources]
         splits = [dataset.manifest_of(data, dataset.data_folder(data))["splits"] for data in sections]
         if [split["val"]["sha256"] for split in splits] != [source["val"] for source in sources]:
-            problems.append(
-                "the validation tokens of the recipe are not those of the runs, so losses cannot be compared"
-            )
+            problems.append("the validation data of the recipe are not those of the runs, so losses cannot be compared")
         elif [split["train"]["sha256"] for split in splits] != [source["train"] for source in sources]:
-            warnings.append("the training tokens of the recipe are not those of the runs, so the loss may differ")
+            warnings.append("the training data of the recipe are not those of the runs, so the loss may differ")
         return problems, warnings
-    keys = ["tokenizer"] + ["vocab_size"] * (recipe.data.tokenizer == "bpe")
-    for key, mine, other in [
-        (
-            "corpus",
-            *([source.corpus for source in data.sources.values()] for data in (recipe.data, ladder.recipe.data)),
-        ),
-        *((key, getattr(recipe.data, key), getattr(ladder.recipe.data, key)) for key in keys),
-    ]:
-        if mine != other:
-            values = f"{show_value(mine)}, but the runs have {show_value(other)}"
+    mine, theirs = _data_settings(recipe.data), _data_settings(ladder.recipe.data)
+    for key in mine:
+        if mine[key] != theirs.get(key):
+            values = f"{show_value(mine[key])}, but the runs have {show_value(theirs.get(key))}"
             problems.append(
                 f"data.{key}={values}, so losses cannot be compared; use the data of the runs, or other runs"
             )
     return problems, warnings
+
+
+def _data_settings(data):
+    """Return the settings that determine the text and the tokens, for data that are not prepared yet."""
+    size = {"vocab_size": data.vocab_size} if data.tokenizer == "bpe" else {}
+    return {"corpus": [source.corpus for source in data.sources.values()], "tokenizer": data.tokenizer, **size}
 
 
 def _require_same(found):
@@ -181,9 +179,7 @@ def _require_same(found):
     for key, by_value in names.items():
         if len(by_value) > 1 and key == "data":
             text = " / ".join(", ".join(runs) for runs in by_value.values())
-            problems.append(
-                f"the data, or their tokenizers or validation splits, differ: {text}; pass runs on one data set"
-            )
+            problems.append(f"the data, tokenizers or validation splits differ: {text}; use runs with the same data")
         elif len(by_value) > 1:
             text = "; ".join(f"{value} in {', '.join(runs)}" for value, runs in by_value.items())
             problems.append(f"{key} differs: {text}; pass runs with one value")

@@ -455,7 +455,7 @@ def write_recipe(path, recipe, prediction, command, keeps_out_dir):
     for name in values.keys() & SECTIONS.keys():
         values[name] = {key: value for key, value in values[name].items() if value is not None}
     source = f"{prediction['form']} of {prediction['runs']} runs, 90% interval {low} to {high}"
-    values["expect"] = {"val_loss": loss, "tolerance": round(max(high - loss, loss - low), 4), "source": source}
+    values["expect"] = {"val_loss": loss, "tolerance": round(max(high - loss, loss - low, 1e-4), 4), "source": source}
     header = f"# Compute-optimal by a scaling law: {prediction['law']}\n# written by: nanogpt-accel {command}\n#\n"
     header += f"#   nanogpt-accel train {quoted(path)}\n\n"
     body = yaml.safe_dump({name: value for name, value in values.items() if value != {}}, sort_keys=False)

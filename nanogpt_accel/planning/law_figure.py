@@ -150,7 +150,7 @@ def _draw_compute(law, axes):
         axes.annotate(text, (at, highest if is_above else lowest), textcoords="offset points", fontsize=9, **place)
     axes.axvline(largest, color="#9ca3af", linewidth=1, linestyle=":")
     axes.set_xscale("log")
-    axes.set_xlim(budgets[0] / 1.3, 40 * largest)
+    axes.set_xlim(budgets[0] / 1.3, budgets[-1] * (budgets[-1] / budgets[0]) ** 0.12)  # with space for the labels
     top = max(high.max(), *losses)
     _scale_losses(axes, low.min() / (top / low.min()) ** 0.12, top)
     axes.set_xlabel("compute C (FLOPs)")
@@ -159,8 +159,9 @@ def _draw_compute(law, axes):
     text = "\n".join(
         f"{name} = {value}" + f" ({interval})" * bool(interval) for name, value, interval in _constants(law)
     )
-    axes.text(0.98, 0.97, _mathtext(formula(law)), transform=axes.transAxes, ha="right", va="top", fontsize=13)
-    axes.text(0.98, 0.89, text, transform=axes.transAxes, ha="right", va="top", fontsize=9, color="#4b5563")
+    place = {"transform": axes.transAxes, "ha": "right", "va": "top", "bbox": {"color": "white", "pad": 2}}
+    axes.text(0.98, 0.97, _mathtext(formula(law)), fontsize=13, **place)
+    axes.text(0.98, 0.88, text, fontsize=9, color="#4b5563", **place)
 
 
 def _mathtext(text):

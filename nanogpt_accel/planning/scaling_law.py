@@ -31,7 +31,7 @@ EXPONENTS = 0.01, 2.0  # bounds
 # truth of synthetic laws in 88 to 93% of draws; these are a bit wider, for at least 90%.
 N_DRAWS, INTERVAL = 1000, (4, 96)
 SAME_FLOPS = 1.25  # runs whose compute differs by at most this factor are on one isoFLOP curve
-ON_A_LINE = 0.1  # runs are on one line if the standard deviation of log(tokens per parameter) around it is smaller
+ON_A_LINE = 0.2  # runs are on one line if the standard deviation of log(tokens per parameter) around it is smaller
 
 
 class Run(NamedTuple):
@@ -234,14 +234,14 @@ def choose_form(runs):
     )
     spread = _line(runs)[2]
     if spread >= ON_A_LINE and n_points >= 7 and n_sizes >= 3 and n_horizons >= 3:
-        return "L(N, D)", f"parameters and tokens vary independently, by a factor of {math.exp(spread):.2f}"
+        return "L(N, D)", f"the tokens per parameter vary by a factor of {math.exp(spread):.2g} (standard deviation)"
     if n_budgets < 4:
         raise ValueError(
             f"a scaling law needs runs with at least 4 different amounts of compute, but there are {n_budgets}; "
             "train more sizes, for example with nanogpt-accel sweep RECIPE depth=2,3,4,5,6"
         )
     if spread < ON_A_LINE:
-        return "L(C)", "parameters and tokens of the runs are on one line, so a and b cannot be told apart"
+        return "L(C)", "parameters and tokens are on one line, so the exponents a and b of L(N, D) cannot be told apart"
     return "L(C)", (
         "L(N, D) has 5 constants and needs at least 7 different runs, with 3 numbers of parameters and 3 of tokens, "
         f"but there are {n_points}, with {n_sizes} and {n_horizons}. They are not on one line, so L(C) is inaccurate"

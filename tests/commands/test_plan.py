@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from families import config_of, counted_by_part
+from runs import write_finished_run
 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.commands import plan
 from nanogpt_accel.model import GPT, GPTConfig
+from nanogpt_accel.planning.scaling_law import expected_loss
 from nanogpt_accel.planning.sizing import COUNTED, flops_per_token
 from nanogpt_accel.recipe import Recipe, load_recipe
+from nanogpt_accel.scaling import scaling_params
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -166,11 +169,12 @@ def test_step_takes_as_long_as_computation_or_communication(capsys):
 # ---- the command
 
 
-def test_plan_does_not_import_torch():
+def test_plan_does_not_import_torch(ladder):
     script = (
         "import sys; from nanogpt_accel.__main__ import main; "
         f"assert main(['plan', {str(ROOT / 'recipes' / 'gpt2.yaml')!r}]) == 0; "
-        "assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)"
+        f"assert main(['plan', 'python_depth', 'fit={ladder}']) == 0; "
+        "assert not {'torch', 'transformers', 'accelerate', 'matplotlib'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -350,6 +354,135 @@ def test_memory_of_small_models_is_in_mib(capsys):
     at = next(i for i, row in enumerate(rows) if row.startswith("MiB"))
     figures = dict(zip(rows[at].split()[1:], map(float, rows[at + 1].split()[2:]), strict=True))
     assert figures == {key: pytest.approx(needed[key] / 2**20, abs=0.006) for key in figures} and figures["weights"] > 1
+
+
+# ---- scaling laws
+
+BY_SIZE = {"E": 1.5, "A": 40.0, "a": 0.3, "B": 300.0, "b": 0.35}
+BY_COMPUTE = {"E": 1.5, "K": 2.0 * 1e11**0.2, "c": 0.2}
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """Finished runs whose tokens per parameter differ."""
+    folder = tmp_path_factory.mktemp("plan") / "grid"
+    for depth in (2, 4, 8):
+        for max_iters in (100, 300, 900):
+            write_finished_run(folder / f"{depth}-{max_iters}", BY_SIZE, depth=depth, max_iters=max_iters)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory):
+    """Finished runs with the same number of tokens per parameter, 2.6."""
+    folder = tmp_path_factory.mktemp("plan") / "ladder"
+    for depth in (2, 3, 4, 5, 6):
+        write_finished_run(folder / f"depth={depth}", BY_COMPUTE, error=0.001 * (-1) ** depth, depth=depth)
+    return folder
+
+
+def point_of(figures):
+    return {"n_params": figures["prediction"]["n_params"], "tokens": figures["tokens"], "flops": figures["flops"]}
+
+
+def test_the_loss_is_predicted(grid, ladder, capsys):
+    found = planned("python_depth", "depth=10", "max_iters=2000", f"fit={grid}", capsys=capsys)
+    assert found["prediction"]["n_params"] == 10 * 12 * 160**2 + 576 * 160
+    assert found["prediction"]["loss"] == pytest.approx(expected_loss(BY_SIZE, point_of(found)), rel=1e-3)
+    assert found["prediction"]["warnings"] == []
+    found = planned("python_depth", "depth=9", f"fit={ladder}", capsys=capsys)
+    truth = expected_loss(BY_COMPUTE, point_of(found))
+    assert found["prediction"]["low"] < truth < found["prediction"]["high"] < 1.03 * truth
+    largest = planned("python_depth", "depth=6", capsys=capsys)["flops"]
+    assert found["prediction"]["times_largest_compute"] == pytest.approx(found["flops"] / largest)
+    assert main(["plan", "python_depth", "depth=9", f"fit={ladder}"]) == 0
+    assert f"loss         {found['prediction']['loss']:.3f} nats per token; 90% interval" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["depth=16"], ["times the largest compute of the runs; above 10"]),
+        (["depth=6", "tokens_per_parameter=20"], ["tokens per parameter differ by a factor of"]),
+        (["depth=6", "activation=gelu"], ["model.activation=relu2 and not gelu"]),
+    ],
+)
+def test_a_prediction_far_from_the_runs_has_a_warning(words, parts, ladder, capsys):
+    (warning, *_) = planned("python_depth", *words, f"fit={ladder}", capsys=capsys)["prediction"]["warnings"]
+    assert [part for part in parts if part not in warning] == []
+
+
+def test_the_losses_of_other_data_cannot_be_compared(ladder, capsys):
+    for word, part in (
+        ("corpus=text.txt", "data.corpus=text.txt, but the runs have python"),
+        ("vocab_size=900", "900"),
+    ):
+        Path("text.txt").write_text("abc" * 9000)
+        assert main(["plan", "python_depth", word, f"fit={ladder}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert part in line and "cannot be compared" in line
+    assert main(["prepare", "python_depth", "corpus=text.txt", "data_dir=tokens", "tokenizer=char"]) == 0
+    capsys.readouterr()
+    assert main(["plan", "python_depth", "data_dir=tokens", f"fit={ladder}"]) == 2
+    assert "the validation data of the recipe are not those of the runs" in capsys.readouterr().err
+
+
+def test_the_recipe_for_a_budget_has_the_depth_with_the_lowest_loss(grid, capsys):
+    flops = 1e14
+    found = planned("python_depth", f"fit={grid}", f"flops={flops:g}", "to=large.yaml", capsys=capsys)
+    losses = {}
+    for depth in range(2, 20):
+        shape = load_recipe("python_depth", {"depth": depth}).shape | {"vocab_size": 576}
+        n_params, tokens = scaling_params(shape), flops / flops_per_token(shape)
+        losses[depth] = expected_loss(BY_SIZE, {"n_params": n_params, "tokens": tokens})
+    assert min(losses.values()) == pytest.approx(found["prediction"]["loss"], rel=2e-3)
+    written = load_recipe("large.yaml")
+    assert written.model.n_layer == min(losses, key=losses.get) and written.train.max_iters == found["steps"]
+    assert 0.99 * flops < found["flops"] <= flops
+    assert written.expect.val_loss == pytest.approx(found["prediction"]["loss"], abs=1e-4)
+    overrides = {
+        "depth": written.model.n_layer,
+        "tokens_per_parameter": found["tokens"] / found["prediction"]["n_params"],
+    }
+    scaled = load_recipe("python_depth", overrides | {"max_iters": found["steps"]})
+    assert written.replace(out_dir="").flat() == scaled.replace(out_dir="").flat()
+    again = planned("large.yaml", f"fit={grid}", capsys=capsys)
+    assert again["prediction"] == found["prediction"] and again["parameters"] == found["parameters"]
+
+
+@pytest.mark.parametrize("words", [[], ["tokens_per_parameter=5"]])
+def test_on_a_line_the_recipe_for_a_budget_keeps_the_tokens_per_parameter(words, ladder, capsys):
+    found = planned("python_depth", f"fit={ladder}", "flops=1e14", *words, capsys=capsys)
+    ratio = found["tokens"] / found["prediction"]["n_params"]
+    assert ratio == pytest.approx(5 if words else 614_400 / 233_472, rel=0.2)  # a layer more or less
+
+
+def test_the_cost_is_that_of_all_gpus(capsys):
+    found = planned("gpt2", "gpus=8", "dollars_per_hour=2.5", capsys=capsys)
+    assert found["dollars"] == pytest.approx(found["days"] * 24 * 8 * 2.5)
+    assert planned("gpt2", capsys=capsys)["dollars"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["flops=1e15"], "flops=1e+15: needs a scaling law; set fit"),
+        (["to=new.yaml"], "to=new.yaml: set flops and fit too"),
+        (["fit=RUNS", "flops=1e15", "to=old.yaml"], "to=old.yaml: already exists"),
+        (["fit=RUNS", "flops=1e15", "to=missing/new.yaml"], "to=missing/new.yaml: the folder missing does not exist"),
+        (["fit=RUNS", "flops=1e15", "to=new.txt"], "to=new.txt: must end with .yaml"),
+        (["fit=RUNS", "flops=1e15", "max_iters=5", "model.depth=3"], "remove max_iters, model.depth"),
+        (["fit=missing"], "missing: no such folder"),
+        (["fit=RUNS", "max_iters=0"], "fit: the recipe does not train"),
+        (["fit=RUNS", "init_from=gpt2"], "fit: predicts runs from scratch"),
+        (["dollars_per_hour=2"], "the time on device=cpu is unknown"),
+    ],
+)
+def test_wrong_options_for_a_scaling_law_get_one_line(words, part, ladder, capsys):
+    Path("old.yaml").touch()
+    assert main(["plan", "python_depth", *(word.replace("RUNS", str(ladder)) for word in words)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and part in printed.err and len(printed.err.splitlines()) == 1, printed.err
 
 
 # ---- the page

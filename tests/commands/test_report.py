@@ -1,5 +1,6 @@
 """report: the page, read by an HTML parser and, in a slow test, by a real browser."""
 
+import base64
 import errno
 import json
 import math
@@ -15,10 +16,13 @@ from pathlib import Path
 import filelock
 import pytest
 import yaml
+from runs import write_finished_run
 
 import nanogpt_accel
 from nanogpt_accel.__main__ import main
+from nanogpt_accel.checkpoint.finished_runs import read_ladder
 from nanogpt_accel.commands import report
+from nanogpt_accel.planning import law_figure, scaling_law
 from nanogpt_accel.recipe import load_recipe
 
 WRITE_IMAGES = report.write_images
@@ -354,11 +358,82 @@ def test_wrong_arguments_are_refused(refused, tmp_path):
         report.main([str(run), "out=a.pdf"])
     with refused(ValueError, "out=nowhere/a.html", "no such folder nowhere"):
         report.main([str(run), "out=nowhere/a.html"])
-    with refused(ValueError, f"expected at most {report.MAX_RUNS} targets, got 9"):
+    with refused(ValueError, f"9 runs: at most {report.MAX_RUNS} fit on a page", "add --fit"):
         report.main([str(run)] * 9)
     Path("a.html").mkdir()
     with refused(OSError, "out=a.html: cannot be written"):
         report.main([str(run), "out=a.html"])
+
+
+# ---- scaling laws
+
+LAW = {"E": 1.5, "A": 40.0, "a": 0.3, "B": 300.0, "b": 0.35}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder of nine finished runs, without noise, and an unfinished one."""
+    folder = tmp_path_factory.mktemp("fit") / "ladder"
+    for depth in (2, 4, 8):
+        for max_iters in (100, 300, 900):
+            write_finished_run(folder / f"depth={depth},{max_iters}", LAW, depth=depth, max_iters=max_iters)
+    write_finished_run(folder / "stopped", LAW, depth=9, trainer={"step": 1})
+    return folder
+
+
+def test_fit_shows_the_law_of_finished_runs(finished, capsys):
+    assert main(["report", str(finished), "--fit", "out=law.html"]) == 0
+    printed = capsys.readouterr().out
+    found = {name: float(re.search(rf"^  {name} +(\S+)", printed, re.MULTILINE)[1]) for name in LAW}
+    assert found == pytest.approx(LAW, rel=2e-3)
+    assert "stopped: not used" in printed and printed.splitlines()[-1] == "wrote law.html and law.png"
+    source = Path("law.html").read_text(encoding="utf-8")
+    for text in ("Scaling law of 9 runs", "<td>depth=4,300</td>".replace("<td>", '<td data-title="run">'), "(10x)"):
+        assert text in source, text
+    assert "stopped: not used" in source and "http" not in source.replace("http-equiv", "")
+    image = Path("law.png").read_bytes()
+    assert image[:8] == b"\x89PNG\r\n\x1a\n" and base64.b64encode(image).decode() in source
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        pytest.param([(depth, 100 * depth) for depth in range(2, 7)], id="a line"),
+        # three sizes of each 1e12 and 1e13 FLOPs, and one more budget
+        pytest.param([(2, 2740), (3, 552), (4, 272), (3, 5519), (4, 2722), (6, 470), (2, 100)], id="isoFLOP"),
+    ],
+)
+def test_every_kind_of_figure_is_drawn(runs, tmp_path):
+    for depth, steps in runs:
+        write_finished_run(tmp_path / f"{depth}-{steps}", LAW, depth=depth, max_iters=steps)
+    law = scaling_law.fit(read_ladder([tmp_path]).runs, n_draws=50)
+    figure = law_figure.draw(law)
+    figure.canvas.draw()
+    left, right = figure.axes
+    assert "compute" in left.get_xlabel() and "parameters" in right.get_xlabel()
+
+
+def test_the_page_of_a_law_does_not_need_its_picture(finished, monkeypatch, capsys):
+    def fail(law):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(law_figure, "draw", fail)
+    assert main(["report", "--fit", str(finished), "out=law.html"]) == 0
+    assert "warning: the PNG cannot be written (no fonts)" in capsys.readouterr().out
+    assert "<img" not in Path("law.html").read_text() and not Path("law.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["missing", "--fit"], ["missing: no such folder"]),
+        (["{}/depth=2,100", "{}/depth=4,100", "--fit"], ["different amounts of compute, but there are 2"]),
+    ],
+)
+def test_runs_without_a_law_are_refused(words, parts, finished, capsys):
+    assert main(["report", *(word.format(finished) for word in words)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and [part for part in parts if part not in printed.err] == [], printed.err
 
 
 # ---- a real browser

@@ -89,9 +89,9 @@ def write_finished_run(folder, law, error=0.0, recipe="python_depth", data=HASHE
 
     Args:
         law: {constant: value}; the last validation loss is that of the law, times 1 + error.
-        recipe: the name of a recipe, and keys: its overrides. data, trainer: content of trainer.json.
+        recipe: the name of a recipe. keys: its overrides. data, trainer: content of trainer.json.
     """
-    recipe = load_recipe(recipe, {"out_dir": str(folder), "max_iters": 100, **keys})
+    recipe = load_recipe(recipe, {"out_dir": str(folder), **keys})
     folder, shape = Path(folder), recipe.shape | {"vocab_size": recipe.padded_vocab_size(vocab_size)}
     tokens = recipe.train.max_iters * recipe.tokens_per_step
     point = {"n_params": scaling_params(shape), "tokens": tokens, "flops": tokens * flops_per_token(shape)}
