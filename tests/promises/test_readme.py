@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launching import package_env, parse_launch, run_python, torchrun_variables
+from runs import write_finished_run
 from shared import FAST, REPOSITORY
 
 from nanogpt_accel.__main__ import COMMANDS, import_command, main
@@ -85,6 +86,13 @@ RUN = {
     "nanogpt-accel evaluate MODEL": (CPU, "perplexity"),
     "nanogpt-accel bench RECIPE": (f"{TINY} {ONE_MICRO_BATCH} steps=1 warmup=1", "tokens/s"),
     "nanogpt-accel report RUN [RUN ...]": ("out=both.html", "wrote both.html"),
+    "nanogpt-accel train python_depth depth=2 out_dir=runs/ladder/depth2": (
+        "limit_documents=30 vocab_size=300 max_iters=2 out_dir=runs/depth2",
+        "The run is in runs/depth2",
+    ),
+    "nanogpt-accel report --fit runs/ladder": ("", "wrote runs/ladder/law.html and law.png"),
+    "nanogpt-accel plan python_depth depth=10 fit=runs/ladder": ("", "90% interval of a run"),
+    "nanogpt-accel plan python_depth flops=1e14 fit=runs/ladder --to large.yaml": ("", "wrote large.yaml"),
     "nanogpt-accel train quickstart": (
         f"{TINY} limit_documents=30 vocab_size=300 out_dir=runs/by_name",
         "The run is in runs/by_name",
@@ -210,6 +218,9 @@ def workplace(tmp_path_factory):
             )
             == 0
         )
+    for depth in (2, 3, 4, 5, 6):
+        law = {"E": 1.5, "K": 2.0 * 1e11**0.2, "c": 0.2}
+        write_finished_run(folder / f"runs/ladder/done{depth}", law, error=0.001 * (-1) ** depth, depth=depth)
     for name in ("MODEL", "RUN"):
         (folder / name).symlink_to(folder / "runs" / "NAME")
     return folder
@@ -272,6 +283,8 @@ def check(workplace, monkeypatch):
         "commands.evaluate.evaluate_tasks",
         "commands.recipes.copy",
         "commands.report.page",
+        "commands.report.read_ladder",
+        "commands.plan.read_ladder",
         "commands.doctor.examine",
         "commands.prepare.ready",
         "commands.sample.load_model",
@@ -301,7 +314,7 @@ def check(workplace, monkeypatch):
     def check_own(command, words):
         if command not in COMMANDS:
             raise ValueError(f"unknown command {command}")
-        words = [re.sub(r"^runs/\w+", "runs/NAME", word) for word in words if word not in ("[RUN", "...]")]
+        words = [re.sub(r"^runs/(?!ladder)\w+", "runs/NAME", word) for word in words if word not in ("[RUN", "...]")]
         if "--to" in words:
             to = Path(words[words.index("--to") + 1])
             words.append(f"to=new{to.suffix}")  # FOLDER is the existing folder of tokens
@@ -574,7 +587,7 @@ def test_files_of_the_marker_fast_exist():
 def test_command_runs(workplace, tmp_path, command):
     """With additional options that make it small."""
     words, (smaller, says) = shlex.split(command.replace("[RUN ...]", "RUN")), RUN[command]
-    words = [re.sub(r"^runs/\w+", "runs/NAME", word) for word in words]
+    words = [re.sub(r"^runs/(?!ladder)\w+", "runs/NAME", word) for word in words]
     if words[0] == "nanogpt-accel":
         words[:1] = ["-m", "nanogpt_accel"]
     else:  # accelerate launch, with any free port
