@@ -9,6 +9,7 @@ The command only does arithmetic (planning/sizing.py, planning/scaling_law.py), 
 
 import glob
 import math
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,6 @@ from ..distributed.accelerator import auto_precision
 from ..models.shape import model_shape
 from ..planning import scaling_law, sizing
 from ..planning.hardware import GPUS
-from ..planning.law_figure import formula
 from ..recipe import FIELDS, SECTIONS, SETTINGS, FloatOrNone, load_recipe
 from ..scaling import known_shape, scaling_params
 from ..utils import cli
@@ -85,17 +85,21 @@ def main(argv):
     if target is None:
         problems.append("RECIPE is missing; usage: nanogpt-accel plan gpt2")
     raise_problems(problems + check_fit(options, overrides))
-    ladder = read_ladder(sorted(glob.glob(options.fit)) or [options.fit]) if options.fit else None
+    runs = os.path.expanduser(options.fit)
+    ladder = read_ladder(sorted(glob.glob(runs)) or [runs]) if runs else None
     law = scaling_law.fit(ladder.runs) if ladder else None
     if options.flops:
         overrides |= choose_size(target, overrides, options.flops, law)
     recipe = load_recipe(target, overrides, check=lambda recipe: check(recipe, options))
     figures = plan(recipe, options)
+    if options.flops and figures["flops"] > 1.1 * options.flops:
+        raise ValueError(
+            f"flops={options.flops:g}: too few for a step of the recipe; set at least {figures['flops']:.2g}"
+        )
     if law:
         figures["prediction"] = predict(recipe, figures, ladder, law)
     if options.to:
-        keeps_out_dir = "out_dir" in overrides
-        write_recipe(options.to, recipe, figures["prediction"], f"plan {target} flops={options.flops:g}", keeps_out_dir)
+        write_recipe(options.to, recipe, figures["prediction"], argv, keeps_out_dir="out_dir" in overrides)
     text = to_json({"recipe": target, **figures}) if options.json_output else "\n".join(report(target, figures))
     print(printable(text))
     if options.to and not options.json_output:
@@ -436,7 +440,7 @@ def predict(recipe, figures, ladder, law):
         "low": low,
         "high": high,
         "n_params": n_params,
-        "law": formula(law),
+        "law": law.formula,
         "form": law.form,
         "reason": law.reason,
         "runs": len(law.runs),
@@ -446,20 +450,22 @@ def predict(recipe, figures, ladder, law):
     }
 
 
-def write_recipe(path, recipe, prediction, command, keeps_out_dir):
+def write_recipe(path, recipe, prediction, argv, keeps_out_dir):
     """Write a recipe file with the prediction as its expected loss. The run then reports whether it was right."""
-    loss, low, high = (round(prediction[key], 4) for key in ("loss", "low", "high"))
-    values = recipe.model_dump(
-        exclude_unset=True, exclude={"expect": True} | ({} if keeps_out_dir else {"out_dir": True})
-    )
+    values = recipe.model_dump(exclude_unset=True, exclude={"expect"} | (set() if keeps_out_dir else {"out_dir"}))
     for name in values.keys() & SECTIONS.keys():
         values[name] = {key: value for key, value in values[name].items() if value is not None}
+    loss, low, high = (round(prediction[key], 4) for key in ("loss", "low", "high"))
     source = f"{prediction['form']} of {prediction['runs']} runs, 90% interval {low} to {high}"
     values["expect"] = {"val_loss": loss, "tolerance": round(max(high - loss, loss - low, 1e-4), 4), "source": source}
-    header = f"# Compute-optimal by a scaling law: {prediction['law']}\n# written by: nanogpt-accel {command}\n#\n"
-    header += f"#   nanogpt-accel train {quoted(path)}\n\n"
+    header = [
+        f"The best size for a budget, by the scaling law {prediction['law']}",
+        f"written by: nanogpt-accel plan {' '.join(map(quoted, argv))}",
+        f"to train:   nanogpt-accel train {quoted(path)}",
+    ]
+    comments = "".join(f"# {' '.join(line.split())}\n" for line in header)
     body = yaml.safe_dump({name: value for name, value in values.items() if value != {}}, sort_keys=False)
-    write_atomically(path, header + body)
+    write_atomically(path, f"{comments}\n{body}")
 
 
 def prediction_lines(prediction):

@@ -105,20 +105,9 @@ def report_law(ladder, out, console):
     with console.optional("the PNG cannot be written"):
         save_figure(law_figure.draw(law), image)
         encoded = base64.b64encode(image.read_bytes()).decode()
-    tables = law_figure.tables(law)
-    write_page(
-        out,
-        render(
-            "law.html",
-            law=law,
-            formula=law_figure.formula(law),
-            symbols=law_figure.SYMBOLS[law.form],
-            tables=tables,
-            notes=ladder.notes,
-            image=encoded,
-        ),
-    )
-    print(f"{law_figure.formula(law)}\n{law.form}: {law.reason}")
+    tables, symbols = law_figure.tables(law), law_figure.SYMBOLS[law.form]
+    write_page(out, render("law.html", law=law, symbols=symbols, tables=tables, notes=ladder.notes, image=encoded))
+    print(f"{law.formula}\n{law.form}: {law.reason}")
     for title, rows in tables.items():
         print(f"\n{title}")
         for line in aligned(rows):

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..tracking.metrics_log import new_figure
 from ..utils.text import short
-from .scaling_law import FORMS, expected_loss, iso_flops
+from .scaling_law import expected_loss, iso_flops
 
 LAW, BAND = "#ea580c", "#fdba74"  # colors
 SYMBOLS = {
@@ -20,13 +20,6 @@ BUDGETS = (1, 4, 10, 100)  # times the largest compute of the runs
 def power(number):
     """Return a large number with an exponent: 1.2e19."""
     return f"{number:.2g}".replace("e+", "e")
-
-
-def formula(law):
-    """Return the law with its constants as text: L = 1.82 + 482 / N^0.348 + 2.09e+03 / D^0.366."""
-    letters = {"n_params": "N", "tokens": "D", "flops": "C"}
-    terms = [f"{law.constants[A]:.4g} / {letters[x]}^{law.constants[a]:.3g}" for A, a, x in FORMS[law.form]]
-    return " + ".join([f"L = {law.constants['E']:.4g}", *terms])
 
 
 def tables(law):
@@ -160,7 +153,7 @@ def _draw_compute(law, axes):
         f"{name} = {value}" + f" ({interval})" * bool(interval) for name, value, interval in _constants(law)
     )
     place = {"transform": axes.transAxes, "ha": "right", "va": "top", "bbox": {"color": "white", "pad": 2}}
-    axes.text(0.98, 0.97, _mathtext(formula(law)), fontsize=13, **place)
+    axes.text(0.98, 0.97, _mathtext(law.formula), fontsize=13, **place)
     axes.text(0.98, 0.88, text, fontsize=9, color="#4b5563", **place)
 
 

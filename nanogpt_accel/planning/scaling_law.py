@@ -63,6 +63,13 @@ class Law:
     noise: float
     noise_draws: np.ndarray
 
+    @property
+    def formula(self):
+        """The law with its constants as text: L = 1.82 + 482 / N^0.348 + 2.09e+03 / D^0.366."""
+        letters = {"n_params": "N", "tokens": "D", "flops": "C"}
+        terms = [f"{self.constants[A]:.4g} / {letters[x]}^{self.constants[a]:.3g}" for A, a, x in FORMS[self.form]]
+        return " + ".join([f"L = {self.constants['E']:.4g}", *terms])
+
     def interval(self, name):
         """Return the 90% interval of a constant: (low, high)."""
         return tuple(np.percentile(self.draws[name], INTERVAL))
@@ -171,18 +178,13 @@ def iso_flops(runs):
 # ---- the fit
 
 
-def fit(runs, form=None, delta=DELTA, n_draws=N_DRAWS, seed=0):
-    """Fit a law to a list of Run.
-
-    Args:
-        form: a key of FORMS; by default, `choose_form` decides.
-        delta: of the Huber loss. n_draws, seed: of the bootstrap.
+def fit(runs, delta=DELTA, n_draws=N_DRAWS):
+    """Fit a law to a list of Run, in the form that `choose_form` returns. delta, n_draws: see the constants above.
 
     Raises:
         ValueError: there are too few different runs.
     """
-    chosen, reason = choose_form(runs)
-    form = form or chosen
+    form, reason = choose_form(runs)
     terms = FORMS[form]
     losses = np.log([run.loss for run in runs])
     X = np.log([[getattr(run, x) for _, _, x in terms] for run in runs])
@@ -198,7 +200,7 @@ def fit(runs, form=None, delta=DELTA, n_draws=N_DRAWS, seed=0):
     best = found[[costs.argmin()]]
 
     n_free = len(runs) - best.shape[1]
-    rng, fitted = np.random.default_rng(seed), _predict(best, X)[0]
+    rng, fitted = np.random.default_rng(0), _predict(best, X)[0]
     noise = math.sqrt(((losses - fitted) ** 2).sum() / n_free)
     noises = noise * np.sqrt(n_free / rng.chisquare(n_free, n_draws))
     samples = fitted + noises[:, None] * rng.standard_normal((n_draws, len(runs)))
@@ -209,7 +211,7 @@ def fit(runs, form=None, delta=DELTA, n_draws=N_DRAWS, seed=0):
     return Law(
         runs=tuple(runs),
         form=form,
-        reason=reason if form == chosen else "requested",
+        reason=reason,
         constants={name: float(values[0]) for name, values in _constants(best, terms, center).items()},
         draws=_constants(draws, terms, center),
         at_bound=tuple(name for name, is_at in zip(names, is_at_bound, strict=True) if is_at),

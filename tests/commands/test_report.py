@@ -151,6 +151,8 @@ def with_sets(lines):
 
 def test_every_metric_is_in_a_chart(monkeypatch):
     monkeypatch.setattr(report, "write_images", WRITE_IMAGES)
+    save = report.save_figure  # one of the nine images is enough
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: "share" in path.name and save(figure, path))
     run = make_run(Path("runs/a"), with_sets(curve()))
     page = read(run)
     known = ["loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory"]
