@@ -425,6 +425,16 @@ def test_the_losses_of_other_data_cannot_be_compared(ladder, capsys):
     capsys.readouterr()
     assert main(["plan", "python_depth", "data_dir=tokens", f"fit={ladder}"]) == 2
     assert "the validation data of the recipe are not those of the runs" in capsys.readouterr().err
+    hashes = {
+        name: split["sha256"] for name, split in json.loads(Path("tokens/manifest.json").read_text())["splits"].items()
+    }
+    for folder, data in (("same", hashes), ("other", hashes | {"train": "a" * 64})):
+        for depth in (2, 3, 4, 5, 6):
+            write_finished_run(f"{folder}/{depth}", BY_COMPUTE, depth=depth, data=data)
+        found = planned("python_depth", "data_dir=tokens", "depth=4", f"fit={folder}", capsys=capsys)["prediction"]
+        assert ("the training data of the recipe are not those of the runs" in str(found["warnings"])) == (
+            folder == "other"
+        )
 
 
 def test_the_recipe_for_a_budget_has_the_depth_with_the_lowest_loss(grid, capsys):
