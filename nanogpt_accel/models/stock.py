@@ -12,7 +12,7 @@ from ..recipe import Model
 # the architecture of nanoGPT's GPT-2, without sizes; recipes and GPTConfig have the same defaults
 DEFAULTS = Model().model_dump(
     exclude={"n_layer", "n_head", "n_embd", "block_size"}
-    | {"init_from", "dropout", "pad_vocab_to_multiple_of", "initializer_range", "zero_init"}
+    | {"init_from", "dropout", "pad_vocab_to_multiple_of", "initializer_range", "zero_init", "depth"}
 )
 # The fields of GPTConfig that the conversions below handle, and fields that do not change the logits. `export` refuses
 # a model that uses any other field. If you handle a new field, add it here, and its values to each `supported` below
