@@ -149,9 +149,8 @@ def _draw_compute(law, axes):
     axes.set_xlabel("compute C (FLOPs)")
     axes.set_title("Loss against compute", loc="left", fontweight="bold")
     axes.legend(loc="lower left", fontsize=9, frameon=False)
-    text = "\n".join(
-        f"{name} = {value}" + f" ({interval})" * bool(interval) for name, value, interval in _constants(law)
-    )
+    rows = [(name, value, interval.partition(";")[0]) for name, value, interval in _constants(law)]
+    text = "\n".join(f"{name} = {value}" + f" ({interval})" * bool(interval) for name, value, interval in rows)
     place = {"transform": axes.transAxes, "ha": "right", "va": "top", "bbox": {"color": "white", "pad": 2}}
     axes.text(0.98, 0.97, _mathtext(law.formula), fontsize=13, **place)
     axes.text(0.98, 0.88, text, fontsize=9, color="#4b5563", **place)
