@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": "estimate parameters, memory and time of a recipe, and suggest a launch config",
     "bench": "measure how fast a recipe trains, and compare variants",
     "train": "train a recipe, or resume a run",
+    "sweep": "train all combinations of several settings, and compare the losses",
     "sample": "generate text with a model: a run folder, a checkpoint folder or a Hub id",
     "evaluate": "compute loss, perplexity and bits per byte of a model on a validation split",
     "report": "write an HTML page about one or more runs: curves, samples, recipes",

@@ -432,7 +432,7 @@ class Setup:
         micro_batches = train.gradient_accumulation_steps  # per step, over all ranks
         batch_size, block_size = train.batch_size, recipe.model.block_size
         self.micro_steps = accelerator.gradient_accumulation_steps = micro_batches // accelerator.num_processes
-        self.tokens_per_step = micro_batches * batch_size * block_size
+        self.tokens_per_step = recipe.tokens_per_step
         order = block_size, batch_size, micro_batches, recipe.seed, recipe.data.sampling
         is_mix = len(tokens) > 1
         self.batches = Mixture(tokens, recipe.stages, *order) if is_mix else Batches(*tokens.values(), *order)

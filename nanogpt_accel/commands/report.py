@@ -22,11 +22,11 @@ from ..checkpoint.run_folder import find_trainer
 from ..planning import law_figure, scaling_law
 from ..recipe import SECTION_OF, Recipe, load_recipe
 from ..tracking.console import Console
-from ..tracking.metrics_log import new_figure, read_metrics, save_figure
+from ..tracking.metrics_log import new_figure, number, read_metrics, save_figure, training_seconds
 from ..utils import cli
 from ..utils.fields import Section, raise_problems, show_value
 from ..utils.files import write_atomically
-from ..utils.text import counted, duration, file_name, first_line, printable
+from ..utils.text import aligned, counted, duration, file_name, first_line, printable
 
 MAX_RUNS, MAX_POINTS, MAX_SAMPLES = 8, 800, 30
 MAX_TARGETS = 10_000  # of --fit
@@ -195,30 +195,6 @@ def check_metrics(path, lines):
     return []
 
 
-def number(line, key):
-    """Return the value of `key` in a line of metrics.jsonl (a dictionary), or None if it is not a finite number."""
-    value = line.get(key)
-    return value if type(value) in (int, float) and math.isfinite(value) else None
-
-
-def training_seconds(lines, tokens_per_step):
-    """Return a list: the training time in seconds up to each line of metrics.jsonl. Unknown times are None.
-
-    The throughput in a line is the mean since the previous line with a training loss.
-    """
-    seconds, previous, clock = 0.0, -1, []
-    for line in lines:
-        if "loss" in line:
-            speed = number(line, "tokens_per_second")
-            if seconds is not None and tokens_per_step and speed:
-                seconds += (line["step"] - previous) * tokens_per_step / speed
-            else:
-                seconds = None
-            previous = line["step"]
-        clock.append(seconds if tokens_per_step else None)
-    return clock
-
-
 def downsample(points):
     """Reduce a list of (step, seconds, value) to MAX_POINTS points. Return {column: list of numbers}.
 
@@ -313,8 +289,7 @@ def table(runs):
 
 def aligned(rows):
     """Return the rows of a table as lines of text in aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return aligned(rows)
 
 
 # ---- images

@@ -84,6 +84,30 @@ def read_metrics(path):
     return lines
 
 
+def number(line, key):
+    """Return the value of `key` in a line of metrics.jsonl (a dictionary), or None if it is not a finite number."""
+    value = line.get(key)
+    return value if type(value) in (int, float) and math.isfinite(value) else None
+
+
+def training_seconds(lines, tokens_per_step):
+    """Return a list: the training time in seconds up to each line of metrics.jsonl. Unknown times are None.
+
+    The throughput in a line is the mean since the previous line with a training loss.
+    """
+    seconds, previous, clock = 0.0, -1, []
+    for line in lines:
+        if "loss" in line:
+            speed = number(line, "tokens_per_second")
+            if seconds is not None and tokens_per_step and speed:
+                seconds += (line["step"] - previous) * tokens_per_step / speed
+            else:
+                seconds = None
+            previous = line["step"]
+        clock.append(seconds if tokens_per_step else None)
+    return clock
+
+
 def _points(lines, key):
     """Return [(step, value), ...] for the lines in which the value of `key` is a number."""
     return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]

@@ -39,6 +39,12 @@ def duration(seconds):
     return f"{days}d {text}" if days else text
 
 
+def aligned(rows):
+    """Return rows of texts as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
 def first_line(error):
     """Return the first line of an error's message, or its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
