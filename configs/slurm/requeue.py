@@ -1,6 +1,7 @@
 """Exit with status 0 if a SLURM job that reached its time limit should be requeued. The .sbatch scripts call it.
 
     python configs/slurm/requeue.py RECIPE.yaml|RUN_FOLDER [key=value ...]
+    python configs/slurm/requeue.py sweep RECIPE.yaml key=VALUE,VALUE index=N [key=value ...]
 
 Without a new checkpoint or newly prepared documents, the next attempt would probably not get further either. So after
 TRIES such attempts in a row, the job is not requeued. .requeue-JOBID.json stores the attempts, in the current folder.
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 from nanogpt_accel.checkpoint.layout import list_checkpoints
+from nanogpt_accel.commands import sweep
 from nanogpt_accel.data.dataset import data_folder
 from nanogpt_accel.data.manifest import is_data_folder
 from nanogpt_accel.data.token_files import earlier_attempt
@@ -24,10 +26,15 @@ TRIES = 3
 
 def progress(argv):
     """Return what a run has done so far: [step of the latest checkpoint or -1, documents prepared]."""
-    target, options = cli.parse(argv, FIELDS)
-    if Path(target).is_dir():
-        target, options["out_dir"] = Path(target) / "run.yaml", target
-    recipe = load_recipe(target, options)
+    if argv[0] == "sweep":
+        options, (point,) = sweep.parse(argv[1:])
+        sweep.load([point], options)
+        recipe = point.recipe
+    else:
+        target, options = cli.parse(argv, FIELDS)
+        if Path(target).is_dir():
+            target, options["out_dir"] = Path(target) / "run.yaml", target
+        recipe = load_recipe(target, options)
     checkpoints = list_checkpoints(recipe.out_dir)
     folder = data_folder(recipe.data)
     documents = sys.maxsize if is_data_folder(folder) else earlier_attempt(folder)[1]

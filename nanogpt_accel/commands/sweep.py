@@ -98,11 +98,11 @@ def main(argv):
             {"options": SweepOptions, **SETTINGS},
         )
     options, points = parse(argv)
+    console = Console(is_main())
     if options.list_points:
         for point in points:
-            print(f"{point.number:>3}  {point.name}")
+            console.say(f"{point.number:>3}  {point.name}")
         return
-    console = Console(is_main())
     load(points, options, None if options.table else check_point)
     if options.table:
         show(points, console)
@@ -214,6 +214,13 @@ def check_point(point):
         problems.append("train.eval_only=true: a sweep trains; remove eval_only")
     if recipe.model.init_from == "resume":
         problems.append("model.init_from=resume: a sweep resumes its runs automatically; remove init_from")
+    if recipe.model.init_from not in ("scratch", "resume"):
+        problems += [
+            f"model.{key}: has no effect with init_from={recipe.model.init_from}, because the weights have an "
+            f"architecture; remove {key}"
+            for key in point.values
+            if key in recipe.shape and key != "block_size"
+        ]
     if recipe.hub.push_to_hub:
         problems.append(
             "hub.push_to_hub=true: not supported for a sweep; remove it, and push one run with `nanogpt-accel push`"
@@ -235,10 +242,11 @@ def find_status(point):
     """Return what the folder of a point says: done, diverged, running, other settings, unfinished or not started."""
     if changes(point.recipe):
         return CHANGED
-    latest = latest_valid(point.folder, warn=lambda line: None, thorough=False)
-    if latest and read_trainer(latest)["step"] >= point.recipe.train.max_iters:
-        return DONE
-    if find_trainer(point.folder):
+    with suppress(FileNotFoundError):  # another process deletes old checkpoints
+        latest = latest_valid(point.folder, warn=lambda line: None, thorough=False)
+        if latest and read_trainer(latest)["step"] >= point.recipe.train.max_iters:
+            return DONE
+    if is_main() and find_trainer(point.folder):  # looking for it locks the folder, and two ranks would find each other
         return RUNNING
     if any(point.folder.glob("nonfinite-*.json")):
         return DIVERGED
@@ -278,13 +286,12 @@ def settings_of(recipe, saved):
         f"{', '.join(f'{name} {share}' for name, share in mix.items())} from step {step}" for step, mix in recipe.stages
     ]
     values["validation"] = [f"{name} ({member.split})" for name, member in recipe.data.validation.items()]
-    with suppress(ValueError, OSError):  # the corpus was deleted after it was prepared
-        used, folders = run_data.sections(saved.data), {}
+    with suppress(ValueError, OSError):  # the corpus was deleted
+        used = run_data.sections(saved.data)
         for name, section in run_data.sections(recipe.data).items():
             if name in used and "val_fraction" not in section.model_fields_set:
                 section = section.model_copy(update={"val_fraction": used[name].val_fraction})
-            folders[name] = str(dataset.data_folder(section))
-        values["data_dir"] = folders
+            values[f"data_dir of {name}"] = str(dataset.data_folder(section))
     return values
 
 
@@ -402,20 +409,21 @@ def how_it_ended(point, exit_status):
     if exit_status < 0:
         hint = ", perhaps because the machine has too little memory" * (exit_status == -9)
         return f"ended by signal {-exit_status} ({signal.strsignal(-exit_status)}){hint}"
-    lines = point.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"exit status {exit_status}: {printable(lines[-1]) if lines else 'no output'}"
+    lines = ["no output"]
+    with suppress(OSError):  # the file was deleted
+        lines += point.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"exit status {exit_status}: {printable(lines[-1])}"
 
 
 def report_end(points, failures, signals):
     """Report which points are not done, and end the command with the exit status 75 or 1. Return if all are done."""
     left = [point for point in points if find_status(point) != DONE]
     state = f"{len(points) - len(left)} of {counted(len(points), 'point')} are done"
-    if signals.received:
-        raise cli.Stopped(f"stopped by {signals.received}: {state}; the same command continues the sweep")
-    if left and {failures.get(point.name) for point in left} == {75}:
-        raise cli.Stopped(f"stopped by max_hours: {state}; the same command continues the sweep")
+    if left and (signals.received or {failures.get(point.name) for point in left} == {75}):
+        reason = signals.received or "max_hours"
+        raise cli.Stopped(f"stopped by {reason}: {state}; the same command continues the sweep")
     if left:
-        lines = [f"error: {state}; the same command tries unfinished points again"]
+        lines = [f"error: {state}; the same command continues the unfinished ones"]
         for point in left:
             reason = how_it_ended(point, failures[point.name]) if point.name in failures else find_status(point)
             lines.append(f"  {point.name}: {reason}; see {point.log}")
@@ -426,14 +434,12 @@ def report_end(points, failures, signals):
 
 
 def result(point):
-    """Return the results of a point as a dictionary: one row of results.csv. Unknown values are None.
-
-    They do not depend on the time, so an interrupted sweep has the same results as an uninterrupted one.
-    """
-    lines, recipe, status = read_metrics(point.folder / "metrics.jsonl"), point.recipe, find_status(point)
-    lines = [] if status == CHANGED else lines
-    losses = [value for line in lines if (value := number(line, "val_loss")) is not None]
-    best = [value for line in lines if (value := number(line, recipe.best_loss)) is not None]
+    """Return the results of a point as a dictionary {column: value}. Unknown values are None."""
+    recipe, status = point.recipe, find_status(point)
+    lines = [] if status == CHANGED else read_metrics(point.folder / "metrics.jsonl")
+    losses, best = (
+        [value for line in lines if (value := number(line, key)) is not None] for key in ("val_loss", recipe.best_loss)
+    )
     steps = max((line["step"] + ("loss" in line) for line in lines), default=0)
     return {
         "point": point.name,
@@ -443,6 +449,7 @@ def result(point):
         "tokens": steps * recipe.tokens_per_step,
         "val_loss": losses[-1] if losses else None,
         "best_val_loss": min(best, default=None),
+        "seconds": training_seconds(lines, recipe.tokens_per_step)[-1] if lines else None,
     }
 
 
@@ -451,28 +458,29 @@ def loss_text(loss):
 
 
 def show(points, console):
-    """Print the table of results, and write results.csv to the folder of the sweep."""
+    """Print the table of results, and write results.csv to the folder of the sweep.
+
+    The file has no times, so an interrupted sweep ends with the same file as an uninterrupted one.
+    """
     results = [result(point) for point in points]
-    losses = [row["best_val_loss"] for row in results if row["status"] == DONE and row["best_val_loss"] is not None]
-    rows = [("", "index", *points[0].values, "val_loss", "best_val_loss", "tokens", "time", "status")]
+    lowest = min((row["best_val_loss"] for row in results if row["status"] == DONE), default=None)
+    lines = [("", "index", *points[0].values, "val_loss", "best_val_loss", "tokens", "time", "status")]
     for point, row in zip(points, results, strict=True):
-        is_best = row["status"] == DONE and row["best_val_loss"] == min(losses, default=None)
-        clock = training_seconds(read_metrics(point.folder / "metrics.jsonl"), point.recipe.tokens_per_step)
-        seconds = duration(clock[-1]) if clock and clock[-1] else "-"
-        texts = (
-            loss_text(row["val_loss"]),
-            loss_text(row["best_val_loss"]),
-            f"{row['tokens']:,}",
-            seconds,
-            row["status"],
-        )
-        rows.append(("*" * is_best, str(point.number), *point.values.values(), *texts))
-    if console.enabled:
-        print("\n".join(aligned(rows)))
+        mark = "*" * (row["status"] == DONE and row["best_val_loss"] == lowest)
+        time_text = "-" if row["seconds"] is None else duration(row["seconds"])
+        texts = loss_text(row["val_loss"]), loss_text(row["best_val_loss"]), f"{row['tokens']:,}", time_text
+        lines.append((mark, str(point.number), *point.values.values(), *texts, row["status"]))
+    if not console.enabled:
+        return
+    print("\n".join(aligned(lines)))
+    for point, row in zip(points, results, strict=True):
+        if row["status"] == CHANGED:
+            console.say(f"{point.name}: the run has other settings: {', '.join(changes(point.recipe))}")
     file = points[0].folder.with_name("results.csv")
-    if console.enabled and file.parent.is_dir():
+    if file.parent.is_dir() and CHANGED not in [row["status"] for row in results]:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(results[0]), lineterminator="\n")
+        columns = [key for key in results[0] if key != "seconds"]
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(results)
         with console.optional(f"{file} cannot be written"):
