@@ -264,6 +264,8 @@ def job(tmp_path):
             "SLURM_GPUS_ON_NODE": str(gpus),
             "SLURM_CPUS_PER_TASK": "1",
             "SLURM_JOB_NODELIST": "node[0-1]",
+            "SLURM_ARRAY_JOB_ID": "8",
+            "SLURM_ARRAY_TASK_ID": "2",
         }
         with open(tmp_path / "log", "ab") as log:
             started.append(
@@ -314,6 +316,23 @@ def test_slurm_job_is_requeued_and_resumes_exactly(job, recipe, tmp_path):
     assert len(job.calls()) == 1
     argv[1] = f"out_dir={undisturbed}"
     train_on_ranks(undisturbed, argv)
+    assert numbers(run) == numbers(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pkill") is None, reason="on_each_node.sh uses pkill")
+def test_slurm_task_of_a_sweep_is_requeued_and_resumes_exactly(job, recipe, tmp_path):
+    """The second task of a job array trains the second point."""
+    folder, undisturbed = tmp_path / "sweep", tmp_path / "undisturbed"
+    argv = [str(recipe), "max_iters=100", "eval_interval=50", "eval_first=false"]
+    words = [*argv, "learning_rate=1e-3,2e-3", f"out_dir={folder}"]
+    process, run = job("sweep.sbatch", "cpu.yaml", words), folder / "learning_rate=0.002"
+    reach_time_limit(job, process, run)
+    assert job.calls() == ["requeue 8_2"], job.log.read_text()
+    assert "requeued: resume=auto" in job.log.read_text()
+    assert job("sweep.sbatch", "cpu.yaml", words).wait(TIMEOUT_S) == 0, job.log.read_text()
+    assert len(job.calls()) == 1 and [path.name for path in folder.iterdir()] == [run.name]
+    train_on_ranks(undisturbed, [*argv, "learning_rate=2e-3", f"out_dir={undisturbed}"])
     assert numbers(run) == numbers(undisturbed)
 
 
@@ -375,6 +394,7 @@ def test_slurm_scripts_are_valid_bash():
         "on_each_node.sh",
         "requeue.py",
         "single_node.sbatch",
+        "sweep.sbatch",
     ]
     for path in scripts:
         if path.suffix == ".py":

@@ -65,6 +65,7 @@ COMMANDS = [
     "export runs/tiny --to stock",
     "data data/{data}",
     "report runs/tiny",
+    "sweep recipe.yaml learning_rate=1e-3,2e-3 --table",
     "plan recipe.yaml",
     "doctor",
     "recipes --copy gpt2",

@@ -116,6 +116,8 @@ RUN_ELSEWHERE = {
     "accelerate config": "promises/test_configs.py::test_default_config_of_accelerate_is_used",
     "sbatch configs/slurm/multi_node.sbatch": "promises/test_configs.py::test_slurm_job_of_two_machines_is_requeued_and_resumes",  # noqa: E501
     "sbatch --nodes=4 configs/slurm/multi_node.sbatch": "promises/test_configs.py::test_slurm_job_of_two_machines_is_requeued_and_resumes",  # noqa: E501
+    "sbatch --array=1-6 configs/slurm/sweep.sbatch": "promises/test_configs.py::test_slurm_task_of_a_sweep_is_requeued_and_resumes_exactly",  # noqa: E501
+    "nanogpt-accel sweep": "commands/test_sweep.py::test_each_point_is_a_normal_run",
     "sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_slurm_job_is_requeued_and_resumes_exactly",  # noqa: E501
     "CONFIG=configs/fsdp2.yaml sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_slurm_job_is_requeued_and_resumes_exactly",  # noqa: E501
     "nanogpt-accel plan recipes": "commands/test_plan.py::test_the_table_of_the_page_matches_plan",  # noqa: E501
@@ -287,6 +289,7 @@ def check(workplace, monkeypatch):
         "commands.plan.read_ladder",
         "commands.doctor.examine",
         "commands.prepare.ready",
+        "commands.sweep.prepare",
         "commands.sample.load_model",
         "commands.export.export",
         "commands.export.export_gguf",
@@ -341,7 +344,7 @@ def check(workplace, monkeypatch):
         script = next(word for word in words if not word.startswith("--"))
         text = Path(script).read_text()
         asked = dict(re.findall(r"--([\w-]+)=(\d+)", text) + re.findall(r"--([\w-]+)=(\d+)", " ".join(words)))
-        nodes = int(asked["nodes"])
+        nodes, is_sweep = int(asked["nodes"]), script.endswith("sweep.sbatch")
         check_launched(
             [
                 "--config_file",
@@ -351,7 +354,7 @@ def check(workplace, monkeypatch):
                 "--num_processes",
                 str(nodes * int(asked["gpus-per-node"])),
                 "-m",
-                "nanogpt_accel.train",
+                *(["nanogpt_accel", "sweep", "index=1"] if is_sweep else ["nanogpt_accel.train"]),
                 *words[words.index(script) + 1 :],
             ]
         )

@@ -18,7 +18,20 @@ from launching import package_env, run_python
 import nanogpt_accel
 from nanogpt_accel import train
 from nanogpt_accel.__main__ import COMMANDS, main
-from nanogpt_accel.commands import bench, configs, data, doctor, evaluate, export, plan, push, recipes, report, sample
+from nanogpt_accel.commands import (
+    bench,
+    configs,
+    data,
+    doctor,
+    evaluate,
+    export,
+    plan,
+    push,
+    recipes,
+    report,
+    sample,
+    sweep,
+)
 from nanogpt_accel.recipe import FIELDS, SECTION_OF, SECTIONS, Recipe, load_recipe
 from nanogpt_accel.utils import cli
 
@@ -142,6 +155,7 @@ OWN = {
     "configs": configs.ConfigsOptions,
     "report": report.ReportOptions,
     "doctor": doctor.DoctorOptions,
+    "sweep": sweep.SweepOptions,
 }
 SETTINGS = {key for key, section in SECTION_OF.items() if section != "expect"}  # set in recipe files only
 TAKEN = {
