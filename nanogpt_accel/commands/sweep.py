@@ -36,6 +36,7 @@ from ..recipe import (
     SECTION_OF,
     SECTIONS,
     SETTINGS,
+    Corpus,
     Recipe,
     find_recipe,
     load_recipe,
@@ -67,8 +68,11 @@ class SweepOptions(Section):
 
 @dataclass
 class Point:
-    """A point of the grid. values: its varied settings. settings: all settings for load_recipe. Both are {key: text}.
-    recipe: None until `load` is called."""
+    """A point of the grid.
+
+    values: the varied settings. settings: all settings of the command line. Both are {key: text}.
+    recipe: the Recipe, after a call of `load`.
+    """
 
     number: int
     values: dict
@@ -191,19 +195,20 @@ def load(points, options, check=None):
 
 
 def _load(point, options, check):
-    def check_placed(recipe):
+    def place(recipe):
         folder = os.path.expanduser(options.out_dir or f"{recipe.out_dir}-sweep")
-        placed = {"out_dir": os.path.join(folder, point.name), "resume": "auto"}
-        if recipe.checkpoint.mirror:
-            placed["mirror"] = f"{recipe.checkpoint.mirror.rstrip('/')}/{point.name}"
-        point.recipe = recipe.replace(**placed)
-        if options.overwrite and changes(point.recipe):
-            point.recipe = point.recipe.replace(resume="no", overwrite=True)
-            placed |= {"resume": "no", "overwrite": "true"}
-        point.settings |= placed
+        placed = recipe.replace(out_dir=os.path.join(folder, point.name), resume="auto", overwrite=False)
+        if mirror := recipe.checkpoint.mirror:
+            placed = placed.replace(mirror=f"{mirror.rstrip('/')}/{point.name}")
+        if options.overwrite and changes(placed, with_data=True):
+            placed = placed.replace(resume="no", overwrite=True)
+        return placed
+
+    def check_placed(recipe):
+        point.recipe = place(recipe)
         return check(point) if check else []
 
-    load_recipe(point.target, point.settings, check_placed)
+    point.recipe = place(load_recipe(point.target, point.settings, check_placed))
 
 
 def check_point(point):
@@ -229,7 +234,7 @@ def check_point(point):
         problems.append(f"out_dir={folder}: is a run folder; set out_dir to another folder")
     if problems:
         return problems
-    if not recipe.overwrite and (changed := changes(recipe)):
+    if not recipe.overwrite and (changed := changes(recipe, with_data=True)):
         fix = f"set out_dir to another folder than {folder}, or overwrite=true to train it again"
         return [f"the run in {folder} has other settings: {', '.join(changed)}; {fix}"]
     return check_recipe(recipe) if find_status(point) not in (DONE, DIVERGED, RUNNING) else []
@@ -253,8 +258,11 @@ def find_status(point):
     return "unfinished" if (point.folder / "run.yaml").is_file() else "not started"
 
 
-def changes(recipe):
-    """Return how the run in out_dir differs from the recipe in settings that affect the result, as a list of texts."""
+def changes(recipe, with_data=False):
+    """Return how the run in out_dir differs from the recipe in settings that affect the result, as a list of texts.
+
+    with_data: also compare the content of the corpus, which takes longer.
+    """
     file = Path(recipe.out_dir) / "run.yaml"
     if not file.is_file():
         return [f"{file} is missing"] if list_checkpoints(recipe.out_dir) else []
@@ -262,7 +270,7 @@ def changes(recipe):
         saved = load_recipe(file)
     except (ValueError, OSError) as error:
         return [first_line(error)]
-    before, now = settings_of(saved, saved), settings_of(recipe, saved)
+    before, now = settings_of(saved, saved, with_data), settings_of(recipe, saved, with_data)
     return [
         f"{key}={show_value(before[key])} instead of {show_value(value)}"
         for key, value in now.items()
@@ -270,28 +278,37 @@ def changes(recipe):
     ]
 
 
-def settings_of(recipe, saved):
+def settings_of(recipe, saved, with_data):
     """Return the settings of a recipe that affect the result, with defaults filled in, as {key: value}.
 
-    saved: the recipe in run.yaml. It has the folders of the data, a larger val_fraction if val was too small, and the
-    architecture of loaded weights.
+    saved: the recipe in run.yaml. In contrast to the recipe, it has the folders of the token files, a larger
+        val_fraction if val was too small, and the architecture of the weights that init_from loads.
     """
+    data = recipe.data
     keys = {"seed", *LOSS_TRAIN_KEYS, "mixed_precision", "on_nonfinite", "max_skips"}
     keys |= {key for key, section in SECTION_OF.items() if section in LOSS_SECTIONS}
-    keys -= {"data_dir", "mix", "stages", "validation", "shard_tokens", "val_fraction"}
+    keys -= {*Corpus.model_fields, "mix", "stages", "validation", "shard_tokens"}
     values = {key: value for key, value in recipe.flat().items() if key in keys} | recipe.shape
     if recipe.model.init_from != "scratch":
         values = {key: value for key, value in values.items() if key not in recipe.shape or key == "block_size"}
     values["stages"] = [
         f"{', '.join(f'{name} {share}' for name, share in mix.items())} from step {step}" for step, mix in recipe.stages
     ]
-    values["validation"] = [f"{name} ({member.split})" for name, member in recipe.data.validation.items()]
+    values["validation"] = [f"{name} ({member.split})" for name, member in data.validation.items()]
+    for name, member in {**data.sources, **data.validation}.items():
+        section, prefix = member.section(data), f"{name}." * (len(data.sources) > 1 or name in data.validation)
+        corpus = {key: getattr(section, key) for key in Corpus.model_fields if key not in ("data_dir", "val_fraction")}
+        if section.data_dir:
+            corpus["data_dir"] = str(dataset.data_folder(section))
+        if "val_fraction" in section.model_fields_set:
+            corpus["val_fraction"] = section.val_fraction
+        values |= {f"{prefix}{key}": value for key, value in corpus.items()}
     with suppress(ValueError, OSError):  # the corpus was deleted
         used = run_data.sections(saved.data)
-        for name, section in run_data.sections(recipe.data).items():
+        for name, section in run_data.sections(data).items() if with_data else ():
             if name in used and "val_fraction" not in section.model_fields_set:
                 section = section.model_copy(update={"val_fraction": used[name].val_fraction})
-            values[f"data_dir of {name}"] = str(dataset.data_folder(section))
+            values[f"token files of {name}"] = str(dataset.data_folder(section))
     return values
 
 
@@ -308,7 +325,11 @@ def train_here(point, console):
 
 def words_of(point):
     """Return the arguments of `nanogpt-accel train` for a point."""
-    return [str(point.target), *(f"{key}={value}" for key, value in point.settings.items())]
+    recipe = point.recipe
+    own = {"out_dir": recipe.out_dir, "overwrite": recipe.overwrite}
+    own |= {"resume": recipe.checkpoint.resume, "mirror": recipe.checkpoint.mirror}
+    settings = point.settings | {key: show_value(value) for key, value in own.items()}
+    return [str(point.target), *(f"{key}={value}" for key, value in settings.items())]
 
 
 def prepare(points, console):
@@ -339,7 +360,7 @@ def train_all(points, jobs, signals, console):
             for slot, (point, process) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
-                    if process.returncode and find_status(point) == RUNNING:  # another process was faster
+                    if process.returncode and find_trainer(point.folder):  # another process was faster
                         waiting.append(point)
                     elif process.returncode:
                         failures[point.name] = process.returncode
@@ -366,14 +387,13 @@ def next_point(waiting, told, console):
     told: names of the points that were reported to be trained by another process.
     """
     for point in list(waiting):
-        status = find_status(point)
-        if status == RUNNING:
+        if trainer := find_trainer(point.folder):
             if point.name not in told:
-                console.say(f"{point.name}: waiting, because {find_trainer(point.folder)} is training it")
+                console.say(f"{point.name}: waiting, because {trainer} is training it")
             told.add(point.name)
             continue
         waiting.remove(point)
-        if status not in (DONE, DIVERGED):
+        if find_status(point) not in (DONE, DIVERGED):
             return point
     return None
 

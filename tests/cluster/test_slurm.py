@@ -4,6 +4,7 @@ The options on the command line of sbatch replace those in the scripts: fewer GP
 """
 
 import time
+from pathlib import Path
 
 import pytest
 from launching import Ranks
@@ -15,6 +16,7 @@ from nanogpt_accel.recipe import load_recipe
 
 pytestmark = [pytest.mark.slow, needs_slurm]
 SINGLE, MULTI = "configs/slurm/single_node.sbatch", "configs/slurm/multi_node.sbatch"
+SWEEP = "configs/slurm/sweep.sbatch"
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,21 @@ def test_two_jobs_on_one_machine_do_not_disturb_each_other(slurm, recipe, tmp_pa
     ]
     assert [slurm.wait(job) for job in jobs] == [("COMPLETED", 0)] * 2, "\n".join(map(slurm.log, jobs))
     assert [trainer(tmp_path / name, 40)["processes"] for name in ("a", "b")] == [2, 2]
+
+
+def test_each_task_of_an_array_trains_a_point_and_is_requeued_alone(slurm, recipe, tmp_path):
+    folder = tmp_path / "sweep"
+    argv = [recipe, "max_iters=200,4000", f"out_dir={folder}"]
+    options = [*words(minutes=2), "--array=1-2", f"--output={slurm.folder}/%A_%a.log"]
+    job = slurm.submit(SWEEP, *argv, sbatch=options, config="configs/cpu.yaml")
+    for task, steps in ((1, 200), (2, 4000)):
+        name = f"{job}_{task}"
+        state, restarts = slurm.wait(name)
+        log = slurm.log(name)
+        assert state == "COMPLETED" and (restarts > 0) == (steps == 4000), log
+        assert log.count("requeued: resume=auto") == log.count("stopped by SIGUSR1") == restarts, log
+        assert trainer(folder / f"max_iters={steps}", steps)["step"] == steps
+    assert len(list(folder.iterdir())) == 2 and not list(Path().glob(".requeue-*"))
 
 
 SLOW_START = """

@@ -299,8 +299,10 @@ def test_values_that_a_run_adds_to_run_yaml_are_no_changes(tiny, call, words):
     words = ["sweep", recipe, "seed=1,2", "index=1", *words]
     call(*words)
     assert "seed=1: done" in call(*words)
+    for key, before, value in (("limit_documents", "none", 9), ("document_mask", "false", "true")):
+        assert f"{key}={before} instead of {value}" in call(*words, f"{key}={value}", status=2)
     Path("text.txt").write_text(text[::-1])  # the same settings, but other data
-    assert "has other settings: data_dir of " in call(*words, status=2)
+    assert "has other settings: token files of " in call(*words, status=2)
 
 
 def test_data_are_prepared_before_the_first_point(tiny, call, started, monkeypatch):
