@@ -245,7 +245,7 @@ def check_point(point):
 
 def find_status(point):
     """Return what the folder of a point says: done, diverged, running, other settings, unfinished or not started."""
-    if changes(point.recipe):
+    if changes(point.recipe, with_data=point.recipe.overwrite):
         return CHANGED
     with suppress(FileNotFoundError):  # another process deletes old checkpoints
         latest = latest_valid(point.folder, warn=lambda line: None, thorough=False)

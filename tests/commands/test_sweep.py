@@ -303,6 +303,8 @@ def test_values_that_a_run_adds_to_run_yaml_are_no_changes(tiny, call, words):
         assert f"{key}={before} instead of {value}" in call(*words, f"{key}={value}", status=2)
     Path("text.txt").write_text(text[::-1])  # the same settings, but other data
     assert "has other settings: token files of " in call(*words, status=2)
+    call(*words, "overwrite=true")
+    assert "seed=1: done" in call(*words, "overwrite=true")
 
 
 def test_data_are_prepared_before_the_first_point(tiny, call, started, monkeypatch):
