@@ -4,8 +4,8 @@
     nanogpt-accel sweep quickstart learning_rate=1e-3,2e-3,4e-3 n_layer=2,4 --table
     accelerate launch -m nanogpt_accel sweep quickstart learning_rate=1e-3,2e-3,4e-3 index=3
 
-The run folders are the only state of a sweep, so there is no database that could disagree with them. A point is done if
-its last checkpoint is. Otherwise, it resumes from the latest valid checkpoint. So the same command continues a sweep.
+The run folders are the only state of a sweep. A point is done if it has the checkpoint of its last step. Otherwise, it
+resumes from its latest valid checkpoint. So the same command continues a sweep that was interrupted in any way.
 """
 
 import csv

@@ -216,7 +216,7 @@ def test_more_values_add_points_and_keep_the_others(copy, call, started):
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing can react to SIGKILL."""
+    """An exception that no code catches, like SIGKILL."""
 
 
 # each point saves after 4 and 8 steps
@@ -272,7 +272,7 @@ def test_a_changed_setting_is_refused_or_trained_again(copy, call, started):
         assert [row[2:] for row in table(out)] == [["-", "-", "0", "other", "settings"]] * 2
     assert "seed=1337 instead of 7, max_iters=8 instead of 16" in out
     assert not started
-    # only the points with other settings are trained again, and from the beginning
+    # only the points with other settings are trained again, and from the start
     call("train", FOLDER / SECOND, "weight_decay=0.2", "max_iters=12")
     (error,) = call("sweep", copy, RATES, status=2).splitlines()
     assert error.startswith(
@@ -289,8 +289,9 @@ def test_a_changed_setting_is_refused_or_trained_again(copy, call, started):
         ["corpus=text.txt"],  # val_fraction=0.0005 gives too few tokens and is increased; "?" cannot be encoded
         ["corpus=text.txt", "val_fraction=0.1", "n_kv_head=1", "validation={other: {corpus: other.txt, split: all}}"],
         ["mix=[{corpus: text.txt, weight: 1}, {corpus: other.txt, weight: 2}]", "val_fraction=0.1", "sample_tokens=0"],
+        ["corpus=text.txt", "depth=2", "sample_tokens=0"],
     ],
-    ids=["corpus", "validation", "mix"],
+    ids=["corpus", "validation", "mix", "depth"],
 )
 def test_values_that_a_run_adds_to_run_yaml_are_no_changes(tiny, call, words):
     text = Path("text.txt").read_text()
