@@ -91,14 +91,14 @@ def test_two_jobs_on_one_machine_do_not_disturb_each_other(slurm, recipe, tmp_pa
 
 def test_each_task_of_an_array_trains_a_point_and_is_requeued_alone(slurm, recipe, tmp_path):
     folder = tmp_path / "sweep"
-    argv = [recipe, "max_iters=200,4000", f"out_dir={folder}"]
+    argv = [recipe, "max_iters=200,3000", "gradient_accumulation_steps=8", f"out_dir={folder}"]
     options = [*words(minutes=2), "--array=1-2", f"--output={slurm.folder}/%A_%a.log"]
     job = slurm.submit(SWEEP, *argv, sbatch=options, config="configs/cpu.yaml")
-    for task, steps in ((1, 200), (2, 4000)):
+    for task, steps in ((1, 200), (2, 3000)):
         name = f"{job}_{task}"
         state, restarts = slurm.wait(name)
         log = slurm.log(name)
-        assert state == "COMPLETED" and (restarts > 0) == (steps == 4000), log
+        assert state == "COMPLETED" and (restarts > 0) == (steps == 3000), log
         assert log.count("requeued: resume=auto") == log.count("stopped by SIGUSR1") == restarts, log
         assert trainer(folder / f"max_iters={steps}", steps)["step"] == steps
     assert len(list(folder.iterdir())) == 2 and not list(Path().glob(".requeue-*"))
