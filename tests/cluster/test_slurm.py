@@ -4,11 +4,11 @@ The options on the command line of sbatch replace those in the scripts: fewer GP
 """
 
 import time
-from pathlib import Path
 
 import pytest
 from launching import Ranks
 from runs import SMALL, losses, relative_difference, trainer, write_recipe
+from shared import REPOSITORY
 from slurm import TIMEOUT_S, Slurm, needs_slurm
 
 from nanogpt_accel.data.prepare import prepare
@@ -91,17 +91,16 @@ def test_two_jobs_on_one_machine_do_not_disturb_each_other(slurm, recipe, tmp_pa
 
 def test_each_task_of_an_array_trains_a_point_and_is_requeued_alone(slurm, recipe, tmp_path):
     folder = tmp_path / "sweep"
-    argv = [recipe, "max_iters=200,3000", "gradient_accumulation_steps=8", f"out_dir={folder}"]
-    options = [*words(minutes=2), "--array=1-2", f"--output={slurm.folder}/%A_%a.log"]
-    job = slurm.submit(SWEEP, *argv, sbatch=options, config="configs/cpu.yaml")
-    for task, steps in ((1, 200), (2, 3000)):
-        name = f"{job}_{task}"
-        state, restarts = slurm.wait(name)
-        log = slurm.log(name)
-        assert state == "COMPLETED" and (restarts > 0) == (steps == 3000), log
-        assert log.count("requeued: resume=auto") == log.count("stopped by SIGUSR1") == restarts, log
+    argv = [recipe, "max_iters=40,1000", f"out_dir={folder}"]
+    job = slurm.submit(SWEEP, *argv, sbatch=[*words(), "--array=1-2", f"--output={slurm.folder}/%A_%a.log"])
+    wait_for_steps(slurm, f"{job}_2", folder / "max_iters=1000", 5)
+    slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_2")  # as before the time limit
+    for task, steps in ((1, 40), (2, 1000)):
+        assert slurm.wait(f"{job}_{task}") == ("COMPLETED", task - 1), slurm.log(f"{job}_{task}")
+        log = slurm.log(f"{job}_{task}")
+        assert log.count("requeued: resume=auto") == log.count("stopped by SIGUSR1") == task - 1, log
         assert trainer(folder / f"max_iters={steps}", steps)["step"] == steps
-    assert len(list(folder.iterdir())) == 2 and not list(Path().glob(".requeue-*"))
+    assert len(list(folder.iterdir())) == 2 and not list(REPOSITORY.glob(".requeue-*"))
 
 
 SLOW_START = """
