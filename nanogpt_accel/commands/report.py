@@ -287,11 +287,6 @@ def table(runs):
     return aligned(rows)
 
 
-def aligned(rows):
-    """Return the rows of a table as lines of text in aligned columns."""
-    return aligned(rows)
-
-
 # ---- images
 
 

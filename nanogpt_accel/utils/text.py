@@ -40,7 +40,7 @@ def duration(seconds):
 
 
 def aligned(rows):
-    """Return rows of texts as lines with aligned columns."""
+    """Return the rows of a table as lines of text in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
