@@ -879,12 +879,12 @@ def load_recipe(path, overrides=None, check=None):
     recipe = sections.pop("")
     out_dir = recipe.out_dir or os.path.join("runs", path.stem if path else "default")
     recipe = recipe.model_copy(update=sections | {"out_dir": os.path.expanduser(out_dir)})
-    if (recipe.model.depth or recipe.scaling.tokens_per_parameter) and not invalid:
-        recipe = _scale(path, file_values, recipe, given, problems)
     if given & {"corpus", "tokenizer", "data_dir"}:  # the file chose these settings for other data
         for section, key in (("data", "val_fraction"), ("train", "sample_prompt")):
             if key not in given:
                 sections[section].model_fields_set.discard(key)
+    if (recipe.model.depth or recipe.scaling.tokens_per_parameter) and not invalid:
+        recipe = _scale(path, file_values, recipe, given, problems)
     problems += [problem for keys, problem in _conflicts(recipe, given) if invalid.isdisjoint(keys)]
     if check is not None:
         problems += check(recipe)

@@ -124,6 +124,11 @@ def test_prepared_data_do_not_change_the_number_of_parameters(load, tmp_path):
     assert load(depth="4", data_dir=str(tmp_path)).train == load(depth="4").train
 
 
+def test_settings_that_were_chosen_for_other_data_may_still_be_replaced():
+    scaled = load_recipe("quickstart", {"depth": "3", "corpus": "mine.txt"})
+    assert "sample_prompt" not in scaled.train.model_fields_set and "val_fraction" not in scaled.data.model_fields_set
+
+
 def test_what_cannot_be_scaled_is_refused():
     for name, depth, problem in (
         ("eval_gpt2", {"depth": "4"}, "model.depth=4: not possible with init_from=gpt2, whose size is fixed"),
