@@ -23,6 +23,7 @@ from nanogpt_accel.__main__ import main
 from nanogpt_accel.checkpoint.finished_runs import read_ladder
 from nanogpt_accel.commands import report
 from nanogpt_accel.planning import law_figure, scaling_law
+from nanogpt_accel.planning.sizing import flops_per_token
 from nanogpt_accel.recipe import load_recipe
 
 WRITE_IMAGES = report.write_images
@@ -400,14 +401,15 @@ def test_fit_shows_the_law_of_finished_runs(finished, capsys):
 @pytest.mark.parametrize(
     "runs",
     [
-        pytest.param([(depth, 100 * depth) for depth in range(2, 7)], id="a line"),
-        # three sizes of each 1e12 and 1e13 FLOPs, and one more budget
-        pytest.param([(2, 2740), (3, 552), (4, 272), (3, 5519), (4, 2722), (6, 470), (2, 100)], id="isoFLOP"),
+        pytest.param([(depth, 1e9 * depth**4) for depth in range(2, 7)], id="a line"),
+        pytest.param([(2, 1e12), (3, 1e12), (4, 1e12), (3, 1e13), (4, 1e13), (6, 1e13), (2, 4e10)], id="isoFLOP"),
     ],
 )
 def test_every_kind_of_figure_is_drawn(runs, tmp_path):
-    for depth, steps in runs:
-        write_finished_run(tmp_path / f"{depth}-{steps}", LAW, depth=depth, max_iters=steps)
+    for depth, flops in runs:
+        recipe = load_recipe("python_depth", {"depth": depth})
+        per_step = recipe.tokens_per_step * flops_per_token(recipe.shape | {"vocab_size": 576})
+        write_finished_run(tmp_path / f"{depth}-{flops:g}", LAW, depth=depth, max_iters=round(flops / per_step))
     law = scaling_law.fit(read_ladder([tmp_path]).runs, n_draws=50)
     figure = law_figure.draw(law)
     figure.canvas.draw()
