@@ -69,7 +69,7 @@ def draw(law):
     figure, (left, right) = new_figure(columns=2, size=(13.5, 5.6))
     _draw_compute(law, left)
     curves = iso_flops(law.runs)
-    if curves:
+    if len(curves) > 1:  # a single one may be a coincidence
         _draw_iso_flops(law, curves, right)
     elif law.form == "L(N, D)":
         _draw_tokens(law, right)
