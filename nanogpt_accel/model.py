@@ -96,6 +96,7 @@ class GPTConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True  # share the weight of the token embedding and the output head
     initializer_range: float = 0.02
     zero_init: bool = False  # initialize the output projections of blocks with zeros
+    mup_base_width: int | None = None  # n_embd at which initializer_range was tuned (muP). None: same init at any width
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -120,6 +121,11 @@ class GPTConfig(PreTrainedConfig):
         is_shared = self.n_kv_head != self.n_head
         return super().to_dict() | ({"num_key_value_heads": self.n_kv_head} if is_shared else {})
 
+    @property
+    def width_multiplier(self):
+        """How many times wider the model is than the one that mup_base_width refers to; 1 without this switch."""
+        return self.n_embd / self.mup_base_width if self.mup_base_width else 1.0
+
     def resolved(self):
         """Return the fields as a dict, with the derived sizes instead of None."""
         return self.to_dict() | {key: getattr(self, key) for key in DERIVED_SIZES}
@@ -141,6 +147,10 @@ class GPTConfig(PreTrainedConfig):
             raise ValueError(f"head_dim={self.head_dim} must be at least 1")
         if self.position == "rotary" and self.head_dim % 2 != 0:
             raise ValueError(f"head_dim={self.head_dim} is odd, but rotary embeddings require an even head_dim")
+        if self.mup_base_width is not None and self.mup_base_width < 1:
+            raise ValueError(f"mup_base_width={self.mup_base_width} must be at least 1")
+        if self.mup_base_width and self.tie_word_embeddings and not self.norm_weight:
+            raise ValueError("mup_base_width with tie_word_embeddings=True requires norm_weight=True")
         for key, choices in {
             "activation": (*ACTIVATIONS, "swiglu"),
             "norm": ("layernorm", "rmsnorm"),
@@ -370,8 +380,11 @@ class GPTPreTrainedModel(PreTrainedModel):
         super().__init__(config)
 
     def _init_weights(self, module):
-        std = self.config.initializer_range
+        std, m = self.config.initializer_range, self.config.width_multiplier
         if isinstance(module, nn.Linear):
+            # with mup_base_width, the outputs of wide matrices have the size that they have at the base width, and the
+            # head follows the size of its updates, which is 1 / m; see width_scales in optim.py
+            std /= m if hasattr(module, "is_head") else math.sqrt(m)
             # apply a scaled init to the 2 * n_layer projections that add to the residual stream, per GPT-2 paper
             if hasattr(module, "adds_to_residual"):
                 std = 0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
@@ -381,7 +394,8 @@ class GPTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
-            init.ones_(module.weight)
+            # a tied head has the weights of the embedding, so the norm in front of it scales the logits
+            init.constant_(module.weight, 1 / m if hasattr(module, "scales_logits") else 1.0)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
 
@@ -397,6 +411,8 @@ class GPTModel(GPTPreTrainedModel):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.ln_f = make_norm(config)
+        if config.tie_word_embeddings:
+            self.ln_f.scales_logits = True  # see _init_weights
         self.post_init()  # initializes the weights with _init_weights
 
     @capture_outputs
@@ -482,6 +498,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = GPTModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.is_head = True  # see _init_weights
         self.loss_type = "ForCausalLM"  # tells Trainer to count B * (T - 1) labels, because forward shifts the labels
         self.post_init()  # also ties lm_head to wte
 

@@ -329,6 +329,12 @@ class Model(Section):
     zero_init: bool = Field(
         False, description="initialize the output projections of blocks with zeros; each block starts as the identity"
     )
+    mup_base_width: IntOrNone = Field(
+        None,
+        ge=1,
+        description="n_embd at which the learning rates and initializer_range were tuned. They are scaled to the actual "
+        "n_embd with muP, so they are right at any width if n_head and n_inner grow like n_embd; default: no scaling",
+    )
 
 
 class Optimizer(Section):
@@ -737,6 +743,19 @@ def _conflicts(recipe, overridden):
         yield (
             {"n_embd", "n_head", "head_dim", "position"},
             f"model.head_dim={head_dim}{formula} must be even for position=rotary; set head_dim={head_dim + 1}",
+        )
+    if model.mup_base_width and model.tie_word_embeddings and not model.norm_weight:
+        yield (
+            {"mup_base_width", "tie_word_embeddings", "norm_weight"},
+            f"model.mup_base_width={model.mup_base_width}: with tie_word_embeddings=true, it scales the weight of the "
+            "final norm, but norm_weight=false; set tie_word_embeddings=false",
+        )
+    if model.mup_base_width and not model.head_dim and model.mup_base_width % head_dim:
+        largest = math.gcd(model.n_embd, model.mup_base_width)
+        yield (
+            {"mup_base_width", "n_embd", "n_head", "head_dim"},
+            f"model.mup_base_width={model.mup_base_width} is not a multiple of head_dim={head_dim} (n_embd / n_head), "
+            f"which must be the same at both widths; set n_head={model.n_embd // largest} or a multiple of it",
         )
     if train.sample_interval and not train.sample_tokens:
         yield (
