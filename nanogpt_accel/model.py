@@ -382,8 +382,7 @@ class GPTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         std, m = self.config.initializer_range, self.config.width_multiplier
         if isinstance(module, nn.Linear):
-            # with mup_base_width, the outputs of wide matrices have the size that they have at the base width, and the
-            # head follows the size of its updates, which is 1 / m; see width_scales in optim.py
+            # muP: the more inputs, the smaller their weights; see width_scales in optim.py
             std /= m if hasattr(module, "is_head") else math.sqrt(m)
             # apply a scaled init to the 2 * n_layer projections that add to the residual stream, per GPT-2 paper
             if hasattr(module, "adds_to_residual"):
@@ -394,7 +393,6 @@ class GPTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
-            # a tied head has the weights of the embedding, so the norm in front of it scales the logits
             init.constant_(module.weight, 1 / m if hasattr(module, "scales_logits") else 1.0)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
@@ -412,7 +410,7 @@ class GPTModel(GPTPreTrainedModel):
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.ln_f = make_norm(config)
         if config.tie_word_embeddings:
-            self.ln_f.scales_logits = True  # see _init_weights
+            self.ln_f.scales_logits = True  # with mup_base_width, instead of the head, which has wte's weights
         self.post_init()  # initializes the weights with _init_weights
 
     @capture_outputs

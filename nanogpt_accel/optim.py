@@ -54,47 +54,47 @@ def learning_rate(step, *, schedule, learning_rate, warmup_iters, **others):
 
 
 def width_scales(model):
-    """Return {parameter: factor of its learning rate}; without model.mup_base_width, all factors are 1.
+    """Return {parameter: factor of its learning rate} for the parameters whose factor is not 1.
 
-    mup_base_width is the n_embd at which the learning rates and initializer_range were tuned. A wider model needs other
-    values. With the maximal update parametrization (muP), a step changes the output of every layer by the same amount
-    at any width, so the tuned values stay right. With m = n_embd / mup_base_width:
+    The recipe's learning rates and initializer_range were tuned at n_embd = model.mup_base_width. With the maximal
+    update parametrization (muP), they are also right for a model that is m = n_embd / mup_base_width times as wide,
+    because a training step changes the output of each layer by the same amount at any width:
 
-                                   initial std (GPT._init_weights)   learning rate: AdamW   Muon
-        embeddings, norms, biases             1                              1               -
-        matrices in the blocks                1 / sqrt(m)                    1 / m           1
-        output head                           1 / m                          1 / m           -
-        final norm before a tied head         1 / m (its weight)             1 / m           -
+                                     std of the initial weights    learning rate with AdamW    with Muon
+        embeddings, norms, biases    1                             1                           1 (AdamW)
+        matrices in the blocks       1 / sqrt(m)                   1 / m                       1
+        output head                  1 / m                         1 / m                       1 / m (AdamW)
+        final norm, if the head      1 / m (the weights            1 / m                       1 / m (AdamW)
+        is tied to the embedding     themselves, instead of 1)
 
-    An update of AdamW has entries of size 1 in all m directions, which add up in the output. Muon's update is
-    orthogonal, so it has the same spectral norm at any width and needs no factor. A tied head has the scale of the
-    embedding; the norm in front of it then multiplies the logits by 1 / m.
+    AdamW changes every weight by about the learning rate, so the change of an output grows with the number of inputs.
+    Muon's update has the same spectral norm at any width, so it needs no factor. A tied head has the weights of the
+    embedding; there, the norm in front of the head multiplies the logits by 1 / m. GPT._init_weights sets the std.
 
-    Sources: Yang et al. 2022, arXiv 2203.03466, table 3; Yang, Simon and Bernstein 2023, arXiv 2310.17813, for Muon.
+    Sources: Yang et al. 2022, arXiv 2203.03466, table 3; for Muon Yang, Simon and Bernstein 2023, arXiv 2310.17813.
     """
-    scales = dict.fromkeys(model.parameters(), 1.0)
     m = getattr(getattr(model, "config", None), "width_multiplier", 1.0)
-    scaled = [p for p in model.transformer.h.parameters() if p.dim() >= 2] if m != 1 else []
-    if m != 1:
-        last = model.transformer.ln_f if model.config.tie_word_embeddings else model.lm_head
-        scaled += last.parameters()
-    return scales | dict.fromkeys(scaled, 1 / m)
+    if m == 1:  # always without mup_base_width
+        return {}
+    last = model.transformer.ln_f if model.config.tie_word_embeddings else model.lm_head
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
+    return dict.fromkeys([*matrices, *last.parameters()], 1 / m)
 
 
 def parameter_groups(model, weight_decay):
     """Return nanoGPT's two groups: matrices and embeddings with weight decay, biases and norms without weight decay.
-    With mup_base_width, there are more groups, one for each factor in width_scales.
+    With mup_base_width, the parameters in width_scales are in separate groups.
 
     The learning rate of a group is the scheduled learning rate times the lr_scale of the group.
     """
-    groups = {(True, 1.0): [], (False, 1.0): []}  # (is decayed, lr_scale) -> parameters
-    for p, scale in width_scales(model).items():
+    scales, groups = width_scales(model), {(True, 1.0): [], (False, 1.0): []}  # (has decay, lr_scale) -> parameters
+    for p in model.parameters():
         if p.requires_grad:
-            groups.setdefault((p.dim() >= 2, scale), []).append(p)
-    # learning rate * weight decay is the same for all matrices: a decay as fast as at the base width
+            groups.setdefault((p.dim() >= 2, scales.get(p, 1.0)), []).append(p)
+    # weights decay by learning rate * weight_decay per step, which must not depend on the width
     return [
-        {"params": parameters, "weight_decay": weight_decay / scale if is_decayed else 0.0, "lr_scale": scale}
-        for (is_decayed, scale), parameters in groups.items()
+        {"params": parameters, "weight_decay": weight_decay / scale if has_decay else 0.0, "lr_scale": scale}
+        for (has_decay, scale), parameters in groups.items()
     ]
 
 

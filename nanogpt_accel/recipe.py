@@ -332,8 +332,8 @@ class Model(Section):
     mup_base_width: IntOrNone = Field(
         None,
         ge=1,
-        description="n_embd at which the learning rates and initializer_range were tuned. They are scaled to the actual "
-        "n_embd with muP, so they are right at any width if n_head and n_inner grow like n_embd; default: no scaling",
+        description="n_embd at which learning rates and initializer_range were tuned; muP scales them to the actual "
+        "n_embd. n_head and n_inner must grow in proportion. Default: no scaling",
     )
 
 

@@ -752,6 +752,13 @@ def describe_run(setup, data, first_step, console):
             flops = max(train.max_iters - first_step, 0) * tokens_per_step * setup.flops_per_token
             seconds = flops / (0.4 * setup.peak_flops * accelerator.num_processes)
             console.say(f"time: {duration(seconds)} at an MFU of 40%; a measured estimate follows after a few steps")
+    config = setup.raw_model.config
+    if (m := config.width_multiplier) != 1:
+        sizes = ", ".join(f"{key}={getattr(config, key) / m:g}" for key in ("n_head", "n_kv_head", "n_inner"))
+        console.say(
+            f"muP: n_embd is {m:g} times mup_base_width={config.mup_base_width}; the learning rates must be those of a "
+            f"model with head_dim={config.head_dim}, {sizes} at that width"
+        )
     details = [
         f"device: {device_name(device)}",
         f"mixed precision {accelerator.mixed_precision}",

@@ -587,6 +587,21 @@ def test_initial_weights_of_a_modern_gpt():
     assert not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
 
 
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "not tied"])
+def test_initial_weights_at_4_times_the_base_width(is_tied):
+    """Yang et al. (2022), table 3: the variance is 1/4 for hidden weights and 1/16 for the head, if it is not tied."""
+    plain, scaled = (
+        tiny(initializer_range=0.02, tie_word_embeddings=is_tied, mup_base_width=width) for width in (None, 8)
+    )
+    for (name, p), q in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        is_last = name.startswith("transformer.ln_f" if is_tied else "lm_head")
+        factor = 0.25 if is_last else 0.5 if ".h." in name and p.dim() == 2 else 1.0
+        torch.testing.assert_close(q, p * factor, rtol=1e-6, atol=0, msg=name)
+    assert (scaled.lm_head.weight is scaled.transformer.wte.weight) is is_tied
+    with pytest.raises(StrictDataclassClassValidationError, match="mup_base_width"):
+        tiny(mup_base_width=8, norm_weight=False)
+
+
 def test_zero_init_makes_blocks_the_identity(ids):
     model = tiny(zero_init=True)
     hidden = model(ids, output_hidden_states=True).hidden_states

@@ -147,6 +147,80 @@ def test_frozen_parameters_are_in_no_group(model):
     assert not any(p is model.transformer.wpe.weight for p in params)
 
 
+# ---- learning rates and initial weights at another width (muP)
+
+
+def wide(**switches):
+    """A GPT that is 4 times as wide as mup_base_width."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 17, "block_size": 8, "n_layer": 2, "n_head": 4, "n_embd": 64, "mup_base_width": 16}
+    return GPT(GPTConfig(**shape | switches))
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "not tied"])
+@pytest.mark.parametrize("algorithm", ["adamw", "muon", "torch.optim.NAdam"])
+def test_learning_rates_at_4_times_the_base_width(algorithm, is_tied):
+    """The factors of Yang et al. (2022), table 3, for Adam: hidden and output weights 1/4, all others 1. A tied head
+    gets its factor from the norm in front of it."""
+    model = wide(bias=True, tie_word_embeddings=is_tied)
+    settings = Optimizer(algorithm=algorithm, learning_rate=1e-2, muon_learning_rate=3e-2, weight_decay=0.1)
+    found = {}
+    for group in make_optimizer(model, settings).param_groups:
+        found |= {id(p): (group["lr_scale"], group["weight_decay"]) for p in group["params"]}
+    assert len(found) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        is_matrix = p.dim() == 2
+        is_hidden = ".h." in name and is_matrix
+        is_scaled = is_hidden or name.startswith("transformer.ln_f" if is_tied else "lm_head")
+        wanted = 0.25 if is_scaled else 1.0, is_matrix * (0.4 if is_scaled else 0.1)
+        if is_hidden and algorithm == "muon":
+            wanted = 3.0, 0.0  # the ratio of the learning rates, and muon_weight_decay
+        assert found[id(p)] == pytest.approx(wanted), name
+
+
+def test_nothing_changes_at_the_base_width():
+    plain, same = wide(mup_base_width=None), wide(mup_base_width=64)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), same.parameters(), strict=True))
+    for settings in (Optimizer(), Optimizer(algorithm="muon")):
+        groups = [make_optimizer(model, settings).param_groups for model in (plain, same)]
+        assert len(groups[0]) == len(groups[1]) == (3 if settings.algorithm == "muon" else 2)
+        for one, other in zip(*groups, strict=True):
+            assert [p.shape for p in one["params"]] == [p.shape for p in other["params"]]
+            assert {**one, "params": 0} == {**other, "params": 0}
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "not tied"])
+def test_training_equals_that_with_multipliers_in_the_forward_pass(is_tied):
+    """muP's other form (Yang et al. 2022, table 8): the initial weights do not depend on the width; instead, the output
+    of the head is multiplied by 1/4. AdamW then gives the same losses, because its steps do not depend on the scale of
+    the gradient."""
+    ours, theirs = wide(tie_word_embeddings=is_tied), wide(tie_word_embeddings=is_tied)
+    head = theirs.transformer.ln_f if is_tied else theirs.lm_head
+    with torch.no_grad():
+        head.weight.mul_(4)
+    theirs.lm_head.register_forward_hook(lambda module, args, output: output / 4)
+    hidden = [p for p in theirs.transformer.h.parameters() if p.dim() == 2]
+    others = [p for p in theirs.parameters() if not any(p is q for q in hidden)]
+    options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "eps": 1e-30}
+    optimizers = [
+        torch.optim.AdamW(parameter_groups(ours, 0.0), lr=1e-2, **options),
+        torch.optim.AdamW([{"params": hidden, "lr": 1e-2 / 4}, {"params": others}], lr=1e-2, **options),
+    ]
+    for group in optimizers[0].param_groups:
+        group["lr"] *= group["lr_scale"]
+    ids, losses = torch.randint(0, 17, (4, 8)), []
+    for _ in range(5):
+        pair = [model(ids, labels=ids).loss for model in (ours, theirs)]
+        losses.append([loss.item() for loss in pair])
+        for loss, optimizer in zip(pair, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    losses = torch.tensor(losses)
+    torch.testing.assert_close(losses[:, 0], losses[:, 1], rtol=1e-5, atol=0)
+    assert losses[-1, 0] < losses[0, 0] - 0.1
+
+
 # ---- AdamW
 
 
@@ -492,6 +566,7 @@ def test_muon_skips_steps_with_overflowed_fp16_gradients():
 
 
 MUON_RECIPE = SMALL | {
+    "mup_base_width": 16,
     "mixed_precision": None,
     "block_size": 16,
     "dropout": 0.1,
@@ -518,6 +593,7 @@ MUON_RECIPE = SMALL | {
 
 
 def test_muon_run_resumes_bitwise_equal(tmp_path, monkeypatch, capsys):
+    """With mup_base_width, so that there are more parameter groups."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("the sea, the sea; a ship and no sea. " * 60)
     write_recipe(tmp_path, **MUON_RECIPE, corpus="text.txt")
@@ -533,3 +609,8 @@ def test_muon_run_resumes_bitwise_equal(tmp_path, monkeypatch, capsys):
     assert found == losses(resumed) and len(found) == 12 and found[11] < 0.8 * found[0]
     rates = {line["step"]: line["learning_rate"] for line in numbers(undisturbed) if "loss" in line}
     assert rates == pytest.approx({step: 1e-2 * min(1, (step + 1) / 3, (12 - step) / 6) for step in range(12)})
+    printed = capsys.readouterr()
+    assert "muP: n_embd is 2 times mup_base_width=16; " in printed.out
+    assert main(["train", str(resumed), "max_iters=13", "mup_base_width=none"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model.mup_base_width=None: " in line and "set mup_base_width=16" in line

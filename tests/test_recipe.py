@@ -122,7 +122,7 @@ def test_model_defaults_equal_gpt_config():
     config, model = GPTConfig(), load().model
     fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
     shared = fields.keys() & SECTIONS["model"].model_fields.keys()
-    assert len(shared) == 21 and shared >= load().shape.keys()  # every key of the shape is a field of GPTConfig
+    assert len(shared) == 22 and shared >= load().shape.keys()  # every key of the shape is a field of GPTConfig
     assert {key: getattr(model, key) for key in shared} == {key: fields[key] for key in shared}
     assert {key: getattr(config, key) for key in load().shape} == load().shape
 
@@ -633,6 +633,13 @@ def test_checks_across_sections():
     assert problems(n_embd="100")[0].startswith("model.n_embd=100 is not divisible by model.n_head=12")
     assert "set n_embd=108" in problems(n_embd="100")[0]
     assert load(n_embd="108").model.n_embd == 108  # the suggested value is valid
+    (line,) = problems(mup_base_width="256", norm_weight="false")
+    assert line.startswith("model.mup_base_width=256: with tie_word_embeddings=true")
+    load(mup_base_width="256", norm_weight="false", tie_word_embeddings="false")
+    (line,) = problems(mup_base_width="256", n_head="4")
+    assert "model.mup_base_width=256 is not a multiple of head_dim=192 (n_embd / n_head)" in line
+    assert line.endswith("set n_head=3 or a multiple of it")
+    load(mup_base_width="256", n_head="3")
     (line,) = problems(min_lr="0.1", learning_rate="0.01")
     assert "optimizer.min_lr=0.1 is greater than optimizer.learning_rate=0.01; " in line
     assert line.endswith("lower min_lr or raise learning_rate")

@@ -6,6 +6,8 @@
 
 The steps are the same as in train.py, with the same model, optimizer, precision, batches and Accelerator. The
 command does not download data or weights, and it does not evaluate or save the model.
+
+`--coordinate-check plot.png` measures the change of the activations instead of the speed.
 """
 
 import itertools
@@ -20,15 +22,16 @@ from pathlib import Path
 from pydantic import Field
 
 from ..data import dataset, run_data
-from ..distributed.launcher import check_launch, is_main
+from ..distributed.launcher import check_launch, is_main, world_size
 from ..models.shape import model_shape
 from ..optim import learning_rate
+from ..planning import coordinate_check
 from ..planning.hardware import device_name
 from ..recipe import FIELDS, SECTIONS, load_recipe
 from ..training import Setup, accelerator_for, check_optimizer
 from ..utils import cli
-from ..utils.fields import Int, Section, Words, nearest, raise_problems
-from ..utils.text import printable
+from ..utils.fields import Int, Ints, Section, Words, nearest, raise_problems, show_value
+from ..utils.text import counted, printable
 
 # axis -> [(name of the variant, changed settings)]; variants_of computes the variants of batch_size
 AXES = {
@@ -48,13 +51,24 @@ class BenchOptions(Section):
     warmup: Int = Field(3, ge=1, description="number of warm-up steps before the measured steps")
     compare: Words = Field([], description=f"settings to vary: {', '.join(AXES)}; all combinations are measured")
     profile: str | None = Field(None, description="write a trace of two steps to this file; open it in ui.perfetto.dev")
+    coordinate_check: str | None = Field(
+        None,
+        description="measure not the speed, but how much the activations change in the first steps at several widths, "
+        "with and without mup_base_width, and write a plot to this file",
+    )
+    widths: Ints = Field(
+        [],
+        description="for coordinate_check: values of n_embd; n_head, n_kv_head and n_inner are in proportion. Default: "
+        "1, 2, 4 and 8 times the smallest possible width of at least 64",
+    )
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
 def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
-            "nanogpt-accel bench RECIPE [steps=10] [--compare AXIS,...] [--profile FILE] [--json] [key=value ...]",
+            "nanogpt-accel bench RECIPE [steps=10] [--compare AXIS,...] [--profile FILE] [--coordinate-check FILE] "
+            "[--json] [key=value ...]",
             "Measure a recipe's training speed on this machine: time per part of a step, tokens/s, MFU, peak memory.",
             {"options": BenchOptions, **SECTIONS},
         )
@@ -64,13 +78,18 @@ def main(argv):
     for axis in options.compare:
         if axis not in AXES:
             problems.append(f"compare={axis}: unknown axis{nearest(axis, AXES)}; choose from {', '.join(AXES)}")
-    if options.profile and not Path(options.profile).absolute().parent.is_dir():
-        problems.append(f"profile={options.profile}: no such folder; create it, or set profile to another path")
+    for key in ("profile", "coordinate_check"):
+        file = getattr(options, key)
+        if file and not Path(file).absolute().parent.is_dir():
+            problems.append(f"{key}={file}: no such folder; create it, or set {key} to another path")
     raise_problems(problems)
+    measure, describe = (check_coordinates, report_coordinates) if options.coordinate_check else (bench, report)
     recipe = load_recipe(target, overrides, check=check)
-    figures = bench(recipe, options)
+    figures = measure(recipe, options)
     if is_main():
-        text = json.dumps({"recipe": target, **figures}) if options.json_output else "\n".join(report(target, figures))
+        text = (
+            json.dumps({"recipe": target, **figures}) if options.json_output else "\n".join(describe(target, figures))
+        )
         print(printable(text))
 
 
@@ -126,7 +145,8 @@ def find_config(recipe, vocab_size):
     """Return the GPTConfig of the recipe's model, without loading pretrained weights."""
     from ..model import GPTConfig
 
-    return GPTConfig(**model_shape(recipe, vocab_size), dropout=recipe.model.dropout)
+    others = {key: getattr(recipe.model, key) for key in ("dropout", "initializer_range", "zero_init")}
+    return GPTConfig(**model_shape(recipe, vocab_size), **others)
 
 
 def bench(recipe, options):
@@ -348,3 +368,82 @@ def report(target, figures):
         )
     if figures["profile"]:
         yield f"\n{figures['profile']}: open it at ui.perfetto.dev"
+
+
+# ---- the coordinate check
+
+
+def smallest_width(model):
+    """Return the smallest n_embd at which n_head, n_kv_head and n_inner have the same proportions to it, as integers.
+
+    model: the model section of a recipe.
+    """
+    return model.n_embd // math.gcd(model.n_embd, model.n_head, model.n_kv_head or 0, model.n_inner or 0)
+
+
+def at_width(recipe, width):
+    """Return the recipe with n_embd=width, a multiple of smallest_width, and the same head_dim."""
+    sizes = {key: getattr(recipe.model, key) for key in ("n_head", "n_kv_head", "n_inner")}
+    sizes = {key: size and size * width // recipe.model.n_embd for key, size in sizes.items()}
+    return recipe.replace(**sizes, n_embd=width, head_dim=recipe.shape["head_dim"])
+
+
+def check_coordinates(recipe, options):
+    """Train the recipe's model for a few steps at several widths, with and without mup_base_width, and write a plot of
+    the activations and of their changes. Return the results as a dictionary.
+
+    Raises:
+        ValueError: a setting is not supported.
+    """
+    model, smallest = recipe.model, smallest_width(recipe.model)
+    first = smallest * math.ceil(64 / smallest)
+    widths = sorted(set(options.widths)) or [first, 2 * first, 4 * first, 8 * first]
+    problems = []
+    if len(widths) < 2 or any(width < 1 or width % smallest for width in widths):
+        fix = f"give at least two multiples of {smallest}, the smallest width with the proportions of this model"
+        problems.append(f"widths={show_value(widths)}: {fix}")
+    if not run_data.is_prepared(recipe.data):
+        problem = f"coordinate_check={options.coordinate_check}: the data are not prepared"
+        problems.append(f"{problem}, and from random tokens a model learns nothing; run `nanogpt-accel prepare` first")
+    if model.tie_word_embeddings and not model.norm_weight:
+        problems.append("model.tie_word_embeddings=true: with norm_weight=false, not supported by mup_base_width")
+    if world_size() > 1:
+        problems.append("coordinate_check: only for one process; start it without accelerate launch")
+    raise_problems(problems)
+
+    # in float32, because rounding to bfloat16 also changes activations
+    settings = {"schedule": "constant", "warmup_iters": 0, "mixed_precision": "no", "compile": False}
+    recipe = recipe.replace(init_from="scratch", **settings)
+    tokens, vocab_size, eot_id, source = find_data(recipe)
+    base, results = model.mup_base_width or widths[0], {}
+    for name, base_width in (("standard", None), ("muP", base)):
+        results[name] = {}
+        for width in widths:
+            wide = at_width(recipe, width).replace(mup_base_width=base_width)
+            variant = Variant(wide, find_config(wide, vocab_size), tokens, eot_id, name, {})
+            arguments = variant.setup.raw_model, variant.inputs, variant.step, options.steps
+            results[name][width] = coordinate_check.measure(*arguments)
+    coordinate_check.plot(results, widths, options.coordinate_check)
+    rows = []
+    for name, by_width in results.items():
+        for kind in coordinate_check.KINDS:
+            changes = list(zip(*(by_width[width][kind] for width in widths), strict=True))[1:]
+            slopes = [coordinate_check.slope(widths, sizes) for sizes in changes]
+            rows.append({"name": name, "activations": kind, "changes": changes, "slopes": slopes})
+    options = {"plot": options.coordinate_check, "steps": options.steps, "widths": widths, "mup_base_width": base}
+    return {**options, "data": source, "rows": rows}
+
+
+def report_coordinates(target, figures):
+    """Yield the results of check_coordinates as lines of text. target: path of the recipe."""
+    steps = figures["steps"]
+    yield f"{target}: RMS of the change of the activations after {counted(steps, 'step')}, in float32"
+    yield f"data: {figures['data']}; muP: mup_base_width={figures['mup_base_width']}\n"
+    widths = "".join(f"{f'n_embd {width}':>13}" for width in figures["widths"])
+    yield f"{'':<25}{widths}{'slope':>9}{'after 1 step':>15}"
+    for row in figures["rows"]:
+        changes = "".join(f"{size:>13.3g}" for size in row["changes"][-1])
+        slopes = f"{row['slopes'][-1]:>9.2f}{row['slopes'][0]:>15.2f}"
+        yield f"{row['name']:<9}{row['activations']:<16}{changes}{slopes}"
+    yield "\nslope: 0 if the change is the same at any width, 1 if it is proportional to the width"
+    yield f"plot: {figures['plot']}"

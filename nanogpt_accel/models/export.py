@@ -119,6 +119,7 @@ def export_nanogpt(source, to, keep_padding=False, dtype="float32", report=print
     config, tokenizer = _read_source(source)
     _raise_obstacles(source, "nanoGPT", nanogpt_obstacles(config, tokenizer) or unknown_settings(config))
     model, config = _load_for_file(source, config, tokenizer, keep_padding, report)
+    model.config.mup_base_width = None  # nanoGPT's optimizer has two parameter groups
     _raise_obstacles(source, "nanoGPT", unknown_weights("gpt2", dict(model.named_parameters())))
     meta, notes = Path(to).with_name("meta.pkl"), []
     with _new_file(to) as temporary:
@@ -130,6 +131,8 @@ def export_nanogpt(source, to, keep_padding=False, dtype="float32", report=print
         if tokenizer.kind == "char":
             write_meta(meta, tokenizer)
             notes.append(f"{meta}: copy it to nanoGPT's data/{dataset}/meta.pkl, where sample.py looks for it")
+    if config["mup_base_width"]:
+        notes.append("nanoGPT has no mup_base_width: its train.py uses the same learning rate for all weights")
     if not is_resumable:
         notes.append(
             "nanoGPT's train.py resumes from this file with a new optimizer, because the model has no AdamW state"

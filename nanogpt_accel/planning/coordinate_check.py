@@ -6,6 +6,7 @@ Source: Yang et al. 2022, arXiv 2203.03466, appendix D.1.
 import numpy as np
 
 from ..tracking.metrics_log import new_figure, save_figure
+from ..utils.text import counted
 
 KINDS = ("attention", "MLP", "residual stream", "logits")
 
@@ -19,8 +20,10 @@ def activations(model, inputs):
     def recorder(kind):
         return lambda module, args, output: found[kind].append(output[0] if kind == "attention" else output)
 
-    layers = [(kind, layer) for block in model.transformer.h for kind, layer in zip(KINDS, (block.attn, block.mlp, block))]
-    hooks = [layer.register_forward_hook(recorder(kind)) for kind, layer in [*layers, ("logits", model.lm_head)]]
+    layers = [("logits", model.lm_head)]
+    for block in model.transformer.h:
+        layers += [("attention", block.attn), ("MLP", block.mlp), ("residual stream", block)]
+    hooks = [layer.register_forward_hook(recorder(kind)) for kind, layer in layers]
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -58,26 +61,26 @@ def slope(widths, sizes):
     return float(np.polyfit(np.log(widths), np.log(sizes), 1)[0])
 
 
-def plot(found, widths, path):
-    """Write a plot. found: {name: {width: result of measure}}, with a row of panels for each name."""
-    figure, _ = new_figure()
-    figure.clear()
-    figure.set_size_inches(3.2 * len(KINDS), 3 * len(found))
-    axes = figure.subplots(len(found), len(KINDS), sharex=True, sharey="col", squeeze=False)
-    for (name, by_width), row in zip(found.items(), axes, strict=True):
+def plot(results, widths, path):
+    """Write a plot with a row of panels for each name. results: {name: {width: result of `measure`}}."""
+    figure, axes = new_figure()
+    axes.remove()
+    figure.set_size_inches(3 * len(KINDS), 2.8 * len(results))
+    panels = figure.subplots(len(results), len(KINDS), sharex=True, sharey="col", squeeze=False)
+    for (name, by_width), row in zip(results.items(), panels, strict=True):
         for kind, panel in zip(KINDS, row, strict=True):
-            columns = zip(*(by_width[width][kind] for width in widths), strict=True)
-            for step, sizes in enumerate(columns):
-                label = f"change after {step} step{'s' * (step != 1)}" if step else "initial activations"
-                style = {"color": f"C{step - 1}"} if step else {"color": "black", "linestyle": "dashed"}
-                panel.loglog(widths, sizes, marker="o", markersize=3, label=label, **style)
-            panel.set_title(f"{kind}, {name}")
-            panel.grid(alpha=0.3)
+            start, *changes = zip(*(by_width[width][kind] for width in widths), strict=True)
+            panel.loglog(widths, start, "k--", label="at the start")
+            for step, sizes in enumerate(changes, 1):
+                label = f"change after {counted(step, 'step')}" if step in (1, len(changes)) else None
+                color = (step / len(changes), 0.4, 0.9 - 0.8 * step / len(changes))  # from blue to red
+                panel.loglog(widths, sizes, color=color, marker="o", markersize=3, label=label)
+            panel.set_title(f"{kind}, {name}", fontsize="medium")
             panel.set_xticks(widths, map(str, widths))
             panel.minorticks_off()
+            panel.grid(alpha=0.3)
         row[0].set_ylabel("RMS")
-    for panel in axes[-1]:
+    for panel in panels[-1]:
         panel.set_xlabel("n_embd")
-    axes[0][0].legend(fontsize="small")
-    figure.tight_layout()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save_figure(figure, path)

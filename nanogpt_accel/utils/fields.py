@@ -67,6 +67,7 @@ Int = Annotated[int, BeforeValidator(_integer)]
 Name = Annotated[str, AfterValidator(_usable_name)]  # a path or the name of a file
 Float = Annotated[float, BeforeValidator(_number)]
 Words = Annotated[list[str], BeforeValidator(_split_words)]
+Ints = Annotated[list[Int], BeforeValidator(_split_words)]
 
 
 def how_to_override(values):

@@ -156,9 +156,45 @@ def test_the_shape_of_pretrained_weights_without_loading_them():
     assert math.isclose(config.n_inner, 4096)
 
 
+# ---- the coordinate check
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_changes_of_activations_do_not_depend_on_the_width_with_mup(capfd, algorithm):
+    """Without mup_base_width, a step changes each weight by the same amount at any width, so the change of an output
+    grows with the number of its inputs. With Muon, this is true for the head; the blocks start with larger outputs."""
+    assert main(["prepare", "tiny.yaml"]) == 0
+    capfd.readouterr()
+    words = ["widths=64,128,256", "learning_rate=2e-3", "muon_learning_rate=0.01", "dropout=0"]
+    words += [f"algorithm={algorithm}", f"tie_word_embeddings={algorithm == 'adamw'}"]
+    found = measured("--coordinate-check", "widths.png", *words, capfd=capfd)
+    assert Path("widths.png").read_bytes().startswith(b"\x89PNG")
+    slopes = {(row["name"], row["activations"]): row["slopes"][-1] for row in found["rows"]}
+    assert len(slopes) == 8
+    for (name, activations), slope in slopes.items():
+        assert abs(slope) < 0.3 if name == "muP" else slope > 0.3, (name, activations, slope)
+
+
+def test_the_coordinate_check_keeps_the_proportions_of_the_model():
+    recipe = load_recipe(None, {"n_embd": "192", "n_head": "12", "n_kv_head": "4", "n_inner": "288"})
+    assert bench.smallest_width(recipe.model) == 48
+    for width, sizes in ((48, (3, 1, 72)), (384, (24, 8, 576))):
+        wide = bench.at_width(recipe, width)
+        assert (wide.model.n_head, wide.model.n_kv_head, wide.model.n_inner, wide.shape["head_dim"]) == (*sizes, 16)
+    wide = bench.at_width(load_recipe(None, {}), 128)  # GPT-2: 12 heads of size 64
+    assert (wide.model.n_head, wide.model.n_kv_head, wide.shape["n_inner"], wide.shape["head_dim"]) == (
+        2,
+        None,
+        512,
+        64,
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
+        (["coordinate_check=nowhere/x.png"], ["coordinate_check=nowhere/x.png"]),
+        (["coordinate_check=x.png"], ["coordinate_check=x.png: the data are not prepared", "nanogpt-accel prepare"]),
         (["compare=atention"], ["compare=atention", "did you mean attention"]),
         (["profile=nowhere/trace.json"], ["profile=nowhere/trace.json"]),
         (["steps=0"], ["steps=0"]),
