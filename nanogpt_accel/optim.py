@@ -95,6 +95,7 @@ def parameter_groups(model, weight_decay):
     return [
         {"params": parameters, "weight_decay": weight_decay / scale if has_decay else 0.0, "lr_scale": scale}
         for (has_decay, scale), parameters in groups.items()
+        if parameters
     ]
 
 

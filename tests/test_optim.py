@@ -147,6 +147,13 @@ def test_frozen_parameters_are_in_no_group(model):
     assert not any(p is model.transformer.wpe.weight for p in params)
 
 
+def test_no_group_is_empty():
+    """A checkpoint of an optimizer class is restored on the device of the first parameter of each group."""
+    shape = {"vocab_size": 17, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 32}
+    (group,) = parameter_groups(GPT(GPTConfig(**shape, norm_weight=False)), 0.1)
+    assert group["weight_decay"] == 0.1 and all(p.dim() == 2 for p in group["params"])
+
+
 # ---- learning rates and initial weights at another width (muP)
 
 

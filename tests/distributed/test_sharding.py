@@ -54,6 +54,7 @@ ONE_SHARDING = [
 # attention have fused weights
 MUON = {"n_layer": 1, "n_embd": 36, "n_kv_head": 1, "n_inner": 51, "activation": "swiglu", "qk_norm": True}
 MUON |= {"position": "rotary", "algorithm": "muon", "learning_rate": 1e-2, "muon_weight_decay": 0.1}
+MUON |= {"mup_base_width": 18}
 
 
 def train(kind, processes, run, argv):
@@ -77,7 +78,7 @@ def recipes(tmp_path_factory):
     settings = SMALL | {"bias": True, "learning_rate": 3e-3, "max_iters": STEPS, "eval_interval": SAVE}
     folder = tmp_path_factory.mktemp("sharding")
     return {
-        "adamw": write_recipe(folder, **settings),
+        "adamw": write_recipe(folder, **settings, mup_base_width=16),  # more parameter groups
         "muon": write_recipe(folder, "muon.yaml", **settings | MUON),
         "torch.optim.NAdam": write_recipe(folder, "nadam.yaml", **settings, algorithm="torch.optim.NAdam"),
     }
