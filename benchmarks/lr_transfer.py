@@ -30,46 +30,38 @@ from nanogpt_accel.tracking.metrics_log import new_figure, save_figure
 train = importlib.import_module("nanogpt_accel.train").train  # the package has a function of this name
 
 HEAD_DIM = 32
-RECIPE = {
-    "corpus": "python",
-    "tokenizer": "bpe",
+SETTINGS = {
     "vocab_size": 512,
-    "val_fraction": 0.02,
-    "n_layer": 2,
     "block_size": 64,
+    "n_inner": None,
     "batch_size": 16,
-    "gradient_accumulation_steps": 1,
+    "weight_decay": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.95,
     "eval_first": False,
-    "eval_train": False,
     "eval_iters": 40,
-    "device": "cpu",
+    "sample_tokens": 0,
     "quiet": True,
     "overwrite": True,
 }
 # learning rate of the grid -> settings. With Muon, both of its learning rates change together
 OPTIMIZERS = {
-    "adamw": lambda rate: {"learning_rate": rate, "max_iters": 200},
-    "muon": lambda rate: {
-        "algorithm": "muon",
-        "muon_learning_rate": rate,
-        "learning_rate": rate / 3,
-        "tie_word_embeddings": False,
-        "position": "rotary",
-        "max_iters": 100,
-    },
+    "adamw": lambda rate: {"algorithm": "adamw", "learning_rate": rate},
+    "muon": lambda rate: {"algorithm": "muon", "muon_learning_rate": rate, "learning_rate": rate / 3},
 }
-GRIDS = {"adamw": range(-11, -4), "muon": range(-8, -2)}  # powers of two
+STEPS = {"adamw": 150, "muon": 100}
+GRIDS = {"adamw": range(-9, -3), "muon": range(-6, -1)}  # powers of two
 
 
 def run(optimizer, width, base, rate, seed, options, folder):
     """Train once and return the validation loss."""
-    settings = RECIPE | OPTIMIZERS[optimizer](2.0**rate) | options
-    steps = int(settings["max_iters"])
-    settings |= {"warmup_iters": steps // 10, "eval_interval": steps, "log_interval": steps // 4}
+    settings = SETTINGS | OPTIMIZERS[optimizer](2.0**rate) | options
+    steps = int(settings.setdefault("max_iters", STEPS[optimizer]))
+    settings |= {"eval_interval": steps, "log_interval": steps}
     settings |= {"n_embd": width, "n_head": width // HEAD_DIM, "mup_base_width": base, "seed": seed}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            history = train("gpt2", **settings, data_dir=f"{folder}/data", out_dir=f"{folder}/run")[1]
+            history = train("quickstart", **settings, data_dir=f"{folder}/data", out_dir=f"{folder}/run")[1]
     except FloatingPointError:
         return math.inf
     return history.evaluations[-1]["val_loss"]
