@@ -1,14 +1,14 @@
 """Find the best learning rate at several widths, with the standard parametrization and with mup_base_width (muP).
 
-    python benchmarks/lr_transfer.py RESULTS [optimizers=adamw,muon] [widths=64,128,256] [seeds=2] [key=value ...]
+    python benchmarks/lr_transfer.py RESULTS [optimizers=adamw,muon] [widths=64,128,256] [seeds=3] [key=value ...]
     python benchmarks/lr_transfer.py RESULTS PLOT.png
 
 The first form trains each width with each learning rate of a factor-two grid, with one thread. Each run appends a line
 of JSON to the file RESULTS; runs that the file has already are skipped. The second form prints a table of RESULTS and
 writes a plot. The corpus is Python's standard library. Losses are over the same batches of the validation split.
 
-The first width is the mup_base_width, at which both parametrizations are the same. AdamW trains nanoGPT's architecture,
-Muon the same with a separate output head and rotary positions. Other options are settings of the recipe.
+The model is that of quickstart.yaml, with n_inner = 4 * n_embd. The first width is the mup_base_width, at which both
+parametrizations are the same. Other options, such as max_iters=300, are settings of the recipe.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def run(optimizer, width, base, rate, seed, options, folder):
     return history.evaluations[-1]["val_loss"]
 
 
-def measure(results, optimizers="adamw,muon", widths="64,128,256", seeds=2, **options):
+def measure(results, optimizers="adamw,muon", widths="64,128,256", seeds=3, **options):
     """Train the runs that are missing in the file `results`."""
     widths, is_done = [int(width) for width in widths.split(",")], {key_of(line) for line in read(results)}
     with tempfile.TemporaryDirectory() as folder:

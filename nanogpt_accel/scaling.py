@@ -123,7 +123,7 @@ def learning_rates(reference, recipe, given):
 
     For the width, nanochat uses n_embd^-0.5. If mup_base_width is set, muP scales each kind of weight instead.
     """
-    old, exponent = reference.optimizer, recipe.scaling.width_exponent
+    old, exponent = reference.optimizer, 0 if recipe.model.mup_base_width else recipe.scaling.width_exponent
     by_batch = math.sqrt(recipe.tokens_per_step / reference.tokens_per_step)
     by_width = (recipe.model.n_embd / reference.model.n_embd) ** exponent
     rule = f"* (tokens per step / {reference.tokens_per_step:,})^0.5"

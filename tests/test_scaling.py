@@ -75,6 +75,12 @@ def test_every_setting_that_depends_on_the_size_is_scaled(load):
     assert all(line.endswith(")") and "(" in line for line in recipe.derived)
 
 
+def test_mup_replaces_the_rule_for_the_width(load):
+    plain, scaled = load(depth="4"), load(depth="4", mup_base_width="64")
+    assert scaled.optimizer.learning_rate == pytest.approx(plain.optimizer.learning_rate * (128 / 64) ** 0.5, rel=1e-5)
+    assert scaled.optimizer.muon_learning_rate == plain.optimizer.muon_learning_rate
+
+
 def test_a_smaller_batch_has_fewer_micro_batches_and_then_fewer_sequences(load):
     train = load(depth="1", batch_exponent="1").train  # an eighth of the tokens, so an eighth of the batch if possible
     assert (train.batch_size, train.gradient_accumulation_steps) == (3, 1)

@@ -121,6 +121,7 @@ RUN_ELSEWHERE = {
     "sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_slurm_job_is_requeued_and_resumes_exactly",  # noqa: E501
     "CONFIG=configs/fsdp2.yaml sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_slurm_job_is_requeued_and_resumes_exactly",  # noqa: E501
     "nanogpt-accel plan recipes": "commands/test_plan.py::test_the_table_of_the_page_matches_plan",  # noqa: E501
+    "nanogpt-accel bench RECIPE --coordinate-check": "commands/test_bench.py::test_changes_of_activations_do_not_depend_on_the_width_with_mup",  # noqa: E501
     "nanogpt-accel train RECIPE algorithm=torch.optim.Adafactor": "checkpoint/test_resume.py::test_the_state_of_an_optimizer_by_name_is_restored_exactly",  # noqa: E501
     "nanogpt-accel COMMAND --help": "utils/test_cli.py::test_help_shows_every_key",
     "nanogpt-accel train --help": "utils/test_cli.py::test_help_shows_every_key",
@@ -281,6 +282,7 @@ def check(workplace, monkeypatch):
     for target in (
         "train.run_training",
         "commands.bench.bench",
+        "commands.bench.check_coordinates",
         "commands.evaluate.evaluate",
         "commands.evaluate.evaluate_tasks",
         "commands.recipes.copy",
