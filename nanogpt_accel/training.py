@@ -754,10 +754,10 @@ def describe_run(setup, data, first_step, console):
             console.say(f"time: {duration(seconds)} at an MFU of 40%; a measured estimate follows after a few steps")
     config = setup.raw_model.config
     if (m := config.width_multiplier) != 1:
-        sizes = ", ".join(f"{key}={getattr(config, key) / m:g}" for key in ("n_head", "n_kv_head", "n_inner"))
+        sizes = f"n_head={config.n_head / m:g}, n_inner={config.n_inner / m:g}"
         console.say(
-            f"muP: n_embd is {m:g} times mup_base_width={config.mup_base_width}; the learning rates must be those of a "
-            f"model with head_dim={config.head_dim}, {sizes} at that width"
+            f"muP: n_embd is {m:g} times mup_base_width={config.mup_base_width}; the learning rates should be those of "
+            f"a model with that width, {sizes} and head_dim={config.head_dim}"
         )
     details = [
         f"device: {device_name(device)}",

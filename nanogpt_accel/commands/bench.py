@@ -78,6 +78,10 @@ def main(argv):
     for axis in options.compare:
         if axis not in AXES:
             problems.append(f"compare={axis}: unknown axis{nearest(axis, AXES)}; choose from {', '.join(AXES)}")
+    if options.coordinate_check and (options.compare or options.profile):
+        problems.append("coordinate_check: not together with compare or profile; run `bench` twice")
+    if options.widths and not options.coordinate_check:
+        problems.append(f"widths={show_value(options.widths)}: only for coordinate_check; to set one width, use n_embd")
     for key in ("profile", "coordinate_check"):
         file = getattr(options, key)
         if file and not Path(file).absolute().parent.is_dir():
@@ -87,10 +91,8 @@ def main(argv):
     recipe = load_recipe(target, overrides, check=check)
     figures = measure(recipe, options)
     if is_main():
-        text = (
-            json.dumps({"recipe": target, **figures}) if options.json_output else "\n".join(describe(target, figures))
-        )
-        print(printable(text))
+        lines = [json.dumps({"recipe": target, **figures})] if options.json_output else describe(target, figures)
+        print(printable("\n".join(lines)))
 
 
 def check(recipe):

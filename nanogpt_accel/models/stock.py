@@ -19,9 +19,8 @@ DEFAULTS = Model().model_dump(
 _CONVERTED = {
     *("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner", "bias"),
     *("norm", "norm_weight", "norm_eps", "embd_norm", "qk_norm", "position", "rope_theta", "activation"),
-    *("logit_softcap", "tie_word_embeddings", "dropout", "initializer_range", "zero_init", "use_cache"),
-    "mup_base_width",
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("logit_softcap", "tie_word_embeddings", "dropout", "initializer_range", "zero_init", "mup_base_width"),
+    *("use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
 }
 # name of an activation in transformers -> name in GPTConfig
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "relu2": "relu2"}
