@@ -19,6 +19,7 @@ import math
 import statistics
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -92,64 +93,61 @@ def key_of(line):
     return tuple(line[key] for key in ("optimizer", "mup", "width", "rate", "seed"))
 
 
-def curve(lines, optimizer, is_mup, width):
-    """Return {rate: mean loss over the seeds}. At the smallest width, both parametrizations have the same runs."""
-    is_mup = is_mup and width != min(line["width"] for line in lines)
-    found = {}
-    for line in lines:
-        if (line["optimizer"], line["mup"], line["width"]) == (optimizer, is_mup, width):
-            found.setdefault(line["rate"], []).append(line["val_loss"])
-    return {rate: statistics.mean(losses) for rate, losses in sorted(found.items())}
-
-
-def best_rate(losses):
-    """Return (best power of two, minimum of the parabola through the best one and its neighbours)."""
-    best = min(losses, key=losses.get)
-    if {best - 1, best + 1} <= losses.keys():
-        left, middle, right = (losses[best + i] for i in (-1, 0, 1))
-        return best, best + 0.5 * (left - right) / (left - 2 * middle + right)
-    return best, math.nan
+def curves_of(lines, is_mup):
+    """Return {width: {rate: mean loss}}. At the first width, both parametrizations have the same runs."""
+    widths, found = sorted({line["width"] for line in lines}), {}
+    for width in widths:
+        of_width = [line for line in lines if line["width"] == width and line["mup"] == (is_mup and width != widths[0])]
+        rates = sorted({line["rate"] for line in of_width})
+        found[width] = {
+            rate: statistics.mean(line["val_loss"] for line in of_width if line["rate"] == rate) for rate in rates
+        }
+    return found
 
 
 def report(results, image):
-    lines = read(results)
-    optimizers = list(dict.fromkeys(line["optimizer"] for line in lines))
-    widths = sorted({line["width"] for line in lines})
-    figure, _ = new_figure()
-    figure.clear()
-    figure.set_size_inches(10, 4 * len(optimizers))
-    panels, rows = figure.subplots(len(optimizers), 2, sharey="row", squeeze=False), []
-    for optimizer, panel_row in zip(optimizers, panels, strict=True):
+    by_optimizer, rows = {}, []
+    for line in read(results):
+        by_optimizer.setdefault(line["optimizer"], []).append(line)
+    figure, axes = new_figure()
+    axes.remove()
+    figure.set_size_inches(10, 4 * len(by_optimizer))
+    panels = figure.subplots(len(by_optimizer), 2, sharey="row", squeeze=False)
+    for (optimizer, lines), panel_row in zip(by_optimizer.items(), panels, strict=True):
+        counts = Counter(line["seed"] for line in lines)
+        seeds = [seed for seed, n in counts.items() if n == max(counts.values())]  # without incomplete ones
+        lines = [line for line in lines if line["seed"] in seeds]
         for is_mup, panel in zip((False, True), panel_row, strict=True):
-            curves = {width: curve(lines, optimizer, is_mup, width) for width in widths}
-            base, base_minimum = best_rate(curves[widths[0]])
+            name, curves = "muP" if is_mup else "standard", curves_of(lines, is_mup)
+            best_rates = {width: min(losses, key=losses.get) for width, losses in curves.items()}
+            base = next(iter(best_rates.values()))
             for width, losses in curves.items():
-                best, minimum = best_rate(losses)
+                best = best_rates[width]
                 rows.append(
                     {
                         "optimizer": optimizer,
-                        "parametrization": "muP" if is_mup else "standard",
+                        "seeds": len(seeds),
+                        "parametrization": name,
                         "n_embd": width,
                         "best rate": f"2^{best}",
-                        "drift in steps": best - base,
-                        "of the minimum": f"{minimum - base_minimum:.2f}",
+                        "drift, steps of the grid": best - base,
                         "val loss": losses[best],
                         "with the best rate of the first width": losses[base],
                     }
                 )
-                rates = 2.0 ** np.array(list(losses))
-                (drawn,) = panel.plot(rates, list(losses.values()), marker="o", label=f"n_embd {width}")
+                label, rates = f"n_embd {width}", 2.0 ** np.array(list(losses))
+                (drawn,) = panel.plot(rates, list(losses.values()), marker="o", label=label)
                 panel.plot(2.0**best, losses[best], marker="*", markersize=15, color=drawn.get_color())
             panel.set_xscale("log", base=2)
-            panel.set_title(f"{optimizer}, {'muP' if is_mup else 'standard'}")
+            panel.set_title(f"{optimizer}, {name} (stars: best learning rate of the grid)", fontsize="medium")
             panel.set_xlabel("muon_learning_rate" if optimizer == "muon" else "learning_rate")
             panel.grid(alpha=0.3)
-            lowest = min(min(losses.values()) for losses in curves.values())
-            panel.set_ylim(lowest - 0.05, lowest + 1.2)
+        lowest = min(line["val_loss"] for line in lines)
+        panel_row[0].set_ylim(lowest - 0.05, lowest + 1)
         panel_row[0].set_ylabel("validation loss (nats per token)")
         panel_row[0].legend()
     save_figure(figure, image)
-    show(f"mean of {len({line['seed'] for line in lines})} seeds", rows)
+    show("losses are means over the seeds", rows)
 
 
 if __name__ == "__main__":
