@@ -1,6 +1,6 @@
 """Find the best learning rate at several widths, with the standard parametrization and with mup_base_width (muP).
 
-    python benchmarks/lr_transfer.py RESULTS [optimizers=adamw,muon] [widths=64,128,256] [seeds=3] [key=value ...]
+    python benchmarks/lr_transfer.py RESULTS [optimizers=adamw,muon] [widths=64,256] [seeds=2] [key=value ...]
     python benchmarks/lr_transfer.py RESULTS PLOT.png
 
 The first form trains each width with each learning rate of a factor-two grid, with one thread. Each run appends a line
@@ -68,7 +68,7 @@ def run(optimizer, width, base, rate, seed, options, folder):
     return history.evaluations[-1]["val_loss"]
 
 
-def measure(results, optimizers="adamw,muon", widths="64,128,256", seeds=3, **options):
+def measure(results, optimizers="adamw,muon", widths="64,256", seeds=2, **options):
     """Train the runs that are missing in the file `results`."""
     widths, is_done = [int(width) for width in widths.split(",")], {key_of(line) for line in read(results)}
     with tempfile.TemporaryDirectory() as folder:
