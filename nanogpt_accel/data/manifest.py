@@ -111,7 +111,7 @@ def _describe(folder):
         return "a run folder, not a data folder; use " + (
             f"its data_dir {data}" if data else "data_dir of its run.yaml"
         )
-    if (folder / ".partial").is_dir():
+    if (folder / ".partial").is_dir() or (folder / ".parts").is_dir():
         return "its preparation was interrupted or is still running; run prepare to resume it"
     inner = sorted(path.name for path in folder.iterdir() if is_data_folder(path)) if folder.is_dir() else []
     if inner:

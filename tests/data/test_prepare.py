@@ -469,7 +469,7 @@ def replace(source, target):
         moves -= 1
     real(source, target)
 os.replace = replace
-prepare.prepare(SECTIONS["data"](**given), lambda line: print(line, flush=True), workers=2)
+prepare.prepare(SECTIONS["data"](**given), lambda line: print(line, flush=True), threads=2)
 """
 
 
