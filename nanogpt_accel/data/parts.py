@@ -112,7 +112,7 @@ class Parts:
             path, ends = self._path(part, ".ids"), sizes[:, 0].cumsum()
             if path.stat().st_size != ends[-1] * np.dtype(dtype).itemsize:
                 raise ValueError(f"{path}: was changed; delete {self.folder}, and start all workers again")
-            ids = np.memmap(path, dtype, "r")
+            ids = np.asarray(np.memmap(path, dtype, "r"))  # slices of a memmap object are slow
             for end, size in zip(ends[skipped:].tolist(), sizes[skipped:], strict=True):
                 yield ids[end - int(size[0]) : end], size
 

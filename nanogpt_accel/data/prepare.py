@@ -13,7 +13,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -417,11 +417,17 @@ def _open_writer(folder, dtype, facts, shard_tokens, report):
     """Wait for other processes, then return a Writer, or nullcontext() if one of them has prepared the folder."""
     while not is_data_folder(folder):
         _wait_for_others(folder, report)
-        with suppress(BlockingIOError):
+        try:
             writer = Writer(folder, dtype, facts, shard_tokens)
-            if writer.position:
-                report(f"{folder}: resuming an interrupted preparation")
-            return writer
+        except BlockingIOError:
+            continue
+        except ValueError:
+            if not is_data_folder(folder):
+                raise
+            break  # another process has completed it since the last check
+        if writer.position:
+            report(f"{folder}: resuming an interrupted preparation")
+        return writer
     return nullcontext()
 
 

@@ -1,5 +1,6 @@
 """parts.py and prepare_parts: several workers write the same bytes as one process."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -14,7 +15,9 @@ import pytest
 from data_files import DOCS, ENV, content, documents, error_line, expect, jsonl, lines, prepared, section, table
 
 from nanogpt_accel.__main__ import main
-from nanogpt_accel.data import encoding, local_files, parts, prepare, token_files
+from nanogpt_accel.commands import prepare as command
+from nanogpt_accel.data import dataset, encoding, local_files, parts, prepare, token_files
+from nanogpt_accel.data.corpus import Corpus
 from nanogpt_accel.data.prepare import prepare_parts
 
 
@@ -109,6 +112,27 @@ def test_a_bpe_is_trained_once(monkeypatch):
     monkeypatch.setattr(prepare, "_make_tokenizer", lambda *args: made.append(1) or real(*args))
     work_as(section(corpus="c", tokenizer="bpe", vocab_size=300), (1, 2, 0))
     assert made == [1]
+
+
+def test_all_workers_read_the_same_commit_of_a_hub_dataset(monkeypatch):
+    commits = iter("ab")
+    source = {"kind": "hub", "name": "mine"}
+
+    def pin(commit):
+        return dataclasses.replace(found, source=source | {"commit": commit or next(commits)})
+
+    def read_parts(split):
+        return [lambda bad, start=start: iter(DOCS[start : start + 60]) for start in range(0, 200, 60)]
+
+    found = Corpus("mine", source, False, lambda split, bad: iter(DOCS), parts=read_parts, pin=pin)
+    monkeypatch.setattr(dataset, "find_corpus", lambda spec, **options: found)
+    data = section(corpus="mine")
+    work_as(data, (1, 2, 0))
+    assert json.loads(Path("out/manifest.json").read_text())["corpus"]["commit"] == "a"
+    assert next(commits) == "b"
+    commits = iter("a")
+    prepared(corpus="mine", data_dir="one")
+    assert content("out") == content("one")
 
 
 # ---- interruptions
@@ -283,36 +307,51 @@ def test_a_bad_document_stops_its_worker_only(refused, monkeypatch):
 
 # ---- the command
 
+MIX = "mix=[{corpus: c, weight: 1}, {corpus: d, weight: 1}]"
+
 
 def test_the_command_divides_the_work(capsys):
     corpus()
-    assert main(["prepare", "r.yaml", "data_dir=one"]) == 0
+    prepared(corpus="c", data_dir="one")
     outputs = []
     for worker in (0, 2, 1):
         assert main(["prepare", "r.yaml", f"worker={worker}", "workers=3"]) == 0
         outputs.append(capsys.readouterr().out)
-    assert "tokenizer: " not in outputs[1] and outputs[2].endswith("tokenizer: char, vocabulary size 58\n")
+    assert ["\ntokenizer: char, vocabulary size " in text for text in outputs] == [False, False, True]
     assert content("out") == content("one")
     assert main(["prepare", "r.yaml", "worker=1", "workers=3"]) == 0
     assert capsys.readouterr().out.startswith("out: already prepared\n")
 
 
 @pytest.mark.parametrize(
-    ("words", "variables", "expected"),
+    ("words", "ranks", "expected"),
     [
-        (["worker=3", "workers=3"], {}, "worker=3: must be below workers=3"),
-        (["worker=1"], {}, "worker=1: must be below workers=1"),
-        (["workers=0"], {}, "workers=0: must be greater than or equal to 1"),
-        (["workers=2"], {"WORLD_SIZE": "2"}, "workers=2: not supported with accelerate launch or torchrun"),
-        (["workers=2", "mix=[{corpus: c}, {corpus: d}]"], {}, "several sources need the tokenizer=char of the first"),
+        (["worker=3", "workers=3"], 1, "worker=3: must be below workers=3"),
+        (["worker=1"], 1, "worker=1: must be below workers=1"),
+        (["workers=0"], 1, "workers=0: must be greater than or equal to 1"),
+        (["workers=2"], 2, "workers=2: not supported with accelerate launch or torchrun"),
+        (["workers=2", MIX], 1, "workers=2: not supported if several sources need the tokenizer=char of the first"),
     ],
 )
-def test_each_mistake_is_one_line(capsys, monkeypatch, words, variables, expected):
+def test_each_mistake_is_one_line(capsys, monkeypatch, words, ranks, expected):
     corpus()
     shutil.copytree("c", "d")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    Path("r.yaml").write_text("data: {tokenizer: char}\n")
+    monkeypatch.setattr(command, "world_size", lambda: ranks)
     expect(error_line(capsys, *words), expected)
+
+
+def test_each_source_of_a_mix_is_divided(monkeypatch):
+    corpus()
+    shutil.copytree("c", "d")
+    made = prepared(corpus="c", data_dir="made")[0].folder
+    Path("r.yaml").write_text(f"data: {{tokenizer: {made}, val_fraction: 0.2}}\n")
+    for folder, workers in (("one", [[]]), ("two", [["worker=1", "workers=2"], ["worker=0", "workers=2"]])):
+        Path(folder).mkdir()
+        sources = [f"{{corpus: {name}, weight: 1, data_dir: {folder}/{name}}}" for name in ("c", "d")]
+        for words in workers:
+            assert main(["prepare", "r.yaml", f"mix=[{', '.join(sources)}]", *words]) == 0
+    assert content("one") == content("two") and "d/train.bin" in content("two")
 
 
 # ---- real processes
