@@ -1,34 +1,37 @@
 """The parts of a corpus that several workers tokenize. Workers are processes on any number of machines with a shared
 disk. See prepare.prepare_parts.
 
-FOLDER/.parts has a subfolder per corpus and settings, with two files per part. NAME.ids contains the ids of all
+FOLDER/.token_parts has a subfolder per corpus and settings, with two files per part. NAME.ids contains the ids of all
 documents, not divided into train and val yet. NAME.npy contains their sizes (see encoding.py) and is written last.
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from .. import __version__
 from ..utils import locking
 from ..utils.files import atomic_path, write_atomically
 from ..utils.text import counted
 from .token_files import disk_errors, lock_subfolder
 from .tokenizer import Tokenizer
 
-PARTS, FACTS = ".parts", "facts.json"
+PARTS, FACTS = ".token_parts", "facts.json"
 
 
 class Parts:
     """The parts of a corpus in a data folder. facts: the result of dataset.facts_of."""
 
     def __init__(self, folder, corpus, facts):
-        self._corpus, self._facts = corpus, json.dumps(facts, sort_keys=True)
+        # another version may divide a corpus in another way
+        self._corpus, self._facts = corpus, json.dumps(facts | {"version": __version__}, sort_keys=True)
         self.folder = Path(folder) / PARTS / hashlib.sha256(self._facts.encode()).hexdigest()[:16]
 
     @cached_property
@@ -86,16 +89,25 @@ class Parts:
         name = f"worker-{worker}-of-{workers}"
         return self.folder / f"{name}.lock", self.folder / f"{name}.json"
 
-    def write(self, part, chunks):
-        """Write the chunks of encoding.tokenize as a part."""
-        all_sizes = [np.empty((0, 4), np.int64)]
+    def write(self, parts, chunks):
+        """Write several parts. chunks: the result of encoding.tokenize with the parts in the place of the splits."""
+        groups = itertools.groupby(itertools.chain.from_iterable(chunks), key=lambda run: run[0])
+        found, runs = next(groups, (None, ()))
         with disk_errors(self.folder.parents[1]):
-            with atomic_path(self._path(part, ".ids")) as temporary, open(temporary, "wb") as file:
-                for _, ids, sizes in (run for runs in chunks for run in runs):
-                    file.write(ids)
-                    all_sizes.append(sizes)
-            with atomic_path(self._path(part, ".npy")) as temporary, open(temporary, "wb") as file:
-                np.save(file, np.concatenate(all_sizes))
+            for part in parts:
+                is_found = part == found  # otherwise, the part has no documents
+                self._write(part, runs if is_found else ())
+                if is_found:
+                    found, runs = next(groups, (None, ()))
+
+    def _write(self, part, runs):
+        all_sizes = [np.empty((0, 4), np.int64)]
+        with atomic_path(self._path(part, ".ids")) as temporary, open(temporary, "wb") as file:
+            for _, ids, sizes in runs:
+                file.write(ids)
+                all_sizes.append(sizes)
+        with atomic_path(self._path(part, ".npy")) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.concatenate(all_sizes))
 
     def documents(self, split, done, dtype):
         """Yield (ids, sizes) of each document of a split, except for the first `done` documents.
@@ -146,10 +158,12 @@ def locked(folder, report):
 
 def earlier_facts(folder):
     """Return the facts of all parts in a data folder."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob(f"{PARTS}/*/{FACTS}")]
+    found = []
+    for path in Path(folder).glob(f"{PARTS}/*/{FACTS}"):
+        with suppress(OSError, ValueError, TypeError):
+            found.append(dict(json.loads(path.read_text(encoding="utf-8"))))
+    return found
 
 
 def delete_parts(folder):
-    root = Path(folder) / PARTS
-    if not root.is_symlink() and any(root.glob(f"*/{FACTS}")):
-        shutil.rmtree(root, ignore_errors=True)
+    shutil.rmtree(Path(folder) / PARTS, ignore_errors=True)  # does not follow a link

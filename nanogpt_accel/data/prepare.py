@@ -71,6 +71,7 @@ def prepare(data, report=print, threads=None):
     folder = data_folder(data)
     if is_data_folder(folder):
         _warn_about_sizes(folder, report)
+        delete_parts(folder)
         return folder
     try:
         _prepare(folder, data, report, threads)
@@ -162,8 +163,13 @@ def prepare_parts(data, worker, workers, report=print, threads=None):
             if not parts.is_set_up:
                 parts.set_up(_make_tokenizer(data, corpus, report) if data.tokenizer in MADE else None)
         tokenizer = _open_tokenizer(corpus, data, parts, report)
-        with parts.lock(worker, workers), _unknown_characters(data):
-            _write_parts(parts, worker, workers, corpus, data, tokenizer, report, threads)
+        try:
+            with parts.lock(worker, workers), _unknown_characters(data):
+                _write_parts(parts, worker, workers, corpus, data, tokenizer, report, threads)
+        except OSError:
+            if not is_data_folder(folder):
+                raise
+            return True  # another process has completed the folder, and deleted the parts
     deadline = time.monotonic() + FOLDER_CACHE_S
     while parts.missing() and not is_data_folder(folder):
         if time.monotonic() > deadline:
@@ -181,6 +187,13 @@ def _write_parts(parts, worker, workers, corpus, data, tokenizer, report, thread
     own, missing = parts.all[worker::workers], set(parts.missing())
     left = [part for part in own if part in missing]
     bad, totals = _BadDocuments(0, report), np.zeros(4, np.int64)  # totals: documents, and three columns of the sizes
+    current = None  # the part that is being read
+
+    def documents():
+        nonlocal current
+        for current in left:
+            split, number = current
+            yield from corpus.documents(split, bad if data.skip_bad_documents else None, number)
 
     def watch(chunks):
         for runs in chunks:
@@ -190,11 +203,11 @@ def _write_parts(parts, worker, workers, corpus, data, tokenizer, report, thread
             progress(documents=int(totals[0]), bytes=int(totals[2]), tokens=int(totals[1]))
 
     try:
-        with TextProgress(f"worker {worker}", None, report) as progress:
-            for split, number in left:
-                documents = corpus.documents(split, bad if data.skip_bad_documents else None, number)
-                with closing(tokenize(documents, 0, lambda _: "", tokenizer, threads)) as chunks:
-                    parts.write((split, number), watch(chunks))
+        with (
+            closing(tokenize(documents(), 0, lambda _: current, tokenizer, threads)) as chunks,
+            TextProgress(f"worker {worker}", None, report) as progress,
+        ):
+            parts.write(left, watch(chunks))
     except (KeyboardInterrupt, SystemExit):
         kept = len(set(own).difference(parts.missing()))
         report(f"worker {worker}: interrupted; {kept} of {len(own)} parts kept; run the same command to resume")

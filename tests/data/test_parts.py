@@ -87,7 +87,7 @@ def test_small_files_are_grouped(monkeypatch):
     prepared(corpus="c", data_dir="one")
     data = section(corpus="c")
     assert not prepare_parts(data, 0, 2)
-    written = sorted(path.stem for path in Path("out/.parts").glob("*/*.npy"))
+    written = sorted(path.stem for path in Path("out/.token_parts").glob("*/*.npy"))
     assert written[:2] == ["train-00000", "train-00002"] and 3 <= len(written) <= 5
     work_as(data, (0, 1), workers=2)
     assert content("out") == content("one")
@@ -193,12 +193,21 @@ def test_a_split_that_must_be_cut_after_all(monkeypatch):
     assert content("out") == content("one")
 
 
-def test_a_folder_that_one_process_completes_in_the_meantime():
+@pytest.mark.parametrize("place", ["_check_resources", "_open_tokenizer", "tokenize"])
+def test_a_folder_that_another_process_completes_in_the_meantime(monkeypatch, place):
     corpus()
-    data = section(corpus="c")
-    assert not prepare_parts(data, 0, 3)
+    prepared(corpus="c", data_dir="one")
+    real = getattr(prepare, place)
+
+    def after_another(*args, **options):
+        monkeypatch.setattr(prepare, place, real)
+        prepared(corpus="c")
+        return real(*args, **options)
+
+    monkeypatch.setattr(prepare, place, after_another)
+    assert prepare_parts(section(corpus="c"), 1, 3)
     prepared(corpus="c")
-    assert not Path("out/.parts").exists() and prepare_parts(data, 1, 3)
+    assert content("out") == content("one")
 
 
 # ---- workers that do not come, or come twice
@@ -210,7 +219,7 @@ def test_missing_workers_are_named(monkeypatch):
     monkeypatch.setattr(prepare, "FOLDER_CACHE_S", 0)
     assert not prepare_parts(data, 0, 3, said.append)
     assert said[-2].startswith("worker 0: tokenized 3 parts, ")
-    (folder,) = (path.parent for path in Path("out").glob(".parts/*/facts.json"))
+    (folder,) = (path.parent for path in Path("out").glob(".token_parts/*/facts.json"))
     others = "worker 1 (2 parts, not running), worker 2 (2 parts, {})"
     assert f"waited 0 s for {others.format('not running')}; the last worker completes" in said[-1]
     with parts.Parts("out", *facts_of(data)).lock(2, 3):
@@ -230,7 +239,7 @@ def test_workers_wait_for_the_one_that_makes_the_tokenizer(monkeypatch):
     corpus()
     said, seconds = [], []
     Path("out").mkdir()
-    lock = token_files.lock_subfolder("out", ".parts")[1]
+    lock = token_files.lock_subfolder("out", ".token_parts")[1]
     monkeypatch.setattr(time, "sleep", lambda s: seconds.append(s) or (len(seconds) == 5 and lock.release()))
     prepare_parts(section(corpus="c"), 0, 3, said.append)
     assert len(seconds) == 5
@@ -287,8 +296,8 @@ def test_a_link_is_neither_written_nor_deleted(refused):
     Path("elsewhere/abc").mkdir(parents=True)
     Path("elsewhere/abc/facts.json").write_text("{}")
     Path("out").mkdir()
-    Path("out/.parts").symlink_to("../elsewhere")
-    with refused(ValueError, "out/.parts: is a link"):
+    Path("out/.token_parts").symlink_to("../elsewhere")
+    with refused(ValueError, "out/.token_parts: is a link"):
         prepare_parts(section(corpus="c"), 0, 3)
     prepared(corpus="c")
     assert list(content("elsewhere")) == ["abc/facts.json"]
@@ -302,7 +311,7 @@ def test_a_bad_document_stops_its_worker_only(refused, monkeypatch):
     assert not prepare_parts(data, 0, 3) and not prepare_parts(data, 2, 3)
     with refused(ValueError, "corpus=c: c/1.jsonl, line 23", "skip_bad_documents=true"):
         prepare_parts(data, 1, 3)
-    assert len([*Path("out").glob(".parts/*/*.npy")]) == 5 and not [*Path("out").rglob("*.tmp*")]
+    assert len([*Path("out").glob(".token_parts/*/*.npy")]) == 5 and not [*Path("out").rglob("*.tmp*")]
 
 
 # ---- the command
@@ -380,13 +389,13 @@ def test_three_processes_of_which_one_is_killed_and_started_again():
     prepared(corpus="c", shard_tokens=5000, data_dir="one")
     killed, *others = child(1, "slow"), child(0), child(2)
     end = time.monotonic() + 60
-    while not any(Path("out").glob(".parts/*/train-00004.npy")):
+    while not any(Path("out").glob(".token_parts/*/train-00004.npy")):
         assert time.monotonic() < end and killed.poll() is None
         time.sleep(0.01)
     killed.kill()
     killed.wait()
-    kept = {path: path.stat().st_ino for path in Path("out").glob(".parts/*/*.npy")}
-    assert not any(Path("out").glob(".parts/*/train-00028.npy")), "killed before its last part"
+    kept = {path: path.stat().st_ino for path in Path("out").glob(".token_parts/*/*.npy")}
+    assert not any(Path("out").glob(".token_parts/*/train-00028.npy")), "killed before its last part"
     again = child(1)
     said = [process.communicate(timeout=120)[0] for process in (*others, again)]
     assert [process.returncode for process in (*others, again)] == [0, 0, 0], "\n".join(said)
