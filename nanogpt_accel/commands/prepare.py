@@ -36,10 +36,11 @@ def main(argv):
     )
     for name, section in run_data.sections(recipe.data).items():
         was_prepared = dataset.is_prepared(section)
-        if options.workers > 1 and not prepare_parts(section, options.worker, options.workers):
+        report = Console(is_main())
+        if options.workers > 1 and not prepare_parts(section, options.worker, options.workers, report):
             continue
         block_size = recipe.model.block_size if run_data.uses_val(recipe.data, name) else 0
-        _, found = ready(section, Console(is_main()), block_size)
+        _, found = ready(section, report, block_size)
         manifest = found.manifest
         if was_prepared:
             print(f"{found.folder}: already prepared")
@@ -54,8 +55,8 @@ def check_workers(data, options):
     if worker >= workers:
         return [f"worker={worker}: must be below workers={workers}; workers are numbered from 0"]
     if workers > 1 and world_size() > 1:
-        problem = "not supported with accelerate launch or torchrun"
-        return [f"workers={workers}: {problem}; start each worker as a process of its own, as in prepare.sbatch"]
+        fix = "start each worker as a separate process, as in configs/slurm/prepare.sbatch"
+        return [f"workers={workers}: not supported with accelerate launch or torchrun; {fix}"]
     if workers > 1 and data.tokenizer in MADE and len({**data.sources, **data.validation}) > 1:
         problem = f"not supported if several sources need the tokenizer={data.tokenizer} of the first one"
         return [f"workers={workers}: {problem}; prepare the first one, and set tokenizer to its data folder"]

@@ -90,7 +90,7 @@ class Parts:
         return self.folder / f"{name}.lock", self.folder / f"{name}.json"
 
     def write(self, parts, chunks):
-        """Write several parts. chunks: the result of encoding.tokenize with the parts in the place of the splits."""
+        """Write several parts. chunks: the result of encoding.tokenize, with parts instead of splits."""
         groups = itertools.groupby(itertools.chain.from_iterable(chunks), key=lambda run: run[0])
         found, runs = next(groups, (None, ()))
         with disk_errors(self.folder.parents[1]):

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLease, Timeout
 
 LEASE_S = 30  # without flock: seconds until a lock is free if the process that has it does not renew it
-RENEWALS = 10  # of a lease in LEASE_S; a process that waits for it sees within this interval that its holder is alive
+RENEWALS = 10  # number of renewals in LEASE_S; the first one shows other processes that the holder is alive
 _NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -62,7 +62,7 @@ def _lock(lock_file, holder_file):
                 raise
             durations = {"lease_duration": LEASE_S, "heartbeat_interval": LEASE_S / RENEWALS}
             lock, renewed = SoftFileLease(lease_file, timeout=LEASE_S + 5, **durations), _time_of_change(lease_file)
-            lock.acquire(cancel_check=lambda: _time_of_change(lease_file) != renewed)
+            lock.acquire(cancel_check=lambda: _time_of_change(lease_file) not in (None, renewed))
         return lock
     except Timeout:
         fix = f" (if it has ended, delete {lease_file})" if lease_file.exists() else ""
@@ -70,6 +70,7 @@ def _lock(lock_file, holder_file):
 
 
 def _time_of_change(file):
+    """Return the time of the last change of a file, or None if there is no such file."""
     with suppress(OSError):
         return file.stat().st_mtime_ns
 
