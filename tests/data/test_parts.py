@@ -293,6 +293,13 @@ def test_a_part_that_was_changed(refused):
     work_as(data, (0, 1, 2))
 
 
+def test_a_split_without_text_is_the_same_error(refused):
+    corpus(("train/1", "train/2", "valid/1"), texts=DOCS[:40] + [""] * 20)
+    for attempt in (prepared, lambda **given: work_as(section(**given), (0, 1, 2))):
+        with refused(ValueError, "corpus=c: the val split contains no text"):
+            attempt(corpus="c")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links require a privilege")
 def test_a_link_is_neither_written_nor_deleted(refused):
     corpus()
