@@ -1,12 +1,13 @@
 """Tokenize documents in several threads, one chunk of documents per thread at a time."""
 
 import itertools
-import os
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
+from ..distributed.launcher import count_processors
 
 CHUNK = 2**19  # characters per chunk; the token files do not depend on it
 AHEAD = 16  # chunks in the queue, so that two threads have work while the caller flushes a file for 0.3 seconds
@@ -18,8 +19,7 @@ def tokenize(documents, number, split_of, tokenizer, threads=None):
     documents: iterator over texts; only a few chunks are in memory at a time. number: the number of the first document.
     split_of: function that returns the split for a document's number. threads: by default one per processor.
     """
-    has_affinity = hasattr(os, "sched_getaffinity")  # a job of a cluster may use only some of the processors
-    threads = threads or (len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count())
+    threads = threads or count_processors()
     local = threading.local()
     # threads are enough, because tiktoken and tokenizers release the GIL
     with ThreadPoolExecutor(threads, initializer=lambda: setattr(local, "tokenizer", tokenizer.for_thread())) as pool:

@@ -186,8 +186,7 @@ def test_posix_only_names_are_used_only_after_a_check():
         ("save", "os.setpriority"),
         ("save", "os.PRIO_PROCESS"),  # on Linux alone
         ("hardware", "resource"),  # its ImportError is handled
-        ("encoding", "os.sched_getaffinity"),  # if it exists
-        ("sweep", "os.sched_getaffinity"),
+        ("launcher", "os.sched_getaffinity"),  # if it exists
     }
 
 
