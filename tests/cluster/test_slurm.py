@@ -36,9 +36,6 @@ def recipe(tmp_path_factory):
     return path
 
 
-CPU = ["--cpus-per-task=1", "--time=10"]
-
-
 def words(gpus=1, minutes=30, seconds=60):
     """Return options for sbatch. seconds: how long before the time limit the job gets its signal."""
     return [f"--gpus-per-node={gpus}", "--cpus-per-task=1", f"--time={minutes}", f"--signal=B:USR1@{seconds}"]
@@ -135,12 +132,12 @@ def test_an_array_prepares_the_bytes_of_one_process(slurm, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"data: {{corpus: {tmp_path}/texts, tokenizer: bpe, vocab_size: 300, val_fraction: 0.2}}\n")
     prepare(load_recipe(recipe, {"data_dir": str(tmp_path / "one")}).data)
-    arrays = {"whole": [("0-2", [])], "divided": [("0-1", ["workers=3"]), ("2", ["workers=3"])]}
-    for folder, submitted in arrays.items():
-        jobs = [
-            slurm.submit(PREPARE, recipe, f"data_dir={tmp_path}/{folder}", *argv, sbatch=[f"--array={array}", *CPU])
-            for array, argv in submitted
-        ]
-        states = [state for job in jobs for state in slurm.wait_for_array(job)]
-        assert states == ["COMPLETED"] * 3, "\n".join(map(slurm.log, jobs))
+    for folder, arrays in (("three", ["0-2"]), ("two and one", ["0-1", "2"])):
+        jobs = []
+        for array in arrays:
+            argv = [recipe, f"data_dir={tmp_path}/{folder}", *(["workers=3"] if arrays[1:] else [])]
+            options = ["--cpus-per-task=1", "--time=10", f"--array={array}", f"--output={slurm.folder}/%A_%a.log"]
+            job = slurm.submit(PREPARE, *argv, sbatch=options)
+            jobs += [f"{job}_{task}" for task in range(int(array[0]), int(array[-1]) + 1)]
+        assert [slurm.wait(job) for job in jobs] == [("COMPLETED", 0)] * 3, "\n".join(map(slurm.log, jobs))
         assert content(tmp_path / folder) == content(tmp_path / "one")

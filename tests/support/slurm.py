@@ -18,7 +18,6 @@ import pytest
 from launching import package_env
 from shared import REPOSITORY
 
-ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}  # states of a job
 NODES, GPUS, TIMEOUT_S = ("node1", "node2"), 4, 600
 CONF = """
 ClusterName=test
@@ -124,15 +123,10 @@ class Slurm:
         text = self.run("scontrol", "show", "job", str(job))
         return re.search(r"JobState=(\w+)", text)[1], int(re.search(r"Restarts=(\d+)", text)[1])
 
-    def wait_for_array(self, job):
-        """Wait for the end of all tasks of an array job; return their states."""
-        find = lambda: re.findall(r"JobState=(\w+)", self.run("scontrol", "show", "job", str(job)))  # noqa: E731
-        self._until(lambda: ENDS.issuperset(find()), lambda: self.log(job))
-        return find()
-
     def wait(self, job):
         """Wait for the end of a job; return its last state and its number of restarts."""
-        self._until(lambda: self.state(job)[0] in ENDS, lambda: self.log(job))
+        ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        self._until(lambda: self.state(job)[0] in ends, lambda: self.log(job))
         return self.state(job)
 
     def run(self, *words):
