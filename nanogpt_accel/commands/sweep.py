@@ -27,7 +27,7 @@ from ..checkpoint.layout import list_checkpoints, read_trainer
 from ..checkpoint.run_folder import find_trainer
 from ..checkpoint.verify import latest_valid
 from ..data import dataset, run_data
-from ..distributed.launcher import is_main, world_size
+from ..distributed.launcher import count_processors, is_main, world_size
 from ..distributed.stop import StopSignals
 from ..recipe import (
     FIELDS,
@@ -411,8 +411,7 @@ def environment(device, slot, jobs):
     env = dict(os.environ)
     if jobs == 1:
         return env
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, count_processors() // jobs)))
     if device in ("auto", "cuda"):
         gpus = [gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
         if "CUDA_VISIBLE_DEVICES" not in env:

@@ -14,6 +14,7 @@ class Corpus:
     is_single: bool  # whether the corpus is one text or one sequence of ids, to cut into train and val
     read: Callable | None  # (split, bad) -> iterator over the documents, see documents(); None for token ids
     splits: tuple | Callable = ("train",)  # the corpus's own splits, or a function that returns them
+    parts: Callable | None = None  # split -> list of functions like `read(bad)`, one per part of the split, in order
     bytes: int | None = None  # approximate size of the text, if known
     sizes: list | None = None  # bytes of each training file, in order, if every file is one document
     pin: Callable | None = None  # for a Hub data set: commit (None: the latest) -> the Corpus at this commit
@@ -31,13 +32,14 @@ class Corpus:
         for _ in self.first(bad or refuse) if self.first else ():
             pass
 
-    def documents(self, split="train", bad=None):
+    def documents(self, split="train", bad=None, part=None):
         """Yield each non-empty document as a str. Can be called more than once.
 
         A single text is yielded in chunks, each of which ends at the end of a word; see readers.read_text.
 
         bad: called with a one-line message for each document that cannot be read; the document is then skipped. If
             `bad` is None, such a document raises ValueError.
+        part: yield only the documents of this part of the split, which may have none.
 
         Raises:
             ValueError: the corpus cannot be read, downloaded or decoded, or all documents are empty.
@@ -49,11 +51,12 @@ class Corpus:
                 problems.append(problem)
             bad(problem)
 
-        for text in self.read(split, skip if bad else refuse):
+        handler = skip if bad else refuse
+        for text in self.read(split, handler) if part is None else self.parts(split)[part](handler):
             if text:
                 is_empty = False
                 yield text
-        if is_empty:
+        if is_empty and part is None:
             reason = f" that can be read (first error: {problems[0]})" if problems else ""
             where = f"the {split} split contains" if len(self.own_splits()) > 1 else "contains"
             raise ValueError(f"corpus={self.source['name']}: {where} no text{reason}; set `corpus` to another path")

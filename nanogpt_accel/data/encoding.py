@@ -1,32 +1,33 @@
 """Tokenize documents in several threads, one chunk of documents per thread at a time."""
 
 import itertools
-import os
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from ..distributed.launcher import count_processors
+
 CHUNK = 2**19  # characters per chunk; the token files do not depend on it
 AHEAD = 16  # chunks in the queue, so that two threads have work while the caller flushes a file for 0.3 seconds
 
 
-def tokenize(documents, number, split_of, tokenizer, workers=None):
+def tokenize(documents, number, split_of, tokenizer, threads=None):
     """Encode documents in threads. Yield the result of _encode for each chunk of documents, in order.
 
     documents: iterator over texts; only a few chunks are in memory at a time. number: the number of the first document.
-    split_of: function that returns the split for a document's number. workers: threads, by default one per processor.
+    split_of: function that returns the split for a document's number. threads: by default one per processor.
     """
-    workers = workers or os.cpu_count()
+    threads = threads or count_processors()
     local = threading.local()
     # threads are enough, because tiktoken and tokenizers release the GIL
-    with ThreadPoolExecutor(workers, initializer=lambda: setattr(local, "tokenizer", tokenizer.for_thread())) as pool:
+    with ThreadPoolExecutor(threads, initializer=lambda: setattr(local, "tokenizer", tokenizer.for_thread())) as pool:
         pending = deque()
         try:
             for chunk in _chunks(documents, number, split_of):
                 pending.append(pool.submit(lambda chunk: _encode(local.tokenizer, chunk), chunk))
-                if len(pending) > workers + AHEAD:
+                if len(pending) > threads + AHEAD:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -35,12 +36,28 @@ def tokenize(documents, number, split_of, tokenizer, workers=None):
                 future.cancel()
 
 
-def _chunks(documents, number, split_of):
-    """Yield chunks: lists of (split, text) with about CHUNK characters in total. Arguments: see tokenize."""
+def join(documents, number, split_of):
+    """Yield the same chunks as `tokenize` from documents that are already encoded.
+
+    documents: iterator over (ids, sizes) of single documents. Other arguments and sizes: see tokenize and _encode.
+    """
+    for chunk in _chunks(documents, number, split_of, lambda document: document[1][3]):
+        runs = []
+        for split, group in itertools.groupby(chunk, key=lambda document: document[0]):
+            ids, sizes = zip(*(document for _, document in group), strict=True)
+            runs.append((split, np.concatenate(ids), np.stack(sizes)))
+        yield runs
+
+
+def _chunks(documents, number, split_of, length=len):
+    """Yield chunks: lists of (split, document) with about CHUNK characters in total.
+
+    length: function that returns the characters of a document. Other arguments: see tokenize.
+    """
     chunk, size = [], 0
-    for number, text in enumerate(documents, number):  # noqa: B020 (starts at the given number)
-        chunk.append((split_of(number), text))
-        size += len(text)
+    for number, document in enumerate(documents, number):  # noqa: B020 (starts at the given number)
+        chunk.append((split_of(number), document))
+        size += length(document)
         if size >= CHUNK:
             yield chunk
             chunk, size = [], 0
@@ -52,7 +69,7 @@ def _encode(tokenizer, chunk):
     """Encode a chunk. Return [(split, ids, sizes), ...], one entry per group of consecutive documents of one split.
 
     ids: the ids of all documents of the group, each of which ends with the end-of-text token. sizes: shape
-    (documents, 3), the tokens of each document, the bytes of its text and the special tokens in its text.
+    (documents, 4): for each document, its tokens, and the bytes, special tokens and characters of its text.
     """
     runs, eot, has_ids = [], np.array([tokenizer.eot_id], tokenizer.dtype), tokenizer.special_tokens == "tokens"
     for split, group in itertools.groupby(chunk, key=lambda document: document[0]):
@@ -63,7 +80,7 @@ def _encode(tokenizer, chunk):
         sizes = []
         for ids, text in zip(encoded, texts, strict=True):
             n_special, special_bytes = tokenizer.count_special(text)
-            sizes.append((len(ids) + 1, len(text.encode()) - has_ids * special_bytes, n_special))
+            sizes.append((len(ids) + 1, len(text.encode()) - has_ids * special_bytes, n_special, len(text)))
         ids = np.concatenate([part for ids in encoded for part in (ids, eot)])
         runs.append((split, ids, np.array(sizes, np.int64)))
     return runs

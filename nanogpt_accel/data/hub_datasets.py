@@ -44,13 +44,24 @@ def hub_corpus(spec, hub_set):
     def all_splits():
         return hub_set.splits if "val" in hub_set.splits or is_builtin else _find_splits(spec, hub_set)
 
+    def open_split(split):
+        return _open(spec, hub_set, hub_set.splits.get(split) or all_splits()[split])
+
     def read(split, bad):
-        texts = _read(spec, hub_set, hub_set.splits.get(split) or all_splits()[split], bad)
+        texts = _read(spec, hub_set, open_split(split), bad)
         return GROUPED[hub_set.grouped](texts) if hub_set.grouped else texts
+
+    @functools.cache
+    def parts(split):
+        rows = open_split(split)
+        count = rows.num_shards  # files
+        return [lambda bad, i=i: _read(spec, hub_set, rows.shard(count, i), bad) for i in range(count)]
 
     name = file_name(spec.removeprefix("hub:"))
     name += f"-{hub_set.config}" if not is_builtin and hub_set.config else ""
-    corpus = Corpus(name[:60], source, False, read, lambda: tuple(all_splits()), pin=pin)
+    # a document that consists of several rows may continue in the next file
+    divided = None if hub_set.grouped else parts
+    corpus = Corpus(name[:60], source, False, read, lambda: tuple(all_splits()), parts=divided, pin=pin)
     return corpus
 
 
@@ -74,12 +85,17 @@ def _latest_commit(spec, hub_set):
         return HfApi().dataset_info(hub_set.id, revision=hub_set.revision).sha
 
 
-def _read(spec, hub_set, split, bad):
-    """Yield the texts of a data set. split: name of the split on the Hub. bad: see Corpus.documents."""
+def _open(spec, hub_set, split):
+    """Return the rows of a split as an IterableDataset. split: its name on the Hub."""
     from datasets import load_dataset
 
     with _hub_errors(spec, hub_set):
-        rows = load_dataset(hub_set.id, hub_set.config, split=split, revision=hub_set.revision, streaming=True)
+        return load_dataset(hub_set.id, hub_set.config, split=split, revision=hub_set.revision, streaming=True)
+
+
+def _read(spec, hub_set, rows, bad):
+    """Yield the texts of an IterableDataset. bad: see Corpus.documents."""
+    with _hub_errors(spec, hub_set):
         columns, column = rows.column_names or list(next(iter(rows), {})), hub_set.column
         name = column if column in columns else column.partition(".")[0]  # the outer column, if nested
         check_column(spec, hub_set.id, name if name in columns else column, columns)

@@ -28,6 +28,7 @@ from .remote import find, is_remote, name_of
 # files in a folder are read if they have one of these suffixes; a single file or a glob may have any suffix
 TEXT_SUFFIXES = (".txt", ".text", *CODE_SUFFIXES)
 TABLE_SUFFIXES = tuple(READERS)  # each can be followed by .gz or .zst
+MOST_PARTS = 1000  # per split; small files are grouped, so that there are not too many files of parts
 # not supported; without this list, the error would be about the first byte that is not UTF-8
 OTHER_SUFFIXES = tuple(
     ".zip .tar .tgz .bz2 .xz .7z .rar .lz4 .arrow .feather .orc .avro .pkl .pt "
@@ -105,6 +106,17 @@ def local_corpus(spec, column, lines, split_by="auto"):
     def read(split, bad):
         return itertools.chain.from_iterable(read_one(path, bad) for path, _, _ in files if path in splits[split])
 
+    def parts(split):
+        chosen = [(path, n_bytes) for path, n_bytes, _ in files if path in splits[split]]
+        least, size, groups = sum(n_bytes for _, n_bytes in chosen) / MOST_PARTS, 0, []
+        for path, n_bytes in chosen:
+            if not groups or size >= least:
+                size = 0
+                groups.append([])
+            groups[-1].append(path)
+            size += n_bytes
+        return [lambda bad, group=group: (text for path in group for text in read_one(path, bad)) for group in groups]
+
     def first(bad):
         for number, (path, _, _) in enumerate(files):
             if number == 0 or path in tables:
@@ -116,6 +128,7 @@ def local_corpus(spec, column, lines, split_by="auto"):
         is_single,
         read,
         tuple(splits),
+        parts=parts,
         bytes=_text_bytes(states, paths),
         sizes=sizes,
         first=first,

@@ -18,6 +18,7 @@ from ..utils.text import counted, one_line
 from .find_tokenizer import TOKENIZERS, load_tokenizer
 from .foreign_tokens import OTHER_TOKENIZER, file_entries, find_splits, find_token_files, open_splits
 from .meta import read_meta, vocabulary_facts
+from .parts import PARTS
 from .token_files import AGAIN, SPLITS, VERSION, is_split_file, sha256_of_split, token_file
 from .tokenizer import Tokenizer
 
@@ -111,7 +112,7 @@ def _describe(folder):
         return "a run folder, not a data folder; use " + (
             f"its data_dir {data}" if data else "data_dir of its run.yaml"
         )
-    if (folder / ".partial").is_dir():
+    if (folder / ".partial").is_dir() or (folder / PARTS).is_dir():
         return "its preparation was interrupted or is still running; run prepare to resume it"
     inner = sorted(path.name for path in folder.iterdir() if is_data_folder(path)) if folder.is_dir() else []
     if inner:

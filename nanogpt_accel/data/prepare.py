@@ -1,6 +1,7 @@
 """Prepare a corpus: read its documents, tokenize them, and write the token files.
 
-If a preparation is interrupted, its complete documents are kept, and the next preparation resumes after them.
+If a preparation is interrupted, its complete documents are kept, and the next preparation resumes after them. Several
+workers can divide the work, see prepare_parts.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,22 +35,24 @@ from .dataset import (
     may_increase_val,
     open_dataset,
 )
-from .encoding import tokenize
+from .encoding import join, tokenize
 from .find_tokenizer import load_tokenizer
 from .foreign_tokens import cut_index, file_entries, read_ids
 from .local_files import refuse_larger_val
 from .losses import report_losses
 from .manifest import describe_split, is_data_folder, read_manifest
+from .parts import PARTS, Parts, delete_parts, earlier_facts, locked
 from .token_files import SPLITS, Writer, earlier_attempt, find_active_process, sha256_of_split
 from .tokenizer import EOT, EncodingError, Tokenizer
 
 COUNTED_BELOW = 2**27  # bytes; the documents of a smaller corpus are measured first, to avoid writing them twice
 MANY = 20  # documents; fewer ones are not drawn at random, because their sizes can be very different
 FOLDER_CACHE_S = 60  # seconds for which NFS may not show new files to another machine
+MADE = ("char", "bpe")  # tokenizers that are made from the corpus
 LARGE_TEXT = 2**30  # bytes; for a larger single text, the memory use (4 to 11 times its size) may be reported
 
 
-def prepare(data, report=print, workers=None):
+def prepare(data, report=print, threads=None):
     """Tokenize the corpus into its data folder, or resume an interrupted preparation.
 
     nanogpt_accel/data/README.md describes how documents are assigned to the splits.
@@ -57,7 +60,7 @@ def prepare(data, report=print, workers=None):
     Args:
         data: the data section of a recipe.
         report: called with each line of progress output.
-        workers: tokenizer threads, by default one per processor. The token files do not depend on their number.
+        threads: tokenizer threads, by default one per processor. The token files do not depend on their number.
 
     Returns:
         The path of the data folder. If the folder is already complete, it is not changed.
@@ -68,15 +71,17 @@ def prepare(data, report=print, workers=None):
     folder = data_folder(data)
     if is_data_folder(folder):
         _warn_about_sizes(folder, report)
+        delete_parts(folder)
         return folder
     try:
-        _prepare(folder, data, report, workers)
+        _prepare(folder, data, report, threads)
     except (KeyboardInterrupt, SystemExit):
         if not find_active_process(folder):  # otherwise another process is preparing it
             kept = earlier_attempt(folder)[1]
             resume = "; run the same command to resume" if kept else ""
             report(f"{folder}: interrupted; {counted(kept, 'document')} kept{resume}")
         raise
+    delete_parts(folder)
     return folder
 
 
@@ -122,7 +127,96 @@ def _ready(data, report, timeout):
     return open_dataset(data)
 
 
-def _prepare(folder, data, report, workers):
+def prepare_parts(data, worker, workers, report=print, threads=None):
+    """Tokenize the parts of the corpus that belong to one of several workers. A part is one or several files.
+
+    The last worker then calls `prepare`, which joins the parts. This gives the token files of a single process, because
+    the numbers of the documents, which decide between train and val, are known when the parts are joined.
+
+    Args:
+        data, report, threads: see prepare.
+        worker, workers: number of this worker, from 0, and number of workers.
+
+    Returns:
+        Whether this worker must call `prepare`: all parts are complete, or the corpus cannot be divided and this is
+        worker 0.
+
+    Raises:
+        ValueError, OSError: see prepare; or another process is running as this worker.
+    """
+    folder = data_folder(data)
+    if is_data_folder(folder):
+        return True
+    corpus = corpus_of(data)
+    check_fits(data, corpus)
+    corpus.check_files(_bad_handler(data))
+    if reason := _why_undivided(corpus, data):
+        report(f"{folder}: worker 0 prepares this folder alone, because {reason}")
+        return worker == 0
+    _check_resources(folder, corpus, data, report, copies=2)
+    with _signals_as_exit():
+        with locked(folder, report):
+            if is_data_folder(folder):
+                return True
+            corpus = _pin(corpus, folder)
+            parts = Parts(folder, corpus, facts_of(data, corpus))
+            if not parts.is_set_up:
+                parts.set_up(_make_tokenizer(data, corpus, report) if data.tokenizer in MADE else None)
+        tokenizer = _open_tokenizer(corpus, data, parts, report)
+        try:
+            with parts.lock(worker, workers), _unknown_characters(data):
+                _write_parts(parts, worker, workers, corpus, data, tokenizer, report, threads)
+        except OSError:
+            if not is_data_folder(folder):
+                raise
+            return True  # another process has completed the folder, and deleted the parts
+    deadline = time.monotonic() + FOLDER_CACHE_S
+    while parts.missing() and not is_data_folder(folder):
+        if time.monotonic() > deadline:
+            report(
+                f"{folder}: worker {worker} has completed its parts, and waited {FOLDER_CACHE_S} s for "
+                f"{parts.describe_missing(workers)}; the last worker completes the folder"
+            )
+            return False
+        time.sleep(1)
+    return True
+
+
+def _write_parts(parts, worker, workers, corpus, data, tokenizer, report, threads):
+    """Tokenize the parts of a worker that are not complete yet."""
+    own, missing = parts.all[worker::workers], set(parts.missing())
+    left = [part for part in own if part in missing]
+    bad, totals = _BadDocuments(0, report), np.zeros(4, np.int64)  # totals: documents, and three columns of the sizes
+    current = None  # the part that is being read
+
+    def documents():
+        nonlocal current
+        for current in left:
+            split, number = current
+            yield from corpus.documents(split, bad if data.skip_bad_documents else None, number)
+
+    def watch(chunks):
+        for runs in chunks:
+            yield runs
+            for _, _, sizes in runs:
+                totals[:] += (len(sizes), *sizes[:, :3].sum(axis=0))
+            progress(documents=int(totals[0]), bytes=int(totals[2]), tokens=int(totals[1]))
+
+    try:
+        with (
+            closing(tokenize(documents(), 0, lambda _: current, tokenizer, threads)) as chunks,
+            TextProgress(f"worker {worker}", None, report) as progress,
+        ):
+            parts.write(left, watch(chunks))
+    except (KeyboardInterrupt, SystemExit):
+        kept = len(set(own).difference(parts.missing()))
+        report(f"worker {worker}: interrupted; {kept} of {len(own)} parts kept; run the same command to resume")
+        raise
+    bad.summarize()
+    report(f"worker {worker}: tokenized {counted(len(left), 'part')}, {data_size(int(totals[2]))} of text")
+
+
+def _prepare(folder, data, report, threads):
     _wait_for_others(folder, report)
     if is_data_folder(folder):
         return
@@ -132,16 +226,8 @@ def _prepare(folder, data, report, workers):
     facts = facts_of(data, corpus)
     _check_resources(folder, corpus, data, report)
     corpus.check_files(_bad_handler(data))
-    tokenizer = _make_tokenizer(data, corpus, report)
-    if not corpus.is_single and tokenizer.eot_id is None:
-        raise ValueError(
-            f"tokenizer={data.tokenizer}: has no end-of-text token to separate the documents of "
-            f"corpus={data.corpus}; set eos_token to one of its tokens, or set tokenizer=gpt2 or tokenizer=bpe"
-        )
-    if not corpus.ids:  # for token ids, it is unknown how special tokens in the text were encoded
-        tokenizer.special_tokens = data.special_tokens
-    with _unknown_characters(data):
-        report_losses(corpus, data, tokenizer, report, bad=_bad_handler(data))
+    parts = Parts(folder, corpus, facts)
+    tokenizer = _open_tokenizer(corpus, data, parts, report)
     all_facts = facts | {"fingerprint": tokenizer.fingerprint}
     cut = _plan_cut(corpus, data)
     while True:
@@ -158,7 +244,8 @@ def _prepare(folder, data, report, workers):
                 report(f"{folder}: uses {counted(corpus.source['files'], 'file')} of token ids without copying them")
                 _report_splits(manifest, report)
                 return
-            attempt = _Attempt(data, corpus, tokenizer, writer, report, workers)
+            has_parts = parts.is_set_up and not parts.missing()
+            attempt = _Attempt(data, corpus, tokenizer, writer, report, threads, parts if has_parts else None)
             earlier = attempt.written_bytes()
             with _unknown_characters(data):
                 cut = attempt.write(cut)
@@ -184,9 +271,12 @@ def _pin(corpus, folder):
     """Return the corpus. Pin a Hub data set to the commit of an interrupted preparation, or to the latest commit."""
     if corpus.pin is None:
         return corpus
-    earlier = earlier_attempt(folder)[0].get("corpus")
-    commit = earlier.pop("commit", None) if isinstance(earlier, dict) else None
-    return corpus.pin(commit if earlier == corpus.source else None)
+    for facts in (earlier_attempt(folder)[0], *earlier_facts(folder)):
+        earlier = facts.get("corpus")
+        commit = earlier.pop("commit", None) if isinstance(earlier, dict) else None
+        if earlier == corpus.source:
+            return corpus.pin(commit)
+    return corpus.pin(None)
 
 
 @contextmanager
@@ -209,9 +299,22 @@ def _bad_handler(data):
 # ---- before anything is written
 
 
-def _check_resources(folder, corpus, data, report):
+def _why_undivided(corpus, data):
+    """Return the reason why several workers cannot divide a corpus, or None."""
+    if corpus.ids or corpus.is_single:
+        return f"corpus={data.corpus} " + (
+            "contains token ids, which are not copied" if corpus.ids else "is a single text"
+        )
+    if corpus.parts is None or sum(len(corpus.parts(split)) for split in corpus.own_splits()) < 2:
+        return f"corpus={data.corpus} does not consist of several files"
+    if limits := [key for key in ("limit_documents", "limit_tokens") if getattr(data, key)]:
+        return f"{limits[0]} is set"
+    return "val is the end of the text" if _plan_cut(corpus, data) else None
+
+
+def _check_resources(folder, corpus, data, report, copies=1):
     """Report the number of files, and the disk space and memory that a large corpus needs. Raise OSError if the disk
-    has too little free space."""
+    has too little free space. copies: number of times that the tokens are stored."""
     if corpus.skipped or corpus.source.get("files", 1) > 1:
         kinds = sorted(corpus.skipped.items(), key=lambda kind: (-kind[1], kind[0]))
         shown = ", ".join(f"{count:,} {suffix}" for suffix, count in kinds[:10]) + ", ..." * (len(kinds) > 10)
@@ -222,8 +325,8 @@ def _check_resources(folder, corpus, data, report):
     if corpus.bytes is None or corpus.ids:
         return
     # An id has 2 bytes. A BPE token covers about 4 bytes of text, or 3 if the BPE was trained on other text.
-    need = corpus.bytes * (2 if data.tokenizer == "char" else 2 / 3)
-    written = sum(file.stat().st_size for file in folder.glob(".partial/*.bin"))
+    need = corpus.bytes * (2 if data.tokenizer == "char" else 2 / 3) * copies
+    written = sum(file.stat().st_size for file in (*folder.glob(".partial/*.bin"), *folder.glob(f"{PARTS}/*/*.ids")))
     free = shutil.disk_usage(nearest_existing(folder)).free + written
     if need > 2**30:
         report(f"{folder}: needs about {need / 1e9:,.1f} GB of disk space; {free / 1e9:,.1f} GB are free")
@@ -239,10 +342,26 @@ def _check_resources(folder, corpus, data, report):
         )
 
 
+def _open_tokenizer(corpus, data, parts, report):
+    """Return the tokenizer, after checks with the corpus. parts: the Parts, which may contain the tokenizer."""
+    is_made = data.tokenizer in MADE and parts.is_set_up
+    tokenizer = parts.load_tokenizer() if is_made else _make_tokenizer(data, corpus, report)
+    if not corpus.is_single and tokenizer.eot_id is None:
+        raise ValueError(
+            f"tokenizer={data.tokenizer}: has no end-of-text token to separate the documents of "
+            f"corpus={data.corpus}; set eos_token to one of its tokens, or set tokenizer=gpt2 or tokenizer=bpe"
+        )
+    if not corpus.ids:  # for token ids, it is unknown how special tokens in the text were encoded
+        tokenizer.special_tokens = data.special_tokens
+    with _unknown_characters(data):
+        report_losses(corpus, data, tokenizer, report, bad=_bad_handler(data))
+    return tokenizer
+
+
 def _make_tokenizer(data, corpus, report):
     if data.tokenizer == "gpt2":
         return Tokenizer.gpt2()
-    if data.tokenizer not in ("char", "bpe"):
+    if data.tokenizer not in MADE:
         return load_tokenizer(data.tokenizer, data.eos_token)
     documents = itertools.chain.from_iterable(
         itertools.islice(corpus.documents(split, _bad_handler(data)), data.limit_documents)
@@ -311,11 +430,17 @@ def _open_writer(folder, dtype, facts, shard_tokens, report):
     """Wait for other processes, then return a Writer, or nullcontext() if one of them has prepared the folder."""
     while not is_data_folder(folder):
         _wait_for_others(folder, report)
-        with suppress(BlockingIOError):
+        try:
             writer = Writer(folder, dtype, facts, shard_tokens)
-            if writer.position:
-                report(f"{folder}: resuming an interrupted preparation")
-            return writer
+        except BlockingIOError:
+            continue
+        except ValueError:
+            if not is_data_folder(folder):
+                raise
+            break  # another process has completed it since the last check
+        if writer.position:
+            report(f"{folder}: resuming an interrupted preparation")
+        return writer
     return nullcontext()
 
 
@@ -485,7 +610,8 @@ class _Attempt:
     tokenizer: Tokenizer
     writer: Writer
     report: Callable
-    workers: int | None
+    threads: int | None
+    parts: Parts | None  # complete parts to join instead of tokenizing the text, unless documents are cut
 
     def write(self, cut):
         """Write all splits. Return None, or another cut, with which all splits must be written again.
@@ -578,8 +704,12 @@ class _Attempt:
             _cut_documents(documents, cut, self.tokenizer) if is_shared and cut else documents, done, None
         )
         split_of = self.split_of(split, cut, is_shared)
+        if self.parts and not cut:
+            chunks = join(self.parts.documents(split, done, self.tokenizer.dtype), done, split_of)
+        else:
+            chunks = tokenize(documents, done, split_of, self.tokenizer, self.threads)
         with (
-            closing(tokenize(documents, done, split_of, self.tokenizer, self.workers)) as chunks,
+            closing(chunks),
             TextProgress(split, self.corpus.bytes, self.report) as progress,
         ):
             for runs in chunks:
@@ -598,6 +728,8 @@ class _Attempt:
                 self.show(progress)
                 if has_limit and self.remaining_tokens(targets) <= 0:
                     break
+        if self.parts and not done:
+            next(documents)  # raises the error about a split without text
         return done
 
     def split_of(self, split, cut, is_shared):

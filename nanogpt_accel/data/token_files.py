@@ -124,24 +124,14 @@ class Writer:
 
     def __init__(self, folder, dtype, facts=None, shard_tokens=SHARD_TOKENS):
         self.folder, self.dtype, self.shard_tokens = Path(folder), np.dtype(dtype), shard_tokens
-        self.partial = self.folder / ".partial"
         self._facts = json.loads(json.dumps([facts or {}, self.dtype.name, shard_tokens]))
         refuse_to_overwrite(folder)
-        if self.partial.is_symlink():  # _resume deletes files in it
-            raise ValueError(f"{self.partial}: is a link; delete the link, or set data_dir to another folder")
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = locking.acquire(*(self.partial / name for name in LOCK_FILES))
-        except BlockingIOError as error:
-            raise BlockingIOError(f"data_dir={folder}: {error} is preparing this folder") from None
-        except OSError as error:
-            problem = f"data_dir={folder}: cannot be written ({error.strerror})"
-            raise OSError(f"{problem}; set data_dir to a writable folder") from None
+        self.partial, self._lock = lock_subfolder(folder, ".partial")
         self._progress = None  # JSON of the state at the last commit() call
         self._open = {}  # split -> open file
         self._committed_at = time.monotonic()
         try:
-            with _disk_errors(self.folder):
+            with disk_errors(self.folder):
                 self._resume()
         except BaseException:
             self._lock.release()
@@ -197,7 +187,7 @@ class Writer:
     def write(self, split, ids, n_bytes, documents=1):
         """Append the ids of documents, shape (n,), to a split. n_bytes: size of the text in UTF-8, None if unknown."""
         files = self.files.setdefault(split, [])
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             if not files or files[-1]["tokens"] >= self.shard_tokens:
                 self._close(split)
                 files.append({"name": f"{split}-{len(files):05d}.bin", "tokens": 0})
@@ -218,7 +208,7 @@ class Writer:
         """Record that the data up to `position` have been written. Flush to disk if COMMIT_SECONDS have passed."""
         self._record(position)
         if time.monotonic() - self._committed_at >= COMMIT_SECONDS / (1 if self._has_committed else 10):
-            with _disk_errors(self.folder):
+            with disk_errors(self.folder):
                 self._commit()
 
     def _record(self, position):
@@ -244,7 +234,7 @@ class Writer:
         files are in another folder, `facts` also has "dtype" and "splits". save_tokenizer: function that writes the
         tokenizer to a folder.
         """
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             for split in list(self._open):
                 self._close(split)
             splits = {}
@@ -274,6 +264,26 @@ class Writer:
         """Return the final name of a file in .partial. If a split has one file, this is SPLIT.bin, as in nanoGPT."""
         split = name.partition("-")[0]
         return f"{split}.bin" if name.endswith("-00000.bin") and len(self.files.get(split, ())) == 1 else name
+
+
+def lock_subfolder(folder, name):
+    """Create and lock a hidden subfolder of a data folder. Return (path, lock).
+
+    Raises:
+        ValueError: the subfolder is a link, so that files elsewhere could be changed or deleted.
+        BlockingIOError: another process has the lock.
+    """
+    path = Path(folder) / name
+    if path.is_symlink():
+        raise ValueError(f"{path}: is a link; delete the link, or set data_dir to another folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return path, locking.acquire(*(path / file for file in LOCK_FILES))
+    except BlockingIOError as error:
+        raise BlockingIOError(f"data_dir={folder}: {error} is preparing this folder") from None
+    except OSError as error:
+        problem = f"data_dir={folder}: cannot be written ({error.strerror})"
+        raise OSError(f"{problem}; set data_dir to a writable folder") from None
 
 
 def is_split_file(name, split):
@@ -335,7 +345,7 @@ def refuse_to_overwrite(folder, accept_moved=True):
 
 
 @contextmanager
-def _disk_errors(folder):
+def disk_errors(folder):
     """Add the data folder and the fix to the message of an OSError."""
     try:
         yield

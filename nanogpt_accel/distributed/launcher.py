@@ -140,3 +140,8 @@ def rank():
 def is_main():
     """Return whether this is the main process, which prepares, logs and saves."""
     return rank() == 0
+
+
+def count_processors():
+    """Return the number of processors that this process may use. A job of a cluster may use only some of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLease, Timeout
 
 LEASE_S = 30  # without flock: seconds until a lock is free if the process that has it does not renew it
+RENEWALS = 10  # number of renewals in LEASE_S; the first one shows other processes that the holder is alive
 _NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -19,7 +20,8 @@ def acquire(lock_file, holder_file):
     The lock is released when the process ends, or by a call of lock.release(), which may be repeated. If the file
     system does not support flock, a lease is used instead. LOCK_FILE.lease contains the host, process id, start time
     and boot id, and a thread renews the lease. The lease of a dead process on this host is free immediately. The lease
-    of a process on another host is free after LEASE_S seconds without renewal, so this function may wait that long.
+    of a process on another host is free after LEASE_S seconds without renewal, so this function may wait that long. It
+    stops waiting when the lease is renewed.
 
     Raises:
         BlockingIOError: another process has the lock. The message names this process: `process N on HOST`.
@@ -58,12 +60,19 @@ def _lock(lock_file, holder_file):
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
-            lock = SoftFileLease(lease_file, timeout=LEASE_S + 5, lease_duration=LEASE_S)
-            lock.acquire()
+            durations = {"lease_duration": LEASE_S, "heartbeat_interval": LEASE_S / RENEWALS}
+            lock, renewed = SoftFileLease(lease_file, timeout=LEASE_S + 5, **durations), _time_of_change(lease_file)
+            lock.acquire(cancel_check=lambda: _time_of_change(lease_file) not in (None, renewed))
         return lock
     except Timeout:
         fix = f" (if it has ended, delete {lease_file})" if lease_file.exists() else ""
         raise BlockingIOError(_read_holder(holder_file) + fix) from None
+
+
+def _time_of_change(file):
+    """Return the time of the last change of a file, or None if there is no such file."""
+    with suppress(OSError):
+        return file.stat().st_mtime_ns
 
 
 def _read_holder(holder_file):

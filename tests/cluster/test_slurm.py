@@ -3,9 +3,11 @@
 The options on the command line of sbatch replace those in the scripts: fewer GPUs, a time limit of minutes.
 """
 
+import json
 import time
 
 import pytest
+from data_files import DOCS, content
 from launching import Ranks
 from runs import SMALL, losses, relative_difference, trainer, write_recipe
 from shared import REPOSITORY
@@ -17,6 +19,7 @@ from nanogpt_accel.recipe import load_recipe
 pytestmark = [pytest.mark.slow, needs_slurm]
 SINGLE, MULTI = "configs/slurm/single_node.sbatch", "configs/slurm/multi_node.sbatch"
 SWEEP = "configs/slurm/sweep.sbatch"
+PREPARE = "configs/slurm/prepare.sbatch"
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +121,23 @@ def test_a_job_without_progress_is_not_requeued_for_ever(slurm, recipe, tmp_path
     assert slurm.wait(job) == ("FAILED", 3), slurm.log(job)
     assert slurm.log(job).count("error: not requeued: 3 attempts in a row without a new checkpoint") == 1
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_an_array_prepares_the_bytes_of_one_process(slurm, tmp_path):
+    """Also if a worker is submitted as an array of its own."""
+    (tmp_path / "texts").mkdir()
+    for number in range(7):
+        rows = [json.dumps({"text": text}) for text in DOCS[number * 28 : (number + 1) * 28]]
+        (tmp_path / f"texts/{number}.jsonl").write_text("\n".join(rows))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data: {{corpus: {tmp_path}/texts, tokenizer: bpe, vocab_size: 300, val_fraction: 0.2}}\n")
+    prepare(load_recipe(recipe, {"data_dir": str(tmp_path / "one")}).data)
+    for folder, arrays in (("three", ["0-2"]), ("two and one", ["0-1", "2"])):
+        jobs = []
+        for array in arrays:
+            argv = [recipe, f"data_dir={tmp_path}/{folder}", *(["workers=3"] if arrays[1:] else [])]
+            options = ["--cpus-per-task=1", "--time=10", f"--array={array}", f"--output={slurm.folder}/%A_%a.log"]
+            job = slurm.submit(PREPARE, *argv, sbatch=options)
+            jobs += [f"{job}_{task}" for task in range(int(array[0]), int(array[-1]) + 1)]
+        assert [slurm.wait(job) for job in jobs] == [("COMPLETED", 0)] * 3, "\n".join(map(slurm.log, jobs))
+        assert content(tmp_path / folder) == content(tmp_path / "one")

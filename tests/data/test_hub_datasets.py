@@ -20,9 +20,9 @@ from nanogpt_accel.data.sources import find_corpus
 # imports take seconds. The revisions of the built-in sets are replaced by commits of the local server.
 SCRIPT = """
 import contextlib, dataclasses, io, json, os, sys
-from nanogpt_accel.data import sources as corpus
+from nanogpt_accel.data import prepare, sources as corpus
 from nanogpt_accel.__main__ import main
-answers = {}
+prepare.FOLDER_CACHE_S, answers = -1, {}
 for name, (token, revisions, *words) in json.load(sys.stdin).items():
     os.environ.pop("HF_TOKEN", None)
     if token:
@@ -32,7 +32,8 @@ for name, (token, revisions, *words) in json.load(sys.stdin).items():
         corpus.HUB[builtin] = dataclasses.replace(corpus.HUB[builtin], revision=revision)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(["prepare", "r.yaml", *words, f"data_dir={name}"])
+        for worker in (["worker=1"], ["worker=0"]) if "workers=2" in words else ([],):
+            status = main(["prepare", "r.yaml", *words, *worker, f"data_dir={name}"])
     corpus.HUB.update(table)
     answers[name] = status, out.getvalue(), err.getvalue()
 print(json.dumps(answers))
@@ -105,6 +106,8 @@ def hub():
                 "test.jsonl": jsonl(DOCS[150:]),
             },
         )
+        parts = DOCS[:20], [], DOCS[20:50], DOCS[50:]
+        server.add("datasets/me/parts", {f"train/{number}.jsonl": jsonl(part) for number, part in enumerate(parts)})
         server.add("datasets/me/train_and_test", {"train.jsonl": jsonl(DOCS[:100]), "test.jsonl": jsonl(DOCS[100:])})
         server.add(
             "datasets/me/configs",
@@ -128,6 +131,8 @@ def hub():
 
 CASES = {  # name -> the token, revisions for the table, and the words after `prepare r.yaml`
     "one": (None, {}, "corpus=hub:me/one"),
+    "parts": (None, {}, "corpus=hub:me/parts"),
+    "two workers": (None, {}, "corpus=hub:me/parts", "workers=2"),
     "three": ("hf_me", {}, "corpus=hub:me/three"),
     "train and test": ("hf_me", {}, "corpus=hub:me/train_and_test"),
     "another split": ("hf_me", {}, "corpus=hub:me/three", "dataset_split=test"),
@@ -227,6 +232,15 @@ def test_one_split(answers):
     source = json.loads((work / "one" / "manifest.json").read_text())["corpus"]
     assert (source["kind"], source["name"], source["id"]) == ("hub", "hub:me/one", "me/one")
     assert "train: " in given["one"][1] and f"{len(train)} documents" in given["one"][1]
+
+
+def test_two_workers_read_different_files(answers):
+    """Also if one of the files has no rows."""
+    work, given = answers
+    assert held(answers, "two workers") == held(answers, "parts") == held(answers, "one")
+    assert given["two workers"][1].count("tokenized 2 parts, ") == 2
+    one, two = ((work / name / "manifest.json").read_bytes() for name in ("parts", "two workers"))
+    assert one == two
 
 
 def test_text_is_streamed_and_never_stored(answers):

@@ -469,7 +469,7 @@ def replace(source, target):
         moves -= 1
     real(source, target)
 os.replace = replace
-prepare.prepare(SECTIONS["data"](**given), lambda line: print(line, flush=True), workers=2)
+prepare.prepare(SECTIONS["data"](**given), lambda line: print(line, flush=True), threads=2)
 """
 
 
@@ -742,6 +742,20 @@ def test_another_finishes_while_this_one_makes_its_tokenizer(monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(prepare, "_make_tokenizer", slow)
+    assert prepare.prepare(section(corpus="x.jsonl"), print) == Path("out")
+
+
+def test_another_finishes_while_this_one_waits_for_it(monkeypatch):
+    jsonl("x.jsonl", DOCS)
+    real, calls = prepare._wait_for_others, []
+
+    def wait(folder, report):
+        real(folder, report)
+        calls.append(folder)
+        if len(calls) == 2:  # before the files are opened
+            prepared(corpus="x.jsonl")
+
+    monkeypatch.setattr(prepare, "_wait_for_others", wait)
     assert prepare.prepare(section(corpus="x.jsonl"), print) == Path("out")
 
 

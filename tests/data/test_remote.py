@@ -263,7 +263,7 @@ import json, sys
 from nanogpt_accel.data import encoding, prepare, token_files
 from nanogpt_accel.recipe import SECTIONS
 encoding.CHUNK, token_files.COMMIT_SECONDS = 400, 0
-prepare.prepare(SECTIONS["data"](**json.loads(sys.argv[1])), workers=2)
+prepare.prepare(SECTIONS["data"](**json.loads(sys.argv[1])), threads=2)
 """
 
 

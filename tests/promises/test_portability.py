@@ -186,7 +186,7 @@ def test_posix_only_names_are_used_only_after_a_check():
         ("save", "os.setpriority"),
         ("save", "os.PRIO_PROCESS"),  # on Linux alone
         ("hardware", "resource"),  # its ImportError is handled
-        ("sweep", "os.sched_getaffinity"),  # if it exists
+        ("launcher", "os.sched_getaffinity"),  # if it exists
     }
 
 

@@ -120,6 +120,9 @@ RUN_ELSEWHERE = {
     "nanogpt-accel sweep": "commands/test_sweep.py::test_each_point_is_a_normal_run",
     "sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_slurm_job_is_requeued_and_resumes_exactly",  # noqa: E501
     "CONFIG=configs/fsdp2.yaml sbatch configs/slurm/single_node.sbatch": "promises/test_configs.py::test_slurm_job_is_requeued_and_resumes_exactly",  # noqa: E501
+    "sbatch configs/slurm/prepare.sbatch": "cluster/test_slurm.py::test_an_array_prepares_the_bytes_of_one_process",
+    "sbatch --array=0-31 configs/slurm/prepare.sbatch": "cluster/test_slurm.py::test_an_array_prepares_the_bytes_of_one_process",  # noqa: E501
+    "nanogpt-accel prepare RECIPE worker=0 workers=3": "data/test_parts.py::test_three_processes_of_which_one_is_killed_and_started_again",  # noqa: E501
     "nanogpt-accel plan recipes": "commands/test_plan.py::test_the_table_of_the_page_matches_plan",  # noqa: E501
     "nanogpt-accel bench RECIPE --coordinate-check": "commands/test_bench.py::test_changes_of_activations_do_not_depend_on_the_width_with_mup",  # noqa: E501
     "nanogpt-accel train RECIPE algorithm=torch.optim.Adafactor": "checkpoint/test_resume.py::test_the_state_of_an_optimizer_by_name_is_restored_exactly",  # noqa: E501
@@ -292,6 +295,7 @@ def check(workplace, monkeypatch):
         "commands.doctor.examine",
         "commands.prepare.ready",
         "commands.sweep.prepare",
+        "commands.prepare.prepare_parts",
         "commands.sample.load_model",
         "commands.export.export",
         "commands.export.export_gguf",
@@ -345,6 +349,9 @@ def check(workplace, monkeypatch):
         """Check what the script launches under SLURM."""
         script = next(word for word in words if not word.startswith("--"))
         text = Path(script).read_text()
+        if "nanogpt_accel prepare" in text:
+            check_own("prepare", words[words.index(script) + 1 :])
+            return
         asked = dict(re.findall(r"--([\w-]+)=(\d+)", text) + re.findall(r"--([\w-]+)=(\d+)", " ".join(words)))
         nodes, is_sweep = int(asked["nodes"]), script.endswith("sweep.sbatch")
         check_launched(

@@ -74,7 +74,7 @@ def section(**given):
 
 def prepared(workers=None, **given):
     lines = []
-    folder = prepare(section(**given), lines.append, workers=workers)
+    folder = prepare(section(**given), lines.append, threads=workers)
     return dataset.open_dataset(SECTIONS["data"](data_dir=str(folder))), lines
 
 
