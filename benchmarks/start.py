@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 import psutil
-from side_by_side import CPU_COMMAND, RECIPES, copy_nanogpt, environment, show, theirs, write_characters
+from side_by_side import CPU_COMMAND, copy_nanogpt, environment, ours, show, theirs, write_characters
+
+RECIPE = "shakespeare_char_cpu.yaml"
 
 
 def seconds_to_first_step(command, folder):
@@ -31,24 +33,20 @@ def seconds_to_first_step(command, folder):
     raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode} before the first step")
 
 
-def ours(command, text, *options):
-    recipe = RECIPES / "shakespeare_char_cpu.yaml"
-    return [sys.executable, "-m", "nanogpt_accel", command, str(recipe), f"corpus={text}", *options]
-
-
 def main(nanogpt, text, pairs=10):
     text, rows = Path(text).resolve(), []
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_nanogpt(nanogpt, folder)
         write_characters(copy, text)
-        subprocess.run(ours("prepare", text), cwd=folder, env=environment(), check=True, stdout=subprocess.DEVNULL)
+        prepare = ours(RECIPE, f"corpus={text}", command="prepare")
+        subprocess.run(prepare, cwd=folder, env=environment(), check=True, stdout=subprocess.DEVNULL)
         for batches in (1, 20):
             option = f"--eval_iters={batches}"
             pairs_of_times = []
             for _ in range(pairs):
                 a = seconds_to_first_step(theirs(*CPU_COMMAND, option), copy)
-                own = ("eval_train=true", "out_dir=run", "overwrite=true", option)
-                pairs_of_times.append((a, seconds_to_first_step(ours("train", text, *own), folder)))
+                own = (f"corpus={text}", "eval_train=true", "out_dir=run", "overwrite=true", option)
+                pairs_of_times.append((a, seconds_to_first_step(ours(RECIPE, *own), folder)))
             row = {"batches evaluated per split": batches}
             for i, kind in enumerate(("seconds", "seconds of processor time")):
                 both = [(a[i], b[i]) for a, b in pairs_of_times]
