@@ -49,8 +49,8 @@ def preload_torch():
     """Start to load torch's largest library in a thread, which saves 0.15 s if a second core is free.
 
     `import torch` loads it while no other thread can run Python. A call through ctypes lets other threads run, so the
-    main thread can read the recipe and open the data. If this fails, `import torch` reports the reason. With CUDA,
-    nothing is loaded, because torch then loads other libraries first.
+    main thread can read the recipe and open the data. If this fails, `import torch` reports the reason. A CUDA
+    build of torch is not loaded early, because it loads other libraries first.
     """
     limit_openmp_spinning()
     spec = find_spec("torch") if sys.platform == "linux" else None
