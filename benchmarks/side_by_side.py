@@ -77,8 +77,8 @@ def environment():
     return os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
 
 
-def ours(recipe, *options):
-    return [sys.executable, "-m", "nanogpt_accel.train", str(RECIPES / recipe), *map(str, options)]
+def ours(recipe, *options, command="train"):
+    return [sys.executable, "-m", "nanogpt_accel", command, str(RECIPES / recipe), *map(str, options)]
 
 
 def theirs(*options):
@@ -112,12 +112,6 @@ def watch(command, folder):
 def step_times(lines):
     """Return [(step, seconds since the start)] of the lines `iter 7: loss ...`, which both programs print."""
     return [(int(match[1]), seconds) for seconds, line in lines if (match := re.match(r"iter (\d+): loss", line))]
-
-
-def steady_seconds(lines, skip):
-    """Return the mean seconds per step, without the steps before the first `skip` log lines."""
-    (first, start), (last, end) = step_times(lines)[skip], step_times(lines)[-1]
-    return (end - start) / (last - first)
 
 
 def show(title, rows):

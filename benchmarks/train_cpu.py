@@ -1,86 +1,169 @@
 """Compare training speed on a CPU with nanoGPT, for the models of nanoGPT's CPU setting and of its GPU setting.
 
-    python benchmarks/train_cpu.py NANOGPT TEXT [rounds [steps [steps of the larger model]]]
+    python benchmarks/train_cpu.py NANOGPT TEXT [rounds [steps per block]]
 
-NANOGPT is a checkout of nanoGPT, TEXT is tinyshakespeare's input.txt. Each measurement is a separate process, which
-evaluates 20 training and 20 validation batches before the first step. nanoGPT runs without torch.compile, as in its
-README; the small model runs a second time with torch.compile. On CPUs with AMX, nanogpt_accel uses bfloat16 by default,
-while nanoGPT uses float32, so a second run of nanogpt_accel uses float32 too.
+NANOGPT is a checkout of nanoGPT, TEXT is tinyshakespeare's input.txt. Every program is a process. Only one of them runs
+at a time: the script lets each program make a block of steps, stops it with SIGSTOP, and continues the next one. So the
+compared steps are seconds apart, and the load of other programs affects all of them. The script prints the medians of
+the blocks, and the medians of the ratios per round. The larger model has fewer rounds and shorter blocks.
 
-The script prints the medians of the rounds: tokens/s without the first steps, from the times of the log lines, and
-seconds from the start of the process to the first step.
+nanoGPT runs without torch.compile, as in its README; the small model runs a second time with torch.compile. On CPUs
+with AMX, nanogpt_accel uses bfloat16 by default, while nanoGPT uses float32, so nanogpt_accel also runs in float32.
+
+Two more programs only compute the matrix products of the linear layers of a step, forward and backward, in float32 and
+in bfloat16. A step of the same precision cannot be faster. The last column is the share of this limit that a program
+reaches.
 """
 
+import math
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from side_by_side import (
-    CPU_COMMAND,
-    copy_nanogpt,
-    ours,
-    show,
-    steady_seconds,
-    step_times,
-    theirs,
-    watch,
-    write_characters,
-)
+from side_by_side import CPU_COMMAND, copy_nanogpt, environment, ours, show, theirs, write_characters
 
-SMALL = "4 layers of 128, block 64, batch 12"
-LARGE = "6 layers of 384, block 256, batch 16"
-LARGER = ("--block_size=256", "--batch_size=16", "--n_layer=6", "--n_head=6", "--n_embd=384")
+# batch size, block size, layers, heads, width
+MODELS = {
+    "4 layers of 128, block 64, batch 12": (12, 64, 4, 4, 128),
+    "6 layers of 384, block 256, batch 16": (16, 256, 6, 6, 384),
+}
+VOCAB_SIZE = 66
+FOREVER = 10**6  # steps
+SKIPPED = 2  # lines after a program continues: one that was not read yet, and the step in which it was stopped
 
 
-def main(nanogpt, text, rounds=5, steps=250, larger_steps=30):
+class Program:
+    """A process that prints a line `iter N: ...` per step, and is stopped between blocks of steps."""
+
+    def __init__(self, command, folder):
+        self.command = command
+        self.process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True)
+        self.wait_for_steps(SKIPPED)
+        self.process.send_signal(signal.SIGSTOP)
+
+    def wait_for_steps(self, count):
+        for line in self.process.stdout:
+            count -= line.startswith("iter ")
+            if not count:
+                return
+        raise RuntimeError(f"{' '.join(self.command)}: exit status {self.process.wait()}")
+
+    def block(self, steps):
+        """Run some steps and return the seconds per step."""
+        self.process.send_signal(signal.SIGCONT)
+        self.wait_for_steps(SKIPPED)
+        start = time.perf_counter()
+        self.wait_for_steps(steps)
+        seconds = time.perf_counter() - start
+        self.process.send_signal(signal.SIGSTOP)
+        return seconds / steps
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def products(dtype, batch_size, block_size, n_layer, n_head, n_embd):
+    """Compute the products of the linear layers of a step again and again, and print a line for each step."""
+    import torch
+
+    rows, dtype = batch_size * block_size, getattr(torch, dtype)
+    shapes = [(n_embd, 3 * n_embd), (n_embd, n_embd), (n_embd, 4 * n_embd), (4 * n_embd, n_embd)] * n_layer
+    layers = [
+        [torch.randn(size, dtype=dtype) for size in ((rows, k), (n, k), (rows, n))]
+        for k, n in [*shapes, (n_embd, VOCAB_SIZE)]
+    ]
+    for step in range(FOREVER):
+        for x, weight, grad in layers:
+            x @ weight.t(), grad @ weight, grad.t() @ x
+        print(f"iter {step}: loss 0", flush=True)
+
+
+def flops(batch_size, block_size, n_layer, n_head, n_embd):
+    """Return the FLOPs of the products of a step."""
+    return 6 * batch_size * block_size * (12 * n_layer * n_embd**2 + n_embd * VOCAB_SIZE)
+
+
+def programs(copy, text, sizes, has_compile):
+    """Return {name: (command, folder)}."""
+    keys = ("batch_size", "block_size", "n_layer", "n_head", "n_embd")
+    shape = [f"--{key}={size}" for key, size in zip(keys, sizes, strict=True)]
+    shape += [f"--eval_interval={FOREVER}", f"--max_iters={FOREVER}", "--eval_iters=1"]
+    nanogpt = theirs(*CPU_COMMAND, *shape)
+    found = {"nanoGPT": (nanogpt, copy)}
+    if has_compile:
+        found["nanoGPT --compile=True"] = [*nanogpt, "--compile=True"], copy
+    for name in ("ours", "ours mixed_precision=no"):
+        own = (f"corpus={text}", f"out_dir={'-'.join(name.split())}", "overwrite=true", *shape, *name.split()[1:])
+        found[name] = ours("shakespeare_char_cpu.yaml", *own), copy
+    for dtype in ("float32", "bfloat16"):
+        found[f"products in {dtype}"] = [sys.executable, __file__, "products", dtype, *map(str, sizes)], copy
+    return found
+
+
+def main(nanogpt, text, rounds=10, steps=10):
     text, rows = Path(text).resolve(), []
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_nanogpt(nanogpt, folder)
         write_characters(copy, text)
-        for name, n, shape, tokens, skip in (
-            (SMALL, steps, (), 12 * 64, 10),
-            (LARGE, larger_steps, LARGER, 16 * 256, 3),
-        ):
-            programs = ["nanoGPT", *["nanoGPT --compile=True"] * (name == SMALL), "ours", "ours mixed_precision=no"]
-            speeds, starts = {program: [] for program in programs}, {program: [] for program in programs}
-            for _ in range(rounds):
-                no_more_evaluations = f"--eval_interval={10 * n}"
-                for program in programs:
-                    _, *own = program.split()
-                    if program.startswith("nanoGPT"):
-                        lines = watch(theirs(*CPU_COMMAND, *shape, f"--max_iters={n}", no_more_evaluations, *own), copy)
-                    else:
-                        options = (
-                            f"corpus={text}",
-                            "out_dir=run",
-                            "overwrite=true",
-                            f"max_iters={n}",
-                            "sample_tokens=0",
-                            "keep_last=1",
-                            *shape,
-                            no_more_evaluations,
-                            *own,
-                        )
-                        lines = watch(ours("shakespeare_char_cpu.yaml", *options), folder)
-                    speeds[program].append(tokens / steady_seconds(lines, skip))
-                    starts[program].append(step_times(lines)[0][1])
-            ratios = {
-                program: [a / b for a, b in zip(speeds[program], speeds["nanoGPT"], strict=True)]
-                for program in programs
+        for name, sizes in MODELS.items():
+            is_small = name == next(iter(MODELS))
+            running, n_rounds, n_steps = {}, rounds, steps
+            if not is_small:
+                n_rounds, n_steps = math.ceil(rounds / 3), math.ceil(steps / 5)
+            try:
+                for program, (command, place) in programs(copy, text, sizes, is_small).items():
+                    running[program] = Program(command, place)
+                blocks = {program: [] for program in running}
+                for _ in range(n_rounds):
+                    for program, process in running.items():
+                        blocks[program].append(process.block(n_steps))
+            finally:
+                for process in running.values():
+                    process.kill()
+            rows += rows_of(name, sizes, blocks)
+    show(f"Training on the CPU, {rounds} rounds of blocks of {steps} steps", rows)
+
+
+def rows_of(name, sizes, blocks):
+    """Return the rows of the table for a model. blocks: {program: seconds per step of each block}."""
+    rows = []
+    for program, seconds in blocks.items():
+        limit = blocks["products in bfloat16" if program == "ours" and has_amx() else "products in float32"]
+        if program.startswith("products"):
+            limit = seconds
+        rows.append(
+            {
+                "model": name,
+                "program": program,
+                "ms per step": 1e3 * statistics.median(seconds),
+                "tokens/s": sizes[0] * sizes[1] / statistics.median(seconds),
+                "speed relative to nanoGPT": ratio(blocks["nanoGPT"], seconds),
+                "GFLOP/s of the products": flops(*sizes) / statistics.median(seconds) / 1e9,
+                "share of the limit": ratio(limit, seconds),
             }
-            rows += [
-                {
-                    "model": name,
-                    "program": program,
-                    "tokens/s": statistics.median(speeds[program]),
-                    "times nanoGPT's (median of pairs)": statistics.median(ratios[program]),
-                    "seconds to the first step": statistics.median(starts[program]),
-                }
-                for program in speeds
-            ]
-    show(f"Training on the CPU, {rounds} rounds", rows)
+        )
+    return rows
+
+
+def ratio(a, b):
+    """Return the median of the ratios per round."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def has_amx():
+    """Return whether nanogpt_accel uses bfloat16 by default."""
+    from nanogpt_accel.distributed.accelerator import pick_precision
+
+    return pick_precision("auto", "cpu") == "bf16"
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+    if sys.argv[1] == "products":
+        products(sys.argv[2], *map(int, sys.argv[3:]))
+    else:
+        main(*sys.argv[1:3], *map(int, sys.argv[3:]))

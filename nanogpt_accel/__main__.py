@@ -5,7 +5,7 @@ from importlib import import_module
 
 from . import __version__
 from .distributed.rendezvous import share_failures
-from .utils import cli
+from .utils import cli, startup
 from .utils.fields import nearest
 
 COMMANDS = {
@@ -25,6 +25,7 @@ COMMANDS = {
     "push": "push a model to the Hugging Face Hub",
     "doctor": "check this machine and the launcher settings, and suggest fixes",
 }
+USES_TORCH = {"bench", "train", "sample", "evaluate", "export"}
 
 
 def main(argv=None):
@@ -44,6 +45,8 @@ def _dispatch(argv):
     elif argv[0] not in COMMANDS:
         raise ValueError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; commands: {', '.join(COMMANDS)}")
     else:
+        if argv[0] in USES_TORCH and not cli.wants_help(argv):
+            startup.preload_torch()
         share_failures(import_command(argv[0]).main)(argv[1:])
 
 

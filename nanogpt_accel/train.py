@@ -46,7 +46,7 @@ from .training import (
     set_up,
     write_sample,
 )
-from .utils import cli
+from .utils import cli, startup
 from .utils.fields import how_to_override, raise_problems
 from .utils.text import quoted
 
@@ -204,7 +204,7 @@ def run_training(recipe, signals):
         run.start(setup, data, state, stopper, is_resumed)
         describe_run(setup, data, state.step, console)
         console.start(state.step, recipe.train.max_iters, recipe.train.eval_interval, setup.is_compiled)
-        cli.restore_gc()  # collect garbage as usual from now on, because saving leaves models in reference cycles
+        startup.resume_gc()  # because saving leaves models in reference cycles
         is_stopped = training_loop(setup, data, run, state, stopper, console)
         console.stop()
         run.saver.wait()
@@ -320,7 +320,7 @@ def train(recipe, **overrides):
         ValueError: the recipe has problems; the message has one line per problem.
         Other exceptions: see `run_training`.
     """
-    cli.limit_openmp_spinning()
+    startup.limit_openmp_spinning()
     if not isinstance(recipe, Recipe):
         recipe = load_target(recipe, overrides)
     elif overrides:

@@ -31,6 +31,8 @@ class FastBPE:
         ValueError: gigatoken does not support this tokenizer.
     """
 
+    _encoder = None  # gigatoken's tokenizer with its cache, created when it is needed
+
     def __init__(self, spec):
         import gigatoken
         import psutil
@@ -55,23 +57,23 @@ class FastBPE:
     def for_thread(self):
         """Return a copy with a cache of its own."""
         own = copy.copy(self)
-        own._empty_cache()
+        # creating an encoder takes 0.1 s, so the first copy takes that of the original
+        own._encoder, own._characters = self.__dict__.pop("_encoder", None), 0
         return own
 
     def encode_batch(self, texts):
         """Encode a list of texts for which is_safe returns True. Return a list of uint32 arrays (n,). This releases the
         GIL."""
-        import awkward
-
         if not texts:
             return []
-        is_full = self._memory_in_use() - self._memory_at_start > CACHE_BYTES
-        if is_full and self._characters > CACHE_LEAST:
+        if self._encoder is None or (self._characters > CACHE_LEAST and self._has_grown()):
             self._empty_cache()
         self._characters += sum(map(len, texts))
-        ids = self._encoder.encode_batch(texts, parallel=False)
-        ends = np.cumsum(awkward.to_numpy(awkward.num(ids)))
-        return np.split(awkward.to_numpy(awkward.flatten(ids)), ends[:-1])
+        ids = self._encoder.encode_batch(texts, parallel=False).layout  # an awkward.contents.ListOffsetArray
+        return np.split(ids.content.data, ids.offsets.data[1:-1])
+
+    def _has_grown(self):
+        return self._memory_in_use() - self._memory_at_start > CACHE_BYTES
 
 
 def is_safe(text):

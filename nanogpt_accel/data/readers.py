@@ -322,7 +322,8 @@ def _read_parquet(spec, path, column, bad):
 
     with _open(path) as raw:
         try:
-            with pq.ParquetFile(_arrow_file(raw, path)) as file:
+            # with pre_buffer, the default, pyarrow keeps all that it has read until the file is closed
+            with pq.ParquetFile(_arrow_file(raw, path), pre_buffer=False) as file:
                 schema = file.schema_arrow
                 check_column(spec, path, column, arrow_columns(schema))
                 _check_text_column(spec, path, column, schema)

@@ -7,6 +7,7 @@ a corpus are encoded with gigatoken if it supports the tokenizer: see fast_bpe.p
 """
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -71,13 +72,11 @@ class Tokenizer:
         config = config or {}
         names = {key: _token_name(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         self.pad = names["pad_token"] or PAD
-        self._backend = _read_json(text)
+        parsed = _parse(text)
         is_pad_only = names["pad_token"] not in (None, EOT, names["bos_token"], names["eos_token"], names["unk_token"])
-        self.text = _clean(text, self.pad if is_pad_only else None)
-        if self.text != text:
-            self._backend = _read_json(self.text)
-        self._backend.encode_special_tokens = True  # special tokens in a corpus are plain text
-        self.vocab = self._backend.get_vocab(with_added_tokens=True)
+        self.text = _clean(text, parsed.spec, self.pad if is_pad_only else None)
+        self._parsed = parsed if self.text == text else _parse(self.text)
+        self._backend, self._spec, self.vocab = self._parsed.backend, self._parsed.spec, self._parsed.vocab
         if not self.vocab:
             raise ValueError("the vocabulary is empty")
         self.vocab_size = max(self.vocab.values()) + 1
@@ -89,8 +88,6 @@ class Tokenizer:
         self.eot_id = self.vocab.get(self.eot)
         self.pad_id = self.vocab.get(self.pad, self.vocab_size if len(self.vocab) == self.vocab_size else None)
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-        self._spec = json.loads(self.text)
-        self._spec["model"].setdefault("type", type(self._backend.model).__name__)  # missing in old files
         added = self._spec.get("added_tokens") or []
         self.special = {token["content"] for token in added if token["special"]} | {self.eot} - {None}
         self._added = [token for token in added if not token["special"] and token["content"] != self.eot]
@@ -101,6 +98,7 @@ class Tokenizer:
         is_split = config.get("split_special_tokens")
         self.special_tokens = ("text" if is_split else "tokens") if isinstance(is_split, bool) else None
         self.kind = self._find_kind()
+        self._original = None  # in a copy from for_thread(): the original
         self._has_byte_fallback = '"ByteFallback"' in json.dumps(self._spec.get("decoder"))
 
     def _find_kind(self):
@@ -129,6 +127,8 @@ class Tokenizer:
     @cached_property
     def _bpe(self):
         """For a byte-level BPE: a tiktoken Encoding, or None if tiktoken would return other ids than this tokenizer."""
+        if self._original is not None:
+            return copy.copy(self._original._bpe)  # has its own regular expressions, but shares the vocabulary
         if self.kind not in ("gpt2", "bpe"):
             return None
         # tiktoken merges any pair that is a token, the tokenizers library only the pairs in its merges. The results are
@@ -163,7 +163,8 @@ class Tokenizer:
     @property
     def is_lossless(self):
         """Whether decoding the ids of a text is known to return the same text."""
-        return self._table is not None or self._bpe is not None
+        is_gpt2 = self.kind == "gpt2" and self.splits_like_gpt2 and not self._added  # known without creating _bpe
+        return is_gpt2 or self._table is not None or self._bpe is not None
 
     @cached_property
     def unk_id(self):
@@ -178,8 +179,8 @@ class Tokenizer:
         (util::pool): every thread needs it, except the first one that uses the regular expression.
         """
         own = copy.copy(self)
-        if self._bpe is not None:
-            own._bpe = copy.copy(self._bpe)  # has its own regular expressions, but shares the vocabulary
+        own.__dict__.pop("_bpe", None)
+        own._original = self
         if self._fast is not None:
             own._fast = self._fast.for_thread()
         return own
@@ -302,11 +303,10 @@ class Tokenizer:
         added = [token for token in spec["added_tokens"] if not token["special"]]
         return self.vocab, added, spec["normalizer"], spec["pre_tokenizer"], spec["model"]
 
-    @cached_property
+    @property
     def fingerprint(self):
         """The SHA-256 of the tokenizer.json, independent of formatting, padding and truncation."""
-        spec = self._spec | {"truncation": None, "padding": None}
-        return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+        return self._parsed.fingerprint
 
     def encode(self, text):
         """Encode a text to ids of self.dtype, shape (n,). Special tokens in the text are treated as ordinary text.
@@ -491,20 +491,36 @@ class Tokenizer:
                 file.write(text)
 
 
-def _read_json(text):
-    """Parse a tokenizer.json. Return a Tokenizer of the tokenizers library."""
-    from tokenizers import Tokenizer as Backend
+class _Parsed:
+    """The content of a tokenizer.json: the Tokenizer of the tokenizers library, the JSON, and {token: id}."""
 
-    try:
-        return Backend.from_str(text)
-    except Exception as error:  # the library raises bare Exceptions
-        problem = "not a tokenizer.json, or written by a newer version of the tokenizers library"
-        raise ValueError(f"{problem}: {one_line(error)}") from None
+    def __init__(self, text):
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self.backend = Backend.from_str(text)
+        except Exception as error:  # the library raises bare Exceptions
+            problem = "not a tokenizer.json, or written by a newer version of the tokenizers library"
+            raise ValueError(f"{problem}: {one_line(error)}") from None
+        self.backend.encode_special_tokens = True  # special tokens in a corpus are plain text
+        self.spec, self.vocab = json.loads(text), self.backend.get_vocab(with_added_tokens=True)
+        self.spec["model"].setdefault("type", type(self.backend.model).__name__)  # missing in old files
+
+    @cached_property
+    def fingerprint(self):
+        spec = self.spec | {"truncation": None, "padding": None}
+        return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
 
-def _clean(text, pad):
-    """Return a tokenizer.json without truncation and padding settings. If the last token is `pad`, it is left out."""
-    spec = json.loads(text)
+# parsing takes 0.25 s for GPT-2's tokenizer, and a new data folder is opened with the tokenizer that it was made with
+_parse = functools.lru_cache(maxsize=1)(_Parsed)
+
+
+def _clean(text, spec, pad):
+    """Return a tokenizer.json without truncation and padding settings. If the last token is `pad`, it is left out.
+
+    spec: the content of the JSON text.
+    """
     added, vocab = spec.get("added_tokens") or [], spec["model"]["vocab"]
     used = vocab.values() if isinstance(vocab, dict) else range(len(vocab))  # a Unigram model has a list
     last = max(added, key=lambda token: token["id"], default=None)

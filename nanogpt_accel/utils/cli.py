@@ -1,8 +1,6 @@
 """Parse command lines, print help pages, and turn exceptions into messages and exit statuses, for all commands."""
 
-import atexit
 import errno
-import gc
 import os
 import re
 import sys
@@ -11,12 +9,11 @@ import traceback
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+from . import startup
 from .fields import raise_problems, show_value, type_name, unknown_key, validate
 from .files import permission_denied
 from .text import counted, encoding_problem, one_line, printable
 
-_GC_THRESHOLD = gc.get_threshold()  # Python's default
-_RARELY = 100_000  # number of new objects between garbage collections during imports
 # errors of the system, not of the code; their message names the file
 _SYSTEM_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM ENAMETOOLONG ELOOP EMFILE ENFILE ESTALE ENOTCONN ENOMEM"
 _SYSTEM_ERRORS = {getattr(errno, name) for name in _SYSTEM_ERRORS.split()}
@@ -142,12 +139,9 @@ def run(command, argv):
     full disk or too little memory. Such a message is printed without a traceback, one line per problem, and the exit
     status is 2. Other errors are bugs and keep their traceback. NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
     """
-    limit_openmp_spinning()
+    startup.limit_openmp_spinning()
+    startup.pause_gc()
     _open_missing_streams()
-    # The garbage collector runs after every 700 new objects. While torch and transformers are imported, that takes
-    # 0.6 s in total, and the collection at exit another 0.9 s. So run it rarely, and not at exit.
-    gc.set_threshold(_RARELY)
-    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # print ? if the terminal cannot encode a character
@@ -179,7 +173,7 @@ def run(command, argv):
             _print_lines(": ".join(filter(None, ("interrupted", str(interrupt)))))
         return 130
     finally:
-        restore_gc()
+        startup.resume_gc()
 
 
 def _open_missing_streams():
@@ -202,23 +196,6 @@ def _print_lines(message, prefix=""):
         if len(line) > _LONGEST_ERROR:  # the problem is at the start, the fix at the end
             line = f"{line[: _LONGEST_ERROR // 2]} [...] {line[-_LONGEST_ERROR // 2 :]}"
         print(prefix + printable(line).replace("\r", "\\r"), file=sys.stderr)
-
-
-def limit_openmp_spinning():
-    """Let waiting OpenMP threads spin less, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT is set. Call it before importing
-    torch.
-
-    With the default, steps of 76 ms took 170 to 2,800 ms if another program used the same core. A limit of 1,000 spins
-    avoids this and costs nothing on an idle machine.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-
-def restore_gc():
-    """Restore the default frequency of garbage collection if `run` lowered it for the imports."""
-    if gc.get_threshold()[0] == _RARELY:
-        gc.set_threshold(*_GC_THRESHOLD)
 
 
 def _message(error):

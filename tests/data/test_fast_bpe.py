@@ -152,6 +152,18 @@ def test_cache_is_emptied(gpt2, monkeypatch):
     assert len(encoders) == 3
 
 
+def test_threads_do_not_share_encoders(gpt2):
+    """The first thread takes the encoder of the original, which then creates another one."""
+    original, expected = Tokenizer(gpt2.text), [gpt2.encode("One day").tolist()]
+    encoder = original._fast._encoder
+    threads = [original.for_thread() for _ in range(2)]
+    for tokenizer in (*threads, original):
+        assert [ids.tolist() for ids in tokenizer.encode_batch(["One day"])] == expected
+    encoders = [tokenizer._fast._encoder for tokenizer in (*threads, original)]
+    assert encoders[0] is encoder and len(set(map(id, encoders))) == 3
+    assert threads[0]._bpe is not original._bpe and threads[0].encode("One day").tolist() == expected[0]
+
+
 def test_gigatoken_is_optional(gpt2, monkeypatch):
     monkeypatch.setitem(sys.modules, "gigatoken", None)  # so that it cannot be imported
     tokenizer = Tokenizer(gpt2.text)

@@ -277,6 +277,15 @@ def test_the_first_invalid_byte_is_named(monkeypatch, refused, chunk, raw):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names on Windows are Unicode")
+def test_the_row_groups_of_a_parquet_file_that_were_read_are_freed():
+    """pyarrow counts the memory that it has allocated."""
+    pq.write_table(pa.table({"text": [os.urandom(1000).hex() for _ in range(10_000)]}), "x.parquet", row_group_size=500)
+    before = pa.total_allocated_bytes()
+    documents = readers.read_file("x.parquet", "x.parquet", "text", lines=False, bad=readers.refuse)
+    most = max(pa.total_allocated_bytes() - before for _ in documents)
+    assert os.path.getsize("x.parquet") > 20_000_000 and most < 10_000_000
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl.zst", ".parquet"])
 def test_files_whose_names_are_not_utf8_are_read(suffix):
     Path("corpus").mkdir()
