@@ -30,7 +30,6 @@ from .planning import sizing
 from .planning.hardware import device_name, peak_flops
 from .recipe import SECTIONS, load_recipe
 from .tracking.trackers import check_trackers
-from .utils import startup
 from .utils.fields import raise_problems, show_value, validate
 from .utils.files import write_atomically
 from .utils.nested import pack
@@ -504,8 +503,6 @@ def set_up(recipe, data, source, console):
     """Return the Setup of a run. The model has the weights in the folder `source`; if that is None, random weights."""
     # imported only after all checks, because torch and transformers take seconds to import
     import torch
-
-    startup.import_transformers()
     from transformers.utils import logging as transformers_logging
 
     from .distributed import sharding

@@ -61,32 +61,3 @@ def preload_torch():
     if library.exists() and not (folder / "libtorch_cuda.so").exists():
         with suppress(RuntimeError):  # the system's limit on threads is reached
             threading.Thread(target=ctypes.CDLL(None).dlopen, args=(os.fsencode(library), os.RTLD_NOW)).start()
-
-
-def import_transformers():
-    """Import transformers and transformers.models, with one scan of the folder transformers/models instead of two.
-
-    transformers reads all 2,600 files of this folder to find the names of its classes. transformers.models reads them
-    again, which takes another 0.2 s, although it only needs the same names without the prefix "models.".
-    """
-    import transformers
-    from transformers.utils import import_utils
-
-    scan = getattr(import_utils, "define_import_structure", None)
-    if "transformers.models" in sys.modules or scan is None:
-        return
-    folder = Path(transformers.__file__).parent / "models"
-    names = without_prefix(scan(folder, prefix="models"), "models.")  # fast, because scan caches its results
-    import_utils.define_import_structure = lambda path: names if Path(path).parent == folder else scan(path)
-    try:
-        import transformers.models  # noqa: F401
-    finally:
-        import_utils.define_import_structure = scan
-
-
-def without_prefix(structure, prefix):
-    """Return the modules in transformers' {needed packages: {module: names}} that have the prefix, without it."""
-    return {
-        needed: {name.removeprefix(prefix): names for name, names in modules.items() if name.startswith(prefix)}
-        for needed, modules in structure.items()
-    }
