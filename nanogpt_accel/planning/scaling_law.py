@@ -240,7 +240,7 @@ def choose_form(runs):
     if n_budgets < 4:
         raise ValueError(
             f"a scaling law needs runs with at least 4 different amounts of compute, but there are {n_budgets}; "
-            "train more sizes, for example with nanogpt-accel sweep RECIPE depth=2,3,4,5,6"
+            "train more sizes, for example with nanogpt-accel sweep RECIPE depth=3,4,5,6,7"
         )
     if spread < ON_A_LINE:
         return "L(C)", "parameters and tokens are on one line, so the exponents a and b of L(N, D) cannot be told apart"

@@ -86,13 +86,13 @@ RUN = {
     "nanogpt-accel evaluate MODEL": (CPU, "perplexity"),
     "nanogpt-accel bench RECIPE": (f"{TINY} {ONE_MICRO_BATCH} steps=1 warmup=1", "tokens/s"),
     "nanogpt-accel report RUN [RUN ...]": ("out=both.html", "wrote both.html"),
-    "nanogpt-accel sweep python_depth depth=2,3,4,5,6 out_dir=runs/ladder": (
+    "nanogpt-accel sweep python_depth depth=3,4,5,6,7 out_dir=runs/ladder jobs=2": (
         "limit_documents=30 vocab_size=300 max_iters=2 depth=1,2 out_dir=runs/sizes",
         "wrote runs/sizes/results.csv",
     ),
     "nanogpt-accel report --fit runs/ladder": ("", "wrote runs/ladder/law.html and law.png"),
-    "nanogpt-accel plan python_depth depth=10 fit=runs/ladder": ("", "90% interval of a run"),
-    "nanogpt-accel plan python_depth flops=1e14 fit=runs/ladder --to large.yaml": ("", "wrote large.yaml"),
+    "nanogpt-accel plan python_depth depth=9 fit=runs/ladder": ("", "90% interval of a run"),
+    "nanogpt-accel plan python_depth flops=2e13 fit=runs/ladder --to large.yaml": ("", "wrote large.yaml"),
     "nanogpt-accel train quickstart": (
         f"{TINY} limit_documents=30 vocab_size=300 out_dir=runs/by_name",
         "The run is in runs/by_name",
