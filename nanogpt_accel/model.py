@@ -589,13 +589,13 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
 
 
 class GPTForSequenceClassification(GenericForSequenceClassification, GPTPreTrainedModel):
-    """A GPT with a classifier of sequences, which reads the hidden state of the last token that is not padding."""
+    """A GPT with a sequence classification head, which reads the hidden state of the last token that is not padding."""
 
     base_model_prefix = "transformer"
 
 
 class GPTForTokenClassification(GenericForTokenClassification, GPTPreTrainedModel):
-    """A GPT with a classifier of tokens."""
+    """A GPT with a token classification head."""
 
     base_model_prefix = "transformer"
 

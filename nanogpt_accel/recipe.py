@@ -61,13 +61,13 @@ def _class_name(value):
 
 
 def _read_numbers(value):
-    """Convert texts such as 1e-3 in nested values, because YAML does not read them as numbers."""
+    """Convert strings such as "1e-3" in nested values, because YAML does not read them as numbers."""
     if isinstance(value, dict):
         return {str(key): _read_numbers(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_read_numbers(item) for item in value]
     if not isinstance(value, (str, int, float, type(None))):  # YAML also has dates, sets and bytes
-        raise ValueError("must only contain numbers, texts, lists and mappings")
+        raise ValueError("must only contain numbers, strings, lists and mappings")
     with suppress(ValueError):
         return float(value) if isinstance(value, str) else value
     return value

@@ -416,7 +416,7 @@ class Setup:
     Attributes:
         model: the prepared model, which the loop calls. raw_model: the GPT inside it.
         micro_steps: micro-batches per step on each rank.
-        summary, cpu_tuning: texts for the log that describe the model and the changes for faster training on a CPU.
+        summary, cpu_tuning: strings for the log that describe the model and the changes for faster training on a CPU.
     """
 
     def __init__(self, recipe, accelerator, model, tokens, eot_id):

@@ -425,8 +425,8 @@ def predict(recipe, figures, ladder, law):
         )
     if ratio > OFF_THE_LINE:
         warnings.append(
-            f"the tokens per parameter differ by a factor of {ratio:.2g} from those of the runs, which are on one "
-            "line, so the loss will be higher or lower; for a better prediction, vary tokens_per_parameter of the runs"
+            f"the tokens per parameter differ by a factor of {ratio:.2g} from those of the runs. Because the runs do "
+            "not vary tokens_per_parameter, the prediction may be too high or too low; add runs that do"
         )
     if (figures["epochs"] or 0) > MANY_EPOCHS:
         warnings.append(

@@ -129,10 +129,10 @@ def read_prompts(options):
 
 
 def stop_texts(stop):
-    """Return the texts of the option `stop`, as a list. stop: one text, a JSON list of texts, or None.
+    """Return the stop strings as a list. stop: one string, a JSON list of strings, or None.
 
     Raises:
-        ValueError: `stop` looks like a JSON list of texts, but is not a valid one.
+        ValueError: `stop` looks like a JSON list of strings, but is not a valid one.
     """
     if not stop:
         return []
@@ -142,7 +142,7 @@ def stop_texts(stop):
     if isinstance(texts, list) and all(isinstance(text, str) and text for text in texts):
         return texts
     if re.match(r'\[\s*"', stop):
-        raise ValueError(f'stop={stop}: not a JSON list of texts; use quotes such as stop=\'["a", "b"]\'')
+        raise ValueError(f'stop={stop}: not a JSON list of strings; use quotes such as stop=\'["a", "b"]\'')
     return [stop.replace("\\n", "\n").replace("\\t", "\t")]
 
 

@@ -259,7 +259,7 @@ def find_status(point):
 
 
 def changes(recipe, with_data=False):
-    """Return how the run in out_dir differs from the recipe in settings that affect the result, as a list of texts.
+    """Return how the run in out_dir differs from the recipe in settings that affect the result, as a list of strings.
 
     with_data: also compare the content of the corpus, which takes longer.
     """
@@ -435,7 +435,7 @@ def how_it_ended(point, exit_status):
 
 
 def report_end(points, failures, signals):
-    """Report which points are not done, and end the command with the exit status 75 or 1. Return if all are done."""
+    """If any points are not done, report them and exit with status 75 or 1."""
     left = [point for point in points if find_status(point) != DONE]
     state = f"{len(points) - len(left)} of {counted(len(points), 'point')} are done"
     if left and (signals.received or {failures.get(point.name) for point in left} == {75}):

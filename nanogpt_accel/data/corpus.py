@@ -68,5 +68,5 @@ def refuse(problem):
 
 
 def location(spec, path):
-    """Return the start of a message about a file: `corpus=SPEC: PATH`, or only `corpus=SPEC` if SPEC is this path."""
+    """Return the prefix of messages about a file: `corpus=SPEC: PATH`, or only `corpus=SPEC` if SPEC is this path."""
     return f"corpus={spec}" + (f": {path}" if path != os.path.expanduser(spec) else "")

@@ -211,7 +211,7 @@ def _read_datatrove(path, place):
         if not is_sorted or size not in (2 * tokens, 4 * tokens):
             raise ValueError(
                 f"{place}: {size:,} bytes for {counted(tokens, 'token')} in {index.name}, but 2 or 4 bytes per token "
-                f"and ascending positions are required; {RESTORE}"
+                f"and increasing document offsets are required; {RESTORE}"
             )
         return Layout("uint16" if size == 2 * tokens else "uint32", 0, tokens)
     if metadata.is_file():
@@ -316,7 +316,7 @@ def _are_named(paths):
 def cut_index(length, val_fraction, unit, place):
     """Return the index where val starts in a text or sequence of ids, as in nanoGPT.
 
-    unit: "characters" or "token ids". place: the start of a message. Raises ValueError if a split would be empty.
+    unit: "characters" or "token ids". place: prefix of the message. Raises ValueError if a split would be empty.
     """
     cut = int(length * (1 - val_fraction))  # nanoGPT's int(n*0.9)
     for split, size in (("train", cut), ("val", length - cut)):

@@ -131,7 +131,7 @@ def prepare_parts(data, worker, workers, report=print, threads=None):
     """Tokenize the parts of the corpus that belong to one of several workers. A part is one or several files.
 
     The last worker then calls `prepare`, which joins the parts. This gives the token files of a single process, because
-    the numbers of the documents, which decide between train and val, are known when the parts are joined.
+    the indices of the documents, which decide between train and val, are known when the parts are joined.
 
     Args:
         data, report, threads: see prepare.
@@ -464,7 +464,7 @@ def _signals_as_exit():
 
 
 def _draw(number):
-    """Return a hash of the number of a document, as a float in [0, 1)."""
+    """Return a hash of a document's index, as a float in [0, 1)."""
     digest = hashlib.blake2b(f"{SPLIT_SEED} {number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -508,7 +508,7 @@ def _find_cut(corpus, data, limit, is_needed=False):
 
 
 def _can_be_drawn(sizes, val_fraction):
-    """Return whether the documents of val can be drawn at random, by the hashes of their numbers.
+    """Return whether a random split by the hashes of the documents' indices is usable.
 
     There must be many documents, both splits must get half to twice their share of the text, and val must not be larger
     than train unless val_fraction is above 0.5. sizes: the size of each document.

@@ -134,14 +134,14 @@ def sections(data):
 
 
 def where(data, name):
-    """Return the start of a message about a source or validation set: its setting, or "" for a single corpus."""
+    """Return the prefix of messages about a source or validation set: the name of its setting, or "" for a single corpus."""
     if name in data.validation:
         return f"data.validation.{name}: "
     return f"data.mix: {name}: " if len(data.sources) > 1 else ""
 
 
 def uses_val(data, name):
-    """Return whether the run evaluates on the split val of a source or validation set."""
+    """Return whether the run evaluates on the val split of a source, or on a validation set."""
     return name not in data.validation or data.validation[name].split == "val"
 
 

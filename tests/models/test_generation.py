@@ -366,7 +366,7 @@ def test_sample_stops_at_the_end_of_text_or_a_given_text(stories, call, options,
 
 def test_a_list_of_stops_that_is_no_list(stories, call):
     for value in ('["a", b]', '["a"', '["a", 1]', '["a", ""]'):
-        assert f"stop={value}: not a JSON list of texts" in call("sample", "stories", f"stop={value}", status=2)
+        assert f"stop={value}: not a JSON list of strings" in call("sample", "stories", f"stop={value}", status=2)
 
 
 def test_stop_at_eos_without_an_end_of_text_token(llama, call):
