@@ -283,7 +283,7 @@ def _load_tokenizer(folder, manifest):
 def guess_vocab_size(data, assumed):
     """Estimate the vocabulary size before the data are prepared. For bpe and char, append a note to `assumed`."""
     if data.tokenizer == "bpe":
-        assumed.append(f"vocabulary size {data.vocab_size:,} (vocab_size); the tokenizer of a small corpus may have fewer tokens")
+        assumed.append(f"vocabulary size {data.vocab_size:,} (vocab_size); a small corpus may give fewer tokens")
         return data.vocab_size
     if data.tokenizer == "char":
         is_known = data.corpus == "shakespeare"

@@ -134,7 +134,7 @@ def sections(data):
 
 
 def where(data, name):
-    """Return the prefix of messages about a source or validation set: the name of its setting, or "" for a single corpus."""
+    """Return the prefix of messages about a source or validation set: its setting, or "" for a single corpus."""
     if name in data.validation:
         return f"data.validation.{name}: "
     return f"data.mix: {name}: " if len(data.sources) > 1 else ""

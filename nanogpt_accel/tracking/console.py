@@ -76,7 +76,7 @@ class Console:
             self.say("compiling: the first step takes a while")
 
     def step(self, step, loss, seconds, tokens_per_second, mfu, notes=()):
-        """Report a finished step. loss: nats per token. seconds: time per step. notes: strings to append to the line."""
+        """Report a finished step. loss: nats per token. seconds: time per step. notes: appended to the line."""
         done, elapsed, left = step + 1, time.perf_counter() - self.start_time, ""
         if self.last_report is not None:  # the time of the first report includes compilation and allocation
             self.timed_steps += done - self.last_report
