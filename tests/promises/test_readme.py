@@ -146,7 +146,7 @@ NOT_RUN = {
     "nanogpt-accel train recipes/shakespeare_char_cpu.yaml max_iters=250": "a measurement by hand, as is the next one",  # noqa: E501
     "nanogpt-accel evaluate runs/NAME/checkpoint-002000": "of a run of 2,000 steps",
     "nanogpt-accel train recipes/gpt2.yaml n_layer=6": "OpenWebText needs the network",
-    "nanogpt-accel train recipes/python_depth.yaml depth=7": "takes minutes; test_scaling.py checks the derived settings",
+    "nanogpt-accel train recipes/python_depth.yaml depth=7": "takes minutes; test_scaling.py checks its settings",
     "nanogpt-accel train RECIPE n_embd=1024": "OpenWebText needs the network; test_optim.py checks mup_base_width",
     "nanogpt-accel train recipes/eval_gpt2.yaml": "OpenAI's weights and OpenWebText need the network",  # noqa: E501
 }
