@@ -66,7 +66,7 @@ class PlanOptions(Section):
         "losses predicts the loss of the recipe",
     )
     flops: FloatOrNone = Field(
-        None, gt=0, description="budget in FLOPs; with fit, choose the compute-optimal depth and number of steps for it"
+        None, gt=0, description="budget in FLOPs; with fit, choose the depth and the number of steps for it"
     )
     to: str = Field("", description="file for the recipe that flops and fit choose")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
@@ -459,7 +459,7 @@ def write_recipe(path, recipe, prediction, argv, keeps_out_dir):
     source = f"{prediction['form']} of {prediction['runs']} runs, 90% interval {low} to {high}"
     values["expect"] = {"val_loss": loss, "tolerance": round(max(high - loss, loss - low, 1e-4), 4), "source": source}
     header = [
-        f"The best size for a budget, by the scaling law {prediction['law']}",
+        f"The size for a budget in FLOPs, by the scaling law {prediction['law']}",
         f"written by: nanogpt-accel plan {' '.join(map(quoted, argv))}",
         f"to train:   nanogpt-accel train {quoted(path)}",
     ]
@@ -526,10 +526,11 @@ def run_lines(figures, n_params):
         f"Chinchilla   {figures['tokens_per_parameter']:,.4g} tokens per parameter; compute-optimal: "
         f"{optimal / n_params:.3g} per parameter, {short(optimal)} tokens"
     )
-    yield (
-        f"             optimal for these FLOPs: {short(figures['optimal_parameters_for_flops'])} parameters and "
-        f"{short(figures['optimal_tokens_for_flops'])} tokens"
-    )
+    if "prediction" not in figures:  # which has a law for these data
+        yield (
+            f"             optimal for these FLOPs: {short(figures['optimal_parameters_for_flops'])} parameters and "
+            f"{short(figures['optimal_tokens_for_flops'])} tokens"
+        )
     if figures["gpu"]:
         days, seconds = figures["days"], figures["seconds_per_step"]
         yield (

@@ -63,6 +63,8 @@ def slope(widths, sizes):
 
 def plot(results, widths, path):
     """Write a plot with a row of panels for each name. results: {name: {width: result of `measure`}}."""
+    from matplotlib.ticker import NullLocator
+
     figure, axes = new_figure()
     axes.remove()
     figure.set_size_inches(3 * len(KINDS), 2.8 * len(results))
@@ -70,14 +72,14 @@ def plot(results, widths, path):
     for (name, by_width), row in zip(results.items(), panels, strict=True):
         for kind, panel in zip(KINDS, row, strict=True):
             start, *changes = zip(*(by_width[width][kind] for width in widths), strict=True)
-            panel.loglog(widths, start, "k--", label="at the start")
+            panel.loglog(widths, start, "k--", label="activations at the start")
             for step, sizes in enumerate(changes, 1):
                 label = f"change after {counted(step, 'step')}" if step in (1, len(changes)) else None
                 color = (step / len(changes), 0.4, 0.9 - 0.8 * step / len(changes))  # from blue to red
                 panel.loglog(widths, sizes, color=color, marker="o", markersize=3, label=label)
             panel.set_title(f"{kind}, {name}", fontsize="medium")
             panel.set_xticks(widths, map(str, widths))
-            panel.minorticks_off()
+            panel.xaxis.set_minor_locator(NullLocator())  # the y axis may have no power of ten
             panel.grid(alpha=0.3)
         row[0].set_ylabel("RMS")
     for panel in panels[-1]:

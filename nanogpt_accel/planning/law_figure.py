@@ -141,7 +141,7 @@ def _draw_compute(law, axes):
         text = f"{factor}x compute: {value:.3f}\n{lowest:.3f} to {highest:.3f}"
         place = {"xytext": (4, 6), "va": "bottom"} if is_above else {"xytext": (12, -6), "va": "top", "ha": "right"}
         axes.annotate(text, (at, highest if is_above else lowest), textcoords="offset points", fontsize=9, **place)
-    axes.axvline(largest, color="#9ca3af", linewidth=1, linestyle=":")
+    axes.axvline(largest, color="#9ca3af", linewidth=1, linestyle=":", label="largest run")
     axes.set_xscale("log")
     axes.set_xlim(budgets[0] / 1.3, budgets[-1] * (budgets[-1] / budgets[0]) ** 0.12)  # with space for the labels
     top = max(high.max(), *losses)
