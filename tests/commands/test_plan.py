@@ -454,8 +454,10 @@ def test_the_recipe_for_a_budget_has_the_depth_with_the_lowest_loss(grid, capsys
         "depth": written.model.n_layer,
         "tokens_per_parameter": found["tokens"] / found["prediction"]["n_params"],
     }
-    scaled = load_recipe("python_depth", overrides | {"max_iters": found["steps"]})
-    assert written.replace(out_dir="").flat() == scaled.replace(out_dir="").flat()
+    scaled = load_recipe("python_depth", overrides)
+    assert abs(scaled.train.max_iters - found["steps"]) <= 1
+    ours, theirs = (recipe.replace(out_dir="", max_iters=0).flat() for recipe in (written, scaled))
+    assert ours == theirs
     again = planned("large.yaml", f"fit={grid}", capsys=capsys)
     assert again["prediction"] == found["prediction"] and again["parameters"] == found["parameters"]
 
