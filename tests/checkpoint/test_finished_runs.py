@@ -8,7 +8,7 @@ import pytest
 from runs import HASHES, checkpoint
 from runs import write_finished_run as write_run
 
-from nanogpt_accel.checkpoint.finished_runs import read_ladder
+from nanogpt_accel.checkpoint.finished_runs import fit_ladder, read_ladder
 
 write_finished_run = partial(write_run, max_iters=100)
 LAW = {"E": 1.5, "K": 2.0 * 1e11**0.2, "c": 0.2}
@@ -30,6 +30,7 @@ def test_a_folder_of_runs_is_a_ladder_in_which_unfinished_runs_are_named(tmp_pat
         write_finished_run(tmp_path / f"depth={depth}", LAW, depth=depth)
     write_finished_run(tmp_path / "stopped", LAW, depth=5, trainer={"step": 40})
     write_finished_run(tmp_path / "diverged", LAW, depth=6, trainer={"val_loss": math.nan})
+    write_finished_run(tmp_path / "zero", LAW, depth=6, trainer={"val_loss": 0.0})
     tuned = write_finished_run(tmp_path / "tuned", LAW, depth=6)
     (tuned / "run.yaml").write_text((tuned / "run.yaml").read_text().replace("init_from: scratch", "init_from: gpt2"))
     (write_finished_run(tmp_path / "started", LAW, depth=7) / "checkpoint-000100").rename(tmp_path / "elsewhere")
@@ -37,8 +38,14 @@ def test_a_folder_of_runs_is_a_ladder_in_which_unfinished_runs_are_named(tmp_pat
     ladder = read_ladder([tmp_path])
     assert [run.name for run in ladder.runs] == ["depth=2", "depth=3", "depth=4"]
     notes = "\n".join(ladder.notes)
+    assert read_ladder([*tmp_path.glob("depth=*"), tmp_path / "sweep.json"]).runs == ladder.runs  # the pattern sweep/*
+    with pytest.raises(
+        ValueError, match="the runs have 3; (.|\n)*stopped: not used: its last checkpoint is at step 40"
+    ):
+        fit_ladder(ladder)
     assert "stopped: not used: its last checkpoint is at step 40 of 100" in notes
     assert "diverged: not used: its last validation loss is nan" in notes
+    assert "zero: not used: its last validation loss is 0.0" in notes
     assert "started: not used: it has no checkpoint" in notes
     assert "tuned: not used: it started from the weights of gpt2" in notes
 
@@ -92,7 +99,9 @@ def test_stages_may_start_at_other_steps(tmp_path):
 
 
 def test_folders_without_runs_are_refused(tmp_path):
-    for target, problem in ((tmp_path, "contains no runs"), (tmp_path / "missing", "no such folder")):
+    (tmp_path / "file").touch()
+    reasons = {tmp_path: "contains no runs", tmp_path / "missing": "no such folder", tmp_path / "file": "not a folder"}
+    for target, problem in reasons.items():
         with pytest.raises(ValueError, match=problem):
             read_ladder([target])
     write_finished_run(tmp_path / "stopped", LAW, depth=5, trainer={"step": 40})

@@ -469,6 +469,15 @@ def test_on_a_line_the_recipe_for_a_budget_keeps_the_tokens_per_parameter(words,
     assert ratio == pytest.approx(5 if words else 614_400 / 233_472, rel=0.2)  # a layer more or less
 
 
+def test_a_warm_up_on_the_command_line_is_compared_with_the_chosen_run(ladder, capsys):
+    """At the first depths of the search, the runs are shorter than this warm-up."""
+    plain, warm = (
+        planned("python_depth", f"fit={ladder}/*", "flops=1e14", "schedule=cosine", *words, capsys=capsys)
+        for words in ([], ["warmup_iters=300"])
+    )
+    assert warm["steps"] == plain["steps"] > 300
+
+
 def test_the_cost_is_that_of_all_gpus(capsys):
     found = planned("gpt2", "gpus=8", "dollars_per_hour=2.5", capsys=capsys)
     assert found["dollars"] == pytest.approx(found["days"] * 24 * 8 * 2.5)
@@ -484,6 +493,7 @@ def test_the_cost_is_that_of_all_gpus(capsys):
         (["fit=RUNS", "flops=1e15", "to=missing/new.yaml"], "to=missing/new.yaml: the folder missing does not exist"),
         (["fit=RUNS", "flops=1e15", "to=new.txt"], "to=new.txt: must end with .yaml"),
         (["fit=RUNS", "flops=1e15", "max_iters=5", "model.depth=3"], "remove max_iters, model.depth"),
+        (["fit=RUNS", "flops=1e30"], "flops=1e+30: too many for the largest depth, 1000; set flops to a lower number"),
         (["fit=RUNS", "flops=1e6", "to=new.yaml"], "flops=1e+06: too few for a step"),
         (["fit=missing"], "missing: no such folder"),
         (["fit=RUNS", "max_iters=0"], "fit: the recipe does not train"),
