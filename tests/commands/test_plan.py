@@ -387,7 +387,7 @@ def point_of(figures):
 
 def test_the_loss_is_predicted(grid, ladder, capsys):
     found = planned("python_depth", "depth=10", "max_iters=2000", f"fit={grid}", capsys=capsys)
-    assert found["prediction"]["n_params"] == 10 * 12 * 160**2 + 576 * 160
+    assert found["prediction"]["n_params"] == 10 * 12 * 80**2 + 576 * 80
     assert found["prediction"]["loss"] == pytest.approx(expected_loss(BY_SIZE, point_of(found)), rel=1e-3)
     assert found["prediction"]["warnings"] == []
     found = planned("python_depth", "depth=9", f"fit={ladder}", capsys=capsys)
@@ -466,7 +466,7 @@ def test_the_recipe_for_a_budget_has_the_depth_with_the_lowest_loss(grid, capsys
 def test_on_a_line_the_recipe_for_a_budget_keeps_the_tokens_per_parameter(words, ladder, capsys):
     found = planned("python_depth", f"fit={ladder}", "flops=1e14", *words, capsys=capsys)
     ratio = found["tokens"] / found["prediction"]["n_params"]
-    assert ratio == pytest.approx(5 if words else 614_400 / 233_472, rel=0.2)  # a layer more or less
+    assert ratio == pytest.approx(5 if words else 712_704 / 119_040, rel=0.2)  # a layer more or less
 
 
 def test_a_warm_up_on_the_command_line_is_compared_with_the_chosen_run(ladder, capsys):
