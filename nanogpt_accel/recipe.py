@@ -910,6 +910,9 @@ def load_recipe(path, overrides=None, check=None):
         problems += check(recipe)
     raise_problems(problems)
     if overrides and recipe.expect.val_loss is not None:
+        if recipe.derived:  # the expectation of a file with `depth` is for the scaled recipe
+            with suppress(ValueError):
+                file_values = load_recipe(path).model_dump()
         changed = sorted({*recipe.expect.changed, *_changed_keys(file_values, recipe)})
         recipe = recipe.model_copy(update={"expect": recipe.expect.model_copy(update={"changed": changed})})
     return recipe

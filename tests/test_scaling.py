@@ -196,3 +196,9 @@ def test_an_invalid_recipe_is_no_reference(tmp_path):
 def test_the_number_of_steps_is_set_once(load):
     with pytest.raises(ValueError, match=r"^tokens_per_parameter=20 and max_iters=5 both set the number of steps; "):
         load(tokens_per_parameter="20", max_iters="5")
+
+
+def test_the_expected_loss_of_a_file_with_a_depth_is_for_this_depth(tmp_path):
+    (tmp_path / "deep.yaml").write_text(f"{TINY.replace('model: {', 'model: {depth: 4, ')}expect: {{val_loss: 3}}")
+    changed = [load_recipe(tmp_path / "deep.yaml", {key: "3"}).expect.changed for key in ("seed", "depth")]
+    assert changed[0] == [] and {"n_layer", "n_embd"} <= set(changed[1])
