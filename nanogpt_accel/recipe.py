@@ -904,11 +904,15 @@ def load_recipe(path, overrides=None, check=None):
                 sections[section].model_fields_set.discard(key)
     if (recipe.model.depth or recipe.scaling.tokens_per_parameter) and not invalid:
         recipe = _scale(path, file_values, recipe, given, problems)
-    problems += [problem for keys, problem in _conflicts(recipe, given) if invalid.isdisjoint(keys)]
+    found = (problem for keys, problem in _conflicts(recipe, given) if invalid.isdisjoint(keys))
+    problems += [problem for problem in found if problem not in problems]
     if check is not None:
         problems += check(recipe)
     raise_problems(problems)
     if overrides and recipe.expect.val_loss is not None:
+        if recipe.derived:  # the expectation of a file with `depth` is for the scaled recipe
+            with suppress(ValueError):
+                file_values = load_recipe(path).model_dump()
         changed = sorted({*recipe.expect.changed, *_changed_keys(file_values, recipe)})
         recipe = recipe.model_copy(update={"expect": recipe.expect.model_copy(update={"changed": changed})})
     return recipe
@@ -928,10 +932,17 @@ def _scale(path, file_values, recipe, given, problems):
         problems.append(f"{name}: not possible with init_from={recipe.model.init_from}, whose size is fixed; remove it")
     elif not reference.train.max_iters:
         problems.append(f"{name}: the recipe does not train (max_iters=0), so there is nothing to scale; set max_iters")
+    elif {"tokens_per_parameter", "max_iters"} <= given and recipe.scaling.tokens_per_parameter:
+        given_both = (
+            f"tokens_per_parameter={recipe.scaling.tokens_per_parameter:g} and max_iters={recipe.train.max_iters}"
+        )
+        problems.append(f"{given_both} both set the number of steps; remove one of them")
+    elif invalid := [problem for _, problem in _conflicts(reference, set())]:
+        problems += invalid
     else:
         data = reference.data if "data_dir" in given else recipe.data  # token files are assumed to have its vocabulary
         scaled, lines = scale(reference, recipe.model_copy(update={"data": data}), given)
-        recipe = scaled.model_copy(update={"data": recipe.data})
+        recipe = scaled if data is recipe.data else scaled.model_copy(update={"data": recipe.data})
         recipe._derived = tuple(lines)
     return recipe
 

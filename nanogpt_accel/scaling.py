@@ -7,7 +7,7 @@ scripts/base_train.py). recipe.py calls it when a recipe is loaded, so all other
 
 import math
 
-MULTIPLE_OF = 16  # of n_inner, if a recipe sets it
+MULTIPLE_OF = 16  # of n_inner, if that of the recipe is such a multiple
 
 # ---- parameters
 
@@ -63,22 +63,26 @@ def _round(value):
 def architecture(reference, recipe, given):
     """Keep the ratio of width to depth, the size of a head, and the number of queries per key-value head."""
     old, depth = reference.model, recipe.model.depth or reference.model.n_layer
-    head_dim = recipe.model.head_dim or old.n_embd // old.n_head
+    old_head_dim = old.head_dim or old.n_embd // old.n_head
+    head_dim = recipe.model.head_dim or old_head_dim
+    multiple = head_dim if "head_dim" in given else math.gcd(head_dim, old.n_embd)
     ratio = recipe.scaling.aspect_ratio or old.n_embd / old.n_layer
-    n_embd = recipe.model.n_embd if "n_embd" in given else head_dim * max(1, math.ceil(depth * ratio / head_dim))
-    n_head = recipe.model.n_head if "n_head" in given else max(1, n_embd // head_dim)
+    n_embd = multiple * max(1, math.ceil(round(depth * ratio / multiple, 6)))  # round: without floating-point errors
+    n_embd = recipe.model.n_embd if "n_embd" in given else n_embd
+    share = old.n_head * old_head_dim / old.n_embd if recipe.model.head_dim else 1  # other than 1 only with head_dim
+    n_head = recipe.model.n_head if "n_head" in given else max(1, round(share * n_embd / head_dim))
     derived = {
         "n_layer": (depth, "depth"),
-        "n_embd": (n_embd, f"depth * {ratio:g}, rounded up to a multiple of the head's size {head_dim}"),
-        "n_head": (n_head, f"n_embd / {head_dim}"),
+        "n_embd": (n_embd, f"depth * {ratio:g}, rounded up to a multiple of {multiple}"),
+        "n_head": (n_head, f"{f'{share:.4g} * ' * (share != 1)}n_embd / {head_dim}, the size of a head"),
     }
     if old.n_kv_head:
         queries = math.gcd(n_head, old.n_head // old.n_kv_head)
         derived["n_kv_head"] = (n_head // queries, f"n_head / {queries}")
     if old.n_inner:
-        share = old.n_inner / old.n_embd
-        n_inner = MULTIPLE_OF * max(1, round(share * n_embd / MULTIPLE_OF))
-        derived["n_inner"] = (n_inner, f"{share:.4g} * n_embd, rounded to a multiple of {MULTIPLE_OF}")
+        share, multiple = old.n_inner / old.n_embd, math.gcd(old.n_inner, MULTIPLE_OF)
+        n_inner = multiple * max(1, round(share * n_embd / multiple))
+        derived["n_inner"] = (n_inner, f"{share:.4g} * n_embd, rounded to a multiple of {multiple}")
     return derived
 
 
@@ -108,13 +112,21 @@ def horizon(reference, recipe, given):
     """Train on the same number of tokens per parameter (Hoffmann et al. 2022), with a schedule of the same shape."""
     per_param = tokens_per_param(reference, recipe)
     params, per_step = scaling_params(known_shape(recipe)), recipe.tokens_per_step
-    steps = recipe.train.max_iters if "max_iters" in given else max(1, int(per_param * params / per_step))
+    steps = max(1, int(round(per_param * params / per_step, 6)))  # round: without floating-point errors
+    steps = recipe.train.max_iters if "max_iters" in given else steps
     rule = f"{per_param:.4g} tokens per parameter * {params:,} parameters / {per_step:,} tokens per step"
     derived = {"max_iters": (steps, rule)}
     for key in ("warmup_iters", "lr_decay_iters"):
         if old := getattr(reference.optimizer, key):
             share = old / reference.train.max_iters
             derived[key] = (max(1, round(share * steps)), f"{share:.4g} * max_iters")
+    if recipe.data.stages:
+        share = steps / reference.train.max_iters
+        stages = [
+            stage if stage.start < 1 else stage.model_copy(update={"start": float(max(1, round(share * stage.start)))})
+            for stage in recipe.data.stages
+        ]
+        derived["stages"] = (stages, f"the steps in `from` are multiplied by {share:.4g}")
     return derived
 
 
@@ -128,7 +140,7 @@ def learning_rates(reference, recipe, given):
     by_width = (recipe.model.n_embd / reference.model.n_embd) ** exponent
     rule = f"* (tokens per step / {reference.tokens_per_step:,})^0.5"
     derived = {"muon_learning_rate": (_round(old.muon_learning_rate * by_batch), f"{old.muon_learning_rate:g} {rule}")}
-    rule = f"{old.learning_rate:g} {rule} * (n_embd / {reference.model.n_embd})^{exponent:g}"
+    rule = f"{old.learning_rate:g} {rule}" + f" * (n_embd / {reference.model.n_embd})^{exponent:g}" * (exponent != 0)
     derived["learning_rate"] = (_round(old.learning_rate * by_batch * by_width), rule)
     if old.min_lr:
         share = old.min_lr / old.learning_rate
@@ -162,9 +174,8 @@ def scale(reference, recipe, given):
     for rule in RULES:
         derived = {key: pair for key, pair in rule(reference, recipe, given).items() if key not in given}
         recipe = recipe.replace(**{key: value for key, (value, _) in derived.items()})
-        lines += [
-            f"{key}={value:g} ({text})" if isinstance(value, float) else f"{key}={value} ({text})"
-            for key, (value, text) in derived.items()
-            if value != old[key]
-        ]
+        for key, (value, text) in derived.items():
+            if str(value) != str(old[key]):
+                shown = [stage.start for stage in value] if key == "stages" else value
+                lines.append(f"{key}={shown:g} ({text})" if isinstance(shown, float) else f"{key}={shown} ({text})")
     return recipe.replace(depth=None, tokens_per_parameter=None), lines

@@ -55,6 +55,41 @@ def test_the_depth_of_the_recipe_changes_nothing(load):
         assert scaled.derived == ()
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        "{n_layer: 4, n_head: 8, n_embd: 256, head_dim: 64}",  # the queries are wider than the residual stream
+        "{n_layer: 4, n_head: 4, n_embd: 100, head_dim: 32}",
+        "{n_layer: 4, n_head: 4, n_embd: 128, n_inner: 100, activation: swiglu}",
+        "{n_layer: 99, n_head: 2047, n_embd: 2047}",  # 99 * (2047 / 99) is above 2047
+    ],
+)
+def test_the_depth_of_the_recipe_changes_nothing_for_unusual_sizes(model, tmp_path):
+    path = tmp_path / "odd.yaml"
+    for max_iters in range(1000, 1010):  # with floating-point errors, some of them would be one step shorter
+        path.write_text(f"model: {model}\ntrain: {{max_iters: {max_iters}, batch_size: 3}}")
+        plain = load_recipe(path)
+        assert load_recipe(path, {"depth": plain.model.n_layer}).model_dump() == plain.model_dump()
+
+
+def test_more_layers_keep_the_width_of_the_queries(tmp_path):
+    (tmp_path / "wide.yaml").write_text("model: {n_layer: 4, n_head: 8, n_embd: 256, head_dim: 64, n_kv_head: 2}")
+    model = load_recipe(tmp_path / "wide.yaml", {"depth": "6"}).model
+    assert (model.n_embd, model.n_head, model.head_dim, model.n_kv_head) == (384, 12, 64, 3)
+
+
+def test_stages_start_at_the_same_share_of_the_run(tmp_path):
+    mix = "[{corpus: python, weight: 1}, {corpus: shakespeare, weight: 1}]"
+    later = "{from: 0.9, mix: [{name: shakespeare, weight: 1}]}"
+    text = f"data: {{mix: {mix}, stages: [{{from: 300, mix: [{{name: python, weight: 1}}]}}, {later}]}}"
+    (tmp_path / "staged.yaml").write_text(f"{text}\ntrain: {{max_iters: 400}}")
+    recipe = load_recipe(tmp_path / "staged.yaml", {"depth": "4"})
+    steps = recipe.train.max_iters
+    assert [start for start, _ in recipe.stages] == [0, round(0.75 * steps), round(0.9 * steps)] and steps != 400
+    (line,) = [line for line in recipe.derived if line.startswith("stages")]
+    assert "corpus" not in line and f"[{round(0.75 * steps)}.0, 0.9]" in line
+
+
 def test_every_setting_that_depends_on_the_size_is_scaled(load):
     recipe = load(depth="4")
     model, train, optimizer = recipe.model, recipe.train, recipe.optimizer
@@ -79,6 +114,7 @@ def test_mup_replaces_the_rule_for_the_width(load):
     plain, scaled = load(depth="4"), load(depth="4", mup_base_width="64")
     assert scaled.optimizer.learning_rate == pytest.approx(plain.optimizer.learning_rate * (128 / 64) ** 0.5, rel=1e-5)
     assert scaled.optimizer.muon_learning_rate == plain.optimizer.muon_learning_rate
+    assert [line for line in scaled.derived if line.startswith("learning_rate=") and "n_embd" in line] == []
 
 
 def test_a_smaller_batch_has_fewer_micro_batches_and_then_fewer_sequences(load):
@@ -149,3 +185,20 @@ def test_a_recipe_without_training_has_nothing_to_scale(tmp_path):
     Path(tmp_path, "none.yaml").write_text("train: {max_iters: 0}")
     with pytest.raises(ValueError, match=r"^model.depth=4: the recipe does not train \(max_iters=0\)"):
         load_recipe(tmp_path / "none.yaml", {"depth": "4"})
+
+
+def test_an_invalid_recipe_is_no_reference(tmp_path):
+    (tmp_path / "invalid.yaml").write_text("model: {n_layer: 4, n_head: 400, n_embd: 128}")
+    with pytest.raises(ValueError, match=r"^model.n_embd=128 is not divisible by model.n_head=400; [^\n]*$"):
+        load_recipe(tmp_path / "invalid.yaml", {"depth": "3"})
+
+
+def test_the_number_of_steps_is_set_once(load):
+    with pytest.raises(ValueError, match=r"^tokens_per_parameter=20 and max_iters=5 both set the number of steps; "):
+        load(tokens_per_parameter="20", max_iters="5")
+
+
+def test_the_expected_loss_of_a_file_with_a_depth_is_for_this_depth(tmp_path):
+    (tmp_path / "deep.yaml").write_text(f"{TINY.replace('model: {', 'model: {depth: 4, ')}expect: {{val_loss: 3}}")
+    changed = [load_recipe(tmp_path / "deep.yaml", {key: "3"}).expect.changed for key in ("seed", "depth")]
+    assert changed[0] == [] and {"n_layer", "n_embd"} <= set(changed[1])

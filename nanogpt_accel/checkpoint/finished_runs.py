@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data import dataset, run_data
-from ..planning.scaling_law import Run
+from ..planning.scaling_law import Run, fit
 from ..planning.sizing import flops_per_token
 from ..recipe import Recipe, load_recipe
 from ..scaling import scaling_params
@@ -74,20 +74,28 @@ def read_ladder(targets):
     return Ladder(runs, *found[0][1:], notes)
 
 
+def fit_ladder(ladder):
+    """Fit a law to a ladder. If it has too few runs, the ValueError also says why others are not used."""
+    try:
+        return fit(ladder.runs)
+    except ValueError as error:
+        raise ValueError("\n".join([str(error), *ladder.notes])) from None
+
+
 def find_runs(targets):
-    """Return the run folders among `targets` and directly in them, in alphabetical order.
+    """Return the run folders among `targets` and directly in them, in alphabetical order. Of several targets, files are
+    ignored, because the pattern sweep/* also matches the logs of a sweep.
 
     Raises:
         ValueError: a target is not a folder, or contains no runs.
     """
-    folders, problems = [], []
-    for target in map(Path, targets):
+    folders, problems, paths = [], [], list(map(Path, targets))
+    for target in [path for path in paths if not path.is_file()] or paths:
         found = [target / "run.yaml"] if (target / "run.yaml").is_file() else sorted(target.glob("*/run.yaml"))
         folders += [file.parent for file in found]
         if not found:
-            problems.append(
-                f"{target}: {'contains no runs' if target.is_dir() else 'no such folder'}; pass run folders"
-            )
+            reason = "contains no runs" if target.is_dir() else "not a folder" if target.exists() else "no such folder"
+            problems.append(f"{target}: {reason}; pass run folders")
     if problems:
         raise ValueError("\n".join(problems))
     return list({folder.resolve(): folder for folder in folders}.values())
@@ -113,9 +121,11 @@ def _read_run(folder, name):
     trainer = read_trainer(checkpoints[-1])
     if trainer["step"] < steps or not steps:
         raise ValueError(f"its last checkpoint is at step {trainer['step']:,} of {steps:,}")
-    if not isinstance(trainer["val_loss"], float) or not math.isfinite(trainer["val_loss"]):
+    if not isinstance(trainer["val_loss"], float) or not 0 < trainer["val_loss"] < math.inf:
         raise ValueError(f"its last validation loss is {trainer['val_loss']}")
     vocab_size = json.loads((checkpoints[-1] / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    if type(vocab_size) is not int or vocab_size < 1:
+        raise ValueError(f"{checkpoints[-1] / 'config.json'}: vocab_size={vocab_size} is not valid")
     shape = recipe.shape | {"vocab_size": vocab_size}
     tokens = steps * recipe.tokens_per_step
     run = Run(name, scaling_params(shape), tokens, tokens * flops_per_token(shape), trainer["val_loss"])

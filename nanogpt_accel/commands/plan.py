@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from pydantic import Field
 
-from ..checkpoint.finished_runs import differences, read_ladder
+from ..checkpoint.finished_runs import differences, fit_ladder, read_ladder
 from ..data import dataset, run_data
 from ..distributed.accelerator import auto_precision
 from ..models.shape import model_shape
@@ -43,6 +43,8 @@ TRAIN_TOKENS = {
 }
 # times the largest compute of the runs, the factor between tokens per parameter, and epochs above which plan warns
 FAR, OFF_THE_LINE, MANY_EPOCHS = 10, 1.5, 4
+MAX_DEPTH = 1000  # of the setting depth
+MAX_SKIPPED = 30  # depths that are not valid, one after another, before the search for a depth ends
 TITLES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 
 
@@ -87,7 +89,7 @@ def main(argv):
     raise_problems(problems + check_fit(options, overrides))
     runs = os.path.expanduser(options.fit)
     ladder = read_ladder(sorted(glob.glob(runs)) or [runs]) if runs else None
-    law = scaling_law.fit(ladder.runs) if ladder else None
+    law = fit_ladder(ladder) if ladder else None
     if options.flops:
         overrides |= choose_size(target, overrides, options.flops, law)
     recipe = load_recipe(target, overrides, check=lambda recipe: check(recipe, options))
@@ -387,8 +389,17 @@ def choose_size(target, overrides, flops, law):
     """
     has_ratio = law.form == "L(C)" or any(key.endswith("tokens_per_parameter") for key in overrides)
     vocab_size, best = find_data(load_recipe(target, overrides))[0], None  # best: (score, depth, tokens per parameter)
-    for depth in range(1, 1001):
-        recipe = load_recipe(target, {**overrides, "depth": depth})
+    # the horizon is not chosen yet, and may be too short for this warm-up
+    settings = {key: value for key, value in overrides.items() if key.rpartition(".")[2] != "warmup_iters"}
+    for depth in range(1, MAX_DEPTH + 1):
+        try:
+            recipe = load_recipe(target, {**settings, "depth": depth})
+        except ValueError:  # for example, n_head=4 on the command line, but this width is not divisible by 4
+            if depth - (best[1] if best else 0) < MAX_SKIPPED:
+                continue
+            if best:
+                break
+            raise
         shape = model_shape(recipe, vocab_size)
         tokens = flops / sizing.flops_per_token(shape)
         if has_ratio:
@@ -400,6 +411,8 @@ def choose_size(target, overrides, flops, law):
             best = score, depth, tokens / scaling_params(known_shape(recipe))
         elif depth > best[1] + 3:  # the score has one minimum, except for the rounding of sizes
             break
+    if best[1] == MAX_DEPTH:
+        raise ValueError(f"flops={flops:g}: too many for the largest depth, {MAX_DEPTH}; set flops to a lower number")
     return {"depth": best[1], "tokens_per_parameter": best[2]}
 
 
@@ -458,8 +471,9 @@ def write_recipe(path, recipe, prediction, argv, keeps_out_dir):
     loss, low, high = (round(prediction[key], 4) for key in ("loss", "low", "high"))
     source = f"{prediction['form']} of {prediction['runs']} runs, 90% interval {low} to {high}"
     values["expect"] = {"val_loss": loss, "tolerance": round(max(high - loss, loss - low, 1e-4), 4), "source": source}
+    choice = "The best size" if prediction["form"] == "L(N, D)" else "A size on the line of the runs"
     header = [
-        f"The size for a budget in FLOPs, by the scaling law {prediction['law']}",
+        f"{choice} for a budget, by the scaling law {prediction['law']}",
         f"written by: nanogpt-accel plan {' '.join(map(quoted, argv))}",
         f"to train:   nanogpt-accel train {quoted(path)}",
     ]

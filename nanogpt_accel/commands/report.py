@@ -17,9 +17,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ..checkpoint.finished_runs import read_ladder
+from ..checkpoint.finished_runs import fit_ladder, read_ladder
 from ..checkpoint.run_folder import find_trainer
-from ..planning import law_figure, scaling_law
+from ..planning import law_figure
 from ..recipe import SECTION_OF, Recipe, load_recipe
 from ..tracking.console import Console
 from ..tracking.metrics_log import new_figure, number, read_metrics, save_figure, training_seconds
@@ -100,7 +100,7 @@ def main(argv):
 
 def report_law(ladder, out, console):
     """Fit a law to finished runs, print it, and write its page and PNG. ladder: the result of read_ladder."""
-    law = scaling_law.fit(ladder.runs)
+    law = fit_ladder(ladder)
     image, encoded = out.with_suffix(".png"), ""
     with console.optional("the PNG cannot be written"):
         save_figure(law_figure.draw(law), image)

@@ -11,6 +11,7 @@ resumes from its latest valid checkpoint. So the same command continues a sweep 
 import csv
 import io
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -50,6 +51,7 @@ from ..utils.files import write_atomically
 from ..utils.text import aligned, counted, duration, first_line, printable
 
 POLL_S = 0.2
+MAX_NAME = 250  # bytes in the name of a point: file names have up to 255, and that of its log adds .log
 DONE, DIVERGED, RUNNING, CHANGED = "done", "diverged", "running", "other settings"
 
 
@@ -158,6 +160,8 @@ def parse(argv):
     for i, values in enumerate(itertools.product(*map(varied.get, keys)), 1):
         values = dict(zip(keys, values, strict=True))
         points.append(Point(i, values, file, fixed | values))
+    if (longest := max(len(point.name.encode()) for point in points)) > MAX_NAME:
+        raise ValueError(f"the names of the runs have up to {longest} bytes, above {MAX_NAME}; vary fewer keys")
     if options.index and options.index > len(points):
         raise ValueError(f"index={options.index}: the sweep has {counted(len(points), 'point')}")
     return options, points[options.index - 1 : options.index] if options.index else points
@@ -482,7 +486,8 @@ def show(points, console):
     The file has no times, so an interrupted sweep ends with the same file as an uninterrupted one.
     """
     results = [result(point) for point in points]
-    lowest = min((row["best_val_loss"] for row in results if row["status"] == DONE), default=None)
+    done = [row["best_val_loss"] for row in results if row["status"] == DONE]
+    lowest = min((loss for loss in done if loss is not None), default=math.inf)  # None: metrics.jsonl is damaged
     lines = [("", "index", *points[0].values, "val_loss", "best_val_loss", "tokens", "time", "status")]
     for point, row in zip(points, results, strict=True):
         mark = "*" * (row["status"] == DONE and row["best_val_loss"] == lowest)

@@ -14,6 +14,7 @@ SYMBOLS = {
     "L(N, D)": "N: parameters of the matrices in the blocks and of the head. D: training tokens.",
     "L(C)": "C: FLOPs of the training.",
 }
+UNKNOWN = 1000  # an interval of a size whose ends differ by this factor says nothing
 BUDGETS = (1, 4, 10, 100)  # times the largest compute of the runs
 
 
@@ -49,8 +50,12 @@ def _budgets(law):
         loss, low, high = law.predict(*size, flops)
         cells = [short(value) for value in size]
         if intervals:
-            cells = [f"{cell} ({short(a)} to {short(b)})" for cell, (a, b) in zip(cells, intervals, strict=True)]
+            cells = [f"{cell} ({_range(*interval)})" for cell, interval in zip(cells, intervals, strict=True)]
         yield f"{power(flops)} ({factor}x)", *cells, f"{loss:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _range(low, high):
+    return f"{short(low)} to {short(high)}" if high < UNKNOWN * low else "unknown"
 
 
 def _runs(law):

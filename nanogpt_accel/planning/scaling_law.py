@@ -106,7 +106,8 @@ class Law:
         tokens). For L(C), return None, because runs on a line do not determine it."""
         if self.form == "L(C)":
             return None
-        sizes = optimal_size(flops, self.draws, *self.flops_per_token)
+        with np.errstate(all="ignore"):  # if the runs do not determine the law, some refits have extreme sizes
+            sizes = optimal_size(flops, self.draws, *self.flops_per_token)
         return tuple(tuple(np.percentile(values, INTERVAL)) for values in sizes)
 
     def extrapolation(self, flops):
@@ -239,7 +240,7 @@ def choose_form(runs):
         return "L(N, D)", f"the tokens per parameter vary by a factor of {math.exp(spread):.2g} (standard deviation)"
     if n_budgets < 4:
         raise ValueError(
-            f"a scaling law needs runs with at least 4 different amounts of compute, but there are {n_budgets}; "
+            f"a scaling law needs runs with at least 4 different amounts of compute, but the runs have {n_budgets}; "
             "train more sizes, for example with nanogpt-accel sweep RECIPE depth=3,4,5,6,7"
         )
     if spread < ON_A_LINE:

@@ -8,19 +8,19 @@ import pytest
 from runs import HASHES, checkpoint
 from runs import write_finished_run as write_run
 
-from nanogpt_accel.checkpoint.finished_runs import read_ladder
+from nanogpt_accel.checkpoint.finished_runs import fit_ladder, read_ladder
 
 write_finished_run = partial(write_run, max_iters=100)
 LAW = {"E": 1.5, "K": 2.0 * 1e11**0.2, "c": 0.2}
 
 
 def test_a_run_is_a_point(tmp_path):
-    """The size by hand: depth 4 has 64 dimensions, so 12 * 64**2 weights per block, and a head of 576 entries."""
+    """The size by hand: depth 4 has 32 dimensions, so 12 * 32**2 weights per block, and a head of 576 entries."""
     write_finished_run(tmp_path / "a", LAW, depth=4, max_iters=50)
     (run,), recipe, vocab_size, data, notes = read_ladder([tmp_path / "a"])
-    assert run.name == "a" and run.n_params == 4 * 12 * 64**2 + 576 * 64 and vocab_size == 576 and not notes
-    assert run.tokens == 50 * 16 * 128 and data == HASHES and recipe.model.n_layer == 4
-    norms_and_attention = 12 * 4 * 64 * 128
+    assert run.name == "a" and run.n_params == 4 * 12 * 32**2 + 576 * 32 and vocab_size == 576 and not notes
+    assert run.tokens == 50 * 32 * 32 and data == HASHES and recipe.model.n_layer == 4
+    norms_and_attention = 12 * 4 * 32 * 32
     assert run.flops == run.tokens * (6 * run.n_params + norms_and_attention)
     assert run.loss == pytest.approx(1.5 + 2.0 * (1e11 / run.flops) ** 0.2)
 
@@ -30,6 +30,7 @@ def test_a_folder_of_runs_is_a_ladder_in_which_unfinished_runs_are_named(tmp_pat
         write_finished_run(tmp_path / f"depth={depth}", LAW, depth=depth)
     write_finished_run(tmp_path / "stopped", LAW, depth=5, trainer={"step": 40})
     write_finished_run(tmp_path / "diverged", LAW, depth=6, trainer={"val_loss": math.nan})
+    write_finished_run(tmp_path / "zero", LAW, depth=6, trainer={"val_loss": 0.0})
     tuned = write_finished_run(tmp_path / "tuned", LAW, depth=6)
     (tuned / "run.yaml").write_text((tuned / "run.yaml").read_text().replace("init_from: scratch", "init_from: gpt2"))
     (write_finished_run(tmp_path / "started", LAW, depth=7) / "checkpoint-000100").rename(tmp_path / "elsewhere")
@@ -37,8 +38,16 @@ def test_a_folder_of_runs_is_a_ladder_in_which_unfinished_runs_are_named(tmp_pat
     ladder = read_ladder([tmp_path])
     assert [run.name for run in ladder.runs] == ["depth=2", "depth=3", "depth=4"]
     notes = "\n".join(ladder.notes)
+    assert (
+        read_ladder([*sorted(tmp_path.glob("depth=*")), tmp_path / "sweep.json"]).runs == ladder.runs
+    )  # the pattern sweep/*
+    with pytest.raises(
+        ValueError, match="the runs have 3; (.|\n)*stopped: not used: its last checkpoint is at step 40"
+    ):
+        fit_ladder(ladder)
     assert "stopped: not used: its last checkpoint is at step 40 of 100" in notes
     assert "diverged: not used: its last validation loss is nan" in notes
+    assert "zero: not used: its last validation loss is 0.0" in notes
     assert "started: not used: it has no checkpoint" in notes
     assert "tuned: not used: it started from the weights of gpt2" in notes
 
@@ -66,7 +75,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
         ({"data": HASHES | {"val": "c" * 64}}, ["the data, tokenizers or validation splits differ: a / b"]),
         ({"vocab_size": 1000}, ["vocab_size differs: 576 in a; 1024 in b"]),
         ({"activation": "gelu"}, ["model.activation differs: relu2 in a; gelu in b"]),
-        ({"block_size": 64}, ["model.block_size differs: 128 in a; 64 in b"]),
+        ({"block_size": 64}, ["model.block_size differs: 32 in a; 64 in b"]),
         ({"algorithm": "adamw", "schedule": "cosine"}, ["optimizer.algorithm differs", "optimizer.schedule differs"]),
         ({"eval_iters": 5}, ["train.eval_iters differs: all in a; 5 in b"]),
     ],
@@ -92,7 +101,9 @@ def test_stages_may_start_at_other_steps(tmp_path):
 
 
 def test_folders_without_runs_are_refused(tmp_path):
-    for target, problem in ((tmp_path, "contains no runs"), (tmp_path / "missing", "no such folder")):
+    (tmp_path / "file").touch()
+    reasons = {tmp_path: "contains no runs", tmp_path / "missing": "no such folder", tmp_path / "file": "not a folder"}
+    for target, problem in reasons.items():
         with pytest.raises(ValueError, match=problem):
             read_ladder([target])
     write_finished_run(tmp_path / "stopped", LAW, depth=5, trainer={"step": 40})

@@ -431,7 +431,7 @@ def test_the_page_of_a_law_does_not_need_its_picture(finished, monkeypatch, caps
     ("words", "parts"),
     [
         (["missing", "--fit"], ["missing: no such folder"]),
-        (["{}/depth=2,100", "{}/depth=4,100", "--fit"], ["different amounts of compute, but there are 2"]),
+        (["{}/depth=2,100", "{}/depth=4,100", "--fit"], ["different amounts of compute, but the runs have 2"]),
     ],
 )
 def test_runs_without_a_law_are_refused(words, parts, finished, capsys):

@@ -26,7 +26,7 @@ from nanogpt_accel.__main__ import main
 from nanogpt_accel.checkpoint.run import Run
 from nanogpt_accel.checkpoint.run_folder import lock_run
 from nanogpt_accel.commands import sweep
-from nanogpt_accel.recipe import FIELDS, load_recipe
+from nanogpt_accel.recipe import FIELDS, Optimizer, load_recipe
 from nanogpt_accel.utils import cli
 
 GRID = ["n_layer=1,2", "learning_rate=1e-2,1e-3"]
@@ -208,6 +208,20 @@ def test_a_finished_sweep_trains_nothing_and_prints_the_same_table(copy, finishe
         [*marks[0], "1", "0.01", losses[0], losses[0], "256", "done"],
         [*marks[1], "2", "0.001", losses[1], losses[1], "256", "done"],
     ]
+
+
+def test_a_done_point_that_lost_its_metrics_does_not_stop_the_table(copy, call):
+    (FOLDER / FIRST / "metrics.jsonl").write_text("")
+    first, second = table(call("sweep", copy, RATES, "--table"))
+    lost, kept = (first, second) if "-" in first else (second, first)
+    assert lost[-1] == "done" and "*" not in lost and kept[0] == "*"
+
+
+def test_names_that_are_too_long_for_a_file_are_refused(tiny, call):
+    keys = [key for key in Optimizer.model_fields if key not in ("algorithm", "options", "schedule")]
+    values = [f"{key}=0.{'1' * 20},0.2" for key in keys]
+    with pytest.raises(ValueError, match=r"^the names of the runs have up to \d+ bytes, above 250; vary fewer keys$"):
+        sweep.parse([str(tiny), *values])
 
 
 def test_more_values_add_points_and_keep_the_others(copy, call, started):

@@ -151,7 +151,7 @@ def test_points_beside_the_line_are_recognized():
 
 def test_too_few_runs_are_refused():
     three_sizes = [run for seed in range(3) for run in ladder(3, noise=0.004, seed=seed)]
-    with pytest.raises(ValueError, match="at least 4 different amounts of compute, but there are 3"):
+    with pytest.raises(ValueError, match="at least 4 different amounts of compute, but the runs have 3"):
         fit(three_sizes)
 
 
