@@ -291,7 +291,7 @@ def test_an_optimizer_by_name_gets_the_groups_and_the_options(model):
     [
         ("{eps: 1e-6, eps: 1e-5}", "must be valid YAML"),
         ("[1]", "must have the form {KEY: VALUE}"),
-        ("{since: 2024-01-01}", "must only contain numbers, texts"),
+        ("{since: 2024-01-01}", "must only contain numbers, strings"),
     ],
 )
 def test_options_that_are_no_mapping_of_plain_values_are_refused(refused, options, words):

@@ -22,7 +22,7 @@ LARGEST_LOGITS_CPU, LARGEST_LOGITS = 2**24, 2**27
 COUNTED = {
     *("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner", "bias"),
     *("norm", "norm_weight", "norm_eps", "embd_norm", "qk_norm", "position", "rope_theta", "activation"),
-    *("logit_softcap", "tie_word_embeddings"),
+    *("logit_softcap", "tie_word_embeddings", "mup_base_width"),
 }
 
 # OpenAI's GPT-2 models

@@ -8,8 +8,8 @@ import shlex
 import subprocess
 import sys
 
-# all control characters except tab, line feed and carriage return, and what UTF-8 cannot encode
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+# all control characters except tab, line feed and carriage return, other line separators, and what UTF-8 cannot encode
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def counted(number, noun):

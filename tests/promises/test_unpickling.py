@@ -9,7 +9,7 @@ import nanogpt_accel
 def test_nothing_is_unpickled():
     """Only two files name pickle: meta.py, to refuse everything but plain values, and nanogpt.py, for the name of the
     error that torch raises. nanogpt.py reads nanoGPT's ckpt.pt, and weight_files.py reads a model's .bin files, both
-    with weights_only."""
+    with weights_only. numpy, in parts.py, refuses pickled arrays by default."""
     loaders = {"torch", "pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "np", "numpy"}
     uses = []
     for file in sorted(Path(nanogpt_accel.__file__).parent.rglob("*.py")):
@@ -48,5 +48,6 @@ def test_nothing_is_unpickled():
         ("meta.py", "pickle.Unpickler"),
         ("nanogpt.py", "import pickle"),
         ("nanogpt.py", "torch.load"),
+        ("parts.py", "np.load"),
         ("weight_files.py", "torch.load"),
     ]

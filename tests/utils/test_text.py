@@ -40,10 +40,13 @@ def test_quoted_words_can_be_pasted(word):
 
 
 def test_printable_text_has_no_control_characters():
-    """Those of C0 and C1, except white space, and lone surrogates, which stand for bytes of undecodable names."""
-    controls = {chr(i) for i in range(0xFFFF) if unicodedata.category(chr(i)) in ("Cc", "Cs")} - set("\t\n\r")
-    assert len(controls) == 62 + 2048
+    """Those of C0 and C1, except white space; line separators; and lone surrogates, which stand for bytes of undecodable
+    names."""
+    kinds = ("Cc", "Cs", "Zl", "Zp")
+    controls = {chr(i) for i in range(0xFFFF) if unicodedata.category(chr(i)) in kinds} - set("\t\n\r")
+    assert len(controls) == 62 + 2048 + 2
     text = "".join(map(chr, range(0xFFFF)))
     assert set(printable(text)) == set(text) - controls
     assert printable("\x1b[31mred\x07 \x9b2J \udcff") == r"\x1b[31mred\x07 \x9b2J \udcff"
+    assert printable("a\u2028b\u2029c") == r"a\u2028b\u2029c"  # separate lines, as a line feed does
     assert printable("ü 漢 🙂 a\tb\r\nc") == "ü 漢 🙂 a\tb\r\nc"
