@@ -86,8 +86,8 @@ RUN = {
     "nanogpt-accel evaluate MODEL": (CPU, "perplexity"),
     "nanogpt-accel bench RECIPE": (f"{TINY} {ONE_MICRO_BATCH} steps=1 warmup=1", "tokens/s"),
     "nanogpt-accel report RUN [RUN ...]": ("out=both.html", "wrote both.html"),
-    "nanogpt-accel sweep python_depth depth=3,4,5,6,7 out_dir=runs/ladder jobs=2": (
-        "limit_documents=30 vocab_size=300 max_iters=2 depth=1,2 out_dir=runs/sizes",
+    "nanogpt-accel sweep python_depth depth=3,4,5,6,7 seed=1,2 out_dir=runs/ladder jobs=2": (
+        "limit_documents=30 vocab_size=300 max_iters=2 depth=1,2 seed=1 out_dir=runs/sizes",
         "wrote runs/sizes/results.csv",
     ),
     "nanogpt-accel report --fit runs/ladder": ("", "wrote runs/ladder/law.html and law.png"),

@@ -40,7 +40,7 @@ def test_quoted_words_can_be_pasted(word):
 
 
 def test_printable_text_has_no_control_characters():
-    """Those of C0 and C1, except white space; line separators; and lone surrogates, which stand for undecodable bytes."""
+    """Those of C0 and C1, except white space; line separators; and lone surrogates, which are undecodable bytes."""
     kinds = ("Cc", "Cs", "Zl", "Zp")
     controls = {chr(i) for i in range(0xFFFF) if unicodedata.category(chr(i)) in kinds} - set("\t\n\r")
     assert len(controls) == 62 + 2048 + 2
