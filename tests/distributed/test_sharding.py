@@ -4,6 +4,7 @@ The ranks are CPU processes over gloo; sharded_on_cpu.py makes Accelerate shard 
 are forked (see launching.py); DeepSpeed and torch.compile use the real launcher.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -175,6 +176,7 @@ MOVES = [
     ("hybrid", 4, "one", 1),
     ("fsdp2", 2, "hybrid", 4),
 ]
+PLACES = [("one", 1), ("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("fsdp2", 4), ("hybrid", 4)]
 ZERO = [("one", 1, "zero2", 2), ("zero2", 2, "fsdp2", 2), ("zero3", 2, "one", 1), ("fsdp2", 2, "zero3", 2)]
 
 
@@ -182,10 +184,9 @@ ZERO = [("one", 1, "zero2", 2), ("zero2", 2, "fsdp2", 2), ("zero3", 2, "one", 1)
 @pytest.mark.parametrize(
     ("started_on", "n", "resumed_on", "m", "algorithm"),
     [
-        *((*move, algorithm) for algorithm in ("adamw", "muon") for move in MOVES),
-        ("fsdp2", 4, "one", 1, "muon"),
-        ("one", 1, "hybrid", 4, "muon"),
-        ("ddp", 4, "fsdp2", 2, "muon"),
+        *((*move, "adamw") for move in MOVES),
+        *((*started_on, *resumed_on, "muon") for started_on, resumed_on in itertools.permutations(PLACES, 2)),
+        ("ddp", 4, "ddp", 4, "muon"),
         *(pytest.param(*move, "adamw", marks=needs_deepspeed) for move in ZERO),
     ],
 )
