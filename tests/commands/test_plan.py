@@ -493,7 +493,11 @@ def test_the_cost_is_that_of_all_gpus(capsys):
         (["fit=RUNS", "flops=1e15", "to=missing/new.yaml"], "to=missing/new.yaml: the folder missing does not exist"),
         (["fit=RUNS", "flops=1e15", "to=new.txt"], "to=new.txt: must end with .yaml"),
         (["fit=RUNS", "flops=1e15", "max_iters=5", "model.depth=3"], "remove max_iters, model.depth"),
-        (["fit=RUNS", "flops=1e30"], "flops=1e+30: too many for the largest depth, 1000; set flops to a lower number"),
+        pytest.param(
+            ["fit=RUNS", "flops=1e30"],
+            "flops=1e+30: too many for the largest depth, 1000; set flops to a lower number",
+            marks=pytest.mark.slow,  # tries 1,000 depths
+        ),
         (["fit=RUNS", "flops=1e6", "to=new.yaml"], "flops=1e+06: too few for a step"),
         (["fit=missing"], "missing: no such folder"),
         (["fit=RUNS", "max_iters=0"], "fit: the recipe does not train"),
