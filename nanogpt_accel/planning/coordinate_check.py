@@ -63,12 +63,10 @@ def slope(widths, sizes):
 
 def plot(results, widths, path):
     """Write a plot with a row of panels for each name. results: {name: {width: result of `measure`}}."""
-    from matplotlib.ticker import NullLocator
+    size = 3 * len(KINDS), 2.8 * len(results)
+    figure, panels = new_figure(len(results), len(KINDS), size, sharex=True, sharey="col", squeeze=False)
+    from matplotlib.ticker import NullLocator  # after new_figure, which imports matplotlib for notebooks too
 
-    figure, axes = new_figure()
-    axes.remove()
-    figure.set_size_inches(3 * len(KINDS), 2.8 * len(results))
-    panels = figure.subplots(len(results), len(KINDS), sharex=True, sharey="col", squeeze=False)
     for (name, by_width), row in zip(results.items(), panels, strict=True):
         for kind, panel in zip(KINDS, row, strict=True):
             start, *changes = zip(*(by_width[width][kind] for width in widths), strict=True)

@@ -171,10 +171,10 @@ class History(list):
         return f"<History: {counts}; see .steps, .evaluations and .plot()>"
 
 
-def new_figure(columns=1, size=FIGURE["figsize"]):
+def new_figure(rows=1, columns=1, size=FIGURE["figsize"], **options):
     """Return a matplotlib figure for an image file, and its axes.
 
-    columns: number of plots, next to each other. size: width and height in inches.
+    rows, columns: number of plots. size: width and height in inches. options: other arguments of Figure.subplots.
     """
     # A notebook sets MPLBACKEND for its processes; matplotlib may refuse to be imported if that backend is not
     # installed here. The backend is restored, because the notebook itself needs it for its own plots.
@@ -189,7 +189,7 @@ def new_figure(columns=1, size=FIGURE["figsize"]):
         with suppress(ValueError):
             matplotlib.rcParams["backend"] = backend
     figure = Figure(**FIGURE | {"figsize": size})
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def save_figure(figure, path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import config_of, counted_by_part
-from runs import write_finished_run
+from runs import LAW, write_finished_run, write_grid
 
 from nanogpt_accel.__main__ import main
 from nanogpt_accel.commands import plan
@@ -358,18 +358,13 @@ def test_memory_of_small_models_is_in_mib(capsys):
 
 # ---- scaling laws
 
-BY_SIZE = {"E": 1.5, "A": 40.0, "a": 0.3, "B": 300.0, "b": 0.35}
 BY_COMPUTE = {"E": 1.5, "K": 2.0 * 1e11**0.2, "c": 0.2}
 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
     """Finished runs whose tokens per parameter differ."""
-    folder = tmp_path_factory.mktemp("plan") / "grid"
-    for depth in (2, 4, 8):
-        for max_iters in (100, 300, 900):
-            write_finished_run(folder / f"{depth}-{max_iters}", BY_SIZE, depth=depth, max_iters=max_iters)
-    return folder
+    return write_grid(tmp_path_factory.mktemp("plan") / "grid")
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +383,7 @@ def point_of(figures):
 def test_the_loss_is_predicted(grid, ladder, capsys):
     found = planned("python_depth", "depth=10", "max_iters=2000", f"fit={grid}", capsys=capsys)
     assert found["prediction"]["n_params"] == 10 * 12 * 80**2 + 576 * 80
-    assert found["prediction"]["loss"] == pytest.approx(expected_loss(BY_SIZE, point_of(found)), rel=1e-3)
+    assert found["prediction"]["loss"] == pytest.approx(expected_loss(LAW, point_of(found)), rel=1e-3)
     assert found["prediction"]["warnings"] == []
     found = planned("python_depth", "depth=9", f"fit={ladder}", capsys=capsys)
     truth = expected_loss(BY_COMPUTE, point_of(found))
@@ -444,7 +439,7 @@ def test_the_recipe_for_a_budget_has_the_depth_with_the_lowest_loss(grid, capsys
     for depth in range(2, 20):
         shape = load_recipe("python_depth", {"depth": depth}).shape | {"vocab_size": 576}
         n_params, tokens = scaling_params(shape), flops / flops_per_token(shape)
-        losses[depth] = expected_loss(BY_SIZE, {"n_params": n_params, "tokens": tokens})
+        losses[depth] = expected_loss(LAW, {"n_params": n_params, "tokens": tokens})
     assert min(losses.values()) == pytest.approx(found["prediction"]["loss"], rel=2e-3)
     written = load_recipe("large.yaml")
     assert written.model.n_layer == min(losses, key=losses.get) and written.train.max_iters == found["steps"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import filelock
 import pytest
 import yaml
-from runs import write_finished_run
+from runs import LAW, write_finished_run, write_grid
 
 import nanogpt_accel
 from nanogpt_accel.__main__ import main
@@ -370,16 +370,11 @@ def test_wrong_arguments_are_refused(refused, tmp_path):
 
 # ---- scaling laws
 
-LAW = {"E": 1.5, "A": 40.0, "a": 0.3, "B": 300.0, "b": 0.35}
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder of nine finished runs, without noise, and an unfinished one."""
-    folder = tmp_path_factory.mktemp("fit") / "ladder"
-    for depth in (2, 4, 8):
-        for max_iters in (100, 300, 900):
-            write_finished_run(folder / f"depth={depth},{max_iters}", LAW, depth=depth, max_iters=max_iters)
+    folder = write_grid(tmp_path_factory.mktemp("fit") / "ladder")
     write_finished_run(folder / "stopped", LAW, depth=9, trainer={"step": 1})
     return folder
 

@@ -104,6 +104,17 @@ def write_finished_run(folder, law, error=0.0, recipe="python_depth", data=HASHE
     return folder
 
 
+LAW = {"E": 1.5, "A": 40.0, "a": 0.3, "B": 300.0, "b": 0.35}
+
+
+def write_grid(folder, law=LAW):
+    """Write nine finished runs without noise, whose tokens per parameter differ."""
+    for depth in (2, 4, 8):
+        for max_iters in (100, 300, 900):
+            write_finished_run(folder / f"depth={depth},{max_iters}", law, depth=depth, max_iters=max_iters)
+    return folder
+
+
 # a task of lm-eval: choose one of two continuations
 LM_EVAL_TASK = """
 task: NAME
