@@ -25,12 +25,12 @@ def load_optimizer(path, accelerator, model, optimizer):
     for key in (key for key in tensors if key not in layout["nested"]):
         name, _, field = key.rpartition("/")
         fields.setdefault(name, []).append(field)
-    read_full = partial(_read_full, tensors)
+    read_full = partial(_read_full, tensors, layout)
     values = {
         name: {field: unpack(plain, read_full) for field, plain in pairs} for name, pairs in layout["values"].items()
     }
     groups = [{key: unpack(plain, read_full) for key, plain in group.items()} for group in layout["groups"]]
-    read = partial(_read_rows, tensors, layout["other_shape"])
+    read = partial(_read_rows, tensors, layout)
     sharding.restore_optimizer(accelerator, model, optimizer, fields, read, values, groups)
 
 
@@ -42,7 +42,7 @@ def read_optimizer(path, shapes):
     (tensors, layout), state = _open_shards(Path(path), shapes), {}
     for key in (key for key in tensors if key not in layout["nested"]):
         name, _, field = key.rpartition("/")
-        state.setdefault(name, {})[field] = _read_rows(tensors, layout["other_shape"], name, field, 0, shapes[name][0])
+        state.setdefault(name, {})[field] = _read_rows(tensors, layout, name, field, 0, shapes[name][0])
     return state
 
 
@@ -88,26 +88,35 @@ def _open_shards(path, shapes):
     return tensors, layout
 
 
-def _read_full(tensors, key):
-    """Return a tensor that only one file has."""
+def _read_full(tensors, layout, key):
+    """Return a tensor that only one file has, with the strides that it had when it was saved.
+
+    For matrices with other strides, MKL can use another kernel, which rounds differently.
+    """
+    import torch
+
     ((_, file),) = tensors[key]
-    return file.get_tensor(key).clone()
+    tensor = file.get_tensor(key)
+    strides = layout.get("strides", {}).get(key)  # earlier versions did not store them
+    if strides is None:
+        return tensor.clone()
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
 
 
-def _read_rows(tensors, other_shape, name, field, start, stop):
+def _read_rows(tensors, layout, name, field, start, stop):
     """Return rows `start` to `stop` - 1 of the optimizer state `field` of the parameter `name`.
 
-    If the state is a scalar or in `other_shape`, return all of it.
+    If the state is a scalar, or has another shape than the parameter, return all of it.
     """
     import torch
 
     key, parts = f"{name}/{field}", []
-    if key in other_shape:
-        return _read_full(tensors, key)
+    shape = tensors[key][0][1].get_slice(key).get_shape()
+    is_complete = len(tensors[key]) == 1 and (not shape or shape[0] == stop - start)
+    if is_complete or key in layout["other_shape"]:
+        return _read_full(tensors, layout, key)
     for first, file in tensors[key]:
         shard = file.get_slice(key)
-        if not shard.get_shape():
-            return file.get_tensor(key).clone()
         low, high = max(start - first, 0), min(stop - first, shard.get_shape()[0])
         if low < high:
             parts.append(shard[low:high])

@@ -135,7 +135,9 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
         "first_rows": {"PARAMETER/FIELD": index of the tensor's first row in the full tensor}, for sharded tensors only.
         "other_shape": names of tensors that do not have the shape of their parameter. "values": {PARAMETER: [[FIELD,
         value], ...]} for fields that are not tensors, see utils/nested.py. "groups": see changed_values. "nested":
-        names of the tensors in "values" and "groups". If another process saves this shard, everything is empty.
+        names of the tensors in "values" and "groups". "strides": {"PARAMETER/FIELD": strides} of the tensors that are
+        not contiguous, such as the transposed result of a QR decomposition. If another process saves this shard,
+        everything is empty.
     """
     index, _ = shard_index(accelerator, model)
     tensors, first_rows, other_shape, nested, values = {}, {}, [], [], {}
@@ -168,9 +170,15 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
     tensors |= found
     nested += found
     tensors |= {key: tensors[key].clone() for key in nested}  # some share memory, which safetensors refuses
+    strides = {key: tensor.stride() for key, tensor in tensors.items() if _is_permuted(tensor)}
     tensors = {key: tensor.detach().contiguous().to("cpu", copy=copy) for key, tensor in tensors.items()}
-    names = {"first_rows": first_rows, "other_shape": other_shape, "nested": nested}
+    names = {"first_rows": first_rows, "other_shape": other_shape, "nested": nested, "strides": strides}
     return tensors, names | {"values": values, "groups": groups}
+
+
+def _is_permuted(tensor):
+    """Return whether a tensor is not contiguous, but has no gaps in memory, so that a copy has the same strides."""
+    return not tensor.is_contiguous() and torch.empty_like(tensor).stride() == tensor.stride()
 
 
 def changed_values(optimizer):
