@@ -7,7 +7,6 @@ a corpus are encoded with gigatoken if it supports the tokenizer: see fast_bpe.p
 """
 
 import copy
-import functools
 import hashlib
 import itertools
 import json
@@ -494,11 +493,11 @@ class Tokenizer:
 class _Parsed:
     """The content of a tokenizer.json: the Tokenizer of the tokenizers library, the JSON, and {token: id}."""
 
-    def __init__(self, text):
+    def __init__(self, text, backend=None):
         from tokenizers import Tokenizer as Backend
 
         try:
-            self.backend = Backend.from_str(text)
+            self.backend = backend or Backend.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
             problem = "not a tokenizer.json, or written by a newer version of the tokenizers library"
             raise ValueError(f"{problem}: {one_line(error)}") from None
@@ -512,8 +511,28 @@ class _Parsed:
         return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
 
-# parsing takes 0.25 s for GPT-2's tokenizer, and a new data folder is opened with the tokenizer that it was made with
-_parse = functools.lru_cache(maxsize=1)(_Parsed)
+_last_parsed = {}  # {text: _Parsed}
+
+
+def _parse(text, backend=None):
+    """Return the _Parsed of a tokenizer.json. backend: the Tokenizer of the tokenizers library, if it exists already.
+
+    The last one is kept: parsing GPT-2's tokenizer takes 0.15 s, and a new data folder is opened with the tokenizer
+    that it was made with.
+    """
+    parsed = _last_parsed.get(text)
+    if parsed is None:
+        parsed = _Parsed(text, backend)
+        _last_parsed.clear()
+        _last_parsed[text] = parsed
+    return parsed
+
+
+def _to_json(backend):
+    """Return the tokenizer.json of a Tokenizer of the tokenizers library, which _parse will use."""
+    text = backend.to_str()
+    _parse(text, backend)
+    return text
 
 
 def _clean(text, spec, pad):
@@ -615,7 +634,7 @@ def _char_json(vocab, add_eot):
     backend.decoder = decoders.Fuse()
     if add_eot:
         backend.add_special_tokens([AddedToken(EOT, normalized=False)])
-    return backend.to_str()
+    return _to_json(backend)
 
 
 def _byte_level_json(model, is_gpt2=False):
@@ -629,7 +648,7 @@ def _byte_level_json(model, is_gpt2=False):
     if is_gpt2:
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.add_special_tokens([AddedToken(EOT, normalized=False)])
-    return backend.to_str()
+    return _to_json(backend)
 
 
 def _splits_like_gpt2(spec):
