@@ -8,7 +8,8 @@ compared steps are seconds apart, and the load of other programs affects all of 
 the blocks, and the medians of the ratios per round. The larger model has fewer rounds and shorter blocks.
 
 nanoGPT runs without torch.compile, as in its README; the small model runs a second time with torch.compile. On CPUs
-with AMX, nanogpt_accel uses bfloat16 by default, while nanoGPT uses float32, so nanogpt_accel also runs in float32.
+with AMX or AVX512-BF16, nanogpt_accel uses bfloat16 by default, while nanoGPT uses float32, so nanogpt_accel also
+runs in float32.
 
 Two more programs only compute the matrix products of the linear layers of a step, forward and backward, in float32 and
 in bfloat16. A step of the same precision cannot be faster. The last column is the share of this limit that a program
@@ -133,7 +134,7 @@ def rows_of(name, sizes, blocks):
     """Return the rows of the table for a model. blocks: {program: seconds per step of each block}."""
     rows = []
     for program, seconds in blocks.items():
-        limit = blocks["products in bfloat16" if program == "ours" and has_amx() else "products in float32"]
+        limit = blocks["products in bfloat16" if program == "ours" and uses_bf16() else "products in float32"]
         if program.startswith("products"):
             limit = seconds
         rows.append(
@@ -155,7 +156,7 @@ def ratio(a, b):
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
-def has_amx():
+def uses_bf16():
     """Return whether nanogpt_accel uses bfloat16 by default."""
     from nanogpt_accel.distributed.accelerator import pick_precision
 

@@ -397,7 +397,7 @@ class Train(Section):
     mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_read_no)] = Field(
         "auto",
         description="auto: the launcher's setting, otherwise bf16 if the hardware supports it natively (Ampere and "
-        "later GPUs, CPUs with AMX), fp16 on other CUDA devices, and no mixed precision elsewhere",
+        "later GPUs, CPUs with AMX or AVX512-BF16), fp16 on other CUDA devices, and no mixed precision elsewhere",
     )
     compile: Annotated[Literal["auto", "regional"] | bool, BeforeValidator(_read_bool)] = Field(
         "auto",

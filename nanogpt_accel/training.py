@@ -473,7 +473,11 @@ class Setup:
         """Seed dropout per step and micro-batch, so that a resumed run uses the same masks on any number of ranks."""
         import torch
 
-        torch.manual_seed(seed_of(self.recipe.seed, 0, step, self.micro_batch(micro_step)))
+        seed = seed_of(self.recipe.seed, 0, step, self.micro_batch(micro_step))
+        if self.accelerator.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)  # seeds the generators of all devices; on a CPU, this would take 0.6 ms
 
     def release(self):
         """Free the model and the optimizer, including Accelerate's references to them."""

@@ -24,14 +24,16 @@ pytestmark = pytest.mark.usefixtures("no_launcher")
 def machine(monkeypatch):
     """machine(cuda=2): torch reports two CUDA devices."""
 
-    def make(cuda=0, mps=False, bf16=False, emulated=False, amx=False):
+    def make(cuda=0, mps=False, bf16=False, emulated=False, amx=False, avx512_bf16=False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or (emulated and including_emulation)
         )
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx, "avx512_bf16": avx512_bf16}, raising=False
+        )
 
     return make
 
@@ -92,8 +94,10 @@ def test_missing_device_is_refused_with_an_alternative(refused, machine, here, d
         ("auto", "bf16", {}, "cpu", "bf16"),
         ("auto", "fp8", {"bf16": True}, "cuda", "fp8"),
         ("auto", "no", {"bf16": True}, "cuda", "bf16"),
-        # 3) bf16 if the hardware supports it: not a T4, which emulates it; a CPU if it has AMX
+        # 3) bf16 if the hardware supports it: not a T4, which emulates it; a CPU with AMX or AVX512-BF16
         ("auto", None, {"amx": True}, "cpu", "bf16"),
+        ("auto", None, {"avx512_bf16": True}, "cpu", "bf16"),
+        ("auto", None, {"avx512_bf16": True}, "mps", "no"),
         ("auto", "no", {"amx": True}, "cpu", "bf16"),
         ("no", None, {"amx": True}, "cpu", "no"),
         ("auto", None, {"amx": True}, "cuda", "fp16"),
