@@ -81,6 +81,7 @@ def _encode(tokenizer, chunk):
         for ids, text in zip(encoded, texts, strict=True):
             n_special, special_bytes = tokenizer.count_special(text)
             sizes.append((len(ids) + 1, len(text.encode()) - has_ids * special_bytes, n_special, len(text)))
-        ids = np.concatenate([part for ids in encoded for part in (ids, eot)])
+        parts = [part for ids in encoded for part in (ids, eot)]
+        ids = np.concatenate(parts, dtype=tokenizer.dtype, casting="same_kind")
         runs.append((split, ids, np.array(sizes, np.int64)))
     return runs

@@ -385,7 +385,10 @@ class Tokenizer:
         return cut
 
     def encode_batch(self, texts):
-        """Encode a list of documents. This releases the GIL. With several threads, use one for_thread() per thread."""
+        """Encode a list of documents to a list of integer arrays, which may have a larger dtype than self.dtype.
+
+        This releases the GIL. With several threads, use one for_thread() per thread.
+        """
         if self.special_tokens != "tokens":
             return self._encode_texts(texts)
         split = [self._split_special(text) for text in texts]
@@ -399,7 +402,7 @@ class Tokenizer:
             safe = itertools.compress(texts, are_safe)
             encoded = iter(self._fast.encode_batch(list(safe)))
             pairs = zip(texts, are_safe, strict=True)
-            return [next(encoded).astype(self.dtype) if ok else self.encode(text) for text, ok in pairs]
+            return [next(encoded) if ok else self.encode(text) for text, ok in pairs]
         if self._bpe is not None or self._table is not None:
             return [self.encode(text) for text in texts]
         try:

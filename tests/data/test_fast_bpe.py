@@ -133,7 +133,7 @@ def test_batches_with_new_and_special_characters(gpt2, special_tokens):
     assert [is_safe(text) for text in texts] == [True] * 4 + [False] * 2 + [True] * 3
     batch = tokenizer.for_thread().encode_batch(texts)
     assert [ids.tolist() for ids in batch] == [tokenizer.encode_document(text).tolist() for text in texts]
-    assert {ids.dtype for ids in batch} == {np.dtype(np.uint16)}
+    assert all(ids.dtype in (np.uint16, np.uint32) for ids in batch)
 
 
 def test_texts_that_are_encoded_without_gigatoken(monkeypatch):
