@@ -297,7 +297,8 @@ def test_all_splits_need_enough_tokens(run):
 
 
 def test_a_short_validation_split_of_a_source_is_made_larger(work):
-    """As of a single corpus, unless val_fraction is set. run.yaml has the fraction that was used."""
+    """As for a single corpus, val_fraction is increased unless it is set. run.yaml contains the fraction that was
+    used."""
     mix = [MIX[0], MIX[1] | {"val_fraction": 0.2}]
     recipe = load_recipe(recipe_of(mix=mix, stages=None, val_fraction=None))
     lines = []

@@ -92,7 +92,8 @@ def recipe(recipes):
 
 @pytest.fixture(scope="module")
 def trained(recipes):
-    """trained(kind, processes, algorithm) -> the folder of a run of STEPS steps, which is trained once."""
+    """Return a function trained(kind, processes, algorithm) that trains a run of STEPS steps once and returns its
+    folder."""
     runs = {}
 
     def get(kind, processes, algorithm="adamw"):
@@ -200,7 +201,8 @@ def test_resume_on_other_processes(trained, started_on, n, resumed_on, m, algori
 
 
 def record_memory():
-    """In a rank: make every save also write the bytes of its parameters and optimizer state to a file."""
+    """Make every save also write the bytes of the parameters and optimizer state of a rank to a file. Each rank calls
+    this."""
     from torch.distributed.tensor import DTensor
 
     from nanogpt_accel.checkpoint.save import Saver

@@ -137,7 +137,7 @@ def test_ids_without_a_token_do_not_drop_a_space():
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_texts_are_decoded_as_sentencepiece_decodes_them(model_type):
-    """Also if they end inside a character, where SentencePiece writes one U+FFFD per byte."""
+    """Some texts end inside a character. SentencePiece then writes one U+FFFD per byte."""
     sentencepiece = pytest.importorskip("sentencepiece")
     sentences = iter([TEXTS["English"], TEXTS["Chinese"]] * 20)
     sentencepiece.SentencePieceTrainer.train(

@@ -102,7 +102,7 @@ def test_flops_match_torchs_flop_counter(family):
 
     config = config_of(family)
     model = GPT(config).eval()
-    model.set_attn_implementation("eager")  # the notebook includes the masked half
+    model.set_attn_implementation("eager")  # the notebook also counts the masked half
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
     assert sum(sizing.forward_flops(config.resolved()).values()) == counter.get_total_flops()

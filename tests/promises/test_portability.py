@@ -1,7 +1,7 @@
 """The promise for Windows and macOS, checked on Linux.
 
-All commands run while as_on_windows.py imitates Windows. For MPS, the choices (device, precision, compilation, no
-float64) are tested with fakes, not the arithmetic.
+All commands run while as_on_windows.py imitates Windows. For MPS, fakes test the choice of device, precision and
+compilation, and that float64 is not used. Computations on MPS are not tested.
 """
 
 import ast
@@ -129,9 +129,9 @@ def there(tmp_path_factory, here):
 
 def test_every_command_succeeds_as_on_windows(there):
     folder, output = there
-    assert "warning: " not in output and "?" in output  # for characters that the terminal lacks
+    assert "warning: " not in output and "?" in output  # instead of characters that the terminal lacks
     left = {path.name for run in (folder / "runs").iterdir() for path in run.iterdir() if path.is_dir()}
-    assert left == {"checkpoint-000008", "checkpoint-000002"}  # (of the other run)
+    assert left == {"checkpoint-000008", "checkpoint-000002"}  # 2 is that of the other run
     assert [path for path in folder.rglob(".*") if path.name != ".lock.json"] == []
     assert re.search(r"stock: GPT2LMHeadModel, largest logit difference .*: [0-9.]+e-\d+|: 0\.0e\+00", output)
 

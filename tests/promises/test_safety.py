@@ -340,7 +340,7 @@ OUTPUTS = ["run.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "expect.jso
 
 @pytest.mark.skipif(os.name == "nt", reason="links require a privilege")
 def test_links_in_a_run_folder_from_elsewhere_are_not_written_through(copy, tmp_path, monkeypatch):
-    """The files that they link to stay, whether the links have the names of outputs or of temporary files."""
+    """The targets of the links do not change, whether the links have the names of outputs or of temporary files."""
     victims, pid = tmp_path / "victims", os.getpid()
     victims.mkdir()
     names = [".lock.json", *OUTPUTS, *(f"{name}.tmp-{pid}" for name in OUTPUTS), "metrics.jsonl.tmp", "README.md"]
