@@ -409,8 +409,7 @@ def test_mixture_is_a_pure_function_of_the_step_for_any_number_of_processes():
 
 
 def test_a_new_stage_changes_no_earlier_batch():
-    """Therefore, a run can be resumed with another mix, even with new sources, and the order of its tokens does not
-    change."""
+    """A run can be resumed with another mix, even with new sources, and keeps the order of its tokens."""
     before = mixture((901, 500), ((0, shares(2, 1)),))
     after = mixture((901, 500, 700), ((0, shares(2, 1)), (60, shares(0, 1, 1))))
     assert all((before(step, m) == after(step, m)).all() for step in range(60) for m in range(4))

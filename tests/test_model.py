@@ -682,7 +682,7 @@ def test_head_and_embedding_stay_tied(tmp_path, ids):
     torch.optim.SGD(loaded.parameters(), lr=1.0).step()
     assert loaded.lm_head.weight.data_ptr() == loaded.transformer.wte.weight.data_ptr()
     assert not torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    # the file contains it once
+    # the file contains the tied weight once
     from safetensors import safe_open
 
     with safe_open(tmp_path / "model.safetensors", "pt") as file:

@@ -130,7 +130,7 @@ def test_a_run_that_resumed_before_a_corrupted_checkpoint_keeps_what_it_saves(ru
 
 
 def test_saving_keeps_files_of_the_user_that_have_a_name_of_ours(saved):
-    """These files do not prevent a save or a resume either."""
+    """Such files also do not prevent a save or a resume."""
     for name in ("checkpoint-000003", "checkpoint-000090", ".checkpoint-notes"):
         (saved.folder / name).mkdir()
         (saved.folder / name / "notes.txt").write_text("mine")

@@ -324,7 +324,8 @@ def test_wrong_tasks_are_reported_before_the_model_is_loaded(call, lm_eval, monk
 
 @pytest.mark.slow
 def test_accuracy_on_an_lm_eval_task_is_that_of_the_likelihoods(capsys, gpt2, tmp_path, monkeypatch):
-    """A local task of two choices: the choice with the higher log-likelihood counts, computed by hand."""
+    """A local task has two choices. The expected accuracy is computed by hand: the choice with the higher
+    log-likelihood counts."""
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm-eval is not installed")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))

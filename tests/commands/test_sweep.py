@@ -418,7 +418,8 @@ def test_each_point_has_its_own_mirror(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
-    """(arguments of a sweep of three seeds, its folder), trained without an interruption in this process."""
+    """Return (arguments of a sweep of three seeds, its folder). The sweep was trained without an interruption in this
+    process."""
     folder = tmp_path_factory.mktemp("seeds")
     words = ["sweep", str(write_recipe(folder, keep_last=1)), "seed=1,2,3", "max_iters=600", "eval_interval=200"]
     words += ["save_interval=50"]

@@ -148,7 +148,7 @@ def write_large_datatrove(folder):
 
 def write_npy(dtype):
     def write(folder):
-        """The names of build-nanogpt's fineweb.py."""
+        """Write files with the names that build-nanogpt's fineweb.py uses."""
         for split, number, n in (("train", 1, 3000), ("train", 2, 100), ("val", 0, 200)):
             np.save(f"{folder}/edufineweb_{split}_{number:06d}.npy", draw(n, n).astype(dtype))
         return np.concatenate([draw(3000, 3000), draw(100, 100)]), draw(200, 200)

@@ -964,7 +964,7 @@ def test_the_command_that_shows_a_folder(capsys):
     shown = [line for line in out.splitlines() if set(line) <= set(" b'")]
     assert len(shown) >= 2 and all(len(line) <= 110 for line in shown), "in lines"
     manifest = Path("out/manifest.json")
-    manifest.write_text(manifest.read_text().replace('"x.jsonl"', '"\\u001b[2J"'))  # from elsewhere
+    manifest.write_text(manifest.read_text().replace('"x.jsonl"', '"\\u001b[2J"'))  # as in a folder from elsewhere
     assert main(["data", "out"]) == 0 and r"out: \x1b[2J, 1 file; tokenizer" in capsys.readouterr().out
     assert main(["data", "."]) == 2
     assert capsys.readouterr().err == "error: data_dir=.: not a data folder; use one of the data folders in it: out\n"

@@ -169,7 +169,8 @@ def test_gpt2_is_tiktokens(gpt2, shared_data):
 
 
 def test_gpt2_cuts_words_as_tiktoken_does(gpt2):
-    """Every text of up to five characters, one for each case of the pattern, and long runs of one character."""
+    """The texts are all texts of up to five characters, with one character for each case of the pattern, and long runs
+    of one character."""
     import tiktoken
 
     reference = tiktoken.get_encoding("gpt2")

@@ -93,7 +93,7 @@ class World:
         return self.count(out.nbytes - n_in[self.here.rank] * x.itemsize)
 
 
-# one block with sizes that ranks do not divide; several blocks
+# one block with sizes that are not divisible by the number of ranks; several blocks
 SHAPES = [
     {"n_layer": 1, "n_embd": 36, "n_head": 2, "n_kv_head": 1, "n_inner": 51},
     {"n_layer": 5, "n_embd": 24, "n_head": 3},

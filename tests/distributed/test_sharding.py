@@ -51,8 +51,8 @@ ONE_SHARDING = [
     pytest.param("zero2", 2, "adamw", marks=needs_deepspeed),
     pytest.param("zero3", 2, "adamw", marks=needs_deepspeed),
 ]
-# the ranks do not divide the rows, and there are more ranks than matrices of one shape; SwiGLU and grouped-query
-# attention have fused weights
+# the rows are not divisible by the number of ranks, and there are more ranks than matrices of one shape; SwiGLU and
+# grouped-query attention have fused weights
 MUON = {"n_layer": 1, "n_embd": 36, "n_kv_head": 1, "n_inner": 51, "activation": "swiglu", "qk_norm": True}
 MUON |= {"position": "rotary", "algorithm": "muon", "learning_rate": 1e-2, "muon_weight_decay": 0.1}
 MUON |= {"mup_base_width": 18}

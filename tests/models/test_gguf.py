@@ -185,7 +185,7 @@ def test_weights_that_float16_cannot_represent_are_an_error(call):
     with torch.no_grad():
         model.transformer.h[0].mlp.c_proj.weight[0, 0] = 1e5
     save_model(model, "ours")
-    assert "weights are too large for the chosen dtype" in call("export", "ours", "to=my.gguf", "dtype=float16", status=2)
+    assert "too large for the chosen dtype" in call("export", "ours", "to=my.gguf", "dtype=float16", status=2)
     assert os.listdir() == ["ours"]
 
 

@@ -81,7 +81,7 @@ def test_intervals_contain_the_truth_in_nine_of_ten_draws(case, n_draws):
 
 
 def test_the_fit_equals_that_of_scipy():
-    """Another minimizer of the same Huber loss, from the same starting point."""
+    """SciPy minimizes the same Huber loss from the same starting point."""
     optimize = pytest.importorskip("scipy.optimize")
     runs = grid(noise=0.004)
     found = fit(runs, n_draws=10).constants
@@ -112,7 +112,8 @@ def test_one_bad_run_changes_the_law_little():
 
 
 def test_the_interval_of_a_new_run_has_the_noise_of_one_run():
-    """For many runs in the middle of the ladder, it is the normal interval of one loss: +- 1.75 * 0.004."""
+    """With many runs, the interval of a new run in the middle of the ladder is the normal interval of one loss: +- 1.75
+    * 0.004."""
     found = fit(ladder(60, noise=0.004))
     loss, low, high = found.predict(n_params=1e7, tokens=2e8, flops=1e16)
     assert (high - low) / 2 / loss == pytest.approx(1.75 * 0.004, rel=0.25)

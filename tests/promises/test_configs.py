@@ -91,7 +91,7 @@ def test_config_parses_and_sets_only_what_belongs_to_the_launcher(name):
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_config_opens_with_its_command(name):
-    """Its header has the command, which test_readme.py parses, and the line that starts with "Change"."""
+    """The header of a config has the command, which test_readme.py parses, and the line that starts with "Change"."""
     text = (CONFIGS / f"{name}.yaml").read_text()
     head = text.split("compute_environment")[0]
     assert f"\n#   accelerate launch --config_file configs/{name}.yaml " in head and "\n# Change " in head

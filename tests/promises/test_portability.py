@@ -144,7 +144,7 @@ def test_numbers_as_on_windows_equal_those_of_linux(here, there):
         assert other.pop("peak_memory", None) == (2**28 if "loss" in mine else None)
         for key in mine.keys() - {"tokens_per_second", "peak_memory"}:
             assert mine[key] == other[key], (mine["step"], key)
-    (name,) = (path.name for path in (here / "data").iterdir())  # a hash of names with slashes, among others
+    (name,) = (path.name for path in (here / "data").iterdir())  # the name has a hash of paths with slashes
     for file in ("train.bin", "val.bin", "tokenizer.json"):
         assert (here / "data" / name / file).read_bytes() == (folder / "data" / name / file).read_bytes()
     mine, other = (json.loads((run / "data" / name / "manifest.json").read_text()) for run in (here, folder))
@@ -184,7 +184,7 @@ def test_posix_only_names_are_used_only_after_a_check():
             found |= {(path.stem, name) for name in names if name.partition(".")[0] in POSIX_MODULES}
     assert found == {
         ("save", "os.setpriority"),
-        ("save", "os.PRIO_PROCESS"),  # on Linux alone
+        ("save", "os.PRIO_PROCESS"),  # used on Linux only
         ("hardware", "resource"),  # its ImportError is handled
         ("launcher", "os.sched_getaffinity"),  # if it exists
     }

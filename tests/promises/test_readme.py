@@ -557,7 +557,7 @@ def test_keys_in_a_page_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_a_page_exist(page):
-    """Local files, and their headings if the link has an anchor."""
+    """Every link leads to an existing local file, and to an existing heading if it has an anchor."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
         file, _, anchor = link.partition("#")

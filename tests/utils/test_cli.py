@@ -434,7 +434,8 @@ def test_closed_streams_are_opened_again(monkeypatch, closed):
 
 
 def test_open_missing_streams_fills_the_descriptors():
-    """Otherwise, a file that we open could get a descriptor that C libraries print to."""
+    """If a standard descriptor stayed free, a file that we open could get it, and C libraries would print to this
+    file."""
     script = """
 import os, sys
 from nanogpt_accel.utils import cli
