@@ -60,7 +60,7 @@ class Rendezvous:
     def exchange(self, value, purpose):
         """Return a list with the value of each rank. All ranks must call this.
 
-        value: the value of this rank, as JSON values. purpose: what the ranks are doing, for messages.
+        value: the value of this rank, any JSON value. purpose: what the ranks are doing, for messages.
 
         Raises:
             ConnectionError: a rank failed, or did not respond within `timeout`.

@@ -150,7 +150,8 @@ def stock_config(kind, config):
 
 @contextmanager
 def _config_errors(folder):
-    """Convert an error in the block, which builds a config or a model, to a ValueError that names config.json."""
+    """Convert any error in the `with` block to a ValueError that names config.json. The block builds a config or a
+    model."""
     try:
         with _quiet_transformers():
             yield
