@@ -5,7 +5,7 @@
 Each measurement is a separate process that trains a model of 30M parameters (360 MB per checkpoint) and saves every 60
 steps. TEXT is a text file of at least 100 KB. The blocked time is the time from the log line before a save to the one
 after it, minus the time of the step between them. On a CPU, the next step is also slower, because writing uses the same
-cores. The last column is the time of the complete run.
+cores. The last column is the time from the first to the last step of a run.
 """
 
 import re

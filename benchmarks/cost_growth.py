@@ -2,10 +2,10 @@
 
     python benchmarks/cost_growth.py [steps [device]]
 
-One setting has four values, while the others stay as in BASE. The steps are those of `nanogpt-accel bench` on random
-tokens, alternating between the four models. The table contains the medians, and the exponents of power laws fitted to
-the four values. For comparison, it also contains the exponents of the FLOPs and of the memory that `nanogpt-accel plan`
-computes. An exponent is below 1 if a part of the cost does not grow.
+For each of these settings, four models differ only in this setting; the others are those of BASE. The steps are those
+of `nanogpt-accel bench` on random tokens, alternating between the four models. The table contains the medians, and the
+exponents of power laws fitted to the four values. For comparison, it also contains the exponents of the FLOPs and of
+the memory that `nanogpt-accel plan` computes. An exponent is below 1 if a part of the cost does not grow.
 """
 
 import statistics

@@ -3,21 +3,22 @@
     python benchmarks/gpu.py NANOGPT [--nanochat CHECKOUT] [--data FOLDER] [--seconds 540]
     python benchmarks/gpu.py NANOGPT --dry        # test the script on a CPU with tiny models
 
-NANOGPT is a checkout of nanoGPT. FOLDER has train.bin and val.bin in GPT-2's tokens, such as nanoGPT's
-data/openwebtext. Without it, the text is Python source of this machine, and TIKTOKEN_CACHE_DIR must contain the two
-files of GPT-2's tokenizer; without these, the tokens are random, and nanochat is skipped. No network is needed.
+NANOGPT is a checkout of nanoGPT. FOLDER contains train.bin and val.bin in GPT-2's tokens, such as nanoGPT's
+data/openwebtext. Without --data, the script tokenizes the Python source files of this machine. This requires the two
+files of GPT-2's tokenizer in TIKTOKEN_CACHE_DIR. If they are missing, the script trains on random tokens and skips
+nanochat. No network is needed.
 
 Every result is appended to gpu.jsonl, in $OUT or in the current folder, as soon as it is known. The parts, in order:
 
 1. GPT-2 (124M), block_size 1,024, bfloat16, compiled: recipes/gpt2.yaml, nanoGPT's config/train_gpt2.py, and nanochat
-   with depth 12. Each is its own training script, ended when its speed was measured.
+   with depth 12. Each of the three runs with its own training script, and is killed as soon as its speed is measured.
 2. The time of each part of a step of recipes/gpt2.yaml, and a trace of two steps: gpu_trace.json, for ui.perfetto.dev.
-3. The same as 1 with about 1B parameters: 12 layers of width 2,560, so that compiling takes as long as for 124M.
+3. The same as part 1 with about 1B parameters: 12 layers of width 2,560, so that compiling takes as long as for 124M.
 4. recipes/gpt2.yaml and recipes/gpt2_fast.yaml for the same number of tokens, in the time that is left.
 
-A program that does not reach a result in its time is ended, and the script continues. MFU counts FLOPs as nanoGPT does;
-for nanochat, it is the MFU that nanochat prints. With the same layers, nanochat has more parameters (value embeddings).
-Without its flash attention 3, it is slower than it can be.
+A program without a result within its time limit is killed, and the script continues. MFU counts FLOPs as nanoGPT does;
+for nanochat, it is the MFU that nanochat prints. With the same layers, nanochat has more parameters, because it has
+value embeddings. Without FlashAttention 3, nanochat is slower than it could be.
 """
 
 import argparse
@@ -51,8 +52,8 @@ FULL = {
     "measured_seconds": 8,
     "megabytes": 60,
     "limit": 120,  # seconds for a program, including its start
-    "reserve": 130,  # seconds for part 4
-    "startup": 45,  # seconds, in part 4
+    "reserve": 130,  # seconds to keep for part 4
+    "startup": 45,  # estimated seconds before the first step, in part 4
     "eval_iters": 20,
     "sizes": {
         "124M": {"shape": {"n_layer": 12, "n_head": 12, "n_embd": 768}, "batch_size": 16, "aspect_ratio": 64},
@@ -74,14 +75,14 @@ DRY = FULL | {
         "1B": {"shape": {"n_layer": 2, "n_head": 2, "n_embd": 128}, "batch_size": 4, "aspect_ratio": 64},
     },
 }
-STEP = re.compile(r"iter (\d+): loss|step (\d+)/\d+ ")  # of nanoGPT and of ours; of nanochat
+STEP = re.compile(r"iter (\d+): loss|step (\d+)/\d+ ")  # log lines of nanoGPT and nanogpt_accel; of nanochat
 NANOCHAT_SPECIAL = (
     "bos user_start user_end assistant_start assistant_end python_start python_end output_start output_end"
 )
 
 
 class Results:
-    """Appends results to a file, and knows the time that is left."""
+    """Appends results to a file, and computes the time that is left."""
 
     def __init__(self, folder, seconds):
         self.file, self.deadline = Path(folder) / "gpu.jsonl", time.monotonic() + seconds
@@ -126,7 +127,8 @@ def write_parquet(folder, texts):
 
 
 def write_random_tokens(folder):
-    """Write random tokens that a model can learn, and a meta.pkl, so that no tokenizer is needed."""
+    """Write random tokens with unequal frequencies, which a model can learn. Also write a meta.pkl, so that no
+    tokenizer is needed. Return the folder."""
     ids = (50257 * np.random.default_rng(0).random(4_000_000) ** 6).astype(np.uint16)
     folder.mkdir()
     ids[:3_600_000].tofile(folder / "train.bin")
@@ -170,15 +172,15 @@ def write_nanochat_tokenizer(folder):
     torch.save(torch.tensor(n_bytes, dtype=torch.int32), folder / "token_bytes.pt")
 
 
-# ---- a program that is ended when it was measured
+# ---- run a program until its speed is measured
 
 
 def run_steps(command, folder, limit, skip, seconds, **variables):
     """Run a training program until it has logged its steps for some seconds, and return the results.
 
     Args:
-        limit: seconds after which it is ended in any case.
-        skip: step from which on to measure. seconds: how long to measure.
+        limit: seconds after which the program is killed in any case.
+        skip: first step to measure. seconds: how long to measure.
 
     Returns:
         dict with "seconds_per_step", "peak_memory" in bytes, "first_step" (seconds from the start of the process to the
@@ -197,7 +199,7 @@ def run_steps(command, folder, limit, skip, seconds, **variables):
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # to end it together with the processes that compile
+        start_new_session=True,  # so that end() also kills the processes that compile
     )
 
     def end():
@@ -224,7 +226,7 @@ def run_steps(command, folder, limit, skip, seconds, **variables):
         process.wait()
         process.stdout.close()
     counted = [step for step in steps if step[0] >= skip]
-    if len(counted) < 2 or process.returncode > 0:  # not if it was ended here
+    if len(counted) < 2 or process.returncode > 0:  # the status is negative if end() killed it
         output = "\n".join(line for line in lines if line and "peak memory" not in line)
         raise RuntimeError(
             f"no result after {time.perf_counter() - start:.0f} s; its output ends with:\n{output[-3000:]}"
@@ -256,7 +258,7 @@ def programs(size, settings, nanochat, data):
         f"--batch_size={batch_size}",
         f"--block_size={block_size}",
         f"--gradient_accumulation_steps={settings['micro']}",
-        f"--log_interval={settings['log']}",  # nanoGPT waits for the GPU when it logs
+        f"--log_interval={settings['log']}",  # not every step, because nanoGPT waits for the GPU when it logs
         f"--device={device}",
         f"--compile={is_compiled}",
         "--max_iters=1000000",
@@ -370,7 +372,8 @@ def breakdown(settings, data, results, trace):
 
 
 def equal_tokens(settings, data, speed, results):
-    """Train both recipes for the same number of tokens, in the time that is left. Compare their last common losses."""
+    """Train both recipes for the same number of tokens, in the time that is left. Compare their validation losses after
+    the last step that both of them have evaluated."""
     size, n_micro = settings["sizes"]["124M"], 2 * settings["micro"]
     tokens = size["batch_size"] * n_micro * settings["block_size"]
     each = (results.seconds_left() - 10) / 2
@@ -429,7 +432,7 @@ def equal_tokens(settings, data, speed, results):
 
 
 def copy_nanochat(checkout, folder):
-    """Copy nanochat's package and scripts, and add empty modules for those that it imports but does not use here."""
+    """Copy nanochat's package and scripts, and add empty modules for imported packages that are not needed here."""
     for name in ("nanochat", "scripts", "tasks"):
         shutil.copytree(Path(checkout) / name, folder / "nanochat" / name)
     for name in ("wandb", "rustbpe"):
@@ -446,7 +449,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # end the program that is being measured, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that run_steps kills its program
     settings = DRY if options.dry else FULL
     out = Path(os.environ.get("OUT") or ".").resolve()
     results = Results(out, options.seconds)

@@ -3,10 +3,11 @@
     python benchmarks/loader.py [folder]
 
 The script writes 4 GB of random ids to the folder (by default a temporary one), first as one file and then as 20, and
-reads 10,000 batches of 12 x 65 tokens from them: as one corpus, and as a mix of three sources in two stages, in turns.
-Then it reads the first batch from a sparse file of 9 billion tokens. It prints the growth of resident memory, the time
-per batch, and the processor time that the mix takes in addition, also as a percentage of the 24 ms that a step of
-nanoGPT's CPU setting takes on two cores. At the end, it removes the files.
+reads 10,000 batches of 12 x 65 tokens from them: as one corpus, and as a mix of three sources in two stages,
+alternately. Then it reads the first batch from a sparse file of 9 billion tokens. It prints the growth of resident
+memory, the time per batch, and how much more processor time the mix takes than one corpus. For comparison, a step with
+nanoGPT's CPU settings takes 24 ms on two cores; times are also printed as percentages of it. At the end, the script
+removes the files.
 """
 
 import statistics
@@ -43,7 +44,7 @@ def resident():
 
 
 def measure(paths):
-    """Read BATCHES batches as one corpus and as a mix, in turns of 100 batches, and print the times."""
+    """Read BATCHES batches as one corpus and as a mix, alternating every 100 batches, and print the times."""
     tokens, order = TokenFile(paths, "uint16"), {"block_size": 64, "batch_size": 12, "micro_batches": 1, "seed": 1337}
     shares = {"web": Fraction(7, 10), "code": Fraction(2, 10), "wiki": Fraction(1, 10)}
     stages = ((0, shares), (BATCHES // 2, {"code": Fraction(1, 3), "wiki": Fraction(2, 3)}))

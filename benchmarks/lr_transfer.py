@@ -3,9 +3,10 @@
     python benchmarks/lr_transfer.py RESULTS [optimizers=adamw,muon] [widths=64,256] [seeds=2] [key=value ...]
     python benchmarks/lr_transfer.py RESULTS PLOT.png
 
-The first form trains each width with each learning rate of a factor-two grid, with one thread. Each run appends a line
-of JSON to the file RESULTS; runs that the file has already are skipped. The second form prints a table of RESULTS and
-writes a plot. The corpus is Python's standard library. Losses are over the same batches of the validation split.
+The first form trains each width with each learning rate of a grid of powers of two, with one thread. Each run appends a
+line of JSON to the file RESULTS; runs that are already in the file are skipped. The second form prints a table of
+RESULTS and writes a plot. The corpus is Python's standard library. All losses are over the same batches of the
+validation split.
 
 The model is that of quickstart.yaml, with n_inner = 4 * n_embd. The first width is the mup_base_width, at which both
 parametrizations are the same. Other options, such as max_iters=300, are settings of the recipe.
@@ -45,13 +46,13 @@ SETTINGS = {
     "quiet": True,
     "overwrite": True,
 }
-# learning rate of the grid -> settings. With Muon, both of its learning rates change together
+# learning rate of the grid -> settings. A run with Muon has two learning rates, which change together
 OPTIMIZERS = {
     "adamw": lambda rate: {"algorithm": "adamw", "learning_rate": rate},
     "muon": lambda rate: {"algorithm": "muon", "muon_learning_rate": rate, "learning_rate": rate / 3},
 }
 STEPS = {"adamw": 150, "muon": 100}
-GRIDS = {"adamw": range(-9, -3), "muon": range(-6, -1)}  # powers of two
+GRIDS = {"adamw": range(-9, -3), "muon": range(-6, -1)}  # exponents of two
 
 
 def run(optimizer, width, base, rate, seed, options, folder):
@@ -115,7 +116,7 @@ def report(results, image):
     panels = figure.subplots(len(by_optimizer), 2, sharey="row", squeeze=False)
     for (optimizer, lines), panel_row in zip(by_optimizer.items(), panels, strict=True):
         counts = Counter(line["seed"] for line in lines)
-        seeds = [seed for seed, n in counts.items() if n == max(counts.values())]  # without incomplete ones
+        seeds = [seed for seed, n in counts.items() if n == max(counts.values())]  # without seeds that lack some runs
         lines = [line for line in lines if line["seed"] in seeds]
         for is_mup, panel in zip((False, True), panel_row, strict=True):
             name, curves = "muP" if is_mup else "standard", curves_of(lines, is_mup)

@@ -3,13 +3,13 @@
     python benchmarks/muon_variants.py RECIPE RESULTS [corpus=TEXT] [seeds=5] [variants=plain,normuon] [rates=1]
     python benchmarks/muon_variants.py RESULTS
 
-RECIPE is shakespeare_char_fast or quickstart. Each run appends a line of JSON to the file RESULTS; runs that the file
-has already are skipped. The second form prints a table of RESULTS: the differences from `plain` with the same seed, and
-their standard errors. Losses are over the full validation split.
+RECIPE is shakespeare_char_fast or quickstart. Each run appends a line of JSON to the file RESULTS; runs that are
+already in the file are skipped. The second form prints a table of RESULTS: the differences from `plain` with the same
+seed, and their standard errors. Losses are over the full validation split.
 
 `rates` multiply Muon's learning rate. With tune=true, the last tenth of the training data replaces the validation
-split, so that a rate can be selected without the split that is reported. Other options, such as max_iters=100, are
-those of a recipe.
+split, so that a rate is not selected on the split whose loss is reported. Other options, such as max_iters=100, are
+settings of the recipe.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def polar_express(matrices):
 
 
 class Variant(muon.Muon):
-    """Muon for one process, with switches."""
+    """Muon for one process, with the switches of VARIANTS."""
 
     def __init__(self, groups, switches, max_iters):
         super().__init__(groups)
@@ -81,7 +81,7 @@ class Variant(muon.Muon):
             (self.step_matrices if group["use_muon"] else self._step_adamw)(group)
         self.n_steps += 1
         self.seconds += time.process_time() - start
-        if self.switches:  # averages of plain Muon only
+        if self.switches:  # weights are averaged only with plain Muon
             return
         weights = [p.detach() for group in self.param_groups for p in group["params"]]
         for decay in EMA_DECAYS:
@@ -115,7 +115,7 @@ class Variant(muon.Muon):
                     normal = update / (variance.sqrt() + 1e-8)
                     update = normal * (update.norm() / normal.norm().clamp(min=1e-8))
                 scale = max(1.0, len(matrix) / matrix.shape[1]) ** 0.5
-                if "rms_scale" in on:  # Liu et al. 2025 (Moonlight), divided by its value for a square matrix of n_embd
+                if "rms_scale" in on:  # Liu et al. 2025 (Moonlight), divided by its value for an n_embd x n_embd matrix
                     scale = (max(matrix.shape) / 128) ** 0.5
                 if "decay" in on:
                     mask = (update * matrix > 0) if "cautious" in on else 1  # Chen et al. 2025, arXiv 2510.12402
@@ -200,7 +200,8 @@ def measure(recipe, results, seeds=5, variants="", rates="1", tune="false", **op
     is_done = set(map(key_of, read(results)))
     name = f"{recipe} of {options['max_iters']} steps" if "max_iters" in options else recipe
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(1337, 1337 + int(seeds)):  # the outer loop, so that an interrupted call has pairs
+        # seeds are the outer loop: after an interruption, most seeds have runs of all variants
+        for seed in range(1337, 1337 + int(seeds)):
             for variant in variants.split(",") if variants else VARIANTS:
                 for rate in map(float, rates.split(",")):
                     line = {"recipe": name, "tune": tune, "variant": variant, "rate": rate, "seed": seed}

@@ -4,7 +4,7 @@
 
 Each measurement is a separate process: `nanogpt-accel prepare`; a copy of nanoGPT's data/openwebtext/prepare.py, which
 reads the same file with one process per core; and tiktoken alone. For tiktoken, the time excludes startup, reading and
-writing, and is that of the fastest of three configurations: threads, threads with one Encoding each, or processes. The
+writing. Of three configurations, the fastest one counts: threads, threads with one Encoding each, or processes. The
 file contains the given number of megabytes (default: 31.5) of installed Python sources. The script prints seconds and
 the medians of the ratios. If other programs use the machine, trust the ratio of the processor times more.
 """
@@ -91,7 +91,7 @@ def write_corpus(path, n_bytes):
 
 
 def run(*command):
-    """Run a process. Return its seconds, its seconds of processor time including its own processes, and its output."""
+    """Run a process. Return its seconds, its processor time including its child processes, and its output."""
     start, before = time.perf_counter(), os.times()
     done = subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, text=True)
     after = os.times()

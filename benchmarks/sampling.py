@@ -3,8 +3,8 @@
     python benchmarks/sampling.py NANOGPT [rounds]
 
 The programs alternate in one process. They sample 512 tokens with the settings of nanoGPT's sample.py (temperature 0.8,
-top_k 200) from a GPT-2 124M with random weights. The last one samples a batch of 16 texts of 128 tokens. The script
-prints tokens/s of each round and the medians.
+top_k 200) from a GPT-2 124M with random weights. A fourth measurement samples a batch of 16 texts of 128 tokens.
+The script prints tokens/s of each round and the medians.
 """
 
 import statistics

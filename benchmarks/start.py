@@ -1,11 +1,12 @@
-"""Compare the time from the start of the process to the end of the first training step on a CPU with nanoGPT's.
+"""Measure the time from the start of the process to the end of the first training step on a CPU, and nanoGPT's time.
 
     python benchmarks/start.py NANOGPT TEXT [pairs]
 
 NANOGPT is a checkout of nanoGPT, TEXT is tinyshakespeare's input.txt. The tokens are prepared before the measurement.
-Both programs start with the CPU command of nanoGPT's README, alternately, and are ended after their first step. Both
-first evaluate the given number of batches of each split. The script prints the medians of the pairs. If other programs
-use the machine, trust the processor time more: it includes the second thread that loads torch's libraries.
+The two programs alternate, with the settings of the CPU command of nanoGPT's README, and are killed after their first
+step. Before that step, they evaluate 1 or 20 batches of each split. The script prints the medians of the pairs. If
+other programs use the machine, the processor time is more reliable. It includes our second thread, which loads torch's
+libraries.
 """
 
 import statistics

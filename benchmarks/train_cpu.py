@@ -12,8 +12,8 @@ with AMX or AVX512-BF16, nanogpt_accel uses bfloat16 by default, while nanoGPT u
 runs in float32.
 
 Two more programs only compute the matrix products of the linear layers of a step, forward and backward, in float32 and
-in bfloat16. A step of the same precision cannot be faster. The last column is the share of this limit that a program
-reaches.
+in bfloat16. No training step in the same precision can be faster than these products. The last column is the share of
+this limit that a program reaches.
 """
 
 import math
@@ -34,7 +34,7 @@ MODELS = {
 }
 VOCAB_SIZE = 66
 FOREVER = 10**6  # steps
-SKIPPED = 2  # lines after a program continues: one that was not read yet, and the step in which it was stopped
+SKIPPED = 2  # log lines to skip after SIGCONT: an unread line, and the line of the step that SIGSTOP interrupted
 
 
 class Program:

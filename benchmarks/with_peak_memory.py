@@ -21,7 +21,7 @@ def report():
     while True:
         time.sleep(1)
         device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-        sys.stdout.write(f"\npeak memory: {peak_memory(device)}\n")  # in one call, so that it splits no other line
+        sys.stdout.write(f"\npeak memory: {peak_memory(device)}\n")  # one call, so as not to split other lines
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Full definition of a GPT language model in a single file.
 
-Every checkpoint contains a copy of this file, so it only imports torch and transformers. The names are those of
-nanoGPT's model.py. The interface is that of transformers: GPT is a PreTrainedModel with a KV cache, `generate` and
-configurable attention implementations. The default architecture is that of nanoGPT's GPT-2; other settings of
-GPTConfig give the architectures of Llama, Qwen3 and nanochat.
+Every checkpoint contains a copy of this file, so it only imports torch, transformers and huggingface_hub. Classes and
+parameters have the same names as in nanoGPT's model.py. The interface is that of transformers: GPT is a PreTrainedModel
+with a KV cache, `generate` and configurable attention implementations. The default architecture is that of nanoGPT's
+GPT-2; other settings of GPTConfig give the architectures of Llama, Qwen3 and nanochat.
 
 References:
 1) GPT-2, OpenAI: https://github.com/openai/gpt-2/blob/master/src/model.py
@@ -45,7 +45,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-# sizes of GPTConfig that are None by default
+# how GPTConfig computes the sizes that are None by default
 DERIVED_SIZES = {
     "n_kv_head": lambda config: config.n_head,
     "head_dim": lambda config: config.n_embd // config.n_head,
@@ -103,9 +103,9 @@ class GPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        if self.__dict__["n_kv_head"] is not None:  # to_dict has both names; ignore the other one
+        if self.__dict__["n_kv_head"] is not None:  # to_dict returns this size under both names; ignore the second
             kwargs.pop("num_key_value_heads", None)
-        # save_pretrained adds only the class of the saved model; with all classes, AutoModel can load the body of a GPT
+        # list all classes, so that AutoModel can load a saved GPT; save_pretrained adds only the class that it saves
         kwargs.setdefault("auto_map", {auto.__name__: f"model.{ours.__name__}" for auto, ours in AUTO_CLASSES.items()})
         super().__post_init__(**kwargs)
 
@@ -123,7 +123,7 @@ class GPTConfig(PreTrainedConfig):
 
     @property
     def width_multiplier(self):
-        """How many times wider the model is than the one that mup_base_width refers to; 1 without this switch."""
+        """The ratio of n_embd to mup_base_width, or 1 if mup_base_width is None."""
         return self.n_embd / self.mup_base_width if self.mup_base_width else 1.0
 
     def resolved(self):
@@ -193,7 +193,7 @@ def rotary_tables(config, position_ids):
     Computing them for every batch is cheap and, unlike a precomputed table, does not limit the sequence length.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim  # (hs / 2,)
-    # not a matmul, because autocast would compute it in bfloat16
+    # an elementwise product, because autocast would compute a matmul in bfloat16
     angles = position_ids[:, None, :, None].float() * (1.0 / config.rope_theta**pairs)  # (B, 1, T, hs / 2)
     return angles.cos(), angles.sin()
 
@@ -220,7 +220,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.split_sizes = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-        # query, key, value projections for all heads, but in a batch
+        # query, key and value projections of all heads, concatenated into one matrix
         self.c_attn = nn.Linear(config.n_embd, sum(self.split_sizes), bias=config.bias)
         # output projection
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
@@ -376,13 +376,13 @@ class GPTPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "wte"
 
     def __init__(self, config):
-        config.validate_architecture()  # again, because fields may have changed since the config was made
+        config.validate_architecture()  # validate again, because fields may have changed since the config was created
         super().__init__(config)
 
     def _init_weights(self, module):
         std, m = self.config.initializer_range, self.config.width_multiplier
         if isinstance(module, nn.Linear):
-            # muP: the more inputs, the smaller their weights; see width_scales in optim.py
+            # muP: the wider the layer's input, the smaller its initial weights; see width_scales in optim.py
             std /= m if hasattr(module, "is_head") else math.sqrt(m)
             # apply a scaled init to the 2 * n_layer projections that add to the residual stream, per GPT-2 paper
             if hasattr(module, "adds_to_residual"):
@@ -410,7 +410,7 @@ class GPTModel(GPTPreTrainedModel):
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.ln_f = make_norm(config)
         if config.tie_word_embeddings:
-            self.ln_f.scales_logits = True  # with mup_base_width, instead of the head, which has wte's weights
+            self.ln_f.scales_logits = True  # muP scales this norm instead of the head, which shares wte's weights
         self.post_init()  # initializes the weights with _init_weights
 
     @capture_outputs
@@ -441,8 +441,8 @@ class GPTModel(GPTPreTrainedModel):
             (B, T, C)) and attentions (n_layer tensors (B, nh, T, T_past + T)).
 
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds is given. Or the model has learned positions, and
-                the sequence is longer than block_size.
+            ValueError: both or neither of input_ids and inputs_embeds are given, or the sequence is longer than
+                block_size and the model has learned positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is required")
@@ -454,7 +454,7 @@ class GPTModel(GPTPreTrainedModel):
 
         tok_emb = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         T, length = tok_emb.shape[1], None
-        # without padding, position_ids and a cache, SDPA's is_causal replaces the mask
+        # without padding, position_ids or a cache, SDPA needs no mask: is_causal has the same effect
         is_plain = attention_mask is None and position_ids is None and cache is None
         if not (is_plain and self.config._attn_implementation == "sdpa"):
             attention_mask = create_causal_mask(self.config, tok_emb, attention_mask, cache, position_ids)
@@ -544,7 +544,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
             GPTModel.forward. The logits are None if return_logits=False and there are labels.
 
         Raises:
-            ValueError: the sequence is longer than block_size, and the model has learned positions.
+            ValueError: the sequence is longer than block_size and the model has learned positions.
         """
         shift_labels = kwargs.pop("shift_labels", None)
         if labels is not None and shift_labels is None:

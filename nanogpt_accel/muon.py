@@ -22,9 +22,9 @@ class Matrix(NamedTuple):
     """A matrix to update: a weight, or one of the matrices in a fused weight. FSDP2 shards its rows over processes."""
 
     weight: torch.Tensor  # the rows on this process, a view of the parameter
-    update: torch.Tensor  # Muon's momentum for the same rows
+    update: torch.Tensor  # the Nesterov momentum of the same rows
     shape: tuple  # of the full matrix
-    bounds: list  # shard i of the parameter has the rows bounds[i] to bounds[i + 1] - 1 of the matrix
+    bounds: list  # shard i of the parameter contains the rows bounds[i] to bounds[i + 1] - 1 of the matrix
 
 
 class Muon(torch.optim.Optimizer):
@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups):
         super().__init__(groups, {})
-        self.orthogonalize_buckets = orthogonalize_here  # distributed/muon_exchange.py replaces it
+        self.orthogonalize_buckets = orthogonalize_here  # with several processes, share_muon replaces this function
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -51,18 +51,19 @@ class Muon(torch.optim.Optimizer):
         started = [(group, self._start_muon(group)) for group in self.param_groups if group["use_muon"]]
         for group in self.param_groups:
             if not group["use_muon"]:
-                self._step_adamw(group)  # while the processes exchange Muon's results
+                self._step_adamw(group)  # runs while the processes exchange Muon's results
         for group, finish in started:
             for matrix, orthogonal in finish():
                 rows, columns = matrix.shape
-                # a tall orthogonal matrix has outputs of smaller RMS than its inputs; this factor compensates for it
+                # an orthogonal matrix keeps the norm of its input. A tall one spreads this norm over more outputs, so
+                # their RMS is smaller. This factor compensates for that
                 scale = max(1.0, rows / columns) ** 0.5
                 matrix.weight.add_(orthogonal, alpha=-group["lr"] * scale)
         return loss
 
     def _start_muon(self, group):
-        """Update the momentum and start to orthogonalize it. Return a function that returns pairs (Matrix, orthogonal
-        update of its rows on this process)."""
+        """Update the momentum, and start to orthogonalize the updates. Return a function that waits for the results and
+        yields pairs (Matrix, orthogonalized update). The update contains only the rows that this process has."""
         active = [(p, rows) for p, rows in zip(group["params"], group["rows"], strict=True) if p.grad is not None]
         for p, _ in active:
             if not self.state[p]:
@@ -113,13 +114,13 @@ def split_matrices(p, update, rows):
 
 
 def orthogonalize_here(buckets):
-    """Orthogonalize all matrices on this process. Return a function, see Muon._start_muon."""
+    """Orthogonalize all matrices without other processes. Return a function as described in Muon._start_muon."""
     bucket_results = [zip(bucket, orthogonalize_all([m.update for m in bucket]), strict=True) for bucket in buckets]
     return lambda: (pair for pairs in bucket_results for pair in pairs)
 
 
 def orthogonalize_all(matrices):
-    """Orthogonalize full matrices of one shape, some of which may be transposed. Return a list."""
+    """Return the orthogonalized matrices as a list. All must have the same shape, or that shape transposed."""
     wide = torch.stack([matrix.mT if is_tall(matrix) else matrix for matrix in matrices])
     return [x.mT if is_tall(matrix) else x for matrix, x in zip(matrices, orthogonalize(wide), strict=True)]
 
@@ -134,7 +135,7 @@ def work_dtype(tensor):
 
 
 def orthogonalize(matrices):
-    """Return matrices with the same singular vectors and with singular values near 1 (0.7 to 1.2).
+    """Return the matrices with their singular values changed to about 1 (0.7 to 1.2) and the same singular vectors.
 
     This is a Newton-Schulz iteration, x <- a x + b (x x^T) x + c (x x^T)^2 x, with coefficients that increase small
     singular values as fast as possible (Jordan et al. 2024).

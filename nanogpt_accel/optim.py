@@ -25,7 +25,7 @@ def cosine(step, *, learning_rate, warmup_iters, lr_decay_iters, min_lr, **other
 def warmup_stable_decay(step, *, learning_rate, lr_decay_iters, min_lr, decay_fraction, **others):
     """Keep the learning rate constant, then decay it linearly to min_lr (MiniCPM, Hu et al. 2024).
 
-    decay_fraction: fraction of lr_decay_iters that the decay takes.
+    decay_fraction: length of the decay, as a fraction of lr_decay_iters.
     """
     if step > lr_decay_iters:
         return min_lr
@@ -54,7 +54,7 @@ def learning_rate(step, *, schedule, learning_rate, warmup_iters, **others):
 
 
 def width_scales(model):
-    """Return {parameter: factor of its learning rate} for the parameters whose factor is not 1.
+    """Return {parameter: learning rate multiplier} for the parameters whose multiplier is not 1.
 
     The recipe's learning rates and initializer_range were tuned at n_embd = model.mup_base_width. With the maximal
     update parametrization (muP), they are also right for a model that is m = n_embd / mup_base_width times as wide,
@@ -64,17 +64,18 @@ def width_scales(model):
         embeddings, norms, biases    1                             1                           1 (AdamW)
         matrices in the blocks       1 / sqrt(m)                   1 / m                       1
         output head                  1 / m                         1 / m                       1 / m (AdamW)
-        final norm, if the head      1 / m (the weights            1 / m                       1 / m (AdamW)
-        is tied to the embedding     themselves, instead of 1)
+        final norm, if the head      1 / m (the initial value,     1 / m                       1 / m (AdamW)
+        is tied to the embedding     not a std)
 
     AdamW changes every weight by about the learning rate, so the change of an output grows with the number of inputs.
-    Muon's update has the same spectral norm at any width, so it needs no factor. A tied head has the weights of the
-    embedding; there, the norm in front of the head multiplies the logits by 1 / m. GPT._init_weights sets the std.
+    Muon's update has the same spectral norm at any width, so it needs no factor. A tied head shares the weights of the
+    embedding, which must not be scaled. Instead, the norm in front of the head scales the logits by 1 / m.
+    GPT._init_weights sets the std.
 
     Sources: Yang et al. 2022, arXiv 2203.03466, table 3; for Muon Yang, Simon and Bernstein 2023, arXiv 2310.17813.
     """
     m = getattr(getattr(model, "config", None), "width_multiplier", 1.0)
-    if m == 1:  # always without mup_base_width
+    if m == 1:  # mup_base_width is None or equal to n_embd
         return {}
     last = model.transformer.ln_f if model.config.tie_word_embeddings else model.lm_head
     matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
@@ -91,7 +92,7 @@ def parameter_groups(model, weight_decay):
     for p in model.parameters():
         if p.requires_grad:
             groups.setdefault((p.dim() >= 2, scales.get(p, 1.0)), []).append(p)
-    # weights decay by learning rate * weight_decay per step, which must not depend on the width
+    # a step decays weights by learning rate * weight_decay; divide by scale, so that this does not depend on the width
     return [
         {"params": parameters, "weight_decay": weight_decay / scale if has_decay else 0.0, "lr_scale": scale}
         for (has_decay, scale), parameters in groups.items()
@@ -140,15 +141,15 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def optimizer_class(name):
-    """Return the class with a dotted name, such as torch.optim.Adafactor.
+    """Return the optimizer class with this dotted name, such as torch.optim.Adafactor.
 
     Raises:
-        ValueError: there is no such optimizer.
+        ValueError: the module cannot be imported, or it does not have this optimizer.
     """
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(import_module(module), attribute, None)
-    except (Exception, SystemExit) as error:  # a broken package may raise any error, and a script may exit
+    except (Exception, SystemExit) as error:  # a broken package may raise any error, and a script may call sys.exit
         problem = f"cannot import {module} ({first_line(error)}); install its package"
         raise ValueError(f"optimizer.algorithm={name}: {problem}") from None
     import torch
@@ -165,10 +166,10 @@ def optimizer_class(name):
 
 
 def by_name(model, settings):
-    """Return an optimizer of any class, with nanoGPT's parameter groups and the options of the recipe."""
+    """Return an optimizer of the class that settings.algorithm names, with nanoGPT's parameter groups."""
     groups = parameter_groups(model, settings.weight_decay)
     optimizer = optimizer_class(settings.algorithm)(groups, lr=settings.learning_rate, **settings.options)
-    # checkpoints store only the values that the optimizer has changed since, see sharding.changed_values
+    # keep the initial values: checkpoints store only the values that changed later, see sharding.changed_values
     optimizer.initial_groups = [
         {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]

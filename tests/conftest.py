@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 from shared import DATA, FAST
 
-# before any test imports the libraries that read them once
+# set before any test imports a library, because libraries read these variables only once
 os.environ["OMP_NUM_THREADS"] = "1"  # sums of floats depend on the number of threads, and the models are tiny
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -73,7 +73,8 @@ def no_launcher(monkeypatch):
 
 @pytest.fixture
 def call(capsys):
-    """call("sample", ..., status=0) -> what the command printed, after a check of its exit status."""
+    """Return a function that runs a command such as call("sample", ..., status=0), checks its exit status, and returns
+    what it printed: stdout for status 0, stderr otherwise."""
     from nanogpt_accel.__main__ import main
 
     def call(*words, status=0):
@@ -87,7 +88,8 @@ def call(capsys):
 
 @pytest.fixture
 def refused():
-    """`with refused(ValueError, "a word", "another"):` the block must raise a one-line error with these words."""
+    """Return a context manager, as in `with refused(ValueError, "a word", "another"):`. The block must raise a one-line
+    error of this class with these words."""
     from nanogpt_accel.utils import cli
 
     @contextmanager

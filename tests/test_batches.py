@@ -15,7 +15,8 @@ from nanogpt_accel.data.token_files import TokenFile
 
 
 class Counting:
-    """Tokens equal to their positions, so that a batch shows its positions. Reading beyond the end fails."""
+    """A token file in which the id of each token is its position, so that a batch shows its positions. Reading beyond
+    the end fails."""
 
     def __init__(self, n):
         self.n = n
@@ -34,7 +35,8 @@ def permutation(n, key):
 
 
 def chi_square_excess(counts, expected):
-    """Return the chi-square statistic of counts, in standard deviations above its mean: 5 does not happen by chance."""
+    """Return the chi-square statistic of counts, in standard deviations above its mean. A value above 5 does not happen
+    by chance."""
     counts = np.asarray(counts, dtype=float).ravel()
     freedom = counts.size - 1
     return (((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)
@@ -134,7 +136,7 @@ def shuffled_in_python(place, n, key):
 
 
 def test_batch_order_never_changes_between_versions():
-    """Otherwise a run resumed with another version would read some blocks twice."""
+    """If the order changed, a run that is resumed with another version would read some blocks twice."""
     rng = np.random.default_rng(0)
     for n in (1, 2, 3, 17, 999, 15_684, 2**20, 8_823_811, 9_035_582_198):
         for key in (0, 1, 2**63 - 1, *rng.integers(0, 2**63, 3).tolist()):
@@ -191,7 +193,7 @@ def test_epoch_contains_every_block_once(n_tokens, block_size, batch_size, micro
     [([1000, 1, 37, 0, 2500, 64, 701], 7, 12), ([333, 334, 335], 33, 5), ([90, 7, 1003], 100, 3), ([10_007], 64, 12)],
 )
 def test_epoch_over_several_files_contains_every_block_once(tmp_path, sizes, block_size, batch_size):
-    """Token i is i, in files of odd sizes, so that rows show their positions."""
+    """Token i has the id i, so that rows show their positions. The files have odd sizes."""
     paths, ends = [tmp_path / f"train-{i:05d}.bin" for i in range(len(sizes))], np.cumsum(sizes)
     for path, size, end in zip(paths, sizes, ends.tolist(), strict=True):
         np.arange(end - size, end, dtype=np.uint32).tofile(path)
@@ -200,7 +202,7 @@ def test_epoch_over_several_files_contains_every_block_once(tmp_path, sizes, blo
     epochs = 4000 // blocks + 1
     rows = np.concatenate([batches(step, 0) for step in range(-(-epochs * blocks // batch_size))])[: epochs * blocks]
     assert (np.diff(rows) == 1).all() and rows.shape == (epochs * blocks, block_size + 1)
-    targets = np.sort(rows[:, 1:].reshape(epochs, -1))  # of an epoch: consecutive numbers, none twice
+    targets = np.sort(rows[:, 1:].reshape(epochs, -1))  # the targets of an epoch are consecutive, none twice
     assert (np.diff(targets) == 1).all() and targets.shape[1] == blocks * block_size
     starts = rows[:, 0].reshape(epochs, blocks)
     order = (starts - starts.min(1, keepdims=True)) // block_size
@@ -254,7 +256,7 @@ def test_batch_is_a_pure_function_of_seed_step_and_micro_batch(sampling, tmp_pat
     again = Batches(Counting(500), **arguments)
     for place in sorted(places, key=lambda p: seed_of(*p)):
         assert again(*place).tolist() == forward[place]
-    # and in another process, where Python hashes have another salt
+    # the batches are also the same in another process, where Python hashes have another salt
     script = (
         "import numpy as np; from nanogpt_accel.batches import Batches\n"
         f"b = Batches(range(500), **{arguments!r})\nprint([b.starts(s, m).tolist() for s, m in {places!r}])"
@@ -283,7 +285,7 @@ def test_no_read_beyond_the_file(sampling, block_size):
         for seed in range(3):
             batches = Batches(Counting(block_size + extra), block_size, 9, 2, seed, sampling)
             for step in range(12):
-                assert batches(step, step % 2).shape == (9, block_size + 1)  # Counting fails otherwise
+                assert batches(step, step % 2).shape == (9, block_size + 1)  # Counting raises an error beyond the end
 
 
 def test_targets_are_the_next_tokens(tmp_path):
@@ -330,7 +332,7 @@ def mixture(sizes, stages, block_size=8, batch_size=5, micro_batches=4, seed=133
 def test_a_mixture_of_one_source_has_the_batches_of_this_source(sampling):
     alone = Batches(Counting(901), 8, 7, 3, seed=5, sampling=sampling)
     mixed = Mixture({"a": Counting(901)}, ((0, {"a": Fraction(1)}),), 8, 7, 3, seed=5, sampling=sampling)
-    for step in (*range(60), 10**6):  # more than a block of the mixture and several epochs
+    for step in (*range(60), 10**6):  # more than one block of the mixture, and several epochs of the sources
         assert all((alone(step, m) == mixed(step, m)).all() for m in range(3))
         assert mixed.describe(step, 1) == [{"source": "a", **place} for place in alone.describe(step, 1)]
 
@@ -347,10 +349,10 @@ def test_shares_of_a_mixture_are_exact_in_every_thousand_samples():
             sources, _ = mixed.samples(first, 20_000)
             used = np.cumsum(sources[:, None] == np.arange(len(weights)), axis=0)
             thousands = np.diff(used[999::1000], axis=0, prepend=0)
-            assert np.abs(thousands - 1000 * wanted).max() < 1.001, weights  # one sample
+            assert np.abs(thousands - 1000 * wanted).max() < 1.001, weights  # within one sample
             # and evenly spread: no source is ahead or behind by more than a few samples at any time
             assert np.abs(used - wanted * np.arange(1, 20_001)[:, None]).max() < 3, weights
-    for weights in ((0.7, 0.2, 0.1), (0.123, 0.877)):  # thousandths are exact
+    for weights in ((0.7, 0.2, 0.1), (0.123, 0.877)):  # shares that are multiples of 1/1000 are exact
         used = np.bincount(mixture([999] * len(weights), ((0, shares(*weights)),)).samples(5000, 1000)[0])
         assert used.tolist() == [round(1000 * weight) for weight in weights]
 
@@ -376,12 +378,13 @@ def test_each_source_of_a_mixture_has_its_own_epochs_over_all_stages():
     for (start, shared), end in zip(STAGES, (97, 230, 500), strict=True):
         for name in "012":
             mean = np.mean([by_step[step][name] for step in range(start, end)])
-            assert abs(mean - shared.get(name, 0)) * (end - start) * 20 < 3  # samples
+            assert abs(mean - shared.get(name, 0)) * (end - start) * 20 < 3  # within 3 samples
     assert max(shared["1"] for shared in by_step[97:230]) == 0
 
 
 def test_order_within_a_source_of_a_mixture_is_random():
-    """By chi-square: every tenth of the blocks of a source is equally often in every tenth of its epoch."""
+    """A chi-square test checks that every tenth of the blocks of a source is equally often in every tenth of its
+    epoch."""
     size, blocks, epochs = 10_001, epoch_shape(10_001, 8)[0], 20
     mixed = mixture((size, 5003), ((0, shares(0.3, 0.7)),))
     sources, starts = mixed.samples(0, round(blocks * epochs / 0.3) + 1000)
@@ -395,7 +398,7 @@ def test_order_within_a_source_of_a_mixture_is_random():
 
 def test_mixture_is_a_pure_function_of_the_step_for_any_number_of_processes():
     def samples(step, world):
-        mixed = mixture((901, 500, 700), STAGES)  # a new object: a resumed run
+        mixed = mixture((901, 500, 700), STAGES)  # a new object, as in a resumed run
         return sorted(mixed(step, m * world + rank).tolist() for rank in range(world) for m in range(4 // world))
 
     forward = mixture((901, 500, 700), STAGES)
@@ -406,7 +409,7 @@ def test_mixture_is_a_pure_function_of_the_step_for_any_number_of_processes():
 
 
 def test_a_new_stage_changes_no_earlier_batch():
-    """So a run can be resumed with another mix, which may have new sources, and keeps the order of its tokens."""
+    """A run can be resumed with another mix, even with new sources, and keeps the order of its tokens."""
     before = mixture((901, 500), ((0, shares(2, 1)),))
     after = mixture((901, 500, 700), ((0, shares(2, 1)), (60, shares(0, 1, 1))))
     assert all((before(step, m) == after(step, m)).all() for step in range(60) for m in range(4))
@@ -435,7 +438,7 @@ def test_eval_iters_number_gives_fixed_random_crops():
     again = evaluation_batches(*arguments)
     assert [(s.tolist(), n) for s, n in fixed] == [(s.tolist(), n) for s, n in again]
     assert [(len(s), n) for s, n in fixed] == [(12, 64)] * 20
-    # more batches start with the same ones, and they differ from training batches of any seed
+    # a larger number of batches starts with the same batches, and they differ from training batches of any seed
     assert np.array_equal(evaluation_batches(5000, 64, 12, 40)[19][0], fixed[19][0])
     starts = np.concatenate([s for s, _ in fixed])
     for seed in range(5):
@@ -470,4 +473,4 @@ def test_cost_does_not_depend_on_the_number_of_tokens(sampling):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1e6 and seconds < 1
-    assert 0.9 * n_tokens < largest <= n_tokens - 1025  # of 120 draws
+    assert 0.9 * n_tokens < largest <= n_tokens - 1025  # the largest of 120 random positions

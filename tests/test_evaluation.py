@@ -63,7 +63,7 @@ class Bigram(torch.nn.Module):
 
 
 class Processes:
-    """The Accelerator of one rank of several; `others` is what gather returns."""
+    """The Accelerator of one rank of several. Its `gather` returns `others`, the tensors of all ranks."""
 
     def __init__(self, world=1, rank=0, others=None):
         self.num_processes, self.process_index, self.others = world, rank, others

@@ -100,7 +100,7 @@ MODERN = {
 
 
 def translated(stock, of):
-    """Return {our name: of(parameter)} for a model of transformers, in our layout.
+    """Return {name in GPT: of(parameter)} for the parameters of a transformers model, in GPT's layout.
 
     Args:
         of: returns the parameter itself, or something linear in it, such as its gradient.
@@ -196,7 +196,7 @@ both_families = pytest.mark.parametrize(("bias", "activation"), [(True, "gelu_ne
 
 
 def check_logits_and_loss(mine, theirs, min_std):
-    assert theirs.logits.std() > min_std  # not a comparison of zeros
+    assert theirs.logits.std() > min_std  # so that the test does not compare zeros
     torch.testing.assert_close(mine.logits, theirs.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(mine.loss, theirs.loss, rtol=0, atol=1e-5)
 
@@ -250,7 +250,7 @@ def test_logits_loss_and_gradients_equal_llama_qwen3_nanochat(ids, case):
     ],
 )
 def test_every_switch_changes_the_logits(ids, case, switch):
-    """So the comparisons above would notice an ignored switch."""
+    """If GPT ignored a switch, the comparisons above would fail."""
     ours, stock = modern(case)
     other = tiny(**{**MODERN[case][1], **switch})
     other.load_state_dict(ours.state_dict(), strict=False)
@@ -639,7 +639,7 @@ def test_number_of_parameters_of_gpt2(vocab_size, bias, count):
 
 @pytest.mark.parametrize("form", STOCK)
 def test_number_of_parameters_equals_llama_qwen3_nanochat(form):
-    """Depth and width of GPT-2, with a third of the heads for keys and values."""
+    """The models have the depth and width of GPT-2, and a third of the heads for keys and values."""
     C, L, nh, nkv, hs, vocab = 768, 12, 12, 4, 64, 50304
     matrices = C * (nh + 2 * nkv) * hs + nh * hs * C
     count = {
@@ -682,7 +682,7 @@ def test_head_and_embedding_stay_tied(tmp_path, ids):
     torch.optim.SGD(loaded.parameters(), lr=1.0).step()
     assert loaded.lm_head.weight.data_ptr() == loaded.transformer.wte.weight.data_ptr()
     assert not torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    # the file contains it once
+    # the file contains the tied weight once
     from safetensors import safe_open
 
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -714,8 +714,9 @@ def test_gradient_checkpointing_keeps_gradients_with_dropout(ids, switches):
 
 @each_modern
 def test_bf16_autocast_is_close_to_float32(ids, case):
-    """bfloat16 rounds to 2^-9 of a value. Two blocks round about twenty times, and the softmax amplifies some of it, so
-    a few per cent of the standard deviation of the logits are expected, and no more than in transformers."""
+    """bfloat16 rounds to 2^-9 of a value. Two blocks round about twenty times, and the softmax amplifies some of these
+    errors. So errors of a few per cent of the standard deviation of the logits are expected. They must not be larger
+    than in transformers."""
     ours, stock = modern(case)
     was_always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)  # otherwise a warning that another test has seen is not repeated
@@ -737,7 +738,7 @@ def test_bf16_autocast_is_close_to_float32(ids, case):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_dropout_equals_gpt2(ids, attention):
-    """In training, with the same random numbers, both compute the same."""
+    """In train mode and with the same seed, GPT and GPT-2 of transformers compute the same logits."""
     ours, gpt2 = pair(True, "gelu_new")
     for model in (ours, gpt2):
         model.set_attn_implementation(attention)
@@ -842,7 +843,7 @@ def test_saved_folder_keeps_every_switch(tmp_path, ids, case):
 
 
 def test_config_of_the_first_version_loads(tmp_path, ids):
-    """It lacks the options that were added later, and names norm_eps differently."""
+    """This config lacks the options that were added later, and has another name for norm_eps."""
     model = tiny()
     model.save_pretrained(tmp_path)
     first = {

@@ -1,4 +1,4 @@
-"""document_mask: attention within documents only, compared with the documents one by one."""
+"""document_mask: with attention within documents only, a batch gives the same results as each document alone."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_training_and_evaluate_use_the_mask(tmp_path, monkeypatch, capsys):
         losses[mask] = val_losses(mask)
     assert all(abs(a - b) > 1e-7 for a, b in zip(*losses.values(), strict=True))
     capsys.readouterr()
-    assert main(["evaluate", "true", "--json"]) == 0  # with the mask, from run.yaml
+    assert main(["evaluate", "true", "--json"]) == 0  # with document_mask, which run.yaml contains
     assert json.loads(capsys.readouterr().out)["val_loss"] == pytest.approx(losses["true"][-1], rel=1e-5)
     assert main(["evaluate", "true", "--json", "document_mask=false"]) == 0
     assert json.loads(capsys.readouterr().out)["val_loss"] != pytest.approx(losses["true"][-1], rel=1e-7)

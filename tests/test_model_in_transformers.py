@@ -49,7 +49,7 @@ def shapes(config):
 
 
 def test_labels_is_the_only_parameter_with_label_in_its_name():
-    """Trainer takes every such parameter for a column of the dataset, and reports no eval_loss if one is missing."""
+    """Trainer expects a column in the dataset for every such parameter, and reports no eval_loss if one is missing."""
     for model_class in set(AUTO_CLASSES.values()) - {GPTConfig}:
         names = [name for name in inspect.signature(model_class.forward).parameters if "label" in name]
         assert names == ([] if model_class is GPTModel else ["labels"]), model_class
@@ -67,7 +67,7 @@ def test_trainer_evaluates_and_smooths_labels(tmp_path, ids):
 
 
 def test_trainer_divides_by_the_number_of_targets(tmp_path, ids):
-    """Trainer counts the targets itself; the first training loss is that of the untrained model."""
+    """Trainer counts the targets itself. Its first training loss must be that of the untrained model."""
     model = tiny("gpt2")
     expected = model(ids, labels=ids).loss.item()
     args = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "max_steps": 1, "logging_steps": 1}
@@ -173,7 +173,7 @@ def test_static_cache_gives_the_same_logits_without_a_graph_break(family, ids):
     model = tiny(family, n_layer=1)
     expected = model(ids).logits
     cache = StaticCache(config=model.config, max_cache_len=T)
-    torch._dynamo.reset()  # it limits the number of compilations of one function
+    torch._dynamo.reset()  # torch limits how often it compiles one function
     forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     with torch.no_grad():
         logits = [forward(ids[:, :5], cache=cache).logits, forward(ids[:, 5:], cache=cache).logits]
@@ -184,7 +184,7 @@ def test_static_cache_gives_the_same_logits_without_a_graph_break(family, ids):
 
 
 def test_each_model_folder_runs_its_own_code(tmp_path):
-    """Two folders with different copies of model.py, in a process without the package."""
+    """Load two folders with different copies of model.py in one process, which cannot import the package."""
     for name in ("first", "second"):
         GPT(config_of("gpt2", n_layer=1)).save_pretrained(tmp_path / name)
         with open(tmp_path / name / "model.py", "a") as file:
@@ -205,7 +205,8 @@ assert [model.origin for model in models] == ["first", "second"]
 
 
 def test_positions_that_start_again_may_be_longer_than_block_size():
-    """Packed documents, compared with each document alone; also Trainer's DataCollatorWithFlattening."""
+    """Packed documents give the same logits as each document alone. DataCollatorWithFlattening of Trainer packs in this
+    way."""
     model = tiny("gpt2", block_size=16)
     ids = torch.randint(0, 65, (1, 24), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(12).repeat(2).unsqueeze(0)

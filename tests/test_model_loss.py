@@ -37,7 +37,7 @@ def make(family, **changes):
 
 
 def loss_and_gradients(model, largest_logits, scale=1.0, **inputs):
-    """(the loss, {name: gradient}); see GPT.largest_logits."""
+    """Return (the loss, {name: gradient}). largest_logits: see GPT.largest_logits."""
     model.largest_logits = largest_logits
     model.zero_grad()
     output = model(**inputs, return_logits=False)
@@ -68,7 +68,7 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(monkeypatch, family, ho
     model, ids = make(family)
     inputs = inputs_of(ids, how)
     model.zero_grad()
-    loss = model(**inputs).loss  # with logits the loss is never chunked
+    loss = model(**inputs).loss  # if logits are returned, the loss is never chunked
     loss.backward()
     true = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     for largest in (CHUNKED, V * 300):  # the latter is rounded up to 384 rows, and 216 are left
@@ -93,7 +93,8 @@ def test_chunked_gradients_in_bfloat16_are_as_accurate_as_the_plain_ones(family)
 
 
 def test_chunked_gradients_in_float16_do_not_underflow_with_a_grad_scaler():
-    """Divided by 600 before rounding, the smallest ones would underflow, whatever the scale of the loss."""
+    """If the gradients were divided by the 600 targets before they are rounded to float16, the smallest ones would
+    underflow, whatever the scale of the loss is."""
     model, ids = make("untied")
     inputs = inputs_of(ids, "shifted")
     _, true = loss_and_gradients(model, NOT_CHUNKED, **inputs)
@@ -134,11 +135,11 @@ def test_loss_is_chunked_only_above_largest_logits():
         model(**inputs, return_logits=False).loss.grad_fn.next_functions[0][0].name()
         == "FusedLinearCrossEntropyBackward"
     )
-    assert model(input_ids=ids[:, 1:], return_logits=False).logits is not None  # the only output without targets
+    assert model(input_ids=ids[:, 1:], return_logits=False).logits is not None  # needed without targets
 
 
 def always_chunk():
-    """In a rank: chunk the loss of every model."""
+    """Compute the loss of every model in chunks. Each rank calls this before it trains."""
     from nanogpt_accel.model import GPT
 
     GPT.largest_logits = 500  # of 4 * 32 rows of 13 characters

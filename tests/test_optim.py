@@ -64,7 +64,8 @@ def test_constant_schedule():
 
 
 def test_warmup_stable_decay_schedule():
-    """Compared with exact fractions: linear between the points (-1, 0), (w, top), (N - d, top) and (N, low)."""
+    """The schedule is compared with exact fractions: it is linear between the points (-1, 0), (w, top), (N - d, top)
+    and (N, low)."""
     top, low, w, N, fraction = Fraction(3, 2), Fraction(1, 4), 5, 40, Fraction(3, 8)
     d = N * fraction
     for step in range(60):
@@ -121,7 +122,7 @@ def test_weight_decay_applies_to_matrices_and_embeddings_only(model):
     name_of = {id(p): name for name, p in model.named_parameters()}
     decayed = [name_of[id(p)] for p in decay["params"]]
     others = [name_of[id(p)] for p in plain["params"]]
-    # listed by layer, independent of the rule by dimensions
+    # a list of the layers, because the code selects parameters by their number of dimensions
     blocks = [
         f"transformer.h.{i}.{layer}.weight"
         for i in range(2)
@@ -148,7 +149,8 @@ def test_frozen_parameters_are_in_no_group(model):
 
 
 def test_no_group_is_empty():
-    """A checkpoint of an optimizer class is restored on the device of the first parameter of each group."""
+    """An optimizer that is named by its class is restored on the device of the first parameter of each group, so each
+    group must have one."""
     shape = {"vocab_size": 17, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 32}
     (group,) = parameter_groups(GPT(GPTConfig(**shape, norm_weight=False)), 0.1)
     assert group["weight_decay"] == 0.1 and all(p.dim() == 2 for p in group["params"])
@@ -353,7 +355,7 @@ def test_a_mistake_in_an_optimizer_by_name_is_found_before_the_run(refused, sett
     ],
 )
 def test_a_checkpoint_only_continues_with_an_optimizer_of_the_same_state(tmp_path, monkeypatch, before, now, words):
-    """run.yaml does not count, because it may have been edited."""
+    """The check does not use run.yaml, because a user may have edited it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoint" / "state").mkdir(parents=True)
     (tmp_path / "run.yaml").write_text(f"optimizer: {now}")
@@ -509,7 +511,7 @@ def test_zero_gradients_change_nothing():
 
 
 def test_muon_gets_the_matrices_of_the_blocks_only():
-    """Embeddings, head and norms are for AdamW."""
+    """AdamW gets the embeddings, the head and the norms."""
     model = modern()
     optimizer = make_optimizer(model, Optimizer(**MUON))
     name_of = {id(p): name for name, p in model.named_parameters()}
@@ -530,7 +532,7 @@ def test_muon_gets_the_matrices_of_the_blocks_only():
         for p in group["params"]
         for q in (model.transformer.wte.weight, model.lm_head.weight)
     )
-    # frozen parameters are in neither
+    # frozen parameters are in no group
     model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
     left = [p for group in make_optimizer(model, Optimizer(**MUON)).param_groups for p in group["params"]]
     assert len(left) == len(name_of) - 1
@@ -600,7 +602,7 @@ MUON_RECIPE = SMALL | {
 
 
 def test_muon_run_resumes_bitwise_equal(tmp_path, monkeypatch, capsys):
-    """With mup_base_width, so that there are more parameter groups."""
+    """The run uses mup_base_width, so that there are more parameter groups."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("the sea, the sea; a ship and no sea. " * 60)
     write_recipe(tmp_path, **MUON_RECIPE, corpus="text.txt")

@@ -88,7 +88,7 @@ def test_every_key_is_unique_and_described():
     leaves = [key for section in SECTIONS.values() for key in section.model_fields]
     leaves += [key for key in Recipe.model_fields if key not in SECTIONS]
     assert len(leaves) == len(set(leaves)) == len(SECTION_OF) > 40
-    assert not set(leaves) & set(SECTIONS)  # and none is the name of a section
+    assert not set(leaves) & set(SECTIONS)  # no key has the name of a section
     for key in leaves:
         assert len(FIELDS[key].description or "") > 8, key
         assert not FIELDS[key].description.endswith("."), key
@@ -387,7 +387,7 @@ def test_derived_defaults():
     recipe = load(learning_rate="1e-3", max_iters="9000")
     assert recipe.min_lr == pytest.approx(1e-4) and recipe.lr_decay_iters == 9000
     assert load(eval_interval="7").save_interval == 7 and load(eval_interval="7", save_interval="3").save_interval == 3
-    assert load(min_lr="0").min_lr == 0  # zero is a value
+    assert load(min_lr="0").min_lr == 0  # 0 is not a missing value
     assert load(max_iters="0", warmup_iters="0").lr_decay_iters >= 1
 
 
@@ -467,10 +467,10 @@ def test_text_is_read_by_the_declared_type(key, text, expected):
 @pytest.mark.parametrize(
     ("line", "key", "expected"),
     [
-        ("max_iters: 6e5", "max_iters", 600_000),  # text to PyYAML
+        ("max_iters: 6e5", "max_iters", 600_000),  # PyYAML reads 6e5 as text
         ("max_iters: 5.0e+4", "max_iters", 50_000),
         ("max_iters: 20_000", "max_iters", 20_000),
-        ("mixed_precision: no", "mixed_precision", "no"),  # false to PyYAML
+        ("mixed_precision: no", "mixed_precision", "no"),  # PyYAML reads no as false
         ("compile: no", "compile", False),
         ("compile: auto", "compile", "auto"),
         ("compile: 'false'", "compile", False),
@@ -657,13 +657,13 @@ def test_checks_across_sections():
 
 def test_warm_up_that_the_user_did_not_set_is_shortened():
     assert load(max_iters="2000").warmup_iters == 2000
-    assert load(max_iters="1999").warmup_iters == 199  # a tenth
+    assert load(max_iters="1999").warmup_iters == 199  # a tenth of max_iters
     assert load(max_iters="9").warmup_iters == 0
     assert load(max_iters="9", schedule="constant").warmup_iters == 2000
     assert load(max_iters="100", lr_decay_iters="5000").warmup_iters == 2000
     trapezoid = {"schedule": "warmup_stable_decay", "max_iters": "1000"}
     assert load(**trapezoid, decay_fraction="0.2").warmup_iters == 100
-    assert load(**trapezoid, decay_fraction="0.95").warmup_iters == 50  # up to the decay
+    assert load(**trapezoid, decay_fraction="0.95").warmup_iters == 50  # until the decay starts
     recipe = load(max_iters="1999")
     assert recipe.lr_schedule["warmup_iters"] == 199 and recipe.optimizer.warmup_iters == 2000
 

@@ -1,4 +1,4 @@
-"""train from end to end, and what sample and evaluate make of its runs."""
+"""`train` from start to end, and `sample` and `evaluate` on the runs that it writes."""
 
 import contextlib
 import io
@@ -42,7 +42,7 @@ TINY = ["warmup_iters=0", "max_iters=2", "eval_interval=2", "gradient_accumulati
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with a text, tiny.yaml, and runs/tiny: that recipe's run."""
+    """A folder with a text, tiny.yaml, and runs/tiny, a run of this recipe."""
     folder = tmp_path_factory.mktemp("train")
     draw = random.Random(5)
     words = ["".join(draw.choice(SYMBOLS[2:]) for _ in range(draw.randint(2, 7))) for _ in range(150)]
@@ -129,7 +129,7 @@ def test_the_lines_of_the_log(run):
     for line in evaluations:
         assert {"train_loss", "val_loss", "perplexity", "bits_per_byte"} <= set(line)
         assert line["perplexity"] == pytest.approx(math.exp(line["val_loss"]))
-        assert line["bits_per_byte"] == pytest.approx(line["val_loss"] / math.log(2))  # a byte a token here
+        assert line["bits_per_byte"] == pytest.approx(line["val_loss"] / math.log(2))  # here, each token is one byte
     assert evaluations[0]["val_loss"] == pytest.approx(math.log(64), abs=0.1)  # like random guessing at the start ...
     assert evaluations[-1]["val_loss"] < math.log(len(SYMBOLS)) + 0.1  # ... then it knows which tokens occur
 
@@ -152,9 +152,9 @@ def test_the_run_loads_as_a_model_and_a_tokenizer(workplace, run):
 
 
 def test_best_and_last_are_kept_apart(call):
-    """The validation losses are dictated: the best is that of step 2."""
+    """The validation losses are fixed by a patch, so that step 2 has the best one."""
     dictated = {0: 4.0, 1: 3.0, 2: 2.0, 3: 2.5, 4: 2.5, 5: 2.1}
-    calls = itertools.count()  # two an evaluation: train, val
+    calls = itertools.count()  # two calls per evaluation: train, val
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanogpt_accel.training.mean_loss", lambda *args: dictated[next(calls) // 2])
         call("train", "tiny.yaml", *TINY, "out_dir=runs/best", "max_iters=5", "eval_interval=1")
@@ -173,11 +173,11 @@ def test_best_and_last_are_kept_apart(call):
 
 def test_another_run_from_its_weights(call, run):
     score = json.loads(call("evaluate", run, "--json", "eval_iters=3"))
-    # the shape comes with the weights, whatever the recipe says
+    # the architecture is that of the model in init_from, not that of the recipe
     out = call("train", "tiny.yaml", *TINY, f"init_from={run}", "out_dir=runs/next", "n_layer=3", "bias=true")
     first, *_, end = read_metrics("runs/next/metrics.jsonl")
     assert (first["step"], end["step"]) == (0, 2)
-    assert first["val_loss"] == pytest.approx(score["val_loss"], rel=1e-6)  # (summed window by window there)
+    assert first["val_loss"] == pytest.approx(score["val_loss"], rel=1e-6)  # evaluate sums window by window
     assert f"starting from the weights of {last(run)}" in out
     # the new run can be continued
     call("train", "runs/next", "max_iters=3")
@@ -227,7 +227,7 @@ def test_eval_only_writes_nothing(call, workplace, target):
 
 def test_overwrite_replaces(call):
     call("train", "tiny.yaml", *TINY, "out_dir=runs/over", "max_iters=4")
-    Path("runs/over/mine").symlink_to("..")  # what others have put there stays
+    Path("runs/over/mine").symlink_to("..")  # files of the user stay
     Path("runs/over/notes.txt").touch()
     call("train", "tiny.yaml", *TINY, "out_dir=runs/over", "overwrite=true", "seed=2", "eval_interval=1")
     run = Path("runs/over")
@@ -255,7 +255,7 @@ def test_a_finished_run_goes_on(call, run, tmp_path):
 
 
 def test_an_existing_nanogpt_folder(call, workplace):
-    """train.bin, val.bin and meta.pkl as nanoGPT's data/shakespeare_char/prepare.py writes them."""
+    """Train on train.bin, val.bin and meta.pkl as nanoGPT's data/shakespeare_char/prepare.py writes them."""
     folder = workplace / "shakespeare_char"
     folder.mkdir()
     data = (workplace / "text.txt").read_text()
@@ -274,7 +274,8 @@ def test_an_existing_nanogpt_folder(call, workplace):
 
 
 def test_the_recipe_of_gpt2(call, gpt2_files):
-    """nanoGPT's train_gpt2, made small enough for a few steps here."""
+    """recipes/gpt2.yaml has the settings of nanoGPT's train_gpt2.py. A smaller model trains with them for a few
+    steps."""
     recipe = load_recipe(RECIPES / "gpt2.yaml")
     assert recipe.train.batch_size * recipe.train.gradient_accumulation_steps * recipe.model.block_size == 491_520
     assert (recipe.train.max_iters, recipe.data.corpus, recipe.min_lr) == (600_000, "openwebtext", 6e-5)
@@ -303,7 +304,7 @@ def test_the_recipe_of_gpt2(call, gpt2_files):
 
 
 def test_evaluations_that_are_left_out(call, run):
-    """Evaluations take time, but do not affect the training losses."""
+    """Skipping evaluations saves time and does not change the training losses."""
     call("train", "tiny.yaml", "out_dir=fewer", "eval_first=false", "eval_train=false")
     fewer, whole = read_metrics("fewer/metrics.jsonl"), read_metrics(run / "metrics.jsonl")
     assert [line["loss"] for line in fewer if "loss" in line] == [line["loss"] for line in whole if "loss" in line]
@@ -330,7 +331,7 @@ def test_trackers_leave_their_files(call, monkeypatch):
     (offline,) = run.rglob("*.wandb")
     end = time.monotonic() + 20
     while b"val_loss" not in offline.read_bytes() and time.monotonic() < end:
-        time.sleep(0.1)  # wandb's own process writes it
+        time.sleep(0.1)  # a separate process of wandb writes this file
     assert b"val_loss" in offline.read_bytes() and b"grad_norm" in offline.read_bytes()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -339,7 +340,7 @@ def test_trackers_leave_their_files(call, monkeypatch):
     assert [scalar.value for scalar in logged.Scalars("loss")] == pytest.approx(losses(run))
 
 
-# ---- numbers that are none
+# ---- NaN and Inf
 
 
 def finite(folder):
@@ -404,7 +405,7 @@ def test_an_evaluation_that_is_no_number(call, monkeypatch):
 
 
 def test_the_time_to_expect_where_the_peak_of_the_device_is_known(call, run, monkeypatch):
-    """By nanoGPT's estimate_mfu."""
+    """The FLOPs are counted as in nanoGPT's estimate_mfu."""
     weights = load_file(run / "model.safetensors")
     n_params = sum(w.numel() for name, w in weights.items() if name != "transformer.wpe.weight")
     flops = (6 * n_params + 12 * 2 * 32 * BLOCK) * 2 * 4 * BLOCK  # of two steps with 4 sequences each
@@ -445,7 +446,7 @@ def test_temperature_0_is_the_likeliest(call, run):
 
 
 def test_padded_rows_are_never_drawn(call, run, tmp_path):
-    """A model that likes nothing better than the rows that only round up its vocabulary."""
+    """The model prefers the unused vocabulary entries to all others, but they are never sampled."""
     shutil.copytree(last(run), tmp_path / "padded")
     weights = load_file(tmp_path / "padded" / "model.safetensors")
     wte = weights["transformer.wte.weight"]
@@ -453,7 +454,7 @@ def test_padded_rows_are_never_drawn(call, run, tmp_path):
     wte[len(SYMBOLS) :] = 100 * torch.randn(64 - len(SYMBOLS), 32, generator=torch.Generator().manual_seed(1))
     save_file(weights, tmp_path / "padded" / "model.safetensors", metadata={"format": "pt"})
     assert logits(tmp_path / "padded", [0, 1, 2])[-1].argmax() >= len(SYMBOLS)
-    # those who generate with transformers alone are kept from it by generation_config.json, and we do without
+    # transformers' generate needs generation_config.json to suppress these entries, but `sample` does not
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
     ids = model.generate(torch.tensor([[0]]), max_new_tokens=25, do_sample=True)
     assert ids.max() < len(SYMBOLS)
@@ -512,14 +513,14 @@ def test_evaluate_by_hand(call, workplace, run):
     assert score["perplexity"] == pytest.approx(math.exp(by_hand), rel=1e-5)
     assert score["bits_per_byte"] == pytest.approx(by_hand / math.log(2), rel=1e-5)
     assert score["model"] == str(last(run)) and Path(score["data"]).resolve() == val.parent
-    # the same of the checkpoint, with the recipe named, and in words; the batch size makes no difference
+    # the result is the same for the checkpoint, with a recipe and another batch size, and printed as text
     same = json.loads(call("evaluate", last(run), "--recipe", "tiny.yaml", "batch_size=7", "--json"))
     assert same["val_loss"] == pytest.approx(by_hand, abs=1e-6)
     assert f"val loss {by_hand:.4f}" in call("evaluate", run)
 
 
 def test_json_is_all_that_evaluate_prints(capfd, monkeypatch, workplace, run, tmp_path):
-    """Though the data are not prepared yet, which has something to say."""
+    """The data are not prepared yet, so the command also prints messages about the preparation, but not to stdout."""
     shutil.copy(workplace / "text.txt", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", str(run), "--json", "eval_iters=2"]) == 0
@@ -531,11 +532,12 @@ def test_json_is_all_that_evaluate_prints(capfd, monkeypatch, workplace, run, tm
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_model_is_compiled_twice(workplace, call):
-    """It is compiled once to train and once to evaluate, although the last batches of the full split are smaller."""
+    """The model is compiled once to train and once to evaluate, although the last batches of the full split are
+    smaller."""
     from torch._dynamo.utils import counters
 
     counters.clear()
-    options = [*TINY, "eval_iters=all", "max_iters=4", "dropout=0"]  # a compiled dropout draws other numbers
+    options = [*TINY, "eval_iters=all", "max_iters=4", "dropout=0"]  # compiled dropout draws other numbers
     call("train", "tiny.yaml", *options, "compile=true", "out_dir=runs/compiled")
     call("train", "tiny.yaml", *options, "out_dir=runs/eager")
     assert counters["stats"]["unique_graphs"] == 2
@@ -544,7 +546,7 @@ def test_a_compiled_model_is_compiled_twice(workplace, call):
 
 
 def test_out_dir_may_have_the_name_of_a_keyword(tmp_path, monkeypatch):
-    """init_from=scratch is not a folder."""
+    """init_from=scratch means a new model, even if out_dir is the folder `scratch`."""
     monkeypatch.chdir(tmp_path)
     for out_dir in (".", "scratch"):
         recipe = load_recipe(None, {"out_dir": out_dir, "overwrite": "true"})
@@ -555,7 +557,8 @@ def test_out_dir_may_have_the_name_of_a_keyword(tmp_path, monkeypatch):
 
 
 def test_a_prompt_and_a_val_fraction_of_the_file_give_way_to_another_corpus(workplace, call):
-    """Only if they do not fit it. The run saves the values that it used, so it can be resumed and evaluated."""
+    """sample_prompt and val_fraction of the recipe file are replaced only if they do not fit the corpus on the command
+    line. The run saves the values that it used, so that it can be resumed and evaluated."""
     Path("own.yaml").write_text(
         RECIPE.replace("0.1}", "0.0001}", 1).replace("batch_size: 4, ", "sample_prompt: abc, ", 1)
     )

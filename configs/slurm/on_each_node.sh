@@ -4,7 +4,7 @@
 # SLURM sends signals only to this script, not to its child processes. USR1 is forwarded to the training processes,
 # which are children of the launcher: they finish the step, save a checkpoint and exit. USR1 would end the launcher, so
 # the launcher ignores it. TERM (scancel, preemption) is forwarded to the launcher, which forwards it and waits 30 s.
-echo "machine ${SLURM_NODEID:-0} of ${SLURM_NNODES:-1} starts: $(hostname)"  # a missing line names a missing machine
+echo "machine ${SLURM_NODEID:-0} of ${SLURM_NNODES:-1} starts: $(hostname)"  # the log shows which machines have started
 (trap '' USR1; exec accelerate launch --machine_rank "${SLURM_NODEID:-0}" "$@") &
 launcher=$!
 trap 'pkill -USR1 -P "$launcher"' USR1

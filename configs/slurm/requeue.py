@@ -5,7 +5,7 @@
 
 Without a new checkpoint or newly prepared documents, the next attempt would probably not get further either. So after
 TRIES such attempts in a row, the job is not requeued. .requeue-JOBID.json stores the attempts, in the current folder.
-The first attempt of a job also counts what an earlier job has done.
+For the first attempt of a job, checkpoints and documents of an earlier job also count as progress.
 """
 
 import json

@@ -113,7 +113,7 @@ def make_accelerator(
 
 
 def environment(device, mixed_precision):
-    """Return {name: text} of the device, the precision and the software versions, which all ranks must share."""
+    """Return {name: text} of the device, the precision and the software versions. They must be equal on all ranks."""
     chosen = pick_device(device).type
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))))
     return {

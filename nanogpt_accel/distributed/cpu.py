@@ -1,4 +1,4 @@
-"""Faster training and sampling on CPUs. Results differ only by rounding.
+"""Make training and sampling on CPUs faster. The results change only by rounding.
 
 With the CPU settings in nanoGPT's README, `tune` reduces the time per step from 36 to 24 ms in float32 on 2 cores of an
 AMD EPYC with AVX-512, and from 40 to 20 ms in bfloat16 on 2 cores of an Intel Xeon with AMX. `tune_generation` is for
@@ -69,7 +69,7 @@ def has_slow_mkl():
 
 
 class OneDNNLinear(nn.Linear):
-    """An nn.Linear that uses oneDNN forward and backward, with the operator that torch.compile uses on CPUs."""
+    """An nn.Linear that uses oneDNN in the forward and the backward pass, with the same operator as torch.compile."""
 
     def forward(self, x):
         return _OneDNNLinear.apply(x, self.weight, self.bias)
@@ -88,7 +88,7 @@ class _OneDNNLinear(torch.autograd.Function):
         grad_x = _times(grad, weight.t()) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            # (N, K); the first operand is copied, so it should be the smaller one
+            # (N, K); oneDNN copies the first operand of the product, so make the smaller one the first
             is_smaller = rows.shape[1] <= x.shape[1]
             grad_weight = _times(rows.t(), x.t()) if is_smaller else _times(x.t(), rows.t()).t()
         return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
@@ -108,7 +108,7 @@ def sdpa_float32_backward(module, query, key, value, attention_mask, dropout=0.0
     """
     if query.dtype != torch.bfloat16 or not (torch.is_grad_enabled() and query.requires_grad):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if attention_mask is not None or dropout > 0:  # with a mask or dropout, torch's bfloat16 kernels are slow
+    if attention_mask is not None or dropout > 0:  # torch's bfloat16 kernels for these cases are slow
         inputs = query.float(), key.float(), value.float()
         with torch.autocast("cpu", enabled=False):
             y, _ = sdpa_attention_forward(module, *inputs, attention_mask, dropout, scaling, **kwargs)

@@ -9,7 +9,7 @@ from ..utils.packaged import packaged
 
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
 TRUE, FALSE = ("1", "true", "yes", "y", "t", "on"), ("0", "false", "no", "n", "f", "off")  # as Accelerate reads them
-MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # Accelerate reads them as WORLD_SIZE
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # Accelerate uses them like WORLD_SIZE
 FP8_BACKENDS = ("torchao", "transformer_engine", "msamp")  # Accelerate needs one of these modules for fp8
 
 
@@ -68,7 +68,7 @@ def check_launcher():
 
 
 def _check_ranks():
-    """Check the variables that connect the processes. Return a list of problems."""
+    """Check the variables with which the processes connect, such as RANK and MASTER_ADDR. Return a list of problems."""
     numbers = {"RANK": 0, "LOCAL_RANK": -1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}  # name -> minimum
     problems = [
         f"{name}={os.environ[name]}: must be an integer of at least {minimum}; unset it, or launch with "
@@ -130,11 +130,11 @@ def launcher_requests(kind):
 
 
 def rank():
-    """Return the number of this process among all processes."""
+    """Return the global rank of this process."""
     if group := process_group():
         return group.get_rank()
     value = os.environ.get("RANK", "0") if world_size() > 1 else "0"
-    return int(value) if value.isdecimal() else -1  # check_launcher reports it
+    return int(value) if value.isdecimal() else -1  # check_launcher reports the invalid value
 
 
 def is_main():
@@ -143,5 +143,5 @@ def is_main():
 
 
 def count_processors():
-    """Return the number of processors that this process may use. A job of a cluster may use only some of them."""
+    """Return the number of processors that this process may use. A cluster may give a job only a part of a machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

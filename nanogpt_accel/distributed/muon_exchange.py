@@ -17,8 +17,9 @@ from functools import partial
 def deal(buckets, n_ranks):
     """Assign matrices to ranks. The result is the same on all ranks.
 
-    The matrices of each shape are divided evenly, which limits the padding of the all-gather. If some remain, the ranks
-    with the least work get them. The most expensive shapes are assigned first.
+    The matrices of each shape are divided evenly, which limits the padding of the all-gather. If their number is not
+    divisible by n_ranks, the ranks with the least work get the remaining ones. The most expensive shapes are assigned
+    first.
 
     Args:
         buckets: a list of (rows, columns, number of matrices).
@@ -68,7 +69,8 @@ def _deal(buckets, group):
 
 
 def orthogonalize_replicated(buckets, group):
-    """Orthogonalize matrices whose momentum is on all processes of a group. Return a function, see Muon._start_muon."""
+    """Start to orthogonalize matrices whose momentum is replicated on all processes of a group. Return a function as
+    described in Muon._start_muon."""
     from torch import distributed
 
     from ..muon import is_tall, orthogonalize_all, work_dtype
@@ -79,7 +81,8 @@ def orthogonalize_replicated(buckets, group):
     for bucket, owners in zip(buckets, all_owners, strict=True):
         n_slots = max(map(owners.count, owners))
         first = bucket[0].update
-        mine = first.new_empty(n_slots, *sorted(first.shape), dtype=work_dtype(first))  # a slot may stay unused
+        # a rank with fewer matrices leaves its last slot unused
+        mine = first.new_empty(n_slots, *sorted(first.shape), dtype=work_dtype(first))
         own = [matrix.update for matrix, owner in zip(bucket, owners, strict=True) if owner == rank]
         for slot, x in zip(mine, orthogonalize_all(own) if own else (), strict=False):
             slot.copy_(x.mT if is_tall(x) else x)
@@ -99,7 +102,8 @@ def orthogonalize_replicated(buckets, group):
 
 
 def orthogonalize_sharded(buckets, group):
-    """Orthogonalize matrices whose rows are sharded over a group. Return a function, see Muon._start_muon."""
+    """Start to orthogonalize matrices whose rows are sharded over a group. Return a function as described in
+    Muon._start_muon."""
     import torch
 
     from ..muon import orthogonalize_all, work_dtype
@@ -107,7 +111,7 @@ def orthogonalize_sharded(buckets, group):
     all_owners, rank, size = _deal(buckets, group)
     started = []
     for bucket, owners in zip(buckets, all_owners, strict=True):
-        dealt = [[] for _ in range(size)]  # the matrices of each rank; rows are sent in this order
+        dealt = [[] for _ in range(size)]  # the matrices that each rank orthogonalizes; rows are sent in this order
         for m, owner in zip(bucket, owners, strict=True):
             dealt[owner].append(m)
         rows = [m.update.flatten() for matrices in dealt for m in matrices]
@@ -138,12 +142,15 @@ def orthogonalize_sharded(buckets, group):
 
 
 def count_elements(matrix, rank):
-    """Return how many elements of a sharded matrix a rank has."""
+    """Return the number of elements of a sharded matrix that a rank stores."""
     return (matrix.bounds[rank + 1] - matrix.bounds[rank]) * matrix.shape[1]
 
 
 def _all_to_all(sent, n_out, n_in, group):
-    """Start an all-to-all. n_out, n_in: number of elements to and from each rank. Return (received, work)."""
+    """Start an all-to-all. Return (tensor to receive into, handle to wait for).
+
+    n_out, n_in: number of elements that this rank sends to each rank, and receives from each rank.
+    """
     from torch import distributed
 
     received = sent.new_empty(sum(n_in))

@@ -1,8 +1,8 @@
-"""Connect the ranks before Accelerate creates the process group, through torch's key-value store.
+"""Connect the ranks before Accelerate creates the process group, through torch's TCPStore.
 
 Until the process group exists, a waiting rank cannot know whether another rank has failed, is still preparing the data,
-or never started. So the ranks first exchange their settings and failures here. The launcher or rank 0 opens the store
-on the port of the process group, so no other port is needed.
+or never started. So the ranks first exchange their settings and failures in this store. The launcher or rank 0 opens
+the store on the port of the process group, so no other port is needed.
 """
 
 import functools
@@ -24,11 +24,11 @@ from ..utils.files import nearest_existing
 from ..utils.text import first_line
 from .launcher import is_main, process_group, rank, world_size
 
-POLL_S = 0.2  # between two checks of the store
+POLL_S = 0.2  # seconds between two checks of the store
 NOTE_S = 10  # seconds after which a rank reports what it is waiting for
-SEEN_S = 5  # seconds until a new file must be visible on all machines; network file systems may cache folders
-ALIVE_S = 5  # between two updates by which a working rank shows that it is alive
-LAUNCHER_S = 30  # seconds to connect to the store of a launcher, which opens it before the ranks start
+SEEN_S = 5  # seconds within which a new file must be visible on all machines; network file systems may cache folders
+ALIVE_S = 5  # seconds between two heartbeats of a rank that other ranks wait for
+LAUNCHER_S = 30  # timeout to connect to the launcher's store, which the launcher opens before the ranks start
 
 
 class OtherRankFailed(ConnectionError):
@@ -41,7 +41,7 @@ class Rendezvous:
     timeout: collective_timeout, seconds to wait for a rank that does not respond.
 
     Attributes:
-        hosts: host name of each rank. machines: for each rank, the first rank on the same machine.
+        hosts: host name of each rank. machines: for each rank, the lowest rank on the same machine.
     """
 
     def __init__(self, timeout):
@@ -58,7 +58,9 @@ class Rendezvous:
             _choose_interface(others[0])
 
     def exchange(self, value, purpose):
-        """Return the values of all ranks, in order. value: any JSON value. purpose: what the ranks do, for messages.
+        """Return a list with the value of each rank. All ranks must call this.
+
+        value: the value of this rank, any JSON value. purpose: what the ranks are doing, for messages.
 
         Raises:
             ConnectionError: a rank failed, or did not respond within `timeout`.
@@ -73,7 +75,7 @@ class Rendezvous:
         keys = {number: f"{name}/{number}" for number in range(world_size())}
         with _lost_store():
             self.store.set(keys[self.rank], json.dumps(value))
-            if not is_main():  # waits longer than rank 0, which tells all ranks who is missing
+            if not is_main():  # wait SEEN_S longer than rank 0, which reports to all ranks which ranks are missing
                 self._wait(lambda: self.store.check([name]), lambda: "the other ranks", purpose, self.timeout + SEEN_S)
                 return json.loads(self.store.get(name))
             missing = set(keys)
@@ -95,11 +97,11 @@ class Rendezvous:
             if group := process_group():
                 group.barrier()
             return
-        name = f"{name} after {self._exchanges} exchanges"  # a name can be used again after an exchange
+        name = f"{name} after {self._exchanges} exchanges"  # so that a name can be used again after an exchange
         is_done = threading.Event()
 
-        def count():  # shows the waiting ranks that this process is alive
-            with suppress(RuntimeError):  # the main process has ended
+        def count():  # the heartbeat
+            with suppress(RuntimeError):  # the store is gone, because the main process has ended
                 while not is_done.wait(min(ALIVE_S, self.timeout / 4)):
                     self.store.add(f"{name}: alive", 1)
 
@@ -112,7 +114,7 @@ class Rendezvous:
             self.store.set(name, "")
 
     def wait_for(self, name, by, purpose):
-        """Wait until rank `by` leaves its block `with working(name)`. purpose: what that rank does, for messages.
+        """Wait until rank `by` leaves its block `with working(name)`. purpose: what that rank is doing, for messages.
 
         Raises:
             ConnectionError: a rank has failed, or rank `by` has not responded for `timeout`.
@@ -126,7 +128,8 @@ class Rendezvous:
                 self._wait(lambda: self.store.check([name]), lambda: self.describe([by]), purpose, self.timeout, alive)
 
     def find_blind(self, folder):
-        """Return the first rank of each machine that does not see files that the main process writes to a folder."""
+        """Return the machines on which files that the main process writes to a folder are not visible. Each machine is
+        represented by its lowest rank."""
         if len(set(self.machines)) == 1:
             return []
         folder, token, name = Path(folder), None, f".nanogpt_accel-{uuid.uuid4().hex}"
@@ -140,7 +143,7 @@ class Rendezvous:
             token = self.exchange(token, "comparing disks")[0]
             deadline, is_seen = time.monotonic() + SEEN_S, False
             while token and not is_seen and time.monotonic() < deadline:
-                # the name is new, so no machine has cached that there is no such file
+                # nobody has looked up this random name before, so no file system has cached that it does not exist
                 is_seen = places[token[0]].joinpath(token[1]).exists()
                 if not is_seen:
                     time.sleep(POLL_S)
@@ -152,14 +155,15 @@ class Rendezvous:
         return sorted(blind - {0})
 
     def describe(self, numbers):
-        """Return ranks as text, with their hosts if there are several: ranks 8 to 15 (node2)."""
+        """Return ranks as text, such as "ranks 8 to 15 (node2)". The hosts are omitted if the run has only one."""
         hosts = dict.fromkeys(self.hosts[number] for number in numbers)
         return _name_ranks(numbers) + f" ({', '.join(hosts)})" * (len(set(self.hosts)) > 1)
 
     def _wait(self, is_done, who, purpose, timeout, alive=lambda: None):
         """Wait until is_done(), or until a rank has failed.
 
-        who: function that returns the names of the ranks to wait for. timeout: seconds since alive() last changed.
+        who: function that returns the names of the ranks to wait for. alive: function that returns the number of
+        heartbeats so far. timeout: maximum number of seconds without a new heartbeat.
         """
         start = last_sign = time.monotonic()
         is_noted, sign = False, alive()
@@ -224,7 +228,7 @@ def share_failures(function):
 
 def _share(error):
     is_other, is_connected = isinstance(error, OtherRankFailed), _connected is not None
-    if is_other and not is_connected:  # the main process does not respond
+    if is_other and not is_connected:  # the store of the main process is not reachable
         return
     store = _connected.store if is_connected else _open_store(NOTE_S)
     if not is_other:
@@ -266,7 +270,7 @@ def _open_store(timeout):
     global _opened
     from torch.distributed import PrefixStore, TCPStore
 
-    _opened += 1  # a second training of the same processes must not read the values of the first
+    _opened += 1  # a second run in the same processes must not read the values of the first
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     deadline = time.monotonic() + (min(timeout, LAUNCHER_S) if is_launchers else timeout)
@@ -331,7 +335,7 @@ def _name_ranks(numbers):
 
 
 def _place():
-    """Return a text that is the same for all ranks of a machine, or of a container."""
+    """Return a text that identifies the machine or the container in which this rank runs."""
     with suppress(OSError):  # Linux
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
         return f"{platform.node()} {boot_id} {os.readlink('/proc/self/ns/mnt')}"

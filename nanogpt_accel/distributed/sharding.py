@@ -121,7 +121,7 @@ def shard_index(accelerator, model):
     for placement, coordinate, size in zip(parameter.placements, mesh.get_coordinate(), mesh.shape, strict=True):
         if placement.is_shard():
             index, num_shards = index * size + coordinate, num_shards * size
-        elif coordinate > 0:  # hybrid sharding: a replica of another node's shard
+        elif coordinate > 0:  # hybrid sharding: this shard is a replica, which the first node saves
             index = None
             break
     return index, num_shards
@@ -131,13 +131,15 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
     """Return the part of the optimizer state that this process saves. All processes call it.
 
     Returns:
-        (tensors, layout). tensors: {"PARAMETER/FIELD": tensor on the CPU}. layout is a dictionary of JSON values.
-        "first_rows": {"PARAMETER/FIELD": index of the tensor's first row in the full tensor}, for sharded tensors only.
-        "other_shape": names of tensors that do not have the shape of their parameter. "values": {PARAMETER: [[FIELD,
-        value], ...]} for fields that are not tensors, see utils/nested.py. "groups": see changed_values. "nested":
-        names of the tensors in "values" and "groups". "strides": {"PARAMETER/FIELD": strides} of the tensors that are
-        not contiguous, such as the transposed result of a QR decomposition. If another process saves this shard,
-        everything is empty.
+        (tensors, layout). tensors: {"PARAMETER/FIELD": tensor on the CPU}. layout: a dictionary of JSON values:
+            "first_rows": {"PARAMETER/FIELD": index of the tensor's first row in the full tensor}; sharded tensors only.
+            "other_shape": names of the tensors whose shape differs from the shape of their parameter.
+            "values": {PARAMETER: [[FIELD, value], ...]} for fields that are not tensors, see utils/nested.py.
+            "groups": see changed_values.
+            "nested": names of the tensors in "values" and "groups".
+            "strides": {"PARAMETER/FIELD": strides} of the tensors that are not contiguous, such as the transposed
+                result of a QR decomposition.
+        If another process saves this shard, all of them are empty.
     """
     index, _ = shard_index(accelerator, model)
     tensors, first_rows, other_shape, nested, values = {}, {}, [], [], {}
@@ -153,7 +155,7 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
         for field, value in fields.items():
             if _is_dtensor(value):
                 tensor = value.to_local()
-                if not tensor.shape[0]:  # fewer rows than processes
+                if not tensor.shape[0]:  # no row is left for this process, because there are fewer rows than processes
                     continue
                 first_rows[f"{name}/{field}"] = _local_rows(parameter)[0]
                 tensors[f"{name}/{field}"] = tensor
@@ -169,7 +171,7 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
     groups, found = changed_values(optimizer) if index == 0 else ([], {})
     tensors |= found
     nested += found
-    tensors |= {key: tensors[key].clone() for key in nested}  # some share memory, which safetensors refuses
+    tensors |= {key: tensors[key].clone() for key in nested}  # safetensors refuses tensors that share memory
     strides = {key: tensor.stride() for key, tensor in tensors.items() if _is_permuted(tensor)}
     tensors = {key: tensor.detach().contiguous().to("cpu", copy=copy) for key, tensor in tensors.items()}
     names = {"first_rows": first_rows, "other_shape": other_shape, "nested": nested, "strides": strides}

@@ -30,7 +30,8 @@ class StopSignals:
     """Records SIGTERM, SIGINT, SIGUSR1 and Windows' SIGBREAK. A second Ctrl-C ends the process immediately.
 
     Use it as a context manager. Set `armed` to True when a loop starts to check `received`. Before that, SIGUSR1 ends
-    the process with status 75 (the same command resumes the run), and the other signals end it as usual.
+    the process with status 75, which means that the same command resumes the run. The other signals end the process
+    as usual.
     """
 
     def __init__(self):
@@ -64,18 +65,18 @@ class StopSignals:
 
 
 def _tell(text):
-    """Print a line on the first rank of a machine, at once, because a step may take minutes. Signal handlers cannot use
-    print, which is not reentrant."""
+    """Print a line on the first rank of each machine. Signal handlers call this. They cannot use print, because it is
+    not reentrant."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with suppress(OSError):
             os.write(2, f"\n{text}\n".encode())
 
 
 class Stopper:
-    """Stops a run early, by a signal or after max_hours, on all ranks after the same step.
+    """Stops a run after a signal or after max_hours. All ranks stop after the same step.
 
     Args:
-        signals: a StopSignals. Stopper sets signals.armed, so from now on, a signal does not end the process.
+        signals: a StopSignals. Stopper sets signals.armed; after that, a signal no longer ends the process directly.
         max_hours: None for no limit. started: time.monotonic() when the run started.
         collective_timeout: seconds to wait for the other ranks.
     """

@@ -119,7 +119,7 @@ def export_nanogpt(source, to, keep_padding=False, dtype="float32", report=print
     config, tokenizer = _read_source(source)
     _raise_obstacles(source, "nanoGPT", nanogpt_obstacles(config, tokenizer) or unknown_settings(config))
     model, config = _load_for_file(source, config, tokenizer, keep_padding, report)
-    model.config.mup_base_width = None  # nanoGPT's optimizer has two parameter groups
+    model.config.mup_base_width = None  # muP would split nanoGPT's two parameter groups into more
     _raise_obstacles(source, "nanoGPT", unknown_weights("gpt2", dict(model.named_parameters())))
     meta, notes = Path(to).with_name("meta.pkl"), []
     with _new_file(to) as temporary:
@@ -141,7 +141,8 @@ def export_nanogpt(source, to, keep_padding=False, dtype="float32", report=print
 
 
 def export_gguf(source, to, keep_padding=False, dtype="float32", report=print):
-    """Convert a model to a GGUF file for llama.cpp. dtype may also be "q8_0"; otherwise, see `export_nanogpt`."""
+    """Convert a model to a GGUF file for llama.cpp. dtype may also be "q8_0". The other arguments, the result and the
+    errors are those of `export_nanogpt`."""
     config, tokenizer = _read_source(source)
     form, obstacles = gguf_architecture(config, tokenizer)
     program = f"llama.cpp (closest architecture: {form})"
@@ -150,7 +151,7 @@ def export_gguf(source, to, keep_padding=False, dtype="float32", report=print):
     _raise_obstacles(source, program, unknown_weights(form, dict(model.named_parameters())))
     config["pad_token_id"] = None  # the file has no padding token
     weights, notes = _stock_model(model, form, config["vocab_size"])[1], []
-    as_in_llama_cpp = {"norm_weight": True}  # if the model has no norm weights, the file has ones
+    as_in_llama_cpp = {"norm_weight": True}  # if the model has no norm weights, the file contains ones
     if form == "gpt2" and config["activation"] == "gelu":
         as_in_llama_cpp["activation"] = "gelu_new"
         notes.append(
@@ -161,7 +162,7 @@ def export_gguf(source, to, keep_padding=False, dtype="float32", report=print):
         report("loading the written model to compare the logits")
         weights = from_stock_weights(form, config, read_gguf(temporary, form, config, weights))
         written = build_model(gpt_config(config, **as_in_llama_cpp), weights)
-        # q8_0 changes the logits by about 1 % of the largest, a wrong weight by far more
+        # q8_0 changes the logits by about 1 % of the largest logit; a wrong weight changes them by far more
         results = _compare_logits(model, written, to, tokenizer, config["vocab_size"], tolerance=0.1)
     return f"llama.cpp's {form}", *results, notes
 
@@ -268,7 +269,7 @@ def _compare_logits(model, written, to, tokenizer, vocab_size, tolerance=1e-5):
     text = _TEXT if tokenizer.kind != "char" else "".join(c for c in _TEXT if c in tokenizer.vocab)
     try:
         ids = tokenizer.encode(text) if text else range(tokenizer.vocab_size)
-    except ValueError:  # a vocabulary without these words
+    except ValueError:  # the vocabulary does not cover the sample text
         ids = range(tokenizer.vocab_size)
     ids = torch.tensor(np.resize(np.asarray(ids, dtype=np.int64), (1, min(model.config.block_size, 1024))))  # (1, T)
     with torch.no_grad():
@@ -276,7 +277,8 @@ def _compare_logits(model, written, to, tokenizer, vocab_size, tolerance=1e-5):
     if not ours.isfinite().all():
         raise ValueError(f"{to}: nothing was written, because the logits of the source model contain NaN or Inf")
     if not theirs.isfinite().all():
-        raise ValueError(f"{to}: nothing was written, because weights are too large for this dtype; use dtype=float32")
+        problem = "some weights are too large for the chosen dtype"
+        raise ValueError(f"{to}: nothing was written, because {problem}; set dtype=float32")
     difference = (ours - theirs).abs().max().item()
     if not difference <= tolerance * max(1.0, ours.abs().max().item()):
         problem = f"its logits differ from those of the source model by {difference:.2g}"

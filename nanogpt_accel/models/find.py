@@ -22,7 +22,7 @@ def check_model(target):
 
 
 def nanogpt_hint(target):
-    """Return how to import `target` if it is a ckpt.pt of nanoGPT or a folder with a ckpt.pt, otherwise ""."""
+    """If `target` is a ckpt.pt of nanoGPT or a folder with a ckpt.pt, return a hint how to import it, otherwise ""."""
     path = Path(target)
     file = path if path.suffix == ".pt" else path / "ckpt.pt"
     command = f"nanogpt-accel import {quoted(file)} --to FOLDER"

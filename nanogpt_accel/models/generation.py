@@ -12,7 +12,7 @@ CONTEXT = 8
 
 
 def text_after(decode, prompt_ids, new_ids, stop=()):
-    """Return the text that new_ids add to the text of prompt_ids, cut before the first of the texts `stop`.
+    """Return the text that new_ids add to the text of prompt_ids, cut before the first of the stop strings.
 
     decode: function that converts a list of ids to text.
     """
@@ -21,15 +21,16 @@ def text_after(decode, prompt_ids, new_ids, stop=()):
 
 
 def _find_first(text, stop):
-    """Return the position of the first of the texts `stop` in a text, or None if it contains none of them."""
+    """Return the position of the first stop string in a text, or None if it contains no stop string."""
     return min((text.find(word) for word in stop if word in text), default=None)
 
 
 class TextStream:
     """Decode ids incrementally. All parts together equal text_after(decode, prompt_ids, new_ids).
 
-    tokenizers' DecodeStream is not used, for two reasons. It never returns the end of a text whose last character is
-    incomplete. If a byte-fallback token starts a character, it raises an error unless the next token continues it.
+    tokenizers' DecodeStream is not used, for two reasons. If the last character of a text is incomplete, it never
+    returns the end of the text. If a byte-fallback token starts a character and the next token does not continue it, it
+    raises an error.
     """
 
     def __init__(self, decode, prompt_ids):
@@ -54,14 +55,14 @@ class TextStream:
 class _Sample:
     """One generated text.
 
-    ids: the new ids without the end-of-text token. is_done: whether the end-of-text token or one of the texts `stop`
-        was generated.
+    ids: the new ids without the end-of-text token. is_done: whether the end-of-text token or a stop string was
+        generated.
     """
 
     def __init__(self, prompt_ids, eos_id, stop, decode, on_text):
         self.ids, self.is_done, self.eos_id, self.stop, self.on_text = [], False, eos_id, stop, on_text
         self.stream = TextStream(decode, prompt_ids) if stop or on_text else None
-        self.pending = ""  # text that is not shown yet, because it may be the start of a stop text
+        self.pending = ""  # text that is not shown yet, because it may be the start of a stop string
 
     def add(self, new_id):
         if new_id == self.eos_id:

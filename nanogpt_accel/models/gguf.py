@@ -21,8 +21,8 @@ def gguf_architecture(config, tokenizer):
     """Return (model_type, obstacles): llama.cpp's closest architecture, and the settings that it does not support.
 
     llama.cpp uses the tanh approximation of GELU and looks it up in a float16 table. Exact GELU is not an obstacle,
-    because the error of the approximation is as small as that of the table: in a model trained on Shakespeare, each of
-    the two changes the logits by 1e-3. For comparison, q8_0 changes the logits by 2.5e-2.
+    because the error of the approximation is as small as that of the table. In a model trained on Shakespeare, each of
+    these two errors changes the logits by 1e-3. For comparison, q8_0 changes the logits by 2.5e-2.
     """
     form, obstacles = nearest_architecture(config, FORMS)
     if form == "gpt2" and config["activation"] == "relu2":
@@ -99,8 +99,8 @@ def _add_tokenizer(writer, kinds, tokenizer, vocab_size):
         tokens[i] = token.replace("\\", r"\\") if tokenizer.kind == "char" else token
         types[i] = added.get(token, kinds.NORMAL)
     if tokenizer.kind == "char":
-        # RWKV's tokenizer looks for the longest matching vocabulary entry; here, each entry is a character. No other
-        # tokenizer of llama.cpp works without an end-of-text token
+        # RWKV's tokenizer selects the longest matching vocabulary entry. Here, each entry is a character, so it splits
+        # a text into characters. llama.cpp's other tokenizers require an end-of-text token
         writer.add_tokenizer_model("rwkv")
     else:
         writer.add_tokenizer_model("gpt2")

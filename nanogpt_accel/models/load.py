@@ -11,7 +11,9 @@ from .stock import ARCHITECTURES, DEFAULTS, from_stock_config, from_stock_weight
 from .weight_files import WRAPPER_PREFIX, loading_error, read_shapes, weight_files
 
 GPT_TYPE = "nanogpt_accel"  # GPTConfig.model_type
-MAX_LAYERS = 1000  # unless the weight files contain more tensors; building 1,000 empty layers takes 2 seconds
+# maximum n_layer, unless the weight files contain more tensors. Without a limit, a wrong n_layer in config.json could
+# take hours to detect, because building 1,000 empty layers takes 2 seconds
+MAX_LAYERS = 1000
 
 
 def read_config(folder):
@@ -71,14 +73,14 @@ def load_model(folder, **changes):
     kind, config, model_config, is_wrapped = check_weights(folder, **changes)
     options = {"config": model_config, "generation_config": _generation_config(folder, model_config)}
     model = load_strict(folder, key_mapping={WRAPPER_PREFIX: ""} if is_wrapped else None, **options)
-    if kind == GPT_TYPE and is_wrapped:  # save_pretrained would try to restore the prefixes
+    if kind == GPT_TYPE and is_wrapped:  # save_pretrained would restore the prefixes of this model, so build a new one
         renamed, model = model, AutoModelForCausalLM.from_config(model_config)
         model.load_state_dict(renamed.state_dict())
         model.generation_config = renamed.generation_config
     if kind == GPT_TYPE:
         return model.eval()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    # a stock model may require biases; if the model had none, `export` wrote zeros
+    # some stock architectures always have biases; if the exported GPT had none, `export` wrote zeros
     config["bias"] = any(tensor.any() for name, tensor in weights.items() if name.endswith(".bias"))
     with _config_errors(folder):
         model_config = gpt_config(config, **changes)
@@ -126,7 +128,7 @@ def gpt_config(config, **changes):
     file cannot change the behavior of transformers.
 
     Raises:
-        ValueError: the config has a setting that GPTConfig does not have. Without it, the logits would be different.
+        ValueError: the config has a setting that GPTConfig does not have. Ignoring it could change the logits.
     """
     from ..model import GPTConfig
 
@@ -148,7 +150,8 @@ def stock_config(kind, config):
 
 @contextmanager
 def _config_errors(folder):
-    """Convert an error in the block, which builds a config or a model, to a ValueError that names config.json."""
+    """Convert any error in the `with` block to a ValueError that names config.json. The block builds a config or a
+    model."""
     try:
         with _quiet_transformers():
             yield
@@ -178,7 +181,7 @@ def _check_shapes(folder, config, shapes):
 
     with _config_errors(folder), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    prefix = f"{model.base_model_prefix}."  # optional in the files
+    prefix = f"{model.base_model_prefix}."  # from_pretrained accepts names with and without this prefix
     found = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     parameters = {}  # id -> (shape, names): a tied weight has several names, and a file may contain only one
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -59,7 +59,7 @@ def read_nanogpt(path, activation="gelu"):
         config = GPTConfig(**{"bias": True, **content["model_args"]}, activation=activation)
         weights = {re.sub(WRAPPER_PREFIX, "", k): tensor.float() for k, tensor in content["model"].items()}
         for name in [name for name in weights if name.endswith(".attn.bias")] + ["lm_head.weight"]:
-            weights.pop(name, None)  # the causal mask in older versions, and the tied output head
+            weights.pop(name, None)  # the causal masks of older versions, and the tied head, which build_model adds
         model = build_model(config, weights)
     except Exception as error:  # the entries may have any type
         raise ValueError(f"{path}: the weights do not match model_args ({loading_error(error)})") from error
@@ -145,7 +145,7 @@ def _adamw_state(model, settings, checkpoint, rows):
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     saved = read_optimizer(checkpoint, shapes) if checkpoint else {}
     content = optimizer.state_dict()
-    is_adamw = settings.algorithm == "adamw"  # the state of RAdam, for example, has the same fields
+    is_adamw = settings.algorithm == "adamw"  # the fields are not enough: RAdam's state has the same
     if is_adamw and all(saved.get(name, {}).keys() == {"step", "exp_avg", "exp_avg_sq"} for name in ordered):
         for key in ("exp_avg", "exp_avg_sq"):
             saved["transformer.wte.weight"][key] = saved["transformer.wte.weight"][key][:rows].clone()

@@ -272,9 +272,10 @@ def nearest_architecture(config, model_types=tuple(ARCHITECTURES)):
 
 
 def unknown_settings(config):
-    """Return the settings that no conversion handles, as key=value: fields that were added to GPTConfig.
+    """Return the settings that no conversion handles, as key=value. A user may have added such fields to GPTConfig.
 
-    A setting that is off (false, none or 0) is left out. Importing GPT takes seconds: call find_obstacles first.
+    Settings that are off (false, none or 0) are not returned. This function imports GPT, which takes seconds, so call
+    find_obstacles first.
 
     config: the fields of GPTConfig. Missing fields have their defaults.
     """

@@ -26,7 +26,7 @@ CORE = {
     "bigbench_operators": ("bigbench_operators_generate_until", 10, 0),
     "bigbench_qa_wikidata": ("bigbench_qa_wikidata_generate_until", 10, 0),
     "bigbench_repeat_copy_logic": ("bigbench_repeat_copy_logic_generate_until", 10, 0),
-    "boolq": ("boolq", 10, 0.62),  # always yes
+    "boolq": ("boolq", 10, 0.62),  # accuracy of always answering yes
     "commonsense_qa": ("commonsense_qa", 10, 0.2),
     "copa": ("copa", 0, 0.5),
     "coqa": ("coqa", 0, 0),
@@ -54,7 +54,8 @@ def check_tasks(tasks, tasks_dir=None, section=""):
         is_missing = find_spec("lm_eval") is None
     problems = []
     if is_missing:
-        fix = f'run pip install "lm-eval>={LM_EVAL}"'  # works in a clone and with a wheel
+        # not the extra [eval], because its command differs between a clone and a wheel
+        fix = f'run pip install "lm-eval>={LM_EVAL}"'
         problems.append(f"{section}tasks={','.join(tasks)}: requires lm-eval {LM_EVAL} or newer; {fix}")
     if tasks_dir and not Path(tasks_dir).is_dir():
         problems.append(f"{section}tasks_dir={tasks_dir}: no such folder; set it to the folder of your task files")
@@ -156,9 +157,10 @@ def score_tasks(lm, tasks, limit=None, with_errors=True):
 
 
 def task_scores(setup, data, tasks, limit):
-    """Score the model of a training run on tasks. All ranks must call this, and all return {"TASK/METRIC": number}.
+    """Return the scores of a training run's model on tasks: {"TASK/METRIC": number}. All ranks must call this function.
+    Each rank evaluates a part of the questions, and all ranks return the same scores.
 
-    setup: the Setup. data: the RunData. The ranks divide the questions.
+    setup: the Setup of the run. data: its RunData. tasks: from load_tasks. limit: maximum number of questions per task.
     """
     from accelerate.utils import broadcast_object_list
     from lm_eval.models.huggingface import HFLM
@@ -182,7 +184,7 @@ def task_scores(setup, data, tasks, limit):
 
 
 def name_of(key):
-    """Return the name of a score without the filter "none": acc for "acc,none"."""
+    """Convert lm-eval's "METRIC,FILTER" to a name of a score: acc for "acc,none", acc_FILTER for other filters."""
     return key.removesuffix(",none").replace(",", "_")
 
 

@@ -8,7 +8,7 @@ from ..utils.text import one_line
 
 # in the order in which from_pretrained looks for them; an index lists the files of a sharded model
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# how DistributedDataParallel and torch.compile rename the weights of the model that they wrap
+# prefixes that torch.compile and DistributedDataParallel add to the names of the weights
 WRAPPER_PREFIX = r"^(?:_orig_mod\.|module\.)+"
 
 

@@ -15,7 +15,8 @@ LAW = {"E": 1.5, "K": 2.0 * 1e11**0.2, "c": 0.2}
 
 
 def test_a_run_is_a_point(tmp_path):
-    """The size by hand: depth 4 has 32 dimensions, so 12 * 32**2 weights per block, and a head of 576 entries."""
+    """The expected size is computed by hand: depth 4 has 32 dimensions, so 12 * 32**2 weights per block, and a head of
+    576 entries."""
     write_finished_run(tmp_path / "a", LAW, depth=4, max_iters=50)
     (run,), recipe, vocab_size, data, notes = read_ladder([tmp_path / "a"])
     assert run.name == "a" and run.n_params == 4 * 12 * 32**2 + 576 * 32 and vocab_size == 576 and not notes
@@ -91,7 +92,8 @@ def test_runs_that_cannot_share_a_law_are_refused_with_their_names(other, parts,
 
 
 def test_stages_may_start_at_other_steps(tmp_path):
-    """A longer run with the same mix, whose stages start at a share of the run."""
+    """Two runs of different length have the same mix. Their second stages start at the same share of the run, so at
+    different steps."""
     sources = [{"name": name, "train": "a" * 64, "val": "b" * 64} for name in ("web", "code")]
     for name, start in (("short", 50), ("long", 100)):
         stages = [{"from": 0, "mix": {"web": "1"}}, {"from": start, "mix": {"code": "1"}}]

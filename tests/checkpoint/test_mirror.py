@@ -54,7 +54,7 @@ def test_incomplete_and_corrupted_checkpoints_are_not_restored(url, folder, tmp_
     for step in (10, 20):
         mirror.upload(folder / f"checkpoint-{step:06d}", f"checkpoint-{step:06d}", folder)
     mirror.upload(folder / "checkpoint-000020", "checkpoint-000030", folder)
-    mirror.fs.rm(f"{mirror.root}/checkpoint-000030/state/index.json")  # the upload was killed
+    mirror.fs.rm(f"{mirror.root}/checkpoint-000030/state/index.json")  # as if the upload had been killed
     mirror.fs.pipe(f"{mirror.root}/checkpoint-000020/model.safetensors", b"damaged")
     assert steps(mirror) == [10, 20]
     new = tmp_path / "new"
@@ -222,7 +222,7 @@ class Server:
 
 @pytest.fixture
 def start_s3(monkeypatch):
-    """start_s3() -> Server. A second call starts an empty server on the same port."""
+    """Return a function start_s3() that starts a Server. A second call starts an empty server on the same port."""
     s3fs = pytest.importorskip("s3fs", reason="pip install s3fs")
     pytest.importorskip("moto.server", reason="pip install 'moto[server]'")
     port, servers = free_port(), []
@@ -234,7 +234,7 @@ def start_s3(monkeypatch):
         "AWS_EC2_METADATA_DISABLED": "true",
     }.items():
         monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()  # with the port of an earlier test
+    s3fs.S3FileSystem.clear_instance_cache()  # they may have the port of an earlier test
 
     def start():
         servers.append(Server(port, s3fs.S3FileSystem(skip_instance_cache=True)))
@@ -297,7 +297,7 @@ def test_a_server_that_is_down_for_a_while_stops_nothing(start_s3, tmp_path):
 
 @pytest.mark.slow
 def test_a_server_that_is_down_at_the_start_is_an_error(start_s3, tmp_path):
-    """Otherwise, resume=auto would start over."""
+    """Without this error, resume=auto would start a new run."""
     start_s3().kill()
     log = tmp_path / "log"
     job = train(write_recipe(tmp_path), tmp_path / "run", log, "mirror=s3://bucket/run", "resume=auto")

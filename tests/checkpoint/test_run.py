@@ -1,4 +1,4 @@
-"""The Run around the loop: its lock comes before every decision, and it ends in order whatever happens in the loop."""
+"""run.py: a run locks its folder before it decides anything, and ends cleanly whatever happens in the training loop."""
 
 import itertools
 import math
@@ -98,7 +98,8 @@ def test_of_two_resumes_at_once_one_trains(recipe, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"eval_only": True}])
 def test_a_run_whose_checkpoints_are_all_corrupted_is_refused(recipe, options):
-    """A changed byte changes no size, so only the hashes show it, after the first checks."""
+    """A changed byte does not change the size of a file, so only the comparison of hashes, after the first checks,
+    finds it."""
     train(recipe, out_dir="run")
     for path in list_checkpoints("run"):
         data = bytearray((path / "model.safetensors").read_bytes())
@@ -131,7 +132,7 @@ def test_a_users_file_with_the_name_of_a_checkpoint_is_kept(recipe, capsys, kind
         users.mkdir()
         users = users / "thesis.txt"
     users.write_text("mine")
-    train(recipe, out_dir="run", overwrite=kind == "folder")  # without it, a folder of this name is refused
+    train(recipe, out_dir="run", overwrite=kind == "folder")  # without overwrite, a folder of this name is refused
     assert users.read_text() == "mine"
     assert "run/checkpoint-000004 exists and is not a checkpoint; move it" in capsys.readouterr().out
     assert Path("run/checkpoint-000008/model.safetensors").is_file()
@@ -155,7 +156,7 @@ def test_an_evaluation_is_logged_once_though_the_run_was_killed_after_it(recipe,
 
 
 def fail_at(step, error):
-    """A replacement for Accelerator.backward that fails at a micro-step."""
+    """Return a replacement for Accelerator.backward that fails at a micro-step."""
     backward, calls = Accelerator.backward, itertools.count()
 
     def failing(self, loss, **options):
@@ -215,7 +216,7 @@ def test_eval_only_of_a_resumed_run_ignores_a_stop_that_is_due(recipe, capsys):
 
 
 def test_a_stopped_run_whose_save_fails_names_the_error_and_the_older_checkpoint(recipe, monkeypatch):
-    """The exit status stays that of a stopped run, so a scheduler requeues it."""
+    """The exit status is that of a stopped run, so that a scheduler requeues the job."""
     asked = itertools.count()
     monkeypatch.setattr(module.Stopper, "all_ranks_agreed", lambda self: next(asked) == 6)
     write, calls = save._write_model, itertools.count()
@@ -231,7 +232,7 @@ def test_a_stopped_run_whose_save_fails_names_the_error_and_the_older_checkpoint
 
 
 def test_the_error_of_a_run_without_a_checkpoint_is_not_hidden_by_its_push(recipe, monkeypatch, capsys):
-    """No checkpoint could be written, so there is nothing to push either; the disk's error is what the user sees."""
+    """No checkpoint could be written, so there is nothing to push either. The user must see the error of the disk."""
     pushed = []
 
     class Pusher:
@@ -258,7 +259,7 @@ def test_the_error_of_a_run_without_a_checkpoint_is_not_hidden_by_its_push(recip
 
 
 def test_skipped_steps_do_not_replace_good_checkpoints(recipe):
-    """A learning rate that destroys the weights: they are finite but useless, and all later steps are skipped."""
+    """With this learning rate, a step makes the weights finite but useless, and all later steps are skipped."""
     settings = {"out_dir": "run", "save_interval": 1, "keep_last": 2, "eval_interval": 1000, "eval_first": False}
     train(recipe, **settings)
     before = [path.name for path in list_checkpoints("run")]
@@ -268,7 +269,8 @@ def test_skipped_steps_do_not_replace_good_checkpoints(recipe):
 
 
 def test_an_interrupt_while_the_thread_of_a_save_starts_is_reported_and_waited_for(recipe, monkeypatch):
-    """Ctrl-C inside Thread.start(): the thread runs, and join() would say that it was never started."""
+    """Ctrl-C arrives inside Thread.start(). The thread runs, but join() would raise an error that it was never
+    started."""
     start, calls = threading.Thread.start, itertools.count()
 
     def interrupted(self):

@@ -33,7 +33,7 @@ def test_the_run_folder_loads_as_the_best_checkpoint(run):
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
     assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT and tokenizer.model_max_length == 8
     assert tokenizer(TEXT).input_ids == [sorted(set(TEXT)).index(c) for c in TEXT]
-    # by links, and without the files that only resuming needs
+    # the run folder has links to the files of the model, but not to the files that only resuming needs
     assert not (run.folder / "state").exists() and (run.folder / "model.safetensors").is_symlink()
     assert run.leftovers() == []
 
@@ -66,10 +66,10 @@ def test_the_best_checkpoint_is_the_best_that_exists_else_the_latest(saved, tmp_
     run, ten, twenty = saved.folder, *list_checkpoints(saved.folder)
     assert best_checkpoint(run, 10) == ten and best_checkpoint(run, 20) == twenty
     assert best_checkpoint(run, None) == twenty
-    assert best_checkpoint(run, 15) == ten  # 15 could not be saved: the one that is published
+    assert best_checkpoint(run, 15) == ten  # 15 could not be saved, so return the published checkpoint
     shutil.rmtree(ten)
     assert best_checkpoint(run, 10) == twenty
-    checkpoint_path(run, 30).mkdir()  # of the user
+    checkpoint_path(run, 30).mkdir()  # a folder of the user
     assert best_checkpoint(run, None) == twenty
     shutil.rmtree(twenty)
     for step in (None, 10):
@@ -130,7 +130,7 @@ def test_a_run_that_resumed_before_a_corrupted_checkpoint_keeps_what_it_saves(ru
 
 
 def test_saving_keeps_files_of_the_user_that_have_a_name_of_ours(saved):
-    """They do not prevent a save or a resume either."""
+    """Such files also do not prevent a save or a resume."""
     for name in ("checkpoint-000003", "checkpoint-000090", ".checkpoint-notes"):
         (saved.folder / name).mkdir()
         (saved.folder / name / "notes.txt").write_text("mine")

@@ -28,7 +28,7 @@ def test_a_checkpoint_is_a_hub_repository(run):
     assert (path / "model.py").read_bytes() == source.read_bytes()
     assert (path / "README.md").read_text() == CARD
     assert json.loads((path / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"] == "model.GPT"
-    # floats come back as they were
+    # floats are stored exactly
     assert read_trainer(path) == {"step": 500, "best_step": 500, "val_loss": 1 / 3, "best_val_loss": 0.1 + 0.2}
 
 
@@ -36,7 +36,7 @@ def test_a_large_save_that_the_run_waits_for_is_announced(run, monkeypatch):
     small = run.save(10)
     monkeypatch.setattr(
         "nanogpt_accel.checkpoint.save.LARGE", sum(p.nbytes for p in run.model.parameters())
-    )  # and two moments of AdamW
+    )  # with AdamW's two moments, a checkpoint is larger
     large = run.save(20)
     assert run.said == [f"saved {small}", f"saving {large}, 0 MB", f"saved {large}"]
 
@@ -56,7 +56,7 @@ def test_every_file_is_flushed_before_the_rename(run, monkeypatch):
     path = run.save(10)
     before = {Path(name).name for name in order[: order.index("rename")]}
     assert before >= {file.name for file in path.rglob("*")}
-    assert order[order.index("rename") + 1] == str(run.folder)  # and the new name after it
+    assert order[order.index("rename") + 1] == str(run.folder)  # the folder is flushed after the rename
 
 
 # ---- in the background
@@ -113,7 +113,7 @@ def test_a_failed_save_leaves_older_checkpoints_untouched(saved, monkeypatch, wh
     assert saved.steps() == [10, 20]
     assert is_equal(weights(AutoModelForCausalLM.from_pretrained(saved.folder)), best)
     assert latest_valid(saved.folder, pytest.fail).name == "checkpoint-000020"
-    saved.save(30, best_step=30)  # room was made
+    saved.save(30, best_step=30)  # the disk has space again
     assert saved.steps() == [20, 30] and saved.leftovers() == []
 
 

@@ -71,7 +71,8 @@ def test_a_deeply_nested_index_is_corrupted(folder):
 
 
 def test_a_checkpoint_renamed_to_another_step_is_skipped(folder):
-    """Its step would count for less than its name says, and hide all that is saved after it."""
+    """If the run resumed from it, the checkpoints saved later would have lower numbers than this one, which would still
+    count as the latest."""
     list_checkpoints(folder)[-1].rename(folder / "checkpoint-000099")
     lines = []
     assert latest_valid(folder, lines.append).name == "checkpoint-000010"

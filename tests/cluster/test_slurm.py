@@ -97,7 +97,7 @@ def test_each_task_of_an_array_trains_a_point_and_is_requeued_alone(slurm, recip
     argv = [recipe, "max_iters=40,1000", f"out_dir={folder}"]
     job = slurm.submit(SWEEP, *argv, sbatch=[*words(), "--array=1-2", f"--output={slurm.folder}/%A_%a.log"])
     wait_for_steps(slurm, f"{job}_2", folder / "max_iters=1000", 5)
-    slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_2")  # as before the time limit
+    slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_2")  # the signal that SLURM sends before the time limit
     for task, steps in ((1, 40), (2, 1000)):
         assert slurm.wait(f"{job}_{task}") == ("COMPLETED", task - 1), slurm.log(f"{job}_{task}")
         log = slurm.log(f"{job}_{task}")
@@ -124,7 +124,7 @@ def test_a_job_without_progress_is_not_requeued_for_ever(slurm, recipe, tmp_path
 
 
 def test_an_array_prepares_the_bytes_of_one_process(slurm, tmp_path):
-    """Also if a worker is submitted as an array of its own."""
+    """The bytes are also the same if one worker is submitted as a separate array."""
     (tmp_path / "texts").mkdir()
     for number in range(7):
         rows = [json.dumps({"text": text}) for text in DOCS[number * 28 : (number + 1) * 28]]

@@ -29,7 +29,8 @@ def bare(monkeypatch):
 
 @pytest.fixture
 def examine(capsys):
-    """examine(*words, status) -> {what: [findings]} of `doctor --json`, which prints nothing else."""
+    """Return a function examine(*words, status) that runs `doctor --json`, which must print nothing else, and returns
+    {what: [findings]}."""
 
     def examine(*words, status=0):
         capsys.readouterr()

@@ -174,7 +174,7 @@ def test_progress_goes_to_stderr_and_json_to_stdout(capsys, gpt2, text, monkeypa
     total = -(-(expected["tokens"] // CONTEXT) // 2) + 1  # the last batch is a shorter block
     assert lines == [
         f"evaluating: {n} of {total} batches, about {duration(3 * (total - n))} left" for n in range(2, total, 2)
-    ]  # every 6 s
+    ]  # a progress line every 6 s
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_wrong_options_are_reported(capsys, gpt2, text, words, expected):
 
 @pytest.fixture
 def lm_eval(monkeypatch):
-    """A replacement for lm-eval with the tasks of `known`: a list of names, or the error when a task is loaded."""
+    """A replacement for lm-eval. known: {task or group: list of tasks, or the error when it is loaded}."""
     known, calls = {}, []
 
     def load(names):
@@ -256,7 +256,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny, capsys):
 
 
 def test_characters_that_the_tokenizer_loses_are_reported(tiny, capsys, tmp_path):
-    """A BPE without an unknown token drops other characters silently, and bits per byte is too low."""
+    """A BPE without an unknown token silently drops characters that it does not know, so bits per byte is too low."""
     backend = Backend(models.BPE({c: i for i, c in enumerate("To be,\nrnt")}, []))
     backend.decoder = decoders.Fuse()
     backend.save("tiny/tokenizer.json")
@@ -280,7 +280,7 @@ def test_tasks_without_a_recent_lm_eval_are_refused(call, gpt2, monkeypatch, ver
     monkeypatch.setattr(importlib.metadata, "version", installed)
     monkeypatch.setattr("nanogpt_accel.models.tasks.find_spec", lambda name: None)
     (line,) = call("evaluate", gpt2, "tasks=hellaswag", status=2).splitlines()
-    # in a clone, a wheel or a copy of the package: with the version that setup.cfg requires
+    # the command works in a clone, a wheel or a copy of the package, and has the version that setup.cfg requires
     (requirement,) = re.findall(r"tasks=hellaswag: .*; run pip install \"(lm-eval>=[\d.]+)\"$", line)
     assert f"\neval = {requirement}\n" in (REPOSITORY / "setup.cfg").read_text()
 
@@ -324,7 +324,8 @@ def test_wrong_tasks_are_reported_before_the_model_is_loaded(call, lm_eval, monk
 
 @pytest.mark.slow
 def test_accuracy_on_an_lm_eval_task_is_that_of_the_likelihoods(capsys, gpt2, tmp_path, monkeypatch):
-    """A local task of two choices: the choice with the higher log-likelihood counts, computed by hand."""
+    """A local task has two choices. The expected accuracy is computed by hand: the choice with the higher
+    log-likelihood counts."""
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm-eval is not installed")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))

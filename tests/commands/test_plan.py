@@ -37,7 +37,7 @@ def planned(*words, capsys):
 
 
 def test_a_setting_that_plan_does_not_know_is_named(monkeypatch, capsys):
-    """A switch that was added for an experiment to the recipe and to GPTConfig."""
+    """A user has added a switch to the recipe and to GPTConfig for an experiment."""
     assert Recipe().shape.keys() <= COUNTED
     shape = Recipe.shape.fget
     words = [ROOT / "recipes" / "gpt2.yaml"]
@@ -100,7 +100,7 @@ def test_prepared_data_replace_the_guessed_vocabulary(tmp_path, capsys):
         "device=cpu",
         "pad_vocab_to_multiple_of=1",
     ]
-    assert planned(*words, capsys=capsys)["vocab_size"] == 256  # a guess
+    assert planned(*words, capsys=capsys)["vocab_size"] == 256  # plan assumes this size
     assert main(["prepare", *map(str, words)]) == 0
     capsys.readouterr()
     words += ["max_iters=10", "batch_size=9", "gradient_accumulation_steps=1"]
@@ -151,7 +151,7 @@ def test_a_checkpoint_on_disk_has_the_size_that_was_planned(capsys):
     capsys.readouterr()
     found = planned(*words, capsys=capsys)
     on_disk = sum(file.stat().st_size for file in Path("run/checkpoint-000002").rglob("*.safetensors"))
-    assert on_disk == pytest.approx(found["checkpoint_bytes"], rel=0.01)  # without names and shapes
+    assert on_disk == pytest.approx(found["checkpoint_bytes"], rel=0.01)  # the estimate does not count names and shapes
 
 
 def test_step_takes_as_long_as_computation_or_communication(capsys):
@@ -461,7 +461,7 @@ def test_the_recipe_for_a_budget_has_the_depth_with_the_lowest_loss(grid, capsys
 def test_on_a_line_the_recipe_for_a_budget_keeps_the_tokens_per_parameter(words, ladder, capsys):
     found = planned("python_depth", f"fit={ladder}", "flops=1e14", *words, capsys=capsys)
     ratio = found["tokens"] / found["prediction"]["n_params"]
-    assert ratio == pytest.approx(5 if words else 712_704 / 119_040, rel=0.2)  # a layer more or less
+    assert ratio == pytest.approx(5 if words else 712_704 / 119_040, rel=0.2)  # depths are integers
 
 
 def test_a_warm_up_on_the_command_line_is_compared_with_the_chosen_run(ladder, capsys):

@@ -71,7 +71,7 @@ def train_in_process(started):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The names of the points that were trained, in this process."""
+    """A list of the names of the points that were trained in this process."""
     names = []
     monkeypatch.setattr(sweep, "start", train_in_process(names))
     return names
@@ -156,7 +156,7 @@ def test_texts_and_lists_are_not_split(tiny):
         ([*GRID, "init_from=resume"], ["model.init_from=resume: a sweep resumes"]),
         ([*GRID, "init_from=somewhere"], ["model.n_layer: has no effect with init_from=somewhere"]),
         ([*GRID, "push_to_hub=true"], ["hub.push_to_hub=true: not supported"]),
-        # a problem of some points is reported once, with its points; one of all points without
+        # a problem of some points is reported once, and names them; a problem of all points is reported without names
         (
             ["n_head=3,2,x", "learning_rate=1e-3,-1", "batch_size=0"],
             [
@@ -260,7 +260,8 @@ def test_a_killed_sweep_ends_with_the_same_table(tiny, finished, call, started, 
 
 
 def test_a_failing_point_does_not_stop_the_others(tiny, capsys, started):
-    """The loss becomes NaN: the same table and exit status if the command is repeated, without training it again."""
+    """The loss of a point becomes NaN. Repeating the command gives the same table and exit status, and does not train
+    this point again."""
     words = ["sweep", str(tiny), "learning_rate=1e38,1e-2", "grad_clip=0", "eval_first=false"]
     tables = []
     for trained in (["learning_rate=1e+38", "learning_rate=0.01"], []):
@@ -337,7 +338,7 @@ def test_data_are_prepared_before_the_first_point(tiny, call, started, monkeypat
 
 @pytest.mark.parametrize("when", ["before", "at the same time"])
 def test_a_point_that_another_process_trains_is_waited_for(tiny, call, started, monkeypatch, when):
-    """Such as a point of a sweep that was killed, while its training continued."""
+    """This happens if a sweep is killed while the training of a point continues."""
     locks, train_here = [], sweep.start
     if when == "before":
         locks.append(lock_run(FOLDER / "seed=1"))
@@ -417,7 +418,8 @@ def test_each_point_has_its_own_mirror(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
-    """(arguments of a sweep of three seeds, its folder), trained without an interruption in this process."""
+    """Return (arguments of a sweep of three seeds, its folder). The sweep was trained without an interruption in this
+    process."""
     folder = tmp_path_factory.mktemp("seeds")
     words = ["sweep", str(write_recipe(folder, keep_last=1)), "seed=1,2,3", "max_iters=600", "eval_interval=200"]
     words += ["save_interval=50"]
@@ -479,7 +481,7 @@ def test_several_ranks_train_one_point(tmp_path):
 
 @pytest.mark.slow  # importing wandb takes seconds
 def test_the_agent_of_wandb_can_start_a_run(tiny, tmp_path):
-    """The example of the page, with the command line that wandb itself makes of it."""
+    """Run the example of the documentation with the command line that wandb itself builds."""
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     page = (REPOSITORY / "nanogpt_accel" / "commands" / "README.md").read_text(encoding="utf-8")
     (example,) = [text for text in page.split("```yaml\n") if text.startswith("program:")]

@@ -32,7 +32,7 @@ def test_every_key_that_decides_the_tokens_has_its_folder(notes):
     folders = [data_folder(Data(**base | change)) for change in changes]
     assert len(set(folders)) == len(folders)
     assert folders[0].parent == Path("data") and folders[0].name.startswith("notes_bpe300-")
-    # not what leaves the tokens as they are: the sampling, vocab_size without a bpe
+    # keys that do not change the tokens do not change the folder: sampling, and vocab_size without a bpe
     assert data_folder(Data(**base, sampling="random")) == folders[0]
     char = base | {"tokenizer": "char"}
     assert data_folder(Data(**char | {"vocab_size": 999})) == folders[3]
@@ -63,11 +63,11 @@ def test_a_tokenizer_folder(refused, notes):
     again = opened(data)
     assert again.folder != first.folder and again.tokenizer.fingerprint == first.tokenizer.fingerprint
     assert ids(again.train) == ids(first.train)
-    # the same content in another place is the same tokenizer
+    # a copy of the folder is the same tokenizer
     shutil.copytree(first.folder, "elsewhere")
     elsewhere = data.model_copy(update={"tokenizer": "elsewhere"})
     assert data_folder(elsewhere).name.split("-")[-1] == data_folder(data).name.split("-")[-1]
-    # without an end-of-text token it cannot separate documents, and an unknown character is an error
+    # a tokenizer without an end-of-text token cannot separate documents; an unknown character is an error
     Path("single").mkdir()
     Tokenizer.char([(notes / "01.txt").read_text()]).save("single")
     with refused(ValueError, "tokenizer=single", "end-of-text", "corpus=notes"):

@@ -43,7 +43,7 @@ def gpt2(gpt2_files):
 
 @pytest.fixture(scope="module")
 def encode(gpt2):
-    """tiktoken's encoder: texts -> lists of ids."""
+    """Return tiktoken's encoder, a function from texts to lists of ids."""
     tiktoken = pytest.importorskip("tiktoken")
     return tiktoken.get_encoding("gpt2").encode_ordinary_batch
 
@@ -153,7 +153,8 @@ def test_cache_is_emptied(gpt2, monkeypatch):
 
 
 def test_threads_do_not_share_encoders(gpt2):
-    """The first thread takes the encoder of the original, which then creates another one."""
+    """The first copy for a thread takes the encoder of the original tokenizer, and the original then creates a new
+    one."""
     original, expected = Tokenizer(gpt2.text), [gpt2.encode("One day").tolist()]
     encoder = original._fast._encoder
     threads = [original.for_thread() for _ in range(2)]

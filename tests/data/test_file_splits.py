@@ -35,7 +35,7 @@ BIG, SMALL = "".join(f"line {i}\n" for i in range(3000)), "".join(f"other {i}\n"
 
 
 def test_train_and_valid_are_the_files_of_that_name(capsys):
-    """The input of issue 18: 3,000 and 9 lines."""
+    """train.txt has 3,000 lines, and valid.txt has 9."""
     write({"d/train.txt": BIG, "d/valid.txt": SMALL})
     assert main(["prepare", "r.yaml", "corpus=d"]) == 0
     data = dataset.open_dataset(Data(data_dir="out"))
@@ -293,7 +293,8 @@ def test_an_interrupted_cut_is_resumed(monkeypatch):
 
 
 def test_data_that_an_earlier_version_started_are_completed():
-    """Its position has no cut, but the document that val would otherwise lack."""
+    """The position that an earlier version saved has other keys: no cut, but `forced`, the document for an otherwise
+    empty val."""
     data = Data(corpus="x.jsonl", tokenizer="char", val_fraction=0.2, data_dir="out")
     texts = [f"text {i}" for i in range(100)]
     jsonl("x.jsonl", texts)
@@ -312,7 +313,8 @@ def test_data_that_an_earlier_version_started_are_completed():
 
 
 def test_data_of_an_earlier_version_are_used_with_a_warning(capsys):
-    """That version drew few documents at random, too; val could be nearly all of the text."""
+    """The earlier version also selected the documents of val at random if there were few, so val could be nearly all of
+    the text."""
     write({"d/a.txt": BIG, "d/b.txt": SMALL})
     data = Data(corpus="d", tokenizer="char", val_fraction=0.1, data_dir="out")
     tokenizer = opened(Data(corpus="d", tokenizer="char", data_dir="other")).tokenizer

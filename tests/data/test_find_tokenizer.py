@@ -85,7 +85,8 @@ def test_an_existing_folder_is_not_a_hub_id():
 
 
 def test_tokenizers_of_the_hub(tmp_path):
-    """By id, with a revision, and with a prefix; the data folder can be used when the Hub cannot be reached."""
+    """Name a tokenizer by its id, with a revision, and with a prefix. Afterwards, the data folder works without the
+    Hub."""
     with HubServer({"hf_me": "me"}) as hub:
         config = json.dumps({"eos_token": "</s>"}).encode()
         hub.add("me/tok", {"tokenizer.json": MAIN.encode(), "tokenizer_config.json": config, "model.safetensors": b"x"})
@@ -174,7 +175,7 @@ def test_the_end_of_text_token_is_found(files, eos):
 
 
 def test_an_end_of_text_token_with_id_0():
-    """As in Pythia's tokenizer, which has <|endoftext|> as id 0 in generation_config.json."""
+    """For example, generation_config.json of Pythia has <|endoftext|> with id 0."""
     spec = json.loads(MAIN)
     spec["model"]["vocab"] = {"<|stop|>": 0} | {token: i + 1 for token, i in spec["model"]["vocab"].items()}
     spec["added_tokens"] = [{**spec["added_tokens"][0], "id": 0, "content": "<|stop|>"}]
@@ -226,7 +227,7 @@ def test_the_setting_changes_the_data_folder_only_if_it_is_set():
 
 @pytest.mark.slow
 def test_a_vocabulary_of_bert_is_converted():
-    """In a new process, because transformers takes seconds to import."""
+    """The test runs in a new process, because transformers takes seconds to import."""
     Path("bert").mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "day", "girl", "went", "out", ",", ".", *"0123456789"]
     Path("bert/vocab.txt").write_text("\n".join([*words, *(f"##{digit}" for digit in "0123456789")]))
@@ -246,7 +247,7 @@ def test_a_vocabulary_that_cannot_be_converted():
 
 
 def test_the_tokenizer_of_token_files_of_another_project():
-    """It is the setting, also if the recipe file has it and data_dir is on the command line."""
+    """The `tokenizer` of the recipe also applies to token files in a data_dir from the command line."""
     token_files("there")
     Path("own.yaml").write_text(f"data: {{corpus: x.jsonl, tokenizer: {folder()}, eos_token: </s>}}\n")
     data = load_recipe("own.yaml", {"data_dir": "there"}).data

@@ -22,7 +22,7 @@ from nanogpt_accel.data.tokenizer import Tokenizer
 from nanogpt_accel.recipe import SECTIONS
 from nanogpt_accel.utils.text import quoted
 
-SIZE = 401  # of the tokenizer in the folder tok: 400 characters and end-of-text
+SIZE = 401  # vocabulary size of the tokenizer in the folder tok: 400 characters and end-of-text
 EOT = SIZE - 1
 
 
@@ -101,7 +101,7 @@ def large_tokenizer(size=70_000):
 
 
 def write_fineweb(folder):
-    """modded-nanogpt's shards, with the numbers out of the order of their text."""
+    """Write modded-nanogpt's shards. Sorted as text, the numbers in their names have another order."""
     train = [draw(3000, 1), draw(2000, 2), draw(1000, 3)]
     for number, ids in zip((1, 2, 10), train, strict=True):
         write_llmc(f"{folder}/fineweb_train_{number}.bin", ids)
@@ -133,13 +133,13 @@ def write_two_datatrove(folder):
     write_datatrove(f"{folder}/00000_train.ds", documents(50))
     write_datatrove(f"{folder}/00001_train.ds", documents(40, 1))
     write_datatrove(f"{folder}/00000_validation.ds", documents(9, 2))
-    for suffix in (".ds", ".ds.index"):  # of a worker without documents
+    for suffix in (".ds", ".ds.index"):  # files of a worker without documents
         Path(f"{folder}/00002_train{suffix}").touch()
     return np.concatenate(documents(50) + documents(40, 1)), np.concatenate(documents(9, 2))
 
 
 def write_large_datatrove(folder):
-    """The size of the ids is only known from the index."""
+    """Only the index contains the size of an id."""
     write_datatrove(f"{folder}/0_0_shuffled.ds", documents(100, 3, 70_000), 4, metadata=False)
     large_tokenizer()
     ids = np.concatenate(documents(100, 3, 70_000))
@@ -148,7 +148,7 @@ def write_large_datatrove(folder):
 
 def write_npy(dtype):
     def write(folder):
-        """The names of build-nanogpt's fineweb.py."""
+        """Write files with the names that build-nanogpt's fineweb.py uses."""
         for split, number, n in (("train", 1, 3000), ("train", 2, 100), ("val", 0, 200)):
             np.save(f"{folder}/edufineweb_{split}_{number:06d}.npy", draw(n, n).astype(dtype))
         return np.concatenate([draw(3000, 3000), draw(100, 100)]), draw(200, 200)
@@ -285,7 +285,7 @@ def test_names_are_splits_by_the_rules_for_texts(capsys):
 
 
 def test_headerless_files_that_are_named_after_splits():
-    """As nanoGPT's own, with another name: the dtype depends on the vocabulary."""
+    """These are nanoGPT's files with other names, so their dtype depends on the size of the vocabulary."""
     Path("there").mkdir()
     for split, n in (("train", 300), ("val", 100)):
         draw(n, n).astype("<u2").tofile(f"there/owt_{split}.bin")
@@ -449,7 +449,7 @@ def test_files_that_do_not_belong_together(capsys):
 
 
 def test_a_folder_with_an_array_that_is_no_token_file_can_be_prepared(capsys):
-    """data_dir=. with embeddings or a checkpoint in it is not taken for token files."""
+    """Embeddings or a checkpoint in data_dir=. are not mistaken for token files."""
     np.save("embeddings.npy", np.zeros(5, "<f4"))
     Path("pytorch_model.bin").write_bytes(bytes(100))
     Path("x.txt").write_text("to be or not to be")

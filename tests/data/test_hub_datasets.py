@@ -204,7 +204,7 @@ def answers(hub, gpt2_files, tmp_path_factory):
 
 
 def held(answers, name):
-    """{split: ids} of a prepared folder, by its files alone."""
+    """Return {split: ids} of a prepared folder, read directly from its files."""
     work, given = answers
     assert given[name][0] == 0, given[name]
     splits = json.loads((work / name / "manifest.json").read_text())["splits"]
@@ -215,7 +215,7 @@ def held(answers, name):
 
 
 def tiktokens(**splits):
-    """What tiktoken makes of documents: {split: ids}."""
+    """Return {split: ids} that tiktoken computes for documents."""
     import tiktoken
 
     gpt2 = tiktoken.get_encoding("gpt2")
@@ -235,7 +235,7 @@ def test_one_split(answers):
 
 
 def test_two_workers_read_different_files(answers):
-    """Also if one of the files has no rows."""
+    """One of the files may have no rows."""
     work, given = answers
     assert held(answers, "two workers") == held(answers, "parts") == held(answers, "one")
     assert given["two workers"][1].count("tokenized 2 parts, ") == 2
@@ -284,7 +284,7 @@ def test_the_manifest_names_the_commit_that_was_read(answers, hub):
 
     assert source("one")["revision"] is None
     assert source("one")["commit"] == hub.commits("datasets/me/one")[-1][1]
-    for name in ("revision", "wikitext2"):  # the revision is already a commit
+    for name in ("revision", "wikitext2"):  # these cases already set a commit as revision
         assert len(source(name)["revision"]) == 40 and "commit" not in source(name)
     assert source("branch")["revision"] == "refs/convert/parquet"
     assert source("branch")["commit"] == hub.commits("datasets/me/converted", "refs/convert/parquet")[-1][1]
@@ -296,7 +296,7 @@ def test_a_branch_by_its_name(answers):
 
 
 def test_an_interrupted_preparation_resumes_with_its_commit(hub, gpt2_files, tmp_path):
-    """Even if the branch has moved in the meantime, also with a tokenizer that is made from the text."""
+    """Meanwhile, the branch has moved. One of the cases trains a tokenizer on the text."""
     first = hub.add("datasets/me/branch", {"train.jsonl": jsonl(DOCS)})
     (tmp_path / "r.yaml").write_text("data: {val_fraction: 0.2}\n")
     with subprocess.Popen(
@@ -337,7 +337,7 @@ def test_rows_without_a_text_are_skipped_and_counted(answers):
 
 
 def test_wikitext2_has_its_own_splits_and_whole_articles(answers):
-    """Everything but the revision is that of the built-in set."""
+    """All settings except the revision are those of the built-in data set."""
     articles = ["".join(ROWS[1:11]), "".join(ROWS[11:15]), "".join(ROWS[15:])]
     assert held(answers, "wikitext2") == tiktokens(train=articles, val=articles[:1], test=articles[1:])
 
@@ -364,7 +364,7 @@ def test_unreadable_sets_are_one_line(answers, number):
         ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
         pytest.param({"HF_ENDPOINT": "http://127.0.0.1:9"}, "HF_ENDPOINT", marks=pytest.mark.slow),
     ],
-)  # it tries five times
+)  # the client tries five times
 def test_a_hub_out_of_reach(hub, tmp_path, more, word):
     (tmp_path / "r.yaml").write_text("data: {tokenizer: char, data_dir: out}\n")
     done = subprocess.run(
@@ -377,7 +377,7 @@ def test_a_hub_out_of_reach(hub, tmp_path, more, word):
     )
     *tries, line = done.stderr.splitlines()
     assert done.returncode == 2 and not any("Traceback" in tried for tried in tries)
-    assert tries == [] or "HF_ENDPOINT" in more  # lines of the client about its tries
+    assert tries == [] or "HF_ENDPOINT" in more  # messages of the client about repeated tries
     assert line.startswith("error: corpus=hub:me/one: cannot read me/one") and word in line
     assert not (tmp_path / "out").exists()
 

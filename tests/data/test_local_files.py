@@ -127,7 +127,7 @@ def test_json_files_of_a_folder_are_read_if_nothing_else_is_there(tmp_path):
     (tmp_path / "a.json").write_text(rows)
     (tmp_path / "README.md").write_text("about a")
     assert texts(tmp_path) == ["a", "b"]
-    (tmp_path / "b.py").write_text("import a")  # next to code, JSON is rather a setting
+    (tmp_path / "b.py").write_text("import a")  # next to code, a JSON file probably contains settings
     assert texts(tmp_path) == ["about a", "import a"]
     assert find_corpus(str(tmp_path)).skipped == {".json": 1}
 
@@ -188,7 +188,7 @@ def test_a_new_run_does_not_change_the_corpus(tmp_path):
 
 
 def test_a_report_is_not_read(tmp_path, monkeypatch, call):
-    """`report` writes the page of several runs to the current folder."""
+    """`report` on several runs writes its page to the current folder, which may be the folder of a corpus."""
     monkeypatch.chdir(tmp_path)
     outputs(tmp_path)
     Path("runs/a/metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')

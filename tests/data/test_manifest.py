@@ -26,7 +26,7 @@ def test_a_folder_that_is_something_else(refused, tmp_path):
         read_manifest(tmp_path / "data")
     run = tmp_path / "runs" / "mine"
     run.mkdir(parents=True)
-    (run / "tokenizer.json").write_text("{}")  # a run has one, of its best checkpoint
+    (run / "tokenizer.json").write_text("{}")  # a run folder has the tokenizer of its best checkpoint
     for text, words in (("data: {data_dir: data/a}", "its data_dir data/a"), ("[", "data_dir of its run.yaml")):
         (run / "run.yaml").write_text(text)
         with pytest.raises(FileNotFoundError) as caught:
@@ -156,7 +156,7 @@ def test_an_odd_size(refused, nanogpt):
 
 
 class Calls:
-    """Pickles as a call of a function."""
+    """An object that is pickled as a call of a function."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -178,7 +178,7 @@ def test_a_hostile_meta_runs_nothing(refused, nanogpt, protocol):
         for content in (attack, META | {"extra": [attack]}):
             try:
                 raw = pickle.dumps(content, protocol)
-            except TypeError:  # a token_files does not pickle: spell the attack out
+            except TypeError:  # a module cannot be pickled: write this attack as bytes
                 raw = b"c__builtin__\ngetattr\n(cos\nX\x03\x00\x00\x00septR."
             (nanogpt / "meta.pkl").write_bytes(raw)
             with refused(ValueError, nanogpt / "meta.pkl", name, "contains", "prepare.py"):
@@ -190,7 +190,7 @@ def test_a_hostile_meta_runs_nothing(refused, nanogpt, protocol):
 
 @pytest.mark.parametrize("protocol", [4, 5])
 def test_a_meta_with_numpy_numbers(refused, nanogpt, protocol):
-    """np.unique and max() return them, and nanoGPT accepts them."""
+    """np.unique and max() return NumPy numbers, and nanoGPT accepts them in meta.pkl."""
     for content, expected in (
         ({"vocab_size": np.int64(2)}, 2),
         ({"vocab_size": np.uint16(7)}, 7),
@@ -363,7 +363,7 @@ def test_a_nanogpt_folder_of_another_tokenizers_ids(capsys, gpt2_files):
 @pytest.mark.parametrize("length", [1, 63, 64, 640, 6400, 6399])
 @pytest.mark.usefixtures("work")
 def test_the_places_that_are_checked(monkeypatch, length):
-    """The first, the last and evenly spaced places, or all of a short split."""
+    """The check reads the first, the last and evenly spaced places of a split, or all of a short split."""
     monkeypatch.setattr(manifests, "CHECKED_TOKENS", 10)
     Path("out").mkdir()
     manifest = {

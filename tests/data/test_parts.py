@@ -24,9 +24,10 @@ from nanogpt_accel.data.prepare import prepare_parts
 
 @pytest.fixture(autouse=True)
 def work(tmp_path, monkeypatch):
-    """Run in an empty folder. Chunks are short, no worker waits for another, and files are not flushed to disk."""
+    """Run in an empty folder. Chunks are short, no worker waits for other workers, and files are not flushed to
+    disk."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # takes most of the time
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # flushing takes most of the time
     monkeypatch.setattr(encoding, "CHUNK", 300)
     monkeypatch.setattr(prepare, "FOLDER_CACHE_S", -1)
     Path("r.yaml").write_text("data: {tokenizer: char, val_fraction: 0.2, corpus: c, data_dir: out}\n")
@@ -141,7 +142,7 @@ def test_all_workers_read_the_same_commit_of_a_hub_dataset(monkeypatch):
 
 
 class Stop(BaseException):
-    """As if the process was killed."""
+    """Raised to interrupt a worker, as if its process had been killed."""
 
 
 def fail_at(monkeypatch, place, name, count, error):

@@ -104,7 +104,7 @@ def test_any_single_text(work, text):
 @pytest.mark.parametrize("special_tokens", ["text", "tokens"])
 @pytest.mark.parametrize("tokenizer", ["char", "bpe", "words", "byte fallback"])
 def test_text_that_is_read_in_chunks_has_the_ids_of_the_whole_text(monkeypatch, tokenizer, special_tokens):
-    """Also if the cut is inside a special token, and with tokenizers that cannot encode chunks."""
+    """This also holds if a chunk ends inside a special token, and for tokenizers that cannot encode chunks."""
     text = text_with_spaces(600)
     val_fraction = next(f / 1000 for f in range(300, 400) if "<|" in text[: int(len(text) * (1 - f / 1000))][-5:])
     Path("x.txt").write_bytes(text.encode())
@@ -126,7 +126,8 @@ def test_text_that_is_read_in_chunks_has_the_ids_of_the_whole_text(monkeypatch, 
 
 
 def test_a_large_text_needs_little_memory(monkeypatch):
-    """Less than its size, not more than ten times its size."""
+    """The peak of the memory is below the size of the text. Without chunks, it would be more than ten times the
+    size."""
     monkeypatch.setattr(readers, "CHUNK", 2**16)
     text = b"so it goes. 123\n" * 2**19
     Path("x.txt.gz").write_bytes(gzip.compress(text))
@@ -319,7 +320,7 @@ def test_several_files_of_ids_are_one_sequence_in_the_order_of_their_names(monke
     borders = [0, 3, 4, 997, len(everything)]
     for i, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
         everything[start:end].tofile(f"f/{5 * i}.bin")  # 10 comes after 5
-    for val_fraction in (0.2, (len(texts[-1]) + 0.5) / len(everything)):  # amid a document, and between two
+    for val_fraction in (0.2, (len(texts[-1]) + 0.5) / len(everything)):  # inside a document, and between two documents
         name = f"out {val_fraction}"
         ours, said = prepared(corpus="f/*.bin", tokenizer="tok", val_fraction=val_fraction, data_dir=name)
         cut = int(len(everything) * (1 - val_fraction))
@@ -415,7 +416,7 @@ def test_a_limit_of_tokens_stops_at_the_end_of_the_document_that_reaches_it(monk
 
 @pytest.mark.parametrize("counted_below", [2**27, 0])
 def test_a_limit_before_the_first_document_of_val(monkeypatch, counted_below):
-    """Val is then the end of the text within the limit."""
+    """In this case, val is the end of the text within the limit."""
     monkeypatch.setattr(prepare, "COUNTED_BELOW", counted_below)
     jsonl("x.jsonl", DOCS)
     for number in (5, 40):  # a few documents, and many of which the hash selects none
@@ -474,7 +475,7 @@ prepare.prepare(SECTIONS["data"](**given), lambda line: print(line, flush=True),
 
 
 def child(moves=-1, counted_below=2**28, commit_seconds=0, **given):
-    """Start a process that prepares, commits every chunk, and kills itself after `moves` of the final moves."""
+    """Start a process that prepares and commits every chunk. It kills itself after `moves` of the moves at the end."""
     command = [
         sys.executable,
         "-c",
@@ -692,7 +693,8 @@ def test_bad_documents_are_counted_once_after_a_kill(monkeypatch):
 
 
 def test_two_processes_that_prepare():
-    """The second waits for the lock, then finds the work done. The first is stopped, to be sure of the order."""
+    """The second process waits for the lock, and then finds complete data. The first one is stopped while it has the
+    lock, so that the order is certain."""
     jsonl("x.jsonl", documents(2000))
     first = child(corpus="x.jsonl")
     until(Path("out/.partial/progress.json").exists, first)
@@ -962,7 +964,7 @@ def test_the_command_that_shows_a_folder(capsys):
     shown = [line for line in out.splitlines() if set(line) <= set(" b'")]
     assert len(shown) >= 2 and all(len(line) <= 110 for line in shown), "in lines"
     manifest = Path("out/manifest.json")
-    manifest.write_text(manifest.read_text().replace('"x.jsonl"', '"\\u001b[2J"'))  # from elsewhere
+    manifest.write_text(manifest.read_text().replace('"x.jsonl"', '"\\u001b[2J"'))  # as in a folder from elsewhere
     assert main(["data", "out"]) == 0 and r"out: \x1b[2J, 1 file; tokenizer" in capsys.readouterr().out
     assert main(["data", "."]) == 2
     assert capsys.readouterr().err == "error: data_dir=.: not a data folder; use one of the data folders in it: out\n"
@@ -1021,7 +1023,7 @@ def test_each_mistake_is_one_line(recipe, capsys, words, expected):
 
 
 def test_in_a_separate_process(recipe):
-    """Started as by a user, with a full disk and then without."""
+    """Run the command as a user does: first with a full disk, then with enough space."""
     env = os.environ | {"PYTHONPATH": str(Path(dataset.__file__).parents[2])}
     command = [sys.executable, "-m", "nanogpt_accel", "prepare", recipe]
     full = f"ulimit -f 0; exec {' '.join(command)}"

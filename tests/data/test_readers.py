@@ -53,7 +53,7 @@ def test_a_document_keeps_its_line_ends_and_delimiters():
 
 
 def test_compressed_files_of_several_members_are_read_to_the_end():
-    """As pigz, bgzip and `cat a.gz b.gz` write them."""
+    """pigz, bgzip and `cat a.gz b.gz` write such files."""
     raw = [b'{"text": "a"}\n', b'{"text": "b"}\n{"te', b'xt": "c"}\n']
     for name in ("x.jsonl.gz", "x.jsonl.zst"):
         Path(name).write_bytes(b"".join(packed(name, part) for part in raw))
@@ -256,7 +256,7 @@ def test_plain_text_is_read_in_chunks_that_end_at_the_end_of_a_word(monkeypatch,
         assert all(part[-1:].strip() and after[:1] in " \t\r\n" for part, after in itertools.pairwise(parts) if after)
         if " " in text.strip() and len(text) > 300:
             assert (len(parts) > 1) == (chunk < len(text.encode()))
-            assert max(map(len, parts)) < chunk + 199  # with white space at which a text is not cut
+            assert max(map(len, parts)) < chunk + 199  # a chunk is longer if it ends in such white space
         assert list(readers.read_file(name, name, "text", False, pytest.fail)) == [text.removeprefix("\ufeff")]
 
 
@@ -299,7 +299,7 @@ def test_files_whose_names_are_not_utf8_are_read(suffix):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_text_that_is_larger_than_the_memory(monkeypatch, refused, count):
-    """Arrow reports this as an exception of its own, which is not a damaged file."""
+    """Arrow raises a special exception for this, which must not be reported as a damaged file."""
     for number in range(count):
         Path(f"{number}.txt.gz").write_bytes(packed("x.txt.gz", b"abc" * 99))
     corpus = sources.find_corpus("*.txt.gz")
@@ -621,7 +621,7 @@ def test_a_file_of_ids_that_changes_or_goes(capsys, gpt2_files, monkeypatch):
         lambda: file.write_bytes(b"\1\0" * 3000),
     ):
         file.write_bytes(bytes(6000))
-        changes = [lambda: None, change]  # the check of the recipe calls it first
+        changes = [lambda: None, change]  # the first call is the check of the recipe
         line = error_line(capsys, "corpus=a.bin", "tokenizer=gpt2")
         expect(line, "corpus=a.bin: was changed or removed", "run the command again")
         assert not Path("out").exists()

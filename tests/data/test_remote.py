@@ -48,7 +48,7 @@ def memory():
 
 
 def tokens_of(folder):
-    """Return the files of a data folder but manifest.json, and the splits of the manifest."""
+    """Return the files of a data folder except manifest.json, and the splits in manifest.json."""
     files = content(folder)
     return files, json.loads(files.pop("manifest.json"))["splits"]
 
@@ -171,7 +171,7 @@ def test_a_connection_that_breaks_is_no_bad_document(memory, monkeypatch, capsys
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["sub/one.txt", "x.jsonl.gz?token=1", "*.jsonl"])
 def test_https_gives_the_bytes_of_the_local_files(spec):
-    """With Python's own server, which lists folders and cannot read a part of a file."""
+    """The server is Python's http.server, which lists folders and does not support range requests."""
     pytest.importorskip("aiohttp", reason="pip install aiohttp")
     import functools
     import http.server
@@ -240,7 +240,7 @@ def test_s3_gives_the_bytes_of_the_local_files(s3, spec):
 
 @pytest.mark.slow
 def test_gs_gives_the_bytes_of_the_local_files(monkeypatch):
-    """With an emulator of Google's JSON API. gcsfs would otherwise ask for the kind of the bucket with gRPC."""
+    """The server is an emulator of Google's JSON API. gcsfs must not ask it for the kind of the bucket with gRPC."""
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     gcsfs = pytest.importorskip("gcsfs", reason="pip install gcsfs")
     emulator = pytest.importorskip("gcp_storage_emulator.server", reason="pip install gcp-storage-emulator")

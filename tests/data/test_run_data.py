@@ -69,7 +69,7 @@ def test_each_source_has_its_own_data_folder_and_the_tokenizer_of_the_first(run)
     assert [folder.name.partition("_")[0] for folder in folders] == ["a", "b", "c", "held", "held", "held"]
     assert len(set(folders)) == 4  # a corpus is prepared once
     assert len({(folder / "tokenizer.json").read_bytes() for folder in folders}) == 1
-    # shared with a run on this source alone
+    # the folder is shared with a run that only has this source
     assert run_data.sections(load_recipe(recipe_of(stages=None, mix=[MIX[0]])).data)["a"].data_dir is None
     alone = load_recipe(recipe_of(stages=None, mix=None, corpus="a.txt"))
     assert run_data.dataset.data_folder(alone.data) == folders[0]
@@ -271,7 +271,8 @@ def test_sources_with_another_tokenizer_are_refused(work, refused, run):
 
 
 def test_prepared_sources_may_have_the_tokenizer_that_a_mix_trains(work):
-    """A char or bpe tokenizer is made from the first source, but not for data that are already prepared."""
+    """A mix trains a char or bpe tokenizer on its first source. A source that is already prepared may have the same
+    tokenizer."""
     alone = recipe_of(mix=None, stages=None, tokenizer="char", vocab_size=None, corpus="a.txt", data_dir="apart")
     run_data.open_run_data(load_recipe(alone), 8, report=lambda line: None)
     mix = [MIX[0], {"data_dir": "apart", "weight": 1}]
@@ -297,7 +298,8 @@ def test_all_splits_need_enough_tokens(run):
 
 
 def test_a_short_validation_split_of_a_source_is_made_larger(work):
-    """As of a single corpus, unless val_fraction is set. run.yaml has the fraction that was used."""
+    """As for a single corpus, val_fraction is increased unless it is set. run.yaml contains the fraction that was
+    used."""
     mix = [MIX[0], MIX[1] | {"val_fraction": 0.2}]
     recipe = load_recipe(recipe_of(mix=mix, stages=None, val_fraction=None))
     lines = []

@@ -150,7 +150,7 @@ def test_document_mask_uses_typed_markers():
 
 
 def test_the_setting_is_saved_with_the_tokenizer_and_read_by_transformers():
-    """In a new process, because transformers is slow to import."""
+    """The test runs in a new process, because transformers is slow to import."""
     for value, is_split in (("text", True), ("tokens", False)):
         ours, _ = prepared(corpus="stories.txt", tokenizer="bpe", vocab_size=300, data_dir=value, special_tokens=value)
         ours.tokenizer.save(value)

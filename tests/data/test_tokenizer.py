@@ -77,7 +77,7 @@ def test_the_chunks_of_a_text_have_the_ids_of_the_text(request, monkeypatch, tmp
 
 
 def nanogpt_char(text):
-    """data/shakespeare_char/prepare.py"""
+    """Encode a text as nanoGPT's data/shakespeare_char/prepare.py does."""
     chars = sorted(list(set(text)))
     stoi = {ch: i for i, ch in enumerate(chars)}
     return stoi, [stoi[c] for c in text]
@@ -169,7 +169,8 @@ def test_gpt2_is_tiktokens(gpt2, shared_data):
 
 
 def test_gpt2_cuts_words_as_tiktoken_does(gpt2):
-    """Every text of up to five characters, one for each case of the pattern, and long runs of one character."""
+    """The texts are all texts of up to five characters, with one character for each case of the pattern, and long runs
+    of one character."""
     import tiktoken
 
     reference = tiktoken.get_encoding("gpt2")
@@ -183,7 +184,7 @@ def test_gpt2_cuts_words_as_tiktoken_does(gpt2):
 
 
 def test_more_white_space_than_tiktoken_takes(gpt2, bpe):
-    """If its regular expression fails, the tokenizers library encodes the text."""
+    """If the regular expression of tiktoken fails on a text, the tokenizers library encodes it."""
     text = "ab" + " " * 1_200_000 + "x" + "\n" * 1_100_000
     for tokenizer in (gpt2, bpe):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -328,7 +329,7 @@ def test_load_is_the_inverse_of_save(any_kind, tmp_path):
 
 @pytest.fixture(params=["char", "char of documents", "bpe"])
 def small_kind(request):
-    """Like any_kind, but transformers takes seconds to load GPT-2's."""
+    """A tokenizer of each kind in any_kind except gpt2, which transformers takes seconds to load."""
     if request.param == "bpe":
         return request.getfixturevalue("bpe")
     return Tokenizer.char([*SAMPLE, "\t"], add_eot=request.param == "char of documents")
@@ -430,7 +431,7 @@ def test_a_char_tokenizer_with_added_words_is_the_librarys(refused, tmp_path):
 
 
 def test_an_end_of_text_token_for_padding_stays_one(bpe, tmp_path):
-    """As users of GPT-2 set it."""
+    """Users of GPT-2 often set pad_token = eos_token."""
     from transformers import AutoTokenizer
 
     bpe.save(tmp_path)

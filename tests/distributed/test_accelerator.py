@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_launcher")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(cuda=2): torch reports two CUDA devices."""
+    """Return a function that sets what torch reports: after machine(cuda=2), torch reports two CUDA devices."""
 
     def make(cuda=0, mps=False, bf16=False, emulated=False, amx=False, avx512_bf16=False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
@@ -209,7 +209,7 @@ def test_sharding_that_accelerate_would_ignore_is_refused(refused, machine, monk
 
 
 def test_make_accelerator_in_a_new_process():
-    """Accelerate keeps its state until the process ends."""
+    """A new process is needed, because Accelerate keeps its state until the process ends."""
     script = (
         "from nanogpt_accel.distributed.accelerator import make_accelerator\n"
         "a = make_accelerator('cpu')\n"

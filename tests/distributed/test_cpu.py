@@ -51,7 +51,7 @@ def test_onednn_linear_equals_nn_linear(shape, n_out, bias):
             continue
         scale = found[2].abs().max()
         assert (found[1] - found[0]).abs().max() <= 1e-5 * scale
-        assert (found[1] - found[2]).abs().max() <= 1e-5 * scale  # and as accurate
+        assert (found[1] - found[2]).abs().max() <= 1e-5 * scale  # and it is as accurate
 
 
 @needs_mkldnn
@@ -61,7 +61,7 @@ def test_onednn_linear_takes_any_memory_layout():
     for x in (torch.randn(48, 7).t(), wide[..., 48:96], wide[::2, :, :48], torch.randn(1, 48).expand(9, 48)):
         assert not x.is_contiguous()
         torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
-    # and transposed or expanded gradients
+    # gradients may be transposed or expanded
     x = torch.randn(7, 48)
     for reduce in (lambda y: (y.t() * torch.arange(7.0)).sum(), lambda y: y.sum()):
         grads = [torch.autograd.grad(reduce(m(x)), m.parameters()) for m in (plain, ours)]

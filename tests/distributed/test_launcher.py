@@ -74,7 +74,7 @@ def test_world_size_without_a_launcher_is_refused(monkeypatch):
 
 
 def test_launcher_that_started_one_process_of_several_is_refused(monkeypatch):
-    """What `accelerate launch --cpu --num_processes 2` and distributed_type: MULTI_CPU leave in the environment."""
+    """`accelerate launch --cpu --num_processes 2` and distributed_type: MULTI_CPU set these variables."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     assert check_launcher() == []  # --cpu alone requests one process
     monkeypatch.setenv("MASTER_PORT", "29500")

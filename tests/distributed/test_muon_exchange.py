@@ -1,4 +1,4 @@
-"""muon_exchange.py: matrices are dealt out evenly, and the ranks compute the same as one process.
+"""muon_exchange.py: matrices are assigned evenly to the ranks, and the ranks compute the same as one process.
 
 The ranks are threads with a substitute for torch.distributed. Real processes are in test_sharding.py.
 """
@@ -93,7 +93,7 @@ class World:
         return self.count(out.nbytes - n_in[self.here.rank] * x.itemsize)
 
 
-# one block with sizes that ranks do not divide; several blocks
+# one block with sizes that are not divisible by the number of ranks; several blocks
 SHAPES = [
     {"n_layer": 1, "n_embd": 36, "n_head": 2, "n_kv_head": 1, "n_inner": 51},
     {"n_layer": 5, "n_embd": 24, "n_head": 3},
@@ -101,8 +101,8 @@ SHAPES = [
 
 
 def make_buckets(shape, n_shards=1, shard=0):
-    """Return the buckets of Muon for a rank, with random updates: as Muon._start_muon does it."""
-    generator = torch.Generator().manual_seed(0)  # of its own, because the ranks are threads
+    """Return the buckets of a rank, as Muon._start_muon builds them, with random updates."""
+    generator = torch.Generator().manual_seed(0)  # not the global one, because the ranks are threads
     width, keys, inner = shape["n_embd"], shape["n_kv_head"] * shape["head_dim"], shape["n_inner"]
     weights = [([width, keys, keys], width), ([width], width), ([inner, inner], width), ([width], inner)]
     buckets = {}
@@ -121,7 +121,7 @@ def make_buckets(shape, n_shards=1, shard=0):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_ranks_compute_the_same_bits_as_one_process(monkeypatch, layout, size, settings):
-    """Also with more ranks than matrices of a shape, and with ranks that have no row of a matrix."""
+    """Some cases have more ranks than matrices of a shape, or ranks that have no row of a matrix."""
     shape = load_recipe(None, settings | {"activation": "swiglu"}).shape
     alone = [x for _, x in orthogonalize_here(make_buckets(shape))()]
     world = World(size, monkeypatch)

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("no_launcher")
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """ranks(function, 3) -> [function(rendezvous of rank 0), ...], each in a thread; an exception is returned."""
+    """Return a function ranks(function, count) that calls function(Rendezvous) for each rank in a thread, and returns
+    the list of results. If a call raises an exception, its result is the exception."""
     here = threading.local()
     monkeypatch.setattr(rendezvous, "rank", lambda: here.rank)
     monkeypatch.setattr(rendezvous, "is_main", lambda: here.rank == 0)
@@ -92,7 +93,7 @@ def test_a_rank_that_works_is_waited_for_as_long_as_it_is_alive(ranks, monkeypat
 
     assert ranks(work_or_wait, 3, timeout=0.4) == [None] * 3
     monkeypatch.setattr(rendezvous, "ALIVE_S", 10)
-    monkeypatch.setattr(rendezvous, "min", lambda *values: 10, raising=False)  # shows no sign
+    monkeypatch.setattr(rendezvous, "min", lambda *values: 10, raising=False)  # so the first heartbeat comes too late
     done, *errors = ranks(work_or_wait, 3, timeout=0.4)
     assert done is None and all("rank 0 did not respond within collective_timeout=0.4 s" in str(e) for e in errors)
 

@@ -51,8 +51,8 @@ ONE_SHARDING = [
     pytest.param("zero2", 2, "adamw", marks=needs_deepspeed),
     pytest.param("zero3", 2, "adamw", marks=needs_deepspeed),
 ]
-# the ranks do not divide the rows, and there are more ranks than matrices of one shape; SwiGLU and grouped-query
-# attention have fused weights
+# the rows are not divisible by the number of ranks, and there are more ranks than matrices of one shape; SwiGLU and
+# grouped-query attention have fused weights
 MUON = {"n_layer": 1, "n_embd": 36, "n_kv_head": 1, "n_inner": 51, "activation": "swiglu", "qk_norm": True}
 MUON |= {"position": "rotary", "algorithm": "muon", "learning_rate": 1e-2, "muon_weight_decay": 0.1}
 MUON |= {"mup_base_width": 18}
@@ -92,7 +92,8 @@ def recipe(recipes):
 
 @pytest.fixture(scope="module")
 def trained(recipes):
-    """trained(kind, processes, algorithm) -> the folder of a run of STEPS steps, which is trained once."""
+    """Return a function trained(kind, processes, algorithm) that trains a run of STEPS steps once and returns its
+    folder."""
     runs = {}
 
     def get(kind, processes, algorithm="adamw"):
@@ -200,7 +201,8 @@ def test_resume_on_other_processes(trained, started_on, n, resumed_on, m, algori
 
 
 def record_memory():
-    """In a rank: make every save also write the bytes of its parameters and optimizer state to a file."""
+    """Make every save also write the bytes of the parameters and optimizer state of a rank to a file. Each rank calls
+    this."""
     from torch.distributed.tensor import DTensor
 
     from nanogpt_accel.checkpoint.save import Saver

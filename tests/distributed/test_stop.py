@@ -28,7 +28,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe):
-    """undisturbed(processes) -> the folder of a run to the end."""
+    """Return a function undisturbed(processes) that returns the folder of a complete run."""
     runs = {}
 
     def get(processes):

@@ -1,4 +1,5 @@
-"""The GPU tests run on a CPU, so that a change of an interface does not break them until somebody has a GPU."""
+"""Run the GPU tests on a CPU. Otherwise, a changed interface could break them without notice, until somebody has a
+GPU."""
 
 import pytest
 from launching import package_env, run_python

@@ -69,7 +69,7 @@ def transformers_model(recipe, weights):
 
 
 def nanogpt_model(recipe, weights):
-    """The same with the model and the optimizer of nanoGPT's model.py."""
+    """Return nanoGPT's GPT with these weights, in the same form as transformers_model, with nanoGPT's optimizer."""
     if not NANOGPT:
         pytest.skip("set NANOGPT to a checkout of nanoGPT")
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(NANOGPT).resolve() / "model.py")
@@ -133,7 +133,7 @@ def test_losses_equal_those_of_another_implementation(text, tmp_path, make, prec
 
 
 def test_fp16_skips_steps_until_the_scale_fits(text, tmp_path, monkeypatch):
-    """With the skipped steps and the final scale of torch's GradScaler in a loop by hand."""
+    """The skipped steps and the final scale must equal those of torch's GradScaler in a hand-written loop."""
     make_accelerator, scale = training.make_accelerator, 2.0**30
 
     def with_large_scale(*args, **options):
@@ -209,7 +209,7 @@ def test_steps_between_log_lines_do_not_wait_for_the_gpu(text, tmp_path, no_wait
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "document_mask"])
 def test_evaluations_do_not_compile_again(text, tmp_path, monkeypatch, backend, masked):
-    """One graph to train and one to evaluate, although the last batch of an evaluation is smaller."""
+    """There is one graph to train and one to evaluate, although the last batch of an evaluation is smaller."""
     from torch._dynamo.utils import counters
 
     graphs, log_step = [], Run.log_step

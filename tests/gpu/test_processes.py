@@ -20,7 +20,7 @@ def words(settings):
 
 
 class Process(Job):
-    """A training in a new process. A forked one could not use CUDA, if its parent has asked for the devices."""
+    """A training in a new process. A forked process could not use CUDA after its parent has queried the devices."""
 
     def __init__(self, run, argv):
         super().__init__(run)
@@ -55,7 +55,7 @@ def test_resume_after_sigkill(text, tmp_path):
 
 
 def test_fsdp2_computes_the_same_as_one_process(text, tmp_path):
-    """With one rank; in the dry form with two, because Accelerate does not shard on one CPU process."""
+    """There is one rank on a GPU, and two in the dry form, because Accelerate does not shard on one CPU process."""
     run = tmp_path / "fsdp2"
     settings = short_run(text, run, max_iters=10, eval_interval=5, gradient_accumulation_steps=2)
     module, processes = ("sharded_on_cpu", 2) if IS_DRY else ("nanogpt_accel.train", 1)

@@ -212,7 +212,8 @@ def test_the_card_of_a_checkpoint_has_the_loss_of_its_trainer_json(run):
     [("checkpoint", True, False), ("checkpoint", False, False), ("checkpoint", False, True), ("export", False, True)],
 )
 def test_the_code_of_a_card_runs_as_printed(run, tmp_path, model, is_importable, is_reversed):
-    """In a terminal, where transformers would ask whether to run custom code; also with the tokenizer first."""
+    """The code runs in a terminal, where transformers would ask whether to run custom code. It also runs if the
+    tokenizer is loaded first."""
     import pty
 
     folder = checkpoint(run, 2) if model == "checkpoint" else run.with_name("exported")

@@ -183,7 +183,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clean_child_and_hub(place):
-    """(child, hub): a child that does not import this package, and a separate Hub."""
+    """Return (child, hub): a child process that does not import this package, and a separate Hub."""
     with HubServer(TOKENS) as hub:
         env = hub.env(place / "home2", token=None, NANOGPT_ACCEL_CACHE=str(place / "cache"))
         child = Child(env, place, "clean_child")
@@ -291,7 +291,7 @@ def test_push_form_custom_to_a_branch_of_a_private_repository(pushed, hub):
 
 
 def test_transformers_alone_loads_a_pushed_model(loaded, child):
-    """In a process that does not import this package."""
+    """The process that loads the model does not import this package."""
     (stock, theirs), (custom, ours) = loaded
     _, here = json.loads(child.python(LOGITS + "logits('runs/tiny')"))
     assert (stock, custom) == ("GPT2LMHeadModel", "GPT") and len(here) == 6 * 7  # 6 characters and a padding token
@@ -514,7 +514,7 @@ def test_the_pushes_of_a_run_keep_an_edited_card(child, hub, place):
 
 
 def test_every_checkpoint_is_a_commit_in_its_order(child, hub, place):
-    """The run waits for each push."""
+    """In this test, the run waits for each push."""
     slow_mean_loss = """
 def mean_loss(*args):
     while any(thread.name.endswith("(_work)") for thread in threading.enumerate()):
@@ -791,7 +791,7 @@ def test_slow_transfers_are_reported_without_a_terminal(pushed, child, place, hu
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
 @pytest.mark.parametrize("bars", [True, False])
 def test_a_terminal_shows_progress_bars_only_on_request(pushed, place, hub, bars):
-    """In a separate terminal. That transformers disables the bars has no effect."""
+    """The command runs in a separate terminal. transformers disables the bars, but this has no effect here."""
     import fcntl
     import pty
     import struct
@@ -832,7 +832,7 @@ def test_a_missing_network_is_reported(no_hub, no_run):
 
 
 def test_the_token_is_never_written(child, no_hub, pushed, hub, place):
-    """No output or file of the tests above contains it; they run first."""
+    """No output or file of the tests above, which run first, contains the token."""
     assert "hf_test" not in child.output + no_hub.output
     written = [path for path in place.rglob("*") if path.is_file() and "hf_test" in path.read_text(errors="replace")]
     assert written == [] and list(place.glob("runs/*/metrics.jsonl"))

@@ -103,7 +103,7 @@ def test_a_text_that_ends_inside_a_character_keeps_its_other_characters(kind):
 
 @pytest.mark.parametrize("kind", BYTE_KINDS)
 def test_bytes_are_decoded_as_python_decodes_them(kind):
-    """All sequences of ids, compared with the bytes of each token."""
+    """The text of random ids equals the bytes of their tokens, decoded by Python."""
     tokenizer, rng = tokenizer_of(kind), random.Random(kind)
     tokens = {i: token for token, i in tokenizer.vocab.items()}
     for _ in range(1000):
@@ -137,7 +137,7 @@ def test_ids_without_a_token_do_not_drop_a_space():
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_texts_are_decoded_as_sentencepiece_decodes_them(model_type):
-    """Also if they end inside a character, where SentencePiece writes one U+FFFD per byte."""
+    """Some texts end inside a character. SentencePiece then writes one U+FFFD per byte."""
     sentencepiece = pytest.importorskip("sentencepiece")
     sentences = iter([TEXTS["English"], TEXTS["Chinese"]] * 20)
     sentencepiece.SentencePieceTrainer.train(

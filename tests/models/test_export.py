@@ -59,10 +59,10 @@ def test_export_writes_a_stock_model_with_the_same_logits(capsys, ids, case, voc
 
 @pytest.mark.parametrize("keep_padding", [True, False])
 def test_padding_is_never_generated(keep_padding):
-    """Neither the padding of the vocabulary nor the padding token."""
+    """`generate` samples neither the unused vocabulary entries nor the padding token."""
     model = gpt()
     with torch.no_grad():
-        model.transformer.wte.weight[N:] *= -30  # by far the most likely
+        model.transformer.wte.weight[N:] *= -30  # so that these ids are by far the most likely
     assert export(save_model(model, "ours"), "theirs", "stock", keep_padding)[0] == "GPT2LMHeadModel"
     theirs = AutoModelForCausalLM.from_pretrained("theirs")
     prompt = torch.arange(4)[None]
@@ -125,7 +125,7 @@ FORMS = ["theirs", "theirs.gguf", "theirs.pt"]
 
 @pytest.mark.parametrize("to", FORMS)
 def test_a_setting_that_export_does_not_know_is_named(call, monkeypatch, to):
-    """A field of GPTConfig and of recipes that was added for an experiment. If it is off, the model is exported."""
+    """A user has added a field to GPTConfig and to recipes for an experiment. If it is off, the model is exported."""
     assert stock.unknown_settings(dict.fromkeys(GPTConfig.__annotations__, True)) == []
     monkeypatch.setitem(stock.DEFAULTS, "value_residual", False)
     save_model(gpt(), "ours")
@@ -136,7 +136,7 @@ def test_a_setting_that_export_does_not_know_is_named(call, monkeypatch, to):
     assert to != "theirs" or "form=custom" in error
     Path("ours/config.json").write_text(json.dumps(config | {"value_residual": False}))
     call("export", "ours", f"to={to}")
-    # a field that is on by default, in a checkpoint of before it was added
+    # a field that is on by default, and a checkpoint that was saved before the field was added
     monkeypatch.setattr(GPTConfig, "__annotations__", GPTConfig.__annotations__ | {"scaled": bool})
     monkeypatch.setattr(GPTConfig, "to_dict", lambda config: {"scaled": True})
     assert stock.unknown_settings(config) == ["scaled=True (unknown to export)"]
@@ -145,7 +145,8 @@ def test_a_setting_that_export_does_not_know_is_named(call, monkeypatch, to):
 @pytest.mark.parametrize("to", FORMS)
 @pytest.mark.parametrize("name", ["attn.gate.weight", "ln_1.shift", "scale"])
 def test_a_weight_that_export_does_not_know_is_named(call, monkeypatch, to, name):
-    """A module or a parameter that was added to model.py, also if it does not change the logits yet."""
+    """A user has added a module or a parameter to model.py. The error names it, even if it does not change the logits
+    yet."""
     model = gpt()
     save_model(model, "ours")
     module, _, parameter = name.rpartition(".")

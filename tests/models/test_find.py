@@ -59,7 +59,7 @@ def test_a_model_next_to_checkpoints_of_trainer_is_found(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_model_goes_through_trainer_and_back(run, tmp_path, call):
-    """Gradient accumulation, bfloat16 and gradient checkpointing; resumed, evaluated and exported."""
+    """Train with gradient accumulation, bfloat16 and gradient checkpointing, then resume, evaluate and export."""
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 

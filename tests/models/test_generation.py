@@ -116,7 +116,7 @@ def test_the_models_generation_config_is_never_modified(fails):
 
 
 def metaspace():
-    """A tokenizer of Llama 2's kind, which writes spaces as ▁ and drops a leading one."""
+    """A tokenizer of Llama 2's kind, which writes spaces as ▁ and drops a leading space."""
     symbols = ["<s>", *"▁abcdefg", "▁ab", "▁cd"]
     backend = Backend(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, [("▁a", "b")][:0], unk_token="<s>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -159,7 +159,7 @@ def test_streamed_batched_and_json_texts_are_equal(llama, capsys):
 
 
 def test_control_characters_are_shown_in_a_terminal_only(llama, capsys, monkeypatch):
-    """A file gets the text as it is."""
+    """A file gets the text unchanged."""
     tokenizer = Tokenizer.char(["a\x1b[2J\x07\n"])
     shutil.rmtree("llama")
     gpt(vocab_size=tokenizer.vocab_size).save_pretrained("llama")
@@ -194,7 +194,7 @@ def test_weights_with_nan_or_inf_are_reported(llama, call, value, options):
 
 
 def test_a_prompt_with_characters_that_the_tokenizer_loses_is_reported(llama, capsys):
-    """A BPE without an unknown token drops other characters silently."""
+    """A BPE without an unknown token silently drops characters that it does not know."""
     spec = json.loads(metaspace())
     spec["model"]["unk_token"] = None
     Tokenizer(json.dumps(spec)).save("llama")
@@ -303,7 +303,7 @@ def test_generation_stops_at_eos(monkeypatch, eos_id):
     ],
 )
 def test_generation_stops_before_a_text(monkeypatch, stop, text):
-    """The streamed parts never contain the start of `stop`, and together are the text."""
+    """The streamed parts never contain the start of `stop`. Joined, they are the text."""
     Scripted(monkeypatch, [*range(3, 12)])
     parts = []
     options = {"max_new_tokens": 9, "stop": stop, "decode": decode_letters}
@@ -381,7 +381,7 @@ def test_special_tokens_of_a_prompt(stories, call):
 
 @pytest.mark.parametrize("kind", ["byte fallback", "byte-level", "unigram", "words"])
 def test_sample_streams_the_text_of_any_tokenizer(kind, call, tmp_path, monkeypatch):
-    """The streamed text is the text of a batch and of --json, for a model that knows nothing."""
+    """The streamed text of an untrained model equals the text of a batch and of --json."""
     monkeypatch.chdir(tmp_path)
     tokenizer = Tokenizer(tokenizer_json(kind))
     gpt(vocab_size=tokenizer.vocab_size).save_pretrained("ours")

@@ -21,7 +21,7 @@ from nanogpt_accel.models.load import fit_to_tokenizer
 gguf = pytest.importorskip("gguf", reason="pip install gguf")
 
 TEXT = "the first one, and the second one, and the third: 'twas 1, 22 and\n\n  333\n" * 9
-# n_inner, block_size and head_dim that transformers' GGUF loader does not read are its defaults
+# transformers' GGUF loader does not read n_inner, block_size and head_dim, so these shapes have its defaults
 SHAPES = {
     "gpt2": {"block_size": 1024, "n_inner": None},
     "gpt2 with biases": {"block_size": 1024, "n_inner": None, "bias": True, "activation": "gelu_new"},
@@ -185,7 +185,7 @@ def test_weights_that_float16_cannot_represent_are_an_error(call):
     with torch.no_grad():
         model.transformer.h[0].mlp.c_proj.weight[0, 0] = 1e5
     save_model(model, "ours")
-    assert "weights are too large for this dtype" in call("export", "ours", "to=my.gguf", "dtype=float16", status=2)
+    assert "too large for the chosen dtype" in call("export", "ours", "to=my.gguf", "dtype=float16", status=2)
     assert os.listdir() == ["ours"]
 
 
@@ -199,7 +199,7 @@ def trained(tokenizer, switches):
     model = GPT(GPTConfig(**shape | switches))
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1 * (p.dim() == 1))  # biases and norms that matter
+            p.add_(torch.randn_like(p) * 0.1 * (p.dim() == 1))  # so that biases and norms change the logits
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids = torch.from_numpy(tokenizer.encode(TEXT).astype(np.int64))
     for step in range(200):
@@ -240,7 +240,7 @@ def test_llama_cpp_agrees(switches, kind):
         params = xllamacpp.CommonParams()
         params.model.path = f"{dtype}.gguf"
         params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.warmup = 128, 1, 1, False
-        # its flash attention and its KV cache are float16 otherwise
+        # by default, llama.cpp's flash attention and KV cache use float16
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         engine, n = xllamacpp.Server(params), tokenizer.vocab_size

@@ -190,7 +190,7 @@ def test_unexpected_names_are_shown(refused):
 
 # ---- sizes in config.json that do not match the files
 
-HOSTILE = {  # for most of these, there was no answer within 8 seconds
+HOSTILE = {  # without the check, most of these took more than 8 seconds
     "ours": ["n_embd", "n_layer", "vocab_size", "block_size", "n_inner", "head_dim"],
     "gpt2": ["n_embd", "n_layer", "vocab_size", "n_positions", "n_inner"],
     "llama": ["hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "head_dim"],

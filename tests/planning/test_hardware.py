@@ -8,7 +8,7 @@ from nanogpt_accel.planning.hardware import GPUS, device_name, peak_flops, peak_
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_every_gpu_finds_its_own_row(name):  # so specific names come first
+def test_every_gpu_finds_its_own_row(name):  # so specific names must come before general ones
     assert peak_flops(f"NVIDIA {name} 80GB") == GPUS[name].peak_flops
     assert GPUS[name].memory >= 16 and GPUS[name].has_bf16 == (name not in ("V100", "T4"))
 

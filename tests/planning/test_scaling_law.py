@@ -76,12 +76,12 @@ def test_intervals_contain_the_truth_in_nine_of_ten_draws(case, n_draws):
     flops = 8 * max(run.flops for run in make_runs())
     n_params = math.sqrt(flops / 120)
     constants, predictions = count_hits(make_runs, law, n_draws, n_params=n_params, tokens=20 * n_params, flops=flops)
-    lowest = 0.9 * n_draws if n_draws == 100 else 0.8 * n_draws  # few draws scatter
+    lowest = 0.9 * n_draws if n_draws == 100 else 0.8 * n_draws  # with fewer draws, the share varies more
     assert min(constants.values()) >= lowest and predictions >= 0.95 * lowest, (constants, predictions)
 
 
 def test_the_fit_equals_that_of_scipy():
-    """Another minimizer of the same Huber loss, from the same starting point."""
+    """SciPy minimizes the same Huber loss from the same starting point."""
     optimize = pytest.importorskip("scipy.optimize")
     runs = grid(noise=0.004)
     found = fit(runs, n_draws=10).constants
@@ -112,7 +112,8 @@ def test_one_bad_run_changes_the_law_little():
 
 
 def test_the_interval_of_a_new_run_has_the_noise_of_one_run():
-    """For many runs in the middle of the ladder, it is the normal interval of one loss: +- 1.75 * 0.004."""
+    """With many runs, the interval of a new run in the middle of the ladder is the normal interval of one loss: +- 1.75
+    * 0.004."""
     found = fit(ladder(60, noise=0.004))
     loss, low, high = found.predict(n_params=1e7, tokens=2e8, flops=1e16)
     assert (high - low) / 2 / loss == pytest.approx(1.75 * 0.004, rel=0.25)
@@ -203,7 +204,7 @@ def test_isoflop_curves():
     curves = scaling_law.iso_flops(grid(n_budgets=3, factors=(0.25, 0.5, 1, 2, 4)))
     assert [len(curve["runs"]) for curve in curves] == [5, 5, 5]
     assert [curve["flops"] for curve in curves] == pytest.approx([1e17, 1e18, 1e19])
-    for curve in curves:  # a parabola is not exactly the law
+    for curve in curves:  # the law is not exactly a parabola
         assert curve["n_params"] == pytest.approx(optimal_size(curve["flops"])[0], rel=0.15)
     small = scaling_law.iso_flops(grid(n_budgets=1, factors=(0.01, 0.02, 0.04)))
     assert [curve["n_params"] for curve in small] == [None]  # all models are too small

@@ -102,7 +102,7 @@ def test_flops_match_torchs_flop_counter(family):
 
     config = config_of(family)
     model = GPT(config).eval()
-    model.set_attn_implementation("eager")  # the notebook includes the masked half
+    model.set_attn_implementation("eager")  # the notebook also counts the masked half
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
     assert sum(sizing.forward_flops(config.resolved()).values()) == counter.get_total_flops()
@@ -305,7 +305,7 @@ def test_muon_seconds_are_flops_and_bytes_by_hand():
     # on 8 GPUs, a rank has 6 small and 3 large matrices, and receives the others in bfloat16
     ddp, fsdp2 = (sizing.muon_seconds(shape, layout, 8, 8, **options) for layout in ("ddp", "fsdp2"))
     assert ddp == pytest.approx(alone / 8 + 2 * n * 7 / 8 / 1e11)
-    # rows of an eighth of the matrices, and an eighth of the rows of all matrices; an eighth of both is here already
+    # two all-to-alls of an eighth of all elements in bfloat16; of these, an eighth is already on the right rank
     assert fsdp2 == pytest.approx(alone / 8 + 2 * 2 * n / 8 * 7 / 8 / 1e11)
     # on 2 machines, FSDP2's shards are within one; DDP's ring uses the links of all GPUs
     assert sizing.muon_seconds(shape, "fsdp2", 8, 16, **options) == fsdp2

@@ -186,6 +186,6 @@ def test_python_code_of_the_readme_runs(tmp_path):
     (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
     run_python("-c", code, cwd=tmp_path)
     imports, _, *lines = loading[0].replace("runs/shakespeare_char_cpu", "runs/notebook").splitlines()
-    for order in (lines, lines[::-1]):  # in either order, without the package, and without a question
+    for order in (lines, lines[::-1]):  # in either order, without the package, and without a question about custom code
         code = "\n".join([WITHOUT_THE_PACKAGE, imports, *order])
         assert "custom code" not in run_python("-c", code, cwd=tmp_path).stdout

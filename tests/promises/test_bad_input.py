@@ -219,7 +219,7 @@ def test_paths_in_hints_can_be_pasted(capsys, workplace, tmp_path):
 
 
 def test_mistakes_are_found_before_anything_slow_is_imported():
-    """All of the above in one new process."""
+    """Run all commands of the tests above in one new process."""
     script = """
 import contextlib, io, json, sys
 from nanogpt_accel.__main__ import main
@@ -397,7 +397,7 @@ def test_world_size_without_a_launcher_is_refused(capsys, monkeypatch, argv):
 
 
 def test_launched_process_that_accelerate_runs_alone_is_refused(capsys, monkeypatch):
-    """A launcher started two, but each would train alone."""
+    """The launcher started two processes, but each of them would train alone."""
     from accelerate.state import AcceleratorState, PartialState
     from torch.distributed import HashStore
 

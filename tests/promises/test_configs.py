@@ -91,7 +91,7 @@ def test_config_parses_and_sets_only_what_belongs_to_the_launcher(name):
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_config_opens_with_its_command(name):
-    """Its header has the command, which test_readme.py parses, and the line that starts with "Change"."""
+    """The header of a config has the command, which test_readme.py parses, and the line that starts with "Change"."""
     text = (CONFIGS / f"{name}.yaml").read_text()
     head = text.split("compute_environment")[0]
     assert f"\n#   accelerate launch --config_file configs/{name}.yaml " in head and "\n# Change " in head
@@ -139,7 +139,7 @@ def test_cpu_2proc_starts_two_processes(recipe, reference, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, (_, _, machines) in EXPECTED.items() if machines == 1])
 def test_config_launches_and_trains(name, recipe, reference, tmp_path):
-    """With 2 processes instead of 8 GPUs, and sharded if the config requests it."""
+    """The test launches 2 processes instead of 8 GPUs. The model is sharded if the config requests it."""
     kind, n_expected, _ = EXPECTED[name]
     if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
         pytest.skip("pip install deepspeed")
@@ -207,7 +207,8 @@ def test_default_config_of_accelerate_is_used(recipe, reference, tmp_path):
 
 @pytest.mark.slow
 def test_multi_cpu_is_refused(recipe, tmp_path):
-    """`accelerate config` writes this type on a CPU, with which Accelerate runs one process instead of two."""
+    """On a CPU, `accelerate config` writes distributed_type: MULTI_CPU, with which Accelerate runs one process instead
+    of two."""
     config = yaml.safe_load((CONFIGS / "cpu_2proc.yaml").read_text()) | {"distributed_type": "MULTI_CPU"}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     done = run_python(*launch_words(tmp_path / "mine.yaml", argv=[recipe, f"out_dir={tmp_path}/run"]), status=None)
@@ -240,7 +241,8 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "{calls}"; fi
 
 @pytest.fixture
 def job(tmp_path):
-    """job(script, config, argv) -> Popen of a batch job as SLURM starts it; job.calls() lists the calls of scontrol."""
+    """Return a function job(script, config, argv) that starts a batch job as SLURM does and returns its Popen.
+    job.calls() returns the calls of scontrol."""
     bin, started = tmp_path / "bin", []
     bin.mkdir()
     calls = tmp_path / "calls"
@@ -361,7 +363,8 @@ def test_slurm_job_that_fails_is_not_requeued(job, recipe, tmp_path):
 
 
 def test_slurm_job_is_requeued_while_it_makes_progress(tmp_path, monkeypatch, capsys):
-    """A new checkpoint or newly prepared documents are progress; three attempts without are the end."""
+    """A new checkpoint or newly prepared documents are progress. After three attempts without progress, the job is not
+    requeued."""
     requeue = runpy.run_path(str(CONFIGS / "slurm" / "requeue.py"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "7")

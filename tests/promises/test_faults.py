@@ -29,8 +29,7 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 
 
 class Faults:
-    """Counts every operation that changes files; the one with the number `at` fails, and all of `lasting` operations
-    from there on."""
+    """Counts all operations that change files. `lasting` operations fail, starting with the operation number `at`."""
 
     def __init__(self, patch, folder):
         self.folder, self.seen, self.at, self.kind, self.lasting = str(folder), [], None, errno.ENOSPC, 1
@@ -68,7 +67,7 @@ class Faults:
 
 
 class Written:
-    """A file whose writes count too."""
+    """A file whose writes are counted as operations."""
 
     def __init__(self, file, faults):
         self._file, self._faults = file, faults
@@ -272,7 +271,7 @@ def test_a_run_whose_last_save_fails_can_be_resumed(recipe, calm, tmp_path, monk
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "No space left" in line
     assert f"resume from checkpoint-000009 with: nanogpt-accel train {run}" in line
-    assert main(["train", str(run)]) == 0  # room was made
+    assert main(["train", str(run)]) == 0  # the disk has space again
     assert weights(run) == weights(calm) and numbers(run) == numbers(calm)
 
 
@@ -294,7 +293,7 @@ def small_disk(tmp_path):
 
 
 def test_a_run_on_a_full_disk_can_be_resumed(recipe, calm, small_disk, capsys):
-    """A real one. The first checkpoint fits; then another program takes all that is left."""
+    """This disk is really full: the first checkpoint fits, then another program takes all remaining space."""
     run, ballast = small_disk / "run", small_disk / "ballast"
     assert main(["train", str(recipe), f"out_dir={run}", "max_iters=3", "lr_decay_iters=12"]) == 0
     (run / "loss.png").unlink()
@@ -312,7 +311,7 @@ def test_a_run_on_a_full_disk_can_be_resumed(recipe, calm, small_disk, capsys):
 
 
 def test_lines_that_a_full_disk_refused_are_written_later(tmp_path):
-    """What a full disk did not take is written when there is room, in order and without a torn line."""
+    """As soon as the disk has space again, these lines are written, in order and without an incomplete line."""
     said = []
     log = MetricsLog(tmp_path / "metrics.jsonl", warn=said.append)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

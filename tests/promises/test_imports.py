@@ -110,7 +110,7 @@ def test_imports_point_down(module):
 
 
 def test_no_cycles_inside_a_folder():
-    """Every import, also inside functions, so that each folder can be read from the bottom up."""
+    """All imports count, also those inside functions. Without cycles, each folder can be read from the bottom up."""
     graph = {name_of(path): imports(path.read_text(encoding="utf-8"), name_of(path))[0] for path in FILES}
     done, path = set(), []
 
@@ -128,7 +128,7 @@ def test_no_cycles_inside_a_folder():
 
 
 def test_the_model_travels_alone():
-    """Where its copy in a checkpoint is loaded, there are torch and transformers, and what these bring."""
+    """A checkpoint's copy of model.py must work if only torch, transformers and their dependencies are installed."""
     ours, others = imports((PACKAGE / "model.py").read_text(encoding="utf-8"), "model")
     assert ours == set()
     assert others - set(sys.stdlib_module_names) == {"torch", "transformers", "huggingface_hub"}

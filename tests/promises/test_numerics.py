@@ -38,10 +38,8 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture
 def poison(workplace, monkeypatch):
-    """poison(bad, first=0): make the loss NaN in these steps of the next run, which starts at step `first`.
-
-    Returns the list of the inputs of every training micro-batch, which the run fills.
-    """
+    """Return a function poison(bad, first=0) that makes the loss NaN in the steps `bad` of the next run, which starts
+    at step `first`. The function returns a list to which the run appends the inputs of every training micro-batch."""
     monkeypatch.chdir(workplace)
     forward = GPT.forward
 
@@ -188,7 +186,8 @@ def test_resumed_run_marks_the_same_spikes(tmp_path):
 
 @pytest.fixture
 def scaled(monkeypatch):
-    """scaled(scale): autocast to fp16 with a gradient scaler of this initial scale, which Accelerate lacks on a CPU."""
+    """Return a function scaled(scale) that makes the next run use fp16 autocast and a gradient scaler with this initial
+    scale. Accelerate does not support this on a CPU."""
     make = make_accelerator
 
     def scaled(scale):

@@ -39,7 +39,7 @@ def load(folder):
 
 
 def assert_consistent(folder, vocab_size, pad, pad_id):
-    """config.json, generation_config.json and the tokenizer name the same padding token."""
+    """Check that config.json, generation_config.json and the tokenizer name the same padding token."""
     config, generation = (
         json.loads(Path(folder, name).read_text()) for name in ("config.json", "generation_config.json")
     )
@@ -52,7 +52,8 @@ def assert_consistent(folder, vocab_size, pad, pad_id):
 
 
 def test_padding_does_not_change_the_loss_of_fine_tuning(folder, tmp_path):
-    """Rows of unequal length in one batch give the loss and the gradient of the rows one by one, weighted by tokens."""
+    """A batch of rows of unequal length has the same loss and gradient as the rows one by one, weighted by their
+    tokens."""
     model, tokenizer = load(folder)
     rows = [tokenizer(text + EOT) for text in TEXTS]
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
@@ -146,7 +147,8 @@ def test_a_model_goes_through_transformers_and_back(call, tmp_path, monkeypatch)
 
 
 def test_trainer_continues_a_run_and_every_command_takes_its_checkpoint(call, tmp_path, monkeypatch):
-    """With gradient accumulation, bfloat16, gradient checkpointing, and a resume that gives the same weights."""
+    """Trainer uses gradient accumulation, bfloat16 and gradient checkpointing. A resumed training gives the same
+    weights."""
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path, max_iters=2, eval_interval=2, pad_vocab_to_multiple_of=32)
     call("train", recipe, "out_dir=run")

@@ -69,7 +69,7 @@ def run(trained, tmp_path):
 
 @pytest.fixture
 def closed():
-    """closed(path): nobody may read or enter this path until the end of the test."""
+    """Return a function closed(path) that makes a file or folder unreadable for everybody until the end of the test."""
     modes = {}
 
     def close(path):

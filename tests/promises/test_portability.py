@@ -1,7 +1,7 @@
 """The promise for Windows and macOS, checked on Linux.
 
-All commands run while as_on_windows.py imitates Windows. For MPS, the choices (device, precision, compilation, no
-float64) are tested with fakes, not the arithmetic.
+All commands run while as_on_windows.py imitates Windows. For MPS, fakes test the choice of device, precision and
+compilation, and that float64 is not used. Computations on MPS are not tested.
 """
 
 import ast
@@ -129,9 +129,9 @@ def there(tmp_path_factory, here):
 
 def test_every_command_succeeds_as_on_windows(there):
     folder, output = there
-    assert "warning: " not in output and "?" in output  # for characters that the terminal lacks
+    assert "warning: " not in output and "?" in output  # instead of characters that the terminal lacks
     left = {path.name for run in (folder / "runs").iterdir() for path in run.iterdir() if path.is_dir()}
-    assert left == {"checkpoint-000008", "checkpoint-000002"}  # (of the other run)
+    assert left == {"checkpoint-000008", "checkpoint-000002"}  # 2 is that of the other run
     assert [path for path in folder.rglob(".*") if path.name != ".lock.json"] == []
     assert re.search(r"stock: GPT2LMHeadModel, largest logit difference .*: [0-9.]+e-\d+|: 0\.0e\+00", output)
 
@@ -144,7 +144,7 @@ def test_numbers_as_on_windows_equal_those_of_linux(here, there):
         assert other.pop("peak_memory", None) == (2**28 if "loss" in mine else None)
         for key in mine.keys() - {"tokens_per_second", "peak_memory"}:
             assert mine[key] == other[key], (mine["step"], key)
-    (name,) = (path.name for path in (here / "data").iterdir())  # a hash of names with slashes, among others
+    (name,) = (path.name for path in (here / "data").iterdir())  # the name has a hash of paths with slashes
     for file in ("train.bin", "val.bin", "tokenizer.json"):
         assert (here / "data" / name / file).read_bytes() == (folder / "data" / name / file).read_bytes()
     mine, other = (json.loads((run / "data" / name / "manifest.json").read_text()) for run in (here, folder))
@@ -184,7 +184,7 @@ def test_posix_only_names_are_used_only_after_a_check():
             found |= {(path.stem, name) for name in names if name.partition(".")[0] in POSIX_MODULES}
     assert found == {
         ("save", "os.setpriority"),
-        ("save", "os.PRIO_PROCESS"),  # on Linux alone
+        ("save", "os.PRIO_PROCESS"),  # used on Linux only
         ("hardware", "resource"),  # its ImportError is handled
         ("launcher", "os.sched_getaffinity"),  # if it exists
     }

@@ -1,5 +1,5 @@
 """The promise that the command, `python -m`, `accelerate launch` and Accelerate's launchers for Python train the same,
-and that two processes are two."""
+and that two launched processes train together."""
 
 import contextlib
 import io
@@ -46,7 +46,8 @@ def run_here(folder, argv):
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """launched(entry_point, ...) -> (folder, CompletedProcess) of the recipe trained in a new folder."""
+    """Return a function launched(entry_point, ...) that trains the recipe in a new folder, and returns (folder,
+    CompletedProcess)."""
 
     def launch(entry_point, *options):
         folder = tmp_path_factory.mktemp(entry_point)

@@ -273,12 +273,12 @@ def nanogpt_weights(n_embd, block_size, vocab_size):
 
 
 class Reached(Exception):
-    """The command found no mistake and starts its work."""
+    """Raised instead of the work of a command, to show that the checks of the command found no mistake."""
 
 
 @pytest.fixture
 def check(workplace, monkeypatch):
-    """check(words): raise ValueError or OSError if a command of a page is wrong."""
+    """Return a function check(words) that raises a ValueError or OSError if the words are not a valid command."""
     monkeypatch.chdir(workplace)
 
     def reached(*args, **kwargs):
@@ -557,7 +557,7 @@ def test_keys_in_a_page_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_a_page_exist(page):
-    """Local files, and their headings if the link has an anchor."""
+    """Every link leads to an existing local file, and to an existing heading if it has an anchor."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
         file, _, anchor = link.partition("#")
@@ -599,7 +599,7 @@ def test_files_of_the_marker_fast_exist():
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUN)
 def test_command_runs(workplace, tmp_path, command):
-    """With additional options that make it small."""
+    """Run the command with additional options that make its work small."""
     words, (smaller, says) = shlex.split(command.replace("[RUN ...]", "RUN")), RUN[command]
     words = [re.sub(r"^runs/(?!ladder)\w+", "runs/NAME", word) for word in words]
     if words[0] == "nanogpt-accel":

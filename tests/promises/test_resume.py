@@ -18,7 +18,8 @@ STEPS, SAVE = 40, 8
 
 @pytest.fixture
 def start():
-    """start(run, argv, processes=1) -> Ranks. Those still running at the end of the test are killed."""
+    """Return a function start(run, argv, processes=1) that starts Ranks. Ranks that still run at the end of the test
+    are killed."""
     jobs = []
 
     def start(run, argv, processes=1, kind=Ranks):

@@ -340,7 +340,7 @@ OUTPUTS = ["run.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "expect.jso
 
 @pytest.mark.skipif(os.name == "nt", reason="links require a privilege")
 def test_links_in_a_run_folder_from_elsewhere_are_not_written_through(copy, tmp_path, monkeypatch):
-    """The files that they link to stay, whether the links have the names of outputs or of temporary files."""
+    """The targets of the links do not change, whether the links have the names of outputs or of temporary files."""
     victims, pid = tmp_path / "victims", os.getpid()
     victims.mkdir()
     names = [".lock.json", *OUTPUTS, *(f"{name}.tmp-{pid}" for name in OUTPUTS), "metrics.jsonl.tmp", "README.md"]
@@ -436,7 +436,7 @@ def test_model_py_of_a_model_folder_is_not_executed(recipe, copy, tmp_path, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("in_background", [False, True])
 def test_memory_files_and_threads_do_not_grow_over_a_long_run(recipe, tmp_path, in_background):
-    """Over 3,000 steps, 150 checkpoints and 150 evaluations."""
+    """The run has 3,000 steps, 150 checkpoints and 150 evaluations."""
     run = tmp_path / "run"
     process = subprocess.Popen(
         [
@@ -479,7 +479,7 @@ def test_memory_files_and_threads_do_not_grow_over_a_long_run(recipe, tmp_path, 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("in_background", [False, True])
 def test_run_survives_random_kills(processes, in_background):
-    """10 kills; `python tests/support/torture.py 100` has more."""
+    """The run is killed 10 times. `python tests/support/torture.py 100` kills it more often."""
     words = ["10", "--processes", str(processes), *["--async"] * in_background]
     done = run_python(REPOSITORY / "tests" / "support" / "torture.py", *words, timeout=900)
     assert "10 kills" in done.stdout and " 0 differences" in done.stdout

@@ -5,7 +5,7 @@
 For the modules of the package, `os`, `signal` and `sys` lack the names that Windows lacks, POSIX modules cannot be
 imported, and text files have CR LF line ends. For all code, there are no symbolic links, and a file that is open or
 mapped cannot be renamed, replaced or deleted, nor its folder renamed. Opening a text file in the default encoding is an
-error. The exit statuses of the commands are the last line of standard output.
+error. The last line of standard output is a JSON list of the exit statuses of the commands.
 """
 
 import builtins
@@ -103,13 +103,13 @@ POSIX_OS = {
     "O_CLOEXEC",
     "O_NONBLOCK",
     "O_SYNC",
-    "kill",  # it is there, and ends the process whatever the number
+    "kill",  # exists on Windows, but ends the process for any signal number
 }
 WINDOWS_SIGNALS = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM", "SIGBREAK"}
 
 
 class Without(types.ModuleType):
-    """A module of which some names are missing and others are ours."""
+    """A wrapper of a module that hides some of its names and replaces others."""
 
     def __init__(self, module, missing, **own):
         super().__init__(module.__name__)
@@ -133,14 +133,14 @@ def refused(path, number=errno.EACCES):
 
 
 def check_free(path):
-    """Raise if a file, or one in a folder, is open or mapped in this process."""
+    """Raise a PermissionError if this process has opened or mapped the file `path`, or a file in the folder `path`."""
     path = os.path.realpath(os.path.dirname(path) or ".") + os.sep + os.path.basename(path)
     with open("/proc/self/maps", encoding="utf-8") as file:
         busy = {line.split(maxsplit=5)[5].strip() for line in file if len(line.split(maxsplit=5)) == 6}
     for handle in os.listdir("/proc/self/fd"):
         try:
             busy.add(os.readlink(f"/proc/self/fd/{handle}"))
-        except OSError:  # of the listing itself
+        except OSError:  # the handle of listdir itself, which is closed now
             pass
     if any(name == path or name.startswith(path + os.sep) for name in busy):
         raise refused(path)
@@ -169,7 +169,7 @@ def imitate_windows():
         real.replace(source, target, **folders)
 
     def unlink(path, **folders):
-        if sys._getframe(1).f_globals.get("__name__") != "tempfile":  # Windows deletes those at close
+        if sys._getframe(1).f_globals.get("__name__") != "tempfile":  # Windows deletes its files at close
             check_free(os.fspath(path))
         real.unlink(path, **folders)
 
@@ -181,7 +181,7 @@ def imitate_windows():
     def fsync(handle):
         import fcntl
 
-        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:  # FlushFileBuffers wants GENERIC_WRITE
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:  # as FlushFileBuffers on Windows
             raise OSError(errno.EBADF, "Bad file descriptor")
         real.fsync(handle)
 
@@ -219,7 +219,7 @@ def imitate_windows():
     shutil._use_fd_functions = False
     builtins.open, pathlib.Path.write_text = open_file, write_text
 
-    # what differs on Windows
+    # libraries that behave differently on Windows
     released = filelock.FileLock._release
 
     def release(self):
@@ -233,7 +233,7 @@ def imitate_windows():
     seen = {
         "os": Without(os, POSIX_OS, name="nt"),
         "sys": Without(sys, {"getdlopenflags"}, platform="win32"),
-        # (SIGBREAK has another number, which a test can send here)
+        # Linux has no SIGBREAK: use SIGUSR2, which a test can send
         "signal": Without(
             signal,
             has_not - WINDOWS_SIGNALS | {"alarm", "setitimer", "pthread_kill"},
@@ -251,7 +251,7 @@ def imitate_windows():
         return real.imported(name, globals, locals, fromlist, level)
 
     builtins.__import__ = imported
-    warnings.simplefilter("ignore", EncodingWarning)  # in other packages
+    warnings.simplefilter("ignore", EncodingWarning)  # other packages may use the default encoding
     warnings.filterwarnings("error", category=EncodingWarning, module="nanogpt_accel")
 
 

@@ -1,11 +1,12 @@
-"""The same calls of transformers, PEFT, TRL and exporters on a GPT and on its stock export, and their numbers compared.
+"""Run the same calls of transformers, PEFT, TRL and exporters on a GPT and its stock export, and compare the results.
 
     python tests/support/contract.py                        # all checks on all forms, and a table
     python tests/support/contract.py llama qwen3 --only TRL # checks whose name contains a word
 
-Every check is a function of a Subject and an empty folder, and returns {name: value}. The values of our class, from the
-package and from the remote code of a checkpoint, must equal those of the stock export. Each of the three runs in a
-process of its own. The checks do not import this package, so that the remote code runs without it.
+Every check is a function of a Subject and an empty folder, and returns {name: value}. There are three subjects: GPT
+from the package, GPT from the remote code of a checkpoint, and the stock export. The values of the first two must equal
+those of the export. Each subject runs in a separate process. The checks do not import this package, so that the remote
+code runs without it.
 """
 
 import argparse
@@ -80,12 +81,13 @@ class Subject(NamedTuple):
     def load(self, auto=AutoModelForCausalLM, **options):
         model = auto.from_pretrained(self.folder, trust_remote_code=self.remote, **options).eval()
         if model.config.model_type == "gpt2" and auto is AutoModelForCausalLM:
-            # without it, Trainer divides the losses of GPT2LMHeadModel by T instead of T - 1
+            # without this, Trainer divides the losses of GPT2LMHeadModel by T instead of T - 1
             model.loss_type = "ForCausalLM"
         return model
 
     def to_train(self, auto=AutoModelForCausalLM, **options):
-        """Load the model. GPT has no biases if they are zero in the stock export, so those are not trained."""
+        """Load the model for training. If the biases of a stock export are zero, the GPT has no biases, so those of the
+        export are not trained."""
         model = self.load(auto, **options).train()
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
@@ -326,7 +328,7 @@ def trl_dpo(subject, folder):
     rows = [{"prompt": text, "chosen": " yes", "rejected": " no, no"} for text in TEXTS]
     trainer = trl.DPOTrainer(
         subject.to_train(),
-        args=trl.DPOConfig(**trl_options(folder), trust_remote_code=True),  # it loads the reference model itself
+        args=trl.DPOConfig(**trl_options(folder), trust_remote_code=True),  # to load the reference model
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=subject.tokenizer(),
     )
@@ -485,7 +487,7 @@ def executorch_export(subject, folder):
 
 
 def resize_embeddings(subject, folder):
-    """Add a token, and set its row to zeros, because transformers initializes it randomly."""
+    """Add four tokens, and set their rows to zeros, because transformers initializes them randomly."""
     model = subject.load()
     before = model.config.vocab_size
     model.resize_token_embeddings(before + 4, mean_resizing=False)
@@ -506,13 +508,13 @@ def from_config(subject, folder):
 
 
 def config_overrides(subject, folder):
-    """Change a config in three ways by the names of transformers. The shapes of the matrices must follow."""
+    """Set fields of a config by their names in transformers, in three ways. The matrices must have the new shapes."""
     options = {"trust_remote_code": subject.remote}
     config = AutoConfig.from_pretrained(subject.folder, **options)
     # not num_hidden_layers, because Qwen3Config stores a list of one entry per layer
     changes = {"hidden_size": 64, "num_attention_heads": 8, "max_position_embeddings": 16}
     if config.model_type == "gpt2" or getattr(config, "position", None) == "learned":
-        changes["n_inner"] = 96  # GPT2Config has no other name for it
+        changes["n_inner"] = 96  # GPT2Config does not have the name intermediate_size
     else:
         changes |= {"intermediate_size": 96, "num_key_value_heads": 4, "head_dim": 10}
     assigned, updated = copy.deepcopy(config), copy.deepcopy(config)
@@ -542,7 +544,7 @@ def device_map(subject, folder):
 
 
 def disk_offload(subject, folder):
-    """Let accelerate offload what does not fit into the memory of two thirds of the model."""
+    """Limit the memory to two thirds of the model, so that accelerate offloads the rest to the disk."""
     n_bytes = 4 * subject.load().num_parameters()
     model = subject.load(device_map="auto", max_memory={"cpu": n_bytes * 2 // 3}, offload_folder=f"{folder}/offload")
     assert {"cpu", "disk"} == {str(device) for device in model.hf_device_map.values()}, model.hf_device_map
@@ -565,7 +567,8 @@ def sentence_embeddings(subject, folder):
 
 
 def sequence_classification(subject, folder):
-    """Classify padded rows, and train. transformers has no classifier for nanochat; its features give the same."""
+    """Classify padded rows, and train. transformers has no classifier for nanochat, so compute the logits of nanochat
+    from the features of its last tokens."""
     rows = [{"input_ids": row, "labels": i % 3} for i, row in enumerate(draw(12, 12, seed=8))]
     ids, mask = IDS.clone(), torch.ones_like(IDS)
     ids[0, 20:], mask[0, 20:] = 79, 0  # 79 is padding
@@ -634,7 +637,7 @@ CHECKS = {
 # ---- comparison
 
 
-# a word of the name of a value -> largest allowed difference. In half precision, rounding errors differ
+# a part of a value's name -> largest allowed difference. In half precision, rounding errors are larger
 TOLERANCES = {"bfloat16": 0.2, "float16": 0.02, "bf16 losses": 0.01, "loss": 1e-6, "": 1e-5}
 
 
@@ -669,7 +672,7 @@ def write_models(form, folder):
     from nanogpt_accel.models.stock import nearest_architecture
 
     model, tokenizer = gpt(**FORMS[form]), Tokenizer.char([CHARS], add_eot=True)
-    with torch.no_grad():  # logits of about 1
+    with torch.no_grad():  # scale the weights, so that the logits are about 1
         for parameter in model.parameters():
             parameter.mul_(0.5 if parameter.dim() > 1 else 1.0)
     fit_to_tokenizer(model, tokenizer)

@@ -88,14 +88,16 @@ def content(folder):
 
 
 def dealt(texts, val_fraction=0.2):
-    """Return [train, val] as documented: val if blake2b of "SEED NUMBER" is below val_fraction * 2**64."""
+    """Return the documents of the splits, [train, val], by the documented rule: a document belongs to val if blake2b of
+    "SEED NUMBER" is below val_fraction * 2**64."""
     hashes = [hashlib.blake2b(f"2357 {i}".encode(), digest_size=8).digest() for i in range(len(texts))]
     is_val = [int.from_bytes(digest, "big") < val_fraction * 2**64 for digest in hashes]
     return [[text for text, val in zip(texts, is_val, strict=True) if val is side] for side in (False, True)]
 
 
 def char_ids(texts, part):
-    """Return the ids of the documents `part`, with one id per character of `texts` and then the end-of-text id."""
+    """Return the ids of the documents `part`, each followed by the end-of-text id. The vocabulary has one id per
+    character of `texts`, and then the end-of-text id."""
     vocab = {character: i for i, character in enumerate(sorted(set("".join(texts))))}
     return [i for text in part for i in [*map(vocab.__getitem__, text), len(vocab)]]
 

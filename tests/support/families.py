@@ -47,11 +47,11 @@ def config_of(name, **changes):
 
 
 def counted_by_part(config):
-    """The parameters of the real model, by part."""
+    """Return {part: number of parameters}, counted in a GPT."""
     with torch.device("meta"):
         model = GPT(config)
     parts = dict.fromkeys(("embedding", "position", "attention", "mlp", "norms", "head"), 0)
-    for name, parameter in model.named_parameters():  # a tied head is not named a second time
+    for name, parameter in model.named_parameters():  # a tied head appears only as wte
         words = name.split(".")
         part = (
             "embedding"

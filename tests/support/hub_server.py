@@ -5,8 +5,8 @@
         assert "model.safetensors" in hub.files("me/tiny")
 
 A data set is a repository named "datasets/USER/NAME". huggingface_hub reads its settings when it is imported, so its
-calls belong in a child process. The server speaks to huggingface_hub 2.4 with Xet off: Git LFS in one part, and files
-that are answered without a redirect to another host.
+calls belong in a child process. The server supports what huggingface_hub 2.4 needs without Xet: uploads of LFS files in
+one part, and downloads without a redirect to another host.
 """
 
 import base64
@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz")  # some of what the Hub's own .gitattributes names
-LFS_SIZE = 10 << 20  # a larger file is never a regular one
+LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz")  # some of the suffixes in the Hub's .gitattributes
+LFS_SIZE = 10 << 20  # larger files are always LFS files
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 
 
 def is_lfs(path, sample, size):
-    """Whether a file is kept as an LFS object: by its name, its size, or its first bytes."""
+    """Return whether the Hub stores a file as an LFS file. This depends on its name, its size and its first bytes."""
     return size > 0 and (path.endswith(LFS_SUFFIXES) or size > LFS_SIZE or b"\0" in sample)
 
 
@@ -94,10 +94,10 @@ class Repo:
     gated: bool = False
     branches: dict = field(default_factory=dict)  # {branch: [sha of each commit, oldest first]}
     commits: dict = field(default_factory=dict)  # {sha: (title, {path: content})}
-    objects: dict = field(default_factory=dict)  # {sha256: content}, also of uploads that no commit names yet
+    objects: dict = field(default_factory=dict)  # {sha256: content}, including uploads that are in no commit yet
 
     def at(self, revision):
-        """(sha, {path: content}) of a branch or a sha."""
+        """Return (sha, {path: content}) of a branch or a sha."""
         sha = self.branches[revision][-1] if revision in self.branches else revision
         if sha not in self.commits:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -139,7 +139,7 @@ class HubServer:
         self.server.server_close()
 
     def env(self, home, token=True, **more):
-        """The environment for a child process. token: True is the first one, None is none."""
+        """Return the environment for a child process. token: True for the first token, None for no token."""
         theirs = ("HF_", "HUGGING", "TRANSFORMERS_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
         env = {key: value for key, value in os.environ.items() if not key.upper().startswith(theirs)}
         env |= {
@@ -165,18 +165,18 @@ class HubServer:
             return there.commit(revision, title, {**self.files(repo, revision), **files})
 
     def files(self, repo, revision="main"):
-        """{path: content} of a branch or a sha."""
+        """Return {path: content} of a branch or a sha."""
         return dict(self.repos[repo].at(revision)[1])
 
     def commits(self, repo, revision="main"):
-        """(title, sha) of each commit of a branch, oldest first."""
+        """Return [(title, sha)] of the commits of a branch, oldest first."""
         return [(self.repos[repo].commits[sha][0], sha) for sha in self.repos[repo].branches[revision]]
 
     def fail(self, times=1, status=500, *, method=None, path="", drop=False):
-        """The next requests of this method whose path contains this text get this status.
+        """Answer the next `times` requests of this method whose path contains this text with this status.
 
-        drop: instead, the connection ends halfway: through the answer to a GET, through what any other request sends.
-        times may be math.inf; hub.faults.clear() ends that.
+        drop: instead of a status, end the connection: in the middle of the answer to a GET, or in the middle of the
+        body of any other request. times: may be math.inf; hub.faults.clear() ends the faults.
         """
         self.faults.append(Fault(times, status, method, path, drop))
 
@@ -194,7 +194,7 @@ class HubServer:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One request. HTTP/1.0 ends each connection with its answer, so a closed hub leaves none open."""
+    """One request. HTTP/1.0 closes each connection after the answer, so no connection remains open after close()."""
 
     hub = None
 
@@ -251,11 +251,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.hub.tokens.get(token)
 
     def repo(self, name, write=False):
-        """The repository of this name, if this user may read it, or write to it."""
+        """Return the repository of this name. Raise a Refusal if the user may not read it, or not write to it."""
         user, repo = self.user(), self.hub.repos.get(name)
         owner = user == name.split("/")[-2]
         if user is None and (write or repo is None or repo.private):
-            # the Hub leaves the code out, and the client infers it, but only for https
+            # the real Hub does not send the code with a 401: the client infers it, but only for https URLs
             raise Refusal(401, "Invalid username or password.", "RepoNotFound")
         if repo is None or (repo.private and not owner):
             raise Refusal(404, "Repository not found", "RepoNotFound")
@@ -264,9 +264,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return repo
 
     def route(self):
-        """What to answer: something for JSON, or (content, status, headers)."""
+        """Return the answer: a value to send as JSON, or (content, status, headers)."""
         url = urlsplit(self.path)
-        parts = [unquote(part) for part in url.path.strip("/").split("/")]  # a branch's own slash is quoted
+        parts = [unquote(part) for part in url.path.strip("/").split("/")]  # a slash in the name of a branch is quoted
         match self.command, *parts:
             case "GET", "api", "whoami-v2":
                 if not self.user():
@@ -307,7 +307,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             case "PUT", owner, name, "lfs", sha256:
                 if hashlib.sha256(self.body).hexdigest() != sha256:
                     raise Refusal(400, "The content is not what its SHA-256 says")
-                self.hub.repos[f"{owner}/{name}"].objects[sha256] = self.body  # the address itself is the permission
+                self.hub.repos[f"{owner}/{name}"].objects[sha256] = self.body  # no check: the URL is the permission
                 return {}
             case "POST", owner, name, "lfs", "verify":
                 if json.loads(self.body)["oid"] not in self.repo(f"{owner}/{name}", write=True).objects:
@@ -332,7 +332,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
 
     def tree(self, name, revision, folder, recursive):
-        """Return the files in a folder, and for a data set its folders, too."""
+        """Return the files in a folder. For a data set, also return the folders in it."""
         sha, files = self.repo(name).at(revision)
         prefix = folder + "/" if folder else ""
         below = {path: content for path, content in files.items() if path.startswith(prefix)}
@@ -361,7 +361,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         repo = self.repo(name)
         sha, files = repo.at(revision)
         headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
-        if repo.gated and self.user() != name.split("/")[-2]:  # only the content: anyone may list the files
+        if repo.gated and self.user() != name.split("/")[-2]:  # anyone may list the files, but not read them
             raise Refusal(403 if self.user() else 401, f"Access to {name} is restricted.", "GatedRepo")
         if path not in files:
             refusal = Refusal(404, "Entry not found", "EntryNotFound")

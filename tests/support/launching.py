@@ -104,7 +104,7 @@ class Job:
     def __init__(self, run):
         self.output = Path(f"{run}.output")
         self.output.touch()
-        self._start = self.output.stat().st_size  # earlier jobs of this run have written so much
+        self._start = self.output.stat().st_size  # size of the output of earlier jobs of this run
 
     def says(self):
         """Return what this job has printed so far."""
@@ -118,7 +118,7 @@ class Job:
         return None not in self.exit_codes()
 
     def wait_until(self, condition):
-        """Wait for a condition; fail if the job ends before."""
+        """Wait for a condition. Raise an AssertionError if the job ends before the condition is true."""
         deadline = time.monotonic() + TIMEOUT_S
         while not condition():
             if time.monotonic() > deadline or None not in self.exit_codes():
@@ -231,7 +231,7 @@ class Torchrun(Job):
 
 
 def _call_launcher(name, recipe, options, output):
-    """The main function of a forked process that calls a launcher of Accelerate; it needs no notebook."""
+    """The main function of a forked process that calls a launcher of Accelerate. This does not need a notebook."""
     import accelerate
 
     from nanogpt_accel.train import train
@@ -239,7 +239,7 @@ def _call_launcher(name, recipe, options, output):
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    accelerate.PartialState(cpu=True)  # of one process, as if it had trained alone before; the launched ones inherit it
+    accelerate.PartialState(cpu=True)  # as if this process had trained before; the new processes inherit this state
     getattr(accelerate, name)(train, (recipe,), num_processes=2, **options)
 
 

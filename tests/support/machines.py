@@ -1,11 +1,11 @@
-"""Two "machines" on this computer: network namespaces that are joined by a cable, with separate host names and disks.
+"""Two "machines" on this computer: connected network namespaces with separate host names and disks.
 
     with Machines(folder) as machines:
         process = machines.start(0, ["python", "-m", "nanogpt_accel.train", "tiny.yaml"])
 
 Each machine has its own /etc/hosts, in which its own name is 127.0.1.1 as on Debian and Ubuntu, and its own folder
-`machines.work`, which is empty at first. is_shared: whether they see the same files there, as on a network disk. All
-other files are those of this computer.
+`machines.work`, which is empty at first. With is_shared=True, both machines see the same files in this folder, as on a
+network disk. All other files are those of this computer.
 """
 
 import os
@@ -36,7 +36,7 @@ needs_machines = pytest.mark.skipif(problem() is not None, reason=f"network name
 
 
 class Machines:
-    """See above. folder: an empty folder for the disks."""
+    """Two machines, as described above. folder: an empty folder for their disks."""
 
     def __init__(self, folder, is_shared=False):
         self.folder, self.is_shared, self.processes = Path(folder), is_shared, []

@@ -18,7 +18,7 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size":
 
 
 def short_run(text, out_dir, **changes):
-    """Return settings that make RECIPE short, without dropout and torch.compile. text: file of write_text."""
+    """Return settings that make RECIPE short, without dropout and torch.compile. text: a file from write_text."""
     settings = {
         "corpus": str(text),
         "data_dir": str(text.parent / "tokens"),
@@ -57,7 +57,7 @@ def largest_difference(ours, theirs):
 
 
 class NoSynchronization(torch.utils._python_dispatch.TorchDispatchMode):
-    """In the dry form, the place of torch.cuda.set_sync_debug_mode: refuse to read a value from a tensor."""
+    """Raise an error if a value is read from a tensor: torch.cuda.set_sync_debug_mode for the dry form."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):

@@ -1,4 +1,4 @@
-"""Files that may not be read, also for tests that run as root."""
+"""Make file permissions apply to tests that run as root."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ _DAC_OVERRIDE, _DAC_READ_SEARCH = 1 << 1, 1 << 2  # root's right to ignore the m
 
 @contextmanager
 def modes_apply():
-    """Let the modes of files apply to root as to any user, in this thread and the threads that it starts."""
+    """Within the block, file modes also apply to root, in this thread and in the threads that it starts."""
     if os.name != "posix":
         pytest.skip("needs POSIX modes")
     if os.geteuid() != 0:

@@ -81,14 +81,14 @@ def write_recipe(folder, name="tiny.yaml", **settings):
 
 # ---- finished runs for scaling laws
 
-HASHES = {"tokenizer": "t" * 64, "train": "a" * 64, "val": "b" * 64}  # of their data
+HASHES = {"tokenizer": "t" * 64, "train": "a" * 64, "val": "b" * 64}  # of the data of these runs
 
 
 def write_finished_run(folder, law, error=0.0, recipe="python_depth", data=HASHES, vocab_size=512, trainer=(), **keys):
     """Write the files of a finished run that a scaling law needs.
 
     Args:
-        law: {constant: value}; the last validation loss is that of the law, times 1 + error.
+        law: {constant: value}. The last validation loss is the loss that the law predicts, times 1 + error.
         recipe: the name of a recipe. keys: its overrides. data, trainer: content of trainer.json.
     """
     recipe = load_recipe(recipe, {"out_dir": str(folder), **keys})

@@ -1,6 +1,7 @@
 """Replaces `-m nanogpt_accel.train` in tests of FSDP2 and DeepSpeed over CPU processes.
 
-Accelerate shards on GPUs only, and ignores the settings on a CPU. With the type MULTI_GPU it shards over gloo.
+Accelerate only shards on GPUs: on a CPU, it ignores the settings of FSDP and DeepSpeed. If distributed_type is
+MULTI_GPU, it also shards over CPU processes, with gloo.
 """
 
 import os

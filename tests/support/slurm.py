@@ -86,7 +86,7 @@ class Slurm:
         self._until(lambda: (folder / "munge.socket").exists())
         self._daemon("slurmctld", "-D", "-f", str(folder / "slurm.conf"))
         for node in NODES:
-            # the nodes' names must be known to the jobs
+            # this /etc/hosts lets the jobs resolve the names of the nodes
             words = ["slurmd", "-D", "-N", node, "-f", str(folder / "slurm.conf")]
             mount = 'mount --bind "$1" /etc/hosts; shift; exec "$@"'
             self._daemon("unshare", "-m", "bash", "-ec", mount, "bash", str(folder / "hosts"), *words)
@@ -105,8 +105,8 @@ class Slurm:
                 daemon.kill()
 
     def submit(self, script, *argv, sbatch=(), config=None, before=None):
-        """Submit a script of configs/slurm from the repository; return the number of the job. before: a folder whose
-        modules come before those of the packages."""
+        """Submit a script of configs/slurm from the repository; return the number of the job. before: a folder that
+        is first in PYTHONPATH."""
         words = ["sbatch", "--parsable", f"--output={self.folder}/%j.log", *sbatch, script, *argv]
         env = self._env() | ({"CONFIG": config} if config else {})
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(before or ""), env["PYTHONPATH"]]))

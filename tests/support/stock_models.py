@@ -1,4 +1,4 @@
-"""Small random models of every stock architecture, as GPT and as transformers has them."""
+"""Small random models of every stock architecture: as GPT, and as the model classes of transformers."""
 
 import os
 
@@ -24,7 +24,7 @@ SUPPORTED = ("Supported models: nanogpt_accel", "gpt2", "llama", "qwen3", "nanoc
 
 
 def randomize(model):
-    """Randomize all parameters, so that the tests notice a missing zero or one."""
+    """Randomize all parameters, including biases and norm weights, so that tests notice if one of them is lost."""
     torch.manual_seed(5)
     with torch.no_grad():
         for p in model.parameters():

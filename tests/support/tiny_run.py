@@ -1,4 +1,4 @@
-"""A tiny training run that saves checkpoints, without a recipe or a trainer around it."""
+"""A tiny training run that saves checkpoints, without a recipe and without the training loop of train.py."""
 
 import errno
 import os
@@ -68,7 +68,7 @@ class TinyRun:
         return checkpoint_path(self.folder, step)
 
     def steps(self):
-        """The steps of the checkpoints, all of which must be valid."""
+        """Return the steps of the checkpoints, after checking that all checkpoints are valid."""
         found = list_checkpoints(self.folder)
         assert [find_corruption(path) for path in found] == [None] * len(found)
         return [read_trainer(path)["step"] for path in found]
@@ -78,14 +78,14 @@ class TinyRun:
 
 
 class Switched(torch.optim.SGD):
-    """An optimizer with other weights for evaluations, as schedule-free ones."""
+    """An optimizer that uses other weights for evaluations, as schedule-free optimizers do."""
 
     def eval(self):
         raise NotImplementedError
 
 
 class Counting(torch.optim.SGD):
-    """An optimizer that keeps a number where checkpoints do not store it."""
+    """An optimizer that keeps a number outside of its state, so checkpoints do not store the number."""
 
     n_steps = 0
 

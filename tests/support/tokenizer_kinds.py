@@ -23,7 +23,7 @@ def _byte_level():
 
 
 def _byte_fallback():
-    """Llama 2's kind: English characters and bytes."""
+    """The kind that Llama 2 uses: a BPE of characters, with bytes for all other characters."""
     characters = ["▁", *sorted(set(TEXTS["English"]) - {" "}), "你", "世"]
     vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *BYTES, *characters, "▁a", "▁t"])}
     merges = [("▁", "a"), ("▁", "t")]
@@ -67,7 +67,7 @@ def _word_pieces():
 
 
 def _suffixes():
-    """The kind of the first GPT, which marks the end of a word."""
+    """The kind that GPT-1 uses: a BPE that marks the end of a word."""
     backend = Backend(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.decoder = decoders.BPEDecoder()

@@ -4,9 +4,9 @@
     python tests/support/torture.py 100 --processes 2 --async
 
 SIGKILL ends all processes of the run at random moments, three times out of four while a checkpoint is being saved.
-After each kill, every visible checkpoint is valid and the latest one is no older than before. At the end,
-metrics.jsonl (without times) and every file of the last checkpoint equal those of the undisturbed run, bit by bit.
-(Do not edit the package meanwhile: its model.py is one of these files.)
+After each kill, every visible checkpoint must be valid, and the latest one must be no older than before. At the end,
+metrics.jsonl (without times) and every file of the last checkpoint must equal those of the undisturbed run, bit by bit.
+Do not edit the package meanwhile, because each checkpoint contains a copy of model.py.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from launching import TIMEOUT_S, Ranks, train_on_ranks  # noqa: E402
 from runs import SMALL, checkpoint, ordered_numbers, write_recipe  # noqa: E402
 
 SAVE_INTERVAL = 2
-STEPS_PER_KILL = 8  # so that no kill comes after the end of the run
+STEPS_PER_KILL = 8  # enough steps, so that the run does not end before the last kill
 
 
 def wait(job, condition):
-    """Wait for a condition; return False if the training ended before."""
+    """Wait for a condition. Return False if the training ended before the condition was true."""
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         if job.has_ended():

@@ -29,7 +29,8 @@ def shown(terminal):
 
 @pytest.fixture
 def terminals(monkeypatch):
-    """terminals() -> (stdout, stderr), replaced by terminals; not earlier, because pytest replaces them, too."""
+    """Return a function that replaces stdout and stderr by terminals and returns both. A fixture could not replace them
+    directly, because pytest replaces them after it."""
 
     def put():
         monkeypatch.setenv("TERM", "xterm")
@@ -157,7 +158,7 @@ def test_terminal_shows_a_live_line(terminals):
     assert "10/50" in text and "30/50, loss 1.2345, 6,789 tokens/s, mfu 25.00%" in text
     assert "iter 29: loss 1.2345, time 500.00ms, 6,789 tokens/s, mfu 25.00%\n" in text  # a line above the live line
     assert text.endswith("after\n")
-    assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h")  # it is visible again
+    assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h")  # it reappears
 
 
 @pytest.mark.parametrize("is_live", [True, False])
@@ -243,7 +244,8 @@ def test_error_of_an_optional_result_is_a_warning(capsys):
 
 @pytest.fixture
 def notebook(monkeypatch):
-    """A stand-in for IPython in the kernel of a notebook. Its value is a list of [content, ...] for each output."""
+    """A replacement for IPython in the kernel of a notebook. Its value is a list with one list [content, ...] per
+    output."""
     outputs = []
 
     class Handle:
@@ -379,7 +381,7 @@ def test_live_line_of_progress_is_removed_at_the_end(terminals, clock):
         console("warning: a line that stays")
         print("the result")
     console.say("after")
-    assert console.live is None and out.getvalue() == "the result\n"  # for programs
+    assert console.live is None and out.getvalue() == "the result\n"  # stdout has only the result, for programs
     text = shown(err)
     assert "10 of 30 batches" in text and text.endswith("after\n") and "warning: a line that stays\n" in text
     assert err.getvalue().count("\x1b[?25l") == err.getvalue().count("\x1b[?25h")

@@ -20,7 +20,8 @@ def path(tmp_path):
 
 
 def a_run(path, first, last, resume_step=None, every=5, tag=""):
-    """Steps first to last - 1 as the loop logs them, an evaluation before each fifth and at the end."""
+    """Log the steps first to last - 1 as the training loop does, with an evaluation before every fifth step and at the
+    end."""
     log = MetricsLog(path, resume_step)
     for step in range(first, last + 1):
         if (step % every == 0 or step == last) and step != resume_step:
@@ -60,7 +61,7 @@ def test_each_step_is_logged_once_after_a_resume(path, stopped):
     lines = read_metrics(path)
     assert [(line["step"], "loss" in line) for line in lines] == complete
     assert steps(lines, "loss") == list(range(40)) and steps(lines, "val_loss") == list(range(0, 41, 5))
-    # the evaluation at the checkpoint is of the first part, the training of that step of the second
+    # at step 10, the evaluation is from before the resume, and the training line is from after it
     at_ten = [line for line in lines if line["step"] == 10]
     assert [(("val_loss" in line), line["by"]) for line in at_ten] == [(True, "first"), (False, "second")]
     assert all(line["by"] == ("first" if line["step"] < 10 else "second") for line in lines if line["step"] != 10)

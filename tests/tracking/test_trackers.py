@@ -56,7 +56,7 @@ class Settings(dict):
 
 
 class FakeRun:
-    """The run of any tracker; `options` are the arguments with which it was started."""
+    """The run of any tracker. options: the arguments with which the run was started."""
 
     settings_of = {}  # id -> settings; they stay when a run is continued
 
@@ -77,7 +77,8 @@ class FakeRun:
 
 @pytest.fixture
 def start(monkeypatch, tmp_path):
-    """start("mlflow", first_step) -> (the FakeRun, lines): a run of the tracker in tmp_path, as in a new process."""
+    """Return a function start(tracker, first_step) that starts a run in tmp_path as in a new process, and returns (its
+    FakeRun, lines of output)."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     from nanogpt_accel.distributed.accelerator import make_accelerator
@@ -228,7 +229,7 @@ def test_run_that_cannot_be_started_says_how_to_go_on(start, monkeypatch, refuse
 
 @pytest.mark.parametrize("value", ["true", "1", "YES", "on", "false", "0", "", None])
 def test_wandb_disabled_counts_like_the_mode_disabled(start, monkeypatch, value):
-    """As in transformers' Trainer."""
+    """WANDB_DISABLED has the same meaning in transformers' Trainer."""
     if value is not None:
         monkeypatch.setenv("WANDB_DISABLED", value)
     run, _ = start("wandb", 0)

@@ -421,7 +421,7 @@ def test_arguments_reach_the_terminal_without_control_characters(capsys, words):
 
 @pytest.mark.parametrize("closed", [["stdout"], ["stderr"], ["stdin"], ["stdin", "stdout", "stderr"]])
 def test_closed_streams_are_opened_again(monkeypatch, closed):
-    """For example, `>&-` closes stdout. Under pythonw all streams are closed."""
+    """For example, `>&-` closes stdout, and under pythonw all streams are closed."""
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None if name in closed else getattr(sys, name))
     streams = []
@@ -434,7 +434,8 @@ def test_closed_streams_are_opened_again(monkeypatch, closed):
 
 
 def test_open_missing_streams_fills_the_descriptors():
-    """So that no file of ours gets a descriptor that C libraries print to."""
+    """If a standard descriptor stayed free, a file that we open could get it, and C libraries would print to this
+    file."""
     script = """
 import os, sys
 from nanogpt_accel.utils import cli
@@ -450,7 +451,7 @@ with open(sys.argv[1], "w") as file:
 
 
 def test_openmp_threads_spin_less_unless_the_user_set_it(monkeypatch):
-    """In a new process that imports torch later, whose OpenMP prints its settings."""
+    """The test starts a new process that imports torch afterwards. Its OpenMP library prints the settings."""
     script = "from nanogpt_accel.utils import cli; cli.run(lambda argv: __import__('torch').ones(9).sum(), [])"
     for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)):
         bare = {key: value for key, value in package_env().items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}

@@ -81,7 +81,8 @@ sys.stdin.read()
 
 @pytest.fixture
 def no_flock(monkeypatch, files):
-    """no_flock("ENOSYS", where) -> another process that has the lock, on a file system without flock."""
+    """Return a function: no_flock("ENOSYS", where) starts another process that has the lock, on a file system without
+    flock."""
     import fcntl
 
     started = []
@@ -118,7 +119,7 @@ def test_without_flock_a_dead_process_on_this_host_blocks_nothing(files, no_floc
 
 @pytest.mark.parametrize("where", ["here", "elsewhere"])
 def test_without_flock_a_living_process_is_named_with_the_file_to_delete(files, no_flock, where):
-    """As soon as it renews its lease, before the lease would be free."""
+    """The error comes as soon as the other process renews its lease, not only when the lease would expire."""
     process, start = no_flock("ENOSYS", where), time.monotonic()
     with pytest.raises(BlockingIOError) as caught:
         acquire(*files)

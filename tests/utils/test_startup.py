@@ -13,7 +13,7 @@ from nanogpt_accel.utils import startup
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only on Linux")
 def test_preload_torch_loads_the_library_in_a_thread():
-    """Without importing torch. If torch is missing, the error message comes from its import."""
+    """The library is loaded without importing torch. If torch is missing, the later import reports this."""
     lib = Path(find_spec("torch").origin).parent / "lib"
     if (lib / "libtorch_cuda.so").exists():
         pytest.skip("a CUDA build of torch")
