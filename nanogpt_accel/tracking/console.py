@@ -43,8 +43,8 @@ class Console:
     __call__ = say  # so that a Console can be passed as a function that prints a line
 
     def write(self, text):
-        """Print text without a newline, for samples that are generated token by token. Outside of a terminal, it is
-        printed together with the next line, because a notebook shows each print as an output of its own."""
+        """Print text without a newline, for samples that are generated token by token. Outside of a terminal, keep the
+        text and print it together with the next line, because a notebook shows each print as a separate output."""
         if self.is_verbose and self.is_terminal:
             self._print(text, end="")
         elif self.is_verbose:
@@ -57,7 +57,7 @@ class Console:
         try:
             yield
         except Exception as error:
-            self._print_waiting()  # the start of a sample
+            self._print_waiting()  # for example, the tokens of a sample before the error
             self.say(f"warning: {problem} ({one_line(error)})")
 
     # ---- training
