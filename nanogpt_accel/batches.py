@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 WINDOW = 256  # number of samples whose start positions are computed together
-_ROUNDS = 6  # of the Feistel network in `shuffled`; 4 are enough in theory, but small permutations need more
+_ROUNDS = 6  # rounds of the Feistel network in `shuffled`; 4 are enough in theory, but small permutations need more
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Mixture:
         block_size, batch_size, micro_batches, seed, sampling: see Batches.
     """
 
-    BLOCK = 1000  # samples
-    CYCLE = 1024  # blocks; over a cycle, rounding up and down cancel out
+    BLOCK = 1000  # samples per block
+    CYCLE = 1024  # blocks per cycle; over a cycle, rounding up and down cancel out
 
     def __init__(self, tokens, stages, block_size, batch_size, micro_batches, seed, sampling="shuffle"):
         self.names, self.block_size = list(tokens), block_size

@@ -448,8 +448,8 @@ class Scaling(Section):
     tokens_per_parameter: FloatOrNone = Field(
         None,
         gt=0,
-        description="training tokens per parameter of the matrices in the blocks and the head, which determines "
-        "max_iters; default: as in the recipe at its own size",
+        description="number of training tokens per parameter, which determines max_iters; only the parameters of the "
+        "matrices in the blocks and of the head are counted. Default: as in the recipe at its own size",
     )
     aspect_ratio: FloatOrNone = Field(
         None, gt=0, description="n_embd per layer of a scaled recipe; default: n_embd / n_layer of the recipe"
@@ -846,7 +846,7 @@ def _mix_conflicts(recipe):
         yield {"validation", "mix"}, f"data.validation.{name}: a source has the same name; choose another name"
     names, best = [*(data.sources if len(data.sources) > 1 else ()), *data.validation], recipe.checkpoint.best
     if best is not None and best not in names:
-        problem = f"checkpoint.best={best}: no such validation set{nearest(best, names)}"
+        problem = f"checkpoint.best={best}: no such validation set or source{nearest(best, names)}"
         yield {"best", "validation", "mix", "stages"}, f"{problem}; choose one of these: {show_value(names)}"
 
 
@@ -978,7 +978,7 @@ def find_recipe(target):
     if (path / "run.yaml").is_file():
         return path / "run.yaml"
     name = re.fullmatch(r"(recipes/)?([\w-]+)(\.yaml)?", str(target).replace(os.sep, "/"))
-    if name and not (name[1] and path.parent.is_dir()):  # otherwise, recipes/ is a folder of the user
+    if name and not (name[1] and path.parent.is_dir()):  # if recipes/ exists, it is a folder of the user
         files.append(packaged(f"recipes/{name[2]}.yaml"))
     found = next((file for file in files if file.is_file()), None)
     if path.is_dir():
@@ -1057,7 +1057,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if problem:
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             keys.add(key.value)
-        return super().construct_mapping(node, deep=True)  # deep: fail for a mapping that contains itself
+        return super().construct_mapping(node, deep=True)  # deep=True raises an error if a mapping contains itself
 
 
 def _read_yaml(path):
@@ -1066,7 +1066,7 @@ def _read_yaml(path):
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a UTF-8 text file (invalid byte at position {error.start})") from None
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # raised for !!int x or 2024-99-99
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # for values such as !!int x or 2024-99-99
         raise ValueError(f"{path}: invalid YAML: cannot read a value ({error})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -67,7 +67,7 @@ def architecture(reference, recipe, given):
     head_dim = recipe.model.head_dim or old_head_dim
     multiple = head_dim if "head_dim" in given else math.gcd(head_dim, old.n_embd)
     ratio = recipe.scaling.aspect_ratio or old.n_embd / old.n_layer
-    n_embd = multiple * max(1, math.ceil(round(depth * ratio / multiple, 6)))  # round: without floating-point errors
+    n_embd = multiple * max(1, math.ceil(round(depth * ratio / multiple, 6)))  # round removes floating-point errors
     n_embd = recipe.model.n_embd if "n_embd" in given else n_embd
     # the heads together can be wider or narrower than n_embd, if head_dim is set
     share = old.n_head * old_head_dim / old.n_embd if recipe.model.head_dim else 1
@@ -113,7 +113,7 @@ def horizon(reference, recipe, given):
     """Train on the same number of tokens per parameter (Hoffmann et al. 2022), with a schedule of the same shape."""
     per_param = tokens_per_param(reference, recipe)
     params, per_step = scaling_params(known_shape(recipe)), recipe.tokens_per_step
-    steps = max(1, int(round(per_param * params / per_step, 6)))  # round: without floating-point errors
+    steps = max(1, int(round(per_param * params / per_step, 6)))  # round removes floating-point errors
     steps = recipe.train.max_iters if "max_iters" in given else steps
     rule = f"{per_param:.4g} tokens per parameter * {params:,} parameters / {per_step:,} tokens per step"
     derived = {"max_iters": (steps, rule)}

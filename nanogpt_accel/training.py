@@ -129,7 +129,7 @@ def check_optimizer(settings):
     model, states = torch.nn.Linear(3, 2), []
     try:
         optimizer = make_optimizer(model, settings)
-    except Exception as error:  # a class may check its options in any way
+    except Exception as error:  # an optimizer class may raise any exception for invalid options
         if settings.options:
             return [f"{options}: {settings.algorithm} does not accept them: {first_line(error)}"]
         fix = "set its required arguments in optimizer.options"
@@ -181,7 +181,7 @@ def _state_names(settings):
     import torch
 
     model = torch.nn.Linear(3, 2)
-    with suppress(Exception):  # check_optimizer reports it
+    with suppress(Exception):  # check_optimizer reports the problem
         optimizer = make_optimizer(model, settings)
         _take_step(model, optimizer)
         return {name for state in optimizer.state.values() for name in state}
@@ -198,7 +198,7 @@ def check_saved_optimizer(checkpoint, settings):
     for key in ("algorithm", "options") if before else ():
         value, now = before[key], getattr(settings, key)
         is_same = value == now
-        if key == "options" and not is_same:  # most options may change
+        if key == "options" and not is_same:  # options may change if the optimizer stores the same values as before
             is_same = _state_names(settings) in (None, _state_names(settings.model_copy(update={key: value})))
         if not is_same:
             saved = show_value(value)
@@ -579,7 +579,7 @@ def is_finite(grad_norm):
 
 
 class NonFinite:
-    """Detects a loss or gradient norm that is NaN or Inf, and ends the run or skips the step.
+    """Detect a loss or gradient norm that is NaN or Inf, and end the run or skip the step.
 
     In fp16, infinite gradients are normal while the gradient scaler searches for its scale. The scaler skips the steps
     with infinite gradients.
@@ -607,7 +607,8 @@ class NonFinite:
         state.skips_in_a_row = (state.skips_in_a_row + 1) * was_skipped
         if state.skips_in_a_row > self.max_skips:
             first = state.step - state.skips_in_a_row + 1
-            raise self.error(f"gradients of steps {first} to {state.step} are not finite", state.step)
+            what = f"gradients of steps {first} to {state.step} are not finite; these are more than"
+            raise self.error(f"{what} max_skips={self.max_skips} steps", state.step)
 
     def check(self, step, losses, grad_norm):
         """Return the losses of the steps up to `step`, averaged over all ranks, and the last gradient norm, as floats.

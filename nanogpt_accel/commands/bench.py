@@ -338,7 +338,7 @@ class Variant:
         import torch
         from torch.profiler import ProfilerActivity
 
-        # without the profiler's messages at each start and stop, which its C++ code logs at level 5
+        # hide the messages that the profiler's C++ code logs at level 5 whenever it starts or stops
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
         with torch.profiler.profile(activities=activities, profile_memory=profile_memory) as profiler:
@@ -464,5 +464,5 @@ def report_coordinates(target, figures):
         changes = "".join(f"{size:>13.3g}" for size in row["changes"][-1])
         slopes = f"{row['slopes'][-1]:>9.2f}{row['slopes'][0]:>15.2f}"
         yield f"{row['name']:<9}{row['activations']:<16}{changes}{slopes}"
-    yield "\nslope of log(change) over log(n_embd): 0 if all widths have the same change, 1 if it grows like the width"
+    yield "\nslope of log(change) over log(n_embd). 0: same change at all widths; 1: change proportional to the width"
     yield f"plot: {figures['plot']}"

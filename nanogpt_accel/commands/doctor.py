@@ -229,7 +229,7 @@ def compiling(device, full):
         if is_default and not (has_compiler and find_spec("triton")):
             return failure("triton or a C compiler is missing", fix)
         return ok("torch.compile", "not tested; to compile a small model, run nanogpt-accel doctor --full")
-    env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # worker processes could outlive a timeout
+    env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no worker processes, which a timeout would not end
     command, text = [sys.executable, "-c", COMPILE, str(device)], {"encoding": "utf-8", "errors": "replace"}
     start = time.monotonic()
     try:

@@ -430,7 +430,8 @@ def predict(recipe, figures, ladder, law):
         ValueError: the losses of the recipe and of the runs cannot be compared.
     """
     if recipe.model.init_from not in ("scratch", "resume"):
-        raise ValueError(f"fit: predicts runs from scratch, but model.init_from={recipe.model.init_from}; remove fit")
+        problem = f"a scaling law only predicts runs from scratch, but model.init_from={recipe.model.init_from}"
+        raise ValueError(f"fit: {problem}; remove fit")
     if not figures["tokens"]:
         raise ValueError("fit: the recipe does not train (eval_only=true or max_iters=0); remove fit")
     problems, warnings = differences(ladder, recipe)
@@ -480,7 +481,7 @@ def write_recipe(path, recipe, prediction, argv, keeps_out_dir):
     for name in values.keys() & SECTIONS.keys():
         values[name] = {key: value for key, value in values[name].items() if value is not None}
     loss, low, high = (round(prediction[key], 4) for key in ("loss", "low", "high"))
-    source = f"{prediction['form']} of {prediction['runs']} runs, 90% interval {low} to {high}"
+    source = f"predicted by the law {prediction['form']} of {prediction['runs']} runs; 90% interval {low} to {high}"
     values["expect"] = {"val_loss": loss, "tolerance": round(max(high - loss, loss - low, 1e-4), 4), "source": source}
     header = [
         f"The size for a compute budget, chosen with the scaling law {prediction['law']}",
@@ -550,7 +551,7 @@ def run_lines(figures, n_params):
         f"Chinchilla   {figures['tokens_per_parameter']:,.4g} tokens per parameter; compute-optimal: "
         f"{optimal / n_params:.3g} per parameter, {short(optimal)} tokens"
     )
-    if "prediction" not in figures:  # the law of a prediction is more accurate for these data than Chinchilla's
+    if "prediction" not in figures:  # with fit, use the law that was fitted to runs on these data instead
         yield (
             f"             optimal for these FLOPs: {short(figures['optimal_parameters_for_flops'])} parameters and "
             f"{short(figures['optimal_tokens_for_flops'])} tokens"

@@ -79,7 +79,8 @@ def main(argv):
         )
     fields = SampleOptions.model_fields
     target, given = cli.parse(argv, {**fields, "start": fields["prompt"], "json": fields["json_output"]})
-    nanogpt_target = [given.pop(key) for key in ("out_dir", "init_from") if key in given]  # as in nanoGPT's sample.py
+    # nanoGPT's sample.py names the model with these options; the error below shows the usage of this command
+    nanogpt_target = [given.pop(key) for key in ("out_dir", "init_from") if key in given]
     options, problems, _ = validate(SampleOptions, given)
     if "prompts" in given and not {"prompt", "start"}.isdisjoint(given):
         problems.append(f"prompts={options.prompts}: cannot be combined with prompt; remove one of them")

@@ -72,8 +72,8 @@ def _runs(law):
 def draw(law):
     """Return a matplotlib figure with two plots.
 
-    Left: loss against compute, with the extrapolation. Right: isoFLOP curves if the runs have at least two of them,
-    otherwise loss against tokens for L(N, D), and differences from the law for L(C).
+    Left: loss against compute, with the extrapolation. Right: isoFLOP curves if the runs are on at least two curves.
+    Otherwise: loss against tokens for L(N, D), differences from the law for L(C).
     """
     figure, (left, right) = new_figure(columns=2, size=(13.5, 5.6))
     _draw_compute(law, left)

@@ -26,7 +26,7 @@ import numpy as np
 # approach 3 of Hoffmann et al. 2022, with the constants of Besiroglu et al. 2024
 CHINCHILLA = {"E": 1.8172, "A": 482.01, "a": 0.3478, "B": 2085.43, "b": 0.3658}
 FORMS = {"L(N, D)": (("A", "a", "n_params"), ("B", "b", "tokens")), "L(C)": (("K", "c", "flops"),)}
-DELTA = 1e-3  # of the Huber loss: larger differences of logarithms count linearly, so a single bad run has less weight
+DELTA = 1e-3  # threshold of the Huber loss: larger differences of logarithms count linearly, so bad runs weigh less
 EXPONENTS = 0.01, 2.0  # lower and upper bound of the exponents
 # Number of refits in the bootstrap, and the percentiles of a 90% interval. With the percentiles 5 and 95, the intervals
 # of synthetic laws contain the true value in only 88 to 93% of cases; with 4 and 96, in at least 90%.
@@ -54,7 +54,7 @@ class Law:
     form: a key of FORMS. reason: why this form was fitted, as text.
     constants: {name: value}. draws: {name: array of the values in the refits}. at_bound: names of constants that the
     data do not determine, because the fit ends at a bound. noise: standard deviation of the logarithm of a loss from
-    the law. noise_draws: for each refit, the difference of a new run from the law, drawn at random.
+    the law. noise_draws: for each refit, a random difference of the logarithm of a new run's loss from the law.
     """
 
     runs: tuple
@@ -118,7 +118,7 @@ class Law:
         return flops / max(run.flops for run in self.runs)
 
     def ratio_to_line(self, n_params, tokens):
-        """Return by which factor, at least 1, the tokens per parameter of a run differ from those on the line through
+        """Return the factor (at least 1) between the tokens per parameter of a new run and those on the line through
         the fitted runs, at the same compute. For L(N, D), which also holds off the line, return 1."""
         if self.form != "L(C)":
             return 1.0
@@ -129,7 +129,8 @@ class Law:
 def expected_loss(constants, point):
     """Return the loss that a law predicts, without noise.
 
-    constants: {name: number or array}. point: {"n_params", "tokens", "flops": number or array}, those of the form.
+    constants: {name: number or array}. point: a dictionary with the inputs of the law, numbers or arrays: "n_params"
+        and "tokens" for L(N, D), "flops" for L(C).
     """
     terms = FORMS["L(C)" if "K" in constants else "L(N, D)"]
     return constants["E"] + sum(constants[A] / np.power(point[x], constants[a]) for A, a, x in terms)

@@ -185,7 +185,7 @@ class Console:
             except BrokenPipeError:
                 raise
             except OSError:
-                if self.is_terminal:  # it was closed, for example by a lost connection
+                if self.is_terminal:  # the terminal was closed, for example because the connection was lost
                     self.is_terminal = False
                     self.stop()
 
@@ -196,7 +196,8 @@ def is_terminal(stream):
 
 def is_notebook():
     """Return whether this process is the kernel of a notebook."""
-    if "IPython" not in sys.modules or multiprocessing.parent_process() is not None:  # a rank of notebook_launcher
+    # the ranks of notebook_launcher are child processes of the kernel
+    if "IPython" not in sys.modules or multiprocessing.parent_process() is not None:
         return False
     from rich.console import Console as Terminal
 

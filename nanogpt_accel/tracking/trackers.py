@@ -144,10 +144,10 @@ def _options(tracker, run_id, project, first_step, folder, name):
 
             config = ExperimentConfig(name=name, offline_directory=str(folder / "comet_ml"))
             return {"experiment_key": run_id, "experiment_config": config}
-        case "trackio":  # continues the last run of this name, and reads TRACKIO_DIR when trackio is first imported
+        case "trackio":  # continues the last run with this name; reads TRACKIO_DIR when trackio is imported
             os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
             return {"name": name, "resume": "allow" if is_resumed else "never"}
-        case "aim":  # Accelerate sets its repository to the run folder
+        case "aim":  # Accelerate sets aim's repository to the run folder
             return {"experiment": project} | ({"run_hash": run_id, "force_resume": True} if run_id else {})
         case "mlflow":
             return _mlflow_options(run_id, folder, name)

@@ -496,7 +496,7 @@ def test_the_cost_is_that_of_all_gpus(capsys):
         (["fit=RUNS", "flops=1e6", "to=new.yaml"], "flops=1e+06: too few for one step"),
         (["fit=missing"], "missing: no such folder"),
         (["fit=RUNS", "max_iters=0"], "fit: the recipe does not train"),
-        (["fit=RUNS", "init_from=gpt2"], "fit: predicts runs from scratch"),
+        (["fit=RUNS", "init_from=gpt2"], "fit: a scaling law only predicts runs from scratch"),
         (["dollars_per_hour=2"], "the duration of the run on device=cpu is unknown"),
     ],
 )
