@@ -765,8 +765,8 @@ def _conflicts(recipe, overridden):
         yield (
             {"mup_base_width", "n_embd", "n_head", "head_dim"},
             f"model.mup_base_width={model.mup_base_width} is not a multiple of head_dim={head_dim} (n_embd / n_head), "
-            f"which must be the same for n_embd and mup_base_width; set n_head to {model.n_embd // largest} or a "
-            "multiple of it",
+            "which must be the same for n_embd and mup_base_width; "
+            f"set n_head={model.n_embd // largest} or a multiple of it",
         )
     if train.sample_interval and not train.sample_tokens:
         yield (
