@@ -392,7 +392,7 @@ def choose_size(target, overrides, flops, law):
 
     With a law of the form L(N, D), choose the depth with the lowest predicted loss. With L(C), or if the overrides
     contain tokens_per_parameter, choose the depth at which the recipe's number of training tokens needs about `flops`.
-    Then set tokens_per_parameter so that the run uses the budget exactly.
+    Then set tokens_per_parameter so that the run uses the whole budget.
     """
     has_ratio = law.form == "L(C)" or any(key.endswith("tokens_per_parameter") for key in overrides)
     vocab_size, best = find_data(load_recipe(target, overrides))[0], None  # best: (score, depth, tokens per parameter)
