@@ -179,7 +179,7 @@ def plan(recipe, options):
     size = run_size(recipe, shape, train_tokens)
     assumed += assumptions(recipe, options, gpu, precision, size["parameters"]["total"])
     assumed += [
-        f"{key}={show_value(value)} needs no parameters, memory or FLOPs; plan does not know this setting"
+        f"{key}={show_value(value)} costs nothing: plan does not know this setting, so all estimates ignore it"
         for key, value in shape.items()
         if value and key not in sizing.COUNTED
     ]

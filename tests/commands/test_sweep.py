@@ -279,7 +279,7 @@ def test_a_changed_setting_is_refused_or_trained_again(copy, call, started):
     (error,) = call(*words, status=2).splitlines()
     problem = f"the run in {FOLDER} was trained with other settings: weight_decay=0.1 instead of 0.2"
     assert error == (
-        f"error: {problem}; set out_dir to another folder than {FOLDER}, or overwrite=true to train it again"
+        f"error: {problem}; set out_dir to another folder than {FOLDER}, or overwrite=true to replace the run"
     )
     for words_of_table in ([*words, "--table"], ["sweep", copy, RATES, "seed=7", "max_iters=16", "--table"]):
         out = call(*words_of_table)
