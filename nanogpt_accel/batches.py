@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 WINDOW = 256  # number of samples whose start positions are computed together
-_ROUNDS = 6  # of the Feistel network in `shuffled`; 4 are enough in theory, but small permutations need more
+_ROUNDS = 6  # rounds of the Feistel network in `shuffled`; 4 are enough in theory, but small permutations need more
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Mixture:
         block_size, batch_size, micro_batches, seed, sampling: see Batches.
     """
 
-    BLOCK = 1000  # samples
-    CYCLE = 1024  # blocks; over a cycle, rounding up and down cancel out
+    BLOCK = 1000  # samples per block
+    CYCLE = 1024  # blocks per cycle; over a cycle, rounding up and down cancel out
 
     def __init__(self, tokens, stages, block_size, batch_size, micro_batches, seed, sampling="shuffle"):
         self.names, self.block_size = list(tokens), block_size
@@ -109,7 +109,7 @@ class Mixture:
         self.order = block_size, seed, sampling
         self.phases = mix(np.arange(len(tokens), dtype=np.uint64), seed_of(seed, 4)) / 2.0**64  # in [0, 1)
         self.first_samples = [step * batch_size * micro_batches for step, _ in stages]  # of each stage
-        # where the part of each source ends in a block, in units of 1 / CYCLE samples
+        # per stage, the ends of the parts of a block (see _blocks), in units of 1 / CYCLE samples
         self.ends = []
         for _, shares in stages:
             ends = itertools.accumulate(shares.get(name, 0) * self.BLOCK * self.CYCLE for name in tokens)
@@ -126,10 +126,10 @@ class Mixture:
         """Return the number of samples from each source in the first n blocks of a stage.
 
         A block is divided by systematic sampling (Madow 1949). Every source has a part of the interval from 0 to BLOCK;
-        the length of this part is the source's share of BLOCK samples. The block has an offset below 1, which shifts
+        the length of this part is the source's share of BLOCK samples. Every block has an offset below 1, which shifts
         all parts. A source has as many samples as there are integers in its shifted part: its share, rounded up or
-        down. From block to block, the offset increases by about the golden ratio, modulo 1. It takes each of CYCLE
-        values once per cycle.
+        down. From block to block, the offset increases by about the golden ratio, modulo 1. In a cycle of CYCLE blocks,
+        every multiple of 1 / CYCLE is the offset of one block.
         """
         cycles, rest = divmod(n, self.CYCLE)
         offsets = np.arange(rest) * 633 % self.CYCLE
@@ -204,8 +204,8 @@ def model_inputs(rows, device="cpu", eot_id=None):
 
 
 def epoch_shape(n_tokens, block_size):
-    """Return (blocks per epoch, maximum shift of the block boundaries). To leave room for the shift, an epoch has one
-    block fewer than the data."""
+    """Return (blocks per epoch, maximum shift of the block boundaries). Because of the shift, an epoch uses one block
+    less than the data have."""
     n_blocks = max((n_tokens - 1) // block_size - 1, 1)
     return n_blocks, n_tokens - 1 - n_blocks * block_size
 

@@ -89,7 +89,8 @@ def _evaluate_batches(model, tokens, batches, to_inputs, accelerator, progress, 
     shape = max(len(starts) for starts, *_ in batches), max(length for _, length, *_ in batches)
     results = []
     with torch.no_grad():
-        # sharded models need the same number of calls on every rank; the surplus results are dropped below
+        # sharded models need the same number of calls on every rank, so the last batch may be evaluated several times;
+        # the additional results are removed below
         for i in range(0, len(batches), world):
             batch = batches[min(i + rank, len(batches) - 1)]
             starts, length, *_ = batch

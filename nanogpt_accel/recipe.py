@@ -107,7 +107,7 @@ Label = Annotated[str, AfterValidator(_check_label)]
 
 
 class Corpus(Section):
-    """The keys that define a corpus. The data section, every source of a mix and every validation set have them."""
+    """The keys that define a corpus. The data section, each source of a mix and each validation set have these keys."""
 
     corpus: Name = Field(
         "openwebtext",
@@ -154,7 +154,7 @@ class Corpus(Section):
 
 
 class _Member(Corpus):
-    """A corpus in a list. Keys that are left out have the values of the data section."""
+    """A corpus in a mix or in `validation`. Keys that are not given have their values from the data section."""
 
     @model_serializer(mode="wrap")
     def _given_keys(self, serialize):
@@ -162,7 +162,7 @@ class _Member(Corpus):
 
     @property
     def given(self):
-        """The given keys of a corpus, as a dictionary; {} if this is only a reference to another source."""
+        """The given keys of the corpus, as a dictionary. It is empty for an entry that only names an earlier source."""
         keys = {key: getattr(self, key) for key in Corpus.model_fields if key in self.model_fields_set}
         return keys if keys.keys() & {"corpus", "data_dir"} else {}
 
@@ -217,7 +217,8 @@ class Data(Corpus):
         [], description="later mixes: a list of {from: STEP or SHARE, mix: [...]}, in the order of the steps"
     )
     validation: Annotated[dict[Label, ValidationSet], _yaml_or({})] = Field(
-        {}, description="more validation sets: {NAME: {corpus: ..., split: ...}, ...}; their losses are val_loss/NAME"
+        {},
+        description="more validation sets: {NAME: {corpus: ..., split: ...}, ...}; the losses are called val_loss/NAME",
     )
     shard_tokens: Int = Field(100_000_000, ge=1000, description="maximum number of tokens per token file")
     tokenizer: Name = Field(
@@ -236,7 +237,8 @@ class Data(Corpus):
     special_tokens: Literal["text", "tokens"] = Field(
         "text",
         description="how to encode special tokens, such as <|endoftext|>, that occur in the text of the corpus. text: "
-        "as ordinary text, like nanoGPT; tokens: as their ids. If any occur, prompts are encoded in the same way",
+        "as ordinary text, like nanoGPT; tokens: as their ids. If the corpus contains any, prompts are encoded in the "
+        "same way",
     )
     sampling: Literal["shuffle", "random"] = Field(
         "shuffle",
@@ -247,7 +249,8 @@ class Data(Corpus):
 
     @property
     def mixes(self):
-        """The lists of sources of all stages. Without `mix`, the first one is the corpus alone, named "corpus"."""
+        """One list of sources per stage. Without `mix`, the first list contains only the corpus, as a source with the
+        name "corpus"."""
         keys = {key: getattr(self, key) for key in Corpus.model_fields if key in self.model_fields_set}
         keys = keys if keys.keys() & {"corpus", "data_dir"} else keys | {"corpus": self.corpus}
         first = self.mix or [Source(**keys, name="corpus", weight=1)]
@@ -378,7 +381,8 @@ class Train(Section):
     gradient_accumulation_steps: Int = Field(
         40,
         ge=1,
-        description="micro-batches per step over ALL processes; the number of GPUs does not change the tokens per step",
+        description="micro-batches per step, in total over ALL processes; so the tokens per step do not depend on the "
+        "number of GPUs",
     )
     max_iters: Int = Field(600_000, ge=0, description="number of optimizer steps")
     eval_interval: Int = Field(2000, ge=1, description="steps between evaluations")
@@ -427,7 +431,9 @@ class Train(Section):
     )
     tasks_limit: IntOrNone = Field(None, ge=1, description="use at most this many questions per task; default: all")
     tasks_dir: TextOrNone = Field(None, description="folder with your own lm-eval task files")
-    sample_tokens: Int = Field(0, ge=0, description="tokens per sample (one is printed at the end); 0: no samples")
+    sample_tokens: Int = Field(
+        0, ge=0, description="number of tokens per sample; a sample is printed after training. 0: no samples"
+    )
     sample_prompt: str = Field(
         "\n", description="prompt of the samples; default: a newline, or the first token if no token contains a newline"
     )
@@ -437,13 +443,13 @@ class Train(Section):
 
 
 class Scaling(Section):
-    """How `depth` and `tokens_per_parameter` scale a recipe: scaling.py."""
+    """How to scale a recipe to another `depth` or `tokens_per_parameter`; see scaling.py."""
 
     tokens_per_parameter: FloatOrNone = Field(
         None,
         gt=0,
-        description="training tokens per parameter of the matrices in the blocks and the head, which determines "
-        "max_iters; default: as in the recipe at its own size",
+        description="number of training tokens per parameter, which determines max_iters; only the parameters of the "
+        "matrices in the blocks and of the head are counted. Default: as in the recipe at its own size",
     )
     aspect_ratio: FloatOrNone = Field(
         None, gt=0, description="n_embd per layer of a scaled recipe; default: n_embd / n_layer of the recipe"
@@ -465,11 +471,12 @@ class Checkpoint(Section):
     keep_last: Int = Field(2, ge=1, description="number of recent checkpoints to keep, in addition to the best one")
     best: TextOrNone = Field(
         None,
-        description="validation set or source whose loss selects the best checkpoint; default: all sources together",
+        description="validation set or source whose loss selects the best checkpoint; default: the mean loss over all "
+        "sources",
     )
     mix_change: bool = Field(
         False,
-        description="resume although the data differ from those of the checkpoint; later checkpoints record the change",
+        description="also resume if the data differ from those of the checkpoint; later checkpoints record the change",
     )
     async_save: bool = Field(False, description="write checkpoints in the background, after copying the state")
     resume: Annotated[Literal["no", "auto"], BeforeValidator(_read_no)] = Field(
@@ -509,8 +516,8 @@ class Expect(Section):
     tolerance: FloatOrNone = Field(
         None,
         gt=0,
-        description="the result is reproduced if its loss differs from val_loss by at most this "
-        "much; default: only print both losses",
+        description="the run reproduces the expected result if its loss differs from val_loss by at most this value; "
+        "default: only print the two losses",
     )
     evaluation: Literal["last", "best"] = Field("last", description="evaluation to compare: the last or the best")
     steps: IntOrNone = Field(None, ge=0, description="step at which val_loss was measured; default: max_iters")
@@ -524,11 +531,12 @@ class Expect(Section):
     )
 
 
-LOCAL = {"out_dir": True, "data": {"data_dir"}, "checkpoint": {"mirror"}, "expect": True}  # not published
+# settings that are left out when a recipe is published
+LOCAL = {"out_dir": True, "data": {"data_dir"}, "checkpoint": {"mirror"}, "expect": True}
 
 
 class Recipe(Section):
-    """A complete run. Key names are unique across sections, so `n_layer=6` and `model.n_layer=6` both work."""
+    """All settings of a run. Key names are unique across sections, so `n_layer=6` and `model.n_layer=6` both work."""
 
     seed: Int = Field(1337, ge=0, lt=2**63, description="random seed for the batches, the initial weights and dropout")
     out_dir: Name = Field("", description="run folder; default: runs/ plus the name of the recipe")
@@ -546,7 +554,8 @@ class Recipe(Section):
 
     @property
     def derived(self):
-        """The settings that load_recipe derived from `depth` and `tokens_per_parameter`, as lines with their rules."""
+        """One line of text for each setting that load_recipe derived from `depth` and `tokens_per_parameter`: the value
+        and how it was computed."""
         return self._derived
 
     @property
@@ -570,14 +579,15 @@ class Recipe(Section):
 
     @property
     def max_warmup_iters(self):
-        """The largest number of warm-up steps that the schedule has room for."""
+        """The largest number of warm-up steps for which the schedule is long enough."""
         if self.optimizer.schedule == "warmup_stable_decay":  # the decay must not start during the warm-up
             return math.floor(self.lr_decay_iters * (1 - self.optimizer.decay_fraction) + 1e-6)
         return self.lr_decay_iters if self.optimizer.schedule == "cosine" else math.inf
 
     @property
     def warmup_iters(self):
-        """The number of warm-up steps. If the schedule is too short for them, at most a tenth of the schedule."""
+        """The number of warm-up steps. If the schedule is too short for the setting, use a tenth of its steps, or fewer
+        if the decay of the schedule starts earlier."""
         if self.optimizer.warmup_iters <= self.max_warmup_iters:
             return self.optimizer.warmup_iters
         return min(self.max_warmup_iters, self.lr_decay_iters // 10)
@@ -624,8 +634,8 @@ class Recipe(Section):
         return f"val_loss/{self.checkpoint.best}" if self.checkpoint.best else "val_loss"
 
     def padded_vocab_size(self, vocab_size):
-        """Return the model's vocabulary size, computed from that of the tokenizer. Padding adds at least one entry, for
-        the padding token."""
+        """Return the vocabulary size of the model. vocab_size: that of the tokenizer. Padding adds at least one entry,
+        for the padding token."""
         multiple = self.model.pad_vocab_to_multiple_of
         return vocab_size if multiple == 1 else math.ceil((vocab_size + 1) / multiple) * multiple
 
@@ -703,7 +713,7 @@ SECTION_OF |= {key: name for name, section in SECTIONS.items() for key in sectio
 FIELDS = {key: (SECTIONS[name] if name else Recipe).model_fields[key] for key, name in SECTION_OF.items()}
 FIELDS |= {f"{name}.{key}": FIELDS[key] for key, name in SECTION_OF.items() if name}
 
-# the settings that affect the expected loss; the seed is not one of them, because the tolerance covers its effect
+# the settings that affect the expected loss. The seed is not among them, because the tolerance covers its effect
 LOSS_SECTIONS = ("data", "model", "optimizer")
 LOSS_TRAIN_KEYS = ("batch_size", "gradient_accumulation_steps", "max_iters")
 LOSS_TRAIN_KEYS += ("eval_interval", "eval_iters", "eval_first", "eval_only")
@@ -747,15 +757,16 @@ def _conflicts(recipe, overridden):
     if model.mup_base_width and model.tie_word_embeddings and not model.norm_weight:
         yield (
             {"mup_base_width", "tie_word_embeddings", "norm_weight"},
-            f"model.mup_base_width={model.mup_base_width}: with tie_word_embeddings=true, it scales the weight of the "
-            "final norm, but norm_weight=false; set tie_word_embeddings=false",
+            f"model.mup_base_width={model.mup_base_width}: with tie_word_embeddings=true, muP needs the weight of the "
+            "final norm, but norm_weight=false; set tie_word_embeddings=false or norm_weight=true",
         )
     if model.mup_base_width and not model.head_dim and model.mup_base_width % head_dim:
         largest = math.gcd(model.n_embd, model.mup_base_width)
         yield (
             {"mup_base_width", "n_embd", "n_head", "head_dim"},
             f"model.mup_base_width={model.mup_base_width} is not a multiple of head_dim={head_dim} (n_embd / n_head), "
-            f"which must be the same at both widths; set n_head={model.n_embd // largest} or a multiple of it",
+            "which must be the same for n_embd and mup_base_width; "
+            f"set n_head={model.n_embd // largest} or a multiple of it",
         )
     if train.sample_interval and not train.sample_tokens:
         yield (
@@ -808,17 +819,18 @@ def _mix_conflicts(recipe):
         for source in mix:
             name, extra = source.label, sorted(source.model_fields_set - {"name", "weight"})
             if source.given and not name:
-                yield keys, f"{where}: corpus={source.corpus} gives no name to the source; set its name"
+                yield keys, f"{where}: the source with corpus={source.corpus} has no name; set its key `name`"
             elif not name or not (source.given or name in defined):
                 missing = f"no source is named {name}{nearest(name, defined)}" if name else "a source has no corpus"
                 yield keys, f"{where}: {missing}; set its corpus or data_dir"
             elif extra and not source.given:
-                fix = "set them where it is defined, or use another name and set its corpus"
-                yield keys, f"{where}: {', '.join(extra)} of {name}, which is defined in an earlier mix; {fix}"
+                problem, extra = f"{name} is defined in an earlier mix", ", ".join(extra)
+                fix = f"set {extra} there, or define another source with another name and its own corpus"
+                yield keys, f"{where}: {problem}, so {extra} cannot be set here; {fix}"
             elif source.given != defined.setdefault(name, source.given) and source.given:
-                yield keys, f"{where}: two different sources are named {name}; set name of one of them"
+                yield keys, f"{where}: two different sources are named {name}; change the name of one of them"
             elif names.count(name) > 1 and source is not mix[names.index(name)]:
-                yield keys, f"{where}: {name} is twice in the same mix; add up the weights"
+                yield keys, f"{where}: {name} is twice in the same mix; list it once, with the sum of the weights"
     starts = [start for start, _ in recipe.stages]
     if sorted(set(starts)) != starts:
         is_short = any(stage.start < 1 for stage in data.stages)  # shares of a short run are rounded to the same step
@@ -834,7 +846,7 @@ def _mix_conflicts(recipe):
         yield {"validation", "mix"}, f"data.validation.{name}: a source has the same name; choose another name"
     names, best = [*(data.sources if len(data.sources) > 1 else ()), *data.validation], recipe.checkpoint.best
     if best is not None and best not in names:
-        problem = f"checkpoint.best={best}: no such validation set{nearest(best, names)}"
+        problem = f"checkpoint.best={best}: no such validation set or source{nearest(best, names)}"
         yield {"best", "validation", "mix", "stages"}, f"{problem}; choose one of these: {show_value(names)}"
 
 
@@ -847,8 +859,9 @@ def load_recipe(path, overrides=None, check=None):
         check: function that takes the recipe, with defaults instead of invalid values, and returns a list of problems.
 
     Returns:
-        The Recipe, which is immutable. If out_dir is not set, it is runs/ plus the name of the file. val_fraction and
-        sample_prompt are only in model_fields_set if they were chosen for these data. Otherwise they may be replaced.
+        The Recipe, which is immutable. If out_dir is not set, it is runs/ plus the name of the file. If the overrides
+        change the corpus or the tokenizer, pydantic's model_fields_set does not contain val_fraction and sample_prompt
+        from the file. Code that opens the data may then replace these two settings.
 
     Raises:
         FileNotFoundError: there is no such recipe.
@@ -883,7 +896,7 @@ def load_recipe(path, overrides=None, check=None):
         else:
             values[home][leaf] = value
     given = {key.rpartition(".")[2] for key in overrides or {}}
-    if given & {"corpus", "data_dir"}:  # they replace the mix of the recipe
+    if given & {"corpus", "data_dir"}:  # a corpus on the command line replaces the mix of the recipe
         values["data"] = {key: value for key, value in values["data"].items() if key not in {"mix", "stages"} - given}
     if "data_dir" in given and "corpus" not in given and _has_token_files(values["data"]["data_dir"]):
         kept = given.union(DATA_USE_KEYS, _foreign_keys(values["data"]))
@@ -898,7 +911,7 @@ def load_recipe(path, overrides=None, check=None):
     recipe = sections.pop("")
     out_dir = recipe.out_dir or os.path.join("runs", path.stem if path else "default")
     recipe = recipe.model_copy(update=sections | {"out_dir": os.path.expanduser(out_dir)})
-    if given & {"corpus", "tokenizer", "data_dir"}:  # the file chose these settings for other data
+    if given & {"corpus", "tokenizer", "data_dir"}:  # the values in the file were chosen for other data
         for section, key in (("data", "val_fraction"), ("train", "sample_prompt")):
             if key not in given:
                 sections[section].model_fields_set.discard(key)
@@ -919,7 +932,7 @@ def load_recipe(path, overrides=None, check=None):
 
 
 def _scale(path, file_values, recipe, given, problems):
-    """Return the recipe scaled to its depth and tokens_per_parameter, or append to `problems`.
+    """Return the recipe scaled to its depth and tokens_per_parameter. If that is not possible, append to `problems`.
 
     file_values: {section: {key: value}} of the file, which is the reference. For the other arguments, see load_recipe.
     """
@@ -929,7 +942,8 @@ def _scale(path, file_values, recipe, given, problems):
     if path and path.name == "run.yaml":
         problems.append(f"{name}: only for a new run; to train this run for longer, set max_iters")
     elif recipe.model.init_from not in ("scratch", "resume"):
-        problems.append(f"{name}: not possible with init_from={recipe.model.init_from}, whose size is fixed; remove it")
+        problem = f"not possible with init_from={recipe.model.init_from}, because the size of this model is fixed"
+        problems.append(f"{name}: {problem}; remove {key}")
     elif not reference.train.max_iters:
         problems.append(f"{name}: the recipe does not train (max_iters=0), so there is nothing to scale; set max_iters")
     elif {"tokens_per_parameter", "max_iters"} <= given and recipe.scaling.tokens_per_parameter:
@@ -940,7 +954,8 @@ def _scale(path, file_values, recipe, given, problems):
     elif invalid := [problem for _, problem in _conflicts(reference, set())]:
         problems += invalid
     else:
-        data = reference.data if "data_dir" in given else recipe.data  # token files are assumed to have its vocabulary
+        # for token files in data_dir, assume the vocabulary size of the reference
+        data = reference.data if "data_dir" in given else recipe.data
         scaled, lines = scale(reference, recipe.model_copy(update={"data": data}), given)
         recipe = scaled if data is recipe.data else scaled.model_copy(update={"data": recipe.data})
         recipe._derived = tuple(lines)
@@ -948,7 +963,7 @@ def _scale(path, file_values, recipe, given, problems):
 
 
 def find_recipe(target):
-    """Return the file of the recipe that a user names.
+    """Return the path of a recipe's file.
 
     Args:
         target: a file, a run folder (its run.yaml is the recipe), or the name of a recipe. A path that exists takes
@@ -963,7 +978,7 @@ def find_recipe(target):
     if (path / "run.yaml").is_file():
         return path / "run.yaml"
     name = re.fullmatch(r"(recipes/)?([\w-]+)(\.yaml)?", str(target).replace(os.sep, "/"))
-    if name and not (name[1] and path.parent.is_dir()):  # otherwise, recipes/ is a folder of the user
+    if name and not (name[1] and path.parent.is_dir()):  # if recipes/ exists, it is a folder of the user
         files.append(packaged(f"recipes/{name[2]}.yaml"))
     found = next((file for file in files if file.is_file()), None)
     if path.is_dir():
@@ -981,14 +996,15 @@ def find_recipe(target):
 def _has_token_files(data_dir):
     """Return whether data_dir seems to contain prepared data, which replace the corpus and the tokenizer of the recipe.
 
-    Only file names are compared. dataset.check then reports files that are not token files.
+    Only the file names are checked here. Later, dataset.check reports files that are not token files.
     """
     folder = Path(os.path.expanduser(str(data_dir)))
     return folder.is_file() or any(any(folder.glob(name)) for name in ("manifest.json", "*.bin", "*.npy", "*.ds"))
 
 
 def _foreign_keys(data):
-    """Return the keys of the data section that apply if data_dir contains token files of another project."""
+    """Return the keys of the data section that also apply to the token files in data_dir: none for files of this
+    package, but some for files of other projects, which do not store these settings."""
     folder = Path(os.path.expanduser(str(data["data_dir"])))
     if (folder / "manifest.json").is_file():
         return ()
@@ -1041,7 +1057,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if problem:
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             keys.add(key.value)
-        return super().construct_mapping(node, deep=True)  # deep: fail for a mapping that contains itself
+        return super().construct_mapping(node, deep=True)  # deep=True raises an error if a mapping contains itself
 
 
 def _read_yaml(path):
@@ -1050,7 +1066,7 @@ def _read_yaml(path):
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a UTF-8 text file (invalid byte at position {error.start})") from None
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # raised for !!int x or 2024-99-99
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # for values such as !!int x or 2024-99-99
         raise ValueError(f"{path}: invalid YAML: cannot read a value ({error})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

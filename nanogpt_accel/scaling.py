@@ -1,13 +1,13 @@
-"""Scale a recipe to another depth: one dial for the size of a model and for everything that depends on it.
+"""Scale a recipe to another depth: one setting for the size of a model and for everything that depends on the size.
 
 The file of a recipe is the reference: its settings are good for its own n_layer and its own number of tokens. `scale`
 derives the settings for another depth or another number of tokens, as nanochat does (github.com/karpathy/nanochat,
-scripts/base_train.py). recipe.py calls it when a recipe is loaded, so all other code sees an ordinary recipe.
+scripts/base_train.py). recipe.py calls `scale` when a recipe is loaded, so all other code sees an ordinary recipe.
 """
 
 import math
 
-MULTIPLE_OF = 16  # of n_inner, if that of the recipe is such a multiple
+MULTIPLE_OF = 16  # n_inner is rounded to a multiple of gcd(16, the n_inner of the recipe)
 
 # ---- parameters
 
@@ -43,7 +43,7 @@ def known_shape(recipe):
 
 
 def tokens_per_param(reference, recipe):
-    """Return the number of training tokens per parameter of the scaled recipe: by default, that of the reference."""
+    """Return the training tokens per parameter for the scaled recipe: by default, as many as in the reference."""
     return recipe.scaling.tokens_per_parameter or _tokens(reference) / scaling_params(known_shape(reference))
 
 
@@ -55,26 +55,27 @@ def _round(value):
     return float(f"{value:.6g}")
 
 
-# ---- the rules: each returns {key: (value, rule as text)}
-# reference: the Recipe as in its file. recipe: the same with the settings from the command line and with the results of
-# the previous rules. given: names of the settings on the command line, which stay as they are
+# ---- the rules: functions that return {key: (value, rule as text)}
+# reference: the Recipe as in its file. recipe: the Recipe with the settings from the command line and the results of
+# the previous rules. given: names of the settings on the command line, which `scale` does not change
 
 
 def architecture(reference, recipe, given):
-    """Keep the ratio of width to depth, the size of a head, and the number of queries per key-value head."""
+    """Keep the ratio of width to depth, the head dimension, and the number of query heads per key-value head."""
     old, depth = reference.model, recipe.model.depth or reference.model.n_layer
     old_head_dim = old.head_dim or old.n_embd // old.n_head
     head_dim = recipe.model.head_dim or old_head_dim
     multiple = head_dim if "head_dim" in given else math.gcd(head_dim, old.n_embd)
     ratio = recipe.scaling.aspect_ratio or old.n_embd / old.n_layer
-    n_embd = multiple * max(1, math.ceil(round(depth * ratio / multiple, 6)))  # round: without floating-point errors
+    n_embd = multiple * max(1, math.ceil(round(depth * ratio / multiple, 6)))  # round removes floating-point errors
     n_embd = recipe.model.n_embd if "n_embd" in given else n_embd
-    share = old.n_head * old_head_dim / old.n_embd if recipe.model.head_dim else 1  # other than 1 only with head_dim
+    # the heads together can be wider or narrower than n_embd, if head_dim is set
+    share = old.n_head * old_head_dim / old.n_embd if recipe.model.head_dim else 1
     n_head = recipe.model.n_head if "n_head" in given else max(1, round(share * n_embd / head_dim))
     derived = {
         "n_layer": (depth, "depth"),
         "n_embd": (n_embd, f"depth * {ratio:g}, rounded up to a multiple of {multiple}"),
-        "n_head": (n_head, f"{f'{share:.4g} * ' * (share != 1)}n_embd / {head_dim}, the size of a head"),
+        "n_head": (n_head, f"{f'{share:.4g} * ' * (share != 1)}n_embd / head_dim, with head_dim={head_dim}"),
     }
     if old.n_kv_head:
         queries = math.gcd(n_head, old.n_head // old.n_kv_head)
@@ -87,8 +88,8 @@ def architecture(reference, recipe, given):
 
 
 def batch_size(reference, recipe, given):
-    """Grow the tokens per step B with the tokens of the run D, as B ~ D^0.383 (Power Lines, Bergsma et al. 2025, arXiv
-    2505.13738). As in nanochat, B is doubled or halved, so that it stays a multiple of the number of processes."""
+    """Scale the tokens per step B with the number of training tokens D: B ~ D^0.383 (Power Lines, Bergsma et al. 2025,
+    arXiv 2505.13738). As in nanochat, B is doubled or halved, so that the number of processes still divides it."""
     train, exponent = recipe.train, recipe.scaling.batch_exponent
     tokens = tokens_per_param(reference, recipe) * scaling_params(known_shape(recipe))
     wanted = reference.tokens_per_step * (tokens / _tokens(reference)) ** exponent
@@ -104,7 +105,7 @@ def batch_size(reference, recipe, given):
             micro_batches //= 2
         elif sequences % 2 == 0:
             sequences //= 2
-    rule = f"{wanted:,.0f} tokens per step, a power of two times those of the recipe; they grow as tokens^{exponent:g}"
+    rule = f"tokens per step grow as tokens^{exponent:g} to {wanted:,.0f}, rounded to a power of two times the recipe's"
     return {"gradient_accumulation_steps": (micro_batches, rule), "batch_size": (sequences, rule)}
 
 
@@ -112,7 +113,7 @@ def horizon(reference, recipe, given):
     """Train on the same number of tokens per parameter (Hoffmann et al. 2022), with a schedule of the same shape."""
     per_param = tokens_per_param(reference, recipe)
     params, per_step = scaling_params(known_shape(recipe)), recipe.tokens_per_step
-    steps = max(1, int(round(per_param * params / per_step, 6)))  # round: without floating-point errors
+    steps = max(1, int(round(per_param * params / per_step, 6)))  # round removes floating-point errors
     steps = recipe.train.max_iters if "max_iters" in given else steps
     rule = f"{per_param:.4g} tokens per parameter * {params:,} parameters / {per_step:,} tokens per step"
     derived = {"max_iters": (steps, rule)}
@@ -131,9 +132,10 @@ def horizon(reference, recipe, given):
 
 
 def learning_rates(reference, recipe, given):
-    """Scale the learning rates with the square root of the batch size, and AdamW's also with the width.
+    """Scale the learning rates with the square root of the batch size, and AdamW's learning rate also with the width.
 
-    For the width, nanochat uses n_embd^-0.5. If mup_base_width is set, muP scales each kind of weight instead.
+    For the width, nanochat uses the factor n_embd^-0.5. If mup_base_width is set, this factor is not used, because muP
+    scales the learning rate of each kind of weight.
     """
     old, exponent = reference.optimizer, 0 if recipe.model.mup_base_width else recipe.scaling.width_exponent
     by_batch = math.sqrt(recipe.tokens_per_step / reference.tokens_per_step)
@@ -150,8 +152,11 @@ def learning_rates(reference, recipe, given):
 
 
 def weight_decay(reference, recipe, given):
-    """Keep the time scale of AdamW's weights, a moving average of its updates, at the same share of the run. So the
-    product learning rate * weight decay * steps is constant (Wang and Aitchison 2024, arXiv 2405.13698)."""
+    """Keep the product learning rate * weight decay * steps constant (Wang and Aitchison 2024, arXiv 2405.13698).
+
+    With weight decay, AdamW's weights are a moving average of its updates. If the product is constant, the average
+    spans the same share of every run.
+    """
     derived = {}
     for key, rate in (("weight_decay", "learning_rate"), ("muon_weight_decay", "muon_learning_rate")):
         if decay := getattr(reference.optimizer, key):
@@ -165,7 +170,7 @@ RULES = (architecture, batch_size, horizon, learning_rates, weight_decay)
 
 
 def scale(reference, recipe, given):
-    """Scale a recipe to its depth and its tokens_per_parameter. For the arguments, see above.
+    """Scale a recipe to its depth and its tokens_per_parameter. For the arguments, see the comment above the rules.
 
     Returns:
         (recipe, lines): the scaled Recipe, and a line of text for each setting that differs from the reference.

@@ -204,7 +204,7 @@ def run_training(recipe, signals):
         run.start(setup, data, state, stopper, is_resumed)
         describe_run(setup, data, state.step, console)
         console.start(state.step, recipe.train.max_iters, recipe.train.eval_interval, setup.is_compiled)
-        startup.resume_gc()  # because saving leaves models in reference cycles
+        startup.resume_gc()  # saving leaves models in reference cycles, which only garbage collection frees
         is_stopped = training_loop(setup, data, run, state, stopper, console)
         console.stop()
         run.saver.wait()
@@ -302,7 +302,7 @@ def main(argv):
 
 
 def train(recipe, **overrides):
-    """Train a GPT as a recipe describes, or continue a run. This is the `nanogpt-accel train` command for Python.
+    """Train a GPT from a recipe, or continue a run. This is the Python version of the command `nanogpt-accel train`.
 
     model, history = train("recipes/quickstart.yaml", max_iters=100, out_dir="runs/test")
     model, history = train("runs/test", max_iters=200)  # continue from the latest checkpoint

@@ -55,7 +55,7 @@ def load_target(target, options):
                 f"out_dir={options['out_dir']}: a resumed run stays in {target}; to write to another folder, start a "
                 f"new run with init_from={quoted(target)}"
             )
-        # this fails if there is no checkpoint; with the recipe's resume=auto, the run would start over
+        # init_from=resume fails if there is no checkpoint; with resume=auto in run.yaml, the run would start over
         options = {"init_from": "resume", "resume": "no", **options, "out_dir": str(target)}
         target = Path(target) / "run.yaml"
     return load_recipe(target, options, check=check_recipe)
@@ -90,7 +90,7 @@ def check_recipe(recipe):
             f"set on_nonfinite=stop, or launch with {packaged('configs/fsdp2.yaml')}"
         )
     problems += check_optimizer(recipe.optimizer)
-    # if another process trains in the folder, report only that, because the contents still change
+    # if another process trains in out_dir, do not check the contents of the folder, because they still change
     locked = check_lock(out_dir) if is_main() and not train.eval_only else []
     problems += locked or check_out_dir(recipe)
     if not train.eval_only:
@@ -129,10 +129,11 @@ def check_optimizer(settings):
     model, states = torch.nn.Linear(3, 2), []
     try:
         optimizer = make_optimizer(model, settings)
-    except Exception as error:  # a class may check its options in any way
+    except Exception as error:  # an optimizer class may raise any exception for invalid options
         if settings.options:
             return [f"{options}: {settings.algorithm} does not accept them: {first_line(error)}"]
-        return [f"{algorithm}: cannot be created with lr and parameter groups, without options: {first_line(error)}"]
+        fix = "set its required arguments in optimizer.options"
+        return [f"{algorithm}: cannot be created with only parameter groups and lr: {first_line(error)}; {fix}"]
     if settings.weight_decay and "weight_decay" not in optimizer.defaults:
         key = f"optimizer.weight_decay={settings.weight_decay:g}"
         return [f"{key}: {settings.algorithm} does not support it; set weight_decay=0"]
@@ -166,7 +167,8 @@ def _take_step(model, optimizer):
 
 
 def _attributes(optimizer):
-    """Return the numbers, tensors and containers of an optimizer that checkpoints do not store, as {name: text}."""
+    """Return the attributes of an optimizer that checkpoints do not store, if they are numbers, tensors or containers,
+    as {name: text}."""
     import torch
 
     values = {key: vars(optimizer)[key] for key in vars(optimizer).keys() - {"state", "param_groups", "defaults"}}
@@ -175,11 +177,11 @@ def _attributes(optimizer):
 
 
 def _state_names(settings):
-    """Return the names of the values that an optimizer class stores for a parameter, or None if it cannot be used."""
+    """Return the names of the values that an optimizer class stores per parameter. If the class fails, return None."""
     import torch
 
     model = torch.nn.Linear(3, 2)
-    with suppress(Exception):  # check_optimizer reports it
+    with suppress(Exception):  # check_optimizer reports the problem
         optimizer = make_optimizer(model, settings)
         _take_step(model, optimizer)
         return {name for state in optimizer.state.values() for name in state}
@@ -191,12 +193,12 @@ def check_saved_optimizer(checkpoint, settings):
     settings: the optimizer section of the recipe.
     """
     before = read_trainer(checkpoint).get("optimizer")
-    with suppress(OSError, ValueError):  # earlier versions stored it only in run.yaml, which may have other keys
+    with suppress(OSError, ValueError):  # earlier versions of this package stored these settings only in run.yaml
         before = before or load_recipe(checkpoint.parent / "run.yaml").optimizer.model_dump()
     for key in ("algorithm", "options") if before else ():
         value, now = before[key], getattr(settings, key)
         is_same = value == now
-        if key == "options" and not is_same:  # most options may change
+        if key == "options" and not is_same:  # options may change if the optimizer stores the same values as before
             is_same = _state_names(settings) in (None, _state_names(settings.model_copy(update={key: value})))
         if not is_same:
             saved = show_value(value)
@@ -329,7 +331,7 @@ def find_checkpoint(recipe, data, console):
         ValueError: no checkpoint is valid, or the latest valid checkpoint was trained on different data.
     """
     source = latest_valid(recipe.out_dir, console)
-    if source is None:  # check_out_dir compares only file sizes, this check also hashes
+    if source is None:  # check_out_dir has only compared file sizes; this call of latest_valid also compared hashes
         raise ValueError(f"out_dir={recipe.out_dir}: all checkpoints are corrupted; to start over, set overwrite=true")
     before, now = read_trainer(source)["data"], data.identity
     if before == now:
@@ -352,8 +354,11 @@ def find_checkpoint(recipe, data, console):
 
 
 def data_changes(source, data):
-    """Return new entries for TrainState.data_changes. If `data`, a RunData, differ from the data of the checkpoint
-    `source`, this is one entry with the step and the data of the checkpoint; otherwise, the list is empty."""
+    """Return a list of new entries for TrainState.data_changes.
+
+    If `data`, a RunData, differ from the data of the checkpoint `source`, the list has one entry with the step and the
+    data of the checkpoint. Otherwise, it is empty.
+    """
     trainer = read_trainer(source)
     return [] if trainer["data"] == data.identity else [{"step": trainer["step"], "data_before": trainer["data"]}]
 
@@ -504,7 +509,8 @@ def accelerator_for(recipe):
 
 
 def set_up(recipe, data, source, console):
-    """Return the Setup of a run. The model has the weights in the folder `source`; if that is None, random weights."""
+    """Return the Setup of a run. The model has the weights in the folder `source`, or random weights if source is
+    None."""
     # imported only after all checks, because torch and transformers take seconds to import
     import torch
     from transformers.utils import logging as transformers_logging
@@ -512,7 +518,7 @@ def set_up(recipe, data, source, console):
     from .distributed import sharding
 
     transformers_logging.disable_progress_bar()
-    # compare before Accelerate connects the ranks: if a rank has failed, connecting takes until collective_timeout
+    # compare the ranks before Accelerate connects them: if a rank has failed, connecting takes until collective_timeout
     facts = {
         "recipe": recipe.flat(),
         "data": {key: str(value) for key, value in data.identity.items()},
@@ -577,7 +583,7 @@ def is_finite(grad_norm):
 
 
 class NonFinite:
-    """Detects a loss or gradient norm that is NaN or Inf, and ends the run or skips the step.
+    """Detect a loss or gradient norm that is NaN or Inf, and end the run or skip the step.
 
     In fp16, infinite gradients are normal while the gradient scaler searches for its scale. The scaler skips the steps
     with infinite gradients.
@@ -605,7 +611,8 @@ class NonFinite:
         state.skips_in_a_row = (state.skips_in_a_row + 1) * was_skipped
         if state.skips_in_a_row > self.max_skips:
             first = state.step - state.skips_in_a_row + 1
-            raise self.error(f"gradients of steps {first} to {state.step} are not finite", state.step)
+            what = f"gradients of steps {first} to {state.step} are not finite; these are more than"
+            raise self.error(f"{what} max_skips={self.max_skips} steps", state.step)
 
     def check(self, step, losses, grad_norm):
         """Return the losses of the steps up to `step`, averaged over all ranks, and the last gradient norm, as floats.
@@ -625,7 +632,8 @@ class NonFinite:
             if not math.isfinite(loss):
                 raise self.error(f"loss of step {i} is {loss}", i)
         scaler = self.accelerator.scaler
-        is_scaling = scaler is not None and scaler.get_scale() >= 1  # if the scale falls below 1, no scale works
+        # below a scale of 1, the gradients are infinite at any scale, so they are an error in fp16 too
+        is_scaling = scaler is not None and scaler.get_scale() >= 1
         if not (math.isfinite(grad_norm) or is_scaling or self.accelerator.optimizer_step_was_skipped):
             raise self.error(f"gradient norm of step {step} is {grad_norm}", step)
         return losses, grad_norm

@@ -173,7 +173,7 @@ def test_settings_that_were_chosen_for_other_data_may_still_be_replaced():
 
 def test_what_cannot_be_scaled_is_refused():
     for name, depth, problem in (
-        ("eval_gpt2", {"depth": "4"}, "model.depth=4: not possible with init_from=gpt2, whose size is fixed"),
+        ("eval_gpt2", {"depth": "4"}, "model.depth=4: not possible with init_from=gpt2, because the size of"),
         ("finetune_shakespeare", {"tokens_per_parameter": "2"}, "scaling.tokens_per_parameter=2: not possible with"),
     ):
         with pytest.raises(ValueError) as error:

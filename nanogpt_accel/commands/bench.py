@@ -7,7 +7,8 @@
 The steps are the same as in train.py, with the same model, optimizer, precision, batches and Accelerator. The
 command does not download data or weights, and it does not evaluate or save the model.
 
-`--coordinate-check plot.png` measures the change of the activations instead of the speed.
+With `--coordinate-check plot.png`, the command does not measure the speed. It measures how much the first training
+steps change the activations at several widths (the coordinate check of muP).
 """
 
 import itertools
@@ -33,7 +34,8 @@ from ..utils import cli
 from ..utils.fields import Int, Ints, Section, Words, nearest, raise_problems, show_value
 from ..utils.text import counted, printable
 
-# axis -> [(name of the variant, changed settings)]; variants_of computes the variants of batch_size
+# the values of --compare: {axis: [(name of a variant, settings that it changes), ...]}; variants_of adds those of
+# batch_size, which depend on the recipe
 AXES = {
     "compile": [("eager", {"compile": False}), ("compiled", {"compile": True})],
     "attention": [("sdpa", {"attention": "sdpa"}), ("eager attention", {"attention": "eager"})],
@@ -53,13 +55,13 @@ class BenchOptions(Section):
     profile: str | None = Field(None, description="write a trace of two steps to this file; open it in ui.perfetto.dev")
     coordinate_check: str | None = Field(
         None,
-        description="measure not the speed, but how much the activations change in the first steps at several widths, "
-        "with and without mup_base_width, and write a plot to this file",
+        description="instead of the speed, measure how much the first training steps change the activations at several "
+        "widths, with and without mup_base_width; write a plot to this file",
     )
     widths: Ints = Field(
         [],
-        description="for coordinate_check: values of n_embd; n_head, n_kv_head and n_inner are in proportion. Default: "
-        "1, 2, 4 and 8 times the smallest possible width of at least 64",
+        description="for coordinate_check: the values of n_embd to compare; n_head, n_kv_head and n_inner scale with "
+        "n_embd. Default: 1, 2, 4 and 8 times the smallest possible width that is at least 64",
     )
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
@@ -79,13 +81,14 @@ def main(argv):
         if axis not in AXES:
             problems.append(f"compare={axis}: unknown axis{nearest(axis, AXES)}; choose from {', '.join(AXES)}")
     if options.coordinate_check and (options.compare or options.profile):
-        problems.append("coordinate_check: not together with compare or profile; run `bench` twice")
+        problems.append("coordinate_check: cannot be combined with compare or profile; run `bench` twice")
     if options.widths and not options.coordinate_check:
-        problems.append(f"widths={show_value(options.widths)}: only for coordinate_check; to set one width, use n_embd")
+        fix = "remove widths; to change the width of the model, set n_embd"
+        problems.append(f"widths={show_value(options.widths)}: only used with coordinate_check; {fix}")
     for key in ("profile", "coordinate_check"):
         file = getattr(options, key)
-        if file and not Path(file).absolute().parent.is_dir():
-            problems.append(f"{key}={file}: no such folder; create it, or set {key} to another path")
+        if file and not (folder := Path(file).absolute().parent).is_dir():
+            problems.append(f"{key}={file}: the folder {folder} does not exist; create it, or change {key}")
     raise_problems(problems)
     measure, describe = (check_coordinates, report_coordinates) if options.coordinate_check else (bench, report)
     recipe = load_recipe(target, overrides, check=check)
@@ -104,7 +107,10 @@ def check(recipe):
 
 
 def variants_of(recipe, axes):
-    """Return [(name, changed settings), ...] for all combinations of variants. axes: keys of AXES; []: one variant."""
+    """Return [(name, changed settings), ...]: one entry for each combination of the variants of these axes.
+
+    axes: list of keys of AXES. If it is empty, the only entry is the unchanged recipe.
+    """
     size = recipe.train.batch_size
     sizes = [(f"batch_size={n}", {"batch_size": n}) for n in (size // 2, size, 2 * size) if n]
     variants = []
@@ -169,7 +175,7 @@ def bench(recipe, options):
         for _ in range(options.warmup):
             variant.step()
     times = {variant: [] for variant in variants}
-    for _ in range(options.steps):  # alternate, so that the load of other programs affects all variants
+    for _ in range(options.steps):  # alternate, so that the load of other programs affects all variants equally
         for variant in variants:
             times[variant].append(variant.step())
     figures = [figures_of(variant, times[variant]) for variant in variants]
@@ -198,7 +204,7 @@ def bench(recipe, options):
 
 
 def figures_of(variant, steps):
-    """Return the results of a variant as a dictionary. steps: list of results of Variant.step."""
+    """Return the results of a variant as a dictionary. steps: the results of Variant.step, one per measured step."""
     setup = variant.setup
     speeds = [setup.tokens_per_step / step["total"] for step in steps]
     speed, peak = statistics.median(speeds), setup.peak_flops
@@ -217,7 +223,10 @@ def figures_of(variant, steps):
 
 
 class Variant:
-    """A model that is trained to measure the time of each part of a step. settings: the changed settings."""
+    """A model that is trained to measure the time of each part of a step.
+
+    settings: {key: value} for the settings that differ from the recipe.
+    """
 
     def __init__(self, recipe, config, tokens, eot_id, name, settings):
         import torch
@@ -329,7 +338,8 @@ class Variant:
         import torch
         from torch.profiler import ProfilerActivity
 
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's C++ code logs each start and stop at level 5
+        # hide the messages that the profiler's C++ code logs at level 5 whenever it starts or stops
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
         with torch.profiler.profile(activities=activities, profile_memory=profile_memory) as profiler:
             for _ in range(steps):
@@ -376,7 +386,8 @@ def report(target, figures):
 
 
 def smallest_width(model):
-    """Return the smallest n_embd at which n_head, n_kv_head and n_inner have the same proportions to it, as integers.
+    """Return the smallest n_embd to which the model can be scaled: n_head, n_kv_head and n_inner are scaled by the same
+    factor and must be integers.
 
     model: the model section of a recipe.
     """
@@ -384,15 +395,20 @@ def smallest_width(model):
 
 
 def at_width(recipe, width):
-    """Return the recipe with n_embd=width, a multiple of smallest_width, and the same head_dim."""
+    """Return the recipe with n_embd=width. n_head, n_kv_head and n_inner scale with n_embd; head_dim does not change.
+
+    width: a multiple of smallest_width(recipe.model).
+    """
     sizes = {key: getattr(recipe.model, key) for key in ("n_head", "n_kv_head", "n_inner")}
     sizes = {key: size and size * width // recipe.model.n_embd for key, size in sizes.items()}
     return recipe.replace(**sizes, n_embd=width, head_dim=recipe.shape["head_dim"])
 
 
 def check_coordinates(recipe, options):
-    """Train the recipe's model for a few steps at several widths, with and without mup_base_width, and write a plot of
-    the activations and of their changes. Return the results as a dictionary.
+    """Run the coordinate check, and return its results as a dictionary.
+
+    Train the recipe's model for a few steps at several widths, with and without mup_base_width, and write a plot of the
+    activations and of their changes.
 
     Raises:
         ValueError: a setting is not supported.
@@ -402,15 +418,16 @@ def check_coordinates(recipe, options):
     widths = sorted(set(options.widths)) or [first, 2 * first, 4 * first, 8 * first]
     problems = []
     if len(widths) < 2 or any(width < 1 or width % smallest for width in widths):
-        fix = f"give at least two multiples of {smallest}, the smallest width with the proportions of this model"
+        fix = f"set at least two multiples of {smallest}, so that n_head and n_inner can scale with the width"
         problems.append(f"widths={show_value(widths)}: {fix}")
     if not run_data.is_prepared(recipe.data):
         problem = f"coordinate_check={options.coordinate_check}: the data are not prepared"
-        problems.append(f"{problem}, and from random tokens a model learns nothing; run `nanogpt-accel prepare` first")
+        problems.append(f"{problem}, and a model learns nothing from random tokens; run `nanogpt-accel prepare` first")
     if model.tie_word_embeddings and not model.norm_weight:
-        problems.append("model.tie_word_embeddings=true: with norm_weight=false, not supported by mup_base_width")
+        problem = "model.tie_word_embeddings=true: with tied weights, muP needs the weight of the final norm"
+        problems.append(f"{problem}; set norm_weight=true or tie_word_embeddings=false")
     if world_size() > 1:
-        problems.append("coordinate_check: only for one process; start it without accelerate launch")
+        problems.append("coordinate_check: runs in a single process; start it without accelerate launch")
     raise_problems(problems)
 
     # in float32, because rounding to bfloat16 also changes activations
@@ -447,5 +464,5 @@ def report_coordinates(target, figures):
         changes = "".join(f"{size:>13.3g}" for size in row["changes"][-1])
         slopes = f"{row['slopes'][-1]:>9.2f}{row['slopes'][0]:>15.2f}"
         yield f"{row['name']:<9}{row['activations']:<16}{changes}{slopes}"
-    yield "\nslope: 0 if the change is the same at any width, 1 if it is proportional to the width"
+    yield "\nslope of log(change) over log(n_embd). 0: same change at all widths; 1: change proportional to the width"
     yield f"plot: {figures['plot']}"

@@ -27,7 +27,7 @@ def main(argv):
         )
     target, options, problems = cli.parse_options(argv, ConfigsOptions)
     if target is not None:
-        problems.append(f"{target}: configs accepts only options; for the path of a config, use --path {target}")
+        problems.append(f"{target}: `configs` accepts only options; for the path of a config, use --path {target}")
     raise_problems(problems)
     if options.path:
         print(find_packaged("configs", options.path).absolute())

@@ -28,7 +28,8 @@ class DataOptions(Section):
     peek: Int = Field(60, ge=0, description="number of tokens to show from the start of each split")
     tokenizer: str = Field(
         "gpt2",
-        description="gpt2, or a folder with a tokenizer.json; only for token files of another project without one",
+        description="gpt2, or a folder with a tokenizer.json; only used for token files of other projects, if there is "
+        "no tokenizer in their folder",
     )
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
@@ -48,7 +49,7 @@ def main(argv):
     raise_problems(problems)
     recipe = target if target.endswith((".yaml", ".yml")) else None
     if not (recipe or Path(target).exists()):
-        with suppress(FileNotFoundError):  # not a recipe either; open_dataset reports the folder
+        with suppress(FileNotFoundError):  # neither a folder nor a recipe; open_dataset raises the error
             recipe = find_recipe(target)
     if recipe:
         return show_sources(recipe, options)
@@ -74,7 +75,10 @@ def main(argv):
 
 
 def show_sources(target, options):
-    """Print the sources of a recipe and their use over the run. target: the path of the recipe."""
+    """Print the sources of a recipe: their tokens, their shares of the mix, their epochs over the run, their folders.
+
+    target: the path of the recipe.
+    """
     recipe = load_recipe(target, check=lambda recipe: run_data.check(recipe.data))
     folders, train_tokens = {}, {}
     for name, section in run_data.sections(recipe.data).items():

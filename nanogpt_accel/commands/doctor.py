@@ -37,7 +37,7 @@ from ..utils.packaged import packaged
 from ..utils.text import first_line, printable, quoted
 
 GIB = 2**30
-COMPILE_LIMIT_S = 300  # the test of torch.compile takes 20 s on 2 idle CPU cores, and took 98 s on busy ones
+COMPILE_LIMIT_S = 300  # the test of torch.compile took 20 s on 2 idle CPU cores, and 98 s on 2 busy cores
 OPTIONAL = ("wandb", "tensorboard", "deepspeed", "torchao", "lm_eval", "triton")
 ALL_REDUCE_BYTES, ROUNDS = 64 * 2**20, 5
 NCCL_FIX = "set NCCL_DEBUG=INFO for details"
@@ -69,7 +69,7 @@ def main(argv):
         )
     target, options, problems = cli.parse_options(argv, DoctorOptions)
     if target is not None:
-        problems.append(f"{target}: doctor accepts only options; remove this argument")
+        problems.append(f"{target}: `doctor` accepts only options; remove this argument")
     raise_problems(problems)
     findings = examine(options.full)
     if is_main() and options.json_output:
@@ -88,7 +88,7 @@ def examine(full):
     full: also run the slow check.
     """
     findings = versions()
-    if not is_broken(findings):  # the next checks need the packages
+    if not is_broken(findings):  # the next checks import the required packages
         findings += [broken("launch", problem) for problem in check_launcher()]
     if is_broken(findings):
         return findings
@@ -214,7 +214,11 @@ def attention(device):
 
 
 def compiling(device, full):
-    """Check torch.compile. full: compile a model in a subprocess, because the compilation may hang or crash."""
+    """Check whether torch.compile works.
+
+    full: compile and run a small model in a subprocess, because the compilation may hang or crash. Otherwise, only
+        check that triton and a C compiler are installed if the device uses torch.compile by default.
+    """
     is_default = should_compile("auto", device.type)
     failure = partial(broken if is_default else warning, "torch.compile")
     compiler = "cl of Visual Studio" if sys.platform == "win32" else "g++ or clang++"
@@ -225,7 +229,7 @@ def compiling(device, full):
         if is_default and not (has_compiler and find_spec("triton")):
             return failure("triton or a C compiler is missing", fix)
         return ok("torch.compile", "not tested; to compile a small model, run nanogpt-accel doctor --full")
-    env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # so that no workers remain after a timeout
+    env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no worker processes, which a timeout would not end
     command, text = [sys.executable, "-c", COMPILE, str(device)], {"encoding": "utf-8", "errors": "replace"}
     start = time.monotonic()
     try:

@@ -97,9 +97,10 @@ class Text(NamedTuple):
 def load_data_recipe(target, path, given):
     """Load the recipe that defines the data to evaluate on.
 
-    path: file of the recipe. None: load run.yaml from the run of the model `target`. But if `given` contains corpus
-        or data_dir, load no file, and for a corpus, use the tokenizer of the model by default.
-    given: recipe keys from the command line.
+    path: file of the recipe. None: if `given` contains corpus or data_dir, these define the data; otherwise, load
+        run.yaml of the run that trained the model `target`. If `given` contains only corpus, and neither data_dir nor
+        tokenizer, the text is encoded with the tokenizer of the model.
+    given: recipe settings from the command line.
     """
     keys = {key.removeprefix("data.") for key in given} & {"corpus", "data_dir", "tokenizer"}
     if path is None and keys & {"corpus", "data_dir"}:
@@ -178,7 +179,7 @@ def open_text(options, folder, config, console):
     """Return ([Text], list of problems) for options.text, encoded with the tokenizer of the model in `folder`."""
     path = Path(options.text)
     try:
-        # utf-8-sig: without a byte order mark
+        # utf-8-sig removes a byte order mark
         text = path.read_text(encoding="utf-8-sig") if path.is_file() else joined_text(options.text, options.split)
     except UnicodeDecodeError as error:
         fix = how_to_convert(path.read_bytes(), path)
@@ -187,10 +188,10 @@ def open_text(options, folder, config, console):
     try:
         tokens = TokenArray(tokenizer.encode_document(text))
     except EncodingError as error:
-        fix = "remove it from the text, or evaluate a model that was trained with it"
-        raise ValueError(f"text={path}: for {folder}, {error}; {fix}") from None
+        fix = "remove this text from the file, or evaluate a model with another tokenizer"
+        raise ValueError(f"text={path}: with the tokenizer of {folder}, {error}; {fix}") from None
     if lost := describe_losses(text, tokenizer):
-        problem = f"{lost}; bits per byte counts their bytes, so the value is too low"
+        problem = f"{lost}; bits per byte counts the bytes of the lost characters too, so it is too low"
         console.say(f"warning: text={path}: with the tokenizer of {folder}, {problem}")
     problems = check_tokenizer(tokenizer, config, folder)
     problems += [] if len(tokens) > 1 else [f"text={path}: must have at least 2 tokens, but has {len(tokens)}"]
@@ -208,7 +209,7 @@ def check_windows(text, block_size, recipe, options, config, folder):
         problems.append(f"block_size={block_size}: must not exceed {context}, the context length of {folder}")
     if stride and stride > block_size:
         problems.append(
-            f"stride={stride}: must not exceed block_size={block_size}, because some tokens would be skipped"
+            f"stride={stride}: must not exceed block_size={block_size}, because tokens between windows would be skipped"
         )
     if stride and eval_iters != "all":
         problems.append(f"eval_iters={eval_iters}: not supported with stride={stride}; remove one of them")
@@ -252,7 +253,8 @@ def evaluate_tasks(target, recipe, options):
     from lm_eval.models.huggingface import HFLM
 
     folder = find_model(target, console, bars=console.is_verbose)
-    # lm-eval would initialize missing weights at random. The check also registers GPT with AutoModelForCausalLM
+    # lm-eval initializes weights that it does not find with random values, so check their names first. check_weights
+    # also registers GPT with AutoModelForCausalLM, which lm-eval uses
     if check_weights(folder)[-1]:
         problem = "the names of the weights start with module. or _orig_mod., which lm-eval does not support"
         raise ValueError(f"{folder}: {problem}; export the model first")

@@ -37,8 +37,8 @@ class ExportOptions(Section):
     )
     vocab: Literal["cut", "keep"] = Field(
         "cut",
-        description="cut: remove the entries that pad the vocabulary, because most tools expect the vocabulary size of "
-        "the tokenizer; a stock model may keep one of them as the padding token. keep: export all entries",
+        description="cut: remove the padding entries of the vocabulary, because most tools expect the vocabulary size "
+        "of the tokenizer; a stock model may keep one entry as the padding token. keep: export all entries",
     )
 
 

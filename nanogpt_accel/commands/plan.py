@@ -35,16 +35,18 @@ GIB = 2**30
 RESERVE = 0.1  # share of GPU memory reserved for the CUDA context, kernel workspaces and fragmentation
 SMALL = 50e6  # parameters; smaller models are limited by kernel launches, not by FLOPs
 NVLINK, INFINIBAND = 450e9, 50e9  # bytes per second per GPU: NVLink 4 within a machine, 400 Gb/s between machines
-# training tokens of unprepared corpora, as counted by nanoGPT (data/*/readme.md) with the recipes' val_fraction
+# number of training tokens, used if a corpus is not prepared; from nanoGPT's data/*/readme.md, with the val_fraction of
+# the recipes
 TRAIN_TOKENS = {
     ("openwebtext", "gpt2"): 9_035_582_198,
     ("shakespeare", "gpt2"): 301_966,
     ("shakespeare", "char"): 1_003_854,
 }
-# times the largest compute of the runs, the factor between tokens per parameter, and epochs above which plan warns
+# `predict` warns above these limits: compute relative to the largest finished run; factor between the tokens per
+# parameter of the run and of the finished runs; epochs
 FAR, OFF_THE_LINE, MANY_EPOCHS = 10, 1.5, 4
-MAX_DEPTH = 1000  # of the setting depth
-MAX_SKIPPED = 30  # depths that are not valid, one after another, before the search for a depth ends
+MAX_DEPTH = 1000  # upper limit of the setting depth
+MAX_SKIPPED = 30  # the search for a depth ends after this many invalid depths in a row
 TITLES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 
 
@@ -64,13 +66,15 @@ class PlanOptions(Section):
     dollars_per_hour: FloatOrNone = Field(None, gt=0, description="price of one GPU for one hour; default: no cost")
     fit: str = Field(
         "",
-        description="folder of finished runs, or a quoted pattern such as 'runs/ladder/*'; the scaling law of their "
-        "losses predicts the loss of the recipe",
+        description="folder of finished runs, or a quoted pattern such as 'runs/ladder/*'. A scaling law is fitted to "
+        "their losses and predicts the loss of the recipe",
     )
     flops: FloatOrNone = Field(
-        None, gt=0, description="budget in FLOPs; with fit, choose the depth and the number of steps for it"
+        None,
+        gt=0,
+        description="compute budget in FLOPs; the scaling law from `fit` chooses the depth and the number of steps",
     )
-    to: str = Field("", description="file for the recipe that flops and fit choose")
+    to: str = Field("", description="write the recipe that flops and fit choose to this file")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
@@ -96,7 +100,7 @@ def main(argv):
     figures = plan(recipe, options)
     if options.flops and figures["flops"] > 1.1 * options.flops:
         raise ValueError(
-            f"flops={options.flops:g}: too few for a step of the recipe; set at least {figures['flops']:.2g}"
+            f"flops={options.flops:g}: too few for one step of the recipe; set flops to at least {figures['flops']:.2g}"
         )
     if law:
         figures["prediction"] = predict(recipe, figures, ladder, law)
@@ -124,7 +128,8 @@ def check(recipe, options):
     gpu, unknown = find_gpu(recipe, options)
     if options.dollars_per_hour and gpu is None and not unknown:
         device, price = recipe.train.device, f"{options.dollars_per_hour:g}"
-        problems.append(f"dollars_per_hour={price}: the time on device={device} is unknown; set gpu, or remove it")
+        fix = "set gpu, or remove dollars_per_hour"
+        problems.append(f"dollars_per_hour={price}: the duration of the run on device={device} is unknown; {fix}")
     return problems + unknown
 
 
@@ -134,7 +139,7 @@ def check_fit(options, overrides):
     if options.flops and not options.fit:
         problems.append(f"flops={options.flops:g}: needs a scaling law; set fit to a folder of finished runs")
     if options.to and not options.flops:
-        problems.append(f"to={to}: set flops and fit too; they choose the recipe to write")
+        problems.append(f"to={to}: needs flops and fit, which choose the recipe to write; set both")
     if options.to and to.exists():
         problems.append(f"to={to}: already exists; set `to` to another file")
     elif options.to and not to.parent.is_dir():
@@ -162,7 +167,8 @@ def find_gpu(recipe, options):
 
 
 def plan(recipe, options):
-    """Return all estimates for a run as a dictionary, in bytes, seconds and FLOPs unless the key names another unit."""
+    """Return all estimates for a run as a dictionary. The units are bytes, seconds and FLOPs, unless the key names
+    another unit."""
     train, gpus, gpu = recipe.train, options.gpus, find_gpu(recipe, options)[0]
     vocab_size, train_tokens, assumed = find_data(recipe)
     shape = model_shape(recipe, vocab_size)
@@ -173,7 +179,7 @@ def plan(recipe, options):
     size = run_size(recipe, shape, train_tokens)
     assumed += assumptions(recipe, options, gpu, precision, size["parameters"]["total"])
     assumed += [
-        f"{key}={show_value(value)} adds nothing: plan does not know this setting, so all estimates ignore it"
+        f"{key}={show_value(value)} costs nothing: plan does not know this setting, so all estimates ignore it"
         for key, value in shape.items()
         if value and key not in sizing.COUNTED
     ]
@@ -367,7 +373,7 @@ def find_fix(train, gpus, memory_of, layouts, limit):
         parts = (memory_of(name, n, batch=batch, checkpointing=checkpointing) for name, (_, n) in layouts.items())
         return min(sum(sizes.values()) for sizes in parts) <= limit
 
-    sequences = train.batch_size * train.gradient_accumulation_steps  # per step, which must stay the same
+    sequences = train.batch_size * train.gradient_accumulation_steps  # per step; the advice must not change it
     for checkpointing in dict.fromkeys((train.activation_checkpointing, True)):
         switch = " activation_checkpointing=true" if checkpointing > train.activation_checkpointing else ""
         if switch and fits(train.batch_size, True):
@@ -382,14 +388,15 @@ def find_fix(train, gpus, memory_of, layouts, limit):
 
 
 def choose_size(target, overrides, flops, law):
-    """Return overrides with the depth and the tokens per parameter that are best for a budget.
+    """Choose the depth of a recipe for a compute budget. Return {"depth", "tokens_per_parameter"}, as overrides.
 
-    For the form L(N, D), these have the lowest loss. For L(C), or if tokens_per_parameter is given, choose the depth
-    for which the budget pays for about as many tokens per parameter as the recipe has at this depth.
+    With a law of the form L(N, D), choose the depth with the lowest predicted loss. With L(C), or if the overrides
+    contain tokens_per_parameter, choose the depth at which the recipe's number of training tokens needs about `flops`.
+    Then set tokens_per_parameter so that the run uses the whole budget.
     """
     has_ratio = law.form == "L(C)" or any(key.endswith("tokens_per_parameter") for key in overrides)
     vocab_size, best = find_data(load_recipe(target, overrides))[0], None  # best: (score, depth, tokens per parameter)
-    # the horizon is not chosen yet, and may be too short for this warm-up
+    # warmup_iters is left out while depths are tried, because it can be too long for the number of steps at a depth
     settings = {key: value for key, value in overrides.items() if key.rpartition(".")[2] != "warmup_iters"}
     for depth in range(1, MAX_DEPTH + 1):
         try:
@@ -409,7 +416,7 @@ def choose_size(target, overrides, flops, law):
             score = scaling_law.expected_loss(law.constants, point)
         if best is None or score < best[0]:
             best = score, depth, tokens / scaling_params(known_shape(recipe))
-        elif depth > best[1] + 3:  # the score has one minimum, except for the rounding of sizes
+        elif depth > best[1] + 3:  # the score has one minimum; rounded sizes only cause small bumps
             break
     if best[1] == MAX_DEPTH:
         raise ValueError(f"flops={flops:g}: too many for the largest depth, {MAX_DEPTH}; set flops to a lower number")
@@ -423,7 +430,8 @@ def predict(recipe, figures, ladder, law):
         ValueError: the losses of the recipe and of the runs cannot be compared.
     """
     if recipe.model.init_from not in ("scratch", "resume"):
-        raise ValueError(f"fit: predicts runs from scratch, but model.init_from={recipe.model.init_from}; remove fit")
+        problem = f"a scaling law only predicts runs from scratch, but model.init_from={recipe.model.init_from}"
+        raise ValueError(f"fit: {problem}; remove fit")
     if not figures["tokens"]:
         raise ValueError("fit: the recipe does not train (eval_only=true or max_iters=0); remove fit")
     problems, warnings = differences(ladder, recipe)
@@ -434,12 +442,14 @@ def predict(recipe, figures, ladder, law):
     times, ratio = law.extrapolation(flops), law.ratio_to_line(n_params, tokens)
     if times > FAR:
         warnings.append(
-            f"the run has {times:.3g} times the largest compute of the runs; above {FAR}, the law may not hold"
+            f"this run needs {times:.3g} times the FLOPs of the largest finished run; above {FAR} times, the law may "
+            "not hold"
         )
     if ratio > OFF_THE_LINE:
         warnings.append(
-            f"the tokens per parameter differ by a factor of {ratio:.2g} from those of the runs. Because the runs do "
-            "not vary tokens_per_parameter, the prediction may be too high or too low; add runs that do"
+            f"the tokens per parameter differ by a factor of {ratio:.2g} from those of the finished runs. The law "
+            "does not include their effect, so the prediction may be too high or too low; add runs with other values "
+            "of tokens_per_parameter"
         )
     if (figures["epochs"] or 0) > MANY_EPOCHS:
         warnings.append(
@@ -447,7 +457,8 @@ def predict(recipe, figures, ladder, law):
             "ones (Muennighoff et al. 2023), so the loss may be higher"
         )
     if law.at_bound:
-        warnings.append(f"the runs do not determine {', '.join(law.at_bound)}; add larger or more runs")
+        constants = f"constant{'s' * (len(law.at_bound) > 1)} {', '.join(law.at_bound)}"
+        warnings.append(f"the finished runs do not determine the law's {constants}; add larger or more runs")
     return {
         "loss": loss,
         "low": low,
@@ -464,16 +475,16 @@ def predict(recipe, figures, ladder, law):
 
 
 def write_recipe(path, recipe, prediction, argv, keeps_out_dir):
-    """Write a recipe file with the prediction as its expected loss. The run then reports whether it was right."""
+    """Write a recipe file with the predicted loss as its expected loss, so that the run reports whether the prediction
+    was right."""
     values = recipe.model_dump(exclude_unset=True, exclude={"expect"} | (set() if keeps_out_dir else {"out_dir"}))
     for name in values.keys() & SECTIONS.keys():
         values[name] = {key: value for key, value in values[name].items() if value is not None}
     loss, low, high = (round(prediction[key], 4) for key in ("loss", "low", "high"))
-    source = f"{prediction['form']} of {prediction['runs']} runs, 90% interval {low} to {high}"
+    source = f"predicted by the law {prediction['form']} of {prediction['runs']} runs; 90% interval {low} to {high}"
     values["expect"] = {"val_loss": loss, "tolerance": round(max(high - loss, loss - low, 1e-4), 4), "source": source}
-    choice = "The best size" if prediction["form"] == "L(N, D)" else "A size on the line of the runs"
     header = [
-        f"{choice} for a budget, by the scaling law {prediction['law']}",
+        f"The size for a compute budget, chosen with the scaling law {prediction['law']}",
         f"written by: nanogpt-accel plan {' '.join(map(quoted, argv))}",
         f"to train:   nanogpt-accel train {quoted(path)}",
     ]
@@ -486,8 +497,8 @@ def prediction_lines(prediction):
     """Yield lines of text: the predicted loss and its warnings."""
     interval = f"90% interval of a run: {prediction['low']:.3f} to {prediction['high']:.3f}"
     yield f"loss         {prediction['loss']:.3f} nats per token; {interval}"
-    times = f"{prediction['times_largest_compute']:.3g} times their largest compute"
-    yield f"             {prediction['law']}, from {prediction['runs']} runs; {times}"
+    times = f"this run needs {prediction['times_largest_compute']:.3g} times the FLOPs of the largest"
+    yield f"             {prediction['law']}, fitted to {prediction['runs']} runs; {times}"
     yield from (f"note: {note}" for note in prediction["notes"])
     yield from (f"warning: {warning}" for warning in prediction["warnings"])
 
@@ -540,7 +551,7 @@ def run_lines(figures, n_params):
         f"Chinchilla   {figures['tokens_per_parameter']:,.4g} tokens per parameter; compute-optimal: "
         f"{optimal / n_params:.3g} per parameter, {short(optimal)} tokens"
     )
-    if "prediction" not in figures:  # which has a law for these data
+    if "prediction" not in figures:  # with fit, use the law that was fitted to runs on these data instead
         yield (
             f"             optimal for these FLOPs: {short(figures['optimal_parameters_for_flops'])} parameters and "
             f"{short(figures['optimal_tokens_for_flops'])} tokens"

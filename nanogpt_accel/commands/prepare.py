@@ -58,6 +58,6 @@ def check_workers(data, options):
         fix = "start each worker as a separate process, as in configs/slurm/prepare.sbatch"
         return [f"workers={workers}: not supported with accelerate launch or torchrun; {fix}"]
     if workers > 1 and data.tokenizer in MADE and len({**data.sources, **data.validation}) > 1:
-        problem = f"not supported if several sources need the tokenizer={data.tokenizer} of the first one"
-        return [f"workers={workers}: {problem}; prepare the first one, and set tokenizer to its data folder"]
+        problem = f"not supported for several sources with tokenizer={data.tokenizer}, which the first source defines"
+        return [f"workers={workers}: {problem}; prepare the first source, and set tokenizer to its data folder"]
     return []

@@ -50,7 +50,7 @@ def main(argv):
     source = find_model(targets[0], warn=report)
     with tempfile.TemporaryDirectory() as folder:
         to = Path(folder) / targets[1].rpartition("/")[2]
-        # before the export, which is slow for a large model: the Hub may refuse the request
+        # create the repository before the export: the Hub may refuse, and the export of a large model is slow
         repo = create(targets[1], options.private, options.branch)
         place = {"repo": repo, "branch": options.branch}
         name, difference, _ = export(source, to, options.form, dtype=options.dtype, report=report, **place)

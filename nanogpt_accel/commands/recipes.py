@@ -33,7 +33,7 @@ def main(argv):
         )
     target, options, problems = cli.parse_options(argv, RecipesOptions)
     if target is not None:
-        problems.append(f"{target}: recipes accepts only options; to copy a recipe, use --copy {target}")
+        problems.append(f"{target}: `recipes` accepts only options; to copy a recipe, use --copy {target}")
     if options.to and not options.copy_name:
         problems.append(f"to={options.to}: the recipe to copy is missing; add --copy NAME")
     raise_problems(problems)
@@ -48,7 +48,7 @@ def print_list():
     for path in list_packaged("recipes"):
         try:
             lines = [summary(path), expectation(load_recipe(path).expect)]
-        except (OSError, ValueError) as error:  # a recipe that the user is writing in a clone
+        except (OSError, ValueError) as error:  # in a clone, the folder may contain an unfinished recipe of the user
             lines = [first_line(error)]
         print(list_entry(path.stem, *lines))
     print("\nTrain a recipe:  nanogpt-accel train quickstart\nChange a copy:   nanogpt-accel recipes --copy quickstart")
@@ -67,8 +67,8 @@ def expectation(expect):
 def copy(recipe, to):
     """Copy a packaged recipe to the file `to`.
 
-    In the copy, the train command names `to`, and the path of the schema for editors is absolute. The copy has no
-    expected loss, because the user will change its settings.
+    In the header of the copy, the train command uses the path `to`, and the path of the schema for editors is absolute.
+    The copy has no expected loss, because the user will change its settings.
 
     Raises:
         FileExistsError: `to` exists. FileNotFoundError: the folder of `to` does not exist.

@@ -29,7 +29,7 @@ from ..utils.files import write_atomically
 from ..utils.text import aligned, counted, duration, file_name, first_line, printable
 
 MAX_RUNS, MAX_POINTS, MAX_SAMPLES = 8, 800, 30
-MAX_TARGETS = 10_000  # of --fit
+MAX_TARGETS = 10_000  # maximum number of arguments for --fit
 COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#0891b2", "#db2777", "#ca8a04", "#64748b")
 CHARTS = {  # name in metrics.jsonl: (title, unit, divisor)
     "loss": ("Loss", "nats per token", 1),
@@ -88,7 +88,7 @@ def main(argv):
     runs = [read_run(Path(target), name) for target, name in zip(targets, unique_names(targets), strict=True)]
     write_page(out, page(runs))
     images = []
-    for line in table(runs):  # not wrapped, so that the columns stay aligned
+    for line in table(runs):  # print does not wrap long lines, in contrast to the console
         print(line)
     for run in runs:
         for note in run["notes"]:
@@ -138,8 +138,8 @@ def read_run(folder, name):
     """Read a run folder. Return a dictionary of plain values for the page.
 
     "series" is {metric: result of `downsample`}. "notes" is a list of problems, as text. Because metrics.jsonl
-    has no timestamps, the training time is computed from the throughput. It excludes the time for evaluations and
-    checkpoints.
+    has no timestamps, the training time is computed from the throughput. This excludes the time of evaluations and
+    of saving checkpoints.
     """
     recipe, tokens_per_step, notes = read_recipe(folder)
     lines = read_metrics(folder / "metrics.jsonl")
@@ -152,7 +152,7 @@ def read_run(folder, name):
         if points := [(step, seconds, value / scale) for step, seconds, value in values if value is not None]:
             series[key] = downsample(points)
     samples = [line for line in read_metrics(folder / "samples.jsonl") if isinstance(line.get("text"), str)]
-    if len(samples) > MAX_SAMPLES:  # evenly spaced, with the first and the last
+    if len(samples) > MAX_SAMPLES:  # show evenly spaced samples, including the first and the last
         samples = [samples[round(i * (len(samples) - 1) / (MAX_SAMPLES - 1))] for i in range(MAX_SAMPLES)]
     return {
         "name": name,
@@ -217,7 +217,7 @@ def progress(folder):
     """Return whether an unfinished run is running or stopped, as text."""
     try:
         return "running" if find_trainer(folder) else "stopped"
-    except OSError as error:  # for example, the folder of a colleague
+    except OSError as error:  # for example, the folder belongs to another user
         return f"running or stopped (.lock: {error.strerror or error})"
 
 

@@ -37,7 +37,9 @@ class SampleOptions(Section):
     prompts: str | None = Field(None, description="text file with one prompt per line, instead of prompt=...")
     num_samples: Int = Field(10, ge=1, description="number of samples per prompt")
     batch_size: Int = Field(
-        1, ge=1, description="samples per batch; large batches are faster, but only batch_size=1 streams text"
+        1,
+        ge=1,
+        description="samples per batch; large batches are faster, but only batch_size=1 prints text during generation",
     )
     max_new_tokens: Int = Field(500, ge=1, description="number of tokens to generate per sample")
     temperature: Float = Field(0.8, ge=0, description="below 1: less random; above 1: more random; 0: greedy decoding")
@@ -77,7 +79,8 @@ def main(argv):
         )
     fields = SampleOptions.model_fields
     target, given = cli.parse(argv, {**fields, "start": fields["prompt"], "json": fields["json_output"]})
-    nanogpt_target = [given.pop(key) for key in ("out_dir", "init_from") if key in given]  # as in nanoGPT's sample.py
+    # nanoGPT's sample.py names the model with these options; the error below shows the usage of this command
+    nanogpt_target = [given.pop(key) for key in ("out_dir", "init_from") if key in given]
     options, problems, _ = validate(SampleOptions, given)
     if "prompts" in given and not {"prompt", "start"}.isdisjoint(given):
         problems.append(f"prompts={options.prompts}: cannot be combined with prompt; remove one of them")
@@ -137,7 +140,7 @@ def stop_texts(stop):
     if not stop:
         return []
     texts = None
-    with suppress(ValueError):  # [INST], for example, is one text
+    with suppress(ValueError):  # stop=[INST], for example, is not JSON but a single string
         texts = json.loads(stop, strict=False)
     if isinstance(texts, list) and all(isinstance(text, str) and text for text in texts):
         return texts
@@ -151,11 +154,11 @@ def check_prompts(folder, tokenizer, prompts, options):
     config = read_config(folder)
     problems = check_tokenizer(tokenizer, config, folder)
     key = "prompts" if options.prompts else "prompt"
-    max_tokens = config["block_size"] if options.overflow == "stop" else None  # otherwise prompts may be longer
+    max_tokens = config["block_size"] if options.overflow == "stop" else None  # slide and extend allow longer prompts
     for prompt in prompts:
         problems += tokenizer.check_prompt(prompt, max_tokens, key)
     if options.stop_at_eos and tokenizer.eot_id is None:
-        fix = "leave it out, or set stop to a text"
+        fix = "remove stop_at_eos, or set stop to a text that ends a sample"
         problems.append(f"stop_at_eos=true: the tokenizer in {folder} has no end-of-text token; {fix}")
     if options.overflow == "extend" and config["position"] != "rotary":
         limit = f"block_size={config['block_size']}"
@@ -173,7 +176,7 @@ def write_texts(folder, tokenizer, prompts, options):
     from ..distributed.accelerator import pick_device
     from ..models.generation import generate, text_after
 
-    transformers_logging.set_verbosity_error()  # no warnings about valid options
+    transformers_logging.set_verbosity_error()  # transformers also warns about valid options
     model = load_model(folder).to(pick_device(options.device))
     cpu.tune_generation(model)
     settings = options.model_dump(include={"max_new_tokens", "temperature", "top_k", "top_p", "overflow"})

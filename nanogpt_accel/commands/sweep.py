@@ -4,8 +4,8 @@
     nanogpt-accel sweep quickstart learning_rate=1e-3,2e-3,4e-3 n_layer=2,4 --table
     accelerate launch -m nanogpt_accel sweep quickstart learning_rate=1e-3,2e-3,4e-3 index=3
 
-The run folders are the only state of a sweep. A point is done if it has the checkpoint of its last step. Otherwise, it
-resumes from its latest valid checkpoint. So the same command continues a sweep that was interrupted in any way.
+The run folders are the only state of a sweep. A point is done if its folder contains the checkpoint of the last step.
+Otherwise, its run resumes from the latest valid checkpoint. So the same command continues an interrupted sweep.
 """
 
 import csv
@@ -51,7 +51,7 @@ from ..utils.files import write_atomically
 from ..utils.text import aligned, counted, duration, first_line, printable
 
 POLL_S = 0.2
-MAX_NAME = 250  # bytes in the name of a point: file names have up to 255, and that of its log adds .log
+MAX_NAME = 250  # bytes in the name of a point; its log is called NAME.log, and file names have at most 255 bytes
 DONE, DIVERGED, RUNNING, CHANGED = "done", "diverged", "running", "other settings"
 
 
@@ -61,19 +61,23 @@ class SweepOptions(Section):
     out_dir: Name = Field("", description="folder of the sweep; default: the recipe's out_dir plus -sweep")
     jobs: Int = Field(1, ge=1, description="number of points that are trained at the same time")
     index: Int | None = Field(
-        None, ge=1, description="train only the point with this number, in this process or these ranks"
+        None,
+        ge=1,
+        description="train only the point with this number, in this process; with accelerate launch, in all processes",
     )
     list_points: bool = Field(False, alias="list", description="print the points with their numbers, and do not train")
     table: bool = Field(False, description="print the table of results, and do not train")
-    overwrite: bool = Field(False, description="train points again whose runs have other settings; keep the others")
+    overwrite: bool = Field(
+        False, description="if a run folder contains a run with other settings, replace this run; keep all other runs"
+    )
 
 
 @dataclass
 class Point:
     """A point of the grid.
 
-    values: the varied settings. settings: all settings of the command line. Both are {key: text}.
-    recipe: the Recipe, after a call of `load`.
+    values: the settings that the sweep varies. settings: all settings of the command line, including `values`. Both are
+    {key: text}. target: file of the recipe. recipe: the Recipe of this point, which `load` sets.
     """
 
     number: int
@@ -127,7 +131,8 @@ def main(argv):
 
 
 def parse(argv):
-    """Return (SweepOptions, list of Points) of a command line. With `index`, the list has only this point.
+    """Return (SweepOptions, list of Points) of a command line. With the option `index`, the list has only the point
+    with this number.
 
     Raises:
         ValueError: there are problems with the grid; the message has one line per problem.
@@ -138,7 +143,7 @@ def parse(argv):
     if options.index and options.jobs > 1:
         problems.append(f"jobs={options.jobs}: not used with index={options.index}; remove one of them")
     if world_size() > 1 and not (options.index or options.list_points or options.table):
-        problems.append("index is missing: the processes of a launcher train one point together; add index=N")
+        problems.append("index is missing: with accelerate launch, all processes train the same point; add index=N")
     varied, fixed, unsplit = {}, {}, ""
     for key, text in settings.items():
         leaf = key.rpartition(".")[2]
@@ -161,14 +166,16 @@ def parse(argv):
         values = dict(zip(keys, values, strict=True))
         points.append(Point(i, values, file, fixed | values))
     if (longest := max(len(point.name.encode()) for point in points)) > MAX_NAME:
-        raise ValueError(f"the names of the runs have up to {longest} bytes, above {MAX_NAME}; vary fewer keys")
+        problem = f"the names of the run folders have up to {longest} bytes, but at most {MAX_NAME} are allowed"
+        raise ValueError(f"{problem}; vary fewer keys")
     if options.index and options.index > len(points):
         raise ValueError(f"index={options.index}: the sweep has {counted(len(points), 'point')}")
     return options, points[options.index - 1 : options.index] if options.index else points
 
 
 def is_split(key):
-    """Return whether a value of a key cannot contain a comma: numbers, true and false, and choices."""
+    """Return whether commas separate the values of a key. This is true for numbers, booleans and choices, because such
+    a value cannot contain a comma itself."""
     return type_name(FIELDS[key].annotation).split("|")[0] not in ("TEXT", "A,B,...", "YAML", "{KEY: VALUE}")
 
 
@@ -182,7 +189,7 @@ def load(points, options, check=None):
     """Load the recipe of each point. check: function that takes a point, and returns a list of problems.
 
     Raises:
-        ValueError: there are problems; the message has one line per problem, with the points that have it.
+        ValueError: there are problems; the message has one line per problem, which names the affected points.
     """
     problems = {}  # problem -> [name of a point, ...]
     for point in points:
@@ -220,12 +227,12 @@ def check_point(point):
     recipe, folder = point.recipe, point.folder.parent
     problems = []
     if recipe.train.eval_only:
-        problems.append("train.eval_only=true: a sweep trains; remove eval_only")
+        problems.append("train.eval_only=true: not supported for a sweep; remove eval_only")
     if recipe.model.init_from == "resume":
         problems.append("model.init_from=resume: a sweep resumes its runs automatically; remove init_from")
     if recipe.model.init_from not in ("scratch", "resume"):
         problems += [
-            f"model.{key}: has no effect with init_from={recipe.model.init_from}, because the weights have an "
+            f"model.{key}: has no effect with init_from={recipe.model.init_from}, because the loaded model defines the "
             f"architecture; remove {key}"
             for key in point.values
             if key in recipe.shape and key != "block_size"
@@ -239,23 +246,25 @@ def check_point(point):
     if problems:
         return problems
     if not recipe.overwrite and (changed := changes(recipe, with_data=True)):
-        fix = f"set out_dir to another folder than {folder}, or overwrite=true to train it again"
-        return [f"the run in {folder} has other settings: {', '.join(changed)}; {fix}"]
+        fix = f"set out_dir to another folder than {folder}, or overwrite=true to replace the run"
+        return [f"the run in {folder} was trained with other settings: {', '.join(changed)}; {fix}"]
     return check_recipe(recipe) if find_status(point) not in (DONE, DIVERGED, RUNNING) else []
 
 
-# ---- the state of a run, which its folder determines
+# ---- the state of a run, read from its folder
 
 
 def find_status(point):
-    """Return what the folder of a point says: done, diverged, running, other settings, unfinished or not started."""
+    """Return the status of the run in a point's folder: done, diverged, running, other settings, unfinished or not
+    started."""
     if changes(point.recipe, with_data=point.recipe.overwrite):
         return CHANGED
-    with suppress(FileNotFoundError):  # another process deletes old checkpoints
+    with suppress(FileNotFoundError):  # another process may delete old checkpoints at this moment
         latest = latest_valid(point.folder, warn=lambda line: None, thorough=False)
         if latest and read_trainer(latest)["step"] >= point.recipe.train.max_iters:
             return DONE
-    if is_main() and find_trainer(point.folder):  # looking for it locks the folder, and two ranks would find each other
+    # only on the main process: find_trainer briefly locks the folder, so several ranks would find each other
+    if is_main() and find_trainer(point.folder):
         return RUNNING
     if any(point.folder.glob("nonfinite-*.json")):
         return DIVERGED
@@ -263,7 +272,8 @@ def find_status(point):
 
 
 def changes(recipe, with_data=False):
-    """Return how the run in out_dir differs from the recipe in settings that affect the result, as a list of strings.
+    """Compare the run in out_dir with the recipe. Return the differences in settings that affect the result, as a list
+    of strings.
 
     with_data: also compare the content of the corpus, which takes longer.
     """
@@ -285,8 +295,8 @@ def changes(recipe, with_data=False):
 def settings_of(recipe, saved, with_data):
     """Return the settings of a recipe that affect the result, with defaults filled in, as {key: value}.
 
-    saved: the recipe in run.yaml. In contrast to the recipe, it has the folders of the token files, a larger
-        val_fraction if val was too small, and the architecture of the weights that init_from loads.
+    saved: the recipe in run.yaml. The run has filled in settings there, which are not changes by the user: the folders
+        of the token files, a larger val_fraction if val was too small, the architecture of the model from init_from.
     """
     data = recipe.data
     keys = {"seed", *LOSS_TRAIN_KEYS, "mixed_precision", "on_nonfinite", "max_skips"}
@@ -355,8 +365,9 @@ def prepare(points, console):
 def train_all(points, jobs, signals, console):
     """Train the points that are not done, `jobs` at a time. Return {name of a point: exit status} of all that failed.
 
-    A point that another process trains is not started. This can be a process of a sweep that was killed, so wait for
-    its end. If a signal arrives, the trainings save a checkpoint and end, and the other points are not started.
+    If another process is already training a point, wait until it ends. If a sweep is killed, its trainings continue, so
+    this can be one of them. If a signal arrives, start no further points, and stop the trainings, which first save a
+    checkpoint.
     """
     waiting, running, told, failures = list(points), {}, set(), {}  # running: {slot: (point, process)}
     try:
@@ -364,7 +375,7 @@ def train_all(points, jobs, signals, console):
             for slot, (point, process) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
-                    if process.returncode and find_trainer(point.folder):  # another process was faster
+                    if process.returncode and find_trainer(point.folder):  # another process locked the folder first
                         waiting.append(point)
                     elif process.returncode:
                         failures[point.name] = process.returncode
@@ -386,9 +397,9 @@ def train_all(points, jobs, signals, console):
 
 
 def next_point(waiting, told, console):
-    """Remove points from `waiting` up to the first one to train, and return this point, or None if there is none.
+    """Return the next point to train, or None. Remove it from `waiting`, together with points that are done.
 
-    told: names of the points that were reported to be trained by another process.
+    A point that another process is training stays in `waiting`. told: names of such points that were already printed.
     """
     for point in list(waiting):
         if trainer := find_trainer(point.folder):
@@ -411,7 +422,11 @@ def start(point, env):
 
 
 def environment(device, slot, jobs):
-    """Return the environment variables of one of several jobs: each has a part of the CPU cores, and one GPU."""
+    """Return the environment variables for the training in a slot. If several jobs run at the same time, each of them
+    gets a part of the CPU cores, and one GPU.
+
+    device: the setting train.device. slot: from 0 to jobs - 1.
+    """
     env = dict(os.environ)
     if jobs == 1:
         return env
@@ -439,7 +454,7 @@ def how_it_ended(point, exit_status):
 
 
 def report_end(points, failures, signals):
-    """If any points are not done, report them and exit with status 75 or 1."""
+    """If any points are not done, report them and exit: with status 75 after a signal or max_hours, otherwise 1."""
     left = [point for point in points if find_status(point) != DONE]
     state = f"{len(points) - len(left)} of {counted(len(points), 'point')} are done"
     if left and (signals.received or {failures.get(point.name) for point in left} == {75}):
@@ -483,7 +498,7 @@ def loss_text(loss):
 def show(points, console):
     """Print the table of results, and write results.csv to the folder of the sweep.
 
-    The file has no times, so an interrupted sweep ends with the same file as an uninterrupted one.
+    The file contains no times, so an interrupted and continued sweep writes the same file as an uninterrupted one.
     """
     results = [result(point) for point in points]
     done = [row["best_val_loss"] for row in results if row["status"] == DONE]

@@ -1,4 +1,4 @@
-"""The coordinate check of muP: whether a training step changes the activations by the same amount at any width.
+"""The coordinate check of muP: measure whether a training step changes the activations by the same amount at any width.
 
 Source: Yang et al. 2022, arXiv 2203.03466, appendix D.1.
 """
@@ -43,7 +43,7 @@ def rms(tensors, before=None):
 def measure(model, inputs, train_step, steps):
     """Return {kind: [RMS of the activations at the start, RMS of their change after 1 step, after 2 steps, ...]}.
 
-    train_step: function that makes a training step.
+    train_step: function that runs one training step.
     """
     start = activations(model, inputs)
     sizes = {kind: [rms(start[kind])] for kind in KINDS}
@@ -65,7 +65,7 @@ def plot(results, widths, path):
     """Write a plot with a row of panels for each name. results: {name: {width: result of `measure`}}."""
     size = 3 * len(KINDS), 2.8 * len(results)
     figure, panels = new_figure(len(results), len(KINDS), size, sharex=True, sharey="col", squeeze=False)
-    from matplotlib.ticker import NullLocator  # after new_figure, which imports matplotlib for notebooks too
+    from matplotlib.ticker import NullLocator  # after new_figure: its import of matplotlib also works in notebooks
 
     for (name, by_width), row in zip(results.items(), panels, strict=True):
         for kind, panel in zip(KINDS, row, strict=True):
@@ -77,7 +77,7 @@ def plot(results, widths, path):
                 panel.loglog(widths, sizes, color=color, marker="o", markersize=3, label=label)
             panel.set_title(f"{kind}, {name}", fontsize="medium")
             panel.set_xticks(widths, map(str, widths))
-            panel.xaxis.set_minor_locator(NullLocator())  # the y axis may have no power of ten
+            panel.xaxis.set_minor_locator(NullLocator())  # but keep those of the y axis, which may have no major ticks
             panel.grid(alpha=0.3)
         row[0].set_ylabel("RMS")
     for panel in panels[-1]:

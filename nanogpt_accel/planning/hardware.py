@@ -11,7 +11,7 @@ class GPU(NamedTuple):
     has_bf16: bool = True  # native, not emulated
 
 
-# peak_flops returns the first name that matches, so specific names come first
+# the function peak_flops uses the first name that matches, so "H100 PCIe" must come before "H100"
 GPUS = {
     "GB200": GPU(2500e12, 186),
     "B200": GPU(2250e12, 180),
@@ -48,7 +48,7 @@ def peak_flops(device_name):
 
 
 def device_name(device):
-    """Return the name of a CUDA device, or the type of another device in upper case."""
+    """Return the name of a CUDA device. For other devices, return their type in upper case, such as CPU."""
     if device.type == "cuda":
         import torch
 
@@ -57,7 +57,8 @@ def device_name(device):
 
 
 def peak_memory(device):
-    """Return the peak bytes allocated on a CUDA device. For other devices, return the peak resident memory."""
+    """Return the peak bytes allocated on a CUDA device. For other devices, return the peak resident memory of this
+    process."""
     if device.type == "cuda":
         import torch
 

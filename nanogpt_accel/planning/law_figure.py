@@ -12,10 +12,10 @@ from .scaling_law import expected_loss, iso_flops
 LAW, BAND = "#ea580c", "#fdba74"  # colors
 SYMBOLS = {
     "L(N, D)": "N: parameters of the matrices in the blocks and of the head. D: training tokens.",
-    "L(C)": "C: FLOPs of the training.",
+    "L(C)": "C: training FLOPs.",
 }
-UNKNOWN = 1000  # an interval of a size whose ends differ by this factor says nothing
-BUDGETS = (1, 4, 10, 100)  # times the largest compute of the runs
+UNKNOWN = 1000  # if the ends of an interval differ by this factor or more, the tables show "unknown" instead
+BUDGETS = (1, 4, 10, 100)  # multiples of the FLOPs of the largest run
 
 
 def power(number):
@@ -24,12 +24,13 @@ def power(number):
 
 
 def tables(law):
-    """Return {title: rows} of text, with column names in the first row: constants, budgets and runs."""
+    """Return tables of the constants, the budgets and the runs as {title: rows of text}. The first row of a table has
+    the column names."""
     size = "compute-optimal " if law.form == "L(N, D)" else ""
     titles = ("budget in FLOPs", f"{size}parameters", f"{size}tokens", "loss of a run (90% interval)")
     return {
         f"Constants, from {len(law.runs)} runs": [("constant", "value", "90% interval"), *_constants(law)],
-        "Budgets, also as multiples of the largest run": [titles, *_budgets(law)],
+        "Budgets (4x: 4 times the FLOPs of the largest run)": [titles, *_budgets(law)],
         "Runs": [("run", "parameters", "tokens", "FLOPs", "loss", "difference from the law"), *_runs(law)],
     }
 
@@ -69,12 +70,15 @@ def _runs(law):
 
 
 def draw(law):
-    """Return a matplotlib figure with two plots: loss against compute, with the extrapolation; and isoFLOP curves, loss
-    against tokens, or differences from the law."""
+    """Return a matplotlib figure with two plots.
+
+    Left: loss against compute, with the extrapolation. Right: isoFLOP curves if the runs are on at least two curves.
+    Otherwise: loss against tokens for L(N, D), differences from the law for L(C).
+    """
     figure, (left, right) = new_figure(columns=2, size=(13.5, 5.6))
     _draw_compute(law, left)
     curves = iso_flops(law.runs)
-    if len(curves) > 1:  # a single one may be a coincidence
+    if len(curves) > 1:  # a single curve may be a coincidence
         _draw_iso_flops(law, curves, right)
     elif law.form == "L(N, D)":
         _draw_tokens(law, right)
@@ -99,7 +103,7 @@ def _plot_runs(axes, x, y, color, **others):
 
 
 def _scale_losses(axes, low, high):
-    """Set a logarithmic loss axis with about six plain numbers as ticks."""
+    """Make the y axis a logarithmic loss axis with about six ticks, labeled with plain numbers."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     margin = (high / low) ** 0.06
@@ -114,7 +118,7 @@ def _scale_losses(axes, low, high):
 
 
 def _scale_counts(axes, low, high):
-    """Set a logarithmic x axis with ticks such as 300K, 1M, 3M."""
+    """Make the x axis logarithmic, with labels such as 300K, 1M, 3M."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")
@@ -215,7 +219,8 @@ def _draw_tokens(law, axes):
 
 
 def _draw_differences(law, axes):
-    """Draw the losses relative to the law, against the number of parameters, so that the interval is visible."""
+    """Draw the differences of the losses from the law in percent, against the number of parameters. In a plot of the
+    losses, the interval would be too narrow to see."""
     flops = [run.flops for run in law.runs]
     budgets = np.geomspace(min(flops) / 1.3, 16 * max(flops), 200)
     n_params, tokens = law.size(budgets)

@@ -4,15 +4,16 @@
     L(C)    = E + K / C^c              C: FLOPs, for runs with N and D on a line, such as constant tokens per parameter
 
 E is the loss that no model can go below: the entropy of the text. The first form is from Hoffmann et al. 2022
-("Chinchilla", arXiv 2203.15556), fitted with a Huber loss on the difference of logarithms. Besiroglu et al. 2024
-(arXiv 2404.10102) found two errors in the published fit: the optimizer stopped too early, because the losses of the
-runs were averaged and not summed, and the intervals were too narrow. Here, fits from many starting points run until
-they converge.
+("Chinchilla", arXiv 2203.15556). As in this paper, the fit minimizes a Huber loss on the differences between the
+logarithms of measured and predicted losses. Besiroglu et al. 2024 (arXiv 2404.10102) found two errors in the published
+fit: the optimizer stopped too early, because the Huber losses of the runs were averaged and not summed, and the
+intervals were too narrow. Here, fits from many starting points run until they converge.
 
 The intervals are from a parametric bootstrap: new losses are drawn from the fitted law with noise, and the law is
-fitted to them again. The noise is estimated from the residuals with n - p degrees of freedom, for n runs and p
-constants. Its own uncertainty is drawn too, as in Student's t interval; without that, 90% intervals from 5 to 12 runs
-contain the truth in only 75 to 85% of cases. The interval of a prediction also contains the noise of the new run.
+fitted to them again. The standard deviation of the noise is estimated from the residuals with n - p degrees of freedom,
+for n runs and p constants. Because a few runs determine it only roughly, each refit draws another standard deviation,
+as in Student's t interval. Otherwise, 90% intervals from 5 to 12 runs would contain the true value in only 75 to 85% of
+cases. The interval of a prediction also includes the noise of the new run.
 """
 
 import itertools
@@ -25,13 +26,15 @@ import numpy as np
 # approach 3 of Hoffmann et al. 2022, with the constants of Besiroglu et al. 2024
 CHINCHILLA = {"E": 1.8172, "A": 482.01, "a": 0.3478, "B": 2085.43, "b": 0.3658}
 FORMS = {"L(N, D)": (("A", "a", "n_params"), ("B", "b", "tokens")), "L(C)": (("K", "c", "flops"),)}
-DELTA = 1e-3  # of the Huber loss: larger differences of logarithms count linearly, so that one bad run weighs little
-EXPONENTS = 0.01, 2.0  # bounds
-# Refits of the bootstrap, and the percentiles of a 90% interval. With percentiles 5 and 95, the intervals contain the
-# truth of synthetic laws in 88 to 93% of draws; these are a bit wider, for at least 90%.
+DELTA = 1e-3  # threshold of the Huber loss: larger differences of logarithms count linearly, so bad runs weigh less
+EXPONENTS = 0.01, 2.0  # lower and upper bound of the exponents
+# Number of refits in the bootstrap, and the percentiles of a 90% interval. With the percentiles 5 and 95, the intervals
+# of synthetic laws contain the true value in only 88 to 93% of cases; with 4 and 96, in at least 90%.
 N_DRAWS, INTERVAL = 1000, (4, 96)
 SAME_FLOPS = 1.25  # runs whose compute differs by at most this factor are on one isoFLOP curve
-ON_A_LINE = 0.2  # runs are on one line if the standard deviation of log(tokens per parameter) around it is smaller
+# runs are considered to be on one line, in (log N, log D), if the standard deviation of log(tokens per parameter) from
+# the line is below this value
+ON_A_LINE = 0.2
 
 
 class Run(NamedTuple):
@@ -50,8 +53,8 @@ class Law:
 
     form: a key of FORMS. reason: why this form was fitted, as text.
     constants: {name: value}. draws: {name: array of the values in the refits}. at_bound: names of constants that the
-    data do not determine, because the fit ends at a bound. noise: standard deviation of the logarithm of a loss.
-    noise_draws: noise of a new run in each of the refits.
+    data do not determine, because the fit ends at a bound. noise: standard deviation of the logarithm of a loss from
+    the law. noise_draws: for each refit, a random difference of the logarithm of a new run's loss from the law.
     """
 
     runs: tuple
@@ -85,7 +88,7 @@ class Law:
 
     @property
     def flops_per_token(self):
-        """The FLOPs per token of the runs as (k, s) in k * N^s. Without attention, they would be (6, 1)."""
+        """(k, s): a run needs about k * N^s FLOPs per token. Without the FLOPs of attention scores, this is (6, 1)."""
         sizes = np.log([run.n_params for run in self.runs])
         if np.ptp(sizes) < 1e-9:
             return 6.0, 1.0
@@ -93,8 +96,8 @@ class Law:
         return math.exp(log_k), float(s)
 
     def size(self, flops):
-        """Return (parameters, tokens) for a budget. For L(N, D), they have the lowest loss; for L(C), they are on the
-        line of the runs."""
+        """Return (parameters, tokens) for a budget: for L(N, D), the size with the lowest loss; for L(C), the size on
+        the line through the runs."""
         if self.form == "L(N, D)":
             return optimal_size(flops, self.constants, *self.flops_per_token)
         budgets = np.log([run.flops for run in self.runs])
@@ -111,12 +114,12 @@ class Law:
         return tuple(tuple(np.percentile(values, INTERVAL)) for values in sizes)
 
     def extrapolation(self, flops):
-        """Return how many times the largest compute of the runs this is."""
+        """Return the ratio of `flops` to the FLOPs of the largest run."""
         return flops / max(run.flops for run in self.runs)
 
     def ratio_to_line(self, n_params, tokens):
-        """Return the factor, at least 1, by which the tokens per parameter of a point differ from those of the line of
-        the runs at the same compute. For the form L(N, D), return 1."""
+        """Return the factor (at least 1) between the tokens per parameter of a new run and those on the line through
+        the fitted runs, at the same compute. For L(N, D), which also holds off the line, return 1."""
         if self.form != "L(C)":
             return 1.0
         center, axes, _ = _line(self.runs)
@@ -124,7 +127,11 @@ class Law:
 
 
 def expected_loss(constants, point):
-    """Return the loss of a law. constants: {name: number or array}. point: {"n_params", "tokens", "flops": number}."""
+    """Return the loss that a law predicts, without noise.
+
+    constants: {name: number or array}. point: a dictionary with the inputs of the law, numbers or arrays: "n_params"
+        and "tokens" for L(N, D), "flops" for L(C).
+    """
     terms = FORMS["L(C)" if "K" in constants else "L(N, D)"]
     return constants["E"] + sum(constants[A] / np.power(point[x], constants[a]) for A, a, x in terms)
 
@@ -222,9 +229,9 @@ def fit(runs, delta=DELTA, n_draws=N_DRAWS):
 
 
 def choose_form(runs):
-    """Return (form, reason). Raise ValueError if the runs are too few or too similar for every form.
+    """Return (form, reason). Raise ValueError if the runs are too few or too similar for both forms.
 
-    a and b can only be told apart if some runs have more tokens per parameter than others.
+    The exponents a and b of L(N, D) can only be determined if some runs have more tokens per parameter than others.
     """
     n_sizes, n_horizons, n_budgets, n_points = (
         len(set(values))
@@ -246,14 +253,17 @@ def choose_form(runs):
     if spread < ON_A_LINE:
         return "L(C)", "parameters and tokens are on one line, so the exponents a and b of L(N, D) cannot be told apart"
     return "L(C)", (
-        "L(N, D) has 5 constants and needs at least 7 different runs, with 3 numbers of parameters and 3 of tokens, "
-        f"but there are {n_points}, with {n_sizes} and {n_horizons}. They are not on one line, so L(C) is inaccurate"
+        "L(N, D) has 5 constants. It needs at least 7 different runs, with at least 3 numbers of parameters and at "
+        f"least 3 numbers of tokens, but there are {n_points} runs, with {n_sizes} numbers of parameters and "
+        f"{n_horizons} of tokens. The runs are not on one line, so L(C) is inaccurate"
     )
 
 
 def _line(runs):
-    """Return the line through the runs in (log N, log D): center, axes (along the line, across), and the standard
-    deviation of log(tokens per parameter) across the line."""
+    """Fit a line through the runs in (log N, log D). Return (center, axes, spread).
+
+    axes: unit vectors along and across the line. spread: standard deviation of log(tokens per parameter) from the line.
+    """
     points = np.log([[run.n_params, run.tokens] for run in runs])
     center = points.mean(axis=0)
     _, _, axes = np.linalg.svd(points - center)
@@ -261,7 +271,7 @@ def _line(runs):
 
 
 def _constants(theta, terms, center):
-    """Return {name: array}, for parameters of _predict in rows."""
+    """Convert theta (see _predict) to the constants of the law: {name: array with one value per fit}."""
     constants = {"E": theta[:, 0]}
     for i, (A, a, _) in enumerate(terms):
         constants |= {A: np.exp(theta[:, 1 + 2 * i] + theta[:, 2 + 2 * i] * center[i]), a: theta[:, 2 + 2 * i]}
@@ -269,7 +279,7 @@ def _constants(theta, terms, center):
 
 
 def _predict(theta, X):
-    """Return the logarithms of the losses and their derivatives.
+    """Return the logarithms of the predicted losses and their derivatives with respect to theta.
 
     Args:
         theta: (fits, 1 + 2 * terms): E, and per term the logarithm of its value at the center of X, and its exponent.
@@ -288,17 +298,19 @@ def _predict(theta, X):
 
 
 def _minimize(theta, X, targets, low, high, delta, tolerance=1e-10, max_steps=200):
-    """Minimize the sum of Huber losses from many starting points, or for many targets, at the same time.
+    """Run many fits at the same time, from different starting points or for different targets. Each of them minimizes
+    the sum of the Huber losses of the runs.
 
-    This is Levenberg and Marquardt's method with bounds. Runs with a difference above delta get a lower weight. A
-    library fits one law at a time: 1,000 refits with scipy take about a minute, and a second or less here.
+    This is the Levenberg-Marquardt method with bounds. Runs with a difference above delta get a lower weight. scipy
+    runs one fit at a time, so 1,000 refits take about a minute; here, they take a second or less.
 
     Args:
-        theta: (fits, constants), the starting points. targets: (fits, runs), logarithms of losses.
-        tolerance: a fit is finished if a step changes its cost by less than this share.
+        theta: (fits, constants), the starting points; see _predict. low, high: (constants,), the bounds of theta.
+        targets: (fits, runs), logarithms of losses.
+        tolerance: a fit is finished when the relative change of its cost in a step is at most this value.
 
     Returns:
-        the constants (fits, constants), and the sums of the losses (fits,)
+        (theta, costs): the results (fits, constants), and their sums of Huber losses (fits,).
     """
 
     def evaluate(theta, targets):

@@ -14,11 +14,11 @@ from ..recipe import Recipe
 from ..scaling import block_matrices, widths
 
 FLOAT, HALF = 4, 2  # bytes of float32, and of bfloat16 or float16
-# above this many logits, the loss is chunked. model.py must not import the package, so it has a copy of these numbers
+# above this number of logits, the loss is chunked. model.py repeats the numbers, because it must not import the package
 LARGEST_LOGITS_CPU, LARGEST_LOGITS = 2**24, 2**27
 
-# The settings of an architecture that the functions below count, or that need no parameters, memory or FLOPs. For any
-# other setting, `plan` says that its estimates ignore it. If you count a new setting of GPTConfig, add it here
+# Fields of GPTConfig that the functions below take into account, or that need no parameters, memory or FLOPs. For all
+# other fields, `plan` says that its estimates ignore them. If you extend the functions for a new field, add it here
 COUNTED = {
     *("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner", "bias"),
     *("norm", "norm_weight", "norm_eps", "embd_norm", "qk_norm", "position", "rope_theta", "activation"),
@@ -75,9 +75,10 @@ def num_matmul_params(shape):
 
 
 def muon_buckets(shape):
-    """Return the matrices that Muon orthogonalizes: [(rows, columns, number of matrices)]. A matrix of
-    the transposed shape counts as one of this shape.
-    The projections that a weight combines (queries, keys and values; SwiGLU's gate and input) are separate matrices."""
+    """Return the matrices that Muon orthogonalizes, grouped by size: [(shorter side, longer side, number), ...].
+
+    Muon splits fused weights, so queries, keys and values are separate matrices, and so are SwiGLU's gate and input.
+    """
     width, n_gates = shape["n_embd"], 1 + (shape["activation"] == "swiglu")
     queries, keys = shape["n_head"] * shape["head_dim"], shape["n_kv_head"] * shape["head_dim"]
     sides = [queries, queries, keys, keys] + [shape["n_inner"]] * (n_gates + 1)  # q, attention's c_proj, k, v, the MLP
@@ -146,7 +147,7 @@ def muon_cost(shape, layout, n_ranks, device="cuda"):
     counts = [[of_bucket.count(rank) for rank in range(n_ranks)] for of_bucket in owners]  # by bucket and rank
 
     def busiest(cost):
-        """Return the largest sum of cost(rows, columns) over the matrices of a rank."""
+        """Return the total cost of the matrices of the rank with the highest cost. cost: function(rows, columns)."""
         costs = [cost(low, high) for low, high, _ in buckets]
         return max(sum(c * column[rank] for c, column in zip(costs, counts, strict=True)) for rank in range(n_ranks))
 
@@ -154,13 +155,15 @@ def muon_cost(shape, layout, n_ranks, device="cuda"):
     own = busiest(lambda low, high: low * high)
     padded = sum(low * high * max(column) for (low, high, _), column in zip(buckets, counts, strict=True))
     if n_ranks == 1:
-        exchanged, kept = 0, FLOAT * total + size * total  # the momentum that is orthogonalized, and the results
-    elif layout == "fsdp2":  # the rows of this rank's matrices, and then this rank's rows of all matrices
+        exchanged, kept = 0, FLOAT * total + size * total  # the updates before and after orthogonalization
+    elif layout == "fsdp2":  # a rank receives all rows of its own matrices, and then its own rows of all results
         both = size * (own + total / n_ranks)
         exchanged, kept = both * (n_ranks - 1) / n_ranks, FLOAT * total / n_ranks + 2 * both
     else:  # an all-gather; each bucket is padded to the same number of matrices on all ranks
         exchanged, kept = size * padded * (n_ranks - 1), FLOAT * total + size * padded * (n_ranks + 1)
-    work = max(  # of one bucket: the matrices in float32, x, x x^T and its square; the next x is one of the results
+    # temporary tensors for the largest bucket: its matrices in float32, x, x x^T and the square of x x^T. The next x is
+    # not added, because it needs the memory of a result
+    work = max(
         max(column) * (low * high * (FLOAT + size) + 2 * low**2 * size)
         for (low, high, _), column in zip(buckets, counts, strict=True)
     )
@@ -226,9 +229,9 @@ def rows_per_chunk(n_tokens, vocab_size, device="cuda"):
 def logits_bytes(shape, batch, half=False, device="cuda", trains=True):
     """Return the peak bytes of the loss and its backward pass. For the arguments, see `memory`.
 
-    The full loss needs the log-probabilities, their gradient and the gradient of the logits, in float32 for every
-    precision. A soft-cap also saves its tanh. The chunked loss (GPT.chunked_loss) needs the gradients of the head and
-    of the head's input, and the logits and temporary tensors of one chunk.
+    The full loss needs the log-probabilities, their gradient and the gradient of the logits, always in float32. A
+    soft-cap also saves its tanh. The chunked loss (GPT.chunked_loss) needs the gradients of the head and of the head's
+    input, and the logits and temporary tensors of one chunk.
     """
     M, V, softcap = batch * shape["block_size"], shape["vocab_size"], bool(shape["logit_softcap"])
     n_rows = rows_per_chunk(M, V, device)
@@ -336,8 +339,11 @@ def exchange_seconds(shape, layout, shards, processes, *, micro_steps, half, mac
 
 
 def muon_seconds(shape, layout, shards, processes, *, flops_per_second, machine, near, far):
-    """Return the seconds per step that Muon takes to orthogonalize matrices and to exchange them. The two overlap in
-    part, so this is an upper bound. flops_per_second: of one process. For the other arguments, see exchange_seconds."""
+    """Return the seconds per step that Muon takes to orthogonalize matrices and to exchange them. Computation and
+    communication overlap in part, so the result, their sum, is an upper bound.
+
+    flops_per_second: of one process. For the other arguments, see exchange_seconds.
+    """
     cost = muon_cost(shape, layout, shards if layout == "fsdp2" else processes)
     around = near if layout == "fsdp2" or processes <= machine else min(near, machine * far)
     return cost["flops"] / flops_per_second + cost["exchanged"] / around

@@ -43,8 +43,8 @@ class Console:
     __call__ = say  # so that a Console can be passed as a function that prints a line
 
     def write(self, text):
-        """Print text without a newline, for samples that are generated token by token. Outside of a terminal, it is
-        printed together with the next line, because a notebook shows each print as an output of its own."""
+        """Print text without a newline, for samples that are generated token by token. Outside of a terminal, keep the
+        text and print it together with the next line, because a notebook shows each print as a separate output."""
         if self.is_verbose and self.is_terminal:
             self._print(text, end="")
         elif self.is_verbose:
@@ -57,7 +57,7 @@ class Console:
         try:
             yield
         except Exception as error:
-            self._print_waiting()  # the start of a sample
+            self._print_waiting()  # for example, the tokens of a sample before the error
             self.say(f"warning: {problem} ({one_line(error)})")
 
     # ---- training
@@ -185,7 +185,7 @@ class Console:
             except BrokenPipeError:
                 raise
             except OSError:
-                if self.is_terminal:  # it was closed, for example by a lost connection
+                if self.is_terminal:  # the terminal was closed, for example because the connection was lost
                     self.is_terminal = False
                     self.stop()
 
@@ -196,7 +196,8 @@ def is_terminal(stream):
 
 def is_notebook():
     """Return whether this process is the kernel of a notebook."""
-    if "IPython" not in sys.modules or multiprocessing.parent_process() is not None:  # a rank of notebook_launcher
+    # the ranks of notebook_launcher are child processes of the kernel
+    if "IPython" not in sys.modules or multiprocessing.parent_process() is not None:
         return False
     from rich.console import Console as Terminal
 

@@ -9,10 +9,10 @@ from ..utils.text import to_json
 
 
 def report_expectation(recipe, last, best, console):
-    """Print whether the run reproduced the expected validation loss, unless its data were changed. Write the result to
-    expect.json, together with the changed settings and the source of the expected loss.
+    """Print whether the run reproduced the expected validation loss. If the user changed the data, print nothing,
+    because the losses cannot be compared. After training, also write the comparison to expect.json.
 
-    last, best: validation losses of the run in nats per token, None if there was no evaluation.
+    last, best: the last and the lowest validation loss of the run in nats per token, None without an evaluation.
     """
     expect, max_iters = recipe.expect, recipe.train.max_iters
     got = best if expect.evaluation == "best" else last

@@ -21,7 +21,7 @@ class MetricsLog:
 
     resume_step: step of the checkpoint that the run resumes from, or None. Lines that were logged after saving this
         checkpoint are removed, so that each step is logged once.
-    keep_evaluation: whether the model was evaluated at resume_step before saving, so that this evaluation is kept.
+    keep_evaluation: keep the evaluation at resume_step. Set this if the checkpoint was saved after this evaluation.
     warn: function that prints a line.
     """
 
@@ -162,7 +162,7 @@ class History(list):
                 from matplotlib import pyplot
 
                 axes = pyplot.figure(**FIGURE).subplots()
-            except ImportError:  # the backend of a notebook that started this process is not installed here
+            except ImportError:  # MPLBACKEND is that of a notebook, and this backend is not installed here
                 _, axes = new_figure()
         return draw_losses(self, axes)
 

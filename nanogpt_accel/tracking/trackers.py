@@ -22,8 +22,8 @@ LIMITS = {
     "dvclive": "in a DVC repository, each resume is saved as another experiment, with all steps",
     "mlflow": "if a resumed run changes settings, MLflow still shows the original settings",
 }
-_MLFLOW_URIS = set()  # that earlier runs of this process have set
-# setting with which a tracker needs neither a network nor an account
+_MLFLOW_URIS = set()  # the tracking URIs that earlier runs of this process have set
+# environment variable for using a tracker without a network or an account
 OFFLINE = {
     "clearml": "CLEARML_OFFLINE_MODE=1",
     "comet_ml": "COMET_START_ONLINE=false",
@@ -42,7 +42,7 @@ def check_trackers(names, project=""):
             problems.append(f"tracking.trackers={name}: not installed; run pip install {name}")
     if "tensorboard" in names and (".." in Path(project).parts or Path(project).is_absolute()):
         problems.append(
-            f"tracking.project={project}: names tensorboard's folder in out_dir; use a name without / and .."
+            f"tracking.project={project}: is also the name of tensorboard's folder in out_dir; remove / and .. from it"
         )
     return problems
 
@@ -50,13 +50,10 @@ def check_trackers(names, project=""):
 class Trackers:
     """Log to the trackers of an Accelerator. If logging fails, print a warning.
 
-    A resumed training continues its run in each tracker. The run is named `name`. Trackers write their files to
-    `folder` if they support that.
-
     Args:
         project: name of the project in the trackers. config: flat dictionary of the settings.
-        first_step: 0 for a new run. If a run is resumed, trackers continue their record of this run at first_step.
-        folder: run folder, for trackers that write files. name: name of the run in the trackers.
+        first_step: 0 for a new run. If a run is resumed, each tracker continues its record of the run at first_step.
+        folder: run folder, to which trackers write their files if they support that. name: name of the run.
         warn: function that prints a line.
 
     Raises:
@@ -111,7 +108,7 @@ class Trackers:
 
 
 def _read_id(folder, tracker):
-    """Return the id of the run in a tracker, which an earlier process saved in the run folder, or None."""
+    """Return the id of this run in a tracker, if an earlier process saved it in the run folder; otherwise None."""
     with suppress(OSError, ValueError):
         text = (folder / f".{tracker}_id").read_text(encoding="utf-8").strip()
         return text if re.fullmatch(r"[\w-]{1,100}", text) else None
@@ -123,12 +120,13 @@ def _save_id(folder, tracker, run_id):
 
 
 def _options(tracker, run_id, project, first_step, folder, name):
-    """Return the arguments of a tracker. run_id: the id of the run to continue, or None to start a new run.
+    """Return the arguments with which a tracker is started: those of a function such as wandb.init, or of the tracker's
+    class in Accelerate.
 
-    The arguments of a tracker are those of its start function, such as wandb.init, or of its class in Accelerate.
+    run_id: the id of the run to continue, or None to start a new run.
     """
     is_resumed = first_step > 0
-    if tracker in ("comet_ml", "swanlab", "wandb"):  # they accept an id for a new run
+    if tracker in ("comet_ml", "swanlab", "wandb"):  # these trackers accept any id for a new run
         run_id = run_id or _save_id(folder, tracker, secrets.token_hex(16))
     match tracker:
         case "tensorboard":
@@ -146,14 +144,14 @@ def _options(tracker, run_id, project, first_step, folder, name):
 
             config = ExperimentConfig(name=name, offline_directory=str(folder / "comet_ml"))
             return {"experiment_key": run_id, "experiment_config": config}
-        case "trackio":  # continues the last run of this name, and reads TRACKIO_DIR when trackio is first imported
+        case "trackio":  # continues the last run with this name; reads TRACKIO_DIR when trackio is imported
             os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
             return {"name": name, "resume": "allow" if is_resumed else "never"}
-        case "aim":  # Accelerate sets its repository to the run folder
+        case "aim":  # Accelerate sets aim's repository to the run folder
             return {"experiment": project} | ({"run_hash": run_id, "force_resume": True} if run_id else {})
         case "mlflow":
             return _mlflow_options(run_id, folder, name)
-        case "clearml":  # continue_last_task=0: continue, without an offset for the step numbers
+        case "clearml":  # continue_last_task=0: continue the task, and do not add an offset to the step numbers
             task = {"reuse_last_task_id": run_id, "continue_last_task": 0} if run_id else {"reuse_last_task_id": False}
             return {"task_name": os.environ.get("CLEARML_TASK", name)} | task
         case "dvclive":  # DVC uses the name of the experiment as a git reference

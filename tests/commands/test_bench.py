@@ -194,8 +194,8 @@ def test_the_coordinate_check_keeps_the_proportions_of_the_model():
     ("words", "parts"),
     [
         (["coordinate_check=nowhere/x.png"], ["coordinate_check=nowhere/x.png"]),
-        (["coordinate_check=x.png", "compare=loss"], ["coordinate_check: not together with compare"]),
-        (["widths=64,128"], ["widths=64,128: only for coordinate_check"]),
+        (["coordinate_check=x.png", "compare=loss"], ["coordinate_check: cannot be combined with compare"]),
+        (["widths=64,128"], ["widths=64,128: only used with coordinate_check"]),
         (["widths=64,x", "coordinate_check=x.png"], ["widths=64,x"]),
         (["coordinate_check=x.png"], ["coordinate_check=x.png: the data are not prepared", "nanogpt-accel prepare"]),
         (["compare=atention"], ["compare=atention", "did you mean attention"]),

@@ -245,7 +245,7 @@ def test_attention_without_a_fused_kernel_is_a_warning(monkeypatch):
 
 
 def test_wrong_arguments_are_refused(refused):
-    with refused(ValueError, "runs/a: doctor accepts only options; remove this argument"):
+    with refused(ValueError, "runs/a: `doctor` accepts only options; remove this argument"):
         doctor.main(["runs/a"])
     with refused(ValueError, "full=2"):
         doctor.main(["full=2"])

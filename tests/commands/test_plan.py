@@ -397,7 +397,7 @@ def test_the_loss_is_predicted(grid, ladder, capsys):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["depth=16"], ["times the largest compute of the runs; above 10"]),
+        (["depth=16"], ["times the FLOPs of the largest finished run; above 10"]),
         (["depth=6", "tokens_per_parameter=20"], ["tokens per parameter differ by a factor of"]),
         (["depth=6", "activation=gelu"], ["model.activation=relu2 and not gelu"]),
     ],
@@ -483,7 +483,7 @@ def test_the_cost_is_that_of_all_gpus(capsys):
     ("words", "part"),
     [
         (["flops=1e15"], "flops=1e+15: needs a scaling law; set fit"),
-        (["to=new.yaml"], "to=new.yaml: set flops and fit too"),
+        (["to=new.yaml"], "to=new.yaml: needs flops and fit"),
         (["fit=RUNS", "flops=1e15", "to=old.yaml"], "to=old.yaml: already exists"),
         (["fit=RUNS", "flops=1e15", "to=missing/new.yaml"], "to=missing/new.yaml: the folder missing does not exist"),
         (["fit=RUNS", "flops=1e15", "to=new.txt"], "to=new.txt: must end with .yaml"),
@@ -493,11 +493,11 @@ def test_the_cost_is_that_of_all_gpus(capsys):
             "flops=1e+30: too many for the largest depth, 1000; set flops to a lower number",
             marks=pytest.mark.slow,  # tries 1,000 depths
         ),
-        (["fit=RUNS", "flops=1e6", "to=new.yaml"], "flops=1e+06: too few for a step"),
+        (["fit=RUNS", "flops=1e6", "to=new.yaml"], "flops=1e+06: too few for one step"),
         (["fit=missing"], "missing: no such folder"),
         (["fit=RUNS", "max_iters=0"], "fit: the recipe does not train"),
-        (["fit=RUNS", "init_from=gpt2"], "fit: predicts runs from scratch"),
-        (["dollars_per_hour=2"], "the time on device=cpu is unknown"),
+        (["fit=RUNS", "init_from=gpt2"], "fit: a scaling law only predicts runs from scratch"),
+        (["dollars_per_hour=2"], "the duration of the run on device=cpu is unknown"),
     ],
 )
 def test_wrong_options_for_a_scaling_law_get_one_line(words, part, ladder, capsys):

@@ -152,7 +152,7 @@ def test_texts_and_lists_are_not_split(tiny):
         ([*GRID, "index=5"], ["index=5: the sweep has 4 points"]),
         ([*GRID, "index=1", "jobs=2"], ["jobs=2: not used with index=1"]),
         ([*GRID, "val_loss=3"], ["val_loss: expected results can only be set in a recipe file"]),
-        ([*GRID, "eval_only=true"], ["train.eval_only=true: a sweep trains"]),
+        ([*GRID, "eval_only=true"], ["train.eval_only=true: not supported for a sweep"]),
         ([*GRID, "init_from=resume"], ["model.init_from=resume: a sweep resumes"]),
         ([*GRID, "init_from=somewhere"], ["model.n_layer: has no effect with init_from=somewhere"]),
         ([*GRID, "push_to_hub=true"], ["hub.push_to_hub=true: not supported"]),
@@ -220,7 +220,7 @@ def test_a_done_point_that_lost_its_metrics_does_not_stop_the_table(copy, call):
 def test_names_that_are_too_long_for_a_file_are_refused(tiny, call):
     keys = [key for key in Optimizer.model_fields if key not in ("algorithm", "options", "schedule")]
     values = [f"{key}=0.{'1' * 20},0.2" for key in keys]
-    with pytest.raises(ValueError, match=r"^the names of the runs have up to \d+ bytes, above 250; vary fewer keys$"):
+    with pytest.raises(ValueError, match=r"^the names of the run folders have up to \d+ bytes, but at most 250 are"):
         sweep.parse([str(tiny), *values])
 
 
@@ -278,9 +278,9 @@ def test_a_failing_point_does_not_stop_the_others(tiny, capsys, started):
 def test_a_changed_setting_is_refused_or_trained_again(copy, call, started):
     words = ["sweep", copy, RATES, "weight_decay=0.2"]
     (error,) = call(*words, status=2).splitlines()
-    problem = f"the run in {FOLDER} has other settings: weight_decay=0.1 instead of 0.2"
+    problem = f"the run in {FOLDER} was trained with other settings: weight_decay=0.1 instead of 0.2"
     assert error == (
-        f"error: {problem}; set out_dir to another folder than {FOLDER}, or overwrite=true to train it again"
+        f"error: {problem}; set out_dir to another folder than {FOLDER}, or overwrite=true to replace the run"
     )
     for words_of_table in ([*words, "--table"], ["sweep", copy, RATES, "seed=7", "max_iters=16", "--table"]):
         out = call(*words_of_table)
@@ -318,7 +318,7 @@ def test_values_that_a_run_adds_to_run_yaml_are_no_changes(tiny, call, words):
     for key, before, value in (("limit_documents", "none", 9), ("document_mask", "false", "true")):
         assert f"{key}={before} instead of {value}" in call(*words, f"{key}={value}", status=2)
     Path("text.txt").write_text(text[::-1])  # the same settings, but other data
-    assert "has other settings: token files of " in call(*words, status=2)
+    assert "was trained with other settings: token files of " in call(*words, status=2)
     call(*words, "overwrite=true")
     assert "seed=1: done" in call(*words, "overwrite=true")
 

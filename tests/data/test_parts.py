@@ -350,7 +350,7 @@ def test_the_command_divides_the_work(capsys):
         (["worker=1"], 1, "worker=1: must be below workers=1"),
         (["workers=0"], 1, "workers=0: must be greater than or equal to 1"),
         (["workers=2"], 2, "workers=2: not supported with accelerate launch or torchrun"),
-        (["workers=2", MIX], 1, "workers=2: not supported if several sources need the tokenizer=char of the first"),
+        (["workers=2", MIX], 1, "workers=2: not supported for several sources with tokenizer=char"),
     ],
 )
 def test_each_mistake_is_one_line(capsys, monkeypatch, words, ranks, expected):

@@ -199,10 +199,10 @@ def test_an_accepted_change_is_recorded_in_every_later_checkpoint(run, work):
         ({"mix": [MIX[0], {"corpus": "b.txt", "name": "a", "weight": 1}]}, ["two different sources are named a"]),
         ({"validation": {"b": {"corpus": "held.txt"}}}, ["data.validation.b: a source has the same name"]),
         ({"validation": {"wiki": {}}}, ["data.validation.wiki: set its corpus or data_dir"]),
-        ({"mix": [MIX[0], {"corpus": ".", "weight": 1}]}, ["data.mix: corpus=. gives no name to the source"]),
+        ({"mix": [MIX[0], {"corpus": ".", "weight": 1}]}, ["data.mix: the source with corpus=. has no name"]),
         (
             {"stages": [{"from": 2, "mix": [{"name": "b", "weight": 1, "lines": True}]}]},
-            ["data.stages: lines of b, which is defined in an earlier mix"],
+            ["data.stages: b is defined in an earlier mix, so lines cannot be set here"],
         ),
         # otherwise, a typing error would download OpenWebText
         (
