@@ -9,8 +9,8 @@ import numpy as np
 
 from ..distributed.launcher import count_processors
 
-CHUNK = 2**19  # characters per chunk; the token files do not depend on it
-AHEAD = 16  # chunks in the queue, so that two threads have work while the caller flushes a file for 0.3 seconds
+CHUNK = 2**21  # characters per chunk; the token files do not depend on it
+AHEAD = 4  # chunks in the queue, so that two threads have work while the caller flushes a file for 0.3 seconds
 
 
 def tokenize(documents, number, split_of, tokenizer, threads=None):
