@@ -29,7 +29,7 @@ from .run_folder import prune, publish
 from .verify import find_corruption, is_corrupted
 
 LARGE = 5e8  # bytes; saving is announced from this size on, because it takes some seconds
-SHARD_SHARE = 0.8  # of collective_timeout: maximum time to wait for the shards, so that other processes do not time out
+SHARD_SHARE = 0.8  # the main process waits for the shards for this share of collective_timeout, before others time out
 _LEFTOVER = re.compile(r"\.checkpoint-[0-9]{1,12}\.(tmp|old)$")
 
 
@@ -148,7 +148,7 @@ class Saver:
                     _commit(temporary, snapshot.final, snapshot.num_shards, deadline)
         except (OSError, SafetensorError) as error:
             self.error = str(error)
-            if not is_main:  # the main process also reports this error, but only if it can read the receipt
+            if not is_main:  # the main process also reports this error if it can read the receipt (see _write_shard)
                 where = f"process {self.accelerator.process_index} on {platform.node()}"
                 print(f"warning: {where} cannot write to {temporary}: {error}", file=sys.stderr, flush=True)
         if is_main:

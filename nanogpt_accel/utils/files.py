@@ -76,7 +76,7 @@ def copy_mode(source, folder):
 
 
 def permission_denied(path):
-    """Return a message about a file or folder that may not be read or written, with the fix."""
+    """Return a message about a file or folder that this process has no permission to read or write, with the fix."""
     path = os.path.abspath(path)
     may = partial(os.access, effective_ids=os.access in os.supports_effective_ids)
     closed = next((parent for parent in reversed(Path(path).parents) if not may(parent, os.X_OK)), None)
