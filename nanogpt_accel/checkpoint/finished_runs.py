@@ -72,7 +72,7 @@ def read_ladder(targets):
         runs += best
         if others := [run.name for group in by_settings.values() if group is not best for run in group]:
             names = ", ".join(run.name for run in best)
-            notes.append(f"not used, because {names} has the same size and a lower loss: {', '.join(others)}")
+            notes.append(f"{', '.join(others)}: not used: runs of the same size have a lower loss ({names})")
     return Ladder(runs, *found[0][1:], notes)
 
 
@@ -117,15 +117,15 @@ def _read_run(folder, name):
     """Return (Run, recipe, vocab_size, data) of a run. Raise ValueError if the run is not finished."""
     recipe = load_recipe(folder / "run.yaml")
     if recipe.model.init_from not in ("scratch", "resume"):
-        raise ValueError(f"it started from the weights of {recipe.model.init_from}")
+        raise ValueError(f"the run started from the weights of {recipe.model.init_from}")
     checkpoints, steps = list_checkpoints(folder), recipe.train.max_iters
     if not checkpoints:
-        raise ValueError("it has no checkpoint")
+        raise ValueError("the run has no checkpoint")
     trainer = read_trainer(checkpoints[-1])
     if trainer["step"] < steps or not steps:
-        raise ValueError(f"its last checkpoint is at step {trainer['step']:,} of {steps:,}")
+        raise ValueError(f"the last checkpoint is at step {trainer['step']:,} of {steps:,}")
     if not isinstance(trainer["val_loss"], float) or not 0 < trainer["val_loss"] < math.inf:
-        raise ValueError(f"its last validation loss is {trainer['val_loss']}")
+        raise ValueError(f"the last validation loss is {trainer['val_loss']}")
     vocab_size = json.loads((checkpoints[-1] / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     if type(vocab_size) is not int or vocab_size < 1:
         raise ValueError(f"{checkpoints[-1] / 'config.json'}: vocab_size={vocab_size} is not valid")
@@ -133,7 +133,7 @@ def _read_run(folder, name):
     tokens = steps * recipe.tokens_per_step
     run = Run(name, scaling_params(shape), tokens, tokens * flops_per_token(shape), trainer["val_loss"])
     if not isinstance(trainer["data"], dict):
-        raise ValueError("its last checkpoint does not name its data")
+        raise ValueError("the last checkpoint does not contain the hashes of the data")
     return run, recipe, vocab_size, trainer["data"]
 
 

@@ -104,7 +104,7 @@ class Run:
                 if line["step"] == state.step:
                     self.trackers.log({key: value for key, value in line.items() if key != "step"}, state.step)
 
-    # ---- called by the loop
+    # ---- called by the training loop
 
     def log_evaluation(self, step, scores):
         """Write the scores of an evaluation, {name: number}, to metrics.jsonl and the trackers."""

@@ -12,7 +12,7 @@ from ..utils.files import nearest_existing, remove_checkpoint, write_atomically
 from .layout import CHECKPOINT_NAME, MODEL_FILES, checkpoint_path, is_checkpoint, list_checkpoints
 from .verify import is_corrupted
 
-LOCK, LOCK_HOLDER = ".lock", ".lock.json"  # locked while a process trains in the folder
+LOCK, LOCK_HOLDER = ".lock", ".lock.json"  # a training process locks the first and writes its id to the second
 # files that a run and `report` write next to the checkpoints
 _OUTPUT = re.compile(
     r"(metrics|samples)\.jsonl|expect\.json|loss\.png|nonfinite-\d+\.json|report\.html|"

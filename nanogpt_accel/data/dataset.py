@@ -322,7 +322,7 @@ def larger_val_fractions(data, manifest, block_size):
 
 def may_increase_val(data, manifest):
     """Return whether val_fraction may be increased: the user did not set it, and data_dir does not contain files that
-    `prepare` divided with the old value."""
+    `prepare` divided with the current value."""
     return not _is_set(data, "val_fraction") and (not data.data_dir or manifest.get("nanogpt", False))
 
 

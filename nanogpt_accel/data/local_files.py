@@ -86,7 +86,7 @@ def local_corpus(spec, column, lines, split_by="auto"):
     source |= {"lines": True} if lines else {}
     is_single = len(files) == 1 and not tables and not lines
 
-    # an empty file is no document
+    # an empty file is not a document
     sizes = [n_bytes for path, n_bytes, _ in files if path in splits["train"] and n_bytes]
     sizes = None if tables or lines else sizes
 

@@ -232,7 +232,7 @@ def _foreign_manifest(folder, tokenizer, eos_token, val_fraction, split_by):
     vocabulary = _find_vocabulary(folder, tokenizer, eos_token)
     files = find_token_files(folder)
     own_names = [folder / f"{split}.bin" for split in SPLITS]
-    paths = own_names if set(own_names) <= set(files) else files  # next to train.bin and val.bin, ignore other files
+    paths = own_names if set(own_names) <= set(files) else files  # if train.bin and val.bin exist, ignore other files
     found, splits = find_splits(paths, split_by), {}
     for split, tokens in open_splits(found, vocabulary["vocab_size"], val_fraction).items():
         is_large = len(tokens) * tokens.dtype.itemsize > SAMPLED_ABOVE

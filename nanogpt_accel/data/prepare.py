@@ -618,7 +618,7 @@ class _Attempt:
     parts: Parts | None  # the complete parts of all workers; joined instead of tokenizing the text, if there is no cut
 
     def write(self, cut):
-        """Write all splits. Return None, or another cut, with which all splits must be written again.
+        """Write all splits. Return None, or if the splits are unsuitable, a cut with which to write them again.
 
         cut: the result of _find_cut.
         """
@@ -737,7 +737,7 @@ class _Attempt:
         return done
 
     def split_of(self, split, cut, is_shared):
-        """Return the function that returns the split for a document's number."""
+        """Return a function that maps the index of a document to its split."""
         if not is_shared:
             return lambda number: split
         if cut:

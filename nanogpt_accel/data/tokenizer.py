@@ -380,7 +380,7 @@ class Tokenizer:
         return sum(count for count, _ in counts), sum(count * size for count, size in counts)
 
     def move_cut(self, text, cut):
-        """Return `cut`, a position in a text, so that no special token is cut: if it is inside one, return its end.
+        """Return the position `cut` in a text. If it is inside a special token, return the end of this token instead.
 
         Special tokens only matter with special_tokens=tokens. Otherwise, they are ordinary text.
         """
@@ -399,7 +399,7 @@ class Tokenizer:
         return [self._join(parts, [next(encoded) for _ in parts[::2]]) for parts in split]
 
     def _encode_texts(self, texts):
-        """Encode a list of texts to a list of ids. Special tokens in the texts are treated as ordinary text."""
+        """Encode each text to an array of ids. Special tokens in the texts are treated as ordinary text."""
         if self._fast is not None:
             are_safe = [is_safe(text) for text in texts]
             safe = itertools.compress(texts, are_safe)

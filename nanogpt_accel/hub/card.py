@@ -147,7 +147,7 @@ def converted_card(source, name, tokenizer, block_size, *, needs_code, repo=None
     nanogpt_accel wrote, only adapt its code (see adapt_usage). Otherwise, write a short card with the title `name`."""
     readme = Path(source) / "README.md"
     card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    if "nanogpt_accel" not in card.split("\n---", 1)[0]:  # nanogpt_accel is not in the tags
+    if "nanogpt_accel" not in card.split("\n---", 1)[0]:  # not in the tags, so the card has another author
         text = "A language model, exported by nanogpt_accel."
         card = model_card(name, text, tokenizer, block_size, needs_code=needs_code)
     return adapt_usage(card, needs_code, repo, branch)

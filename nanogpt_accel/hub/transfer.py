@@ -66,7 +66,7 @@ def _download(model_id, patterns, report, bars):
 
 
 def check_push(model_id, key):
-    """Check the settings for a push without using the network. Return a list of problems.
+    """Check the settings for a push, but do not use the network. Return a list of problems.
 
     key: the option that contains model_id, for the messages.
     """

@@ -117,7 +117,7 @@ def validate(section, values, where=""):
 
 
 def _path_in(values, location):
-    """Return the path of a value from the location in a pydantic error, which can end with names of types."""
+    """Convert the location in a pydantic error, which may contain names of types, to the path of the value."""
     path = ()
     for part in location:
         if isinstance(values, dict) and part != "[key]":

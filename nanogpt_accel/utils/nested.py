@@ -23,7 +23,7 @@ def pack(value, name, tensors):
         kind = next(kind for kind, of_kind in _SEQUENCES.items() if isinstance(value, of_kind))
         return [kind, [pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]]
     if isinstance(value, dict):
-        # JSON would turn keys that are numbers into texts
+        # a list of pairs, because JSON would turn keys that are numbers into strings
         return ["dict", [[key, pack(item, f"{name}.{key}", tensors)] for key, item in value.items()]]
     raise TypeError(f"{name} is a {type(value).__name__}, which checkpoints cannot store")
 
