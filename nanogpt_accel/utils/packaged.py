@@ -15,7 +15,7 @@ from .fields import nearest
 def packaged(name):
     """Return the path of a packaged file or folder, such as recipes/gpt2.yaml or configs.
 
-    If the file is below the current folder, return a relative path, so that messages in a clone show configs/fsdp2.yaml.
+    If the file is below the current folder, the path is relative, so that messages in a clone show configs/fsdp2.yaml.
     """
     package = Path(__file__).resolve().parents[1]
     path = package / name if (package / name).exists() else package.parent / name
