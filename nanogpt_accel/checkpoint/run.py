@@ -231,7 +231,7 @@ class Run:
             return
         accelerator = self.setup.accelerator
         if kind is not None and not issubclass(kind, FloatingPointError):
-            # other ranks may be waiting in a collective, which only ends safely when this process ends
+            # other ranks may be waiting for this rank in a collective, and only the end of this process ends it safely
             for tracker in accelerator.trackers:
                 with suppress(Exception):
                     tracker.finish()

@@ -89,7 +89,8 @@ def _split_of(part):
 
 def _stem(file):
     stem, suffix = re.sub(r"\.(gz|zst)$", "", file.lower()), suffix_of(file)
-    return stem if suffix.lstrip(".") in SPLIT_OF else stem.removesuffix(suffix)  # data.train: a split word
+    # keep the suffix of data.train, because it is a split word
+    return stem if suffix.lstrip(".") in SPLIT_OF else stem.removesuffix(suffix)
 
 
 def _is_code(name):

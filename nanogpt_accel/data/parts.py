@@ -65,7 +65,7 @@ class Parts:
         return [part for part in self.all if _name(part) not in complete]
 
     def describe_missing(self, workers):
-        """Return the workers that have not completed their parts as text: `worker 2 (3 parts, not running)`."""
+        """Return text that lists the workers with incomplete parts: `worker 2 (3 parts, not running)`."""
         missing, texts = set(self.missing()), []
         for worker in range(workers):
             if count := len(missing.intersection(self.all[worker::workers])):

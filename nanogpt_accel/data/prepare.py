@@ -268,7 +268,7 @@ def _report_splits(manifest, report):
 
 
 def _pin(corpus, folder):
-    """Return the corpus. A Hub data set is pinned to the commit of an interrupted preparation, or to the latest one."""
+    """Return the corpus. Pin a Hub data set to the commit of an interrupted preparation, or to the latest commit."""
     if corpus.pin is None:
         return corpus
     for facts in (earlier_attempt(folder)[0], *earlier_facts(folder)):

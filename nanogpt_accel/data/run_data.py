@@ -241,7 +241,7 @@ def describe_stages(identity):
 
 
 def mix_table(recipe, train_tokens):
-    """Return a list of dictionaries, one per source: the tokens in the source, and the tokens that the run uses.
+    """Return a dictionary per source, with the number of tokens in the source and the number that the run uses.
 
     train_tokens: {source: number of training tokens, or None if unknown}.
     """

@@ -86,7 +86,7 @@ def parse_with_recipe(argv, own, fields, n_targets=1):
     """Parse the arguments of a command that has its own options and also accepts the keys of a recipe.
 
     Args:
-        own: Section class of the command's options. If a field has an alias, this is the key of the option.
+        own: Section class of the command's options. If a field has an alias, the alias is the key of the option.
         fields: {recipe key: pydantic FieldInfo}; see `parse`.
 
     Returns:

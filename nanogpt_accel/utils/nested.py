@@ -4,7 +4,7 @@ _SEQUENCES = {"list": list, "tuple": tuple, "set": set}
 
 
 def pack(value, name, tensors):
-    """Return `value` as JSON values, with names instead of tensors. Add {name: tensor} to the dictionary `tensors`.
+    """Convert `value` to JSON values. Replace each tensor by a name, and add {name: tensor} to the dict `tensors`.
 
     value: None, a number, a text, a tensor, or a list, tuple, set or dictionary of such values. name: name of `value`.
     The names of the tensors start with this name.
@@ -29,7 +29,7 @@ def pack(value, name, tensors):
 
 
 def unpack(plain, tensors):
-    """Return the value that `pack` has converted. tensors: function that returns the tensor of a name."""
+    """Return the original value. plain: the result of `pack`. tensors: function that returns the tensor of a name."""
     if not isinstance(plain, list):
         return plain
     kind, items = plain

@@ -29,7 +29,7 @@ def find_packaged(folder, name):
     """Return the path of the packaged file NAME.yaml. folder: recipes or configs.
 
     Raises:
-        ValueError: there is no such file; the message has the nearest name.
+        ValueError: there is no such file; the message suggests the most similar name.
     """
     paths = {path.stem: path for path in list_packaged(folder)}
     if name.removesuffix(".yaml") not in paths:
