@@ -39,7 +39,7 @@ def report_losses(corpus, data, tokenizer, report, bad=None):
     if not n_changed:
         return
     documents = f"encoding and decoding changes {n_changed:,} of the first {counted(n_documents, 'document')}"
-    report(f"warning: tokenizer={data.tokenizer}: {documents}, for example {example[0]!r} to {example[1]!r}")
+    report(f"warning: tokenizer={data.tokenizer}: {documents}: for example, {example[0]!r} becomes {example[1]!r}")
     if lost:
         problem = f"{_describe(lost, n_characters)}; bits per byte will be too low, because it counts their bytes"
         report(f"warning: tokenizer={data.tokenizer}: {problem}")
