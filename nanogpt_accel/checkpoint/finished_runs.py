@@ -14,10 +14,11 @@ from ..utils.fields import show_value
 from ..utils.text import first_line, printable
 from .layout import list_checkpoints, read_trainer
 
-# The runs of a fit may differ in size, horizon, batch size, seed, and the numbers of the section optimizer, such as the
-# learning rate. They must not differ in other settings of the model, or in these, because each of them changes the law.
+# The runs of a fit may differ in size, number of steps, batch size, seed, and the numbers of the section optimizer,
+# such as the learning rate. They must not differ in LAW_KEYS or in the other settings of the model, because these
+# settings change the law.
 SIZE_KEYS = {"n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "n_inner", "initializer_range"}
-OTHER_KEYS = {"init_from", "pad_vocab_to_multiple_of"}  # no difference in the model
+OTHER_KEYS = {"init_from", "pad_vocab_to_multiple_of"}  # settings that do not change the trained model
 LAW_KEYS = {"optimizer": ("algorithm", "schedule"), "data": ("sampling", "document_mask"), "train": ("eval_iters",)}
 
 
@@ -25,7 +26,7 @@ class Ladder(NamedTuple):
     """Finished runs that can share a scaling law.
 
     recipe, vocab_size, data: the recipe of the first run, its model's vocabulary size, and the hashes of its data.
-    notes: why other runs were not used, as text.
+    notes: lines of text that say which other runs were not used, and why.
     """
 
     runs: list
@@ -38,10 +39,11 @@ class Ladder(NamedTuple):
 def read_ladder(targets):
     """Read finished runs.
 
-    If several runs have the same size and horizon, the settings with the lowest mean loss are used, with all seeds.
+    If several runs have the same size and number of tokens, but different settings, only the runs with the best
+    settings are used: those with the lowest mean loss over all seeds.
 
     Args:
-        targets: run folders, or folders that contain runs, such as that of a sweep.
+        targets: run folders, or folders that contain runs, such as the folder of a sweep.
 
     Returns:
         Ladder
@@ -59,7 +61,7 @@ def read_ladder(targets):
     if not found:
         raise ValueError("\n".join(notes))
     _require_same(found)
-    groups = {}  # (size, horizon) -> settings without the seed -> runs
+    groups = {}  # (parameters, tokens) -> settings without the seed -> runs
     for run, recipe, *_ in found:
         train = recipe.train
         settings = f"{recipe.model} {recipe.optimizer} {train.batch_size} {train.gradient_accumulation_steps}"
@@ -70,12 +72,12 @@ def read_ladder(targets):
         runs += best
         if others := [run.name for group in by_settings.values() if group is not best for run in group]:
             names = ", ".join(run.name for run in best)
-            notes.append(f"not used, because {names} has the same size and a lower loss: {', '.join(others)}")
+            notes.append(f"{', '.join(others)}: not used: runs of the same size have a lower loss ({names})")
     return Ladder(runs, *found[0][1:], notes)
 
 
 def fit_ladder(ladder):
-    """Fit a law to a ladder. If it has too few runs, the ValueError also says why others are not used."""
+    """Fit a law to the runs of a ladder. If there are too few, the ValueError also says why other runs are not used."""
     try:
         return fit(ladder.runs)
     except ValueError as error:
@@ -83,8 +85,9 @@ def fit_ladder(ladder):
 
 
 def find_runs(targets):
-    """Return the run folders among `targets` and directly in them, in alphabetical order. Of several targets, files are
-    ignored, because the pattern sweep/* also matches the logs of a sweep.
+    """Return the run folders in `targets`. Each target is a run folder, or a folder that contains run folders.
+
+    If there are folders in `targets`, files are ignored, because the pattern sweep/* also matches the logs of a sweep.
 
     Raises:
         ValueError: a target is not a folder, or contains no runs.
@@ -102,7 +105,7 @@ def find_runs(targets):
 
 
 def _unique_names(folders):
-    """Return a name for each run: its folder, with the parent if another run has the same name."""
+    """Return a name for each run: the name of its folder, or PARENT/NAME if several folders have the same name."""
     paths = [folder.resolve() for folder in folders]
     names = [path.name for path in paths]
     return [
@@ -114,15 +117,15 @@ def _read_run(folder, name):
     """Return (Run, recipe, vocab_size, data) of a run. Raise ValueError if the run is not finished."""
     recipe = load_recipe(folder / "run.yaml")
     if recipe.model.init_from not in ("scratch", "resume"):
-        raise ValueError(f"it started from the weights of {recipe.model.init_from}")
+        raise ValueError(f"the run started from the weights of {recipe.model.init_from}")
     checkpoints, steps = list_checkpoints(folder), recipe.train.max_iters
     if not checkpoints:
-        raise ValueError("it has no checkpoint")
+        raise ValueError("the run has no checkpoint")
     trainer = read_trainer(checkpoints[-1])
     if trainer["step"] < steps or not steps:
-        raise ValueError(f"its last checkpoint is at step {trainer['step']:,} of {steps:,}")
+        raise ValueError(f"the last checkpoint is at step {trainer['step']:,} of {steps:,}")
     if not isinstance(trainer["val_loss"], float) or not 0 < trainer["val_loss"] < math.inf:
-        raise ValueError(f"its last validation loss is {trainer['val_loss']}")
+        raise ValueError(f"the last validation loss is {trainer['val_loss']}")
     vocab_size = json.loads((checkpoints[-1] / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     if type(vocab_size) is not int or vocab_size < 1:
         raise ValueError(f"{checkpoints[-1] / 'config.json'}: vocab_size={vocab_size} is not valid")
@@ -130,7 +133,7 @@ def _read_run(folder, name):
     tokens = steps * recipe.tokens_per_step
     run = Run(name, scaling_params(shape), tokens, tokens * flops_per_token(shape), trainer["val_loss"])
     if not isinstance(trainer["data"], dict):
-        raise ValueError("its last checkpoint does not name its data")
+        raise ValueError("the last checkpoint does not contain the hashes of the data")
     return run, recipe, vocab_size, trainer["data"]
 
 
@@ -144,12 +147,15 @@ def differences(ladder, recipe):
     """Compare a recipe with the runs of a ladder.
 
     Returns:
-        (problems, warnings): why their losses cannot be compared at all, and why the law may not hold, as text.
+        (problems, warnings): lists of text lines. A problem is a reason why the losses cannot be compared at all. A
+        warning is a reason why the law may not hold for the recipe.
     """
     problems, warnings = [], []
     ours, theirs = law_settings(recipe), law_settings(ladder.recipe)
     changed = [
-        f"{key}={show_value(theirs[key])} and not {show_value(ours[key])}" for key in ours if ours[key] != theirs[key]
+        f"{key}={show_value(theirs[key])} instead of {show_value(ours[key])}"
+        for key in ours
+        if ours[key] != theirs[key]
     ]
     if changed:
         warnings.append(f"the runs have {'; '.join(changed)}, so the loss may differ")
@@ -180,9 +186,9 @@ def _data_settings(data):
 
 def _require_same(found):
     """Raise ValueError if the settings or the data of runs differ. found: list of (Run, recipe, vocab_size, data)."""
-    problems, names = [], {}  # names: (setting, value as text) -> names of the runs
+    problems, names = [], {}  # names: {setting: {value as text: [name of a run, ...]}}
     for run, recipe, vocab_size, data in found:
-        mixes = [stage["mix"] for stage in data.get("stages", [])]  # without steps, which depend on the horizon
+        mixes = [stage["mix"] for stage in data.get("stages", [])]  # without first steps, which depend on max_iters
         facts = {"vocab_size": vocab_size, "data": str({**data, "stages": mixes}), **law_settings(recipe)}
         for key, value in facts.items():
             names.setdefault(key, {}).setdefault(show_value(value), []).append(run.name)

@@ -23,10 +23,10 @@ FIX = "check the URL, the credentials and the network"
 
 
 class Mirror:
-    """A mirror of a run folder. url: any path of fsspec, such as s3://bucket/run or /mnt/backup/run.
+    """A mirror of a run folder. url: a URL or path that fsspec supports, such as s3://bucket/run or /mnt/backup/run.
 
-    All methods raise ConnectionError if the store does not respond or refuses the request. They raise ValueError if the
-    package for the protocol of the URL is not installed.
+    All methods raise ConnectionError if the storage does not respond or refuses the request. They raise ValueError if
+    the package for the protocol of the URL is not installed.
     """
 
     def __init__(self, url):
@@ -37,7 +37,7 @@ class Mirror:
             self.fs, self.root = url_to_fs(url)
             self.root = self.root.rstrip("/")
             if not self.root:  # "/" or "s3://"
-                raise ValueError("no folder")
+                raise ValueError("contains no folder")
 
     def checkpoints(self):
         """Return {step: path} of the complete checkpoints, oldest first."""
@@ -83,7 +83,7 @@ class Mirror:
                 return None
             flush_tree(folder)
             if final.exists():
-                remove_checkpoint(final)  # it is corrupted; otherwise, the run would resume from it
+                remove_checkpoint(final)  # it is corrupted: a run that has a valid checkpoint is not restored
             rename_folder(folder, final)
         return final
 
@@ -134,7 +134,7 @@ class BackgroundMirror(BackgroundPush):
     def __init__(self, url, folder, warn, keep_last, collective_timeout=600):
         super().__init__(url, folder, warn)
         self.mirror, self.keep_last, self._can_delete = None, keep_last, True
-        self.timeout_s = min(300, collective_timeout / 2)  # the other ranks wait at the end of the run
+        self.timeout_s = min(300, collective_timeout / 2)  # less than the other ranks wait at the end of the run
 
     def _files(self, checkpoint):
         return [file for file in checkpoint.rglob("*") if file.is_file()]

@@ -78,7 +78,7 @@ def _open_shards(path, shapes):
         layout = layout or of_shard  # only the first shard has other entries than "first_rows"
         for key in shard.keys():  # noqa: SIM118 (not a dict)
             name, shape = key.rpartition("/")[0], tuple(shard.get_slice(key).get_shape())
-            dims = slice(1 if key in first_rows else 0, None)  # a shard has only some rows
+            dims = slice(1 if key in first_rows else 0, None)  # a shard has fewer rows, so compare the other dimensions
             has_any_shape = not shape or key in layout["other_shape"]
             is_like = name in shapes and (has_any_shape or shape[dims] == shapes[name][dims])
             if key not in layout["nested"] and not is_like:
@@ -89,9 +89,9 @@ def _open_shards(path, shapes):
 
 
 def _read_full(tensors, layout, key):
-    """Return a tensor that only one file has, with the strides that it had when it was saved.
+    """Return a tensor that is stored in only one file, with the strides that it had when it was saved.
 
-    For matrices with other strides, MKL can use another kernel, which rounds differently.
+    If a matrix has other strides, MKL may multiply it with another kernel, which rounds differently.
     """
     import torch
 

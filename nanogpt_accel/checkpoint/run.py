@@ -24,8 +24,8 @@ class Run:
     """Writes the results of a run: run.yaml, metrics.jsonl, samples.jsonl, trackers, checkpoints, pushes to the Hub.
 
     `with Run(recipe, console) as run:` locks the run folder, so that no other process can train in it. All ranks must
-    call `start` and `save`; `start` opens the logs and trackers. The other methods do nothing on ranks other than 0.
-    The end of the `with` block closes the logs and trackers and releases the lock.
+    call `start`, `save` and `finish_pushing`; `start` opens the logs and trackers. The other methods do nothing on
+    ranks other than 0. The end of the `with` block closes the logs and trackers and releases the lock.
 
     Raises:
         ValueError: another process is training in this folder, or the folder cannot be locked.
@@ -41,7 +41,7 @@ class Run:
     def __enter__(self):
         self._is_new = not self.folder.exists()
         ranks = connect(self.recipe.train.collective_timeout)
-        if not is_main():  # look for checkpoints only when the main process has prepared the folder
+        if not is_main():  # do not look for checkpoints before the main process has prepared the folder
             ranks.wait_for("run folder", 0, "preparing the run folder")
             return self
         with ranks.working("run folder"):
@@ -54,7 +54,7 @@ class Run:
         return self
 
     def start(self, setup, data, state, stopper, is_resumed):
-        """Write run.yaml and open the logs, the trackers and the saver.
+        """Write run.yaml, open the logs and trackers, and create the Saver.
 
         A new run first deletes the files that an earlier run wrote to the folder. A resumed run deletes all log lines
         that were written after the checkpoint from which it resumes.
@@ -99,12 +99,12 @@ class Run:
         self.trackers = Trackers(
             accelerator, recipe.tracking.project, recipe.flat(), state.step, self.folder, name, console.say
         )
-        if is_resumed and is_main():  # tensorboard's purge_step also removed this step's evaluation
+        if is_resumed and is_main():  # log this step's evaluation again, because tensorboard's purge_step removed it
             for line in read_metrics(metrics_path):
                 if line["step"] == state.step:
                     self.trackers.log({key: value for key, value in line.items() if key != "step"}, state.step)
 
-    # ---- called by the loop
+    # ---- called by the training loop
 
     def log_evaluation(self, step, scores):
         """Write the scores of an evaluation, {name: number}, to metrics.jsonl and the trackers."""
@@ -162,14 +162,16 @@ class Run:
     # ---- the end
 
     def finish_pushing(self, best_step):
-        """Wait for pending copies and pushes. Then push the best checkpoint, unless the last push uploaded it."""
+        """Wait for pending copies to the mirror and pushes to the Hub. Then push the best checkpoint, if it was not the
+        last one that was pushed. All ranks must call this."""
         if self.mirror is not None:
             self.console.say(f"waiting until {self.folder.name} is copied to {self.mirror.repo}")
             self.mirror.wait()
             is_complete = self.mirror.pushed == best_checkpoint(self.folder, None)
             state = "copied to" if is_complete else "warning: the latest checkpoint is not copied to"
             self.console.say(f"{state} {self.mirror.repo}")
-        if self.recipe.checkpoint.mirror:  # if another rank exits, a launcher ends this one after 30 seconds
+        if self.recipe.checkpoint.mirror:
+            # the other ranks wait for rank 0, because a launcher would end it 30 seconds after they exit
             self.setup.accelerator.wait_for_everyone()
         pusher = self.pusher
         if pusher is None:
@@ -223,12 +225,13 @@ class Run:
                         self.folder.rmdir()
 
     def _end_training(self, kind, trace):
-        """Close the trackers. Also destroy the process group, unless this rank failed and others may still run."""
+        """Close the trackers and destroy the process group. If this rank failed, and others may still be running, only
+        close the trackers."""
         if self.setup is None:
             return
         accelerator = self.setup.accelerator
         if kind is not None and not issubclass(kind, FloatingPointError):
-            # other ranks may be waiting in a collective, which only ends safely when this process ends
+            # other ranks may be waiting for this rank in a collective, and only the end of this process ends it safely
             for tracker in accelerator.trackers:
                 with suppress(Exception):
                     tracker.finish()
@@ -244,7 +247,7 @@ class Run:
 
 def create_repository(recipe):
     """Create the Hub repository for the checkpoints if it does not exist, and return its name. If push_to_hub is false,
-    and on ranks other than 0, do nothing and return None.
+    or on ranks other than 0, do nothing and return None.
 
     Raises:
         PermissionError: the Hub refuses the request, for example because the token has no write access.
@@ -267,7 +270,7 @@ def recipe_to_save(recipe, data):
     """
     init_from = recipe.model.init_from
     if init_from == "resume":
-        with suppress(ValueError, OSError):  # a broken run.yaml
+        with suppress(ValueError, OSError):  # run.yaml is missing or invalid
             init_from = load_recipe(Path(recipe.out_dir) / "run.yaml", {}).model.init_from
     recipe = recipe.model_copy(update={"data": data.pin(recipe.data)})
     return recipe.replace(init_from=init_from, overwrite=False, mix_change=False)

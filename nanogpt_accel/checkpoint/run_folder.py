@@ -12,7 +12,7 @@ from ..utils.files import nearest_existing, remove_checkpoint, write_atomically
 from .layout import CHECKPOINT_NAME, MODEL_FILES, checkpoint_path, is_checkpoint, list_checkpoints
 from .verify import is_corrupted
 
-LOCK, LOCK_HOLDER = ".lock", ".lock.json"  # locked while a process trains in the folder
+LOCK, LOCK_HOLDER = ".lock", ".lock.json"  # a training process locks the first and writes its id to the second
 # files that a run and `report` write next to the checkpoints
 _OUTPUT = re.compile(
     r"(metrics|samples)\.jsonl|expect\.json|loss\.png|nonfinite-\d+\.json|report\.html|"
@@ -33,7 +33,7 @@ def check_writable(folder, key="out_dir"):
     if not place.is_dir():
         return [f"{key}={folder}: {place} is a file; set `{key}` to another folder"]
     try:
-        with tempfile.TemporaryFile(dir=place):  # for root, os.access is true even in /proc and /sys
+        with tempfile.TemporaryFile(dir=place):  # os.access is not enough: for root, it is true even in /proc and /sys
             return []
     except OSError as error:
         return [f"{key}={folder}: cannot write to {place} ({error.strerror}); set `{key}` to another folder"]
@@ -42,7 +42,7 @@ def check_writable(folder, key="out_dir"):
 def check_empty(folder, key):
     """Check that a folder is writable, empty, and not inside a run folder. key: the option that sets the folder."""
     folder = Path(folder)
-    if folder.is_dir() and any(file.name != ".tmp" for file in folder.iterdir()):  # .tmp: of an export that was killed
+    if folder.is_dir() and any(file.name != ".tmp" for file in folder.iterdir()):  # a killed export leaves a .tmp
         return [f"{key}={folder}: the folder is not empty; set `{key}` to a new or empty folder"]
     return _check_outside_runs(folder, key) or check_writable(folder, key)
 
@@ -94,7 +94,7 @@ def find_trainer(run):
     """Return the process that trains in a run folder, as `process N on HOST`, or None.
 
     Raises:
-        OSError: the lock file cannot be opened or locked, so this is unknown.
+        OSError: the lock file cannot be opened or locked, so it is unknown whether a process trains in the folder.
     """
     return locking.find_holder(Path(run) / LOCK, Path(run) / LOCK_HOLDER)
 
@@ -132,10 +132,10 @@ def prepare_run_folder(run, recipe, is_resumed):
         for path in run.iterdir():
             if is_published(path) or _OUTPUT.fullmatch(path.name):
                 path.unlink()
-        # last, because is_published compares copies with the checkpoints
+        # delete the checkpoints last, because is_published compares copies with them
         for path in filter(is_checkpoint, list_checkpoints(run)):
             remove_checkpoint(path)
-    write_atomically(run / "run.yaml", recipe)  # a run would resume from an empty run.yaml with default settings
+    write_atomically(run / "run.yaml", recipe)  # an empty run.yaml after a crash would mean default settings
 
 
 # ---- after each save
@@ -197,8 +197,8 @@ def prune(run, best_step, latest, keep_last):
     checkpoints = list_checkpoints(run)
     until_latest = checkpoints[: checkpoints.index(latest) + 1]
     kept = {best_checkpoint(run, best_step, latest), *until_latest[-keep_last:]}
-    # Delete later checkpoints only if they are corrupted. The run skipped these when it resumed. A valid later
-    # checkpoint belongs to another run.
+    # Delete later checkpoints only if they are corrupted: the run skipped these when it resumed. If a later checkpoint
+    # is valid, it belongs to another run.
     corrupted = filter(is_corrupted, checkpoints[len(until_latest) :])
     for path in filter(is_checkpoint, [*until_latest, *corrupted]):
         if path not in kept:

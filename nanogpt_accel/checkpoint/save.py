@@ -28,8 +28,8 @@ from .layout import INDEX, TRAINER, checkpoint_path, is_checkpoint, shard_path
 from .run_folder import prune, publish
 from .verify import find_corruption, is_corrupted
 
-LARGE = 5e8  # bytes; saving is announced from this size on, because it takes some seconds
-SHARD_SHARE = 0.8  # of collective_timeout: maximum time to wait for the shards, so that other processes do not time out
+LARGE = 5e8  # bytes; saving a larger checkpoint is announced, because it takes some seconds
+SHARD_SHARE = 0.8  # the main process waits for the shards for this share of collective_timeout, before others time out
 _LEFTOVER = re.compile(r"\.checkpoint-[0-9]{1,12}\.(tmp|old)$")
 
 
@@ -148,7 +148,7 @@ class Saver:
                     _commit(temporary, snapshot.final, snapshot.num_shards, deadline)
         except (OSError, SafetensorError) as error:
             self.error = str(error)
-            if not is_main:  # the main process also reports this error, but only if it can read the receipt
+            if not is_main:  # the main process also reports this error if it can read the receipt (see _write_shard)
                 where = f"process {self.accelerator.process_index} on {platform.node()}"
                 print(f"warning: {where} cannot write to {temporary}: {error}", file=sys.stderr, flush=True)
         if is_main:
@@ -253,8 +253,10 @@ def _commit(temporary, final, num_shards, deadline):
 
 
 def _wait_for_shards(temporary, num_shards, deadline):
-    """Wait for the receipts of all shards of the optimizer state. Return {file: its entry in the index}. deadline: a
-    time of time.monotonic()."""
+    """Wait for the receipts of all shards of the optimizer state. Return {file: its entry in the index}.
+
+    deadline: value of time.monotonic() after which a missing receipt is an error.
+    """
     entries = {}
     for name in (shard_path(shard, num_shards) for shard in range(num_shards)):
         receipt = (temporary / name).with_suffix(".receipt")

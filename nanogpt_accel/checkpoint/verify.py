@@ -94,7 +94,7 @@ def find_file_corruption(path, name):
     try:
         if name.endswith(".json"):
             is_valid = isinstance(json.loads((path / name).read_text(encoding="utf-8")), dict)
-        elif name.endswith(".bin"):  # a zip file, which ends with its directory; before torch 1.6, a pickle
+        elif name.endswith(".bin"):  # written by torch.save: a zip file or, before torch 1.6, a pickle
             with open(path / name, "rb") as file:
                 is_valid = zipfile.is_zipfile(file) or (file.seek(0) == 0 and file.read(1) == b"\x80")
         else:
@@ -106,7 +106,7 @@ def find_file_corruption(path, name):
 
 
 def read_index(path):
-    """Return {file: {"size": bytes, "sha256": hash}} from state/index.json. If the index is invalid, return None.
+    """Return {file: {"size": bytes, "sha256": hash}} from state/index.json, or None if it is missing or invalid.
 
     Raises:
         OSError: the index cannot be read.

@@ -11,24 +11,27 @@ class Corpus:
 
     name: str  # short, for file names
     source: dict  # JSON values that identify the content, for the manifest
-    is_single: bool  # whether the corpus is one text or one sequence of ids, to cut into train and val
-    read: Callable | None  # (split, bad) -> iterator over the documents, see documents(); None for token ids
+    is_single: bool  # whether the corpus is one text or one sequence of ids, and not a set of documents
+    read: Callable | None  # read(split, bad) -> iterator over the documents, see documents(); None for token ids
     splits: tuple | Callable = ("train",)  # the corpus's own splits, or a function that returns them
-    parts: Callable | None = None  # split -> list of functions like `read(bad)`, one per part of the split, in order
+    parts: Callable | None = None  # parts(split) -> one function per part of the split: bad -> iterator over documents
     bytes: int | None = None  # approximate size of the text, if known
     sizes: list | None = None  # bytes of each training file, in order, if every file is one document
-    pin: Callable | None = None  # for a Hub data set: commit (None: the latest) -> the Corpus at this commit
-    first: Callable | None = None  # for files: bad -> iterator over the first documents of some files
+    pin: Callable | None = None  # for a Hub data set: pin(commit, or None for the latest) -> the Corpus at this commit
+    first: Callable | None = None  # for files: first(bad) -> iterator over the documents that check_files reads
     skipped: dict = field(default_factory=dict)  # for a folder: {suffix: number of files that are not read}
     notes: tuple = ()  # lines about the choice of files, reported when the corpus is prepared
-    ids: Callable | None = None  # for token ids: (vocab_size, val_fraction) -> {"train", "val", ...: TokenFile}
+    ids: Callable | None = None  # for token ids: ids(vocab_size, val_fraction) -> {split: TokenFile}
 
     def own_splits(self):
         """Return the names of the splits, "train" first. For a Hub data set, this may send a request to the Hub."""
         return self.splits() if callable(self.splits) else self.splits
 
     def check_files(self, bad=None):
-        """Raise ValueError if a local file cannot be opened or has no text column. bad: see documents()."""
+        """Read the first document of some files. Raise ValueError if a file cannot be opened or has no text column.
+
+        bad: see documents().
+        """
         for _ in self.first(bad or refuse) if self.first else ():
             pass
 
@@ -39,7 +42,7 @@ class Corpus:
 
         bad: called with a one-line message for each document that cannot be read; the document is then skipped. If
             `bad` is None, such a document raises ValueError.
-        part: yield only the documents of this part of the split, which may have none.
+        part: index of a part in `parts(split)`. If given, yield only the documents of this part; it may have none.
 
         Raises:
             ValueError: the corpus cannot be read, downloaded or decoded, or all documents are empty.

@@ -1,4 +1,4 @@
-"""Find, check and open the data folder that a recipe's data section describes. prepare.py creates it.
+"""Find, check and open the data folder that a recipe's data section describes. prepare.py creates this folder.
 
 In all functions, `data` is the data section of a recipe, or any object with the same attributes.
 """
@@ -19,7 +19,7 @@ from .sources import find_corpus, source_name
 from .token_files import AGAIN, SPLITS, refuse_to_overwrite, token_file
 from .tokenizer import EOT, Tokenizer
 
-LARGER_VAL = (0.01, 0.1, 0.5)  # tried if val_fraction is not set, and val has fewer tokens than a sample
+LARGER_VAL = (0.01, 0.1, 0.5)  # values for val_fraction if the user did not set it and val is shorter than a sample
 SPLIT_SEED = 2357  # nanoGPT's seed; fixed, so that validation losses of runs with different seeds can be compared
 
 
@@ -42,7 +42,7 @@ class Dataset:
 
     @property
     def identity(self):
-        """Hashes of the tokenizer, train and val. A checkpoint stores them, and a run only resumes if they match."""
+        """Hashes of the tokenizer, train and val. A run only resumes from a checkpoint that has the same hashes."""
         hashes = {split: self.manifest["splits"][split]["sha256"] for split in SPLITS}
         return {"tokenizer": self.tokenizer.fingerprint} | hashes
 
@@ -72,14 +72,14 @@ def is_prepared(data):
 
 
 def check(data, block_size=None):
-    """Check the data section without tokenizing or downloading anything.
+    """Check the data section without downloading or tokenizing the corpus. Return a list of problems, one line each.
 
-    Return a list of problems, one line each. block_size: if given, also check that prepared data contain a sample of
-    this length.
+    block_size: if given, and the data are prepared, also check that train and val are not shorter than a sample.
     """
     problems = []
     if not (data.data_dir and is_prepared(data)):  # prepared data can be used without the corpus
-        if data.data_dir and not _is_set(data, "corpus"):  # otherwise, a wrong data_dir would prepare OpenWebText
+        # without this check, a misspelled data_dir would start to prepare the default corpus, OpenWebText
+        if data.data_dir and not _is_set(data, "corpus"):
             if file := _named_like_token_file(data.data_dir):
                 fix = "set data_dir to a folder with token files, or set corpus too"
                 return [f"data_dir={data.data_dir}: {file} is not a complete set of token files; {fix}"]
@@ -100,7 +100,7 @@ def check(data, block_size=None):
         return [f"data_dir={folder}: not a folder; set data_dir to a data folder or a new folder"]
     try:
         refuse_to_overwrite(folder)
-    except ValueError as error:  # not returned yet: another process may complete the folder before the next line
+    except ValueError as error:  # not returned yet, because another process may complete the folder in the meantime
         problems = [str(error)]
     if not is_data_folder(folder):
         return problems
@@ -115,13 +115,15 @@ def check(data, block_size=None):
 
 
 def _is_set(data, key):
-    """Return whether the user chose a setting, and chose it for these data (see load_recipe)."""
+    """Return whether the user set a key. A key that a recipe sets for other data does not count, see load_recipe."""
     return key in getattr(data, "model_fields_set", vars(data))
 
 
 def _named_like_token_file(folder):
-    """Return the name of a .bin, .npy or .ds file in a folder, or None. Files of an interrupted preparation do not
-    count."""
+    """Return the name of a .bin, .npy or .ds file in a folder, or None.
+
+    Also return None if the preparation of the folder was interrupted.
+    """
     folder = Path(os.path.expanduser(folder))
     if not folder.is_dir() or (folder / ".partial").is_dir():
         return None
@@ -159,7 +161,7 @@ def check_fits(data, corpus):
 def facts_of(data, corpus):
     """Return all settings that determine the tokens, as JSON values.
 
-    For a single text or token ids, split_seed is None, because val is the last part and not drawn at random.
+    For a single text or token ids, split_seed is None, because val is the last part of the corpus.
     """
     optional = ("limit_documents", "limit_tokens", "skip_bad_documents", "eos_token")
     hub = {"hub": data.tokenizer} if hub_id(data.tokenizer) else {}
@@ -203,10 +205,10 @@ def _differences(data, manifest):
         "special_tokens": manifest.get("special_tokens", "text"),
         "eos_token": manifest.get("eos_token"),
     }
-    if manifest["tokenizer"].get("hub") == data.tokenizer:  # compare only the Hub ids, without a download
+    if manifest["tokenizer"].get("hub") == data.tokenizer:  # compare the Hub ids, to avoid a download
         prepared["tokenizer"] = data.tokenizer
     identities = {"corpus": lambda: source_name(data.corpus), "tokenizer": lambda: _tokenizer_identity(data)}
-    fields = getattr(type(data), "model_fields", {})  # a plain object has no defaults, so everything is compared
+    fields = getattr(type(data), "model_fields", {})  # if `data` is a plain object without defaults, compare all keys
     problems = []
     for key, value in prepared.items():
         setting = getattr(data, key)
@@ -230,8 +232,8 @@ def open_dataset(data, verify=False):
 
     Args:
         verify: whether to compare the SHA-256 of large token files with the manifest, as `nanogpt-accel data FOLDER`
-            does. The SHA-256 of token files of less than 64 MiB in total is always compared. A sample of the ids is
-            always compared with the vocabulary size.
+            does. If the token files have less than 64 MiB in total, their SHA-256 is always compared. In addition, a
+            sample of the ids is always checked against the vocabulary size.
 
     Raises:
         FileNotFoundError: the data folder does not exist.
@@ -281,7 +283,7 @@ def _load_tokenizer(folder, manifest):
 
 
 def guess_vocab_size(data, assumed):
-    """Estimate the vocabulary size before the data are prepared. For bpe and char, append a note to `assumed`."""
+    """Estimate the vocabulary size before the data are prepared. For bpe and char, add a note to the list `assumed`."""
     if data.tokenizer == "bpe":
         assumed.append(f"vocabulary size {data.vocab_size:,} (vocab_size); a small corpus may give fewer tokens")
         return data.vocab_size
@@ -307,10 +309,10 @@ def require_tokenizer(dataset, folder, key):
 
 
 def larger_val_fractions(data, manifest, block_size):
-    """Return larger values of val_fraction that should give val at least the block_size + 1 tokens of a sample.
+    """Return values of val_fraction with which val should have at least block_size + 1 tokens, the length of a sample.
 
-    The list is empty if val already has enough tokens. It is also empty if val is not taken from the training text, or
-    if the manifest does not say where val is from.
+    The list is empty if val already has enough tokens, or if val is not taken from the training text. It is also empty
+    for old manifests, which do not say where val is from.
     """
     train, val = (manifest["splits"][split]["tokens"] for split in SPLITS)
     if val > block_size or manifest.get("has_own_val", True):
@@ -319,7 +321,8 @@ def larger_val_fractions(data, manifest, block_size):
 
 
 def may_increase_val(data, manifest):
-    """Return whether val_fraction may be increased: the user did not set it, and no files in data_dir depend on it."""
+    """Return whether val_fraction may be increased: the user did not set it, and data_dir does not contain files that
+    `prepare` divided with the current value."""
     return not _is_set(data, "val_fraction") and (not data.data_dir or manifest.get("nanogpt", False))
 
 

@@ -9,15 +9,16 @@ import numpy as np
 
 from ..distributed.launcher import count_processors
 
-CHUNK = 2**21  # characters per chunk; the token files do not depend on it
-AHEAD = 4  # chunks in the queue, so that two threads have work while the caller flushes a file for 0.3 seconds
+CHUNK = 2**21  # characters per chunk; the token files do not depend on this number
+AHEAD = 4  # extra chunks in the queue; they keep two threads busy while the caller flushes a file (0.3 seconds)
 
 
 def tokenize(documents, number, split_of, tokenizer, threads=None):
     """Encode documents in threads. Yield the result of _encode for each chunk of documents, in order.
 
-    documents: iterator over texts; only a few chunks are in memory at a time. number: the number of the first document.
-    split_of: function that returns the split for a document's number. threads: by default one per processor.
+    documents: iterator over texts; only a few chunks are in memory at a time. number: index of the first document.
+    split_of: function that returns the split of the document with a given index. threads: number of threads, by default
+    one per processor.
     """
     threads = threads or count_processors()
     local = threading.local()
@@ -39,7 +40,8 @@ def tokenize(documents, number, split_of, tokenizer, threads=None):
 def join(documents, number, split_of):
     """Yield the same chunks as `tokenize` from documents that are already encoded.
 
-    documents: iterator over (ids, sizes) of single documents. Other arguments and sizes: see tokenize and _encode.
+    documents: iterator over (ids, sizes), one pair per document; for sizes, see _encode. number, split_of: see
+    tokenize.
     """
     for chunk in _chunks(documents, number, split_of, lambda document: document[1][3]):
         runs = []
@@ -52,7 +54,7 @@ def join(documents, number, split_of):
 def _chunks(documents, number, split_of, length=len):
     """Yield chunks: lists of (split, document) with about CHUNK characters in total.
 
-    length: function that returns the characters of a document. Other arguments: see tokenize.
+    length: function that returns the number of characters of a document. Other arguments: see tokenize.
     """
     chunk, size = [], 0
     for number, document in enumerate(documents, number):  # noqa: B020 (starts at the given number)
@@ -68,8 +70,8 @@ def _chunks(documents, number, split_of, length=len):
 def _encode(tokenizer, chunk):
     """Encode a chunk. Return [(split, ids, sizes), ...], one entry per group of consecutive documents of one split.
 
-    ids: the ids of all documents of the group, each of which ends with the end-of-text token. sizes: shape
-    (documents, 4): for each document, its tokens, and the bytes, special tokens and characters of its text.
+    ids: the ids of all documents of the group; each document ends with the end-of-text token. sizes: array of shape
+    (documents, 4) with the numbers of tokens, bytes, special tokens and characters of each document.
     """
     runs, eot, has_ids = [], np.array([tokenizer.eot_id], tokenizer.dtype), tokenizer.special_tokens == "tokens"
     for split, group in itertools.groupby(chunk, key=lambda document: document[0]):

@@ -14,19 +14,21 @@ WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
-PART_OF_WORD = re.compile("train|val|dev|test", re.IGNORECASE)  # a fast first test: each split word has one of these
-# train.py and docs/test.md belong to a program; only a folder name makes such a file part of a split
+PART_OF_WORD = re.compile("train|val|dev|test", re.IGNORECASE)  # a fast first test: each word in WORDS has one of these
+# For these files, only folder names define a split, because train.py and docs/test.md usually belong to a program.
 CODE_SUFFIXES = tuple(".md .rst .tex .html .py .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .sh .sql .r .jl".split())
-ABOUT = re.compile(r"(readme|licen[sc]e|changelog|citation|notice|authors)\b", re.IGNORECASE)  # files about the data
+# names of files that describe the data
+ABOUT = re.compile(r"(readme|licen[sc]e|changelog|citation|notice|authors)\b", re.IGNORECASE)
 
 
 def splits_by_name(sizes, is_asked=False):
     """Assign files to splits by the words in their names. A folder name has priority over the name of the file.
 
-    The names define splits only if there are a training file and a file of another split. If a file has no split word,
-    and is not about the data (README.md), two more conditions apply: a training file and a validation or test file have
-    the same name except for the split word, and the files with a split word contain more than half of the bytes.
-    Without these conditions, a text such as training_day.txt in a folder of texts could define a split.
+    The names define splits only if there are a training file and a file of another split. If some files have no split
+    word, two more conditions apply: a training file and a validation or test file have the same name except for the
+    split word, and the files with a split word contain more than half of the bytes. Without these conditions, a text
+    such as training_day.txt in a folder of texts could define a split. Files that describe the data, such as README.md,
+    do not need a split word.
 
     Args:
         sizes: {path relative to the corpus folder, with slashes: bytes}.
@@ -35,7 +37,7 @@ def splits_by_name(sizes, is_asked=False):
     Returns:
         {split: [path, ...]}, "train" first, or {} if the names do not define splits.
     """
-    for use_folders in (True, False):  # the second attempt, for test/train.txt and test/val.txt, ignores folders
+    for use_folders in (True, False):  # second attempt without folder names, for test/train.txt and test/val.txt
         found = {name: word for name in sizes if (word := _find_word(name, use_folders))}
         splits = {split: [name for name in sizes if name in found and found[name][0] == split] for split in WORDS}
         splits = {split: names for split, names in splits.items() if names}
@@ -67,7 +69,7 @@ def _are_splits(sizes, found):
 
 
 def _find_word(name, use_folders):
-    """Return (split, other words) of the first name in a path that contains a split word, or None if none does."""
+    """Return (split, other words) for the first folder or file name in a path that has a split word, else None."""
     if not PART_OF_WORD.search(name):
         return None
     *folders, file = PurePosixPath(name).parts
@@ -87,7 +89,8 @@ def _split_of(part):
 
 def _stem(file):
     stem, suffix = re.sub(r"\.(gz|zst)$", "", file.lower()), suffix_of(file)
-    return stem if suffix.lstrip(".") in SPLIT_OF else stem.removesuffix(suffix)  # data.train keeps its suffix
+    # keep the suffix of data.train, because it is a split word
+    return stem if suffix.lstrip(".") in SPLIT_OF else stem.removesuffix(suffix)
 
 
 def _is_code(name):

@@ -1,4 +1,4 @@
-"""Load the tokenizer that a user names: a folder, or an id on the Hugging Face Hub."""
+"""Load the tokenizer of the setting `tokenizer` from a folder or from the Hugging Face Hub."""
 
 import copy
 import difflib
@@ -66,7 +66,7 @@ def _load(folder, eos_token, files):
         if not any(file for pattern in SLOW_FILES for file in Path(folder).glob(pattern)):
             raise
         tokenizer = _convert(folder, eos_token)
-    tokenizer.fingerprint  # noqa: B018 (computes it, for all copies)
+    tokenizer.fingerprint  # noqa: B018 (computes the cached value, which the copies then share)
     return tokenizer
 
 
@@ -79,7 +79,7 @@ def _convert(folder, eos_token):
     try:
         original = AutoTokenizer.from_pretrained(folder)
         text = original.backend_tokenizer.to_str()
-    except Exception as error:  # many kinds; a missing package, for example
+    except Exception as error:  # of many types, for example ImportError for a missing package
         problem = f"has no tokenizer.json, and transformers cannot convert its tokenizer ({one_line(error)})"
         fix = (
             "for a SentencePiece model, run pip install sentencepiece protobuf, or copy a tokenizer.json to the folder"

@@ -7,9 +7,9 @@ The layouts, with their sources (all numbers are little-endian):
   version, number of ids, zeros), then the ids. Magic number 20240520 and version 1 mean uint16 ids, and magic number
   20240801 and version 7 mean uint32 ids.
 - .bin and .idx of Megatron-LM (NVIDIA/Megatron-LM, megatron/core/datasets/indexed_dataset.py): the .bin file has only
-  ids. The .idx file has "MMIDIDX" and two zero bytes, version 1 (uint64), the code of the dtype (uint8), the numbers of
-  sequences S and of document ends D (uint64 each), S lengths (int32), S offsets in bytes (int64), D document ends
-  (int64), and optionally S modes (int8).
+  ids. The .idx file has "MMIDIDX" and two zero bytes, version 1 (uint64), the code of the dtype (uint8), the number of
+  sequences S (uint64), the number of document ends D (uint64), S lengths (int32), S offsets in bytes (int64), D
+  document ends (int64), and optionally S modes (int8).
 - .ds of datatrove (huggingface/datatrove, src/datatrove/pipeline/tokens/tokenizer.py): only ids, uint16 or uint32.
   NAME.ds.index has the position after each document (uint64). NAME.ds.metadata starts with a line such as `gpt2|2`: the
   tokenizer and the bytes per id.
@@ -37,7 +37,7 @@ from .token_files import TokenFile
 SUFFIXES = (".bin", ".npy", ".ds")
 COMPANIONS = (".idx", ".ds.index", ".ds.metadata", ".ds.loss")  # files next to token files that contain no ids
 LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # magic number -> version and dtype
-LLMC_EVALUATION = 20240522  # multiple-choice questions, which are not one sequence of ids
+LLMC_EVALUATION = 20240522  # magic number of files with multiple-choice questions, which are not supported
 MEGATRON = b"MMIDIDX\0\0"
 MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}  # other codes: floats
 OTHER_TOKENIZER = "set tokenizer to the folder of the tokenizer.json that the ids were made with"
@@ -70,16 +70,17 @@ def natural_order(name):
 
 
 def find_token_files(folder):
-    """Return the token files of a folder, in order, or [] if they may be other files.
+    """Return the token files of a folder, in order, or [] if its .bin, .npy or .ds files may contain something else.
 
-    They are token files if one of them has a header or an index, or if their names define train and validation splits.
+    These files are token files if one of them has a header or an index, or if their names define train and validation
+    splits.
     """
     try:
         names = sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=natural_order)
     except OSError:
         return []
     paths = [Path(folder) / name for name in names if is_token_file(name) and (Path(folder) / name).is_file()]
-    # .bin files next to a tokenizer.json are from Writer.finish(), which has not moved manifest.json yet
+    # .bin files next to a tokenizer.json may be from Writer.finish(), which moves manifest.json to the folder last
     is_certain = "tokenizer.json" not in names and _are_named(paths)
     return paths if is_certain or any(map(_has_known_content, paths)) else []
 
@@ -87,8 +88,8 @@ def find_token_files(folder):
 def find_unexpected(folder):
     """Return a token file that does not belong in a folder of text, or None.
 
-    nanoGPT writes train.bin and val.bin next to the text, so .bin files without a header are accepted. .npy files are
-    also accepted, unless their names define train and validation splits.
+    nanoGPT writes train.bin and val.bin next to the text, so .bin files without a header do not count. .npy files count
+    only if their names define train and validation splits.
     """
     paths = find_token_files(folder)
     arrays = [path for path in paths if path.suffix.lower() == ".npy"]
@@ -149,8 +150,8 @@ def _read_layout(path, place):
 def _refuse_other_header(head, size, place):
     """Raise ValueError if a file of `size` bytes starts with a header like llm.c's, but with another magic number.
 
-    Such a header has 256 int32, most of them 0. In addition, the first one looks like a date, such as 20240326 in a
-    model file, or the third one is the number of ids in the file.
+    Such a header has 256 int32, most of them 0. In addition, the first number looks like a date, such as 20240326 in
+    llm.c's model files, or the third number is the number of ids in the file.
     """
     numbers = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
     if len(numbers) < 256 or numbers[32:].any():
@@ -256,15 +257,15 @@ def open_splits(splits, tokenizer_size, val_fraction, spec=None):
     suffixes = sorted({path.suffix.lower() for path in paths})
     place = f"corpus={spec}" if spec else str(paths[0].parent)
     if len(suffixes) > 1:
-        problem = f"contains token files with the suffixes {', '.join(suffixes)}, which may be the same ids twice"
+        problem = f"contains token files with the suffixes {', '.join(suffixes)}, which may store the same ids twice"
         raise ValueError(f"{place}: {problem}; set corpus to the files with one suffix, such as '*{suffixes[0]}'")
     layouts = {path: find_layout(path, spec) or _headerless(path, tokenizer_size, spec) for path in paths}
-    paths = [path for path in paths if layouts[path].tokens]  # datatrove writes empty files
+    paths = [path for path in paths if layouts[path].tokens]  # skip empty files, which datatrove may write
     if not any(layouts[Path(path)].tokens for path in splits["train"]):
         raise ValueError(f"{place}: the training files contain no token ids; use other files")
     if len(dtypes := sorted({layouts[path].dtype for path in paths})) > 1:
         raise ValueError(
-            f"{place}: token files of different types ({', '.join(dtypes)}); set corpus to files of one type"
+            f"{place}: the token files have different types ({', '.join(dtypes)}); set corpus to files of one type"
         )
     found = {}
     for split, chosen in splits.items():
@@ -329,7 +330,7 @@ def cut_index(length, val_fraction, unit, place):
 
 
 def part_of(tokens, start, end):
-    """Return the ids start ... end - 1 of a TokenFile as a TokenFile."""
+    """Return the part of a TokenFile from the id at `start` to the id at `end` - 1, as a TokenFile."""
     paths, spans, first = [], [], 0
     for path, (offset, count) in zip(tokens.paths, tokens.spans, strict=True):
         low, high = max(start - first, 0), min(end - first, count)
@@ -363,8 +364,8 @@ def read_ids(spec, tokens, vocab_size):
 
 
 def file_entries(tokens, folder=None):
-    """Return the list "files" that the manifest stores for a split. The names are absolute paths if `folder` is None.
-    Otherwise, `folder` contains the files, and the list has only their file names."""
+    """Return the list "files" that the manifest stores for a split. It contains absolute paths if `folder` is None.
+    Otherwise, all files are in `folder`, and the list contains their names."""
     names = [path.name if folder else os.path.abspath(path) for path in tokens.paths]
     return [
         {"name": name, "tokens": count} | ({"offset": offset} if offset else {})

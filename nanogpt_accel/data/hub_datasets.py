@@ -59,7 +59,7 @@ def hub_corpus(spec, hub_set):
 
     name = file_name(spec.removeprefix("hub:"))
     name += f"-{hub_set.config}" if not is_builtin and hub_set.config else ""
-    # a document that consists of several rows may continue in the next file
+    # if a document consists of several rows, it may continue in the next file, so the files cannot be divided
     divided = None if hub_set.grouped else parts
     corpus = Corpus(name[:60], source, False, read, lambda: tuple(all_splits()), parts=divided, pin=pin)
     return corpus
@@ -97,7 +97,7 @@ def _read(spec, hub_set, rows, bad):
     """Yield the texts of an IterableDataset. bad: see Corpus.documents."""
     with _hub_errors(spec, hub_set):
         columns, column = rows.column_names or list(next(iter(rows), {})), hub_set.column
-        name = column if column in columns else column.partition(".")[0]  # the outer column, if nested
+        name = column if column in columns else column.partition(".")[0]  # `content` for the column content.text
         check_column(spec, hub_set.id, name if name in columns else column, columns)
         rows = rows.select_columns([name]).with_format("arrow")
         number = 0

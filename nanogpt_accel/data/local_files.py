@@ -28,8 +28,8 @@ from .remote import find, is_remote, name_of
 # files in a folder are read if they have one of these suffixes; a single file or a glob may have any suffix
 TEXT_SUFFIXES = (".txt", ".text", *CODE_SUFFIXES)
 TABLE_SUFFIXES = tuple(READERS)  # each can be followed by .gz or .zst
-MOST_PARTS = 1000  # per split; small files are grouped, so that there are not too many files of parts
-# not supported; without this list, the error would be about the first byte that is not UTF-8
+MOST_PARTS = 1000  # maximum parts per split; small files are grouped into one part, because each part adds two files
+# Unsupported formats. Without this list, the error for such a file would only name its first byte that is not UTF-8.
 OTHER_SUFFIXES = tuple(
     ".zip .tar .tgz .bz2 .xz .7z .rar .lz4 .arrow .feather .orc .avro .pkl .pt "
     ".pdf .doc .docx .odt .epub .xls .xlsx".split()
@@ -86,7 +86,7 @@ def local_corpus(spec, column, lines, split_by="auto"):
     source |= {"lines": True} if lines else {}
     is_single = len(files) == 1 and not tables and not lines
 
-    # an empty file is no document
+    # an empty file is not a document
     sizes = [n_bytes for path, n_bytes, _ in files if path in splits["train"] and n_bytes]
     sizes = None if tables or lines else sizes
 
@@ -138,7 +138,7 @@ def local_corpus(spec, column, lines, split_by="auto"):
 
 
 def _text_bytes(states, paths):
-    """Return the approximate size of the text of some files: a compressed file counts three times."""
+    """Return the approximate bytes of text in some files, assuming that compression reduces a text to a third."""
     return sum(states[path][0] * (3 if _is_compressed(path) else 1) for path in paths)
 
 
@@ -179,8 +179,8 @@ def _find_splits(spec, states, split_by):
 def refuse_larger_val(place, val, train):
     """Raise ValueError, because val is larger than train. val, train: the sizes of these splits, as text."""
     raise ValueError(
-        f"{place}: the validation files ({val}) are larger than the training files ({train}); rename them, or set "
-        "split_by=name to use them anyway, or split_by=val_fraction to ignore the file names"
+        f"{place}: the validation files ({val}) are larger than the training files ({train}); rename the files, set "
+        "split_by=name to use them as they are, or set split_by=val_fraction to ignore their names"
     )
 
 
@@ -211,8 +211,8 @@ def _open_ids(spec, files, splits, tokenizer_size, val_fraction):
 def _find_files(spec):
     """Return (root, paths, skipped, outputs) for a corpus setting.
 
-    root: the folder that file names are relative to. paths: the files to read. skipped: {suffix: number of other
-    files}. outputs: folders and files that this package wrote, and that are also skipped.
+    root: the folder that file names are relative to. paths: the files to read. skipped: {suffix: number of skipped
+    files}. outputs: folders and files that are skipped because this package wrote them.
     """
     path = os.path.expanduser(spec)
     if is_remote(spec):
@@ -237,7 +237,7 @@ def _find_files(spec):
         files = without_companions(filter(_is_file, glob.glob(path, recursive=True)))
         files, outputs = _without_outputs(_search_root(spec), files)
         if not files:
-            only = " except output of this package" if outputs else ""
+            only = " except files that this package wrote" if outputs else ""
             raise FileNotFoundError(f"corpus={spec}: no file matches this glob{only}; set `corpus` to another path")
         return ".", files, {}, outputs
     problem = "pipes, devices and sockets are not supported; write the text to a file"
@@ -247,7 +247,7 @@ def _find_files(spec):
 
 
 def _find_text_files(spec, paths, folder=None):
-    """Return (paths of the files to read, {suffix: number of other files}).
+    """Return (paths of the files to read, {suffix: number of skipped files}).
 
     paths: all files in the folder of the corpus and its subfolders. folder: this folder, or None if it is at a URL.
     """
@@ -260,7 +260,7 @@ def _find_text_files(spec, paths, folder=None):
         raise ValueError(f"corpus={spec}: contains prepared data, not text; set data_dir={quoted(spec)} instead")
     if not files and folder and (token_files := find_token_files(folder)):
         return [str(path) for path in token_files], {}
-    if all(map(is_about, files)):  # if there is other text, .json files are probably settings
+    if all(map(is_about, files)):  # no text files; next to text files, .json files are probably settings
         files = [file for file in paths if suffix_of(file) == ".json" and _is_file(file) and has_rows(file)] or files
     if not files:
         raise ValueError(
@@ -274,7 +274,8 @@ def _find_text_files(spec, paths, folder=None):
 def _without_outputs(root, paths, names_in=os.listdir):
     """Return (paths that this package did not write, the folders and files that it wrote).
 
-    root: the folder of the corpus, which does not count as output. names_in: function that lists a folder.
+    root: the folder of the corpus, which never counts as output. names_in: function that returns the names of the files
+    in a folder.
     """
 
     @functools.cache
@@ -346,7 +347,7 @@ def _check_formats(spec, files, lines):
 
 
 def _relative(path, root):
-    """Return a path relative to a folder, with slashes. On Windows, a path on another drive stays as it is."""
+    """Return a path relative to a folder, with slashes. On Windows, a path on another drive stays absolute."""
     with suppress(ValueError):
         path = os.path.relpath(path, root or ".")
     return Path(path).as_posix()
@@ -359,7 +360,8 @@ def _sort(root, paths):
 
 
 def _is_file(path):
-    """Return whether a path is a URL, a regular file or a broken link. Reading a broken link raises an error later."""
+    """Return whether a path is a URL, a regular file or a broken link. A broken link is not skipped, so that reading it
+    raises an error."""
     return is_remote(path) or os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 

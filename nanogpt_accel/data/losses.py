@@ -1,4 +1,4 @@
-"""Check whether encoding and decoding returns the same text."""
+"""Check whether a text is the same after encoding and decoding."""
 
 import itertools
 from collections import Counter
@@ -26,7 +26,7 @@ def report_losses(corpus, data, tokenizer, report, bad=None):
         tokenizer.check_fast(text)
         decoded, lost_here = _decode_again(text, tokenizer)
         n_documents, n_characters = n_documents + 1, n_characters + len(text)
-        is_any_kept = is_any_kept or decoded == text or bool(decoded.strip())  # some tokenizers add spaces
+        is_any_kept = is_any_kept or decoded == text or bool(decoded.strip())  # ignore spaces: some tokenizers add them
         if decoded != text:
             n_changed += 1
             lost += lost_here
@@ -38,10 +38,10 @@ def report_losses(corpus, data, tokenizer, report, bad=None):
         raise ValueError(f"tokenizer={data.tokenizer}: {problem}; set tokenizer to gpt2, char or bpe")
     if not n_changed:
         return
-    documents = f"decoding does not give back {n_changed:,} of the first {counted(n_documents, 'document')}"
-    report(f"warning: tokenizer={data.tokenizer}: {documents}, for example {example[1]!r} instead of {example[0]!r}")
+    documents = f"encoding and decoding changes {n_changed:,} of the first {counted(n_documents, 'document')}"
+    report(f"warning: tokenizer={data.tokenizer}: {documents}: for example, {example[0]!r} becomes {example[1]!r}")
     if lost:
-        problem = f"{_describe(lost, n_characters)}; bits per byte counts their bytes, so the value is too low"
+        problem = f"{_describe(lost, n_characters)}; bits per byte will be too low, because it counts their bytes"
         report(f"warning: tokenizer={data.tokenizer}: {problem}")
 
 

@@ -22,13 +22,16 @@ from .parts import PARTS
 from .token_files import AGAIN, SPLITS, VERSION, is_split_file, sha256_of_split, token_file
 from .tokenizer import Tokenizer
 
-SAMPLED_ABOVE = 2**30  # bytes; of files in larger foreign splits, only the first and last MiB and the size are hashed
-VERIFIED_BELOW = 2**26  # bytes; smaller data are hashed each time they are opened, which takes 0.2 seconds
+SAMPLED_ABOVE = 2**30  # bytes; for a larger split of another project, only a sample of each file is hashed
+VERIFIED_BELOW = 2**26  # bytes; a smaller data folder is verified each time it is opened, which takes up to 0.2 seconds
 CHECKED_PLACES, CHECKED_TOKENS = 64, 2**18  # number of places per split where ids are checked, and tokens per place
 
 
 def describe_split(manifest, split):
-    """Describe the size of a split in words. For a nanoGPT folder, only the number of tokens is known."""
+    """Return the size of a split as text: `2 files, 1,000 tokens, 20 documents, 4.100 bytes per token`.
+
+    For token files of another project, only the number of tokens is known.
+    """
     counts, files = manifest["splits"][split], manifest["corpus"].get("split_files", {}).get(split)
     size = f"{counted(files, 'file')}, " if files else ""
     size += counted(counts["tokens"], "token")
@@ -46,19 +49,19 @@ def is_data_folder(folder):
 def read_manifest(folder, tokenizer="gpt2", eos_token=None, val_fraction=0.0005, split_by="auto"):
     """Return the manifest of a data folder, after checking the values in it and the sizes of the token files.
 
-    For a folder of nanoGPT or another project, create a manifest in memory: `nanogpt` is true, the tokenizer has `stoi`
-    if there is a meta.pkl, and "bytes" and "documents" are None. If a split has more than SAMPLED_ABOVE bytes, its
-    "sha256" is "sampled:" and a hash of the first MiB, the last MiB and the size of each file. So a run does not have
-    to read 17 GB when it starts.
+    For a folder of nanoGPT or another project, a manifest is created in memory. In this manifest, "nanogpt" is true,
+    "bytes" and "documents" are None, and "tokenizer" has the key "stoi" if there is a meta.pkl. If a split has more
+    than SAMPLED_ABOVE bytes, its "sha256" is "sampled:" and a hash of the first MiB, the last MiB and the size of each
+    file. Otherwise, a run on OpenWebText would read 17 GB at each start.
 
     Args:
         tokenizer, eos_token, val_fraction, split_by: settings of the data section; see recipe.Data. They are only used
             for a folder of another project.
 
     Returns:
-        {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "has_own_val", "dtype", "splits"}. has_own_val
-        is false if val was taken from the training data. "splits" has the keys "train", "val" and optionally "test",
-        each with {"tokens", "bytes", "documents", "sha256", "files": [{"name", "tokens"}, ...]}.
+        {"version", "corpus", "tokenizer", "val_fraction", "split_seed", "has_own_val", "dtype", "splits"}.
+        "has_own_val" is false if val was taken from the training data. "splits" has the keys "train", "val" and
+        optionally "test". Each value is {"tokens", "bytes", "documents", "sha256", "files": [{"name", "tokens"}, ...]}.
 
     Raises:
         FileNotFoundError: the folder has no token files.
@@ -110,7 +113,7 @@ def _describe(folder):
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
             data = None
         return "a run folder, not a data folder; use " + (
-            f"its data_dir {data}" if data else "data_dir of its run.yaml"
+            f"its data_dir {data}" if data else "the data_dir of its run.yaml"
         )
     if (folder / ".partial").is_dir() or (folder / PARTS).is_dir():
         return "its preparation was interrupted or is still running; run prepare to resume it"
@@ -161,7 +164,7 @@ class _Manifest(_Base):
 
 
 def _validate(manifest):
-    """Raise ValueError if a value is invalid. To a manifest of version 1, first add the missing list of files."""
+    """Raise ValueError if a value is invalid. In a manifest of version 1, first add a list of files to each split."""
     splits = manifest.get("splits")
     if manifest["version"] == 1 and isinstance(splits, dict):
         for split, counts in splits.items():
@@ -194,8 +197,8 @@ def _validate(manifest):
 def check_content(folder, manifest, vocab_size, verify_all=False):
     """Verify the token files against the hashes of the manifest, and the ids against the vocabulary size.
 
-    Files of more than VERIFIED_BELOW bytes in total are hashed only with `verify_all`. The ids are checked at
-    CHECKED_PLACES evenly spaced places per split. A nanoGPT folder has no hashes to verify.
+    If the files have VERIFIED_BELOW bytes or more in total, they are hashed only with `verify_all`. The ids are checked
+    at CHECKED_PLACES evenly spaced places per split. Token files of other projects have no hashes to verify.
 
     Raises:
         ValueError: the content has changed, or an id is not in the vocabulary.
@@ -229,7 +232,7 @@ def _foreign_manifest(folder, tokenizer, eos_token, val_fraction, split_by):
     vocabulary = _find_vocabulary(folder, tokenizer, eos_token)
     files = find_token_files(folder)
     own_names = [folder / f"{split}.bin" for split in SPLITS]
-    paths = own_names if set(own_names) <= set(files) else files  # in a nanoGPT folder, other files are ignored
+    paths = own_names if set(own_names) <= set(files) else files  # if train.bin and val.bin exist, ignore other files
     found, splits = find_splits(paths, split_by), {}
     for split, tokens in open_splits(found, vocabulary["vocab_size"], val_fraction).items():
         is_large = len(tokens) * tokens.dtype.itemsize > SAMPLED_ABOVE
@@ -256,7 +259,8 @@ def _foreign_manifest(folder, tokenizer, eos_token, val_fraction, split_by):
 def _find_vocabulary(folder, tokenizer, eos_token):
     """Return the "tokenizer" entry for the manifest of a folder of another project.
 
-    The tokenizer is read from meta.pkl or tokenizer.json, if the folder has one. Otherwise, `tokenizer` defines it.
+    If the folder contains a meta.pkl or a tokenizer.json, the tokenizer is read from this file. Otherwise, the argument
+    `tokenizer` names it.
     """
     is_named = tokenizer not in TOKENIZERS  # a folder or a Hub id
     meta, own = folder / "meta.pkl", folder / "tokenizer.json"

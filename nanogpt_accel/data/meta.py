@@ -1,6 +1,6 @@
 """Read the vocabulary of a nanoGPT meta.pkl: characters, words, or only the number of ids.
 
-nanoGPT trains on any ids below vocab_size. They may stand for music, chess moves or DNA instead of text. Such ids are
+nanoGPT trains on any ids below vocab_size. The ids may stand for music, chess moves or DNA instead of text. They are
 decoded to the tokens in meta.pkl or, if it has no tokens, to numbers.
 """
 
@@ -13,11 +13,11 @@ from ..utils.text import one_line
 from .tokenizer import Tokenizer
 
 AGAIN = "prepare it again with nanoGPT's prepare.py"
-LARGEST = 1_000_000  # maximum vocabulary size; without it, a damaged file could use any amount of memory
+LARGEST = 1_000_000  # maximum vocabulary size; without a limit, a damaged file could use up the memory
 
 
 class _NumpyType:
-    """Stands for numpy.dtype in a pickle."""
+    """Replaces numpy.dtype while a pickle is read."""
 
     def __init__(self, code, *_):
         self.code = code
@@ -29,7 +29,7 @@ class _NumpyType:
 
 
 def _numpy_scalar(kind, raw):
-    """Return the Python value of a numpy scalar in a pickle, such as the vocab_size of `ids.max() + 1`."""
+    """Return the Python value of a numpy scalar in a pickle, such as a vocab_size computed as `ids.max() + 1`."""
     return np.frombuffer(raw, kind.type)[0].item()
 
 
@@ -49,8 +49,8 @@ def read_meta(path):
 
     Returns:
         {token: id}, from `stoi` or the inverse of `itos`. Tokens that are not strings, such as (pitch, duration),
-        become strings. If vocab_size is larger than the number of tokens, an id without a token gets a token such as
-        <65>. If meta.pkl has only a vocab_size, this number is returned instead.
+        become strings. If vocab_size is larger than the number of tokens, each id without a token gets a token such as
+        <65>. If meta.pkl has only a vocab_size, this number is returned instead of a dictionary.
 
     Raises:
         ValueError: the pickle has no vocabulary, contains classes or functions, or the ids are not 0 to n - 1.
@@ -81,7 +81,7 @@ def read_meta(path):
         unused = sorted(set(range(size)) - {i for _, i in pairs if type(i) is int})
         vocab |= {f"<{i}>": i for i in unused}
         pairs += [(f"<{i}>", i) for i in unused]
-    # repr, because an id can be of any type, and True == 1
+    # compare repr() of the ids, because they can be of any type, and True == 1
     if len(vocab) < len(pairs) or sorted(map(repr, vocab.values())) != sorted(map(repr, range(len(vocab)))):
         problem = f"stoi must map each token to a different id from 0 to {len(pairs) - 1:,}"
         raise ValueError(f"{path}: {problem}; {AGAIN}")

@@ -1,8 +1,9 @@
 """The parts of a corpus that several workers tokenize. Workers are processes on any number of machines with a shared
 disk. See prepare.prepare_parts.
 
-FOLDER/.token_parts has a subfolder per corpus and settings, with two files per part. NAME.ids contains the ids of all
-documents, not divided into train and val yet. NAME.npy contains their sizes (see encoding.py) and is written last.
+FOLDER/.token_parts has one subfolder for each combination of corpus and settings. A subfolder contains two files per
+part. NAME.ids contains the ids of all documents, which are not divided into train and val yet. NAME.npy contains the
+sizes of the documents (see encoding._encode) and is written last.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ class Parts:
     """The parts of a corpus in a data folder. facts: the result of dataset.facts_of."""
 
     def __init__(self, folder, corpus, facts):
-        # another version may divide a corpus in another way
+        # include the version of this package, because another version may divide the corpus differently
         self._corpus, self._facts = corpus, json.dumps(facts | {"version": __version__}, sort_keys=True)
         self.folder = Path(folder) / PARTS / hashlib.sha256(self._facts.encode()).hexdigest()[:16]
 
@@ -59,12 +60,12 @@ class Parts:
         return Tokenizer.load(self.folder)
 
     def missing(self):
-        """Return those of `all` that are not complete."""
+        """Return the parts that are not complete, as in `all`."""
         complete = {path.stem for path in self.folder.glob("*.npy")}
         return [part for part in self.all if _name(part) not in complete]
 
     def describe_missing(self, workers):
-        """Return the workers that have not completed their parts as text: `worker 2 (3 parts, not running)`."""
+        """Return text that lists the workers with incomplete parts: `worker 2 (3 parts, not running)`."""
         missing, texts = set(self.missing()), []
         for worker in range(workers):
             if count := len(missing.intersection(self.all[worker::workers])):
@@ -90,7 +91,7 @@ class Parts:
         return self.folder / f"{name}.lock", self.folder / f"{name}.json"
 
     def write(self, parts, chunks):
-        """Write several parts. chunks: the result of encoding.tokenize, with parts instead of splits."""
+        """Write the files of `parts`. chunks: the result of encoding.tokenize with a split_of that returns parts."""
         groups = itertools.groupby(itertools.chain.from_iterable(chunks), key=lambda run: run[0])
         found, runs = next(groups, (None, ()))
         with disk_errors(self.folder.parents[1]):
@@ -139,7 +140,7 @@ def _name(part):
 
 @contextmanager
 def locked(folder, report):
-    """Lock the parts of a data folder, in order to set them up. Wait if another worker does this."""
+    """Lock the parts of a data folder while they are set up. If another worker is setting them up, wait."""
     tries = 0
     while True:
         try:
@@ -157,7 +158,7 @@ def locked(folder, report):
 
 
 def earlier_facts(folder):
-    """Return the facts of all parts in a data folder."""
+    """Return the facts (see Parts) of all subfolders of .token_parts in a data folder, as a list."""
     found = []
     for path in Path(folder).glob(f"{PARTS}/*/{FACTS}"):
         with suppress(OSError, ValueError, TypeError):

@@ -1,7 +1,7 @@
 """Prepare a corpus: read its documents, tokenize them, and write the token files.
 
-If a preparation is interrupted, its complete documents are kept, and the next preparation resumes after them. Several
-workers can divide the work, see prepare_parts.
+If a preparation is interrupted, the documents that are already written are kept, and the next call of `prepare` resumes
+after them. Several workers can divide the work, see prepare_parts.
 """
 
 import hashlib
@@ -45,11 +45,11 @@ from .parts import PARTS, Parts, delete_parts, earlier_facts, locked
 from .token_files import SPLITS, Writer, earlier_attempt, find_active_process, sha256_of_split
 from .tokenizer import EOT, EncodingError, Tokenizer
 
-COUNTED_BELOW = 2**27  # bytes; the documents of a smaller corpus are measured first, to avoid writing them twice
-MANY = 20  # documents; fewer ones are not drawn at random, because their sizes can be very different
-FOLDER_CACHE_S = 60  # seconds for which NFS may not show new files to another machine
+COUNTED_BELOW = 2**27  # bytes; in a smaller corpus, measure all documents first, so that none is written twice
+MANY = 20  # documents; with fewer, val is not drawn at random, because their sizes can be very different
+FOLDER_CACHE_S = 60  # seconds that NFS may need to show new files to another machine
 MADE = ("char", "bpe")  # tokenizers that are made from the corpus
-LARGE_TEXT = 2**30  # bytes; for a larger single text, the memory use (4 to 11 times its size) may be reported
+LARGE_TEXT = 2**30  # bytes; warn that a larger single text may need much memory (4 to 11 times its size)
 
 
 def prepare(data, report=print, threads=None):
@@ -130,16 +130,16 @@ def _ready(data, report, timeout):
 def prepare_parts(data, worker, workers, report=print, threads=None):
     """Tokenize the parts of the corpus that belong to one of several workers. A part is one or several files.
 
-    The last worker then calls `prepare`, which joins the parts. This gives the token files of a single process, because
-    the indices of the documents, which decide between train and val, are known when the parts are joined.
+    The worker that finishes last then calls `prepare`, which joins the parts. The token files are the same as those of
+    a single process: the index of a document decides whether it is in train or val, and `prepare` knows all indices.
 
     Args:
         data, report, threads: see prepare.
         worker, workers: number of this worker, from 0, and number of workers.
 
     Returns:
-        Whether this worker must call `prepare`: all parts are complete, or the corpus cannot be divided and this is
-        worker 0.
+        Whether the caller must call `prepare` next. True if all parts or the data folder are complete, or if the corpus
+        cannot be divided and this is worker 0.
 
     Raises:
         ValueError, OSError: see prepare; or another process is running as this worker.
@@ -175,7 +175,7 @@ def prepare_parts(data, worker, workers, report=print, threads=None):
         if time.monotonic() > deadline:
             report(
                 f"{folder}: worker {worker} has completed its parts, and waited {FOLDER_CACHE_S} s for "
-                f"{parts.describe_missing(workers)}; the last worker completes the folder"
+                f"{parts.describe_missing(workers)}; the last worker to finish completes the folder"
             )
             return False
         time.sleep(1)
@@ -186,7 +186,7 @@ def _write_parts(parts, worker, workers, corpus, data, tokenizer, report, thread
     """Tokenize the parts of a worker that are not complete yet."""
     own, missing = parts.all[worker::workers], set(parts.missing())
     left = [part for part in own if part in missing]
-    bad, totals = _BadDocuments(0, report), np.zeros(4, np.int64)  # totals: documents, and three columns of the sizes
+    bad, totals = _BadDocuments(0, report), np.zeros(4, np.int64)  # totals: documents, tokens, bytes, special tokens
     current = None  # the part that is being read
 
     def documents():
@@ -296,7 +296,7 @@ def _bad_handler(data):
     return (lambda problem: None) if data.skip_bad_documents else None
 
 
-# ---- before anything is written
+# ---- checks before anything is written
 
 
 def _why_undivided(corpus, data):
@@ -324,7 +324,7 @@ def _check_resources(folder, corpus, data, report, copies=1):
         report(note)
     if corpus.bytes is None or corpus.ids:
         return
-    # An id has 2 bytes. A BPE token covers about 4 bytes of text, or 3 if the BPE was trained on other text.
+    # An id has 2 bytes. A BPE token has about 4 bytes of text, or 3 if the BPE was trained on other text: assume 3.
     need = corpus.bytes * (2 if data.tokenizer == "char" else 2 / 3) * copies
     written = sum(file.stat().st_size for file in (*folder.glob(".partial/*.bin"), *folder.glob(f"{PARTS}/*/*.ids")))
     free = shutil.disk_usage(nearest_existing(folder)).free + written
@@ -343,7 +343,10 @@ def _check_resources(folder, corpus, data, report, copies=1):
 
 
 def _open_tokenizer(corpus, data, parts, report):
-    """Return the tokenizer, after checks with the corpus. parts: the Parts, which may contain the tokenizer."""
+    """Return the tokenizer, after checking that it can encode the corpus.
+
+    parts: the Parts of the corpus. If workers have made a tokenizer from the corpus, it is loaded from there.
+    """
     is_made = data.tokenizer in MADE and parts.is_set_up
     tokenizer = parts.load_tokenizer() if is_made else _make_tokenizer(data, corpus, report)
     if not corpus.is_single and tokenizer.eot_id is None:
@@ -470,10 +473,11 @@ def _draw(number):
 
 
 def _plan_cut(corpus, data):
-    """Return the cut (see _find_cut) if the documents must be cut into train and val, otherwise None.
+    """Decide how to divide documents into train and val. Return the position where val starts (the cut, see _find_cut),
+    or None if val is drawn at random, or if the corpus has its own val.
 
-    If the document sizes are not known in advance (large or Hub corpora, limit_tokens), val is first drawn at random.
-    If this gives unsuitable splits (see is_unsuitable), all documents are written again with a cut.
+    If the sizes of the documents are not known in advance (large or Hub corpora, limit_tokens), val is first drawn at
+    random. If this gives unsuitable splits (see is_unsuitable), all documents are written again with a cut.
     """
     if corpus.is_single or corpus.bytes is None or data.limit_tokens or "val" in corpus.own_splits():
         return None
@@ -508,10 +512,10 @@ def _find_cut(corpus, data, limit, is_needed=False):
 
 
 def _can_be_drawn(sizes, val_fraction):
-    """Return whether a random split by the hashes of the documents' indices is usable.
+    """Return whether train and val have suitable sizes if the hashes of the documents' indices define them.
 
-    There must be many documents, both splits must get half to twice their share of the text, and val must not be larger
-    than train unless val_fraction is above 0.5. sizes: the size of each document.
+    There must be at least MANY documents, and each split must have between half and twice its share of the text. In
+    addition, val must have at most half of the text if val_fraction is at most 0.5. sizes: the size of each document.
     """
     if len(sizes) < MANY:
         return False
@@ -552,8 +556,8 @@ def _check_sizes(corpus, data, writer):
 
 
 def _report_special_tokens(data, tokenizer, writer, report):
-    """Report the number of special tokens in the text and how they were encoded. If there are any, the tokenizer
-    encodes prompts in the same way."""
+    """Report the number of special tokens in the text and how they were encoded. Prompts will be encoded in the same
+    way. But if special_tokens=text, and the text contains none, special tokens in prompts are encoded as their ids."""
     count = sum(counts.get("special_tokens", 0) for counts in writer.counts.values())
     tokens = ", ".join(sorted(tokenizer.special)[:3]) or EOT
     if data.special_tokens == "tokens":
@@ -572,7 +576,7 @@ def _warn_about_sizes(folder, report):
 
     Earlier versions could write such a folder, because they drew val at random even from a few documents.
     """
-    if not (folder / "manifest.json").is_file():  # nanoGPT's files, which read_manifest would hash
+    if not (folder / "manifest.json").is_file():  # token files of another project, which read_manifest would hash
         return
     manifest = read_manifest(folder)
     corpus, splits = manifest["corpus"], manifest["splits"]
@@ -611,10 +615,10 @@ class _Attempt:
     writer: Writer
     report: Callable
     threads: int | None
-    parts: Parts | None  # complete parts to join instead of tokenizing the text, unless documents are cut
+    parts: Parts | None  # the complete parts of all workers; joined instead of tokenizing the text, if there is no cut
 
     def write(self, cut):
-        """Write all splits. Return None, or another cut, with which all splits must be written again.
+        """Write all splits. Return None, or if the splits are unsuitable, a cut with which to write them again.
 
         cut: the result of _find_cut.
         """
@@ -629,7 +633,7 @@ class _Attempt:
     def write_text(self):
         """Write a single text. With special_tokens=tokens, special tokens do not count as bytes of the text."""
         tokenizer, writer, data, chunks = self.tokenizer, self.writer, self.data, self.corpus.documents
-        # other tokenizers may have tokens of several words, so they must encode the whole text, not each chunk
+        # gpt2, char and bpe have no tokens that cross the end of a chunk; other tokenizers must encode the text at once
         if not tokenizer.is_lossless or any(map(str.isspace, "".join(tokenizer.special))):
             chunks = lambda: ["".join(self.corpus.documents())]  # noqa: E731
         cut = _cut_text(self.corpus, data, sum(map(len, chunks())))  # relative to the start of the chunk
@@ -653,7 +657,7 @@ class _Attempt:
             if split not in writer.counts:
                 problem = f"has no token for the text of the {split} split of corpus={data.corpus}"
                 raise ValueError(f"tokenizer={data.tokenizer}: {problem}; set tokenizer to gpt2, char or bpe")
-            writer.counts[split]["documents"] -= int(ends_in_eot[split])  # no document after the last EOT
+            writer.counts[split]["documents"] -= int(ends_in_eot[split])  # no document starts after an EOT at the end
 
     def count_special(self, split, count):
         """Add a number of special tokens to the counts of a split."""
@@ -697,7 +701,7 @@ class _Attempt:
         has_limit = not (is_shared and cut)  # with a cut, the number of documents is already limited
         if done and has_limit and self.remaining_tokens(targets) <= 0:
             return done
-        bad_before = bad.count  # a resumed attempt counts the bad documents of this split again
+        bad_before = bad.count  # for commit(); a resumed attempt counts the bad documents of this split again
         documents = self.corpus.documents(split, bad if self.data.skip_bad_documents else None)
         documents = itertools.islice(documents, self.data.limit_documents)
         documents = itertools.islice(
@@ -720,7 +724,7 @@ class _Attempt:
                     # include the document that reaches the limit; sizes: tokens, bytes, special tokens per document
                     sizes = sizes[: int(np.searchsorted(sizes[:, 0].cumsum(), remaining)) + 1]
                     ids = ids[: sizes[:, 0].sum()]
-                    n_documents = int(np.count_nonzero(ids == self.tokenizer.eot_id))  # a text may contain EOT
+                    n_documents = int(np.count_nonzero(ids == self.tokenizer.eot_id))  # several if a text contains EOT
                     self.writer.write(target, ids, int(sizes[:, 1].sum()), n_documents)
                     self.count_special(target, int(sizes[:, 2].sum()))
                     done += len(sizes)
@@ -729,11 +733,11 @@ class _Attempt:
                 if has_limit and self.remaining_tokens(targets) <= 0:
                     break
         if self.parts and not done:
-            next(documents)  # raises the error about a split without text
+            next(documents)  # nothing was written, so this raises the error about a split without text
         return done
 
     def split_of(self, split, cut, is_shared):
-        """Return the function that returns the split for a document's number."""
+        """Return a function that maps the index of a document to its split."""
         if not is_shared:
             return lambda number: split
         if cut:

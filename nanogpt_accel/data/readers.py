@@ -20,7 +20,8 @@ from .remote import is_remote, name_of, open_remote, remote_state
 
 HEAD = 2**16  # bytes at the start of a file from which its format is recognized
 CHUNK = 2**20  # bytes of plain text that are read at a time
-# Matches up to the last word that is followed by white space. No word of a tokenizer continues after this position.
+# Matches a text up to the end of its last word that is followed by white space. The tokenizers that encode a text in
+# chunks never have a token across this position.
 WORD_END = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # first bytes -> compression
 DELIMITERS = ",;\t|"
@@ -37,12 +38,12 @@ OTHER_FORMATS = {
 
 
 def suffix_of(path):
-    """Return the suffix of the format: .jsonl for x.jsonl.gz."""
+    """Return the suffix of a path without .gz or .zst: .jsonl for x.jsonl.gz."""
     return os.path.splitext(re.sub(r"\.(gz|zst)$", "", name_of(path).lower()))[1]
 
 
 def file_state(path):
-    """Return (bytes, modification time in ns) of a file, or (0, 0) if it is missing, which read_file reports later."""
+    """Return (bytes, modification time in ns) of a file, or (0, 0) if it is missing. read_file reports this later."""
     if is_remote(path):
         return remote_state(path)
     try:
@@ -67,7 +68,7 @@ def read_file(spec, path, column, lines, bad):
         try:
             yield "".join(read_text(spec, path))
         except ValueError as error:
-            if bad is refuse:  # the message already contains a fix
+            if bad is refuse:  # the message already contains a fix, and refuse() would add another one
                 raise
             bad(str(error))
 
@@ -101,7 +102,7 @@ def has_rows(path):
     suffix = suffix_of(path)
     if suffix != ".json":
         return suffix in READERS
-    with suppress(OSError), open_file(path) as file:  # reading the documents reports the error
+    with suppress(OSError), open_file(path) as file:  # read_file raises the error later
         return file.read(HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{")
     return False
 
@@ -123,8 +124,8 @@ def decode(spec, raw, path=None):
 
 
 def _not_utf8(spec, path, raw, position):
-    """Return the error for a text that is not UTF-8. raw: bytes that include the first invalid byte. position: the
-    index of this byte in the text. path: the file, or None if the text is not from a file."""
+    """Return the error for a text that is not UTF-8. raw: bytes that include the first invalid byte. position: index of
+    the invalid byte in the file. path: the file, or None if the text is not from a file."""
     fix = f"{how_to_convert(raw, path)}, or remove the file from the corpus" if path else "set `corpus` to a path"
     return ValueError(f"{location(spec, path or spec)}: not UTF-8 text at byte {position}; {fix}")
 
@@ -190,8 +191,8 @@ def _read_jsonl(spec, path, column, bad):
 def _read_json(spec, path, column, bad):
     """Yield the texts of a .json file, which is read into memory.
 
-    It contains an array of objects or of strings, an object with such an array (text_column=KEY.COLUMN), an object with
-    columns (as written by pandas), a single object, or one object per line.
+    The file may contain an array of objects or of strings, an object with such an array (text_column=KEY.COLUMN), an
+    object with columns (as written by pandas), a single object, or one object per line.
     """
     with open_file(path) as file:
         raw = file.read().removeprefix(b"\xef\xbb\xbf")
@@ -226,8 +227,8 @@ def _read_json(spec, path, column, bad):
 
 
 def _array(value):
-    """Return a JSON array, or the values of an object such as {"0": value, "1": value}, as pandas writes rows and
-    columns. Return None for other values."""
+    """Return a JSON array as a list. Also return a list for an object such as {"0": value, "1": value}, because pandas
+    writes rows and columns in this form. Return None for other values."""
     if isinstance(value, dict) and all(map(str.isdecimal, value)):
         return list(value.values())
     return value if isinstance(value, list) else None
@@ -283,13 +284,16 @@ def _read_csv(spec, path, column, bad):
 
 
 def _delimiter(header, column, usual):
-    """Return the delimiter `usual` if it gives a header that contains `column`. Otherwise, return the delimiter that
-    gives the most columns. Delimiters that give a header with `column` have priority."""
+    """Guess the delimiter of a table from its first line, which contains the names of the columns.
+
+    Return `usual` if it gives a column named `column`. Otherwise, return another delimiter that gives this column. If
+    there is none, return the delimiter that gives the most columns.
+    """
     columns = {}
     for delimiter in (usual, *DELIMITERS):
         with suppress(csv.Error, StopIteration):
             columns[delimiter] = next(csv.reader([header], delimiter=delimiter, strict=True))
-    if usual not in columns or column in columns[usual]:  # `usual` is missing if a quoted name has a line end
+    if usual not in columns or column in columns[usual]:  # not in `columns` if a quoted name contains a line end
         return usual
     return max(columns, key=lambda delimiter: (column in columns[delimiter], len(columns[delimiter])))
 
@@ -322,7 +326,7 @@ def _read_parquet(spec, path, column, bad):
 
     with _open(path) as raw:
         try:
-            # with pre_buffer, the default, pyarrow keeps all that it has read until the file is closed
+            # with pre_buffer=True, the default, pyarrow keeps all data in memory until the file is closed
             with pq.ParquetFile(_arrow_file(raw, path), pre_buffer=False) as file:
                 schema = file.schema_arrow
                 check_column(spec, path, column, arrow_columns(schema))
@@ -340,7 +344,7 @@ def _read_parquet(spec, path, column, bad):
 
 
 def _check_text_column(spec, path, column, schema):
-    """Raise ValueError if a column of an Arrow schema is not text. A field of a struct has a name like content.text."""
+    """Raise ValueError if a column of an Arrow schema is not text. column: a name, or content.text for a struct."""
     import pyarrow as pa
 
     fields = [column] if column in schema.names else column.split(".")
@@ -399,7 +403,7 @@ def _is_unicode(text):
 
 
 def check_column(spec, path, column, columns):
-    """Raise ValueError unless exactly one of the `columns` of a file is named `column`."""
+    """Raise ValueError if none of the columns of a file is named `column`, or several are. columns: all their names."""
     place, count = location(spec, path), columns.count(column)
     if count > 1:
         fix = "rename all but one, or set text_column to another column"
@@ -436,7 +440,7 @@ def _open(path):
 
 
 def _arrow_file(file, path):
-    """Return an Arrow file for an open file. Arrow opens a local file again, because it then reads without Python."""
+    """Return an Arrow file for an open file. A local file is opened again by Arrow, which is then faster."""
     import pyarrow as pa
 
     return pa.PythonFile(file, "r") if is_remote(path) else pa.OSFile(os.fsencode(path))

@@ -24,7 +24,8 @@ FIXES = {
     "FSSPEC_GS_TOKEN=anon",
     "hf": "check the name and HF_HUB_OFFLINE; a private or gated repository requires `hf auth login`",
 }
-CHANGES = ("ETag", "etag", "generation", "blob_id", "LastModified", "last_modified", "mtime")  # identify a version
+# keys of fsspec's info about a file; the first of these that exists identifies the version of the file
+CHANGES = ("ETag", "etag", "generation", "blob_id", "LastModified", "last_modified", "mtime")
 
 
 def is_remote(path):
@@ -43,7 +44,7 @@ def find(spec):
     Hidden files are skipped, as in local folders. Raises ValueError if there are no files, or if they cannot be listed.
     """
     is_folder = False
-    is_http = _protocol(spec) in ("http", "https")  # has no folders, and "?" starts a query
+    is_http = _protocol(spec) in ("http", "https")  # a web server has no folders, and "?" in a URL starts a query
     with _errors(spec):
         fs, path = _filesystem(spec)
         if "*" in path if is_http else glob.has_magic(path):
@@ -79,7 +80,7 @@ def open_remote(url):
 
 
 class _Reader(io.RawIOBase):
-    """A remote file that raises ValueError instead of OSError. On OSError, skip_bad_documents would skip the file."""
+    """A remote file that raises ValueError instead of OSError, because skip_bad_documents skips a file on OSError."""
 
     def __init__(self, url, file):
         self.url, self.file = url, file
@@ -91,7 +92,7 @@ class _Reader(io.RawIOBase):
         return self.file.seekable()
 
     def seek(self, offset, whence=0):
-        with _errors(self.url):  # not every HTTP server can read a part of a file
+        with _errors(self.url):  # some HTTP servers cannot send a part of a file
             return self.file.seek(offset, whence)
 
     def tell(self):

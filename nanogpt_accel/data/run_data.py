@@ -13,7 +13,7 @@ from .manifest import is_data_folder
 from .prepare import ready
 from .token_files import TokenFile
 
-MANY_EPOCHS = 4  # up to here, repeated tokens are nearly as good as new ones (Muennighoff et al. 2023)
+MANY_EPOCHS = 4  # up to 4 epochs, repeated tokens are nearly as good as new ones (Muennighoff et al. 2023)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class RunData:
 
     @property
     def tokenizer(self):
-        """The tokenizer of the run. It encodes prompts like the first source that contains special tokens."""
+        """The tokenizer of the run. Special tokens in prompts are encoded as in the first source that contains any."""
         tokenizers = [source.tokenizer for source in self.sources.values()]
         return next((tokenizer for tokenizer in tokenizers if tokenizer.special_tokens), tokenizers[0])
 
@@ -54,8 +54,8 @@ class RunData:
 
     @property
     def identity(self):
-        """Hashes of the tokens of each source, and the mixes, as JSON values. A checkpoint stores them, and a run only
-        resumes if they match, unless mix_change is true."""
+        """Hashes of the tokens of each source, and the mixes, as JSON values. A run resumes from a checkpoint only if
+        these values are the same, or if mix_change is true."""
         if len(self.sources) == 1:
             return self.main.identity
         sources = [{"name": name, **source.identity} for name, source in self.sources.items()]
@@ -64,12 +64,12 @@ class RunData:
         return {"tokenizer": tokenizer, "sources": sources, "stages": stages}
 
     def mean(self, values):
-        """Return the mean of {source: value}, weighted by the shares of the first mix."""
+        """Return the mean of {source: value}, weighted by the shares of the sources in the first stage."""
         return sum(float(share) * values[name] for name, share in self.stages[0][1].items())
 
     def val_size(self):
-        """Return (tokens, bytes of text) of the validation data. For a mix, return (1, mean bytes per token). The
-        bytes are None if unknown."""
+        """Return (number of tokens, bytes of text) of the validation data. For a mix, return (1, mean bytes per token).
+        The second value is None if unknown."""
         if len(self.sources) == 1:
             return len(self.main.val), self.main.text_bytes("val")
         sizes = {name: source.text_bytes("val") for name, source in self.sources.items()}
@@ -79,8 +79,8 @@ class RunData:
 
     def pin(self, section):
         """Return the data section of a recipe with data_dir set to the folders of these data. A resumed run then reads
-        the same tokens even if the text of a corpus changes. Stages start at step numbers, which stay the same if
-        max_iters is raised."""
+        the same tokens even if the text of a corpus changes. If a stage starts at a share of max_iters, replace the
+        share by a step number, which stays the same if max_iters is increased."""
         folders = {name: found.folder.as_posix() for name, found in (self.sources | self.validation).items()}
 
         def changes(name):
@@ -128,7 +128,7 @@ def sections(data):
         folder = str(dataset.data_folder(found[first]))
         for name in others:
             has_own = found[name].data_dir and dataset.is_prepared(found[name])
-            # the default value accepts data with any tokenizer
+            # gpt2, the default value, accepts prepared data with any tokenizer
             found[name] = found[name].model_copy(update={"tokenizer": "gpt2" if has_own else folder})
     return found
 
@@ -141,7 +141,7 @@ def where(data, name):
 
 
 def uses_val(data, name):
-    """Return whether the run evaluates on the val split of a source, or on a validation set."""
+    """Return whether the run evaluates on the val split of this source or validation set."""
     return name not in data.validation or data.validation[name].split == "val"
 
 
@@ -163,7 +163,7 @@ def check(data, block_size=None):
         return [str(error)]
     problems = []
     for name, section in found.items():
-        if not has_tokenizer(data, section):  # check only the corpus, with a tokenizer that exists
+        if not has_tokenizer(data, section):  # check only the corpus, because the tokenizer does not exist yet
             section = section.model_copy(update={"tokenizer": "gpt2"})
         size = None if name in data.validation else block_size
         problems += [where(data, name) + problem for problem in dataset.check(section, size)]
@@ -241,7 +241,7 @@ def describe_stages(identity):
 
 
 def mix_table(recipe, train_tokens):
-    """Return a list of dictionaries, one per source: the tokens in the source, and the tokens that the run uses.
+    """Return a dictionary per source, with the number of tokens in the source and the number that the run uses.
 
     train_tokens: {source: number of training tokens, or None if unknown}.
     """

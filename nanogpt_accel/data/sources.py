@@ -34,8 +34,8 @@ URLS = {
     ),
 }
 
-# Pinned, so that a recipe always reads the same text. datasets >= 4 does not run loading scripts, so the revision of a
-# data set that has only a script is the Hub's parquet conversion.
+# The revisions are pinned, so that a recipe always reads the same text. datasets >= 4 does not run loading scripts. For
+# a data set that has only a script, the revision is the Hub's parquet conversion.
 HUB = {
     # 8,013,769 web pages linked on Reddit, 40 GB, CC0
     "openwebtext": HubSet("Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c", "plain_text"),
@@ -143,8 +143,8 @@ def _python():
     return Corpus(f"python-{version}", {"kind": "python", "name": "python", "revision": version}, False, read)
 
 
-# No library does this as well: pooch is one more dependency, and torch.hub takes seconds to import. The downloads of
-# tiktoken and datasets have no timeout or do not verify the hash at each read. All errors would have to be reworded.
+# No library is used for this download: pooch would be one more dependency, torch.hub takes seconds to import, and the
+# functions of tiktoken and datasets have no timeout, or do not verify the hash each time the file is read.
 def _fetch(name, url, sha256):
     """Return the content of a URL. Use the copy in the cache folder if its hash is correct."""
     cache = cache_folder()

@@ -34,8 +34,8 @@ VERSION = 2  # of manifest.json; version 1 had one file per split and no list of
 SPLITS = ("train", "val")
 FILES = ("train.bin", "val.bin", "tokenizer.json", "manifest.json")
 SHARD_TOKENS = 100_000_000  # tokens per file: 200 MB
-COMMIT_SECONDS = 20  # between commits, so a crash loses at most this much work; the first commit is after 2 seconds
-LOCK_FILES = ("lock", "holder.json")  # in .partial; without flock, also lock.lease
+COMMIT_SECONDS = 20  # between flushes to disk; a crash loses at most this much work. The first flush is after 2 seconds
+LOCK_FILES = ("lock", "holder.json")  # in .partial; if the file system does not support flock, also lock.lease
 AGAIN = "delete the folder and prepare it again"
 
 
@@ -176,7 +176,7 @@ class Writer:
         if not self.is_finished and not self._has_committed:
             shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.release()
-        for folder in (self.partial, self.folder):  # Windows could not delete the locked file
+        for folder in (self.partial, self.folder):  # again, because Windows cannot delete a file while it is locked
             with suppress(OSError):  # only an empty folder is removed
                 folder.rmdir()
 
@@ -205,7 +205,7 @@ class Writer:
         return sum(self.counts[split][key] or 0 for split in splits or self.counts if split in self.counts)
 
     def commit(self, position):
-        """Record that the data up to `position` have been written. Flush to disk if COMMIT_SECONDS have passed."""
+        """Record that the data up to `position` are written. Every COMMIT_SECONDS, also flush the files to disk."""
         self._record(position)
         if time.monotonic() - self._committed_at >= COMMIT_SECONDS / (1 if self._has_committed else 10):
             with disk_errors(self.folder):
@@ -327,7 +327,7 @@ def _read_progress(folder):
 
 
 def _own_size(file):
-    """Return the size of a file, or -1 if writing to it would change a file elsewhere (symbolic or hard links)."""
+    """Return the size of a file, or -1 for a symbolic or hard link, because writing would change a file elsewhere."""
     status = os.lstat(file)
     return status.st_size if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1 else -1
 

@@ -32,13 +32,13 @@ GPT2_SHA256 = {
 }
 # SHA-256 of GPT-2's vocabulary in the order of the ids, one entry per line
 GPT2_VOCAB_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
-# GPT-2's regular expression for words: tiktoken's r50k_pat_str with the first four alternatives in a group. The
-# fancy-regex crate matches the group with an automaton, without backtracking, and takes 0.6 times as long.
+# GPT-2's regular expression for words: tiktoken's r50k_pat_str, but with the first four alternatives in a group. The
+# fancy-regex crate matches this group with an automaton, without backtracking, so encoding takes 0.6 times as long.
 GPT2_WORDS = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
 LONGEST_WORD = 1000  # maximum bytes per word when a BPE is trained
-BPE_TEXT_LIMIT = 200_000_000  # maximum characters to train a BPE on; more would need memory and change few merges
+BPE_TEXT_LIMIT = 200_000_000  # maximum characters to train a BPE on; more text needs memory, but changes few merges
 MAX_VOCAB_SIZE = 2**24  # more than any tokenizer has; arrays of this length still fit into memory
-BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of tokenizers with byte fallback, such as Llama 2's
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # the tokens for single bytes in tokenizers such as Llama 2's
 FIRST_BYTE_POINT = 0x10FF00  # Tokenizer.decode adds this to a byte above 0x7F to get a private-use code point
 BYTES = re.compile(f"[{chr(FIRST_BYTE_POINT + 0x80)}-{chr(FIRST_BYTE_POINT + 0xFF)}]+")
 
@@ -90,14 +90,14 @@ class Tokenizer:
         added = self._spec.get("added_tokens") or []
         self.special = {token["content"] for token in added if token["special"]} | {self.eot} - {None}
         self._added = [token for token in added if not token["special"] and token["content"] != self.eot]
-        # save() writes them to tokenizer_config.json, because transformers does not read them from tokenizer.json
+        # save() writes these to tokenizer_config.json, because transformers does not read them from tokenizer.json
         self._settings = {key: name for key, name in names.items() if key != "eos_token" and name in self.vocab}
         if config.get("chat_template"):
             self._settings["chat_template"] = config["chat_template"]
         is_split = config.get("split_special_tokens")
         self.special_tokens = ("text" if is_split else "tokens") if isinstance(is_split, bool) else None
         self.kind = self._find_kind()
-        self._original = None  # in a copy from for_thread(): the original
+        self._original = None  # if this is a copy from for_thread(): the Tokenizer that was copied
         self._has_byte_fallback = '"ByteFallback"' in json.dumps(self._spec.get("decoder"))
 
     def _find_kind(self):
@@ -127,11 +127,12 @@ class Tokenizer:
     def _bpe(self):
         """For a byte-level BPE: a tiktoken Encoding, or None if tiktoken would return other ids than this tokenizer."""
         if self._original is not None:
-            return copy.copy(self._original._bpe)  # has its own regular expressions, but shares the vocabulary
+            return copy.copy(self._original._bpe)  # the copy has its own regular expressions, but the same vocabulary
         if self.kind not in ("gpt2", "bpe"):
             return None
-        # tiktoken merges any pair that is a token, the tokenizers library only the pairs in its merges. The results are
-        # equal if the merges can build every token from its bytes. For GPT-2, the two are known to agree.
+        # tiktoken merges two tokens if the result is in the vocabulary. The tokenizers library merges them only if the
+        # pair is in its list of merges. The ids are equal if the merges can build every token from its bytes. This is
+        # known to be true for GPT-2.
         tokenize, tokens = self._backend.model.tokenize, self._spec["model"]["vocab"]
         if self.kind == "bpe" and any(len(tokenize(token)) != 1 for token in tokens if token != self.eot):
             return None
@@ -162,7 +163,7 @@ class Tokenizer:
     @property
     def is_lossless(self):
         """Whether decoding the ids of a text is known to return the same text."""
-        is_gpt2 = self.kind == "gpt2" and self.splits_like_gpt2 and not self._added  # known without creating _bpe
+        is_gpt2 = self.kind == "gpt2" and self.splits_like_gpt2 and not self._added  # avoids the slow creation of _bpe
         return is_gpt2 or self._table is not None or self._bpe is not None
 
     @cached_property
@@ -175,7 +176,7 @@ class Tokenizer:
         """Return a copy for use in one thread.
 
         If threads share a tokenizer, encoding takes 1.3 times as long. The reason is a lock in regex-automata
-        (util::pool): every thread needs it, except the first one that uses the regular expression.
+        (util::pool), which all threads must acquire except the first one that used the regular expression.
         """
         own = copy.copy(self)
         own.__dict__.pop("_bpe", None)
@@ -271,7 +272,8 @@ class Tokenizer:
                 return cls.gpt2()
             raise FileNotFoundError(f"{path}: no such file; copy the model's tokenizer to {folder}")
         vocab_size, size = _read_model_config(folder).get("vocab_size"), os.path.getsize(path)
-        # large tokenizers have about 130 bytes per token; parsing two million tokens takes 10 seconds
+        # Large tokenizers have about 130 bytes per token. Refuse much larger files, because parsing two million tokens
+        # would take 10 seconds.
         if isinstance(vocab_size, int) and size > 10_000_000 + 1000 * vocab_size:
             problem = f"{data_size(size)} is too large for the vocab_size={vocab_size:,} of config.json"
             raise ValueError(f"{path}: {problem}; use the tokenizer that the model was trained with")
@@ -293,12 +295,12 @@ class Tokenizer:
             raise ValueError(f"{path}: {error}") from None
 
     def is_same(self, other):
-        """Return whether both tokenizers encode every text to the same ids. Their other settings are not compared,
-        because transformers changes some when it saves a tokenizer."""
+        """Return whether both tokenizers encode every text to the same ids. Settings that do not change the ids are not
+        compared, because transformers changes some of them when it saves a tokenizer."""
         return self.kind == other.kind == "gpt2" or self._encoding_rules() == other._encoding_rules()
 
     def _encoding_rules(self):
-        spec = json.loads(self._backend.to_str())  # in the form of this version of the library
+        spec = json.loads(self._backend.to_str())  # in the format of the installed version of the library
         added = [token for token in spec["added_tokens"] if not token["special"]]
         return self.vocab, added, spec["normalizer"], spec["pre_tokenizer"], spec["model"]
 
@@ -370,14 +372,17 @@ class Tokenizer:
     def count_special(self, text):
         """Return (number of special tokens in a text, number of their bytes).
 
-        With special_tokens=text, <|endoftext|> is also counted if it is not in the vocabulary.
+        With special_tokens=text, <|endoftext|> is counted even if it is not in the vocabulary.
         """
         tokens = self.special if self.special_tokens == "tokens" else self.special | {EOT}
         counts = [(text.count(token), len(token.encode())) for token in tokens]
         return sum(count for count, _ in counts), sum(count * size for count, size in counts)
 
     def move_cut(self, text, cut):
-        """Return the position `cut` in a text or, if it is inside a special token, the position after that token."""
+        """Return the position `cut` in a text. If it is inside a special token, return the end of this token instead.
+
+        Special tokens only matter with special_tokens=tokens. Otherwise, they are ordinary text.
+        """
         for token in self.special if self.special_tokens == "tokens" else ():
             start = text.find(token, max(cut - len(token) + 1, 0), cut + len(token) - 1)
             if start >= 0:
@@ -387,7 +392,7 @@ class Tokenizer:
     def encode_batch(self, texts):
         """Encode a list of documents to a list of integer arrays, which may have a larger dtype than self.dtype.
 
-        This releases the GIL. With several threads, use one for_thread() per thread.
+        This releases the GIL. Use one copy per thread, see for_thread.
         """
         if self.special_tokens != "tokens":
             return self._encode_texts(texts)
@@ -396,7 +401,7 @@ class Tokenizer:
         return [self._join(parts, [next(encoded) for _ in parts[::2]]) for parts in split]
 
     def _encode_texts(self, texts):
-        """Encode a list of texts to a list of ids. Special tokens in the texts are treated as ordinary text."""
+        """Encode each text to an array of ids. Special tokens in the texts are treated as ordinary text."""
         if self._fast is not None:
             are_safe = [is_safe(text) for text in texts]
             safe = itertools.compress(texts, are_safe)
@@ -407,12 +412,12 @@ class Tokenizer:
             return [self.encode(text) for text in texts]
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception:  # encode() names the text
+        except Exception:  # encode() raises an error that names the unknown characters
             return [self.encode(text) for text in texts]
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def encode_prompt(self, text):
-        """Encode a prompt to list[int]. If the corpus was encoded with special_tokens=text, so is the prompt."""
+        """Encode a prompt to list[int]. Special tokens become their ids, except if special_tokens is "text"."""
         if self.special_tokens == "text":
             return self.encode(text).tolist()
         if self.eot is None and EOT in text:
@@ -432,7 +437,7 @@ class Tokenizer:
         return [f"{key}={text[:40]!r}: {length} tokens, must be {limit}; {fix}"]
 
     def default_prompt(self):
-        """Return a line end as in nanoGPT or, if the vocabulary has none, its first token that can be encoded."""
+        """Return a line end as in nanoGPT. If it cannot be encoded, return the first token that can be encoded."""
         texts = ["\n", *(self.decode([token_id]) for token_id in range(min(self.vocab_size, 100)))]
         return next((text for text in texts if not self.check_prompt(text, None, "prompt")), texts[1])
 
@@ -445,7 +450,7 @@ class Tokenizer:
             if self.kind == "char":
                 sizes[i] = len(token.encode()) if len(token) == 1 else 0
             else:
-                sizes[i] = 0 if token in self.special else len(token)  # a byte is written as one character
+                sizes[i] = 0 if token in self.special else len(token)  # the vocabulary has one character per byte
         return sizes
 
     def decode(self, ids):
@@ -467,7 +472,7 @@ class Tokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # exists in transformers 4 and 5
             "clean_up_tokenization_spaces": False,  # True would make decode() drop spaces before commas
-            # without it transformers 4 returns token_type_ids, which its GPT-2 adds to the embedding
+            # without this key, transformers 4 also returns token_type_ids, and its GPT-2 adds an embedding for them
             "model_input_names": ["input_ids", "attention_mask"],
         }
         if self.eot:
@@ -520,8 +525,8 @@ _last_parsed = {}  # {text: _Parsed}
 def _parse(text, backend=None):
     """Return the _Parsed of a tokenizer.json. backend: the Tokenizer of the tokenizers library, if it exists already.
 
-    The last one is kept: parsing GPT-2's tokenizer takes 0.15 s, and a new data folder is opened with the tokenizer
-    that it was made with.
+    The last result is cached: parsing GPT-2's tokenizer takes 0.15 s, and a new data folder is opened right after
+    it was written.
     """
     parsed = _last_parsed.get(text)
     if parsed is None:
@@ -671,7 +676,7 @@ def _tiktoken(spec, eot):
     model = spec["model"]
     if not _splits_like_gpt2(spec):
         return None
-    # special tokens are not used to encode a text; other added tokens are
+    # Special tokens are not used to encode a text, but other added tokens are, and tiktoken does not support these.
     if any(not token["special"] and token["content"] != eot for token in spec.get("added_tokens") or []):
         return None
     # GPT-2 represents a visible byte by its own character, and the other bytes by the characters from U+0100 on

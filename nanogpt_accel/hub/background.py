@@ -90,7 +90,8 @@ class BackgroundPush:
     def _send(self, links, checkpoint, message):
         """Push the files in the folder `links`. Raise OSError if that fails."""
         self.repo = create(self.repo, self.private, self.branch)
-        if (readme := links / "README.md").is_file():  # replace the hard link; a change would alter the checkpoint
+        # write a new README.md, because changing the hard link would also change the file in the checkpoint
+        if (readme := links / "README.md").is_file():
             card = readme.read_text(encoding="utf-8", errors="replace")
             write_atomically(readme, adapt_usage(card, True, self.repo, self.branch))
         upload(links, self.repo, message, self.branch, self._report_card)

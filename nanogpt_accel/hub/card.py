@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import __version__
 from .transfer import is_model_id
 
-# built-in corpus -> metadata for the Hub, whose list of licenses does not include Python's
+# built-in corpus -> metadata for the Hub; the Hub's list of licenses does not contain Python's license
 CORPUS_METADATA = {
     "python": {"language": "code", "license": "other", "license_name": "psf-2.0"},
     "shakespeare": {"language": "en"},  # in the public domain
@@ -27,7 +27,7 @@ def checkpoint_card(recipe, data, trainer, num_parameters):
     """Return the text of a checkpoint's README.md. data: the RunData. trainer: the content of trainer.json."""
     tokenizer, init_from, block_size = data.tokenizer, recipe.model.init_from, recipe.model.block_size
     corpora, steps = {n: s.manifest["corpus"] for n, s in data.sources.items()}, f"after {trainer['step']:,} steps"
-    loss = trainer["val_loss"] if trainer["evaluated"] else None  # otherwise, val_loss is from an earlier step
+    loss = trainer["val_loss"] if trainer["evaluated"] else None  # if not evaluated, val_loss is from an earlier step
     is_hub_id = init_from not in ("scratch", "resume") and not Path(init_from).exists() and is_model_id(init_from)
     base_model = init_from.partition("@")[0] if is_hub_id else None
     start = f", starting from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
@@ -114,10 +114,10 @@ def model_card(
 def _usage_code(tokenizer, block_size, needs_code):
     """Return Python code that loads a model from the current folder and generates text."""
     prompt = "The"
-    if tokenizer.kind == "char":  # characters outside the vocabulary are an error
+    if tokenizer.kind == "char":  # it cannot encode characters that are not in the vocabulary
         characters = tokenizer.vocab.keys() - tokenizer.special
         prompt = "".join(c for c in prompt if c in characters) or min(characters, default="")
-    elif tokenizer.check_prompt(prompt, None, "prompt"):  # so are unknown words
+    elif tokenizer.check_prompt(prompt, None, "prompt"):  # the tokenizer cannot encode this word
         prompt = tokenizer.default_prompt()
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -138,7 +138,7 @@ tokenizer = AutoTokenizer.from_pretrained(path{options})"""
 
 
 def adapt_usage(card, needs_code, repo=None, branch=None):
-    """Return a card whose code loads the model from the Hub repository `repo`. None: the current folder."""
+    """Return a card whose code loads the model from the Hub repository `repo`. If None, from the current folder."""
     return _LOADING_CODE.sub(lambda match: _loading_code(needs_code, repo, branch), card, count=1)
 
 
@@ -147,7 +147,7 @@ def converted_card(source, name, tokenizer, block_size, *, needs_code, repo=None
     nanogpt_accel wrote, only adapt its code (see adapt_usage). Otherwise, write a short card with the title `name`."""
     readme = Path(source) / "README.md"
     card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    if "nanogpt_accel" not in card.split("\n---", 1)[0]:  # nanogpt_accel is not in the tags
+    if "nanogpt_accel" not in card.split("\n---", 1)[0]:  # not in the tags, so the card has another author
         text = "A language model, exported by nanogpt_accel."
         card = model_card(name, text, tokenizer, block_size, needs_code=needs_code)
     return adapt_usage(card, needs_code, repo, branch)

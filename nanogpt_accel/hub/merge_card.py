@@ -5,7 +5,8 @@ The text that nanogpt_accel writes is a section between two comments:
     <!-- nanogpt_accel: section 0f1e2d3c4b5a card 5a4b3c2d1e0f; a push replaces this section and keeps other text -->
     <!-- nanogpt_accel: end of section -->
 
-The first comment contains hashes of the section and of the whole card. They show whether either was edited.
+The first comment contains hashes of the section and of the whole card. These show whether users edited the section or
+the card.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ def merge_card(current, new):
     - If nobody edited the card on the Hub, the new card replaces it.
     - Otherwise, only the section of nanogpt_accel and the evaluation results in the metadata are replaced.
     - If the section itself was edited, or if its comments were deleted, the text is not changed.
-    - A card of another origin keeps its text and metadata. The section and missing metadata are added.
+    - A card that nanogpt_accel did not write keeps its text and metadata. The section and missing metadata are added.
 
     Args:
         current: the card on the Hub; "" if there is none. new: the card of the new model.
@@ -51,7 +52,7 @@ def merge_card(current, new):
     if not ours.hash:
         ours = ours._replace(before="", body=_COMMENT.sub("", ours.before))
     if not current.strip() or theirs.card_hash == _hash(_text(theirs)):
-        # with text of a user around the section, the next push must not replace the whole card
+        # if `new` has text of a user around the section, the next push must not replace the whole card
         return _join(ours, is_ours=not (ours.before + ours.after).strip()), ""
     metadata = _merge_metadata(theirs.metadata, ours.metadata, is_first=not theirs.hash)
     merged = theirs._replace(metadata=metadata)
@@ -111,7 +112,8 @@ def _merge_metadata(theirs, ours, is_first):
 
     The lines are edited as text, because loading and dumping them would lose comments and quotes.
 
-    is_first: whether to add missing keys of `ours`, too. In later pushes, users may have deleted these keys.
+    is_first: whether to add the keys of `ours` that are missing in `theirs`, too. It is only true for the first push,
+    because later, users may have deleted these keys.
     """
     if not theirs.strip():
         return ours if is_first else theirs
@@ -132,8 +134,8 @@ def _merge_metadata(theirs, ours, is_first):
 
 
 def _merge_results(theirs, ours):
-    """Return the model-index `theirs` with the results of `ours` added. They replace results for the same task, dataset
-    and metric. If `theirs` is not valid, return it unchanged."""
+    """Return the model-index `theirs` with the results of `ours`. A result of `ours` replaces that of `theirs` for
+    the same task, dataset and metric. If `theirs` is not valid, return it unchanged."""
     if theirs is None:
         return ours
     topic = lambda result: str([result["task"], result["dataset"], [m["type"] for m in result["metrics"]]])  # noqa: E731

@@ -16,7 +16,7 @@ from .merge_card import merge_card
 _LOGIN = "run `hf auth login` or set HF_TOKEN"
 _MODEL_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 REPORT_AFTER_S = 2  # faster transfers are not reported
-UPLOAD_ATTEMPTS = 3  # if other commits are made at the same time
+UPLOAD_ATTEMPTS = 3  # an upload is repeated if someone else has made a commit in the meantime
 # the files of a model that nanogpt_accel reads, excluding weights for other frameworks
 _ALLOW_PATTERNS = ["*.json", "*.safetensors", "model.py", "merges.txt", "chat_template.jinja", "README.md"]
 
@@ -66,7 +66,7 @@ def _download(model_id, patterns, report, bars):
 
 
 def check_push(model_id, key):
-    """Check the settings for a push without using the network. Return a list of problems.
+    """Check the settings for a push, but do not use the network. Return a list of problems.
 
     key: the option that contains model_id, for the messages.
     """
@@ -185,7 +185,7 @@ def _hub_errors(model_id):
 
 
 def _status(error):
-    """Return the HTTP status of a failed request, or None. After file uploads, the cause of `error` has the status."""
+    """Return the HTTP status of a failed request, or None. For a failed upload, the cause of `error` has the status."""
     return getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
 
 

@@ -1,5 +1,5 @@
 """Small helpers that do not depend on models: command lines, field types, files, text.
 
-In and out: plain values. These files do not import torch or transformers at the top.
+In and out: plain values. Importing these files does not import torch or transformers, so it is fast.
 Add something here only if two folders need it.
 """

@@ -14,7 +14,7 @@ from .fields import raise_problems, show_value, type_name, unknown_key, validate
 from .files import permission_denied
 from .text import counted, encoding_problem, one_line, printable
 
-# errors of the system, not of the code; their message names the file
+# error codes of the operating system; these errors are not bugs, and their messages name the file
 _SYSTEM_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM ENAMETOOLONG ELOOP EMFILE ENFILE ESTALE ENOTCONN ENOMEM"
 _SYSTEM_ERRORS = {getattr(errno, name) for name in _SYSTEM_ERRORS.split()}
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # in a RuntimeError of torch
@@ -22,7 +22,7 @@ _THREADS_FIX = "raise the limit on processes and threads (ulimit -u, or that of 
 _INVALID_NAME = 123  # Windows' ERROR_INVALID_NAME, for a colon or a question mark in a file name
 # `key=value` is an option; a path such as runs/a=b or ./a=b is not, because a key has no slash
 _ASSIGNMENT = re.compile(r"^(?:--)?([A-Za-z][\w.-]*)=(.*)$", re.DOTALL)
-_LONGEST_ERROR, _MOST_ERRORS = 1000, 50  # characters per line, and lines, in messages for the user
+_LONGEST_ERROR, _MOST_ERRORS = 1000, 50  # maximum characters per line, and maximum lines, of a message for the user
 _BOOLEANS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 
 
@@ -86,7 +86,7 @@ def parse_with_recipe(argv, own, fields, n_targets=1):
     """Parse the arguments of a command that has its own options and also accepts the keys of a recipe.
 
     Args:
-        own: Section class of the command's options. The key of a field is its alias, if it has one.
+        own: Section class of the command's options. If a field has an alias, the alias is the key of the option.
         fields: {recipe key: pydantic FieldInfo}; see `parse`.
 
     Returns:
@@ -135,9 +135,9 @@ def show_help(usage, text, sections):
 def run(command, argv):
     """Run `command(argv)` and return the exit status of the process.
 
-    A ValueError or OSError that this package raises is a message for the user. So is an error of the system, such as a
-    full disk or too little memory. Such a message is printed without a traceback, one line per problem, and the exit
-    status is 2. Other errors are bugs and keep their traceback. NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
+    Two kinds of errors are messages for the user: a ValueError or OSError that this package raises, and an error of the
+    system, such as a full disk or too little memory. These are printed without a traceback, one line per problem, and
+    the exit status is 2. Other errors are bugs and keep their traceback. NANOGPT_ACCEL_DEBUG=1 keeps every traceback.
     """
     startup.limit_openmp_spinning()
     startup.pause_gc()

@@ -13,7 +13,7 @@ from .text import encoding_problem
 
 
 def _integer(value):
-    """Check an integer setting. Accept "1e3" and "1_000", because YAML reads 6e5 as a string. Reject true and false."""
+    """Check an integer setting. Accept strings such as "6e5", because YAML reads 6e5 as a string. Reject booleans."""
     if isinstance(value, bool):
         raise ValueError("must be an integer, not true or false")
     for convert in (int, float) if isinstance(value, str) else ():
@@ -117,7 +117,7 @@ def validate(section, values, where=""):
 
 
 def _path_in(values, location):
-    """Return the path of a value from the location in a pydantic error, which can end with names of types."""
+    """Convert the location in a pydantic error, which may contain names of types, to the path of the value."""
     path = ()
     for part in location:
         if isinstance(values, dict) and part != "[key]":
@@ -164,7 +164,7 @@ def show_value(value):
         return str(value).lower()
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if any(isinstance(item, dict) for item in items):
-        return json.dumps(value)  # is YAML too
+        return json.dumps(value)  # JSON is also valid YAML
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value)) or "none"
     if isinstance(value, dict):

@@ -64,8 +64,9 @@ def flush_file(file):
 def copy_mode(source, folder):
     """Set the mode of all files in a folder to the mode of the file `source`, which was created with open().
 
-    So all files get the mode that the umask allows. Without this, other users could not load the model, because
-    safetensors creates files with mode 0600 regardless of the umask. transformers also copies the mode of model.py.
+    This is the mode that the umask allows. Without this function, other users could not load the model, because
+    safetensors creates files with mode 0600 regardless of the umask. In addition, transformers gives the copy of
+    model.py the mode of the original.
     """
     mode = stat.S_IMODE(os.stat(source).st_mode)
     for place, _, files in os.walk(folder):
@@ -76,7 +77,7 @@ def copy_mode(source, folder):
 
 
 def permission_denied(path):
-    """Return a message about a file or folder that may not be read or written, with the fix."""
+    """Return a message about a file or folder that this process has no permission to read or write, with the fix."""
     path = os.path.abspath(path)
     may = partial(os.access, effective_ids=os.access in os.supports_effective_ids)
     closed = next((parent for parent in reversed(Path(path).parents) if not may(parent, os.X_OK)), None)

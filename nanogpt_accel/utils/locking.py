@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLease, Timeout
 
 LEASE_S = 30  # without flock: seconds until a lock is free if the process that has it does not renew it
-RENEWALS = 10  # number of renewals in LEASE_S; the first one shows other processes that the holder is alive
+RENEWALS = 10  # renewals per LEASE_S; a waiting process stops waiting as soon as it sees one
 _NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 

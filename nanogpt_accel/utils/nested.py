@@ -4,7 +4,7 @@ _SEQUENCES = {"list": list, "tuple": tuple, "set": set}
 
 
 def pack(value, name, tensors):
-    """Return `value` as JSON values, with names instead of tensors. Add {name: tensor} to the dictionary `tensors`.
+    """Convert `value` to JSON values. Replace each tensor by a name, and add {name: tensor} to the dict `tensors`.
 
     value: None, a number, a text, a tensor, or a list, tuple, set or dictionary of such values. name: name of `value`.
     The names of the tensors start with this name.
@@ -23,13 +23,13 @@ def pack(value, name, tensors):
         kind = next(kind for kind, of_kind in _SEQUENCES.items() if isinstance(value, of_kind))
         return [kind, [pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]]
     if isinstance(value, dict):
-        # JSON would turn keys that are numbers into texts
+        # a list of pairs, because JSON would turn keys that are numbers into strings
         return ["dict", [[key, pack(item, f"{name}.{key}", tensors)] for key, item in value.items()]]
     raise TypeError(f"{name} is a {type(value).__name__}, which checkpoints cannot store")
 
 
 def unpack(plain, tensors):
-    """Return the value that `pack` has converted. tensors: function that returns the tensor of a name."""
+    """Return the original value. plain: the result of `pack`. tensors: function that returns the tensor of a name."""
     if not isinstance(plain, list):
         return plain
     kind, items = plain

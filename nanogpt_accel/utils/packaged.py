@@ -15,7 +15,7 @@ from .fields import nearest
 def packaged(name):
     """Return the path of a packaged file or folder, such as recipes/gpt2.yaml or configs.
 
-    If it is below the current folder, the path is relative, so that messages in a clone show configs/fsdp2.yaml.
+    If the file is below the current folder, the path is relative, so that messages in a clone show configs/fsdp2.yaml.
     """
     package = Path(__file__).resolve().parents[1]
     path = package / name if (package / name).exists() else package.parent / name
@@ -29,7 +29,7 @@ def find_packaged(folder, name):
     """Return the path of the packaged file NAME.yaml. folder: recipes or configs.
 
     Raises:
-        ValueError: there is no such file; the message has the nearest name.
+        ValueError: there is no such file; the message suggests the most similar name.
     """
     paths = {path.stem: path for path in list_packaged(folder)}
     if name.removesuffix(".yaml") not in paths:

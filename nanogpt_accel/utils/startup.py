@@ -31,7 +31,7 @@ def limit_openmp_spinning():
 def pause_gc():
     """Do not collect garbage while torch and transformers are imported, and at exit.
 
-    By default, Python collects after every 700 new objects, which takes 0.6 s in total, and at exit another 0.9 s.
+    By default, Python collects after every 700 new objects, which takes 0.6 s during the imports, and 0.9 s at exit.
     """
     gc.set_threshold(_RARELY)
     atexit.register(gc.freeze)
@@ -48,9 +48,9 @@ def resume_gc():
 def preload_torch():
     """Start to load torch's largest library in a thread, which saves 0.15 s if a second core is free.
 
-    `import torch` loads it while no other thread can run Python. A call through ctypes lets other threads run, so the
-    main thread can read the recipe and open the data. If this fails, `import torch` reports the reason. A CUDA
-    build of torch is not loaded early, because it loads other libraries first.
+    `import torch` holds the GIL while it loads this library. A call through ctypes releases the GIL, so the main thread
+    can read the recipe and open the data meanwhile. If the call fails, `import torch` reports the reason later. A CUDA
+    build of torch is not loaded early, because it must load other libraries first.
     """
     limit_openmp_spinning()
     spec = find_spec("torch") if sys.platform == "linux" else None

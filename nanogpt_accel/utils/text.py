@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 
-# all control characters except tab, line feed and carriage return, other line separators, and what UTF-8 cannot encode
+# control characters (except tab, line feed and carriage return), Unicode line separators, and surrogates
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 

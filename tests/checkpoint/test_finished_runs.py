@@ -43,14 +43,14 @@ def test_a_folder_of_runs_is_a_ladder_in_which_unfinished_runs_are_named(tmp_pat
         read_ladder([*sorted(tmp_path.glob("depth=*")), tmp_path / "sweep.json"]).runs == ladder.runs
     )  # the pattern sweep/*
     with pytest.raises(
-        ValueError, match="the runs have 3; (.|\n)*stopped: not used: its last checkpoint is at step 40"
+        ValueError, match="the runs have 3; (.|\n)*stopped: not used: the last checkpoint is at step 40"
     ):
         fit_ladder(ladder)
-    assert "stopped: not used: its last checkpoint is at step 40 of 100" in notes
-    assert "diverged: not used: its last validation loss is nan" in notes
-    assert "zero: not used: its last validation loss is 0.0" in notes
-    assert "started: not used: it has no checkpoint" in notes
-    assert "tuned: not used: it started from the weights of gpt2" in notes
+    assert "stopped: not used: the last checkpoint is at step 40 of 100" in notes
+    assert "diverged: not used: the last validation loss is nan" in notes
+    assert "zero: not used: the last validation loss is 0.0" in notes
+    assert "started: not used: the run has no checkpoint" in notes
+    assert "tuned: not used: the run started from the weights of gpt2" in notes
 
 
 def test_seeds_are_all_used_and_of_several_learning_rates_the_best(tmp_path):
@@ -60,7 +60,7 @@ def test_seeds_are_all_used_and_of_several_learning_rates_the_best(tmp_path):
     write_finished_run(tmp_path / "large", LAW, depth=4, learning_rate=0.1)
     ladder = read_ladder([tmp_path])
     assert [run.name for run in ladder.runs] == ["good1", "good2", "large"]
-    assert ladder.notes == ["not used, because good1, good2 has the same size and a lower loss: bad1, bad2"]
+    assert ladder.notes == ["bad1, bad2: not used: runs of the same size have a lower loss (good1, good2)"]
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):

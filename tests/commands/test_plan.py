@@ -399,7 +399,7 @@ def test_the_loss_is_predicted(grid, ladder, capsys):
     [
         (["depth=16"], ["times the FLOPs of the largest finished run; above 10"]),
         (["depth=6", "tokens_per_parameter=20"], ["tokens per parameter differ by a factor of"]),
-        (["depth=6", "activation=gelu"], ["model.activation=relu2 and not gelu"]),
+        (["depth=6", "activation=gelu"], ["model.activation=relu2 instead of gelu"]),
     ],
 )
 def test_a_prediction_far_from_the_runs_has_a_warning(words, parts, ladder, capsys):

@@ -209,7 +209,7 @@ def test_our_own_output_as_corpus(refused, tmp_path):
         find_corpus(f"{tmp_path}/refers")
     assert texts(tmp_path / "exported" / "*.md") == ["a model card"], "a glob that names the folder is explicit"
     assert texts(tmp_path / "runs" / "a" / "samples.jsonl") == ["generated"]
-    with refused(FileNotFoundError, f"corpus={tmp_path}/runs/*/*.jsonl", "except output of this package"):
+    with refused(FileNotFoundError, f"corpus={tmp_path}/runs/*/*.jsonl", "except files that this package wrote"):
         find_corpus(f"{tmp_path}/runs/*/*.jsonl")
 
 

@@ -99,7 +99,7 @@ def test_spaces_that_are_added_are_shown():
     Path("x.txt").write_text(" ".join(["girl, a"] * 20))
     _, lines = prepared(corpus="x.txt", tokenizer="mine")
     (line,) = warnings(lines)
-    assert "'girl , a girl , a gi' instead of 'girl, a girl, a girl'" in line
+    assert "'girl, a girl, a girl' becomes 'girl , a girl , a gi'" in line
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "unigram with bytes"])

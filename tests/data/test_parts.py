@@ -225,7 +225,7 @@ def test_missing_workers_are_named(monkeypatch):
     with pytest.raises(FileNotFoundError, match="its preparation was interrupted or is still running"):
         read_manifest("out")
     others = "worker 1 (2 parts, not running), worker 2 (2 parts, {})"
-    assert f"waited 0 s for {others.format('not running')}; the last worker completes" in said[-1]
+    assert f"waited 0 s for {others.format('not running')}; the last worker to finish completes" in said[-1]
     with parts.Parts("out", *facts_of(data)).lock(2, 3):
         prepare_parts(data, 0, 3, said.append)
         process = f"process {os.getpid()} on {platform.node()}"
