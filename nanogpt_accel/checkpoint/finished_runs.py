@@ -87,10 +87,11 @@ def fit_ladder(ladder):
 def find_runs(targets):
     """Return the run folders in `targets`. Each target is a run folder, or a folder that contains run folders.
 
-    If there are folders in `targets`, files are ignored, because the pattern sweep/* also matches the logs of a sweep.
+    If at least one target is a folder, targets that are files are ignored: the pattern sweep/* also matches the logs of
+    a sweep.
 
     Raises:
-        ValueError: a target is not a folder, or contains no runs.
+        ValueError: a target does not exist or contains no runs, or all targets are files.
     """
     folders, problems, paths = [], [], list(map(Path, targets))
     for target in [path for path in paths if not path.is_file()] or paths:
@@ -98,7 +99,7 @@ def find_runs(targets):
         folders += [file.parent for file in found]
         if not found:
             reason = "contains no runs" if target.is_dir() else "not a folder" if target.exists() else "no such folder"
-            problems.append(f"{target}: {reason}; pass run folders")
+            problems.append(f"{target}: {reason}; give the path of a run folder")
     if problems:
         raise ValueError("\n".join(problems))
     return list({folder.resolve(): folder for folder in folders}.values())
@@ -164,9 +165,9 @@ def differences(ladder, recipe):
         sections = [run_data.sections(recipe.data)[name] for name in recipe.data.sources]
         splits = [dataset.manifest_of(data, dataset.data_folder(data))["splits"] for data in sections]
         if [split["val"]["sha256"] for split in splits] != [source["val"] for source in sources]:
-            problems.append("the validation data of the recipe are not those of the runs, so losses cannot be compared")
+            problems.append("the recipe and the runs have different validation data, so losses cannot be compared")
         elif [split["train"]["sha256"] for split in splits] != [source["train"] for source in sources]:
-            warnings.append("the training data of the recipe are not those of the runs, so the loss may differ")
+            warnings.append("the recipe and the runs have different training data, so the loss may differ")
         return problems, warnings
     mine, theirs = _data_settings(recipe.data), _data_settings(ladder.recipe.data)
     for key in mine:
@@ -198,6 +199,6 @@ def _require_same(found):
             problems.append(f"the data, tokenizers or validation splits differ: {text}; use runs with the same data")
         elif len(by_value) > 1:
             text = "; ".join(f"{value} in {', '.join(runs)}" for value, runs in by_value.items())
-            problems.append(f"{key} differs: {text}; pass runs with one value")
+            problems.append(f"{key} differs: {text}; use runs that all have the same {key}")
     if problems:
         raise ValueError("\n".join(f"these runs cannot share a scaling law: {problem}" for problem in problems))

@@ -337,8 +337,8 @@ def _check_resources(folder, corpus, data, report, copies=1):
         )
     if corpus.is_single and corpus.bytes > LARGE_TEXT and data.tokenizer not in ("gpt2", "char", "bpe"):
         report(
-            f"tokenizer={data.tokenizer}: a single text of {corpus.bytes / 1e9:,.1f} GB may be tokenized in memory and "
-            f"need {4 * corpus.bytes / 1e9:,.0f} GB or more; to stream it, set lines=true or split it into files"
+            f"tokenizer={data.tokenizer}: tokenizing a single text of {corpus.bytes / 1e9:,.1f} GB can need "
+            f"{4 * corpus.bytes / 1e9:,.0f} GB of memory or more; to read it in parts, set lines=true or split the file"
         )
 
 

@@ -32,9 +32,7 @@ EXPONENTS = 0.01, 2.0  # lower and upper bound of the exponents
 # of synthetic laws contain the true value in only 88 to 93% of cases; with 4 and 96, in at least 90%.
 N_DRAWS, INTERVAL = 1000, (4, 96)
 SAME_FLOPS = 1.25  # runs whose compute differs by at most this factor are on one isoFLOP curve
-# runs are considered to be on one line, in (log N, log D), if the standard deviation of log(tokens per parameter) from
-# the line is below this value
-ON_A_LINE = 0.2
+ON_A_LINE = 0.2  # below this `spread` (see _line), the runs are considered to be on one line in (log N, log D)
 
 
 class Run(NamedTuple):
@@ -53,8 +51,8 @@ class Law:
 
     form: a key of FORMS. reason: why this form was fitted, as text.
     constants: {name: value}. draws: {name: array of the values in the refits}. at_bound: names of constants that the
-    data do not determine, because the fit ends at a bound. noise: standard deviation of the logarithm of a loss from
-    the law. noise_draws: for each refit, a random difference of the logarithm of a new run's loss from the law.
+    data do not determine, because the fit ends at a bound. noise: standard deviation of the residuals log(loss) -
+    log(predicted loss). noise_draws: for each refit, one random residual, for a new run.
     """
 
     runs: tuple
@@ -262,7 +260,8 @@ def choose_form(runs):
 def _line(runs):
     """Fit a line through the runs in (log N, log D). Return (center, axes, spread).
 
-    axes: unit vectors along and across the line. spread: standard deviation of log(tokens per parameter) from the line.
+    axes: unit vectors along and across the line. spread: how far the runs are from the line, as the standard deviation
+    of the differences in log(tokens per parameter).
     """
     points = np.log([[run.n_params, run.tokens] for run in runs])
     center = points.mean(axis=0)

@@ -419,7 +419,7 @@ def test_the_losses_of_other_data_cannot_be_compared(ladder, capsys):
     assert main(["prepare", "python_depth", "corpus=text.txt", "data_dir=tokens", "tokenizer=char"]) == 0
     capsys.readouterr()
     assert main(["plan", "python_depth", "data_dir=tokens", f"fit={ladder}"]) == 2
-    assert "the validation data of the recipe are not those of the runs" in capsys.readouterr().err
+    assert "the recipe and the runs have different validation data" in capsys.readouterr().err
     hashes = {
         name: split["sha256"] for name, split in json.loads(Path("tokens/manifest.json").read_text())["splits"].items()
     }
@@ -427,9 +427,7 @@ def test_the_losses_of_other_data_cannot_be_compared(ladder, capsys):
         for depth in (2, 3, 4, 5, 6):
             write_finished_run(f"{folder}/{depth}", BY_COMPUTE, depth=depth, data=data)
         found = planned("python_depth", "data_dir=tokens", "depth=4", f"fit={folder}", capsys=capsys)["prediction"]
-        assert ("the training data of the recipe are not those of the runs" in str(found["warnings"])) == (
-            folder == "other"
-        )
+        assert ("the recipe and the runs have different training data" in str(found["warnings"])) == (folder == "other")
 
 
 def test_the_recipe_for_a_budget_has_the_depth_with_the_lowest_loss(grid, capsys):
