@@ -129,6 +129,7 @@ class Writer:
         self.partial, self._lock = lock_subfolder(folder, ".partial")
         self._progress = None  # JSON of the state at the last commit() call
         self._open = {}  # split -> open file
+        self._hashes = {}  # name of a file that this attempt started -> SHA-256 of what was written to it
         self._committed_at = time.monotonic()
         try:
             with disk_errors(self.folder):
@@ -191,9 +192,13 @@ class Writer:
             if not files or files[-1]["tokens"] >= self.shard_tokens:
                 self._close(split)
                 files.append({"name": f"{split}-{len(files):05d}.bin", "tokens": 0})
+                self._hashes[files[-1]["name"]] = hashlib.sha256()
             if split not in self._open:
                 self._open[split] = open(self.partial / files[-1]["name"], "ab")  # noqa: SIM115 (closed in _close)
-            self._open[split].write(np.ascontiguousarray(ids, dtype=self.dtype))
+            data = np.ascontiguousarray(ids, dtype=self.dtype)
+            self._open[split].write(data)
+        if files[-1]["name"] in self._hashes:
+            self._hashes[files[-1]["name"]].update(data)  # now, because reading a large file again takes long
         files[-1]["tokens"] += len(ids)
         counts = self.counts.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0})
         counts["tokens"] += len(ids)
@@ -239,7 +244,12 @@ class Writer:
                 self._close(split)
             splits = {}
             for split, files in self.files.items():
-                digest = sha256_of_split(TokenFile([self.partial / file["name"] for file in files], self.dtype))
+                paths = [self.partial / file["name"] for file in files]
+                known = [self._hashes.get(path.name) for path in paths]
+                hashes = [
+                    found.hexdigest() if found else sha256(path) for found, path in zip(known, paths, strict=True)
+                ]
+                digest = _join_hashes(hashes)
                 files = [{**file, "name": self._final_name(file["name"])} for file in files]
                 splits[split] = self.counts[split] | {"sha256": digest, "files": files}
             manifest = {"version": VERSION, **facts}
@@ -399,5 +409,9 @@ def sha256_of_split(tokens, sampled=False):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib releases the GIL
         hashes = list(pool.map(hash_one, tokens.paths, tokens.spans))
-    digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return f"sampled:{digest}" if sampled else digest
+    return f"sampled:{_join_hashes(hashes)}" if sampled else _join_hashes(hashes)
+
+
+def _join_hashes(hashes):
+    """Return the hash of a split. hashes: the hex digest of each of its files."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
