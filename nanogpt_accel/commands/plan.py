@@ -74,7 +74,7 @@ class PlanOptions(Section):
         gt=0,
         description="compute budget in FLOPs; the scaling law from `fit` chooses the depth and the number of steps",
     )
-    to: str = Field("", description="write the recipe that flops and fit choose to this file")
+    to: str = Field("", description="file for a recipe with the size that `flops` and `fit` choose")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 

@@ -365,9 +365,9 @@ def prepare(points, console):
 def train_all(points, jobs, signals, console):
     """Train the points that are not done, `jobs` at a time. Return {name of a point: exit status} of all that failed.
 
-    If another process is already training a point, wait until it ends. If a sweep is killed, its trainings continue, so
-    this can be one of them. If a signal arrives, start no further points, and stop the trainings, which first save a
-    checkpoint.
+    If another process is already training a point, wait until it ends. Such a process can be left from an earlier sweep
+    that was killed, because its trainings continue. If a signal arrives, start no further points, and stop the
+    trainings, which first save a checkpoint.
     """
     waiting, running, told, failures = list(points), {}, set(), {}  # running: {slot: (point, process)}
     try:

@@ -134,7 +134,8 @@ def sections(data):
 
 
 def where(data, name):
-    """Return the prefix of messages about a source or validation set: its setting, or "" for a single corpus."""
+    """Return the text at the start of messages about a source or a validation set: the setting that defines it, or ""
+    if the run has only one source."""
     if name in data.validation:
         return f"data.validation.{name}: "
     return f"data.mix: {name}: " if len(data.sources) > 1 else ""

@@ -116,8 +116,9 @@ class Law:
         return flops / max(run.flops for run in self.runs)
 
     def ratio_to_line(self, n_params, tokens):
-        """Return the factor (at least 1) between the tokens per parameter of a new run and those on the line through
-        the fitted runs, at the same compute. For L(N, D), which also holds off the line, return 1."""
+        """Compare the tokens per parameter of a new run with the value that the line through the fitted runs has at
+        this compute. Return the larger one divided by the smaller one. The form L(N, D) is also valid for runs that are
+        not on the line, so for this form, return 1."""
         if self.form != "L(C)":
             return 1.0
         center, axes, _ = _line(self.runs)

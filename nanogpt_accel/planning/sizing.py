@@ -135,12 +135,13 @@ def muon_cost(shape, layout, n_ranks, device="cuda"):
     """Return the cost of a step of Muon on the busiest rank, as a dictionary.
 
     Args:
-        layout: see memory. n_ranks: number of processes that divide the work: all of them or, under FSDP2, `shards`.
+        layout: see memory. n_ranks: number of processes that divide the work: `shards` under FSDP2, otherwise the
+            number of all processes.
 
     Returns:
         dict with "flops"; "exchanged", the bytes that a rank receives (and sends) per step; and "memory", the peak
-        bytes of temporary tensors. Under FSDP2, "exchanged" is a mean over the ranks: the rows of the matrices in a
-        fused weight are on few ranks, so some ranks receive more than others.
+        bytes of temporary tensors. Under FSDP2, "exchanged" is a mean over the ranks. Some ranks receive more than
+        others, because the rows of a fused weight are sharded, so each matrix in it is on only some of the ranks.
     """
     size, buckets = HALF if device == "cuda" else FLOAT, muon_buckets(shape)
     owners = deal(buckets, n_ranks)
