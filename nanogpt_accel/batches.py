@@ -89,8 +89,9 @@ class Mixture:
 
     The source of a sample depends only on the seed and the number of the sample. Each stage is divided into blocks of
     BLOCK samples. In every block, each source has its share of the samples, rounded up or down, and these samples are
-    spread evenly. The k-th sample from a source, counted over all stages, is sample k of Batches on this source alone.
-    So with sampling="shuffle", an epoch of a source uses each of its sequences once.
+    spread evenly. The samples of each source are numbered from 0 over all stages. Sample k of a source is the same as
+    sample k of a run on this source alone. So with sampling="shuffle", an epoch of a source uses each of its sequences
+    once.
 
     Args:
         tokens: {source: its tokens}; see Batches.
@@ -127,9 +128,9 @@ class Mixture:
 
         A block is divided by systematic sampling (Madow 1949). Every source has a part of the interval from 0 to BLOCK;
         the length of this part is the source's share of BLOCK samples. Every block has an offset below 1, which shifts
-        all parts. A source has as many samples as there are integers in its shifted part: its share, rounded up or
-        down. From block to block, the offset increases by about the golden ratio, modulo 1. In a cycle of CYCLE blocks,
-        every multiple of 1 / CYCLE is the offset of one block.
+        all parts. The number of samples from a source is the number of integers in its shifted part. This is its share,
+        rounded up or down. From block to block, the offset increases by about the golden ratio, modulo 1. The offsets
+        are multiples of 1 / CYCLE. A cycle of CYCLE blocks uses each multiple from 0 to 1 - 1 / CYCLE once.
         """
         cycles, rest = divmod(n, self.CYCLE)
         offsets = np.arange(rest) * 633 % self.CYCLE
@@ -204,8 +205,9 @@ def model_inputs(rows, device="cpu", eot_id=None):
 
 
 def epoch_shape(n_tokens, block_size):
-    """Return (blocks per epoch, maximum shift of the block boundaries). Because of the shift, an epoch uses one block
-    less than the data have."""
+    """Return (blocks per epoch, maximum shift of the block boundaries). The data contain
+    (n_tokens - 1) // block_size blocks. An epoch uses one block less, to leave room for the shift, but it uses at least
+    one block."""
     n_blocks = max((n_tokens - 1) // block_size - 1, 1)
     return n_blocks, n_tokens - 1 - n_blocks * block_size
 
@@ -237,7 +239,7 @@ def sliding_windows(n_tokens, block_size, stride, batch_size):
 
     Returns:
         A list with one (starts, length, counted) per batch. starts: the start positions of the windows. length: the
-        number of targets per window. counted: the number of scored targets per window, which are the last ones.
+        number of targets per window. counted: the number of scored targets per window; only the last ones are scored.
     """
     batches, end = [], 0
     for start in range(0, n_tokens, stride):

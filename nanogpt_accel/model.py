@@ -432,7 +432,7 @@ class GPTModel(GPTPreTrainedModel):
             attention_mask: (B, T_past + T), with 1 for tokens and 0 for padding. None: no padding.
             position_ids: (B, T) or (1, T). None: consecutive positions that start after the tokens in the cache.
             cache: a transformers Cache. past_key_values is its older name, which PEFT uses.
-            use_cache: whether to return a KV cache. None: as in the config, but not in train mode.
+            use_cache: whether to return a KV cache. None: False in train mode, else config.use_cache.
             kwargs: output_hidden_states=True also returns the input of each block and the final hidden states.
                 output_attentions=True also returns the attention weights. The rest is passed to the attention function.
 
@@ -529,12 +529,12 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, position_ids, cache, inputs_embeds: see GPTModel.forward.
             labels: (B, T), unshifted: the model shifts them, as other transformers models do. -100 is ignored.
-            use_cache: whether to return a KV cache. None: as in the config, but not in train mode or with labels.
+            use_cache: whether to return a KV cache. None: False in train mode or with labels, else config.use_cache.
             logits_to_keep: number of last positions to compute logits for (0: all), or a tensor of positions.
             num_items_in_batch: divide the summed loss by this instead of the number of labels. transformers' Trainer
                 uses this argument for gradient accumulation.
-            return_logits: if False, only the loss is returned, and at most largest_logits logits are in memory at a
-                time. The loss is the same up to rounding.
+            return_logits: if False and there are labels, the logits are not returned. If there are more logits than
+                GPT.largest_logits, the loss is computed in chunks. Chunks change the loss only by rounding.
             kwargs: shift_labels (B, T) are labels that are already shifted: shift_labels[:, t] follows input_ids[:, t].
                 It is not in the signature, because Trainer expects a data column for each parameter whose name contains
                 "label". Other keyword arguments: see GPTModel.forward.

@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def local(tensor):
-    """Return the rows that this process has of a tensor that FSDP2 may have sharded."""
+    """Return the rows of a tensor that this process has: all rows, unless FSDP2 shards the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -114,7 +114,7 @@ def split_matrices(p, update, rows):
 
 
 def orthogonalize_here(buckets):
-    """Orthogonalize all matrices without other processes. Return a function as described in Muon._start_muon."""
+    """Orthogonalize all matrices without other processes. Return the function that Muon._start_muon returns."""
     bucket_results = [zip(bucket, orthogonalize_all([m.update for m in bucket]), strict=True) for bucket in buckets]
     return lambda: (pair for pairs in bucket_results for pair in pairs)
 
@@ -130,7 +130,7 @@ def is_tall(matrix):
 
 
 def work_dtype(tensor):
-    """Return the dtype for orthogonalizing: bfloat16 is precise enough, and much faster on GPUs."""
+    """Return the dtype for orthogonalizing: bfloat16 on CUDA (precise enough and much faster), otherwise float32."""
     return torch.bfloat16 if tensor.is_cuda else torch.float32
 
 

@@ -120,8 +120,8 @@ class Corpus(Section):
     split_by: Literal["auto", "name", "val_fraction"] = Field(
         "auto",
         description="how to split a corpus of files. name: by file or folder names (train, val, valid, validation, dev "
-        "or test); val_fraction: use a part of the text for validation; auto: name if there are files with such names, "
-        "otherwise val_fraction",
+        "or test); val_fraction: use a part of the text for validation; auto: like name if there are files with such "
+        "names, otherwise like val_fraction",
     )
     dataset_config: TextOrNone = Field(None, description="configuration of hub:USER/SET, if it is not the default one")
     dataset_split: str = Field(
@@ -237,8 +237,8 @@ class Data(Corpus):
     special_tokens: Literal["text", "tokens"] = Field(
         "text",
         description="how to encode special tokens, such as <|endoftext|>, that occur in the text of the corpus. text: "
-        "as ordinary text, like nanoGPT; tokens: as their ids. If the corpus contains any, prompts are encoded in the "
-        "same way",
+        "as ordinary text, like nanoGPT; tokens: as their ids. If the corpus contains special tokens, prompts are "
+        "encoded in the same way",
     )
     sampling: Literal["shuffle", "random"] = Field(
         "shuffle",
@@ -336,7 +336,7 @@ class Model(Section):
         None,
         ge=1,
         description="n_embd at which learning rates and initializer_range were tuned; muP scales them to the actual "
-        "n_embd. n_head and n_inner must grow in proportion. Default: no scaling",
+        "n_embd. n_head and n_inner must grow in proportion to n_embd. Default: no scaling",
     )
 
 
@@ -449,13 +449,13 @@ class Scaling(Section):
         None,
         gt=0,
         description="number of training tokens per parameter, which determines max_iters; only the parameters of the "
-        "matrices in the blocks and of the head are counted. Default: as in the recipe at its own size",
+        "matrices in the blocks and of the head are counted. Default: as in the recipe without scaling",
     )
     aspect_ratio: FloatOrNone = Field(
         None, gt=0, description="n_embd per layer of a scaled recipe; default: n_embd / n_layer of the recipe"
     )
     batch_exponent: Float = Field(
-        0.383, ge=0, le=1, description="tokens per step grow as the number of training tokens to this power"
+        0.383, ge=0, le=1, description="tokens per step grow as (number of training tokens)^batch_exponent"
     )
     width_exponent: Float = Field(
         -0.5, ge=-1, le=0, description="learning_rate scales as n_embd to this power; muon_learning_rate does not"
@@ -476,7 +476,8 @@ class Checkpoint(Section):
     )
     mix_change: bool = Field(
         False,
-        description="also resume if the data differ from those of the checkpoint; later checkpoints record the change",
+        description="resume even if the checkpoint was trained on other data or another mix; later checkpoints record "
+        "the change",
     )
     async_save: bool = Field(False, description="write checkpoints in the background, after copying the state")
     resume: Annotated[Literal["no", "auto"], BeforeValidator(_read_no)] = Field(
@@ -526,8 +527,8 @@ class Expect(Section):
     source: str = Field("", description="who measured or published val_loss")
     changed: list[str] = Field(
         [],
-        description="set automatically: the keys that were changed on the command line. val_loss is the result of the "
-        "unchanged recipe",
+        description="set automatically: the keys that were changed on the command line; val_loss was measured without "
+        "these changes",
     )
 
 
@@ -579,15 +580,15 @@ class Recipe(Section):
 
     @property
     def max_warmup_iters(self):
-        """The largest number of warm-up steps for which the schedule is long enough."""
+        """The largest number of warm-up steps that the schedule allows."""
         if self.optimizer.schedule == "warmup_stable_decay":  # the decay must not start during the warm-up
             return math.floor(self.lr_decay_iters * (1 - self.optimizer.decay_fraction) + 1e-6)
         return self.lr_decay_iters if self.optimizer.schedule == "cosine" else math.inf
 
     @property
     def warmup_iters(self):
-        """The number of warm-up steps. If the schedule is too short for the setting, use a tenth of its steps, or fewer
-        if the decay of the schedule starts earlier."""
+        """The number of warm-up steps. If the setting is above max_warmup_iters, use a tenth of lr_decay_iters, but at
+        most max_warmup_iters."""
         if self.optimizer.warmup_iters <= self.max_warmup_iters:
             return self.optimizer.warmup_iters
         return min(self.max_warmup_iters, self.lr_decay_iters // 10)
@@ -757,15 +758,15 @@ def _conflicts(recipe, overridden):
     if model.mup_base_width and model.tie_word_embeddings and not model.norm_weight:
         yield (
             {"mup_base_width", "tie_word_embeddings", "norm_weight"},
-            f"model.mup_base_width={model.mup_base_width}: with tie_word_embeddings=true, muP needs the weight of the "
-            "final norm, but norm_weight=false; set tie_word_embeddings=false or norm_weight=true",
+            f"model.mup_base_width={model.mup_base_width}: muP with tied embeddings requires a final norm with a "
+            "weight, but norm_weight=false; set tie_word_embeddings=false or norm_weight=true",
         )
     if model.mup_base_width and not model.head_dim and model.mup_base_width % head_dim:
         largest = math.gcd(model.n_embd, model.mup_base_width)
         yield (
             {"mup_base_width", "n_embd", "n_head", "head_dim"},
             f"model.mup_base_width={model.mup_base_width} is not a multiple of head_dim={head_dim} (n_embd / n_head), "
-            "which must be the same for n_embd and mup_base_width; "
+            "but the models with widths n_embd and mup_base_width must have the same head_dim; "
             f"set n_head={model.n_embd // largest} or a multiple of it",
         )
     if train.sample_interval and not train.sample_tokens:
@@ -811,7 +812,8 @@ def _mix_conflicts(recipe):
     for key in ("corpus", "data_dir") if data.mix else ():
         value = getattr(data, key)
         if value not in (None, default):
-            yield {key, "mix"}, f"data.{key}={value}: not used with data.mix; add it to the mix, or remove one of them"
+            fix = f"add a source with this {key} to the mix, or remove {key} or mix"
+            yield {key, "mix"}, f"data.{key}={value}: not used with data.mix; {fix}"
     defined = {}  # name -> its definition
     for i, mix in enumerate(data.mixes):
         where = "data.stages" if i else "data.mix"
@@ -836,7 +838,7 @@ def _mix_conflicts(recipe):
         is_short = any(stage.start < 1 for stage in data.stages)  # shares of a short run are rounded to the same step
         yield (
             keys,
-            f"data.stages: must start after step 0 and in increasing order, but start at {show_value(starts[1:])}"
+            f"data.stages: start steps must be above 0 and in increasing order, but are {show_value(starts[1:])}"
             + f" with max_iters={recipe.train.max_iters}; increase max_iters, or set stages=none" * is_short,
         )
     for name, corpus in data.validation.items():
@@ -860,8 +862,8 @@ def load_recipe(path, overrides=None, check=None):
 
     Returns:
         The Recipe, which is immutable. If out_dir is not set, it is runs/ plus the name of the file. If the overrides
-        change the corpus or the tokenizer, pydantic's model_fields_set does not contain val_fraction and sample_prompt
-        from the file. Code that opens the data may then replace these two settings.
+        change the corpus, the tokenizer or data_dir, val_fraction and sample_prompt from the file no longer count as
+        set: they are removed from pydantic's model_fields_set. Code that opens the data may then replace them.
 
     Raises:
         FileNotFoundError: there is no such recipe.
@@ -1003,8 +1005,9 @@ def _has_token_files(data_dir):
 
 
 def _foreign_keys(data):
-    """Return the keys of the data section that also apply to the token files in data_dir: none for files of this
-    package, but some for files of other projects, which do not store these settings."""
+    """Return the keys of the data section that apply to the token files in data_dir, in addition to DATA_USE_KEYS.
+    None apply to files of this package, which store these settings. Some apply to files of other projects, which do
+    not store them."""
     folder = Path(os.path.expanduser(str(data["data_dir"])))
     if (folder / "manifest.json").is_file():
         return ()

@@ -89,7 +89,8 @@ def architecture(reference, recipe, given):
 
 def batch_size(reference, recipe, given):
     """Scale the tokens per step B with the number of training tokens D: B ~ D^0.383 (Power Lines, Bergsma et al. 2025,
-    arXiv 2505.13738). As in nanochat, B is doubled or halved, so that the number of processes still divides it."""
+    arXiv 2505.13738). As in nanochat, change B only by factors of two, because the number of processes, often a
+    power of two, must divide it."""
     train, exponent = recipe.train, recipe.scaling.batch_exponent
     tokens = tokens_per_param(reference, recipe) * scaling_params(known_shape(recipe))
     wanted = reference.tokens_per_step * (tokens / _tokens(reference)) ** exponent
@@ -105,7 +106,8 @@ def batch_size(reference, recipe, given):
             micro_batches //= 2
         elif sequences % 2 == 0:
             sequences //= 2
-    rule = f"tokens per step grow as tokens^{exponent:g} to {wanted:,.0f}, rounded to a power of two times the recipe's"
+    rule = f"tokens per step grow as (training tokens)^{exponent:g} to {wanted:,.0f}, "
+    rule += f"rounded to 2^n * {recipe.tokens_per_step:,}"
     return {"gradient_accumulation_steps": (micro_batches, rule), "batch_size": (sequences, rule)}
 
 

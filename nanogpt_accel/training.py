@@ -141,7 +141,7 @@ def check_optimizer(settings):
         before = _attributes(optimizer)
         _take_step(model, optimizer)
         if changed := [key for key, value in _attributes(optimizer).items() if value != before.get(key)]:
-            problem = f"keeps {', '.join(changed)} outside of its state, so a run would not resume exactly"
+            problem = f"a step changes {', '.join(changed)}, which checkpoints do not store, so resume is not exact"
             return [f"{algorithm}: {problem}; choose another optimizer"]
         for p, fields in optimizer.state.items():
             states.append((p.shape, {}))
@@ -167,8 +167,10 @@ def _take_step(model, optimizer):
 
 
 def _attributes(optimizer):
-    """Return the attributes of an optimizer that checkpoints do not store, if they are numbers, tensors or containers,
-    as {name: text}."""
+    """Return {name: value as text} for the attributes of an optimizer that checkpoints do not store.
+
+    Other attributes than numbers, lists, dicts and tensors are left out.
+    """
     import torch
 
     values = {key: vars(optimizer)[key] for key in vars(optimizer).keys() - {"state", "param_groups", "defaults"}}
@@ -307,8 +309,8 @@ def open_data(recipe, console):
 
 
 def find_sample_prompt(recipe, tokenizer, console):
-    """Return (recipe, list of problems). If the tokenizer cannot encode sample_prompt, and the prompt was not set for
-    these data, replace it with the default prompt of the `sample` command."""
+    """Return (recipe, list of problems). Replace a sample_prompt that the tokenizer cannot encode with the default
+    prompt of the `sample` command. Keep a prompt from the command line, or from a recipe file whose data are used."""
     prompt, block_size = recipe.train.sample_prompt, recipe.model.block_size
     problems = tokenizer.check_prompt(prompt, block_size, "train.sample_prompt")
     default = tokenizer.default_prompt()
@@ -344,12 +346,12 @@ def find_checkpoint(recipe, data, console):
         fix += ", or set mix_change=true to continue with the changed data"
     if "sources" in now:
         raise ValueError(
-            f"{source}: trained on different data: {run_data.differences(before, now)}; {fix}. To keep the order of "
-            "the tokens, do not change the earlier mixes, but add a stage that starts at a later step"
+            f"{source}: trained on different data: {run_data.differences(before, now)}; {fix}. Changing an "
+            "earlier mix also changes the order of the tokens; to avoid this, add a stage that starts at a later step"
         )
     raise ValueError(
-        f"{source}: trained on different data than the current contents of {data.main.folder}; set data_dir to the "
-        f"folder of its training data, or {fix}"
+        f"{source}: trained on different data than those in {data.main.folder}; set data_dir to the folder with its "
+        f"training data, or {fix}"
     )
 
 
@@ -595,7 +597,8 @@ class NonFinite:
         self.may_skip, self.max_skips = train.on_nonfinite == "skip", train.max_skips
 
     def should_skip(self, grad_norm):
-        """Return whether to skip the optimizer step: with on_nonfinite=skip, if the gradient norm is not finite."""
+        """Return True if on_nonfinite=skip and the gradient norm is not finite. In fp16, return False, because the
+        gradient scaler skips the step."""
         return self.may_skip and self.accelerator.scaler is None and not is_finite(grad_norm)
 
     def count_skips(self, state, grad_norm):
@@ -611,8 +614,8 @@ class NonFinite:
         state.skips_in_a_row = (state.skips_in_a_row + 1) * was_skipped
         if state.skips_in_a_row > self.max_skips:
             first = state.step - state.skips_in_a_row + 1
-            what = f"gradients of steps {first} to {state.step} are not finite; these are more than"
-            raise self.error(f"{what} max_skips={self.max_skips} steps", state.step)
+            what = f"gradients of steps {first} to {state.step} are not finite; at most"
+            raise self.error(f"{what} max_skips={self.max_skips} steps in a row can be skipped", state.step)
 
     def check(self, step, losses, grad_norm):
         """Return the losses of the steps up to `step`, averaged over all ranks, and the last gradient norm, as floats.
@@ -768,8 +771,8 @@ def describe_run(setup, data, first_step, console):
     if (m := config.width_multiplier) != 1:
         sizes = f"n_head={config.n_head / m:g}, n_inner={config.n_inner / m:g}"
         console.say(
-            f"muP: n_embd is {m:g} times mup_base_width={config.mup_base_width}; the learning rates should be those of "
-            f"a model with that width, {sizes} and head_dim={config.head_dim}"
+            f"muP: n_embd is {m:g} times mup_base_width={config.mup_base_width}; use the learning rates of a model "
+            f"with n_embd={config.mup_base_width}, {sizes} and head_dim={config.head_dim}"
         )
     details = [
         f"device: {device_name(device)}",

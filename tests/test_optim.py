@@ -322,7 +322,7 @@ def test_options_on_a_command_line_are_yaml():
             ["optimizer.algorithm=torch.nn.Linear", "torch.nn has no optimizer Linear"],
         ),
         ({"algorithm": "torch.optim.Optimizer", "weight_decay": 0.0}, ["algorithm=torch.optim.Optimizer: cannot be"]),
-        ({"algorithm": "tiny_run.Counting"}, ["algorithm=tiny_run.Counting: keeps n_steps outside of its state"]),
+        ({"algorithm": "tiny_run.Counting"}, ["algorithm=tiny_run.Counting: a step changes n_steps, which"]),
         ({"algorithm": "torch.optim.LBFGS"}, ["optimizer.algorithm=torch.optim.LBFGS", "closure"]),
         ({"algorithm": "tiny_run.Switched"}, ["optimizer.algorithm=tiny_run.Switched", "train() and eval()"]),
         ({"algorithm": "torch.optim.SparseAdam", "weight_decay": 0.0}, ["algorithm=torch.optim.SparseAdam", "a step"]),

@@ -39,8 +39,8 @@ class Ladder(NamedTuple):
 def read_ladder(targets):
     """Read finished runs.
 
-    If several runs have the same size and number of tokens, but different settings, only the runs with the best
-    settings are used: those with the lowest mean loss over all seeds.
+    If runs with the same size and number of tokens have different settings, only the runs with the best settings are
+    used. The best settings have the lowest mean loss over all seeds.
 
     Args:
         targets: run folders, or folders that contain runs, such as the folder of a sweep.
@@ -139,7 +139,7 @@ def _read_run(folder, name):
 
 
 def law_settings(recipe):
-    """Return {setting: value} for the settings that change the scaling law of a recipe, except for its data."""
+    """Return {setting: value} for the settings that change the scaling law, without those that select the data."""
     keys = LAW_KEYS | {"model": sorted(type(recipe.model).model_fields.keys() - SIZE_KEYS - OTHER_KEYS)}
     return {f"{name}.{key}": getattr(getattr(recipe, name), key) for name in keys for key in keys[name]}
 

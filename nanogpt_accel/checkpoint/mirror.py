@@ -125,8 +125,8 @@ class Mirror:
 class BackgroundMirror(BackgroundPush):
     """Copies checkpoints to a mirror in a thread, one at a time. The mirror keeps the checkpoints that the run keeps.
 
-    A failed copy is repeated until a newer checkpoint is waiting, which is then copied instead. If several copies fail
-    in a row, only the first failure causes a warning.
+    A failed copy is repeated. If a newer checkpoint is waiting, the newer checkpoint is copied instead. If several
+    copies fail in a row, only the first failure causes a warning.
     """
 
     retry_s = 15

@@ -1,4 +1,4 @@
-"""Restore the optimizer and the gradient scaler from a checkpoint, which any number of processes may have saved."""
+"""Restore the optimizer and the gradient scaler from a checkpoint that was saved by any number of processes."""
 
 import json
 import os

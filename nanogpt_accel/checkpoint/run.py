@@ -162,8 +162,8 @@ class Run:
     # ---- the end
 
     def finish_pushing(self, best_step):
-        """Wait for pending copies to the mirror and pushes to the Hub. Then push the best checkpoint, if it was not the
-        last one that was pushed. All ranks must call this."""
+        """Wait for pending copies to the mirror and pushes to the Hub. Then push the best checkpoint to the Hub, unless
+        the last push contained it. All ranks must call this."""
         if self.mirror is not None:
             self.console.say(f"waiting until {self.folder.name} is copied to {self.mirror.repo}")
             self.mirror.wait()
@@ -265,8 +265,9 @@ def create_repository(recipe):
 def recipe_to_save(recipe, data):
     """Return the recipe for run.yaml and the model cards.
 
-    The folders of the data and the first steps of the stages are set; see RunData.pin. If the run is resumed, init_from
-    is copied from the existing run.yaml. overwrite and mix_change are false.
+    data_dir is set to the folders of the data, and `start` of each stage is set to its first step; see
+    RunData.pin. If the run is resumed, init_from is copied from the existing run.yaml. overwrite and mix_change are
+    false.
     """
     init_from = recipe.model.init_from
     if init_from == "resume":

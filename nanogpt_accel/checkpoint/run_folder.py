@@ -144,8 +144,9 @@ def prepare_run_folder(run, recipe, is_resumed):
 def best_checkpoint(run, best_step, latest=None):
     """Return the checkpoint of a run with the best validation loss.
 
-    If the checkpoint of best_step does not exist, for example because the disk was full, return the previous best one,
-    to which `publish` linked. If that does not exist, or if the run was not evaluated, return the latest checkpoint.
+    If the checkpoint of best_step does not exist, for example because the disk was full, return the previous best
+    checkpoint: `publish` linked its files into the run folder. If the previous best checkpoint does not exist, or if
+    the run was not evaluated, return the latest checkpoint.
 
     Args:
         best_step: step of the best validation loss; None if the run was not evaluated.

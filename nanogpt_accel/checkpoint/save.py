@@ -35,7 +35,7 @@ _LEFTOVER = re.compile(r"\.checkpoint-[0-9]{1,12}\.(tmp|old)$")
 
 @dataclass
 class _Snapshot:
-    """Everything that one process writes to a checkpoint, as a copy if training continues during the write."""
+    """Everything that one process writes to a checkpoint. For background saves, the tensors are copies."""
 
     final: Path  # the checkpoint folder
     temporary: Path  # the folder's name until it is complete
@@ -179,7 +179,7 @@ class Saver:
             publish(self.run, best_step, final)
             prune(self.run, best_step, final, self.keep_last)
         except OSError as error:  # the checkpoint itself is saved
-            self.say(f"warning: {final} is saved, but older checkpoints were not deleted or links not updated: {error}")
+            self.say(f"warning: {final} is saved, but updating links or deleting older checkpoints failed: {error}")
         if self.on_saved is not None:
             self.on_saved(final)
 

@@ -135,8 +135,8 @@ def has_matching_trainer(path):
 
 
 def _size_of(file):
-    """Return the size of a file, or None if it is missing. Raise OSError if it exists but cannot be opened, because
-    safetensors would report it as missing."""
+    """Return the size of a file, or None if it is missing. Raise OSError if the file exists but cannot be
+    opened, because safetensors would report an unreadable file as missing."""
     try:
         status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):

@@ -61,7 +61,7 @@ class BenchOptions(Section):
     widths: Ints = Field(
         [],
         description="for coordinate_check: the values of n_embd to compare; n_head, n_kv_head and n_inner scale with "
-        "n_embd. Default: 1, 2, 4 and 8 times the smallest possible width that is at least 64",
+        "n_embd. Default: the smallest supported width of 64 or more, and 2, 4 and 8 times this width",
     )
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
@@ -424,7 +424,7 @@ def check_coordinates(recipe, options):
         problem = f"coordinate_check={options.coordinate_check}: the data are not prepared"
         problems.append(f"{problem}, and a model learns nothing from random tokens; run `nanogpt-accel prepare` first")
     if model.tie_word_embeddings and not model.norm_weight:
-        problem = "model.tie_word_embeddings=true: with tied weights, muP needs the weight of the final norm"
+        problem = "model.tie_word_embeddings=true: muP with tied embeddings requires a final norm with a weight"
         problems.append(f"{problem}; set norm_weight=true or tie_word_embeddings=false")
     if world_size() > 1:
         problems.append("coordinate_check: runs in a single process; start it without accelerate launch")

@@ -28,8 +28,8 @@ class DataOptions(Section):
     peek: Int = Field(60, ge=0, description="number of tokens to show from the start of each split")
     tokenizer: str = Field(
         "gpt2",
-        description="gpt2, or a folder with a tokenizer.json; only used for token files of other projects, if there is "
-        "no tokenizer in their folder",
+        description="gpt2, or a folder with a tokenizer.json; only used for token files of other projects whose folder "
+        "contains no tokenizer",
     )
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 

@@ -98,7 +98,7 @@ def load_data_recipe(target, path, given):
     """Load the recipe that defines the data to evaluate on.
 
     path: file of the recipe. None: if `given` contains corpus or data_dir, these define the data; otherwise, load
-        run.yaml of the run that trained the model `target`. If `given` contains only corpus, and neither data_dir nor
+        run.yaml of the run that trained the model `target`. If `given` contains corpus, but neither data_dir nor
         tokenizer, the text is encoded with the tokenizer of the model.
     given: recipe settings from the command line.
     """
@@ -191,7 +191,7 @@ def open_text(options, folder, config, console):
         fix = "remove this text from the file, or evaluate a model with another tokenizer"
         raise ValueError(f"text={path}: with the tokenizer of {folder}, {error}; {fix}") from None
     if lost := describe_losses(text, tokenizer):
-        problem = f"{lost}; bits per byte counts the bytes of the lost characters too, so it is too low"
+        problem = f"{lost}; bits per byte is too low, because its byte count includes the lost characters"
         console.say(f"warning: text={path}: with the tokenizer of {folder}, {problem}")
     problems = check_tokenizer(tokenizer, config, folder)
     problems += [] if len(tokens) > 1 else [f"text={path}: must have at least 2 tokens, but has {len(tokens)}"]

@@ -38,7 +38,8 @@ class ExportOptions(Section):
     vocab: Literal["cut", "keep"] = Field(
         "cut",
         description="cut: remove the padding entries of the vocabulary, because most tools expect the vocabulary size "
-        "of the tokenizer; a stock model may keep one entry as the padding token. keep: export all entries",
+        "of the tokenizer; a stock model also keeps the padding token, unless the tokenizer is GPT-2's. keep: export "
+        "all entries",
     )
 
 

@@ -74,7 +74,7 @@ class PlanOptions(Section):
         gt=0,
         description="compute budget in FLOPs; the scaling law from `fit` chooses the depth and the number of steps",
     )
-    to: str = Field("", description="file for a recipe with the size that `flops` and `fit` choose")
+    to: str = Field("", description="recipe file to write, with the depth and number of steps from `flops` and `fit`")
     json_output: bool = Field(False, alias="json", description="print one JSON object and nothing else")
 
 
@@ -179,7 +179,7 @@ def plan(recipe, options):
     size = run_size(recipe, shape, train_tokens)
     assumed += assumptions(recipe, options, gpu, precision, size["parameters"]["total"])
     assumed += [
-        f"{key}={show_value(value)} costs nothing: plan does not know this setting, so all estimates ignore it"
+        f"{key}={show_value(value)} does not change the estimates, because plan does not know this setting"
         for key, value in shape.items()
         if value and key not in sizing.COUNTED
     ]
@@ -391,7 +391,7 @@ def choose_size(target, overrides, flops, law):
     """Choose the depth of a recipe for a compute budget. Return {"depth", "tokens_per_parameter"}, as overrides.
 
     With a law of the form L(N, D), choose the depth with the lowest predicted loss. With L(C), or if the overrides
-    contain tokens_per_parameter, choose the depth at which the recipe's number of training tokens needs about `flops`.
+    contain tokens_per_parameter, choose the depth at which the recipe needs about `flops` FLOPs.
     Then set tokens_per_parameter so that the run uses the whole budget.
     """
     has_ratio = law.form == "L(C)" or any(key.endswith("tokens_per_parameter") for key in overrides)
@@ -481,7 +481,10 @@ def write_recipe(path, recipe, prediction, argv, keeps_out_dir):
     for name in values.keys() & SECTIONS.keys():
         values[name] = {key: value for key, value in values[name].items() if value is not None}
     loss, low, high = (round(prediction[key], 4) for key in ("loss", "low", "high"))
-    source = f"predicted by the law {prediction['form']} of {prediction['runs']} runs; 90% interval {low} to {high}"
+    source = (
+        f"predicted with the scaling law {prediction['form']}, fitted to {prediction['runs']} runs; "
+        f"90% interval {low} to {high}"
+    )
     values["expect"] = {"val_loss": loss, "tolerance": round(max(high - loss, loss - low, 1e-4), 4), "source": source}
     header = [
         f"The size for a compute budget, chosen with the scaling law {prediction['law']}",

@@ -58,6 +58,10 @@ def check_workers(data, options):
         fix = "start each worker as a separate process, as in configs/slurm/prepare.sbatch"
         return [f"workers={workers}: not supported with accelerate launch or torchrun; {fix}"]
     if workers > 1 and data.tokenizer in MADE and len({**data.sources, **data.validation}) > 1:
-        problem = f"not supported for several sources with tokenizer={data.tokenizer}, which the first source defines"
-        return [f"workers={workers}: {problem}; prepare the first source, and set tokenizer to its data folder"]
+        problem = (
+            f"not supported for several sources with tokenizer={data.tokenizer}, because the tokenizer is made from "
+            "the first source"
+        )
+        fix = "first prepare only the first source, then set tokenizer to the data folder of this source"
+        return [f"workers={workers}: {problem}; {fix}"]
     return []

@@ -176,7 +176,7 @@ def read_recipe(folder):
 
 
 def other_metrics(lines):
-    """Return the names of training metrics that are not in CHARTS, and of scores such as val_loss/wiki."""
+    """Return the names of two kinds of metrics: training metrics not in CHARTS, and scores such as val_loss/wiki."""
     known = {*CHARTS, "val_loss", "step", "skipped_steps"}
     names = [key for line in lines for key in line if key not in known and ("loss" in line or "/" in key)]
     return list(dict.fromkeys(names))

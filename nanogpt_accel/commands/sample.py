@@ -32,7 +32,7 @@ class SampleOptions(Section):
         "\n",
         validation_alias=AliasChoices("prompt", "start"),
         description="text to continue, or FILE:path to read the text from a file; alias: start, as in nanoGPT. The "
-        "default is a line end, or the first token of a vocabulary without a line end",
+        "default is a line end, or the first token if the vocabulary has no line end",
     )
     prompts: str | None = Field(None, description="text file with one prompt per line, instead of prompt=...")
     num_samples: Int = Field(10, ge=1, description="number of samples per prompt")
@@ -62,7 +62,7 @@ class SampleOptions(Section):
     special_tokens: Literal["text", "tokens"] | None = Field(
         None,
         description="how to encode special tokens, such as <|endoftext|>, in the prompt. text: as ordinary text; "
-        "tokens: as their ids; default: as in the model's training data, or tokens if that is unknown",
+        "tokens: as their ids; default: the value used for the model's training data, or tokens if this is unknown",
     )
     seed: Int = Field(1337, ge=0, lt=2**63 - 2**32, description="random seed; sample i uses seed + i")
     device: Device = Field("auto", description="device to use: auto, cpu, cuda, cuda:N or mps")

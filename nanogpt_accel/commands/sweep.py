@@ -189,7 +189,8 @@ def load(points, options, check=None):
     """Load the recipe of each point. check: function that takes a point, and returns a list of problems.
 
     Raises:
-        ValueError: there are problems; the message has one line per problem, which names the affected points.
+        ValueError: there are problems; the message has one line per problem. If a problem does not affect all points,
+            its line starts with the affected points.
     """
     problems = {}  # problem -> [name of a point, ...]
     for point in points:
@@ -295,8 +296,9 @@ def changes(recipe, with_data=False):
 def settings_of(recipe, saved, with_data):
     """Return the settings of a recipe that affect the result, with defaults filled in, as {key: value}.
 
-    saved: the recipe in run.yaml. The run has filled in settings there, which are not changes by the user: the folders
-        of the token files, a larger val_fraction if val was too small, the architecture of the model from init_from.
+    saved: the recipe in run.yaml. The run itself writes some settings to this file: the folders of the token files, a
+        larger val_fraction if val was too small, and the architecture of the model from init_from. Such settings do
+        not count as changes by the user.
     """
     data = recipe.data
     keys = {"seed", *LOSS_TRAIN_KEYS, "mixed_precision", "on_nonfinite", "max_skips"}
@@ -347,7 +349,7 @@ def words_of(point):
 
 
 def prepare(points, console):
-    """Prepare the data of all points, so that two processes do not prepare the same data.
+    """Prepare the data of all points before the training starts. Otherwise, several jobs could prepare the same data.
 
     Raises:
         ValueError: the data of a point are invalid, or have too few tokens.
@@ -365,9 +367,9 @@ def prepare(points, console):
 def train_all(points, jobs, signals, console):
     """Train the points that are not done, `jobs` at a time. Return {name of a point: exit status} of all that failed.
 
-    If another process is already training a point, wait until it ends. Such a process can be left from an earlier sweep
-    that was killed, because its trainings continue. If a signal arrives, start no further points, and stop the
-    trainings, which first save a checkpoint.
+    If another process is already training a point, wait until that process ends. For example, the training processes
+    of an earlier sweep continue if the sweep is killed. If a signal arrives, start no further points, and stop the
+    training processes. Each of them saves a checkpoint before it ends.
     """
     waiting, running, told, failures = list(points), {}, set(), {}  # running: {slot: (point, process)}
     try:
@@ -399,7 +401,8 @@ def train_all(points, jobs, signals, console):
 def next_point(waiting, told, console):
     """Return the next point to train, or None. Remove it from `waiting`, together with points that are done.
 
-    A point that another process is training stays in `waiting`. told: names of such points that were already printed.
+    A point that another process is training stays in `waiting`, and is reported once. told: names of the points that
+    were already reported.
     """
     for point in list(waiting):
         if trainer := find_trainer(point.folder):
@@ -454,7 +457,7 @@ def how_it_ended(point, exit_status):
 
 
 def report_end(points, failures, signals):
-    """If any points are not done, report them and exit: with status 75 after a signal or max_hours, otherwise 1."""
+    """If any points are not done, report them and exit. The exit status is 75 after a signal or max_hours, else 1."""
     left = [point for point in points if find_status(point) != DONE]
     state = f"{len(points) - len(left)} of {counted(len(points), 'point')} are done"
     if left and (signals.received or {failures.get(point.name) for point in left} == {75}):

@@ -82,7 +82,7 @@ def check(data, block_size=None):
         if data.data_dir and not _is_set(data, "corpus"):
             if file := _named_like_token_file(data.data_dir):
                 fix = "set data_dir to a folder with token files, or set corpus too"
-                return [f"data_dir={data.data_dir}: {file} is not a complete set of token files; {fix}"]
+                return [f"data_dir={data.data_dir}: contains {file}, but no complete set of token files; {fix}"]
             if not (data_folder(data) / ".partial").is_dir():
                 try:
                     manifest_of(data, data_folder(data))
@@ -115,7 +115,11 @@ def check(data, block_size=None):
 
 
 def _is_set(data, key):
-    """Return whether the user set a key. A key that a recipe sets for other data does not count, see load_recipe."""
+    """Return whether the user set a key.
+
+    If overrides change corpus, tokenizer or data_dir, val_fraction from the recipe file does not count (see
+    load_recipe).
+    """
     return key in getattr(data, "model_fields_set", vars(data))
 
 
@@ -285,7 +289,7 @@ def _load_tokenizer(folder, manifest):
 def guess_vocab_size(data, assumed):
     """Estimate the vocabulary size before the data are prepared. For bpe and char, add a note to the list `assumed`."""
     if data.tokenizer == "bpe":
-        assumed.append(f"vocabulary size {data.vocab_size:,} (vocab_size); a small corpus may give fewer tokens")
+        assumed.append(f"vocabulary size {data.vocab_size:,} (vocab_size); it may be smaller for a small corpus")
         return data.vocab_size
     if data.tokenizer == "char":
         is_known = data.corpus == "shakespeare"
@@ -309,7 +313,7 @@ def require_tokenizer(dataset, folder, key):
 
 
 def larger_val_fractions(data, manifest, block_size):
-    """Return values of val_fraction with which val should have at least block_size + 1 tokens, the length of a sample.
+    """Return larger values of val_fraction that should give val at least one sample (block_size + 1 tokens).
 
     The list is empty if val already has enough tokens, or if val is not taken from the training text. It is also empty
     for old manifests, which do not say where val is from.
@@ -321,8 +325,10 @@ def larger_val_fractions(data, manifest, block_size):
 
 
 def may_increase_val(data, manifest):
-    """Return whether val_fraction may be increased: the user did not set it, and data_dir does not contain files that
-    `prepare` divided with the current value."""
+    """Return whether val_fraction may be increased.
+
+    It may not if the user set it, or if data_dir contains token files that `prepare` already split into train and val.
+    """
     return not _is_set(data, "val_fraction") and (not data.data_dir or manifest.get("nanogpt", False))
 
 

@@ -70,10 +70,10 @@ def natural_order(name):
 
 
 def find_token_files(folder):
-    """Return the token files of a folder, in order, or [] if its .bin, .npy or .ds files may contain something else.
+    """Return the .bin, .npy and .ds files of a folder, in order, or [] if they may not be token files.
 
-    These files are token files if one of them has a header or an index, or if their names define train and validation
-    splits.
+    They are token files if one of them has the header or the index of a token file, or if their names define train and
+    validation splits.
     """
     try:
         names = sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=natural_order)
@@ -211,8 +211,8 @@ def _read_datatrove(path, place):
         is_sorted = index.stat().st_size % 8 == 0 and not (ends[1:] < ends[:-1]).any()
         if not is_sorted or size not in (2 * tokens, 4 * tokens):
             raise ValueError(
-                f"{place}: {size:,} bytes for {counted(tokens, 'token')} in {index.name}, but 2 or 4 bytes per token "
-                f"and increasing document offsets are required; {RESTORE}"
+                f"{place}: has {size:,} bytes, and {index.name} lists {counted(tokens, 'token')}, but 2 or 4 bytes per "
+                f"token and increasing document offsets are required; {RESTORE}"
             )
         return Layout("uint16" if size == 2 * tokens else "uint32", 0, tokens)
     if metadata.is_file():
@@ -291,7 +291,7 @@ def _headerless(path, tokenizer_size, spec):
     if ids.nbytes > 64 and not ids.tobytes().translate(None, bytes(range(32, 127)) + b"\t\r\n"):
         other = "text"
     elif len(ids) > 64 and np.count_nonzero(ids[::2]) > len(ids) // 8 and not ids[1::2].any():
-        other = f"integers of more than {8 * dtype.itemsize} bits, because every second id is 0"
+        other = f"integers of more than {8 * dtype.itemsize} bits (every second id is 0)"
     if other:
         raise ValueError(f"{place}: looks like {other}, not like {form}; write the ids as {dtype.name}")
     return Layout(dtype.name, 0, size // dtype.itemsize)

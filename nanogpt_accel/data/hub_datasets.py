@@ -66,7 +66,7 @@ def hub_corpus(spec, hub_set):
 
 
 def _find_splits(spec, hub_set):
-    """Return {split: its name on the Hub} for those of "train", "val" and "test" that the data set has."""
+    """Return {split: its name on the Hub}. The keys are "train" and, if the data set has them, "val" and "test"."""
     from datasets import get_dataset_split_names
 
     with _hub_errors(spec, hub_set):

@@ -41,7 +41,10 @@ def report_losses(corpus, data, tokenizer, report, bad=None):
     documents = f"encoding and decoding changes {n_changed:,} of the first {counted(n_documents, 'document')}"
     report(f"warning: tokenizer={data.tokenizer}: {documents}: for example, {example[0]!r} becomes {example[1]!r}")
     if lost:
-        problem = f"{_describe(lost, n_characters)}; bits per byte will be too low, because it counts their bytes"
+        problem = (
+            f"{_describe(lost, n_characters)}; bits per byte will be too low, because the number of bytes includes the "
+            "lost characters"
+        )
         report(f"warning: tokenizer={data.tokenizer}: {problem}")
 
 

@@ -52,7 +52,7 @@ def read_manifest(folder, tokenizer="gpt2", eos_token=None, val_fraction=0.0005,
     For a folder of nanoGPT or another project, a manifest is created in memory. In this manifest, "nanogpt" is true,
     "bytes" and "documents" are None, and "tokenizer" has the key "stoi" if there is a meta.pkl. If a split has more
     than SAMPLED_ABOVE bytes, its "sha256" is "sampled:" and a hash of the first MiB, the last MiB and the size of each
-    file. Otherwise, a run on OpenWebText would read 17 GB at each start.
+    file. With a hash of all bytes, a run on OpenWebText would read 17 GB at each start.
 
     Args:
         tokenizer, eos_token, val_fraction, split_by: settings of the data section; see recipe.Data. They are only used

@@ -99,8 +99,8 @@ def vocabulary_facts(meta):
 def tokenizer_from_meta(meta):
     """Return the Tokenizer of a meta.pkl. meta: the result of read_meta, {token: id} or the vocabulary size.
 
-    In a text, tokens are separated by one space. They are not separated if a token contains a space (" the"), or if
-    most tokens are single characters (C, N, Cl and Br in SMILES).
+    In a text, there is one space between two tokens. There is none if the vocabulary has a token with a space (" the"),
+    or if most of its tokens are single characters (C, N, Cl and Br in SMILES).
     """
     vocab = meta if isinstance(meta, dict) else {str(i): i for i in range(meta)}
     if isinstance(meta, dict) and _has_characters(vocab):

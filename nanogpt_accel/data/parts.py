@@ -60,7 +60,7 @@ class Parts:
         return Tokenizer.load(self.folder)
 
     def missing(self):
-        """Return the parts that are not complete, as in `all`."""
+        """Return the incomplete parts, in the format of `all`."""
         complete = {path.stem for path in self.folder.glob("*.npy")}
         return [part for part in self.all if _name(part) not in complete]
 
@@ -91,7 +91,7 @@ class Parts:
         return self.folder / f"{name}.lock", self.folder / f"{name}.json"
 
     def write(self, parts, chunks):
-        """Write the files of `parts`. chunks: the result of encoding.tokenize with a split_of that returns parts."""
+        """Write the files of `parts`. chunks: the result of encoding.tokenize, with parts instead of splits."""
         groups = itertools.groupby(itertools.chain.from_iterable(chunks), key=lambda run: run[0])
         found, runs = next(groups, (None, ()))
         with disk_errors(self.folder.parents[1]):

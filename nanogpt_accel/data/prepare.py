@@ -491,8 +491,8 @@ def _plan_cut(corpus, data):
 def _find_cut(corpus, data, limit, is_needed=False):
     """Return the position in the first `limit` documents where val starts (the cut), or None to draw val at random.
 
-    The cut is between two documents if this changes the size of the smaller split by at most a quarter. Otherwise, the
-    cut is inside a document. is_needed: whether to return a cut even if val can be drawn at random.
+    The cut is moved to the nearest end of a document if the move changes the size of the smaller split by at most a
+    quarter. Otherwise, it is inside a document. is_needed: whether to return a cut even if val can be drawn at random.
 
     Returns:
         [number of complete documents before the cut, number of characters before the cut in the next document, number
@@ -512,7 +512,7 @@ def _find_cut(corpus, data, limit, is_needed=False):
 
 
 def _can_be_drawn(sizes, val_fraction):
-    """Return whether train and val have suitable sizes if the hashes of the documents' indices define them.
+    """Return whether train and val have suitable sizes if val is drawn at random (by the hash of a document's index).
 
     There must be at least MANY documents, and each split must have between half and twice its share of the text. In
     addition, val must have at most half of the text if val_fraction is at most 0.5. sizes: the size of each document.
@@ -556,8 +556,8 @@ def _check_sizes(corpus, data, writer):
 
 
 def _report_special_tokens(data, tokenizer, writer, report):
-    """Report the number of special tokens in the text and how they were encoded. Prompts will be encoded in the same
-    way. But if special_tokens=text, and the text contains none, special tokens in prompts are encoded as their ids."""
+    """Report the number of special tokens in the text and how they were encoded. Special tokens in prompts are encoded
+    in the same way or, if the text contains no special tokens, as their ids."""
     count = sum(counts.get("special_tokens", 0) for counts in writer.counts.values())
     tokens = ", ".join(sorted(tokenizer.special)[:3]) or EOT
     if data.special_tokens == "tokens":
@@ -618,7 +618,7 @@ class _Attempt:
     parts: Parts | None  # the complete parts of all workers; joined instead of tokenizing the text, if there is no cut
 
     def write(self, cut):
-        """Write all splits. Return None, or if the splits are unsuitable, a cut with which to write them again.
+        """Write all splits. Return None or, if the splits are unsuitable, the cut for the next attempt.
 
         cut: the result of _find_cut.
         """

@@ -139,7 +139,7 @@ def how_to_convert(raw, path):
     try:
         raw.decode(encoding)
     except UnicodeDecodeError:
-        encoding, condition = "ENCODING", "where ENCODING is its encoding, such as GB18030"
+        encoding, condition = "ENCODING", "using its encoding (such as GB18030) as ENCODING"
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding, condition = "UTF-16", "because its encoding is UTF-16"
     if is_remote(path):
@@ -251,7 +251,7 @@ def _nested(row, column):
 
 
 def _keys(row):
-    """Return the columns of a JSON object, as text_column accepts them: content.text for {"content": {"text": ...}}."""
+    """Return the text_column values that a JSON object allows, such as content.text for {"content": {"text": ...}}."""
     columns = []
     for key, value in row.items():
         columns += [f"{key}.{name}" for name in _keys(value)] if isinstance(value, dict) else [key]
@@ -365,7 +365,7 @@ READERS = {
 
 
 def arrow_columns(fields):
-    """Return the columns of an Arrow schema, as text_column accepts them: content.text for a struct."""
+    """Return the text_column values that an Arrow schema allows, such as content.text for a struct."""
     import pyarrow as pa
 
     columns = []
@@ -403,7 +403,7 @@ def _is_unicode(text):
 
 
 def check_column(spec, path, column, columns):
-    """Raise ValueError if none of the columns of a file is named `column`, or several are. columns: all their names."""
+    """Raise ValueError unless exactly one column of a file is named `column`. columns: the names of all columns."""
     place, count = location(spec, path), columns.count(column)
     if count > 1:
         fix = "rename all but one, or set text_column to another column"
@@ -440,7 +440,7 @@ def _open(path):
 
 
 def _arrow_file(file, path):
-    """Return an Arrow file for an open file. A local file is opened again by Arrow, which is then faster."""
+    """Return an Arrow file for an open file. Arrow opens a local file again, because this makes reading faster."""
     import pyarrow as pa
 
     return pa.PythonFile(file, "r") if is_remote(path) else pa.OSFile(os.fsencode(path))

@@ -262,7 +262,7 @@ class Writer:
         return manifest
 
     def _publish(self):
-        """Move the finished files to the data folder. A repeated call moves the remaining files."""
+        """Move the finished files to the data folder. If an earlier call was interrupted, move the remaining files."""
         names = sorted(f.name for f in self.partial.iterdir() if not f.name.startswith((*LOCK_FILES, "progress.json")))
         # the tokenizer first: .bin files with neither a manifest nor tokenizer.json would count as a nanoGPT folder
         for name in sorted(names, key=lambda n: (n == "manifest.json", n.endswith(".bin"), n)):
@@ -280,7 +280,7 @@ def lock_subfolder(folder, name):
     """Create and lock a hidden subfolder of a data folder. Return (path, lock).
 
     Raises:
-        ValueError: the subfolder is a link, so that files elsewhere could be changed or deleted.
+        ValueError: the subfolder is a link. Writing to it could change or delete files elsewhere.
         BlockingIOError: another process has the lock.
     """
     path = Path(folder) / name
@@ -332,7 +332,7 @@ def _read_progress(folder):
     text = (Path(folder) / ".partial" / "progress.json").read_text(encoding="utf-8")
     files = _Progress.model_validate_json(text).files
     if not all(is_split_file(file.name, split) for split in files for file in files[split]):
-        raise ValueError("files: contains a name that is not a token file of its split")
+        raise ValueError("files: contains a name that is not SPLIT.bin or SPLIT-NUMBER.bin")
     return json.loads(text)
 
 

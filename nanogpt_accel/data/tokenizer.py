@@ -58,9 +58,9 @@ class Tokenizer:
         kind: "gpt2", "char", "bpe" (another byte-level BPE), or the model type in tokenizer.json, lowercase.
         vocab: {token: id}, including special tokens. If the last token is only used for padding, it is left out.
         eot, eot_id: the token that ends a document, or None if the vocabulary has none.
-        pad, pad_id: the padding token. If it is not in the vocabulary, pad_id is vocab_size, the first unused id. But
-            if ids below vocab_size are unused, pad_id is None, because the tokenizers library would give the padding
-            token one of these ids.
+        pad, pad_id: the padding token and its id. If the token is not in the vocabulary, and all ids below vocab_size
+            are used, pad_id is vocab_size. If some are unused, pad_id is None, because the tokenizers library would
+            give the padding token one of the unused ids.
         special: the special tokens. If they occur in a text, encode() treats them as plain text.
         special_tokens: how to encode special tokens in a text. "text": as ordinary text; "tokens": as their ids; None:
             as text in a corpus, and as ids in a prompt. tokenizer_config.json stores this as split_special_tokens.
@@ -140,7 +140,7 @@ class Tokenizer:
 
     @cached_property
     def _fast(self):
-        """For a BPE: a FastBPE that returns the same ids, or None. Only encode_batch uses it."""
+        """For a BPE: a FastBPE that returns the same ids as `encode`, or None. Only encode_batch uses it."""
         if self._spec["model"]["type"] != "BPE":
             return None
         try:
@@ -176,7 +176,7 @@ class Tokenizer:
         """Return a copy for use in one thread.
 
         If threads share a tokenizer, encoding takes 1.3 times as long. The reason is a lock in regex-automata
-        (util::pool), which all threads must acquire except the first one that used the regular expression.
+        (util::pool). All threads must acquire it, except the thread that used the regular expression first.
         """
         own = copy.copy(self)
         own.__dict__.pop("_bpe", None)
@@ -372,7 +372,7 @@ class Tokenizer:
     def count_special(self, text):
         """Return (number of special tokens in a text, number of their bytes).
 
-        With special_tokens=text, <|endoftext|> is counted even if it is not in the vocabulary.
+        If special_tokens is not "tokens", <|endoftext|> is counted even if it is not in the vocabulary.
         """
         tokens = self.special if self.special_tokens == "tokens" else self.special | {EOT}
         counts = [(text.count(token), len(token.encode())) for token in tokens]
@@ -525,8 +525,8 @@ _last_parsed = {}  # {text: _Parsed}
 def _parse(text, backend=None):
     """Return the _Parsed of a tokenizer.json. backend: the Tokenizer of the tokenizers library, if it exists already.
 
-    The last result is cached: parsing GPT-2's tokenizer takes 0.15 s, and a new data folder is opened right after
-    it was written.
+    The last result is cached. Parsing GPT-2's tokenizer takes 0.15 s, and a new data folder needs the same tokenizer
+    twice: when the folder is written and when it is opened.
     """
     parsed = _last_parsed.get(text)
     if parsed is None:
@@ -537,7 +537,7 @@ def _parse(text, backend=None):
 
 
 def _to_json(backend):
-    """Return the tokenizer.json of a Tokenizer of the tokenizers library, which _parse will use."""
+    """Return the tokenizer.json of a Tokenizer of the tokenizers library. Cache this Tokenizer for _parse."""
     text = backend.to_str()
     _parse(text, backend)
     return text
@@ -575,7 +575,7 @@ def _byte_character(token):
 
 
 def _decode_bytes(match):
-    """Decode consecutive bytes, written as in _byte_character. An incomplete character becomes U+FFFD."""
+    """Decode consecutive private-use characters of _byte_character as UTF-8. An incomplete character becomes U+FFFD."""
     return bytes(ord(character) - FIRST_BYTE_POINT for character in match[0]).decode("utf-8", "replace")
 
 
@@ -594,7 +594,7 @@ def _read_config(folder, name):
 
 
 def _find_eos(folder):
-    """Return {"eos_token": ...} or {"eos_token_id": ...} from other files than tokenizer_config.json."""
+    """Return {"eos_token": ...} from special_tokens_map.json, or {"eos_token_id": ...} from generation_config.json."""
     token = _token_name(_read_config(folder, "special_tokens_map.json").get("eos_token"))
     ids = _read_config(folder, "generation_config.json").get("eos_token_id")
     first = ids[0] if isinstance(ids, list) and ids else ids

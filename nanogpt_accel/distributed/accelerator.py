@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def pick_device(device):
-    """Return the torch.device for a recipe's `device`. auto: the first available one of CUDA, MPS and CPU, or the CPU
-    if the launcher requests it.
+    """Return the torch.device for a recipe's `device`. auto: the CPU if the launcher requests it, otherwise
+    the first of CUDA, MPS and CPU that is available.
 
     Raises:
         ValueError: torch does not find this device.

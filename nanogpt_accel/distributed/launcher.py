@@ -46,7 +46,7 @@ def check_launcher():
     if precision not in PRECISIONS:
         problems.append(f"ACCELERATE_MIXED_PRECISION={precision}: must be {', '.join(PRECISIONS)}, or not set")
     if launcher_requests("DEEPSPEED") and find_spec("deepspeed") is None:
-        problems.append("distributed_type: DEEPSPEED: not installed; run pip install deepspeed")
+        problems.append("distributed_type: DEEPSPEED: DeepSpeed is not installed; run pip install deepspeed")
     for name, supported, fix in (
         ("FSDP_VERSION", "2", f"set fsdp_version: 2 in the config file, as in {packaged('configs/fsdp2.yaml')}"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "false", "set activation_checkpointing=true in the recipe instead"),
@@ -78,7 +78,9 @@ def _check_ranks():
     ]
     mpi = [f"{name}={os.environ[name]}" for name in MPI_SIZES if os.environ.get(name, "1") != "1"]
     if mpi and "WORLD_SIZE" not in os.environ:
-        problems.append(f"{mpi[0]}: mpirun is not supported; launch with `accelerate launch` or torchrun, or unset it")
+        problems.append(
+            f"{mpi[0]}: mpirun is not supported; launch with `accelerate launch` or torchrun, or unset this variable"
+        )
     processes, is_launched = world_size(), os.environ.get("LOCAL_RANK", "-1") != "-1"
     if problems or process_group() or not (processes > 1 or is_launched):
         return problems

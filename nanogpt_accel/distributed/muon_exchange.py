@@ -69,8 +69,8 @@ def _deal(buckets, group):
 
 
 def orthogonalize_replicated(buckets, group):
-    """Start to orthogonalize matrices whose momentum is replicated on all processes of a group. Return a function as
-    described in Muon._start_muon."""
+    """Start to orthogonalize matrices whose momentum is replicated on all processes of a group. Return a function that
+    waits for the results and yields them, see Muon._start_muon."""
     from torch import distributed
 
     from ..muon import is_tall, orthogonalize_all, work_dtype
@@ -102,8 +102,8 @@ def orthogonalize_replicated(buckets, group):
 
 
 def orthogonalize_sharded(buckets, group):
-    """Start to orthogonalize matrices whose rows are sharded over a group. Return a function as described in
-    Muon._start_muon."""
+    """Start to orthogonalize matrices whose rows are sharded over a group. Return a function that waits for the
+    results and yields them, see Muon._start_muon."""
     import torch
 
     from ..muon import orthogonalize_all, work_dtype

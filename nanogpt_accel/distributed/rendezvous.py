@@ -128,7 +128,7 @@ class Rendezvous:
                 self._wait(lambda: self.store.check([name]), lambda: self.describe([by]), purpose, self.timeout, alive)
 
     def find_blind(self, folder):
-        """Return the machines on which files that the main process writes to a folder are not visible. Each machine is
+        """Return the machines that cannot see the files that the main process writes to a folder. Each machine is
         represented by its lowest rank."""
         if len(set(self.machines)) == 1:
             return []

@@ -38,7 +38,7 @@ def init_empty(make):
 
 def disable_zero3_init(accelerator):
     """Prevent transformers from sharding a model with ZeRO-3 while loading it; `prepare` shards the model later.
-    Without this, transformers shards every model that it loads if Accelerate's DeepSpeed plugin has a `dschf`."""
+    If Accelerate's DeepSpeed plugin still had a `dschf`, transformers would shard every model that it loads."""
     if is_deepspeed(accelerator):
         accelerator.state.deepspeed_plugin.dschf = None
 
@@ -139,7 +139,7 @@ def optimizer_shard(accelerator, model, optimizer, copy=False):
             "nested": names of the tensors in "values" and "groups".
             "strides": {"PARAMETER/FIELD": strides} of the tensors that are not contiguous, such as the transposed
                 result of a QR decomposition.
-        If another process saves this shard, all of them are empty.
+        If another process saves this shard, `tensors` and all values of `layout` are empty.
     """
     index, _ = shard_index(accelerator, model)
     tensors, first_rows, other_shape, nested, values = {}, {}, [], [], {}
@@ -184,9 +184,9 @@ def _is_permuted(tensor):
 
 
 def changed_values(optimizer):
-    """Return (changed, tensors). changed: for each parameter group, {key: JSON value} of the entries that the optimizer
-    has changed since optim.by_name created it, such as a step count. tensors: {name: tensor} of the tensors in these
-    entries, see utils/nested.py. The recipe sets the other entries."""
+    """Return (changed, tensors): the entries of the parameter groups that the optimizer has changed since optim.by_name
+    created the optimizer, such as a step count. The recipe sets the other entries. changed: {key: JSON value} per
+    parameter group. tensors: {name: tensor} of the tensors in the changed entries, see utils/nested.py."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     changed, tensors = [], {}
     for i, (group, initial) in enumerate(

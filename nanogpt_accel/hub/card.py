@@ -138,7 +138,7 @@ tokenizer = AutoTokenizer.from_pretrained(path{options})"""
 
 
 def adapt_usage(card, needs_code, repo=None, branch=None):
-    """Return a card whose code loads the model from the Hub repository `repo`. If None, from the current folder."""
+    """Return a card whose code loads the model from a Hub repository, or from the current folder if `repo` is None."""
     return _LOADING_CODE.sub(lambda match: _loading_code(needs_code, repo, branch), card, count=1)
 
 

@@ -112,8 +112,8 @@ def _merge_metadata(theirs, ours, is_first):
 
     The lines are edited as text, because loading and dumping them would lose comments and quotes.
 
-    is_first: whether to add the keys of `ours` that are missing in `theirs`, too. It is only true for the first push,
-    because later, users may have deleted these keys.
+    is_first: whether this is the first push. The first push also adds the keys of `ours` that are missing in `theirs`.
+    Later pushes do not add keys, because users may have deleted them.
     """
     if not theirs.strip():
         return ours if is_first else theirs

@@ -104,7 +104,7 @@ def create(model_id, private=False, branch=None):
 def upload(folder, repo, message, branch=None, warn=print, report=lambda line: None, bars=False):
     """Upload a model folder as one commit and return the URL of the commit. Unchanged files are not uploaded again.
 
-    The folder's README.md is merged with the card on the Hub, which keeps what users wrote there. See merge_card.
+    The folder's README.md is merged with the card on the Hub. Users' edits of that card are kept, see merge_card.
 
     Args:
         warn: called with a line of text if the text of the card on the Hub is not updated.

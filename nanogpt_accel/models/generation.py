@@ -12,7 +12,7 @@ CONTEXT = 8
 
 
 def text_after(decode, prompt_ids, new_ids, stop=()):
-    """Return the text that new_ids add to the text of prompt_ids, cut before the first of the stop strings.
+    """Return the text that new_ids add to the text of prompt_ids. The result ends before the first stop string.
 
     decode: function that converts a list of ids to text.
     """
@@ -28,9 +28,9 @@ def _find_first(text, stop):
 class TextStream:
     """Decode ids incrementally. All parts together equal text_after(decode, prompt_ids, new_ids).
 
-    tokenizers' DecodeStream is not used, for two reasons. If the last character of a text is incomplete, it never
-    returns the end of the text. If a byte-fallback token starts a character and the next token does not continue it, it
-    raises an error.
+    tokenizers' DecodeStream is not used, for two reasons. DecodeStream never returns the end of a text whose last
+    character is incomplete. It raises an error if a byte-fallback token starts a character and the next token does not
+    continue this character.
     """
 
     def __init__(self, decode, prompt_ids):

@@ -207,7 +207,7 @@ def load_strict(folder, **options):
     from_pretrained reads sharded files and older formats, but it initializes missing weights at random and ignores
     unexpected ones.
 
-    options: arguments of from_pretrained, which by default reads config.json and generation_config.json in the folder.
+    options: arguments of from_pretrained. Without `config` and `generation_config`, it reads both from the folder.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -71,7 +71,7 @@ def load_tasks(names, tasks_dir=None, num_fewshot=None, section=""):
         section: see check_tasks.
 
     Returns:
-        The tasks, as lm-eval's `evaluate` needs them.
+        The tasks, in the form that lm-eval's `evaluate` accepts.
 
     Raises:
         ValueError: lm-eval has no such task, or a dataset cannot be loaded.

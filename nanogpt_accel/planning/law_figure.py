@@ -72,8 +72,9 @@ def _runs(law):
 def draw(law):
     """Return a matplotlib figure with two plots.
 
-    Left: loss against compute, with the extrapolation. Right: isoFLOP curves if the runs are on at least two curves.
-    Otherwise: loss against tokens for L(N, D), differences from the law for L(C).
+    Left: loss against compute, with the extrapolation. Right: isoFLOP curves, if the runs are on at least two
+    isoFLOP curves. Otherwise, the right plot shows loss against tokens for L(N, D), or the differences of the losses
+    from the law for L(C).
     """
     figure, (left, right) = new_figure(columns=2, size=(13.5, 5.6))
     _draw_compute(law, left)
@@ -233,6 +234,6 @@ def _draw_differences(law, axes):
         _plot_runs(axes, run.n_params, 100 * (run.loss / fitted - 1), colors[run.n_params])
     axes.axvline(max(run.n_params for run in law.runs), color="#9ca3af", linewidth=1, linestyle=":")
     _scale_counts(axes, n_params[0], n_params[-1])
-    axes.set_xlabel("parameters N; tokens and compute grow with them")
+    axes.set_xlabel("parameters N (tokens and compute grow with N)")
     axes.set_ylabel("difference from the law (%)")
     axes.set_title("Difference from the law, and its 90% interval", loc="left", fontweight="bold")

@@ -50,9 +50,10 @@ class Law:
     """A fitted law.
 
     form: a key of FORMS. reason: why this form was fitted, as text.
-    constants: {name: value}. draws: {name: array of the values in the refits}. at_bound: names of constants that the
-    data do not determine, because the fit ends at a bound. noise: standard deviation of the residuals log(loss) -
-    log(predicted loss). noise_draws: for each refit, one random residual, for a new run.
+    constants: {name: value}. draws: {name: array of the values in the refits}. at_bound: names of constants whose
+    fitted value is a bound of the fit; the runs do not determine these constants. noise: standard deviation of the
+    residuals log(loss) - log(predicted loss). noise_draws: one random residual per refit; `predict` adds it to the
+    log(loss) of a new run.
     """
 
     runs: tuple
@@ -86,7 +87,8 @@ class Law:
 
     @property
     def flops_per_token(self):
-        """(k, s): a run needs about k * N^s FLOPs per token. Without the FLOPs of attention scores, this is (6, 1)."""
+        """(k, s): a run needs about k * N^s FLOPs per token. If the FLOPs of attention scores were not counted, (k, s)
+        would be (6, 1)."""
         sizes = np.log([run.n_params for run in self.runs])
         if np.ptp(sizes) < 1e-9:
             return 6.0, 1.0
@@ -116,9 +118,9 @@ class Law:
         return flops / max(run.flops for run in self.runs)
 
     def ratio_to_line(self, n_params, tokens):
-        """Compare the tokens per parameter of a new run with the value that the line through the fitted runs has at
-        this compute. Return the larger one divided by the smaller one. The form L(N, D) is also valid for runs that are
-        not on the line, so for this form, return 1."""
+        """Return the factor (1 or more) by which the tokens per parameter of a new run differ from those of the line
+        through the fitted runs at the same compute. The form L(N, D) is also valid for runs that are not on the line,
+        so for this form, return 1."""
         if self.form != "L(C)":
             return 1.0
         center, axes, _ = _line(self.runs)
@@ -252,17 +254,17 @@ def choose_form(runs):
     if spread < ON_A_LINE:
         return "L(C)", "parameters and tokens are on one line, so the exponents a and b of L(N, D) cannot be told apart"
     return "L(C)", (
-        "L(N, D) has 5 constants. It needs at least 7 different runs, with at least 3 numbers of parameters and at "
-        f"least 3 numbers of tokens, but there are {n_points} runs, with {n_sizes} numbers of parameters and "
-        f"{n_horizons} of tokens. The runs are not on one line, so L(C) is inaccurate"
+        "L(N, D) has 5 constants. It needs at least 7 different runs with at least 3 model sizes and 3 numbers of "
+        f"tokens, but there are {n_points} different runs with {n_sizes} model sizes and {n_horizons} numbers of "
+        "tokens. The runs are not on one line, so L(C) is inaccurate"
     )
 
 
 def _line(runs):
     """Fit a line through the runs in (log N, log D). Return (center, axes, spread).
 
-    axes: unit vectors along and across the line. spread: how far the runs are from the line, as the standard deviation
-    of the differences in log(tokens per parameter).
+    axes: unit vectors along and across the line. spread: standard deviation of the differences between the
+    runs and the line, in log(tokens per parameter).
     """
     points = np.log([[run.n_params, run.tokens] for run in runs])
     center = points.mean(axis=0)

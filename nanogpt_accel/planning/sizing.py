@@ -141,14 +141,14 @@ def muon_cost(shape, layout, n_ranks, device="cuda"):
     Returns:
         dict with "flops"; "exchanged", the bytes that a rank receives (and sends) per step; and "memory", the peak
         bytes of temporary tensors. Under FSDP2, "exchanged" is a mean over the ranks. Some ranks receive more than
-        others, because the rows of a fused weight are sharded, so each matrix in it is on only some of the ranks.
+        others: FSDP2 shards the rows of a fused weight, so each rank has rows of only some of the weight's matrices.
     """
     size, buckets = HALF if device == "cuda" else FLOAT, muon_buckets(shape)
     owners = deal(buckets, n_ranks)
     counts = [[of_bucket.count(rank) for rank in range(n_ranks)] for of_bucket in owners]  # by bucket and rank
 
     def busiest(cost):
-        """Return the total cost of the matrices of the rank with the highest cost. cost: function(rows, columns)."""
+        """Add up the costs of the matrices of each rank. Return the largest sum. cost: function(rows, columns)."""
         costs = [cost(low, high) for low, high, _ in buckets]
         return max(sum(c * column[rank] for c, column in zip(costs, counts, strict=True)) for rank in range(n_ranks))
 
@@ -276,8 +276,8 @@ def memory(
     Returns:
         dict with the parts "weights", "gradients", "optimizer", "copies", "activations" and "logits". "copies" are
         additional copies of weights or gradients: half-precision weights, DDP's buckets, gathered blocks, DeepSpeed's
-        float32 master weights. "logits" is the memory of the loss. With checkpointing, it is the memory of one
-        recomputed block if that is larger, because the two are never needed at the same time. If Muon's temporary
+        float32 master weights. "logits" is the memory of the loss. With checkpointing, it is the maximum of
+        the memory of the loss and of one recomputed block, which are never needed at the same time. If Muon's temporary
         tensors need more than activations and logits, the difference is added to "logits".
     """
     parts = parameters(shape)

@@ -9,7 +9,7 @@ EMPTY = {"text/plain": "", "text/html": ""}
 
 
 class NotebookProgress(Progress):
-    """rich's progress display as one output of the cell, which each update replaces."""
+    """Show rich's progress display in one output of the cell. Each update replaces this output."""
 
     def start(self):
         from IPython.display import display

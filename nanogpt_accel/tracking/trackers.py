@@ -19,7 +19,7 @@ ID_OF = {"aim": "hash", "clearml": "id", "mlflow": "info.run_id"}
 # what a tracker cannot do
 LIMITS = {
     "clearml": "its files are in ClearML's cache folder, not in the run folder",
-    "dvclive": "in a DVC repository, each resume is saved as another experiment, with all steps",
+    "dvclive": "in a DVC repository, each resume creates another experiment, which also contains the earlier steps",
     "mlflow": "if a resumed run changes settings, MLflow still shows the original settings",
 }
 _MLFLOW_URIS = set()  # the tracking URIs that earlier runs of this process have set
@@ -120,8 +120,8 @@ def _save_id(folder, tracker, run_id):
 
 
 def _options(tracker, run_id, project, first_step, folder, name):
-    """Return the arguments with which a tracker is started: those of a function such as wandb.init, or of the tracker's
-    class in Accelerate.
+    """Return the keyword arguments for Accelerate's tracker class, which passes some of them to a function such as
+    wandb.init.
 
     run_id: the id of the run to continue, or None to start a new run.
     """

@@ -128,7 +128,7 @@ def _path_in(values, location):
 
 
 def _fields_at(section, path):
-    """Return the keys of the Section at a path in another Section. An example of a path is ("mix", 0)."""
+    """Return the keys of the Section that is nested in `section` at `path`, for example at ("mix", 0) in Data."""
     for part in path:
         if isinstance(part, str) and part in section.model_fields:
             section = _section_in(section.model_fields[part].annotation) or section

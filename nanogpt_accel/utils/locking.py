@@ -17,7 +17,7 @@ _NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 def acquire(lock_file, holder_file):
     """Lock a file, write the process id and host to `holder_file`, and return the lock.
 
-    The lock is released when the process ends, or by a call of lock.release(), which may be repeated. If the file
+    The lock is released when the process ends, or by lock.release(), which can be called more than once. If the file
     system does not support flock, a lease is used instead. LOCK_FILE.lease contains the host, process id, start time
     and boot id, and a thread renews the lease. The lease of a dead process on this host is free immediately. The lease
     of a process on another host is free after LEASE_S seconds without renewal, so this function may wait that long. It

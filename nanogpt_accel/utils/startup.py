@@ -29,7 +29,7 @@ def limit_openmp_spinning():
 
 
 def pause_gc():
-    """Do not collect garbage while torch and transformers are imported, and at exit.
+    """Avoid garbage collection during the imports of torch and transformers, and when Python exits.
 
     By default, Python collects after every 700 new objects, which takes 0.6 s during the imports, and 0.9 s at exit.
     """

@@ -74,7 +74,7 @@ def quoted(word):
 
 
 def printable(text):
-    r"""Return a text with visible control characters, such as \x1b, so that a terminal does not execute them."""
+    r"""Escape the control characters in a text (ESC becomes \x1b), so that a terminal does not execute them."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 

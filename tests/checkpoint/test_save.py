@@ -121,7 +121,7 @@ def test_an_error_after_the_rename_loses_nothing(saved, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("nanogpt_accel.checkpoint.save.publish", disk_is_full)  # the links of the run folder
         saved.save(30, best_step=30)
-    assert "checkpoint-000030 is saved, but older checkpoints" in saved.said[-1] and "No space left" in saved.said[-1]
+    assert "checkpoint-000030 is saved, but updating links" in saved.said[-1] and "No space left" in saved.said[-1]
     assert saved.steps() == [10, 20, 30]
     saved.save(40, best_step=30)
     assert saved.steps() == [30, 40] and saved.leftovers() == []

@@ -455,7 +455,7 @@ def test_a_folder_with_an_array_that_is_no_token_file_can_be_prepared(capsys):
     Path("x.txt").write_text("to be or not to be")
     Path("own.yaml").write_text("data: {corpus: x.txt, tokenizer: char, val_fraction: 0.5}\n")
     line = error_line(capsys, "data_dir=.", target="own.yaml")
-    expect(line, "data_dir=.: embeddings.npy is not a complete set of token files", "or set corpus too")
+    expect(line, "data_dir=.: contains embeddings.npy, but no complete set of token files", "or set corpus too")
     assert main(["prepare", "own.yaml", "data_dir=.", "corpus=x.txt"]) == 0
     found, _ = ids_of(corpus="x.txt", tokenizer="char", data_dir=".", val_fraction=0.5)
     assert [len(ids) for ids in found.values()] == [9, 9]

@@ -315,7 +315,8 @@ def test_a_text_that_is_larger_than_the_memory(monkeypatch, refused, count):
 def test_an_encoding_that_is_not_known(capsys):
     Path("x.txt").write_text("日本、語", encoding="shift_jis")
     line = error_line(capsys, "corpus=x.txt")
-    assert "where ENCODING is its encoding" in line and "iconv -f ENCODING -t UTF-8 x.txt > x.txt.new" in line
+    assert "its encoding (such as GB18030) as ENCODING" in line
+    assert "iconv -f ENCODING -t UTF-8 x.txt > x.txt.new" in line
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_an_accepted_change_is_recorded_in_every_later_checkpoint(run, work):
             ["data.mix: typo: data_dir=typo: contains no train.bin"],
         ),
         ({"validation": {"v": {"data_dir": "typo"}}}, ["data.validation.v: data_dir=typo: contains no train.bin"]),
-        ({"stages": STAGES, "max_iters": 1}, ["data.stages: must start after", "max_iters=1", "stages=none"]),
+        ({"stages": STAGES, "max_iters": 1}, ["data.stages: start steps must be", "max_iters=1", "stages=none"]),
         ({"best": "tial", "validation": VALIDATION}, ["checkpoint.best=tial", "did you mean tail?"]),
         ({"tasks_interval": 6}, ["train.tasks_interval=6: must be a multiple of eval_interval=4"]),
     ],

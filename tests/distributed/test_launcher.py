@@ -107,7 +107,7 @@ LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "1
         ({"ACCELERATE_MIXED_PRECISION": ""}, "ACCELERATE_MIXED_PRECISION=: must be no, fp16, bf16, fp8, or not set"),
         ({"ACCELERATE_MIXED_PRECISION": "fp4"}, "ACCELERATE_MIXED_PRECISION=fp4: must be no, fp16"),
         ({"ACCELERATE_USE_FSDP": "maybe"}, "ACCELERATE_USE_FSDP=maybe: must be true or false"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED: not installed; run pip install deepspeed"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED: DeepSpeed is not installed; run pip install deepspeed"),
         *(({name: "2"}, f"{name}=2: mpirun is not supported") for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")),
     ],
 )

@@ -94,7 +94,7 @@ def test_a_new_model_switch_trains_resumes_and_is_not_exported_as_a_stock_model_
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "does not support embd_scale=True (unknown to export)" in error and "form=custom" in error
     assert "embd_scale: bool" in (folder / "custom" / "model.py").read_text()
-    assert "assumed: embd_scale=true costs nothing: plan does not know this setting" in output
+    assert "assumed: embd_scale=true does not change the estimates, because plan does not know this setting" in output
 
 
 def test_schedule_of_the_readme_trains_with_its_learning_rates(logged):
