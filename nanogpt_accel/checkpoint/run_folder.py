@@ -181,7 +181,8 @@ def is_published(path):
 
 
 def _published_from(path):
-    """Return the checkpoint folder that contains the original of a link or copy in the run folder, otherwise None."""
+    """If a file in the run folder is a link or copy made by `publish`, return the checkpoint folder with the original.
+    Otherwise return None."""
     if path.is_symlink():
         name = os.path.dirname(os.readlink(path))
         return path.parent / name if CHECKPOINT_NAME.match(name) else None

@@ -251,7 +251,8 @@ def _nested(row, column):
 
 
 def _keys(row):
-    """Return the text_column values that a JSON object allows, such as content.text for {"content": {"text": ...}}."""
+    """Return the possible values of the setting text_column for a JSON object. For {"content": {"text": ...}}, this is
+    content.text."""
     columns = []
     for key, value in row.items():
         columns += [f"{key}.{name}" for name in _keys(value)] if isinstance(value, dict) else [key]
@@ -365,7 +366,7 @@ READERS = {
 
 
 def arrow_columns(fields):
-    """Return the text_column values that an Arrow schema allows, such as content.text for a struct."""
+    """Return the possible values of the setting text_column for an Arrow schema, such as content.text for a struct."""
     import pyarrow as pa
 
     columns = []

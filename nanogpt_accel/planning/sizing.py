@@ -141,7 +141,7 @@ def muon_cost(shape, layout, n_ranks, device="cuda"):
     Returns:
         dict with "flops"; "exchanged", the bytes that a rank receives (and sends) per step; and "memory", the peak
         bytes of temporary tensors. Under FSDP2, "exchanged" is a mean over the ranks. Some ranks receive more than
-        others: FSDP2 shards the rows of a fused weight, so each rank has rows of only some of the weight's matrices.
+        others, because a fused weight contains several matrices, and a rank has the rows of only some of them.
     """
     size, buckets = HALF if device == "cuda" else FLOAT, muon_buckets(shape)
     owners = deal(buckets, n_ranks)
