@@ -53,7 +53,7 @@ def read_ladder(targets):
     """
     found, notes = [], []  # found: (Run, recipe, vocab_size, data)
     folders = find_runs(targets)
-    for folder, name in zip(folders, _unique_names(folders), strict=True):
+    for folder, name in zip(folders, unique_names(folders), strict=True):
         try:
             found.append(_read_run(folder, name))
         except (ValueError, OSError, KeyError, TypeError) as error:
@@ -105,13 +105,15 @@ def find_runs(targets):
     return list({folder.resolve(): folder for folder in folders}.values())
 
 
-def _unique_names(folders):
-    """Return a name for each run: the name of its folder, or PARENT/NAME if several folders have the same name."""
-    paths = [folder.resolve() for folder in folders]
-    names = [path.name for path in paths]
-    return [
-        printable(path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}") for path in paths
-    ]
+def unique_names(folders):
+    """Return a name for each run: the last parts of its path, as many as are needed to tell the runs apart."""
+    paths = [folder.resolve().parts for folder in folders]
+
+    def is_unique(path, n):
+        return sum(other[-n:] == path[-n:] for other in paths) == 1
+
+    lengths = [next((n for n in range(1, len(path)) if is_unique(path, n)), len(path) - 1) for path in paths]
+    return [printable("/".join(path[-n:])) for path, n in zip(paths, lengths, strict=True)]
 
 
 def _read_run(folder, name):

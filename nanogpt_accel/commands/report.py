@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ..checkpoint.finished_runs import fit_ladder, read_ladder
+from ..checkpoint.finished_runs import fit_ladder, read_ladder, unique_names
 from ..checkpoint.run_folder import find_trainer
 from ..planning import law_figure
 from ..recipe import SECTION_OF, Recipe, load_recipe
@@ -49,11 +49,11 @@ class ReportOptions(Section):
     """The options of `report`."""
 
     out: str = Field(
-        "", description="path of the page; default: report.html, in the run folder if only one RUN is given"
+        "", description="path of the page; default: report.html, in the folder RUN if only one is given"
     )
     fit: bool = Field(
         False,
-        description="fit a scaling law to finished runs. RUN is a run folder, or a folder that contains runs",
+        description="fit a scaling law to finished runs",
     )
 
 
@@ -61,20 +61,22 @@ def main(argv):
     if cli.wants_help(argv):
         return cli.show_help(
             "nanogpt-accel report RUN [RUN ...] [--fit] [out=FILE.html]",
-            "Write an HTML page, and PNGs, with the curves of one or several runs. With --fit, write a page and a PNG "
-            "with the scaling law of finished runs.",
+            "Write an HTML page, and PNGs, with the curves of one or several runs. RUN is a run folder, or a folder "
+            "that contains runs, such as the folder of a sweep. With --fit, write a page and a PNG with the scaling "
+            "law of finished runs.",
             {"options": ReportOptions},
         )
     targets, options, problems = cli.parse_options(argv, ReportOptions, MAX_TARGETS)
     if not targets:
         problems.append("RUN is missing; usage: nanogpt-accel report runs/NAME")
-    if len(targets) > MAX_RUNS and not options.fit:
+    folders = [folder for target in targets for folder in run_folders(target)] if not options.fit else []
+    if len(folders) > MAX_RUNS:
         problems.append(
-            f"{len(targets)} runs: at most {MAX_RUNS} fit on a page; for a scaling law of many runs, add --fit"
+            f"{len(folders)} runs: at most {MAX_RUNS} fit on a page; give fewer, or add --fit for a scaling law"
         )
-    for target in targets if not options.fit else ():
-        if not any((Path(target) / name).is_file() for name in ("metrics.jsonl", "run.yaml")):
-            problems.append(f"{target}: contains neither metrics.jsonl nor run.yaml; pass a run folder")
+    for folder in folders:
+        if not is_run(folder):
+            problems.append(f"{folder}: contains neither metrics.jsonl nor run.yaml; give the path of a run folder")
     name = "law.html" if options.fit else "report.html"
     out = Path(options.out or (Path(targets[0]) / name if len(targets) == 1 else name))
     if out.suffix.lower() not in (".html", ".htm"):
@@ -85,7 +87,7 @@ def main(argv):
     console = Console()
     if options.fit:
         return report_law(read_ladder(targets), out, console)
-    runs = [read_run(Path(target), name) for target, name in zip(targets, unique_names(targets), strict=True)]
+    runs = [read_run(folder, name) for folder, name in zip(folders, unique_names(folders), strict=True)]
     write_page(out, page(runs))
     images = []
     for line in table(runs):  # print does not wrap long lines, in contrast to the console
@@ -125,13 +127,18 @@ def write_page(out, text):
         raise OSError(f"out={out}: cannot be written ({error.strerror or error})") from None
 
 
-def unique_names(targets):
-    """Return a name for each run: the last part of its path, or the full path if several runs have the same name."""
-    last = [printable(Path(target).resolve().name) for target in targets]
-    return [name if last.count(name) == 1 else printable(target) for name, target in zip(last, targets, strict=True)]
-
-
 # ---- the run folder
+
+
+def is_run(folder):
+    return any((folder / name).is_file() for name in ("metrics.jsonl", "run.yaml"))
+
+
+def run_folders(target):
+    """Return the run folders that `target` names: itself, or those that it contains."""
+    folder = Path(target)
+    contained = [] if is_run(folder) else sorted(file.parent for file in folder.glob("*/run.yaml"))
+    return contained or [folder]
 
 
 def read_run(folder, name):

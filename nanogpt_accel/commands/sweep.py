@@ -48,7 +48,7 @@ from ..training import check_recipe
 from ..utils import cli
 from ..utils.fields import Int, Name, Section, raise_problems, show_value, type_name, unknown_key, validate
 from ..utils.files import write_atomically
-from ..utils.text import aligned, counted, duration, first_line, printable
+from ..utils.text import aligned, counted, duration, first_line, printable, quoted
 
 POLL_S = 0.2
 MAX_NAME = 250  # bytes in the name of a point; its log is called NAME.log, and file names have at most 255 bytes
@@ -528,3 +528,4 @@ def show(points, console):
         with console.optional(f"{file} cannot be written"):
             write_atomically(file, text.getvalue())
             console.say(f"wrote {file}; * marks the lowest validation loss")
+            console.say(f"to plot the curves: nanogpt-accel report {quoted(file.parent)}")

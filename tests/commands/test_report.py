@@ -204,6 +204,19 @@ def test_runs_with_the_same_name_are_shown_with_their_paths():
     assert [run["name"] for run in page.data] == ["x/a", "y/a"]
 
 
+def test_names_have_as_many_parts_as_are_needed():
+    runs = [make_run(Path(path)) for path in ("x/p/a", "y/p/a", "y/b")]
+    assert [run["name"] for run in read(*runs).data] == ["x/p/a", "y/p/a", "b"]
+
+
+def test_the_folder_of_a_sweep_stands_for_its_runs():
+    for name in ("b", "a", "c"):
+        make_run(Path("sweep") / name)
+    Path("sweep/results.csv").write_text("point\n")
+    assert [run["name"] for run in read(Path("sweep")).data] == ["a", "b", "c"]
+    assert Path("sweep/report.html").is_file()
+
+
 def test_html_in_names_samples_and_settings_is_escaped():
     run = make_run(
         Path("runs") / "<b>a", samples=[{"step": 10, "text": NAUGHTY}, {"step": 20, "text": "last"}], corpus="<i>'\""
