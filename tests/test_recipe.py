@@ -634,7 +634,7 @@ def test_checks_across_sections():
     assert "set n_embd=108" in problems(n_embd="100")[0]
     assert load(n_embd="108").model.n_embd == 108  # the suggested value is valid
     (line,) = problems(mup_base_width="256", norm_weight="false")
-    assert line.startswith("model.mup_base_width=256: with tie_word_embeddings=true")
+    assert line.startswith("model.mup_base_width=256: muP with tied embeddings")
     load(mup_base_width="256", norm_weight="false", tie_word_embeddings="false")
     (line,) = problems(mup_base_width="256", n_head="4")
     assert "model.mup_base_width=256 is not a multiple of head_dim=192 (n_embd / n_head)" in line

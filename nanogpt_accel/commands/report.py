@@ -48,9 +48,7 @@ GROUPS = {  # prefix of names such as val_loss/wiki: (title, unit); one chart pe
 class ReportOptions(Section):
     """The options of `report`."""
 
-    out: str = Field(
-        "", description="path of the page; default: report.html, in the folder RUN if only one is given"
-    )
+    out: str = Field("", description="path of the page; default: report.html, in the folder RUN if only one is given")
     fit: bool = Field(
         False,
         description="fit a scaling law to finished runs",

@@ -45,7 +45,7 @@ def test_a_setting_that_plan_does_not_know_is_named(monkeypatch, capsys):
     monkeypatch.setattr(Recipe, "shape", property(lambda recipe: shape(recipe) | {"value_residual": True, "gate": 0}))
     found = planned(*words, capsys=capsys)
     (line,) = [line for line in found.pop("assumed") if line not in known["assumed"]]
-    assert "value_residual=true" in line and "all estimates ignore it" in line
+    assert "value_residual=true" in line and "does not change the estimates" in line
     assert found == {key: value for key, value in known.items() if key != "assumed"}
 
 

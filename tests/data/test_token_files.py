@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gc
+import hashlib
 import json
 import os
 import platform
@@ -230,10 +231,33 @@ def test_a_crash_while_the_files_are_hashed_costs_nothing(monkeypatch, tmp_path)
         raise Dead
 
     with monkeypatch.context() as patch, pytest.raises(Dead):
-        patch.setattr(token_files, "sha256_of_split", dead)
+        patch.setattr(token_files, "_join_hashes", dead)
         write(tmp_path, shard_tokens=300)  # train has three files, val one
     with Writer(tmp_path, np.uint16, FACTS, 300) as writer:
         assert writer.position == 4, "all four documents were committed"
+
+
+@pytest.mark.parametrize("shard_tokens", [100, 300, 1000])
+@pytest.mark.parametrize("ends", [[], [90], [150, 270]])
+def test_hashes_are_those_of_the_files_however_often_the_writer_was_interrupted(
+    monkeypatch, tmp_path, shard_tokens, ends
+):
+    monkeypatch.setattr(token_files, "COMMIT_SECONDS", 0)
+    ids = np.arange(320, dtype=np.uint16)
+    for end in (*ends, None):
+        with contextlib.suppress(Dead), Writer(tmp_path, np.uint16, FACTS, shard_tokens) as writer:
+            for i in range(writer.position, len(ids), 10):
+                writer.write("train", ids[i : i + 10], 10)
+                writer.commit(i + 10)
+                if end is not None and i + 10 >= end:
+                    writer.write("train", ids[:5], 10)  # not committed
+                    raise Dead
+            manifest = writer.finish(FACTS, save_tokenizer)
+    files = [tmp_path / file["name"] for file in manifest["splits"]["train"]["files"]]
+    assert b"".join(file.read_bytes() for file in files) == ids.tobytes() and len(files) == -(-320 // shard_tokens)
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    joined = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    assert manifest["splits"]["train"]["sha256"] == joined
 
 
 def test_other_facts_start_over(monkeypatch, tmp_path):
