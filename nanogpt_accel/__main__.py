@@ -25,7 +25,12 @@ COMMANDS = {
     "push": "push a model to the Hugging Face Hub",
     "doctor": "check this machine and the launcher settings, and suggest fixes",
 }
-USES_TORCH = {"bench", "train", "sample", "evaluate", "export"}
+USES_TORCH = {
+    "train",
+    "sample",
+    "evaluate",
+    "export",
+}  # not bench: the profiler prints an error if a thread loads torch
 
 
 def main(argv=None):

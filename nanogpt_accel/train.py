@@ -44,6 +44,7 @@ from .training import (
     open_data,
     resolve_resume,
     set_up,
+    warn_if_precision_changed,
     write_sample,
 )
 from .utils import cli, startup
@@ -200,6 +201,7 @@ def run_training(recipe, signals):
             load_optimizer(source, setup.accelerator, setup.raw_model, setup.optimizer)
             load_scaler(source, setup.accelerator)
             warn_if_schedule_changed(recipe, state, console)
+            warn_if_precision_changed(source, setup.accelerator, console)
         stopper = Stopper(setup.accelerator, signals, recipe.train.max_hours, started, recipe.train.collective_timeout)
         run.start(setup, data, state, stopper, is_resumed)
         describe_run(setup, data, state.step, console)

@@ -365,6 +365,16 @@ def data_changes(source, data):
     return [] if trainer["data"] == data.identity else [{"step": trainer["step"], "data_before": trainer["data"]}]
 
 
+def warn_if_precision_changed(source, accelerator, console):
+    """Warn if the checkpoint `source` was trained in another precision, for example on a CPU without bfloat16."""
+    now, before = accelerator.mixed_precision, read_trainer(source).get("mixed_precision")  # None: an older checkpoint
+    if before not in (None, now):
+        console.say(
+            f"the precision changes: the run was trained with mixed_precision={before}, and continues with "
+            f"mixed_precision={now}; to continue with the same precision, set mixed_precision={before}"
+        )
+
+
 def make_model(recipe, tokenizer, source, on_meta=False):
     """Return a GPT in float32 on the CPU: loaded from the folder `source`, or a new one if `source` is None.
 

@@ -578,3 +578,15 @@ def test_a_prompt_and_a_val_fraction_of_the_file_give_way_to_another_corpus(work
         ("val_fraction=0.0001", "error: block_size=32: a sample has 33 tokens, but the val split of data/digits_char"),
     ):
         assert call(*words, "overwrite=true", given, status=2).startswith(problem)
+
+
+def test_a_changed_precision_is_reported(capsys, tmp_path):
+    folder, words = tmp_path / "run", ["sample_tokens=0", *TINY]
+    assert main(["train", "tiny.yaml", "mixed_precision=no", f"out_dir={folder}", *words]) == 0
+    assert json.loads((last(folder) / "state/trainer.json").read_text())["mixed_precision"] == "no"
+    capsys.readouterr()
+    assert main(["train", str(folder), "max_iters=4"]) == 0
+    assert "the precision changes" not in capsys.readouterr().out
+    assert main(["train", str(folder), "max_iters=6", "mixed_precision=bf16"]) == 0
+    message = "the run was trained with mixed_precision=no, and continues with mixed_precision=bf16"
+    assert message in " ".join(capsys.readouterr().out.split())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,14 +107,14 @@ def find_runs(targets):
 
 
 def unique_names(folders):
-    """Return a name for each run: the last parts of its path, as many as are needed to tell the runs apart."""
+    """Return a name for each run: the last parts of its path, as many as are needed to tell the runs apart.
+
+    folders: different folders.
+    """
     paths = [folder.resolve().parts for folder in folders]
-
-    def is_unique(path, n):
-        return sum(other[-n:] == path[-n:] for other in paths) == 1
-
-    lengths = [next((n for n in range(1, len(path)) if is_unique(path, n)), len(path) - 1) for path in paths]
-    return [printable("/".join(path[-n:])) for path, n in zip(paths, lengths, strict=True)]
+    counts = Counter(path[-n:] for path in paths for n in range(1, len(path) + 1))
+    names = [next(path[-n:] for n in range(1, len(path) + 1) if counts[path[-n:]] == 1) for path in paths]
+    return [printable("/".join(name)) for name in names]
 
 
 def _read_run(folder, name):

@@ -153,6 +153,7 @@ class Run:
             "data": self.data.identity,
             "seed": self.recipe.seed,
             "processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
             "optimizer": self.recipe.optimizer.model_dump(include={"algorithm", "options"}),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         }

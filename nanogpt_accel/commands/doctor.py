@@ -181,8 +181,7 @@ def precision(accelerator):
     text, device = f"mixed_precision=auto selects {accelerator.mixed_precision}", accelerator.device.type
     if device not in ("cuda", "cpu"):
         return ok("precision", text)
-    native = "bf16 is native" + (" (AMX)" if device == "cpu" else "")
-    return ok("precision", f"{text}; {native if has_native_bf16(device) else 'bf16 is emulated and slow'}")
+    return ok("precision", f"{text}; bf16 is {'native' if has_native_bf16(device) else 'emulated and slow'}")
 
 
 def attention(device):

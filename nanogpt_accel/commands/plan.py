@@ -261,7 +261,10 @@ def assumptions(recipe, options, gpu, precision, n_params):
     if gpu and precision == "no":
         assumed.append("half-precision speed; training with mixed_precision=no is much slower")
     if gpu is None and train.mixed_precision == "auto" and train.device != "mps":
-        assumed.append("the CPU has no AMX and trains in float32; with AMX, it would use bf16, which needs less memory")
+        assumed.append(
+            "the CPU has neither AMX nor AVX512-BF16, and trains in float32; with one of them, it would use bf16, "
+            "which needs less memory"
+        )
     if train.activation_checkpointing:
         fix = "to include them, set a lower mfu"
         assumed.append(f"the times exclude recomputed activations (about a third more FLOPs); {fix}")

@@ -67,14 +67,15 @@ def main(argv):
     targets, options, problems = cli.parse_options(argv, ReportOptions, MAX_TARGETS)
     if not targets:
         problems.append("RUN is missing; usage: nanogpt-accel report runs/NAME")
-    folders = [folder for target in targets for folder in run_folders(target)] if not options.fit else []
+    folders = run_folders(targets) if not options.fit else []
     if len(folders) > MAX_RUNS:
         problems.append(
             f"{len(folders)} runs: at most {MAX_RUNS} fit on a page; give fewer, or add --fit for a scaling law"
         )
     for folder in folders:
         if not is_run(folder):
-            problems.append(f"{folder}: contains neither metrics.jsonl nor run.yaml; give the path of a run folder")
+            reason = "contains no run" if folder.exists() else "no such folder"
+            problems.append(f"{folder}: {reason}; give the path of a folder with metrics.jsonl or run.yaml")
     name = "law.html" if options.fit else "report.html"
     out = Path(options.out or (Path(targets[0]) / name if len(targets) == 1 else name))
     if out.suffix.lower() not in (".html", ".htm"):
@@ -132,11 +133,14 @@ def is_run(folder):
     return any((folder / name).is_file() for name in ("metrics.jsonl", "run.yaml"))
 
 
-def run_folders(target):
-    """Return the run folders that `target` names: itself, or those that it contains."""
-    folder = Path(target)
-    contained = [] if is_run(folder) else sorted(file.parent for file in folder.glob("*/run.yaml"))
-    return contained or [folder]
+def run_folders(targets):
+    """Return the run folders in `targets`. Each target is a run folder, or a folder that contains run folders. If it is
+    neither, the result contains the target itself."""
+    folders = []
+    for target in map(Path, targets):
+        is_parent = target.is_dir() and not is_run(target)
+        folders += (sorted(filter(is_run, target.iterdir())) if is_parent else []) or [target]
+    return list({folder.resolve(): folder for folder in folders}.values())
 
 
 def read_run(folder, name):

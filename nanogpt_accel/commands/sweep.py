@@ -1,8 +1,8 @@
 """Train a grid of settings: one run per point of the grid, each in its own folder and process.
 
-    nanogpt-accel sweep quickstart learning_rate=1e-3,2e-3,4e-3 n_layer=2,4 jobs=2
-    nanogpt-accel sweep quickstart learning_rate=1e-3,2e-3,4e-3 n_layer=2,4 --table
-    accelerate launch -m nanogpt_accel sweep quickstart learning_rate=1e-3,2e-3,4e-3 index=3
+    nanogpt-accel sweep quickstart learning_rate=5e-3,1e-2,2e-2 n_layer=2,4 jobs=2
+    nanogpt-accel sweep quickstart learning_rate=5e-3,1e-2,2e-2 n_layer=2,4 --table
+    accelerate launch -m nanogpt_accel sweep quickstart learning_rate=5e-3,1e-2,2e-2 index=3
 
 The run folders are the only state of a sweep. A point is done if its folder contains the checkpoint of the last step.
 Otherwise, its run resumes from the latest valid checkpoint. So the same command continues an interrupted sweep.
@@ -139,7 +139,7 @@ def parse(argv):
     """
     target, options, settings, problems = cli.parse_with_recipe(argv, SweepOptions, FIELDS)
     if target is None:
-        problems.append("RECIPE is missing; usage: nanogpt-accel sweep quickstart learning_rate=1e-3,2e-3,4e-3")
+        problems.append("RECIPE is missing; usage: nanogpt-accel sweep quickstart learning_rate=5e-3,1e-2,2e-2")
     if options.index and options.jobs > 1:
         problems.append(f"jobs={options.jobs}: not used with index={options.index}; remove one of them")
     if world_size() > 1 and not (options.index or options.list_points or options.table):
@@ -159,7 +159,7 @@ def parse(argv):
             fixed[key] = text
             unsplit += f"; {key} is not split at its commas, because its values are texts or lists" * ("," in text)
     if not varied and not problems:
-        problems.append(f"no key has several values; for example, add learning_rate=1e-3,2e-3,4e-3{unsplit}")
+        problems.append(f"no key has several values; for example, add learning_rate=5e-3,1e-2,2e-2{unsplit}")
     raise_problems(problems)
     file, keys, points = find_recipe(target), sorted(varied), []  # the order on the command line does not matter
     for i, values in enumerate(itertools.product(*map(varied.get, keys)), 1):

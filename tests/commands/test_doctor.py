@@ -221,7 +221,7 @@ def test_without_full_a_gpu_needs_triton_and_a_compiler(monkeypatch, triton, com
     ("device", "has_bf16", "text"),
     [
         ("cuda", True, "bf16 is native"),
-        ("cpu", True, "bf16 is native (AMX)"),
+        ("cpu", True, "bf16 is native"),
         ("cpu", False, "bf16 is emulated and slow"),
         ("mps", None, "selects no"),
     ],

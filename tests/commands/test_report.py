@@ -213,8 +213,10 @@ def test_the_folder_of_a_sweep_stands_for_its_runs():
     for name in ("b", "a", "c"):
         make_run(Path("sweep") / name)
     Path("sweep/results.csv").write_text("point\n")
+    Path("sweep/link").symlink_to("a")
     assert [run["name"] for run in read(Path("sweep")).data] == ["a", "b", "c"]
     assert Path("sweep/report.html").is_file()
+    assert [run["name"] for run in read(Path("sweep"), Path("sweep/b"), "out=other.html").data] == ["a", "b", "c"]
 
 
 def test_html_in_names_samples_and_settings_is_escaped():
@@ -366,16 +368,16 @@ def test_wrong_arguments_are_refused(refused, tmp_path):
     Path("empty").mkdir()
     with refused(ValueError, "RUN is missing; usage: nanogpt-accel report"):
         report.main([])
-    with refused(ValueError, "empty: contains neither metrics.jsonl nor run.yaml"):
+    with refused(ValueError, "empty: contains no run", "metrics.jsonl or run.yaml"):
         report.main(["empty"])
-    with refused(ValueError, "runs/b: contains neither"):
+    with refused(ValueError, "runs/b: no such folder"):
         report.main(["runs/b"])
     with refused(ValueError, "out=a.pdf", "must end with .html"):
         report.main([str(run), "out=a.pdf"])
     with refused(ValueError, "out=nowhere/a.html", "no such folder nowhere"):
         report.main([str(run), "out=nowhere/a.html"])
     with refused(ValueError, f"9 runs: at most {report.MAX_RUNS} fit on a page", "add --fit"):
-        report.main([str(run)] * 9)
+        report.main([str(make_run(Path(f"many/{i}"))) for i in range(9)])
     Path("a.html").mkdir()
     with refused(OSError, "out=a.html: cannot be written"):
         report.main([str(run), "out=a.html"])

@@ -145,8 +145,8 @@ def test_texts_and_lists_are_not_split(tiny):
     ("words", "messages"),
     [
         (["n_layr=1,2"], ["unknown key n_layr (did you mean n_layer?)"]),
-        (["n_layer=1"], ["no key has several values; for example, add learning_rate=1e-3,2e-3,4e-3"]),
-        (["tokenizer=char,bpe"], ["4e-3; tokenizer is not split at its commas"]),
+        (["n_layer=1"], ["no key has several values; for example, add learning_rate=5e-3,1e-2,2e-2"]),
+        (["tokenizer=char,bpe"], ["2e-2; tokenizer is not split at its commas"]),
         (["learning_rate=1e-3,2e-3,0.001"], ["learning_rate=1e-3,2e-3,0.001: 0.001 is given twice"]),
         (["n_layer=1,2", "model.n_layer=3"], ["model.n_layer: is given twice"]),
         ([*GRID, "index=5"], ["index=5: the sweep has 4 points"]),
