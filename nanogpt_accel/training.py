@@ -624,8 +624,8 @@ class NonFinite:
         state.skips_in_a_row = (state.skips_in_a_row + 1) * was_skipped
         if state.skips_in_a_row > self.max_skips:
             first = state.step - state.skips_in_a_row + 1
-            what = f"gradients of steps {first} to {state.step} are not finite; at most"
-            raise self.error(f"{what} max_skips={self.max_skips} steps in a row can be skipped", state.step)
+            what = f"gradients of steps {first} to {state.step} are not finite"
+            raise self.error(f"{what}; at most {self.max_skips} steps in a row can be skipped (max_skips)", state.step)
 
     def check(self, step, losses, grad_norm):
         """Return the losses of the steps up to `step`, averaged over all ranks, and the last gradient norm, as floats.

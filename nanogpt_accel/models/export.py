@@ -174,7 +174,7 @@ def _raise_obstacles(source, program, obstacles):
 
 
 def _load_for_file(source, config, tokenizer, keep_padding, report):
-    """Load a model to write it to a file. Return (model, config with the vocabulary size of the file)."""
+    """Load a model to write it to a file. Return (model, config) with the vocab_size that the file will have."""
     report(f"exporting {source}")
     model = load_model(source)
     report(f"writing {model.num_parameters():,} parameters")
