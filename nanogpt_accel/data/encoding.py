@@ -1,4 +1,4 @@
-"""Tokenize documents in several threads, one chunk of documents per thread at a time."""
+"""Tokenize documents in several threads."""
 
 import itertools
 import threading
@@ -9,16 +9,19 @@ import numpy as np
 
 from ..distributed.launcher import count_processors
 
-CHUNK = 2**21  # characters per chunk; the token files do not depend on this number
-AHEAD = 4  # extra chunks in the queue; they keep two threads busy while the caller flushes a file (0.3 seconds)
+# Characters per chunk. Token files only end at the end of a chunk, so another number would change the hashes of large
+# data sets, and a run could not resume on data that were prepared again.
+CHUNK = 2**19
+GROUP = 4  # chunks that a thread encodes together; with fewer, threads wait longer for each other
+AHEAD = 4  # extra groups in the queue; they keep two threads busy while the caller flushes a file (0.3 seconds)
 
 
 def tokenize(documents, number, split_of, tokenizer, threads=None):
-    """Encode documents in threads. Yield the result of _encode for each chunk of documents, in order.
+    """Encode documents in threads. For each chunk of documents, in order, yield a list of runs, see _encode.
 
-    documents: iterator over texts; only a few chunks are in memory at a time. number: index of the first document.
-    split_of: function that returns the split of the document with a given index. threads: number of threads, by default
-    one per processor.
+    documents: iterator over texts; only a few groups of chunks are in memory at a time. number: index of the first
+    document. split_of: function that returns the split of the document with a given index. threads: number of threads,
+    by default one per processor.
     """
     threads = threads or count_processors()
     local = threading.local()
@@ -26,12 +29,13 @@ def tokenize(documents, number, split_of, tokenizer, threads=None):
     with ThreadPoolExecutor(threads, initializer=lambda: setattr(local, "tokenizer", tokenizer.for_thread())) as pool:
         pending = deque()
         try:
-            for chunk in _chunks(documents, number, split_of):
-                pending.append(pool.submit(lambda chunk: _encode(local.tokenizer, chunk), chunk))
+            chunks = _chunks(documents, number, split_of)
+            while group := list(itertools.islice(chunks, GROUP)):
+                pending.append(pool.submit(lambda group: _encode(local.tokenizer, group), group))
                 if len(pending) > threads + AHEAD:
-                    yield pending.popleft().result()
+                    yield from pending.popleft().result()
             while pending:
-                yield pending.popleft().result()
+                yield from pending.popleft().result()
         finally:
             for future in pending:  # if the caller stops early
                 future.cancel()
@@ -67,23 +71,27 @@ def _chunks(documents, number, split_of, length=len):
         yield chunk
 
 
-def _encode(tokenizer, chunk):
-    """Encode a chunk. Return [(split, ids, sizes), ...], one entry per group of consecutive documents of one split.
+def _encode(tokenizer, group):
+    """Encode a group of chunks. For each chunk, return its runs: [(split, ids, sizes), ...].
 
-    ids: the ids of all documents of the group; each document ends with the end-of-text token. sizes: array of shape
-    (documents, 4) with the numbers of tokens, bytes, special tokens and characters of each document.
+    A run consists of consecutive documents of one split. ids: the ids of all documents of the run; each document ends
+    with the end-of-text token. sizes: array of shape (documents, 4) with the numbers of tokens, bytes, special tokens
+    and characters of each document.
     """
-    runs, eot, has_ids = [], np.array([tokenizer.eot_id], tokenizer.dtype), tokenizer.special_tokens == "tokens"
-    for split, group in itertools.groupby(chunk, key=lambda document: document[0]):
-        texts = [text for _, text in group]
-        encoded = tokenizer.encode_batch(texts)
-        if has_ids:  # a text that ends with the end-of-text token does not get a second one
-            encoded = [ids[:-1] if ids.size and ids[-1] == tokenizer.eot_id else ids for ids in encoded]
-        sizes = []
-        for ids, text in zip(encoded, texts, strict=True):
-            n_special, special_bytes = tokenizer.count_special(text)
-            sizes.append((len(ids) + 1, len(text.encode()) - has_ids * special_bytes, n_special, len(text)))
-        parts = [part for ids in encoded for part in (ids, eot)]
-        ids = np.concatenate(parts, dtype=tokenizer.dtype, casting="same_kind")
-        runs.append((split, ids, np.array(sizes, np.int64)))
-    return runs
+    eot, has_ids = np.array([tokenizer.eot_id], tokenizer.dtype), tokenizer.special_tokens == "tokens"
+    encoded = iter(tokenizer.encode_batch([text for chunk in group for _, text in chunk]))
+    result = []
+    for chunk in group:
+        result.append([])
+        for split, documents in itertools.groupby(chunk, key=lambda document: document[0]):
+            parts, sizes = [], []
+            for _, text in documents:
+                ids = next(encoded)
+                if has_ids and ids.size and ids[-1] == tokenizer.eot_id:
+                    ids = ids[:-1]  # a text that ends with the end-of-text token does not get a second one
+                n_special, special_bytes = tokenizer.count_special(text)
+                sizes.append((len(ids) + 1, len(text.encode()) - has_ids * special_bytes, n_special, len(text)))
+                parts += [ids, eot]
+            ids = np.concatenate(parts, dtype=tokenizer.dtype, casting="same_kind")
+            result[-1].append((split, ids, np.array(sizes, np.int64)))
+    return result

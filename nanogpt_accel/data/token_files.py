@@ -110,7 +110,7 @@ class Writer:
         folder: the data folder.
         dtype: np.uint16 or np.uint32.
         facts: JSON values that determine the tokens. An earlier attempt with different facts is deleted.
-        shard_tokens: maximum number of tokens per file.
+        shard_tokens: number of tokens after which another file starts.
 
     Attributes:
         position: the position at which this attempt resumes, as passed to commit(), or 0 if it starts over.

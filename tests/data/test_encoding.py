@@ -61,6 +61,26 @@ def test_a_bpe_of_our_own_does_not_depend_on_format_workers_or_chunks(monkeypatc
     assert len(found[0]) == 4 and found.count(found[0]) == len(found)
 
 
+@pytest.mark.parametrize(("group", "threads"), [(1, 1), (3, 2), (100, 4)])
+def test_the_ends_of_the_files_depend_only_on_the_chunks(monkeypatch, group, threads):
+    """The hashes of a data set with several files must not change with the way in which the work is divided."""
+    assert encoding.CHUNK == 2**19, "with another number, runs cannot resume on data that are prepared again"
+    monkeypatch.setattr(encoding, "CHUNK", 700)
+    monkeypatch.setattr(encoding, "GROUP", group)
+    jsonl("x.jsonl", DOCS)
+    ours, _ = prepared(threads, corpus="x.jsonl", shard_tokens=1000)
+    val, sizes, in_chunk, last = dealt(DOCS)[1], {"train": [0], "val": [0]}, 0, None
+    for text in DOCS:
+        split = "val" if text in val else "train"
+        if (split != last or not in_chunk) and sizes[split][-1] >= 1000:  # a run of documents starts
+            sizes[split].append(0)
+        sizes[split][-1] += len(text) + 1
+        in_chunk, last = (in_chunk + len(text)) * (in_chunk + len(text) < 700), split
+    files = {split: ours.manifest["splits"][split]["files"] for split in sizes}
+    assert {split: [file["tokens"] for file in files[split]] for split in sizes} == sizes
+    assert len(sizes["train"]) > 3
+
+
 @pytest.mark.parametrize("chunk", [1, 700, 2**19])
 def test_shards_follow_each_other_for_any_chunk(monkeypatch, chunk):
     monkeypatch.setattr(encoding, "CHUNK", chunk)
