@@ -220,7 +220,9 @@ class Data(Corpus):
         {},
         description="more validation sets: {NAME: {corpus: ..., split: ...}, ...}; the losses are called val_loss/NAME",
     )
-    shard_tokens: Int = Field(100_000_000, ge=1000, description="number of tokens after which another token file starts")
+    shard_tokens: Int = Field(
+        100_000_000, ge=1000, description="number of tokens after which the next token file starts"
+    )
     tokenizer: Name = Field(
         "gpt2",
         description="gpt2, char, bpe (byte-level BPE trained on the corpus), a folder with a tokenizer.json, or the "
