@@ -69,7 +69,7 @@ def check_launcher():
 
 def _check_ranks():
     """Check the variables with which the processes connect, such as RANK and MASTER_ADDR. Return a list of problems."""
-    numbers = {"RANK": 0, "LOCAL_RANK": -1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}  # name -> minimum
+    numbers = {"RANK": 0, "LOCAL_RANK": -1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}  # name -> minimum
     problems = [
         f"{name}={os.environ[name]}: must be an integer of at least {minimum}; unset it, or launch with "
         "`accelerate launch` or torchrun"
@@ -92,7 +92,7 @@ def _check_ranks():
     number, port, address = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"]
     if number >= processes:
         problems.append(f"RANK={number}: must be below WORLD_SIZE={processes}")
-    if port > 65535:
+    if not 1 <= port <= 65535:  # with MULTI_CPU, Accelerate may set 0, but check_launcher has a better message for that
         problems.append(f"MASTER_PORT={port}: must be a port, 1 to 65535")
     try:
         if not address:

@@ -101,7 +101,7 @@ LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "1
         (LAUNCHED | {"RANK": "5"}, "RANK=5: must be below WORLD_SIZE=2"),
         (LAUNCHED | {"WORLD_SIZE": "1", "RANK": "3"}, "RANK=3: must be below WORLD_SIZE=1"),
         (LAUNCHED | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999: must be a port, 1 to 65535"),
-        (LAUNCHED | {"MASTER_PORT": "0"}, "MASTER_PORT=0: must be an integer of at least 1"),
+        (LAUNCHED | {"MASTER_PORT": "0"}, "MASTER_PORT=0: must be a port, 1 to 65535"),
         (LAUNCHED | {"MASTER_ADDR": ""}, "MASTER_ADDR=: no such host (empty)"),
         (LAUNCHED | {"MASTER_ADDR": "no such host"}, "MASTER_ADDR=no such host: no such host"),
         ({"ACCELERATE_MIXED_PRECISION": ""}, "ACCELERATE_MIXED_PRECISION=: must be no, fp16, bf16, fp8, or not set"),
