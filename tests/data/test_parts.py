@@ -163,6 +163,7 @@ def test_a_worker_that_is_killed_keeps_its_parts(monkeypatch, error):
     prepared(corpus="c", data_dir="one")
     data, said = section(corpus="c"), []
     with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(encoding, "GROUP", 1)  # one call of _encode per chunk
         fail_at(patch, encoding, "_encode", 9, error)  # in the third part
         prepare_parts(data, 0, 2, said.append, threads=1)
     kept = {path: path.stat().st_ino for path in Path("out").rglob("train-*")}
