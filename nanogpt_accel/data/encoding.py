@@ -17,7 +17,7 @@ AHEAD = 4  # extra groups in the queue; they keep two threads busy while the cal
 
 
 def tokenize(documents, number, split_of, tokenizer, threads=None):
-    """Encode documents in threads. For each chunk of documents, in order, yield a list of runs, see _encode.
+    """Encode documents in threads. For each chunk of documents, in order, yield a list of runs, see _runs.
 
     documents: iterator over texts; only a few groups of chunks are in memory at a time. number: index of the first
     document. split_of: function that returns the split of the document with a given index. threads: number of threads,
@@ -44,7 +44,7 @@ def tokenize(documents, number, split_of, tokenizer, threads=None):
 def join(documents, number, split_of):
     """Yield the same chunks as `tokenize` from documents that are already encoded.
 
-    documents: iterator over (ids, sizes), one pair per document; for sizes, see _encode. number, split_of: see
+    documents: iterator over (ids, sizes), one pair per document; for sizes, see _runs. number, split_of: see
     tokenize.
     """
     for chunk in _chunks(documents, number, split_of, lambda document: document[1][3]):
@@ -72,26 +72,28 @@ def _chunks(documents, number, split_of, length=len):
 
 
 def _encode(tokenizer, group):
-    """Encode a group of chunks. For each chunk, return its runs: [(split, ids, sizes), ...].
-
-    A run consists of consecutive documents of one split. ids: the ids of all documents of the run; each document ends
-    with the end-of-text token. sizes: array of shape (documents, 4) with the numbers of tokens, bytes, special tokens
-    and characters of each document.
-    """
-    eot, has_ids = np.array([tokenizer.eot_id], tokenizer.dtype), tokenizer.special_tokens == "tokens"
+    """Encode a group of chunks. For each chunk, return a list of runs, see _runs."""
     encoded = iter(tokenizer.encode_batch([text for chunk in group for _, text in chunk]))
-    result = []
-    for chunk in group:
-        result.append([])
-        for split, documents in itertools.groupby(chunk, key=lambda document: document[0]):
-            parts, sizes = [], []
-            for _, text in documents:
-                ids = next(encoded)
-                if has_ids and ids.size and ids[-1] == tokenizer.eot_id:
-                    ids = ids[:-1]  # a text that ends with the end-of-text token does not get a second one
-                n_special, special_bytes = tokenizer.count_special(text)
-                sizes.append((len(ids) + 1, len(text.encode()) - has_ids * special_bytes, n_special, len(text)))
-                parts += [ids, eot]
-            ids = np.concatenate(parts, dtype=tokenizer.dtype, casting="same_kind")
-            result[-1].append((split, ids, np.array(sizes, np.int64)))
-    return result
+    return [_runs(tokenizer, chunk, encoded) for chunk in group]
+
+
+def _runs(tokenizer, chunk, encoded):
+    """Return the runs of a chunk: [(split, ids, sizes), ...]. A run consists of consecutive documents of one split.
+
+    ids: the ids of all documents of the run; each document ends with the end-of-text token. sizes: array of shape
+    (documents, 4) with the numbers of tokens, bytes, special tokens and characters of each document. encoded: iterator
+    over the ids of the documents.
+    """
+    runs, eot, has_ids = [], np.array([tokenizer.eot_id], tokenizer.dtype), tokenizer.special_tokens == "tokens"
+    for split, documents in itertools.groupby(chunk, key=lambda document: document[0]):
+        parts, sizes = [], []
+        for _, text in documents:
+            ids = next(encoded)
+            if has_ids and ids.size and ids[-1] == tokenizer.eot_id:
+                ids = ids[:-1]  # a text that ends with the end-of-text token does not get a second one
+            n_special, special_bytes = tokenizer.count_special(text)
+            sizes.append((len(ids) + 1, len(text.encode()) - has_ids * special_bytes, n_special, len(text)))
+            parts += [ids, eot]
+        ids = np.concatenate(parts, dtype=tokenizer.dtype, casting="same_kind")
+        runs.append((split, ids, np.array(sizes, np.int64)))
+    return runs

@@ -3,7 +3,7 @@ disk. See prepare.prepare_parts.
 
 FOLDER/.token_parts has one subfolder for each combination of corpus and settings. A subfolder contains two files per
 part. NAME.ids contains the ids of all documents, which are not divided into train and val yet. NAME.npy contains the
-sizes of the documents (see encoding._encode) and is written last.
+sizes of the documents (see encoding._runs) and is written last.
 """
 
 import hashlib
